@@ -1,0 +1,67 @@
+"""kvtc: LLM key-value caches 20 to 100 times smaller.
+
+Calibrate once per model; then any cache of that model becomes few bytes, and back:
+
+    calibration = kvtc.calibrate(model, token_sequences)
+    codec = kvtc.Codec(calibration, ratio=16)
+    stream = codec.encode(cache, token_ids)
+    cache = codec.decode(stream, token_ids)
+
+Names load on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import CacheGeometry, KVCache
+    from .calibration import Calibration, load_calibration
+    from .codec import Codec
+    from .container import join_streams, split_stream
+    from .inspection import StreamInfo, inspect
+    from .integrations.huggingface import calibrate
+    from .reference import reference_calibration, reference_model
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CacheGeometry": "cache",
+    "Calibration": "calibration",
+    "Codec": "codec",
+    "KVCache": "cache",
+    "StreamInfo": "inspection",
+    "calibrate": "integrations.huggingface",
+    "inspect": "inspection",
+    "join_streams": "container",
+    "load_calibration": "calibration",
+    "reference_calibration": "reference",
+    "reference_model": "reference",
+    "split_stream": "container",
+}
+
+__all__ = [
+    "CacheGeometry",
+    "Calibration",
+    "Codec",
+    "KVCache",
+    "StreamInfo",
+    "calibrate",
+    "inspect",
+    "join_streams",
+    "load_calibration",
+    "reference_calibration",
+    "reference_model",
+    "split_stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvtc' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

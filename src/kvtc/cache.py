@@ -1,0 +1,137 @@
+"""The neutral cache: plain tensors, no model library.
+
+Axis letters, used everywhere: L layers, H key-value heads, T tokens, D features of a head; p = L * H * D features of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .coding.rope import Rope
+from .errors import GeometryMismatch, InvalidArgument, InvalidCache
+
+CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """Which part of which cache a calibration covers: layers and key-value heads (a rank holds a range of each), and rotation."""
+
+    first_layer: int
+    n_layers: int
+    first_kv_head: int
+    n_kv_heads: int
+    head_dim: int
+    rope: Rope
+
+    def __post_init__(self) -> None:
+        if min(self.n_layers, self.n_kv_heads, self.head_dim) < 1 or min(self.first_layer, self.first_kv_head) < 0:
+            raise InvalidArgument(f"a cache geometry needs at least one layer, head and feature; got {self.describe()}")
+        if len(self.rope.layer_tables) != self.n_layers:
+            raise InvalidArgument(f"{self.n_layers} layers, but rotations for {len(self.rope.layer_tables)}")
+        for table in self.rope.tables:
+            if table.rotated_dim > self.head_dim:
+                raise InvalidArgument(f"{table.rotated_dim} rotated features in heads of {self.head_dim}")
+
+    @property
+    def row_features(self) -> int:
+        """p: features of one token's keys (or values) over all layers and heads."""
+        return self.n_layers * self.n_kv_heads * self.head_dim
+
+    def describe(self) -> str:
+        """Ranges in words, for messages."""
+        return (
+            f"layers {self.first_layer}..{self.first_layer + self.n_layers - 1}, "
+            f"kv heads {self.first_kv_head}..{self.first_kv_head + self.n_kv_heads - 1}, head_dim {self.head_dim}"
+        )
+
+    def check(self, cache: KVCache) -> None:
+        """Raise `GeometryMismatch` unless the cache covers exactly this range."""
+        found = (cache.first_layer, cache.n_layers, cache.first_kv_head, cache.n_kv_heads, cache.head_dim)
+        if found != (self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim):
+            raise GeometryMismatch(f"the calibration covers {self.describe()}; the cache holds {cache.describe()}")
+
+
+@dataclass
+class KVCache:
+    """Keys and values of one sequence.
+
+    keys, values: [L, H, T, D], one dtype (bf16, fp16, fp32 or an fp8), keys rotated as the model caches them.
+    positions: [T] int64, strictly increasing; None means 0 .. T-1.
+    first_layer, first_kv_head: where this part stands in the model, for pipeline and tensor-parallel ranks.
+    rope_length: length of the sequence the model chose its rotation by (dynamic and longrope); None: last position + 1.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor | None = None
+    first_layer: int = 0
+    first_kv_head: int = 0
+    rope_length: int | None = None
+
+    @property
+    def n_layers(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    def describe(self) -> str:
+        """Ranges in words, for messages."""
+        return (
+            f"layers {self.first_layer}..{self.first_layer + self.n_layers - 1}, "
+            f"kv heads {self.first_kv_head}..{self.first_kv_head + self.n_kv_heads - 1}, head_dim {self.head_dim}"
+        )
+
+    def resolved_positions(self) -> Tensor:
+        """[T] int64 on the CPU."""
+        if self.positions is None:
+            return torch.arange(self.n_tokens)
+        return self.positions.to(device="cpu", dtype=torch.int64)
+
+    def resolved_rope_length(self) -> int:
+        """The length that chose the rotation."""
+        if self.rope_length is not None:
+            return self.rope_length
+        positions = self.resolved_positions()
+        return int(positions[-1]) + 1 if positions.numel() else 0
+
+    def validate(self) -> None:
+        """Raise `InvalidCache` unless shapes, dtypes, positions and values are sound."""
+        if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
+            raise InvalidCache(
+                "keys and values must both be [layers, kv_heads, tokens, head_dim]; "
+                f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
+            )
+        if self.keys.dtype != self.values.dtype or self.keys.dtype not in CACHE_DTYPES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in CACHE_DTYPES)
+            raise InvalidCache(f"keys are {self.keys.dtype}, values {self.values.dtype}; expected one dtype of {names}")
+        positions = self.resolved_positions()
+        if positions.shape != (self.n_tokens,):
+            raise InvalidCache(f"{self.n_tokens} tokens, but positions of shape {tuple(positions.shape)}")
+        if self.n_tokens and (int(positions[0]) < 0 or int(positions[-1]) >= 2**31):
+            raise InvalidCache(f"positions must lie in 0 .. 2**31 - 1; got {int(positions[0])} .. {int(positions[-1])}")
+        if bool((positions[1:] <= positions[:-1]).any()):
+            raise InvalidCache("positions must be strictly increasing")
+        if self.rope_length is not None and not 0 <= self.rope_length < 2**31:
+            raise InvalidCache(f"rope_length must lie in 0 .. 2**31 - 1; got {self.rope_length}")
+        for name, tensor in (("keys", self.keys), ("values", self.values)):
+            for layer in range(self.n_layers):
+                if not bool(tensor[layer].float().isfinite().all()):
+                    raise InvalidCache(f"{name} of layer {self.first_layer + layer} hold NaN or infinite values")

@@ -1,0 +1,166 @@
+"""The calibration and its file: bases, measured distortion and geometry, named by a fingerprint.
+
+The file is safetensors with JSON metadata (docs/calibration.md). Nothing in it is code, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..cache import CacheGeometry
+from ..coding.distortion import SYMBOL_TYPES, DistortionTable
+from ..coding.rope import Rope
+from ..coding.transform import Basis
+from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
+
+CALIBRATION_VERSION = 1
+FINGERPRINT_BYTES = 16
+KINDS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class KindCalibration:
+    """What is calibrated for keys, or for values: the basis, the distortion table, the variance of all features summed."""
+
+    basis: Basis
+    distortion: DistortionTable
+    total_variance: float
+
+    @property
+    def explained_variance(self) -> float:
+        """Share of the calibration rows' variance that the basis can express, 0 .. 1."""
+        return float(self.basis.spectrum.double().sum()) / self.total_variance if self.total_variance else 1.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything the codec knows of a model. `info` says what it was made from; it plays no part in coding."""
+
+    geometry: CacheGeometry
+    key: KindCalibration
+    value: KindCalibration
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """First 16 bytes of the SHA-256 of all that decoding depends on: geometry, rotation, means and bases."""
+        digest = hashlib.sha256(json.dumps(_geometry_json(self.geometry), sort_keys=True).encode())
+        for kind in (self.key, self.value):
+            for tensor in (kind.basis.mean, kind.basis.vectors):
+                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.digest()[:FINGERPRINT_BYTES]
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in means and bases, to compare with the model's parameters."""
+        return sum(kind.basis.mean.numel() + kind.basis.vectors.numel() for kind in (self.key, self.value))
+
+    def save(self, path: str | Path) -> None:
+        """Write the file; a reader never sees half of it."""
+        path = Path(path)
+        metadata = {
+            "format": "kvtc calibration",
+            "version": str(CALIBRATION_VERSION),
+            "fingerprint": self.fingerprint.hex(),
+            "geometry": json.dumps(_geometry_json(self.geometry)),
+            "total_variance": json.dumps([self.key.total_variance, self.value.total_variance]),
+            "block_sizes": json.dumps(self.key.distortion.sizes),
+            "info": json.dumps(self.info),
+        }
+        tensors: dict[str, Tensor] = {}
+        for name, kind in zip(KINDS, (self.key, self.value), strict=True):
+            tensors[f"{name}.mean"] = kind.basis.mean
+            tensors[f"{name}.vectors"] = kind.basis.vectors
+            tensors[f"{name}.spectrum"] = kind.basis.spectrum
+            tensors[f"{name}.energy"] = torch.from_numpy(kind.distortion.energy)
+            tensors[f"{name}.errors"] = torch.from_numpy(kind.distortion.errors)
+        data = safetensors.torch.save({key: value.cpu().contiguous() for key, value in tensors.items()}, metadata)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read a calibration file.
+
+    Raises FileNotFoundError, `CorruptCalibration` (damaged, or no calibration at all) or `UnsupportedVersion`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no calibration file at {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "kvtc calibration":
+                raise CorruptCalibration(f"{path} is a safetensors file but not a kvtc calibration")
+            if int(metadata["version"]) != CALIBRATION_VERSION:
+                raise UnsupportedVersion(
+                    f"{path} is calibration version {metadata['version']}; this kvtc reads version {CALIBRATION_VERSION}: upgrade kvtc"
+                )
+            calibration = _parse(metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, KvtcError):
+            raise
+        raise CorruptCalibration(f"{path} is not a readable calibration: {type(error).__name__}: {error}") from error
+    if calibration.fingerprint.hex() != metadata.get("fingerprint"):
+        raise CorruptCalibration(
+            f"{path} says its fingerprint is {metadata.get('fingerprint')}, its contents give {calibration.fingerprint.hex()}"
+        )
+    return calibration
+
+
+def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Calibration:
+    geometry = _geometry_from_json(json.loads(metadata["geometry"]))
+    variances = json.loads(metadata["total_variance"])
+    sizes = tuple(int(size) for size in json.loads(metadata["block_sizes"]))
+    kinds = []
+    for name, variance in zip(KINDS, variances, strict=True):
+        basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
+        energy, errors = tensors[f"{name}.energy"], tensors[f"{name}.errors"]
+        rank = basis.spectrum.numel()
+        p = geometry.row_features
+        _expect(f"{name}.mean", basis.mean, (p,), torch.float32)
+        _expect(f"{name}.vectors", basis.vectors, (p, rank), torch.float16)
+        _expect(f"{name}.spectrum", basis.spectrum, (rank,), torch.float32)
+        _expect(f"{name}.energy", energy, (rank,), torch.float32)
+        _expect(f"{name}.errors", errors, (len(SYMBOL_TYPES), len(sizes), rank), torch.float32)
+        table = DistortionTable(np.asarray(energy), np.asarray(errors), sizes)
+        kinds.append(KindCalibration(basis, table, float(variance)))
+    return Calibration(geometry, kinds[0], kinds[1], json.loads(metadata["info"]))
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise CorruptCalibration(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {dtype}")
+
+
+def _geometry_json(geometry: CacheGeometry) -> dict[str, Any]:
+    return {
+        "first_layer": geometry.first_layer,
+        "n_layers": geometry.n_layers,
+        "first_kv_head": geometry.first_kv_head,
+        "n_kv_heads": geometry.n_kv_heads,
+        "head_dim": geometry.head_dim,
+        "rope": geometry.rope.to_json(),
+    }
+
+
+def _geometry_from_json(fields: dict[str, Any]) -> CacheGeometry:
+    names = ("first_layer", "n_layers", "first_kv_head", "n_kv_heads", "head_dim")
+    first_layer, n_layers, first_kv_head, n_kv_heads, head_dim = (int(fields[name]) for name in names)
+    return CacheGeometry(first_layer, n_layers, first_kv_head, n_kv_heads, head_dim, Rope.from_json(fields["rope"]))

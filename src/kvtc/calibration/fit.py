@@ -1,0 +1,135 @@
+"""From caches to a calibration: sample rows, find the basis, measure the distortion (paper, section 1.2)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from ..cache import CacheGeometry, KVCache
+from ..coding.distortion import MAX_SAMPLE_ROWS, measure_distortion
+from ..coding.transform import project, rows_of
+from ..errors import InvalidArgument
+from .artifact import Calibration, KindCalibration
+from .principal import POWER_ITERATIONS, block_diagonal, principal_components
+from .row_spool import FLOAT16_BYTES, RowSpool, require_disk
+
+Item = TypeVar("Item")
+
+MAX_ROWS = 160_000
+RANK_CAP = 10_000
+
+
+def fit(
+    geometry: CacheGeometry,
+    caches: Iterable[KVCache],
+    *,
+    sink_tokens: int = 4,
+    max_rows: int = MAX_ROWS,
+    rank: int = RANK_CAP,
+    layers_per_basis: int | None = None,
+    spool_directory: str | Path | None = None,
+    seed: int = 0,
+    model_parameters: int | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Fit a calibration to an iterable of caches, each seen once.
+
+    sink_tokens: rows at positions below this are left out, for sinks look like nothing else.
+    max_rows: rows kept, drawn uniformly from all; on disk in 16 bits, keys and values.
+    rank: most components a basis may have. layers_per_basis: bases over groups of so many layers instead of over all
+    (the paper's tables 16 and 17). model_parameters: the model's size, to report the calibration's against.
+
+    Raises `InvalidArgument` where no rows or no disk are left, `InvalidCache` and `GeometryMismatch` for unusable caches.
+    """
+    if sink_tokens < 0 or max_rows < 2 or rank < 1:
+        raise InvalidArgument(f"sink_tokens {sink_tokens}, max_rows {max_rows}, rank {rank}: expected >= 0, >= 2, >= 1")
+    if layers_per_basis is not None and not 1 <= layers_per_basis <= geometry.n_layers:
+        raise InvalidArgument(f"layers_per_basis must lie in 1 .. {geometry.n_layers}; got {layers_per_basis}")
+    directory = Path(spool_directory) if spool_directory is not None else None
+    p = geometry.row_features
+    disk = require_disk(2 * max_rows * p * FLOAT16_BYTES, directory)
+    if progress:
+        print(f"calibration rows: {disk} for at most {max_rows} rows of 2 x {p} features", file=sys.stderr)
+    with RowSpool(p, max_rows, seed, directory) as keys, RowSpool(p, max_rows, seed, directory) as values:
+        n_sequences = _spool_rows(geometry, caches, sink_tokens, keys, values, progress)
+        if keys.n_rows < 2:
+            raise InvalidArgument(
+                f"calibration needs at least 2 tokens past the {sink_tokens} sinks; got {keys.n_rows}"
+            )
+        kinds = [_fit_kind(name, spool, geometry, rank, layers_per_basis, seed, progress)
+                 for name, spool in (("key", keys), ("value", values))]  # fmt: skip
+        info = {
+            "n_sequences": n_sequences,
+            "n_tokens_seen": keys.n_offered,
+            "n_rows": keys.n_rows,
+            "sink_tokens": sink_tokens,
+            "layers_per_basis": layers_per_basis,
+            "model_parameters": model_parameters,
+            "seed": seed,
+        }
+    return Calibration(geometry, kinds[0], kinds[1], info)
+
+
+def _spool_rows(
+    geometry: CacheGeometry,
+    caches: Iterable[KVCache],
+    sink_tokens: int,
+    keys: RowSpool,
+    values: RowSpool,
+    progress: bool,
+) -> int:
+    n_sequences = 0
+    for cache in _bar(caches, "caches", progress):
+        geometry.check(cache)
+        cache.validate()
+        positions = cache.resolved_positions()
+        body = (positions >= sink_tokens).to(cache.keys.device)
+        if not bool(body.any()):
+            continue
+        unrotated = geometry.rope.unrotate(cache.keys, positions.to(cache.keys.device), cache.resolved_rope_length())
+        slots = keys.append(rows_of(unrotated)[body])
+        values.append(rows_of(cache.values)[body], slots)
+        n_sequences += 1
+    return n_sequences
+
+
+def _fit_kind(
+    name: str,
+    spool: RowSpool,
+    geometry: CacheGeometry,
+    rank: int,
+    layers_per_basis: int | None,
+    seed: int,
+    progress: bool,
+) -> KindCalibration:
+    group = layers_per_basis or geometry.n_layers
+    layer_features = geometry.row_features // geometry.n_layers
+    ranges = [
+        slice(start * layer_features, min(start + group, geometry.n_layers) * layer_features)
+        for start in range(0, geometry.n_layers, group)
+    ]
+    with tqdm(total=len(ranges) * (POWER_ITERATIONS + 1), desc=f"{name} basis", **_quiet(progress)) as bar:
+        parts = [principal_components(spool, rank, columns, seed, lambda: bar.update() and None) for columns in ranges]
+    components = parts[0] if len(parts) == 1 else block_diagonal(parts, rank)
+    vectors = components.basis.vectors.float()
+    coefficients = [
+        project(block, components.basis.mean, vectors).numpy()
+        for block in _bar(spool.sample(MAX_SAMPLE_ROWS, seed), f"{name} distortion", progress)
+    ]
+    table = measure_distortion(np.concatenate(coefficients))
+    return KindCalibration(components.basis, table, components.total_variance)
+
+
+def _bar(items: Iterable[Item], description: str, progress: bool) -> Iterable[Item]:
+    bar: Iterable[Item] = tqdm(items, desc=description, **_quiet(progress))
+    return bar
+
+
+def _quiet(progress: bool) -> dict[str, Any]:
+    # None lets tqdm draw only on a terminal.
+    return {"disable": None if progress else True, "file": sys.stderr, "leave": False}

@@ -1,0 +1,114 @@
+"""Principal components of spooled rows by a randomized SVD (Halko et al. 2011; paper, section 1.2).
+
+No p x p matrix and no more than one block of rows is ever held: with X the centred rows and Q an orthonormal guess [p, l],
+
+    repeat:  Q <- orthonormalize(X^T (X Q))        one pass over the rows each
+    finally: eigenvectors of (X Q)^T (X Q)         rotate Q into principal directions
+
+Where l reaches p the guess is the whole space, and the last step alone is the exact decomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..coding.transform import Basis
+from .row_spool import RowSpool
+
+POWER_ITERATIONS = 8
+OVERSAMPLING = 64
+
+
+@dataclass(frozen=True)
+class PrincipalComponents:
+    """A basis and the variance it was drawn from: `total_variance` is summed over all features."""
+
+    basis: Basis
+    total_variance: float
+
+    @property
+    def explained_variance(self) -> float:
+        """Share of the variance that the basis can express, 0 .. 1."""
+        return float(self.basis.spectrum.double().sum()) / self.total_variance if self.total_variance else 1.0
+
+
+def principal_components(
+    spool: RowSpool, rank: int, columns: slice = slice(None), seed: int = 0, on_pass: Callable[[], None] | None = None
+) -> PrincipalComponents:
+    """The leading `rank` components (fewer if rows or features are fewer) of the spooled rows' `columns`.
+
+    Time 4 * n * p * l operations a pass, nine passes; memory a few matrices [p, l] and one block of rows.
+    """
+    mean = _mean(spool, columns)
+    features = mean.numel()
+    rank = min(rank, features, spool.n_rows)
+    width = min(rank + OVERSAMPLING, features)
+    if width == features:
+        guess = torch.eye(features)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        guess = _orthonormalize(torch.randn(features, width, generator=generator))
+        for _ in range(POWER_ITERATIONS):
+            image = torch.zeros(features, width)
+            for block in spool.blocks(columns):
+                block -= mean
+                image.addmm_(block.T, block @ guess)
+            guess = _orthonormalize(image)
+            if on_pass:
+                on_pass()
+    gram = torch.zeros(width, width, dtype=torch.float64)
+    energy = 0.0
+    for block in spool.blocks(columns):
+        block -= mean
+        energy += float(block.square().sum(dtype=torch.float64))
+        image = block @ guess
+        gram += image.T @ image
+    if on_pass:
+        on_pass()
+    values, directions = torch.linalg.eigh(gram)
+    leading = directions.flip(1)[:, :rank].float()
+    spectrum = values.flip(0)[:rank].clamp_min(0).float() / spool.n_rows
+    vectors = _fix_signs(guess @ leading).to(torch.float16)
+    return PrincipalComponents(Basis(mean, vectors, spectrum), energy / spool.n_rows)
+
+
+def block_diagonal(parts: list[PrincipalComponents], rank: int) -> PrincipalComponents:
+    """Bases of consecutive feature ranges as one basis of all features, components by falling variance, at most `rank`."""
+    spectrum = torch.cat([part.basis.spectrum for part in parts])
+    order = spectrum.argsort(descending=True, stable=True)[:rank]
+    features = sum(part.basis.vectors.shape[0] for part in parts)
+    vectors = torch.zeros(features, spectrum.numel(), dtype=torch.float16)
+    row = column = 0
+    for part in parts:
+        height, width = part.basis.vectors.shape
+        vectors[row : row + height, column : column + width] = part.basis.vectors
+        row, column = row + height, column + width
+    mean = torch.cat([part.basis.mean for part in parts])
+    return PrincipalComponents(
+        Basis(mean, vectors[:, order].contiguous(), spectrum[order]), sum(part.total_variance for part in parts)
+    )
+
+
+def _mean(spool: RowSpool, columns: slice) -> Tensor:
+    total: Tensor | None = None
+    for block in spool.blocks(columns):
+        partial = block.sum(dim=0, dtype=torch.float64)
+        total = partial if total is None else total + partial
+    if total is None:
+        raise RuntimeError("the spool holds no rows")
+    return (total / spool.n_rows).float()
+
+
+def _orthonormalize(columns: Tensor) -> Tensor:
+    orthonormal: Tensor = torch.linalg.qr(columns).Q
+    return orthonormal
+
+
+def _fix_signs(vectors: Tensor) -> Tensor:
+    """Make the largest entry of each column positive: a basis of its own does not depend on the solver's signs."""
+    signs = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+    return vectors * torch.where(signs == 0, torch.ones_like(signs), signs)

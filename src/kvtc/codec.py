@@ -1,0 +1,387 @@
+"""The codec. The order of the stages stands here and nowhere else:
+
+encode   regions -> un-rotate keys -> rows -> project -> quantize and pack -> lossless coding -> stream
+decode   stream -> lossless decoding -> unpack and dequantize -> reconstruct, layer by layer -> rotate keys -> cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import interop
+from .cache import KVCache
+from .calibration.artifact import Calibration
+from .coding.allocation import BitAllocation
+from .coding.exact import encode_exact, encode_fp8
+from .coding.groups import decode_groups, encode_groups
+from .coding.lossless import require_coder
+from .coding.regions import ChunkSpan, split_regions
+from .coding.transform import project, reconstruct, rows_of
+from .container import (
+    MAX_CHUNK_TOKENS,
+    PROFILES,
+    STREAM_WIDE,
+    Chunk,
+    Header,
+    Payload,
+    SectionType,
+    parse_stream,
+    token_digest,
+    write_stream,
+)
+from .errors import InvalidArgument, InvalidCache
+from .opened_stream import ExactTokens, OpenedStream, TokenIds, open_stream
+from .rate import RateTarget
+
+NO_DIGEST = bytes(8)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind (keys or values) ready to compute with: mean [q] and the used columns of its basis [q, n], float32."""
+
+    mean: Tensor
+    vectors: Tensor
+
+    def layer(self, index: int, layer_features: int) -> _Kind:
+        """The features of one layer alone."""
+        features = slice(index * layer_features, (index + 1) * layer_features)
+        return _Kind(self.mean[features], self.vectors[features])
+
+
+class Codec:
+    """Encodes caches of a calibrated model at one rate, and decodes every stream made with the same calibration.
+
+    ratio: bits of a cached value over bits the body may spend on it before lossless coding, as in the paper; the real
+    body_ratio is at least that. key_ratio, value_ratio: the same for one kind alone.
+    max_error: instead of a ratio, the largest relative error (Frobenius norm over the centred calibration rows) of each kind.
+    sink_tokens, window_tokens: tokens kept exactly at the beginning and the end. sink_format: "exact" or "fp8".
+    allocation: "dynamic" (the dynamic program) or "truncate" (leading coefficients in 16 bits; the paper's table 15).
+    lossless: "deflate", "zstd", "lz4" or "none". chunk_tokens: unit of random access. device: where the arithmetic runs.
+
+    Immutable after construction and safe to share between threads.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        profile: str = "paper",
+        ratio: float | None = None,
+        sink_tokens: int = 4,
+        window_tokens: int = 128,
+        key_ratio: float | None = None,
+        value_ratio: float | None = None,
+        *,
+        max_error: float | None = None,
+        allocation: str = "dynamic",
+        lossless: str = "deflate",
+        sink_format: str = "exact",
+        chunk_tokens: int = 256,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if profile not in PROFILES:
+            raise InvalidArgument(f"profile {profile!r} is unknown; expected one of {', '.join(PROFILES)}")
+        if sink_tokens < 0 or window_tokens < 0:
+            raise InvalidArgument(f"sink_tokens {sink_tokens} and window_tokens {window_tokens} must not be negative")
+        if not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS:
+            raise InvalidArgument(f"chunk_tokens must lie in 1 .. {MAX_CHUNK_TOKENS}; got {chunk_tokens}")
+        if sink_format not in ("exact", "fp8"):
+            raise InvalidArgument(f"sink_format must be exact or fp8; got {sink_format!r}")
+        require_coder(lossless)
+        self.calibration = calibration
+        self.profile = profile
+        self.sink_tokens = sink_tokens
+        self.window_tokens = window_tokens
+        self.lossless = lossless
+        self.sink_format = sink_format
+        self.chunk_tokens = chunk_tokens
+        self.device = torch.device(device)
+        self._working: dict[int, _Kind] = {}
+        self.rate = RateTarget(calibration, ratio, key_ratio, value_ratio, max_error, allocation)
+        # A rate that cannot be met is the caller's error: say so now and not at the first encode.
+        self.rate.allocations(16)
+
+    def encode(self, cache: Any, token_ids: Any = None, positions: Any = None) -> bytes:
+        """A cache -> stream. The cache is left as it was.
+
+        cache: a transformers `DynamicCache` of batch 1, or a `KVCache`. token_ids [T]: their digest is stored and must match on
+        decode. positions [T]: where the tokens stand, increasing; default the cache's own, or 0 .. T-1.
+
+        Raises `InvalidCache`, `GeometryMismatch`, `UnsupportedModel`, `InvalidArgument`.
+        """
+        is_transformers = interop.is_transformers_cache(cache)
+        if is_transformers:
+            if interop.batch_size(cache) != 1:
+                raise InvalidCache(f"the cache holds {interop.batch_size(cache)} sequences; use encode_batch")
+            cache = interop.from_transformers(cache, self.calibration.geometry)
+        elif not isinstance(cache, KVCache):
+            raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
+        return self._encode(cache, _as_ids(token_ids), _as_ids(positions), is_transformers)
+
+    def decode(
+        self, stream: bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
+    ) -> Any:
+        """A stream -> cache of the kind that was encoded, ready for `generate`.
+
+        token_ids: the ids the stream was made from (or those of its first `tokens`). tokens: decode only so many tokens from
+        the beginning; only the chunks that hold them are read. start_position: place the first token there instead of where it
+        stood, keys rotated to match (then sinks and window are exact up to rounding).
+
+        Raises `TruncatedStream`, `CorruptStream`, `UnsupportedVersion`, `CalibrationMismatch`, `GeometryMismatch`,
+        `TokenMismatch`, `InvalidArgument`.
+        """
+        opened = open_stream(stream, self.calibration, _as_ids(token_ids), tokens)
+        header = opened.header
+        shift = _shift_to(start_position, opened)
+        shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
+        keys = torch.empty(shape, dtype=header.dtype, device=self.device)
+        values = torch.empty_like(keys)
+        for layer, layer_keys, layer_values in self._restore(opened, shift):
+            keys[layer - header.first_layer] = layer_keys
+            values[layer - header.first_layer] = layer_values
+        if header.is_transformers:
+            return interop.to_transformers(keys[None], values[None])
+        positions = opened.positions[: opened.n_tokens] + shift
+        return KVCache(keys, values, positions, header.first_layer, header.first_kv_head, header.rope_length + shift)
+
+    def decode_layers(self, stream: bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (layer, keys [H, T, D], values [H, T, D]), first layer first, each as soon as it is restored.
+
+        Arguments and stream are checked, and coefficients decoded, before this returns.
+        """
+        return self._restore(open_stream(stream, self.calibration, _as_ids(token_ids), None), shift=0)
+
+    def encode_batch(self, cache: Any, token_ids: Any, attention_mask: Any) -> list[bytes]:
+        """A left-padded transformers cache of several sequences -> one stream each, padding left out.
+
+        token_ids, attention_mask: [B, T]; a mask of 0 marks padding. Positions count from the first real token, as `generate`
+        counts them.
+        """
+        ids, mask = torch.as_tensor(token_ids), torch.as_tensor(attention_mask).bool()
+        size = interop.batch_size(cache)
+        if ids.shape != mask.shape or mask.dim() != 2 or mask.shape[0] != size:
+            raise InvalidArgument(
+                f"token_ids {tuple(ids.shape)} and attention_mask {tuple(mask.shape)} must both be [{size}, tokens]"
+            )
+        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise InvalidArgument("the attention mask has padding after real tokens; kvtc expects padding on the left")
+        streams = []
+        for index in range(size):
+            tokens = mask[index].nonzero().flatten().cpu()
+            part = interop.from_transformers(cache, self.calibration.geometry, index, tokens)
+            streams.append(self._encode(part, _as_ids(ids[index][mask[index]]), None, is_transformers=True))
+        return streams
+
+    def decode_batch(self, streams: Sequence[bytes], token_ids: Any = None) -> tuple[Any, Tensor]:
+        """Streams of transformers caches -> (one left-padded cache, attention_mask [B, T] int64).
+
+        token_ids: one sequence of ids per stream, or [B, T] padded on the left. Padded places hold zeros.
+        """
+        if not streams:
+            raise InvalidArgument("there are no streams to decode")
+        lengths = [parse_stream(stream).n_tokens for stream in streams]
+        longest = max(lengths)
+        ids = [None] * len(streams) if token_ids is None else [_as_ids(row) for row in token_ids]
+        if len(ids) != len(streams):
+            raise InvalidArgument(f"{len(streams)} streams, but token ids for {len(ids)}")
+        mask = torch.zeros(len(streams), longest, dtype=torch.int64, device=self.device)
+        sides: list[Tensor] = []
+        for index, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
+            row = ids[index]
+            row = row if row is None else row[max(0, len(row) - length) :]
+            opened = open_stream(stream, self.calibration, row, None)
+            header = opened.header
+            if not sides:
+                shape = (len(streams), header.n_layers, header.n_kv_heads, longest, header.head_dim)
+                sides = [torch.zeros(shape, dtype=header.dtype, device=self.device) for _ in range(2)]
+            elif header.dtype != sides[0].dtype:
+                raise InvalidArgument(f"stream {index} holds {header.dtype}, stream 0 {sides[0].dtype}")
+            for layer, keys, values in self._restore(opened, shift=0):
+                sides[0][index, layer - header.first_layer, :, longest - length :] = keys
+                sides[1][index, layer - header.first_layer, :, longest - length :] = values
+            mask[index, longest - length :] = 1
+        return interop.to_transformers(*sides), mask
+
+    def _encode(
+        self,
+        cache: KVCache,
+        token_ids: TokenIds | None,
+        positions: TokenIds | None,
+        is_transformers: bool,
+    ) -> bytes:
+        if positions is not None:
+            cache = KVCache(
+                cache.keys,
+                cache.values,
+                torch.from_numpy(positions),
+                cache.first_layer,
+                cache.first_kv_head,
+                cache.rope_length,
+            )
+        self.calibration.geometry.check(cache)
+        cache.validate()
+        if token_ids is not None and len(token_ids) != cache.n_tokens:
+            raise InvalidArgument(f"the cache holds {cache.n_tokens} tokens, but {len(token_ids)} token ids are given")
+        header = self._header(cache, token_ids is not None, is_transformers)
+        place = cache.resolved_positions()
+        spans = split_regions(place, self.sink_tokens, self.window_tokens, self.chunk_tokens)
+        allocations = self.rate.allocations(header.original_bits)
+        bodies = self._encode_bodies(cache, place, spans, allocations)
+        payloads = [Payload(SectionType.ALLOCATION, STREAM_WIDE, b"".join(a.to_bytes() for a in allocations))]
+        chunks = []
+        for index, span in enumerate(spans):
+            chunk, sections = self._encode_chunk(cache, place, span, token_ids, bodies[index])
+            chunks.append(chunk)
+            payloads += [Payload(section, index, raw) for section, raw in sections]
+        return write_stream(header, chunks, payloads, self.lossless)
+
+    def _encode_bodies(
+        self, cache: KVCache, place: Tensor, spans: list[ChunkSpan], allocations: tuple[BitAllocation, BitAllocation]
+    ) -> list[bytes]:
+        """The coded rows of every chunk, keys then values, before lossless coding."""
+        counts = [span.n_body for span in spans]
+        if not any(counts):
+            return [b""] * len(spans)
+        first = next(span.body.start for span in spans if span.n_body)
+        body = slice(first, first + sum(counts))
+        keys = self.calibration.geometry.rope.unrotate(
+            cache.keys[:, :, body].to(self.device), place[body].to(self.device), cache.resolved_rope_length()
+        )
+        packed = []
+        for side, kind, allocation in zip(
+            (keys, cache.values[:, :, body].to(self.device)), self._kinds(allocations), allocations, strict=True
+        ):
+            coefficients = project(rows_of(side), kind.mean, kind.vectors)
+            packed.append(encode_groups(coefficients, allocation, counts))
+        return [key + value for key, value in zip(*packed, strict=True)]
+
+    def _encode_chunk(
+        self,
+        cache: KVCache,
+        place: Tensor,
+        span: ChunkSpan,
+        token_ids: TokenIds | None,
+        body: bytes,
+    ) -> tuple[Chunk, list[tuple[SectionType, bytes]]]:
+        tokens = slice(span.first, span.window.stop)
+        here = place[tokens]
+        has_gaps = int(here[-1]) - int(here[0]) + 1 != here.numel()
+        digest = NO_DIGEST if token_ids is None else token_digest(token_ids[tokens])
+        fp8_sinks = self.sink_format == "fp8" and span.n_sink > 0
+        chunk = Chunk(int(here[0]), span.n_sink, span.n_body, span.n_window, has_gaps, fp8_sinks, digest)
+        encode_sinks = encode_fp8 if fp8_sinks else encode_exact
+        raw = {
+            SectionType.POSITIONS: lambda: (here % self.chunk_tokens).numpy().astype("<u2").tobytes(),
+            SectionType.SINK: lambda: encode_sinks(cache.keys[:, :, span.sink], cache.values[:, :, span.sink]),
+            SectionType.BODY: lambda: body,
+            SectionType.WINDOW: lambda: encode_exact(cache.keys[:, :, span.window], cache.values[:, :, span.window]),
+        }
+        return chunk, [(section, raw[section]()) for section in chunk.sections()]
+
+    def _restore(self, opened: OpenedStream, shift: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Check done, bytes read: unpack all coefficients, then restore layer after layer in the stream's dtype."""
+        header, rope = opened.header, self.calibration.geometry.rope
+        kinds = self._kinds(opened.allocations)
+        counts = [chunk.n_body for chunk in opened.chunks if chunk.n_body]
+        coefficients = [
+            torch.cat([decode_groups(data[side], allocation, n, self.device)
+                       for data, n in zip(opened.packed, counts, strict=True)])
+            if counts else torch.zeros(0, allocation.n_coefficients, device=self.device)
+            for side, allocation in enumerate(opened.allocations)
+        ]  # fmt: skip
+        exact = [self._moved(part, opened, shift) for part in opened.exact]
+        body = opened.body.to(self.device)
+        positions = (opened.positions + shift).to(self.device)[body]
+        head_shape = (-1, header.n_kv_heads, header.head_dim)
+
+        def restored() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for layer in range(header.n_layers):
+                parts = [kind.layer(layer, header.n_kv_heads * header.head_dim) for kind in kinds]
+                rows = [reconstruct(c, part.mean, part.vectors) for c, part in zip(coefficients, parts, strict=True)]
+                keys, values = (side.reshape(head_shape).transpose(0, 1) for side in rows)
+                keys = rope.turn_layer(layer, keys, positions, header.rope_length + shift)
+                shape = (header.n_kv_heads, opened.positions.numel(), header.head_dim)
+                both = [torch.empty(shape, dtype=header.dtype, device=self.device) for _ in range(2)]
+                both[0][:, body] = _saturate(keys, header.dtype)
+                both[1][:, body] = _saturate(values, header.dtype)
+                for part in exact:
+                    both[0][:, part.tokens] = part.keys[layer]
+                    both[1][:, part.tokens] = part.values[layer]
+                yield header.first_layer + layer, both[0][:, : opened.n_tokens], both[1][:, : opened.n_tokens]
+
+        return restored()
+
+    def _moved(self, part: ExactTokens, opened: OpenedStream, shift: int) -> ExactTokens:
+        """Exact tokens on the codec's device, their keys turned to new positions if there is a shift."""
+        keys, values = part.keys.to(self.device), part.values.to(self.device)
+        if shift:
+            rope, length = self.calibration.geometry.rope, opened.header.rope_length
+            positions = opened.positions[part.tokens].to(self.device)
+            plain = rope.unrotate(keys, positions, length)
+            keys = _saturate(rope.rotate(plain, positions + shift, length + shift), keys.dtype)
+        return ExactTokens(part.first, keys, values)
+
+    def _header(self, cache: KVCache, has_digests: bool, is_transformers: bool) -> Header:
+        geometry = self.calibration.geometry
+        return Header(
+            self.profile,
+            cache.dtype,
+            self.calibration.fingerprint,
+            geometry.first_layer,
+            geometry.n_layers,
+            geometry.first_kv_head,
+            geometry.n_kv_heads,
+            geometry.head_dim,
+            self.chunk_tokens,
+            cache.resolved_rope_length(),
+            has_digests,
+            is_transformers,
+        )
+
+    def _kinds(self, allocations: tuple[BitAllocation, BitAllocation]) -> tuple[_Kind, _Kind]:
+        return self._kind(0, allocations[0].n_coefficients), self._kind(1, allocations[1].n_coefficients)
+
+    def _kind(self, index: int, n_coefficients: int) -> _Kind:
+        basis = (self.calibration.key, self.calibration.value)[index].basis
+        kind = self._working.get(index)
+        # Columns are needed from the first on: the widest conversion so far serves every narrower stream.
+        if kind is None or kind.vectors.shape[1] < n_coefficients:
+            vectors = basis.vectors[:, :n_coefficients].to(self.device).float()
+            kind = self._working[index] = _Kind(basis.mean.to(self.device), vectors)
+        return _Kind(kind.mean, kind.vectors[:, :n_coefficients])
+
+
+def _as_ids(values: Any) -> TokenIds | None:
+    """Token ids or positions in any integer form -> int64 [T]."""
+    if values is None:
+        return None
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.ndim == 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
+        raise InvalidArgument(
+            f"token ids and positions are integers [tokens]; got {array.dtype} of shape {array.shape}"
+        )
+    return array.astype(np.int64)
+
+
+def _shift_to(start_position: int | None, opened: OpenedStream) -> int:
+    """How far tokens move so that the first stands at `start_position`."""
+    if start_position is None or not opened.n_tokens:
+        return 0
+    shift = start_position - int(opened.positions[0])
+    if start_position < 0 or int(opened.positions[-1]) + shift >= 1 << 31:
+        raise InvalidArgument(f"start_position {start_position} moves tokens outside of 0 .. 2**31 - 1")
+    return shift
+
+
+def _saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 -> dtype; what lies past its range becomes its largest value, not infinity or NaN."""
+    limit = torch.finfo(dtype).max
+    return values.clamp(-limit, limit).to(dtype)

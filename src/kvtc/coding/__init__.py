@@ -1,0 +1,1 @@
+"""Transform coding, one file a stage: pure functions on tensors, no files, no model library, no choice of device."""

@@ -1,0 +1,74 @@
+"""Coefficients of a chunk to bytes under a bit allocation, and back.
+
+Run after run of the allocation, each: the shifts [group, token], the scales [group, token] (both float16, low bytes first and
+then high bytes, because bytes of one significance resemble each other and DEFLATE finds that), then the packed symbols
+[group, token, coefficient].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .allocation import BitAllocation, Run
+from .bitpack import pack, packed_bytes, unpack
+from .quantizer import dequantize, quantize
+
+
+def chunk_bytes(allocation: BitAllocation, n_tokens: int) -> int:
+    """Bytes of `n_tokens` tokens before lossless coding."""
+    return sum(_run_bytes(run, n_tokens) for run in allocation.runs)
+
+
+def encode_groups(coefficients: Tensor, allocation: BitAllocation, n_tokens_of_chunks: list[int]) -> list[bytes]:
+    """Coefficients [T, >= n_coefficients] float32 -> for each chunk of consecutive tokens its bytes."""
+    parts: list[list[Tensor]] = [[] for _ in n_tokens_of_chunks]
+    for run in allocation.runs:
+        grouped = coefficients[:, run.start : run.stop].reshape(-1, run.count, run.size).transpose(0, 1)
+        symbols, shift, scale = quantize(grouped, run.symbol_type)
+        first = 0
+        for index, n_tokens in enumerate(n_tokens_of_chunks):
+            tokens = slice(first, first + n_tokens)
+            if run.symbol_type.has_scale:
+                parts[index] += [_byte_planes(shift[:, tokens]), _byte_planes(scale[:, tokens])]
+            parts[index].append(pack(symbols[:, tokens].contiguous(), run.symbol_type.value))
+            first += n_tokens
+    return [torch.cat(chunk).cpu().numpy().tobytes() if chunk else b"" for chunk in parts]
+
+
+def decode_groups(data: bytes, allocation: BitAllocation, n_tokens: int, device: torch.device) -> Tensor:
+    """`chunk_bytes` bytes -> coefficients [n_tokens, n_coefficients] float32; dropped ones are zero."""
+    coefficients = torch.zeros(n_tokens, allocation.n_coefficients, device=device)
+    if not data:
+        return coefficients
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    offset = 0
+    for run in allocation.runs:
+        shift = scale = coefficients.new_empty(0)
+        if run.symbol_type.has_scale:
+            side = 2 * run.count * n_tokens
+            shift = _join_planes(buffer[offset : offset + side], run.count, n_tokens)
+            scale = _join_planes(buffer[offset + side : offset + 2 * side], run.count, n_tokens)
+            offset += 2 * side
+        n_symbols = run.count * n_tokens * run.size
+        n_bytes = packed_bytes(n_symbols, run.symbol_type.value)
+        symbols = unpack(buffer[offset : offset + n_bytes], n_symbols, run.symbol_type.value)
+        offset += n_bytes
+        values = dequantize(symbols.reshape(run.count, n_tokens, run.size), shift, scale, run.symbol_type)
+        coefficients[:, run.start : run.stop] = values.transpose(0, 1).reshape(n_tokens, -1)
+    return coefficients
+
+
+def _run_bytes(run: Run, n_tokens: int) -> int:
+    side = 4 * run.count * n_tokens if run.symbol_type.has_scale else 0
+    return side + packed_bytes(run.count * n_tokens * run.size, run.symbol_type.value)
+
+
+def _byte_planes(values: Tensor) -> Tensor:
+    """float16 of any shape -> uint8, all low bytes and then all high bytes."""
+    return values.reshape(-1).view(torch.uint8).reshape(-1, 2).T.reshape(-1)
+
+
+def _join_planes(planes: Tensor, count: int, n_tokens: int) -> Tensor:
+    """Inverse of `_byte_planes`: float16 [count, n_tokens]."""
+    return planes.reshape(2, -1).T.reshape(-1).view(torch.float16).reshape(count, n_tokens)

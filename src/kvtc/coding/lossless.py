@@ -1,0 +1,107 @@
+"""Lossless coders over blocks of 64 KiB, so that blocks of a section decode in parallel, on a CPU or a GPU.
+
+Coded bytes: one uint32 (little-endian) of stored length per block, then the blocks. `none` stores the bytes as they are.
+DEFLATE is raw (RFC 1951), one stream a block, as GPU decoders take it. An id names a format, not a program.
+"""
+
+from __future__ import annotations
+
+import importlib
+import struct
+import zlib
+from typing import Any
+
+from ..errors import CorruptStream, InvalidArgument, MissingDependency
+
+BLOCK_BYTES = 1 << 16
+CODER_IDS = {"none": 0, "deflate": 1, "zstd": 2, "lz4": 3}
+CODER_NAMES = {number: name for name, number in CODER_IDS.items()}
+_DEFLATE_LEVEL = 6
+_ZSTD_LEVEL = 19
+
+
+def require_coder(name: str) -> None:
+    """Raise `InvalidArgument` for an unknown coder and `MissingDependency` where its package is absent."""
+    if name not in CODER_IDS:
+        raise InvalidArgument(f"lossless coder {name!r} is unknown; expected one of {', '.join(CODER_IDS)}")
+    if name == "zstd":
+        _optional("zstandard")
+    elif name == "lz4":
+        _optional("lz4.block")
+
+
+def compress(data: bytes, coder: str) -> bytes:
+    """Code `data` block by block; the result of `none` is `data` itself."""
+    if coder == "none":
+        return data
+    blocks = [_compress_block(data[start : start + BLOCK_BYTES], coder) for start in range(0, len(data), BLOCK_BYTES)]
+    return struct.pack(f"<{len(blocks)}I", *map(len, blocks)) + b"".join(blocks)
+
+
+def decompress(stored: bytes | memoryview, raw_bytes: int, coder: str) -> bytes:
+    """Decode to exactly `raw_bytes` bytes, or raise `CorruptStream`.
+
+    Memory grows with what is really decoded, one block at a time; a claimed length alone allocates nothing.
+    """
+    if coder == "none":
+        if len(stored) != raw_bytes:
+            raise CorruptStream(f"{raw_bytes} bytes expected, {len(stored)} stored without a coder")
+        return bytes(stored)
+    n_blocks = -(-raw_bytes // BLOCK_BYTES)
+    if 4 * n_blocks > len(stored):
+        raise CorruptStream(f"{n_blocks} coded blocks are claimed in {len(stored)} bytes")
+    lengths = struct.unpack_from(f"<{n_blocks}I", stored)
+    if 4 * n_blocks + sum(lengths) != len(stored):
+        raise CorruptStream(f"coded blocks of {sum(lengths)} bytes in a section of {len(stored)}")
+    parts, offset = [], 4 * n_blocks
+    for index, length in enumerate(lengths):
+        expected = min(BLOCK_BYTES, raw_bytes - index * BLOCK_BYTES)
+        part = _decompress_block(bytes(stored[offset : offset + length]), expected, coder)
+        if len(part) != expected:
+            raise CorruptStream(f"block {index} decodes to {len(part)} bytes, {expected} expected")
+        parts.append(part)
+        offset += length
+    return b"".join(parts)
+
+
+def _compress_block(block: bytes, coder: str) -> bytes:
+    if coder == "deflate":
+        deflate = zlib.compressobj(_DEFLATE_LEVEL, zlib.DEFLATED, -15)
+        return deflate.compress(block) + deflate.flush()
+    if coder == "zstd":
+        return bytes(_optional("zstandard").ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=False).compress(block))
+    return bytes(_optional("lz4.block").compress(block, mode="high_compression", store_size=False))
+
+
+def _decompress_block(block: bytes, expected: int, coder: str) -> bytes:
+    if coder == "deflate":
+        inflate = zlib.decompressobj(-15)
+        try:
+            part = inflate.decompress(block, expected + 1)
+        except zlib.error as error:
+            raise CorruptStream(f"a DEFLATE block does not decode: {error}") from error
+        if not inflate.eof or inflate.unused_data:
+            raise CorruptStream("a DEFLATE block does not end where its section says")
+        return part
+    if coder == "zstd":
+        zstandard = _optional("zstandard")
+        try:
+            inflate = zstandard.ZstdDecompressor(max_window_size=1 << 24).decompressobj()
+            part = bytes(inflate.decompress(block))
+        except zstandard.ZstdError as error:
+            raise CorruptStream(f"a zstd block does not decode: {error}") from error
+        if not inflate.eof or inflate.unused_data:
+            raise CorruptStream("a zstd block does not end where its section says")
+        return part
+    lz4 = _optional("lz4.block")
+    try:
+        return bytes(lz4.decompress(block, uncompressed_size=expected))
+    except lz4.LZ4BlockError as error:
+        raise CorruptStream(f"an LZ4 block does not decode: {error}") from error
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependency(f'the coder needs the package {module}; pip install "kvtc[coders]"') from error

@@ -1,0 +1,181 @@
+"""Rotary position embedding on cached keys: remove it before the transform, apply it after.
+
+A rotated key hides the redundancy between positions, so keys are coded as they were before rotation (paper, section 1.1).
+Rotation is orthogonal up to one scalar, so removing it costs nothing: for a pair (a, b) at position t and frequency w,
+
+    rotated   = s * (a cos tw - b sin tw,  a sin tw + b cos tw)
+    unrotated = (a' cos tw + b' sin tw,  b' cos tw - a' sin tw) / s
+
+Pairs are either halves of the rotated part (`half-split`: feature i with i + n/2) or neighbours (`interleaved`: 2i with 2i + 1).
+Features past the rotated part are left alone (partial rotation), and a layer may have no rotation at all (NoPE).
+Frequencies may depend on the length of the sequence the model saw (`dynamic`, `longrope`); that length travels with the stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+
+NO_ROTATION = -1
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """NTK scaling that grows with the sequence: `base * (factor * n / max_length - (factor - 1)) ** (d / (d - 2))`."""
+
+    base: float
+    factor: float
+    max_length: int
+
+
+@dataclass(frozen=True)
+class LongScaling:
+    """A second set of frequencies for sequences longer than `original_length` tokens (longrope)."""
+
+    inverse_frequencies: tuple[float, ...]
+    original_length: int
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """One rotation: inverse frequencies (float32 values, one per pair), the factor on cos and sin, and how pairs are laid out."""
+
+    inverse_frequencies: tuple[float, ...]
+    attention_scaling: float = 1.0
+    interleaved: bool = False
+    scaling: DynamicScaling | LongScaling | None = None
+
+    @property
+    def rotated_dim(self) -> int:
+        """Features of a head that are rotated."""
+        return 2 * len(self.inverse_frequencies)
+
+    def frequencies(self, length: int) -> Tensor:
+        """Inverse frequencies the model uses for a sequence of `length` tokens: [rotated_dim / 2] float32."""
+        scaling = self.scaling
+        if isinstance(scaling, LongScaling) and length > scaling.original_length:
+            return torch.tensor(scaling.inverse_frequencies, dtype=torch.float32)
+        if isinstance(scaling, DynamicScaling) and length > scaling.max_length:
+            dim = self.rotated_dim
+            # From a tensor, so in float32 like the model: one unit in the last place shows at large positions.
+            growth = scaling.factor * torch.tensor(length) / scaling.max_length - (scaling.factor - 1)
+            base = scaling.base * growth ** (dim / (dim - 2))
+            exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
+            return torch.as_tensor(1.0 / (base**exponents), dtype=torch.float32)
+        return torch.tensor(self.inverse_frequencies, dtype=torch.float32)
+
+    def cos_sin(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Unscaled cosines and sines at `positions` [T]: two float32 tensors [T, rotated_dim / 2]."""
+        # One float32 product per angle, as the models themselves compute it: the same rounding at large positions.
+        angles = positions.to(torch.float32)[:, None] * self.frequencies(length).to(positions.device)[None, :]
+        return angles.cos(), angles.sin()
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotations of a model: the distinct tables, and for each layer the index of its table (`NO_ROTATION`: none)."""
+
+    tables: tuple[RopeTable, ...]
+    layer_tables: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for layer, index in enumerate(self.layer_tables):
+            if not NO_ROTATION <= index < len(self.tables):
+                raise InvalidArgument(f"layer {layer} names rotation table {index}; there are {len(self.tables)}")
+
+    def slice_layers(self, start: int, stop: int) -> Rope:
+        """The rotations of layers `start` to `stop` alone."""
+        return Rope(self.tables, self.layer_tables[start:stop])
+
+    def unrotate(self, keys: Tensor, positions: Tensor, length: int) -> Tensor:
+        """Keys [L, H, T, D] as cached -> float32 [L, H, T, D] as before rotation; `positions` [T], `length` the sequence's."""
+        return self._turn(keys, positions, length, inverse=True)
+
+    def rotate(self, keys: Tensor, positions: Tensor, length: int) -> Tensor:
+        """Keys [L, H, T, D] before rotation -> float32 [L, H, T, D] as the model caches them at `positions`."""
+        return self._turn(keys, positions, length, inverse=False)
+
+    def _turn(self, keys: Tensor, positions: Tensor, length: int, inverse: bool) -> Tensor:
+        if keys.shape[0] != len(self.layer_tables):
+            raise InvalidArgument(f"keys have {keys.shape[0]} layers, the rotation describes {len(self.layer_tables)}")
+        turned = keys.to(torch.float32, copy=True)
+        cos_sin = [table.cos_sin(positions, length) for table in self.tables]
+        for layer, index in enumerate(self.layer_tables):
+            if index != NO_ROTATION:
+                _turn_in_place(turned[layer], self.tables[index], *cos_sin[index], inverse)
+        return turned
+
+    def turn_layer(self, layer: int, keys: Tensor, positions: Tensor, length: int) -> Tensor:
+        """Rotate the keys [H, T, D] of one layer; for decoding layer by layer."""
+        turned = keys.to(torch.float32, copy=True)
+        index = self.layer_tables[layer]
+        if index != NO_ROTATION:
+            table = self.tables[index]
+            _turn_in_place(turned, table, *table.cos_sin(positions, length), inverse=False)
+        return turned
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the calibration file; float32 frequencies survive exactly as JSON doubles."""
+        return {
+            "layer_tables": list(self.layer_tables),
+            "tables": [_table_to_json(table) for table in self.tables],
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Rope:
+        """Inverse of `to_json`; KeyError, TypeError or ValueError on anything else."""
+        return cls(tuple(_table_from_json(t) for t in fields["tables"]), tuple(int(i) for i in fields["layer_tables"]))
+
+
+def _turn_in_place(keys: Tensor, table: RopeTable, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """Turn keys [H, T, D] in place; cos and sin [T, rotated_dim / 2]."""
+    rotated = table.rotated_dim
+    if table.interleaved:
+        first, second = keys[..., 0:rotated:2], keys[..., 1:rotated:2]
+    else:
+        first, second = keys[..., : rotated // 2], keys[..., rotated // 2 : rotated]
+    if inverse:
+        cos, sin = cos / table.attention_scaling, -sin / table.attention_scaling
+    else:
+        cos, sin = cos * table.attention_scaling, sin * table.attention_scaling
+    turned_first = first * cos - second * sin
+    turned_second = second * cos + first * sin
+    first.copy_(turned_first)
+    second.copy_(turned_second)
+
+
+def _table_to_json(table: RopeTable) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "inverse_frequencies": list(table.inverse_frequencies),
+        "attention_scaling": table.attention_scaling,
+        "interleaved": table.interleaved,
+    }
+    if isinstance(table.scaling, DynamicScaling):
+        fields["dynamic"] = vars(table.scaling)
+    elif isinstance(table.scaling, LongScaling):
+        fields["long"] = {
+            "inverse_frequencies": list(table.scaling.inverse_frequencies),
+            "original_length": table.scaling.original_length,
+        }
+    return fields
+
+
+def _table_from_json(fields: dict[str, Any]) -> RopeTable:
+    scaling: DynamicScaling | LongScaling | None = None
+    if "dynamic" in fields:
+        dynamic = fields["dynamic"]
+        scaling = DynamicScaling(float(dynamic["base"]), float(dynamic["factor"]), int(dynamic["max_length"]))
+    elif "long" in fields:
+        long = fields["long"]
+        scaling = LongScaling(tuple(float(f) for f in long["inverse_frequencies"]), int(long["original_length"]))
+    return RopeTable(
+        tuple(float(f) for f in fields["inverse_frequencies"]),
+        float(fields["attention_scaling"]),
+        bool(fields["interleaved"]),
+        scaling,
+    )

@@ -1,0 +1,48 @@
+"""The decorrelating transform: rows of a cache to coefficients in a calibrated basis, and back (paper, section 1.2).
+
+A row is one token's keys, or values, of all layers and heads side by side, so that the basis sees what layers and heads share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def rows_of(cache_side: Tensor) -> Tensor:
+    """Keys or values [L, H, T, D] -> rows [T, p] float32, features ordered layer, head, feature."""
+    layers, heads, tokens, dim = cache_side.shape
+    return cache_side.permute(2, 0, 1, 3).reshape(tokens, layers * heads * dim).float()
+
+
+def cache_side_of(rows: Tensor, n_layers: int, n_kv_heads: int) -> Tensor:
+    """Rows [T, p] -> keys or values [L, H, T, D]; inverse of `rows_of` but for the dtype."""
+    tokens, features = rows.shape
+    return rows.reshape(tokens, n_layers, n_kv_heads, features // (n_layers * n_kv_heads)).permute(1, 2, 0, 3)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """mean [p] float32; vectors [p, r] float16, orthonormal columns by falling variance; spectrum [r] float32, their variances."""
+
+    mean: Tensor
+    vectors: Tensor
+    spectrum: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r: coefficients the basis can express."""
+        return self.vectors.shape[1]
+
+
+def project(rows: Tensor, mean: Tensor, vectors: Tensor) -> Tensor:
+    """Rows [T, p] -> coefficients [T, n] float32 in the columns of `vectors` [p, n] float32."""
+    # (rows - mean) V = rows V - mean V: the centred rows are never materialized.
+    return torch.addmm(-(mean @ vectors), rows, vectors)
+
+
+def reconstruct(coefficients: Tensor, mean: Tensor, vectors: Tensor) -> Tensor:
+    """Coefficients [T, n] -> rows [T, q]; `mean` [q] and `vectors` [q, n] may be the slice of a layer."""
+    return torch.addmm(mean, coefficients, vectors.T)

@@ -1,0 +1,54 @@
+"""Every error kvtc raises on purpose, named by what went wrong.
+
+A message says what was expected, what was found, and where. Callers catch the class they can act on; `KvtcError` catches all.
+"""
+
+from __future__ import annotations
+
+
+class KvtcError(Exception):
+    """Root of all errors of this package."""
+
+
+class InvalidArgument(KvtcError, ValueError):
+    """An argument has a value that can never work; the caller is at fault."""
+
+
+class InvalidCache(KvtcError, ValueError):
+    """The cache itself cannot be coded: wrong shape or dtype, or values that are NaN or infinite."""
+
+
+class GeometryMismatch(KvtcError, ValueError):
+    """The cache or stream covers other layers, heads or head size than the calibration."""
+
+
+class CalibrationMismatch(KvtcError):
+    """The stream was made with another calibration."""
+
+
+class TokenMismatch(KvtcError):
+    """The token ids given on decode are not those the stream was made from."""
+
+
+class TruncatedStream(KvtcError):
+    """The stream ends before its own tables say it should."""
+
+
+class CorruptStream(KvtcError):
+    """The stream contradicts itself or fails a checksum."""
+
+
+class CorruptCalibration(KvtcError):
+    """The calibration file is damaged or is not a calibration file."""
+
+
+class UnsupportedVersion(KvtcError):
+    """The stream or calibration was written by a newer format than this library reads."""
+
+
+class UnsupportedModel(KvtcError):
+    """The model keeps a cache that kvtc cannot transform; the message names the layer."""
+
+
+class MissingDependency(KvtcError, ImportError):
+    """An optional package is needed for this call; the message says which extra installs it."""

@@ -1,0 +1,1 @@
+"""Bridges from model libraries and serving engines to the neutral cache."""

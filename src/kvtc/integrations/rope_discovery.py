@@ -1,0 +1,279 @@
+"""Find how a transformers model rotates its keys, layer by layer.
+
+The model's own rotary module supplies the frequencies, and its own `apply_rotary_pos_emb` decides everything else: random keys
+are rotated by the model's code and by the table read from it, and a table is accepted only if both agree. Partial rotation,
+pair layout, the factor on cos and sin, and length-dependent frequencies are therefore observed, not inferred from names.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..coding.rope import NO_ROTATION, DynamicScaling, LongScaling, Rope, RopeTable
+from ..errors import InvalidArgument, MissingDependency, UnsupportedModel
+
+# Models without a rotary module whose keys carry no position: learned embeddings or ALiBi.
+_NEVER_ROTATE = frozenset({"biogpt", "bloom", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm"})
+
+# Layers that skip a rotary module their model does have; the modeling code decides by these config fields.
+_ROTATE_SLIDING_ONLY = frozenset({"afmoe", "cohere2", "flint"})
+_ROTATE_SLIDING_ONLY_IF_ANY = frozenset({"exaone4", "exaone_moe", "kolibri1"})
+
+# Conditions on rotation that are not described by the tables above.
+_UNKNOWN_LAYER_RULE = frozenset({"cohere2_moe", "zamba2"})
+
+# What must be equal in all layers for the cache to be one [layers, heads, tokens, features] block.
+_HEAD_SHAPE = frozenset({"head_dim", "kv_lora_rank", "num_attention_heads", "num_key_value_heads"})
+
+# Both sides round cos and sin of the same float32 angle; other tables differ by far more at the positions tried.
+_AGREEMENT = 1e-5
+
+
+def require_transformers() -> Any:
+    """The transformers package; `MissingDependency` if it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependency('this call needs transformers: pip install "kvtc[hf]"') from error
+    return transformers
+
+
+def text_config(model_or_config: Any) -> Any:
+    """The config of the text decoder, from a model, a config or a composite (multimodal) config."""
+    config: Any = model_or_config.config if isinstance(model_or_config, nn.Module) else model_or_config
+    if not hasattr(config, "get_text_config"):
+        kind = type(model_or_config).__name__
+        raise InvalidArgument(f"expected a transformers model or config, got {kind}")
+    return config.get_text_config(decoder=True)
+
+
+def refuse_unusual_heads(config: Any) -> None:
+    """Raise `UnsupportedModel` unless all layers of a text config have plain key-value heads of one number and size.
+
+    Refuses multi-head latent attention (MLA), whose keys are not plain rotated heads, and layers of differing shapes.
+    """
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise UnsupportedModel(f"{config.model_type} has no num_hidden_layers; expected one stack of decoder layers")
+    differing = sorted(_HEAD_SHAPE & set(getattr(config, "per_layer_attributes", None) or ()))
+    if differing:
+        raise UnsupportedModel(
+            f"{config.model_type} has layers that differ in {', '.join(differing)}; expected one shape"
+        )
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise UnsupportedModel(
+            f"every layer of {config.model_type} uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank}); "
+            "expected layers that cache plain keys and values"
+        )
+
+
+def rope_from_model(model: Any) -> Rope:
+    """The rotations of all layers of a live causal language model, from its own buffers.
+
+    Frequencies have the values the model uses (float32; a model cast to 16 bits as a whole has rounded them). The model is left
+    as it is. `UnsupportedModel` if the rotation is not understood, `InvalidArgument` if `model` is no transformers model.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_decoder"):
+        raise InvalidArgument(f"expected a transformers causal language model, got {type(model).__name__}")
+    return _discover(model, lambda rotary: copy.deepcopy(rotary))
+
+
+def rope_from_config(config: Any) -> Rope:
+    """The rotations of all layers of the causal language model that `config` describes, without its weights.
+
+    `UnsupportedModel` if the rotation is not understood or transformers knows no such model.
+    """
+    transformers = require_transformers()
+    refuse_unusual_heads(text_config(config))
+    try:
+        # The skeleton allocates nothing: it shows which rotary module the architecture builds, and where.
+        with torch.device("meta"):
+            skeleton = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+    except Exception as error:  # whatever the architecture's constructor raises
+        raise UnsupportedModel(
+            f"transformers cannot build a causal language model from {type(config).__name__}: {error}"
+        ) from error
+    return _discover(skeleton, lambda rotary: type(rotary)(config=rotary.config))
+
+
+def remembered_length(model: Any) -> int:
+    """Length of the sequence whose frequencies a dynamic rotation now uses; 0 if it uses its unscaled ones (or is none).
+
+    Dynamic scaling keeps the frequencies of the longest sequence until one shorter than the original limit resets it.
+    """
+    longest = 0
+    for module in _rotary_modules(model).values():
+        kind = getattr(module, "rope_type", "")
+        prefixes = [f"{name}_" for name in kind if "dynamic" in kind[name]] if isinstance(kind, dict) else [""]
+        for prefix in prefixes if "dynamic" in str(kind) else []:
+            length = int(getattr(module, f"{prefix}max_seq_len_cached", module.max_seq_len_cached))
+            if length > int(module.original_max_seq_len):
+                longest = max(longest, length)
+    return longest
+
+
+def _rotary_modules(model: Any) -> dict[str, Any]:
+    """Rotary modules of the text decoder, by path."""
+    modules = model.get_decoder().named_modules()
+    return {path: module for path, module in modules if type(module).__name__.endswith("RotaryEmbedding")}
+
+
+def _discover(model: Any, fresh: Callable[[nn.Module], nn.Module]) -> Rope:
+    """Rotations of all layers; `fresh` makes a rotary module that may be run without touching the model's own."""
+    config = text_config(model)
+    refuse_unusual_heads(config)
+    name = f"{type(model).__name__} ({config.model_type})"
+    n_layers = int(config.num_hidden_layers)
+    found = _rotary_modules(model)
+    if len(found) > 1:
+        listed = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
+        raise UnsupportedModel(f"{name}: expected one rotary module for all layers, found {len(found)}: {listed}")
+    if not found:
+        kind = config.model_type
+        if kind in _NEVER_ROTATE or (kind == "granitemoehybrid" and config.position_embedding_type == "nope"):
+            return Rope((), (NO_ROTATION,) * n_layers)
+        raise UnsupportedModel(f"{name}: has no *RotaryEmbedding module, and is not known to leave its keys unrotated")
+    reader = _TableReader(name, config, next(iter(found.values())), fresh)
+    tables: list[RopeTable] = []
+    layer_tables = []
+    for layer in range(n_layers):
+        table = reader.table(layer) if _rotates(name, config, layer) else None
+        if table is not None and table not in tables:
+            tables.append(table)
+        layer_tables.append(NO_ROTATION if table is None else tables.index(table))
+    return Rope(tuple(tables), tuple(layer_tables))
+
+
+def _rotates(name: str, config: Any, layer: int) -> bool:
+    """Whether a layer of a model that has a rotary module applies it."""
+    kind = config.model_type
+    if kind in _UNKNOWN_LAYER_RULE:
+        raise UnsupportedModel(f"{name}: it is not known whether layer {layer} rotates its keys")
+    if kind == "falcon":
+        return not config.alibi
+    sliding = _layer_type(config, layer) == "sliding_attention"
+    if kind in _ROTATE_SLIDING_ONLY:
+        return sliding
+    if kind in _ROTATE_SLIDING_ONLY_IF_ANY:
+        return sliding or config.sliding_window is None
+    # Despite its name the list marks with 1 the layers that do rotate (smollm3, llama4).
+    rotating = getattr(config, "no_rope_layers", None)
+    return rotating is None or bool(rotating[layer])
+
+
+def _layer_type(config: Any, layer: int) -> str | None:
+    types = getattr(config, "layer_types", None)
+    return None if types is None else str(types[layer])
+
+
+class _TableReader:
+    """Reads the tables of one rotary module, once per layer type, and checks them against the model's own rotation."""
+
+    def __init__(self, name: str, config: Any, rotary: nn.Module, fresh: Callable[[nn.Module], nn.Module]) -> None:
+        self._name = f"{name}, {type(rotary).__name__}"
+        self._config = config
+        self._rotary = rotary
+        self._fresh = fresh
+        self._per_type = "layer_type" in inspect.signature(type(rotary).forward).parameters
+        self._known: dict[str | None, RopeTable | None] = {}
+
+    def table(self, layer: int) -> RopeTable | None:
+        """The table of a layer; None if its layer type has no rotation."""
+        layer_type = _layer_type(self._config, layer) if self._per_type else None
+        if layer_type not in self._known:
+            where = f"{self._name}, layer {layer}" + (f" ({layer_type})" if layer_type else "")
+            try:
+                self._known[layer_type] = self._read(layer_type, where)
+            except UnsupportedModel:
+                raise
+            except Exception as error:  # the rotary module is foreign code: any failure means it is not understood
+                raise UnsupportedModel(f"{where}: cannot read the rotation: {type(error).__name__}: {error}") from error
+        return self._known[layer_type]
+
+    def _read(self, layer_type: str | None, where: str) -> RopeTable | None:
+        settings = self._config.rope_parameters
+        if layer_type is not None:
+            settings = settings[layer_type]
+            if settings is None:
+                return None
+        probe = _Probe(self._fresh(self._rotary), layer_type)
+        kind = probe.rope_type
+        # Read after a short sequence: the buffers of a live model may still hold the frequencies of a long one.
+        base = probe.frequencies(1)
+        limit = int(getattr(self._config, "max_position_embeddings", None) or 4096)
+        scaling: DynamicScaling | LongScaling | None = None
+        if "dynamic" in kind:
+            scaling = DynamicScaling(float(settings["rope_theta"]), float(settings["factor"]), limit)
+        elif kind == "longrope":
+            limit = int(settings["original_max_position_embeddings"])
+            scaling = LongScaling(probe.frequencies(limit + 1), limit)
+        for interleaved in (False, True):
+            table = RopeTable(base, probe.attention_scaling, interleaved, scaling)
+            # Within the limit, just past it and far past it: the frequencies of each are observed.
+            if all(probe.agrees(table, self._config, length) for length in (limit, limit + 1, 3 * limit)):
+                return table
+        raise UnsupportedModel(
+            f"{where}: the model's own rotation (rope type {kind!r}, {2 * len(base)} features) is neither half-split nor "
+            "interleaved rotation of the first features by its frequencies"
+        )
+
+
+class _Probe:
+    """A rotary module of its own, on the CPU, that is run at will."""
+
+    def __init__(self, rotary: nn.Module, layer_type: str | None) -> None:
+        self._rotary: Any = rotary.to("cpu")
+        self._prefix = "" if layer_type is None else f"{layer_type}_"
+        self._arguments = {} if layer_type is None else {"layer_type": layer_type}
+        kind = rotary.rope_type
+        self.rope_type = str(kind[layer_type] if isinstance(kind, dict) else kind)
+
+    @property
+    def attention_scaling(self) -> float:
+        return float(getattr(self._rotary, f"{self._prefix}attention_scaling"))
+
+    def _embed(self, positions: Tensor) -> Any:
+        """cos and sin, or complex factors, of the sequence that ends at the last of `positions`."""
+        carrier = torch.zeros(1, len(positions), 1, dtype=torch.float32)
+        # The class's forward: a copy of a dispatched model's module keeps the hook that moves its inputs off the CPU.
+        return type(self._rotary).forward(self._rotary, carrier, positions[None], **self._arguments)
+
+    def frequencies(self, length: int) -> tuple[float, ...]:
+        """Inverse frequencies after a prefill of `length` tokens."""
+        self._embed(torch.tensor([length - 1]))
+        return tuple(getattr(self._rotary, f"{self._prefix}inv_freq").float().tolist())
+
+    def agrees(self, table: RopeTable, config: Any, length: int) -> bool:
+        """Whether `table` rotates the keys of a sequence of `length` tokens as the model's code does."""
+        positions = torch.tensor(sorted({0, 1, 2, length // 2, length - 1}))
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(len(positions), head_dim, generator=generator, dtype=torch.float32)
+        try:
+            turned = self._turn(keys, positions)
+        except RuntimeError:
+            # With partial rotation some models cut the rotated features off before they call the function.
+            keys = keys[:, : table.rotated_dim]
+            turned = self._turn(keys, positions)
+        expected = Rope((table,), (0,)).rotate(keys[None, None], positions, length)[0, 0]
+        return turned.shape == expected.shape and bool((turned - expected).norm() <= _AGREEMENT * keys.norm())
+
+    def _turn(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys [T, D] rotated by the function of the model's own modeling module."""
+        module = sys.modules[type(self._rotary).__module__]
+        embedding = self._embed(positions)
+        turned: Tensor
+        if isinstance(embedding, Tensor):  # complex factors, heads after tokens (llama4)
+            heads = keys[None, :, None]
+            turned = module.apply_rotary_emb(heads, heads, embedding)[1][0, :, 0]
+        elif "k" in inspect.signature(module.apply_rotary_pos_emb).parameters:
+            turned = module.apply_rotary_pos_emb(keys[None, None], keys[None, None], *embedding)[1][0, 0]
+        else:
+            turned = module.apply_rotary_pos_emb(keys[None, None], *embedding)[0, 0]
+        return turned

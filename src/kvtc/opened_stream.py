@@ -1,0 +1,164 @@
+"""A stream held against a calibration: everything checked, every section read, before memory is asked for by token count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .calibration.artifact import Calibration
+from .coding.allocation import BitAllocation
+from .coding.exact import decode_exact, decode_fp8, exact_bytes, fp8_bytes
+from .coding.groups import chunk_bytes
+from .container import STREAM_WIDE, Chunk, Header, SectionType, Stream, parse_stream, token_digest
+from .errors import CalibrationMismatch, CorruptStream, GeometryMismatch, InvalidArgument, TokenMismatch
+
+TokenIds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ExactTokens:
+    """Sinks or window of one chunk: keys and values [L, H, n, D] in the stream's dtype, the first of them token `first`."""
+
+    first: int
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.first, self.first + self.keys.shape[2])
+
+
+@dataclass(frozen=True)
+class OpenedStream:
+    """The first `n_tokens` tokens of a stream, read but not yet transformed.
+
+    positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: [B] indices of the coded ones among them.
+    packed: per chunk the bytes of keys and of values, as `encode_groups` made them.
+    """
+
+    header: Header
+    chunks: tuple[Chunk, ...]
+    n_tokens: int
+    allocations: tuple[BitAllocation, BitAllocation]
+    positions: Tensor
+    body: Tensor
+    packed: list[tuple[bytes, bytes]]
+    exact: list[ExactTokens]
+
+
+def open_stream(data: bytes, calibration: Calibration, token_ids: TokenIds | None, tokens: int | None) -> OpenedStream:
+    """Parse, check against calibration and token ids, and read the sections of the first `tokens` tokens (all by default)."""
+    stream = parse_stream(data)
+    header = stream.header
+    _check_calibration(header, calibration)
+    n_tokens = stream.n_tokens if tokens is None else tokens
+    if not 0 <= n_tokens <= stream.n_tokens:
+        raise InvalidArgument(f"tokens must lie in 0 .. {stream.n_tokens}, what the stream holds; got {tokens}")
+    chunks = _chunks_of(stream, n_tokens)
+    if token_ids is not None:
+        _check_tokens(header, chunks, token_ids, n_tokens)
+    allocations = _read_allocations(stream, (calibration.key.basis.rank, calibration.value.basis.rank))
+    positions, body, packed, exact = [], [], [], []
+    first = 0
+    for index, chunk in enumerate(chunks):
+        positions.append(_read_positions(stream, index, chunk))
+        if chunk.n_sink:
+            exact.append(_read_exact(stream, index, SectionType.SINK, chunk.n_sink, first, chunk.fp8_sinks))
+        if chunk.n_body:
+            packed.append(_read_body(stream, index, chunk.n_body, allocations))
+            body.append(torch.arange(first + chunk.n_sink, first + chunk.n_sink + chunk.n_body))
+        if chunk.n_window:
+            start = first + chunk.n_sink + chunk.n_body
+            exact.append(_read_exact(stream, index, SectionType.WINDOW, chunk.n_window, start, is_fp8=False))
+        first += chunk.n_tokens
+    return OpenedStream(header, chunks, n_tokens, allocations, _cat(positions), _cat(body), packed, exact)
+
+
+def _check_calibration(header: Header, calibration: Calibration) -> None:
+    geometry = calibration.geometry
+    found = (header.first_layer, header.n_layers, header.first_kv_head, header.n_kv_heads, header.head_dim)
+    expected = (geometry.first_layer, geometry.n_layers, geometry.first_kv_head, geometry.n_kv_heads, geometry.head_dim)
+    if found != expected:
+        raise GeometryMismatch(
+            f"the calibration covers {geometry.describe()}; the stream holds layers {found[0]}..{found[0] + found[1] - 1}, "
+            f"kv heads {found[2]}..{found[2] + found[3] - 1}, head_dim {found[4]}"
+        )
+    if header.fingerprint != calibration.fingerprint:
+        raise CalibrationMismatch(
+            f"the stream was made with calibration {header.fingerprint.hex()}; this one is {calibration.fingerprint.hex()}"
+        )
+
+
+def _chunks_of(stream: Stream, n_tokens: int) -> tuple[Chunk, ...]:
+    """The leading chunks that hold the first `n_tokens` tokens."""
+    count, covered = 0, 0
+    while covered < n_tokens:
+        covered += stream.chunks[count].n_tokens
+        count += 1
+    return stream.chunks[:count]
+
+
+def _check_tokens(header: Header, chunks: tuple[Chunk, ...], token_ids: TokenIds, n_tokens: int) -> None:
+    if not header.has_digests:
+        raise TokenMismatch("token ids are given, but the stream was encoded without any to compare with")
+    if len(token_ids) < n_tokens:
+        raise TokenMismatch(f"{n_tokens} tokens are to be decoded, but only {len(token_ids)} token ids are given")
+    first = 0
+    for index, chunk in enumerate(chunks):
+        ids = token_ids[first : first + chunk.n_tokens]
+        # A digest covers a whole chunk: the last chunk of a prefix is compared only where its ids are all given.
+        whole = len(ids) == chunk.n_tokens
+        if whole and token_digest(ids) != chunk.token_digest:
+            raise TokenMismatch(
+                f"the token ids of chunk {index} (tokens {first} .. {first + chunk.n_tokens - 1}) are not those of the stream"
+            )
+        first += chunk.n_tokens
+
+
+def _read_allocations(stream: Stream, ranks: tuple[int, int]) -> tuple[BitAllocation, BitAllocation]:
+    section = stream.find(SectionType.ALLOCATION)
+    data = stream.read(SectionType.ALLOCATION, STREAM_WIDE, section.raw_bytes)
+    key, offset = BitAllocation.from_bytes(data, 0, ranks[0])
+    value, offset = BitAllocation.from_bytes(data, offset, ranks[1])
+    if offset != len(data):
+        raise CorruptStream(f"{len(data) - offset} bytes follow the bit allocations")
+    if not key.runs and not value.runs:
+        raise CorruptStream("the bit allocations store nothing at all")
+    return key, value
+
+
+def _read_positions(stream: Stream, index: int, chunk: Chunk) -> Tensor:
+    if not chunk.explicit_positions:
+        return torch.arange(chunk.first_position, chunk.first_position + chunk.n_tokens)
+    data = stream.read(SectionType.POSITIONS, index, 2 * chunk.n_tokens)
+    size = stream.header.chunk_tokens
+    offsets = np.frombuffer(data, dtype="<u2").astype(np.int64)
+    if offsets[0] != chunk.first_position % size or offsets[-1] >= size or bool((offsets[1:] <= offsets[:-1]).any()):
+        raise CorruptStream(f"the positions of chunk {index} do not ascend from {chunk.first_position} within its cell")
+    return torch.from_numpy(offsets + chunk.first_position // size * size)
+
+
+def _read_exact(stream: Stream, index: int, section: SectionType, n: int, first: int, is_fp8: bool) -> ExactTokens:
+    header = stream.header
+    shape = (header.n_layers, header.n_kv_heads, n, header.head_dim)
+    if is_fp8:
+        data = stream.read(section, index, fp8_bytes(2 * header.row_features // header.head_dim * n, header.head_dim))
+        return ExactTokens(first, *decode_fp8(data, shape, header.dtype))
+    data = stream.read(section, index, exact_bytes(2 * header.row_features * n, header.dtype))
+    return ExactTokens(first, *decode_exact(data, shape, header.dtype))
+
+
+def _read_body(
+    stream: Stream, index: int, n: int, allocations: tuple[BitAllocation, BitAllocation]
+) -> tuple[bytes, bytes]:
+    key_bytes, value_bytes = (chunk_bytes(allocation, n) for allocation in allocations)
+    data = stream.read(SectionType.BODY, index, key_bytes + value_bytes)
+    return data[:key_bytes], data[key_bytes:]
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

@@ -1,0 +1,29 @@
+"""The reference model that ships with kvtc: small, real, trained by this project; see its card beside the weights.
+
+Every figure of the documentation is measured on it, and the demo and the tests run on it without downloading anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..calibration import Calibration, load_calibration
+from ..errors import MissingDependency
+
+MODEL_DIRECTORY = Path(__file__).parent / "seed-3m"
+
+
+def reference_model() -> tuple[Any, Any]:
+    """(model, tokenizer): a transformers causal LM in float32, in evaluation mode, and its tokenizer."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise MissingDependency('the reference model needs transformers; pip install "kvtc[hf]"') from error
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype="float32", local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(MODEL_DIRECTORY, local_files_only=True)
+
+
+def reference_calibration() -> Calibration:
+    """The calibration of the reference model, made from its training text only."""
+    return load_calibration(MODEL_DIRECTORY / "calibration.safetensors")
