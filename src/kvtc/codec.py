@@ -251,7 +251,7 @@ class Codec:
         first = next(span.body.start for span in spans if span.n_body)
         body = slice(first, first + sum(counts))
         keys = self.calibration.geometry.rope.unrotate(
-            cache.keys[:, :, body].to(self.device), place[body].to(self.device), cache.resolved_rope_length()
+            cache.keys[:, :, body].to(self.device), place[body], cache.resolved_rope_length()
         )
         packed = []
         for side, kind, allocation in zip(
@@ -297,7 +297,7 @@ class Codec:
         ]  # fmt: skip
         exact = [self._moved(part, opened, shift) for part in opened.exact]
         body = opened.body.to(self.device)
-        positions = (opened.positions + shift).to(self.device)[body]
+        positions = opened.positions[opened.body] + shift
         head_shape = (-1, header.n_kv_heads, header.head_dim)
 
         def restored() -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -322,7 +322,7 @@ class Codec:
         keys, values = part.keys.to(self.device), part.values.to(self.device)
         if shift:
             rope, length = self.calibration.geometry.rope, opened.header.rope_length
-            positions = opened.positions[part.tokens].to(self.device)
+            positions = opened.positions[part.tokens]
             plain = rope.unrotate(keys, positions, length)
             keys = _saturate(rope.rotate(plain, positions + shift, length + shift), keys.dtype)
         return ExactTokens(part.first, keys, values)

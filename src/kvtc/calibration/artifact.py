@@ -110,7 +110,8 @@ def load_calibration(path: str | Path) -> Calibration:
                 raise CorruptCalibration(f"{path} is a safetensors file but not a kvtc calibration")
             if int(metadata["version"]) != CALIBRATION_VERSION:
                 raise UnsupportedVersion(
-                    f"{path} is calibration version {metadata['version']}; this kvtc reads version {CALIBRATION_VERSION}: upgrade kvtc"
+                    f"{path} is calibration version {metadata['version']}; "
+                    f"this kvtc reads version {CALIBRATION_VERSION}: upgrade kvtc"
                 )
             calibration = _parse(metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -91,7 +91,7 @@ def _spool_rows(
         body = (positions >= sink_tokens).to(cache.keys.device)
         if not bool(body.any()):
             continue
-        unrotated = geometry.rope.unrotate(cache.keys, positions.to(cache.keys.device), cache.resolved_rope_length())
+        unrotated = geometry.rope.unrotate(cache.keys, positions, cache.resolved_rope_length())
         slots = keys.append(rows_of(unrotated)[body])
         values.append(rows_of(cache.values)[body], slots)
         n_sequences += 1

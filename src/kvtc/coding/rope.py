@@ -103,7 +103,7 @@ class Rope:
     def _turn(self, keys: Tensor, positions: Tensor, length: int, inverse: bool) -> Tensor:
         if keys.shape[0] != len(self.layer_tables):
             raise InvalidArgument(f"keys have {keys.shape[0]} layers, the rotation describes {len(self.layer_tables)}")
-        turned = keys.to(torch.float32, copy=True)
+        turned, positions = keys.to(torch.float32, copy=True), positions.to(keys.device)
         cos_sin = [table.cos_sin(positions, length) for table in self.tables]
         for layer, index in enumerate(self.layer_tables):
             if index != NO_ROTATION:
@@ -116,7 +116,7 @@ class Rope:
         index = self.layer_tables[layer]
         if index != NO_ROTATION:
             table = self.tables[index]
-            _turn_in_place(turned, table, *table.cos_sin(positions, length), inverse=False)
+            _turn_in_place(turned, table, *table.cos_sin(positions.to(keys.device), length), inverse=False)
         return turned
 
     def to_json(self) -> dict[str, Any]:

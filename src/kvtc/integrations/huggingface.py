@@ -72,8 +72,9 @@ def capture(model: Any, token_ids: Tensor | Sequence[int], geometry: CacheGeomet
 
     token_ids: [T] integers. geometry: the layers and heads wanted; None for all.
     Returns keys and values [L, H, T, D] in the model's dtype on the device of its embeddings, contiguous.
-    The model's training flags are as before on return. Errors: `InvalidArgument` for ids that are empty, not one sequence or
-    outside the vocabulary; `GeometryMismatch` for a geometry outside the model; `UnsupportedModel` for another kind of cache.
+    The model's training flags are as before on return. Errors: `InvalidArgument` for ids that are empty, not one
+    sequence or outside the vocabulary; `GeometryMismatch` for a geometry outside the model; `UnsupportedModel` for
+    another kind of cache.
     """
     check_supported(model)
     whole = _Extent.of(model)
@@ -115,8 +116,9 @@ def verify_rope(
 ) -> float:
     """Check `geometry.rope` against the model: cached keys, un-rotated, must be the keys it computed before rotation.
 
-    token_ids: [T] integers, T >= 2 (position 0 is never rotated). tolerance: largest relative error (Frobenius norms) of a layer;
-    None for 1e-4 with float32 keys and 2e-2 with 16-bit ones. Returns the worst error over the layers.
+    token_ids: [T] integers, T >= 2 (position 0 is never rotated).
+    tolerance: largest relative error (Frobenius norms) of a layer; None for 1e-4 with float32 keys, 2e-2 with 16-bit.
+    Returns the worst error over the layers.
     `UnsupportedModel`, naming the layer, if a layer exceeds it or if its keys before rotation cannot be observed.
     """
     ids = _as_ids(token_ids)
@@ -176,10 +178,11 @@ def calibrate(
     kv_heads: tuple[int, int] | None = None,
     **options: Any,
 ) -> Calibration:
-    """Calibrate on the caches of `token_sequences` (any iterable, read once), after verifying the rotation on the first.
+    """Calibrate on the caches of `token_sequences` (any iterable, read once); the first also verifies the rotation.
 
-    Sequences of at most `sink_tokens` tokens hold nothing to learn from and are skipped. `layers` and `kv_heads` are as in
-    `geometry_of`; `options` go to `kvtc.calibration.fit.fit`. Errors as of `geometry_of`, `capture` and `verify_rope`.
+    Sequences of at most `sink_tokens` tokens hold nothing to learn from and are skipped. `layers` and `kv_heads` are
+    as in `geometry_of`; `options` go to `kvtc.calibration.fit.fit`. Errors as of `geometry_of`, `capture`,
+    `verify_rope` and `fit`; `InvalidArgument` if no sequence is long enough.
     """
     from ..calibration.fit import fit
 
@@ -258,7 +261,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _recorder(outputs: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
     """A forward hook that keeps the output."""
 
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             # Kept, not copied: some models clamp a projection in place before they rotate it.
             outputs.append(output)

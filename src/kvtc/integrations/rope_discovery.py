@@ -1,8 +1,10 @@
 """Find how a transformers model rotates its keys, layer by layer.
 
-The model's own rotary module supplies the frequencies, and its own `apply_rotary_pos_emb` decides everything else: random keys
-are rotated by the model's code and by the table read from it, and a table is accepted only if both agree. Partial rotation,
-pair layout, the factor on cos and sin, and length-dependent frequencies are therefore observed, not inferred from names.
+The model's own rotary module supplies the frequencies, and its own `apply_rotary_pos_emb` decides everything else:
+random keys are rotated by the model's code and by the table read from it, and a table is accepted only if both agree.
+Partial rotation, pair layout, the factor on cos and sin, and frequencies that depend on the length are therefore
+observed, not inferred from names. Whether a layer applies its table at all is known from the config alone; only
+`huggingface.verify_rope` observes that.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def require_transformers() -> Any:
 
 def text_config(model_or_config: Any) -> Any:
     """The config of the text decoder, from a model, a config or a composite (multimodal) config."""
-    config: Any = model_or_config.config if isinstance(model_or_config, nn.Module) else model_or_config
+    config: Any = (
+        getattr(model_or_config, "config", None) if isinstance(model_or_config, nn.Module) else model_or_config
+    )
     if not hasattr(config, "get_text_config"):
         kind = type(model_or_config).__name__
         raise InvalidArgument(f"expected a transformers model or config, got {kind}")
@@ -68,16 +72,17 @@ def refuse_unusual_heads(config: Any) -> None:
         )
     if getattr(config, "kv_lora_rank", None) is not None:
         raise UnsupportedModel(
-            f"every layer of {config.model_type} uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank}); "
-            "expected layers that cache plain keys and values"
+            f"every layer of {config.model_type} uses multi-head latent attention "
+            f"(kv_lora_rank {config.kv_lora_rank}); expected layers that cache plain keys and values"
         )
 
 
 def rope_from_model(model: Any) -> Rope:
     """The rotations of all layers of a live causal language model, from its own buffers.
 
-    Frequencies have the values the model uses (float32; a model cast to 16 bits as a whole has rounded them). The model is left
-    as it is. `UnsupportedModel` if the rotation is not understood, `InvalidArgument` if `model` is no transformers model.
+    Frequencies have the values the model uses (float32; a model cast to 16 bits as a whole has rounded them). The model
+    is left as it is. `UnsupportedModel` if the rotation is not understood, `InvalidArgument` if `model` is no
+    transformers model.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "get_decoder"):
         raise InvalidArgument(f"expected a transformers causal language model, got {type(model).__name__}")
@@ -103,7 +108,7 @@ def rope_from_config(config: Any) -> Rope:
 
 
 def remembered_length(model: Any) -> int:
-    """Length of the sequence whose frequencies a dynamic rotation now uses; 0 if it uses its unscaled ones (or is none).
+    """Length of the sequence whose frequencies a dynamic rotation now uses; 0 if they are unscaled or never change.
 
     Dynamic scaling keeps the frequencies of the longest sequence until one shorter than the original limit resets it.
     """
@@ -219,8 +224,8 @@ class _TableReader:
             if all(probe.agrees(table, self._config, length) for length in (limit, limit + 1, 3 * limit)):
                 return table
         raise UnsupportedModel(
-            f"{where}: the model's own rotation (rope type {kind!r}, {2 * len(base)} features) is neither half-split nor "
-            "interleaved rotation of the first features by its frequencies"
+            f"{where}: the model's own rotation (rope type {kind!r}, {2 * len(base)} features) is neither half-split "
+            "nor interleaved rotation of the first features by its frequencies"
         )
 
 

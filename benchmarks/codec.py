@@ -1,0 +1,148 @@
+"""Throughput of the codec by stage, in MB of 16-bit cache a second, and encode + decode against the model's own prefill.
+
+    python benchmarks/codec.py --text FILE [--tokens 2048] [--ratio 16] [--repeats 7]
+
+Two caches are timed: the reference model's on real text, and a random one with 8192 features a kind (16 layers of 8 heads of 64)
+and 2048 components, where the transform weighs as it does in large models. Every stage is timed inside a whole encode or decode.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+import kvtc
+import kvtc.codec
+from kvtc.calibration import KindCalibration
+from kvtc.coding.distortion import measure_distortion
+from kvtc.coding.rope import Rope, RopeTable
+from kvtc.coding.transform import Basis
+from kvtc.evaluate.provenance import save_result
+from kvtc.evaluate.table import format_table
+from kvtc.integrations.huggingface import capture
+
+ENCODE_STAGES = {
+    "validate": (kvtc.KVCache, "validate"),
+    "un-rotate": (Rope, "unrotate"),
+    "rows": (kvtc.codec, "rows_of"),
+    "transform": (kvtc.codec, "project"),
+    "quantize and pack": (kvtc.codec, "encode_groups"),
+    "lossless coding, container": (kvtc.codec, "write_stream"),
+}
+DECODE_STAGES = {
+    "container, lossless decoding": (kvtc.codec, "open_stream"),
+    "unpack and dequantize": (kvtc.codec, "decode_groups"),
+    "inverse transform": (kvtc.codec, "reconstruct"),
+    "rotate": (Rope, "turn_layer"),
+}
+
+
+def timed_stages(stages: dict, run: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Median seconds of each stage, of the rest, and of all, over `repeats` runs after one warm-up."""
+    runs: list[dict[str, float]] = []
+    for _ in range(repeats + 1):
+        spent = dict.fromkeys(stages, 0.0)
+        with ExitStack() as stack:
+            for name, (owner, attribute) in stages.items():
+                stack.enter_context(patch.object(owner, attribute, _timer(getattr(owner, attribute), name, spent)))
+            started = time.perf_counter()
+            run()
+            spent["all"] = time.perf_counter() - started
+        spent["rest"] = spent["all"] - sum(spent[name] for name in stages)
+        runs.append(spent)
+    return {name: statistics.median(spent[name] for spent in runs[1:]) for name in [*stages, "rest", "all"]}
+
+
+def _timer(function: Callable, name: str, spent: dict[str, float]) -> Callable:
+    @wraps(function)
+    def timed(*args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[name] += time.perf_counter() - started
+
+    return timed
+
+
+def large_case(tokens: int) -> tuple[kvtc.Calibration, kvtc.KVCache]:
+    """A random calibration of 8192 features and 2048 components a kind, and a cache drawn from it."""
+    layers, heads, dim, rank = 16, 8, 64, 2048
+    features = layers * heads * dim
+    generator = torch.Generator().manual_seed(0)
+    rope = Rope((RopeTable(tuple(10_000.0 ** (-i / 32) for i in range(32))),), (0,) * layers)
+    deviations = 8 * (1 + torch.arange(rank)) ** -0.75
+    kinds, sides = [], []
+    for _ in range(2):
+        vectors = torch.linalg.qr(torch.randn(features, rank, generator=generator)).Q.to(torch.float16)
+        basis = Basis(torch.zeros(features), vectors, deviations.square())
+        sample = torch.randn(256, rank, generator=generator) * deviations
+        kinds.append(KindCalibration(basis, measure_distortion(sample.numpy()), float(deviations.square().sum())))
+        rows = (torch.randn(tokens, rank, generator=generator) * deviations) @ vectors.float().T
+        sides.append(rows.reshape(tokens, layers, heads, dim).permute(1, 2, 0, 3).to(torch.bfloat16))
+    geometry = kvtc.CacheGeometry(0, layers, 0, heads, dim, rope)
+    keys = rope.rotate(sides[0], torch.arange(tokens), tokens).to(torch.bfloat16)
+    return kvtc.Calibration(geometry, *kinds), kvtc.KVCache(keys, sides[1].contiguous())
+
+
+def measure(name: str, calibration: kvtc.Calibration, cache: kvtc.KVCache, ratio: float, repeats: int) -> dict:
+    codec = kvtc.Codec(calibration, ratio=ratio)
+    stream = codec.encode(cache)
+    info = kvtc.inspect(stream)
+    megabytes = info.original_bytes / 1e6
+    result = {"case": name, "tokens": info.n_tokens, "cache_mb": round(megabytes, 2), "ratio": ratio,
+              "body_ratio": round(info.body_ratio or 0, 2), "total_ratio": round(info.total_ratio or 0, 2)}  # fmt: skip
+    table = []
+    for direction, stages, run in (
+        ("encode", ENCODE_STAGES, lambda: codec.encode(cache)),
+        ("decode", DECODE_STAGES, lambda: codec.decode(stream)),
+    ):
+        spent = timed_stages(stages, run, repeats)
+        result[direction] = {stage: round(1e3 * seconds, 3) for stage, seconds in spent.items()}
+        result[f"{direction}_mb_per_second"] = round(megabytes / spent["all"], 1)
+        table += [
+            [direction, stage, f"{1e3 * seconds:.2f}", f"{100 * seconds / spent['all']:.1f}", f"{megabytes / seconds:.0f}"]
+            for stage, seconds in spent.items()
+        ]
+    print(f"\n{name}: {info.n_tokens} tokens, {megabytes:.1f} MB of 16-bit cache, ratio {ratio}")
+    print(format_table(["", "stage", "ms", "%", "MB/s"], table))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="a text of at least --tokens tokens")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--ratio", type=float, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+
+    model, tokenizer = kvtc.reference_model()
+    text = options.text.read_text(encoding="utf-8")[: 12 * options.tokens]
+    ids = torch.tensor(tokenizer(text).input_ids[: options.tokens])
+    prefills = []
+    for _ in range(options.repeats + 1):
+        started = time.perf_counter()
+        cache = capture(model, ids)
+        prefills.append(time.perf_counter() - started)
+    prefill = statistics.median(prefills[1:])
+    calibration = kvtc.reference_calibration()
+    cache = kvtc.KVCache(cache.keys.to(torch.bfloat16), cache.values.to(torch.bfloat16))
+    reference = measure("reference model", calibration, cache, options.ratio, options.repeats)
+    both = (reference["encode"]["all"] + reference["decode"]["all"]) / 1e3
+    reference["prefill_ms"] = round(1e3 * prefill, 1)
+    reference["encode_and_decode_over_prefill"] = round(both / prefill, 3)
+    print(f"\nprefill {1e3 * prefill:.0f} ms; encode + decode take {both / prefill:.2f} of it")
+    large = measure("8192 features", *large_case(options.tokens), options.ratio, options.repeats)
+    save_result("codec", {"cases": [reference, large], "torch_threads": torch.get_num_threads(), "numpy": np.__version__})
+
+
+if __name__ == "__main__":
+    main()
