@@ -1,6 +1,6 @@
 """Time and memory of the bit allocation at the size of an 8 B model: measuring every possible group, then the dynamic program.
 
-    python benchmarks/allocation.py [--rank 10000] [--rows 1024] [--budget 32768]
+python benchmarks/allocation.py [--rank 10000] [--rows 1024] [--budget 32768]
 """
 
 import argparse
@@ -12,6 +12,7 @@ import numpy as np
 from kvtc.coding.allocation import allocate_bits, distortion_of
 from kvtc.coding.distortion import measure_distortion
 from kvtc.evaluate.provenance import save_result
+from kvtc.evaluate.table import format_fields
 
 
 def main() -> None:
@@ -41,8 +42,11 @@ def main() -> None:
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "bits_used": allocation.bits_per_row,
         "runs": len(allocation.runs),
-        "relative_error": round(float(np.sqrt(distortion_of(allocation, table) / table.energy.sum(dtype=np.float64))), 4),
+        "relative_error": round(
+            float(np.sqrt(distortion_of(allocation, table) / table.energy.sum(dtype=np.float64))), 4
+        ),
     }
+    print(format_fields(list(result.items())))
     save_result("allocation", result)
 
 

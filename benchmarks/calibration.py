@@ -1,6 +1,6 @@
 """Time, memory and accuracy of the basis from a stream of rows, against the exact decomposition of the same rows.
 
-    python benchmarks/calibration.py [--features 8192] [--rows 32768] [--rank 2048]
+python benchmarks/calibration.py [--features 8192] [--rows 32768] [--rank 2048]
 """
 
 import argparse
@@ -16,6 +16,7 @@ from kvtc.calibration.row_spool import RowSpool
 from kvtc.coding.distortion import measure_distortion
 from kvtc.coding.transform import project
 from kvtc.evaluate.provenance import save_result
+from kvtc.evaluate.table import format_fields
 
 STREAMED_ROWS = 1024
 
@@ -81,6 +82,7 @@ def main() -> None:
         "exact_explained_variance": round(exact, 6),
         "shortfall_percent": round(100 * (1 - components.explained_variance / exact), 4),
     }
+    print(format_fields(list(result.items())))
     save_result("calibration", result)
 
 

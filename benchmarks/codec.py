@@ -15,7 +15,6 @@ from functools import wraps
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
 
 import kvtc
@@ -108,7 +107,13 @@ def measure(name: str, calibration: kvtc.Calibration, cache: kvtc.KVCache, ratio
         result[direction] = {stage: round(1e3 * seconds, 3) for stage, seconds in spent.items()}
         result[f"{direction}_mb_per_second"] = round(megabytes / spent["all"], 1)
         table += [
-            [direction, stage, f"{1e3 * seconds:.2f}", f"{100 * seconds / spent['all']:.1f}", f"{megabytes / seconds:.0f}"]
+            [
+                direction,
+                stage,
+                f"{1e3 * seconds:.2f}",
+                f"{100 * seconds / spent['all']:.1f}",
+                f"{megabytes / seconds:.0f}",
+            ]
             for stage, seconds in spent.items()
         ]
     print(f"\n{name}: {info.n_tokens} tokens, {megabytes:.1f} MB of 16-bit cache, ratio {ratio}")
@@ -141,7 +146,7 @@ def main() -> None:
     reference["encode_and_decode_over_prefill"] = round(both / prefill, 3)
     print(f"\nprefill {1e3 * prefill:.0f} ms; encode + decode take {both / prefill:.2f} of it")
     large = measure("8192 features", *large_case(options.tokens), options.ratio, options.repeats)
-    save_result("codec", {"cases": [reference, large], "torch_threads": torch.get_num_threads(), "numpy": np.__version__})
+    save_result("codec", {"cases": [reference, large]})
 
 
 if __name__ == "__main__":

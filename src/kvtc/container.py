@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,7 @@ PROFILE_NAMES = {number: name for name, number in PROFILES.items()}
 DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
 DTYPE_OF = {number: dtype for dtype, number in DTYPES.items()}
 
-_HAS_DIGESTS, _IS_TRANSFORMERS = 1, 2
+_HAS_DIGESTS, _IS_TRANSFORMERS, _HAS_GAPS = 1, 2, 4
 _EXPLICIT_POSITIONS, _FP8_SINKS = 1, 2
 
 
@@ -71,6 +72,8 @@ class Header:
     rope_length: int
     has_digests: bool
     is_transformers: bool
+    # Whether positions of the encoding skip any; `write_stream` sets it. Without gaps a chunk that is missing shows.
+    has_gaps: bool = False
 
     @property
     def row_features(self) -> int:
@@ -191,7 +194,10 @@ def write_stream(header: Header, chunks: Sequence[Chunk], payloads: Sequence[Pay
         entries.append(
             Section(payload.type, used, payload.chunk, len(payload.raw), len(stored[-1]), zlib.crc32(stored[-1]), 0)
         )
-    return _assemble(header, chunks, entries, stored)
+    has_gaps = any(chunk.explicit_positions for chunk in chunks) or any(
+        after.first_position != before.first_position + before.n_tokens for before, after in pairwise(chunks)
+    )
+    return _assemble(replace(header, has_gaps=has_gaps), chunks, entries, stored)
 
 
 def parse_stream(data: bytes | bytearray | memoryview) -> Stream:
@@ -220,7 +226,7 @@ def parse_stream(data: bytes | bytearray | memoryview) -> Stream:
         raise TruncatedStream(f"header and tables take {tables_end} bytes; only {len(view)} bytes are here")
     if zlib.crc32(view[HEADER_BYTES:tables_end], zlib.crc32(view[: HEADER_BYTES - 4])) != checksum:
         raise CorruptStream("header and tables fail their checksum")
-    if profile not in PROFILE_NAMES or dtype not in DTYPE_OF or flags > 3 or reserved:
+    if profile not in PROFILE_NAMES or dtype not in DTYPE_OF or flags > 7 or reserved:
         raise CorruptStream(
             f"profile {profile}, dtype {dtype}, flags {flags}, reserved {reserved}: some value is unknown"
         )
@@ -242,6 +248,7 @@ def parse_stream(data: bytes | bytearray | memoryview) -> Stream:
         rope_length,
         bool(flags & _HAS_DIGESTS),
         bool(flags & _IS_TRANSFORMERS),
+        bool(flags & _HAS_GAPS),
     )
     chunks = tuple(_parse_chunk(view, HEADER_BYTES + index * CHUNK_BYTES, index, header) for index in range(n_chunks))
     _check_order(chunks, header)
@@ -292,7 +299,7 @@ def join_streams(parts: Sequence[bytes | memoryview]) -> bytes:
 
 
 def _assemble(header: Header, chunks: Sequence[Chunk], entries: Sequence[Section], stored: Sequence[bytes]) -> bytes:
-    flags = header.has_digests * _HAS_DIGESTS + header.is_transformers * _IS_TRANSFORMERS
+    flags = header.has_digests * _HAS_DIGESTS + header.is_transformers * _IS_TRANSFORMERS + header.has_gaps * _HAS_GAPS
     head = _HEADER.pack(
         MAGIC,
         FORMAT_VERSION,
@@ -328,13 +335,8 @@ def _pack_chunk(chunk: Chunk) -> bytes:
 def _parse_chunk(view: memoryview, offset: int, index: int, header: Header) -> Chunk:
     first_position, n_sink, n_body, n_window, flags, digest = _CHUNK.unpack_from(view, offset)
     n_tokens = n_sink + n_body + n_window
-    room = header.chunk_tokens - first_position % header.chunk_tokens
-    if (
-        flags > 3
-        or not 1 <= n_tokens <= room
-        or first_position >= MAX_POSITION
-        or (not header.has_digests and any(digest))
-    ):
+    room = min(header.chunk_tokens - first_position % header.chunk_tokens, MAX_POSITION - first_position)
+    if flags > 3 or not 1 <= n_tokens <= room or (not header.has_digests and any(digest)):
         raise CorruptStream(
             f"chunk {index} claims {n_tokens} tokens from position {first_position} (flags {flags}); 1 .. {room} fit its cell"
         )
@@ -344,14 +346,19 @@ def _parse_chunk(view: memoryview, offset: int, index: int, header: Header) -> C
 
 
 def _check_order(chunks: Sequence[Chunk], header: Header) -> None:
-    """Cells ascend, and the regions follow one another: sinks first, then body, then window."""
-    region = 0
+    """Cells ascend, without gaps chunks adjoin, and the regions follow one another: sinks first, then body, then window."""
+    size, region = header.chunk_tokens, 0
     for index, chunk in enumerate(chunks):
-        if (
-            index
-            and chunk.first_position // header.chunk_tokens <= chunks[index - 1].first_position // header.chunk_tokens
-        ):
-            raise CorruptStream(f"chunk {index} at position {chunk.first_position} does not follow the chunk before it")
+        if index:
+            before = chunks[index - 1]
+            adjoins = chunk.first_position == before.first_position + before.n_tokens
+            if chunk.first_position // size <= before.first_position // size or not (adjoins or header.has_gaps):
+                raise CorruptStream(
+                    f"chunk {index} at position {chunk.first_position} does not follow the chunk before it, "
+                    f"{before.n_tokens} tokens from position {before.first_position}"
+                )
+        if chunk.explicit_positions and not header.has_gaps:
+            raise CorruptStream(f"chunk {index} lists its positions in a stream without gaps")
         for number, count in enumerate((chunk.n_sink, chunk.n_body, chunk.n_window)):
             if count and number < region:
                 raise CorruptStream(f"chunk {index} holds an earlier region than the chunks before it")

@@ -13,7 +13,7 @@ from .calibration.artifact import Calibration
 from .coding.allocation import BitAllocation
 from .coding.exact import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from .coding.groups import chunk_bytes
-from .container import STREAM_WIDE, Chunk, Header, SectionType, Stream, parse_stream, token_digest
+from .container import MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType, Stream, parse_stream, token_digest
 from .errors import CalibrationMismatch, CorruptStream, GeometryMismatch, InvalidArgument, TokenMismatch
 
 TokenIds = npt.NDArray[np.int64]
@@ -136,10 +136,12 @@ def _read_positions(stream: Stream, index: int, chunk: Chunk) -> Tensor:
         return torch.arange(chunk.first_position, chunk.first_position + chunk.n_tokens)
     data = stream.read(SectionType.POSITIONS, index, 2 * chunk.n_tokens)
     size = stream.header.chunk_tokens
-    offsets = np.frombuffer(data, dtype="<u2").astype(np.int64)
-    if offsets[0] != chunk.first_position % size or offsets[-1] >= size or bool((offsets[1:] <= offsets[:-1]).any()):
+    start = chunk.first_position // size * size
+    positions = np.frombuffer(data, dtype="<u2").astype(np.int64) + start
+    stop = min(start + size, MAX_POSITION)
+    if positions[0] != chunk.first_position or positions[-1] >= stop or bool((positions[1:] <= positions[:-1]).any()):
         raise CorruptStream(f"the positions of chunk {index} do not ascend from {chunk.first_position} within its cell")
-    return torch.from_numpy(offsets + chunk.first_position // size * size)
+    return torch.from_numpy(positions)
 
 
 def _read_exact(stream: Stream, index: int, section: SectionType, n: int, first: int, is_fp8: bool) -> ExactTokens:

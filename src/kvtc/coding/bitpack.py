@@ -27,7 +27,8 @@ def pack(symbols: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, n_symbols: int, bits: int) -> Tensor:
     """uint8 [packed_bytes(n_symbols, bits)] -> the symbols [n_symbols], uint8 (float16 for 16 bits)."""
     if bits == 16:
-        return packed.view(torch.float16)
+        # float16 cannot be viewed at an odd offset.
+        return (packed.clone() if packed.storage_offset() % 2 else packed).view(torch.float16)
     if bits == 8:
         return packed
     per_byte = 8 // bits

@@ -66,9 +66,12 @@ def _run_bytes(run: Run, n_tokens: int) -> int:
 
 def _byte_planes(values: Tensor) -> Tensor:
     """float16 of any shape -> uint8, all low bytes and then all high bytes."""
-    return values.reshape(-1).view(torch.uint8).reshape(-1, 2).T.reshape(-1)
+    # A slice of one token reshapes to a strided view, which has no bytes to look at.
+    return values.contiguous().reshape(-1).view(torch.uint8).reshape(-1, 2).T.reshape(-1)
 
 
 def _join_planes(planes: Tensor, count: int, n_tokens: int) -> Tensor:
     """Inverse of `_byte_planes`: float16 [count, n_tokens]."""
-    return planes.reshape(2, -1).T.reshape(-1).view(torch.float16).reshape(count, n_tokens)
+    # A copy even where a view would do: float16 cannot be viewed at an odd offset.
+    pairs = planes.reshape(2, -1).T.clone(memory_format=torch.contiguous_format)
+    return pairs.reshape(-1).view(torch.float16).reshape(count, n_tokens)

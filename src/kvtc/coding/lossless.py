@@ -86,13 +86,13 @@ def _decompress_block(block: bytes, expected: int, coder: str) -> bytes:
     if coder == "zstd":
         zstandard = _optional("zstandard")
         try:
-            inflate = zstandard.ZstdDecompressor(max_window_size=1 << 24).decompressobj()
-            part = bytes(inflate.decompress(block))
+            # Both bounds matter: a frame that names its size is decoded into a buffer of that size, whatever is asked for.
+            if zstandard.frame_content_size(block) > expected:
+                raise CorruptStream(f"a zstd block claims more than its {expected} bytes")
+            inflate = zstandard.ZstdDecompressor(max_window_size=1 << 24)
+            return bytes(inflate.decompress(block, max_output_size=expected, allow_extra_data=False))
         except zstandard.ZstdError as error:
             raise CorruptStream(f"a zstd block does not decode: {error}") from error
-        if not inflate.eof or inflate.unused_data:
-            raise CorruptStream("a zstd block does not end where its section says")
-        return part
     lz4 = _optional("lz4.block")
     try:
         return bytes(lz4.decompress(block, uncompressed_size=expected))

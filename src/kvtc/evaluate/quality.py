@@ -1,0 +1,219 @@
+"""Quality of a restored cache: the model reads on from it, and from the exact cache, and the predictions are compared.
+
+Which predictions. A text of T tokens is cut before its last n + 1. The first T - n - 1 tokens are prefilled; that cache is coded
+and restored. Then tokens T-n-1 .. T-2 are fed on top of the exact and of the restored cache, in one pass each: their n
+predictions are those of the last n tokens of the text, every one of them made by looking at the cache. All three metrics are
+means over exactly these n predictions. The text is fed as it is written (teacher forcing), so that errors do not accumulate.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect as python_inspect
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..codec import Codec
+from ..errors import InvalidArgument
+from ..inspection import inspect
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One codec on one text, or on several (`summarize`).
+
+    Cost. n_tokens: tokens in the cache. original_bytes counts 16 bits a value; body_bytes, total_bytes and the ratios are as in
+    `kvtc.StreamInfo`.
+    Quality over n_continuation predictions. kl: mean KL(exact || restored) of the next-token distributions, in nats.
+    top1_agreement: share of predictions with the same most likely token, 0 .. 1. perplexity: of the text from the restored
+    cache; perplexity_exact: from the exact one.
+    Time of one text in seconds, medians over the repeats.
+    """
+
+    name: str
+    n_documents: int
+    n_tokens: int
+    body_tokens: int
+    original_bytes: int
+    body_bytes: int
+    total_bytes: int
+    body_ratio: float | None
+    total_ratio: float
+    n_continuation: int
+    kl: float
+    top1_agreement: float
+    perplexity_exact: float
+    perplexity: float
+    prefill_seconds: float
+    encode_seconds: float
+    decode_seconds: float
+
+
+def evaluate_continuation(
+    model: Any,
+    token_ids: Tensor | Sequence[int],
+    codecs: Mapping[str, Codec],
+    n_continuation: int,
+    repeats: int = 1,
+) -> list[Quality]:
+    """Quality of each named codec on one text, all against one exact cache.
+
+    model: a transformers causal LM; it is run in evaluation mode. token_ids: [T]. n_continuation: predictions to compare.
+    repeats: how often prefill, encode and decode are timed; from 2 on a warm-up run goes before.
+
+    Raises `InvalidArgument` for a text too short, and what `Codec.encode` raises.
+    """
+    ids = torch.as_tensor(token_ids, dtype=torch.int64, device=model.device).reshape(-1)
+    n_cached = len(ids) - n_continuation - 1
+    if n_continuation < 1 or n_cached < 1:
+        raise InvalidArgument(
+            f"{len(ids)} tokens cannot be split into a cache and {n_continuation} predictions; "
+            "expected at least 1 prediction and 2 tokens more than predictions"
+        )
+    if repeats < 1:
+        raise InvalidArgument(f"repeats must be at least 1; got {repeats}")
+    cached, fed, target = ids[:n_cached], ids[n_cached:-1], ids[n_cached + 1 :]
+    was_training = model.training
+    model.eval()
+    try:
+        exact, prefill_seconds = timed(lambda: prefill(model, cached), repeats)
+        expected = predict(model, exact, fed)
+        return [
+            _evaluate(model, name, codec, exact, cached, fed, target, expected, prefill_seconds, repeats)
+            for name, codec in codecs.items()
+        ]
+    finally:
+        model.train(was_training)
+
+
+def summarize(qualities: Sequence[Quality]) -> Quality:
+    """Several texts of one codec as one: counts, bytes and seconds are sums (ratios follow from the sums, they are not averaged);
+    KL, agreement and log-perplexity are means over all predictions."""
+    names = {quality.name for quality in qualities}
+    if len(names) != 1:
+        raise InvalidArgument(f"expected results of one codec, got {len(names)}: {', '.join(sorted(names))}")
+    n = sum(quality.n_continuation for quality in qualities)
+
+    def total(field: str) -> int:
+        return sum(getattr(quality, field) for quality in qualities)
+
+    def seconds(field: str) -> float:
+        return math.fsum(getattr(quality, field) for quality in qualities)
+
+    def mean(value: Callable[[Quality], float]) -> float:
+        return math.fsum(value(quality) * quality.n_continuation for quality in qualities) / n
+
+    body_tokens, original = total("body_tokens"), total("original_bytes")
+    return Quality(
+        name=names.pop(),
+        n_documents=total("n_documents"),
+        n_tokens=total("n_tokens"),
+        body_tokens=body_tokens,
+        original_bytes=original,
+        body_bytes=total("body_bytes"),
+        total_bytes=total("total_bytes"),
+        body_ratio=original / total("n_tokens") * body_tokens / total("body_bytes") if body_tokens else None,
+        total_ratio=original / total("total_bytes"),
+        n_continuation=n,
+        kl=mean(lambda quality: quality.kl),
+        top1_agreement=mean(lambda quality: quality.top1_agreement),
+        perplexity_exact=math.exp(mean(lambda quality: math.log(quality.perplexity_exact))),
+        perplexity=math.exp(mean(lambda quality: math.log(quality.perplexity))),
+        prefill_seconds=seconds("prefill_seconds"),
+        encode_seconds=seconds("encode_seconds"),
+        decode_seconds=seconds("decode_seconds"),
+    )
+
+
+def prefill(model: Any, token_ids: Tensor) -> Any:
+    """Run the model over token_ids [T] and return its cache (a transformers `DynamicCache` of batch 1)."""
+    # Logits of every token would take [T, vocabulary] floats, and only the cache is wanted.
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in python_inspect.signature(model.forward).parameters else {}
+    with torch.no_grad():
+        return model(token_ids[None], use_cache=True, **keep).past_key_values
+
+
+def predict(model: Any, cache: Any, token_ids: Tensor) -> Tensor:
+    """Log-probabilities [n, vocabulary] float32 of the token after each of token_ids [n], fed on top of a cache.
+
+    The cache is left as it is: the pass runs on a copy, for it appends to what it is given.
+    """
+    cache = copy.deepcopy(cache)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.to(token_ids.device), layer.values.to(token_ids.device)
+    with torch.no_grad():
+        logits = model(token_ids[None], past_key_values=cache).logits[0]
+    log_probabilities: Tensor = logits.float().log_softmax(dim=-1)
+    return log_probabilities
+
+
+def timed(function: Callable[[], Result], repeats: int) -> tuple[Result, float]:
+    """What a function returns, and the median of `repeats` runs in seconds; from 2 runs on, after one warm-up."""
+    if repeats > 1:
+        function()
+    runs = []
+    for _ in range(repeats):
+        _synchronize()
+        started = time.perf_counter()
+        result = function()
+        _synchronize()
+        runs.append(time.perf_counter() - started)
+    return result, statistics.median(runs)
+
+
+def _evaluate(
+    model: Any,
+    name: str,
+    codec: Codec,
+    exact: Any,
+    cached: Tensor,
+    fed: Tensor,
+    target: Tensor,
+    expected: Tensor,
+    prefill_seconds: float,
+    repeats: int,
+) -> Quality:
+    stream, encode_seconds = timed(lambda: codec.encode(exact, cached), repeats)
+    restored, decode_seconds = timed(lambda: codec.decode(stream, cached), repeats)
+    found = predict(model, restored, fed)
+    info = inspect(stream)
+    kl = (expected.exp() * (expected - found)).sum(dim=-1).mean()
+    agreement = (expected.argmax(dim=-1) == found.argmax(dim=-1)).float().mean()
+    return Quality(
+        name=name,
+        n_documents=1,
+        n_tokens=info.n_tokens,
+        body_tokens=info.body_tokens,
+        original_bytes=info.original_bytes,
+        body_bytes=info.body_bytes,
+        total_bytes=info.total_bytes,
+        body_ratio=info.body_ratio,
+        total_ratio=info.original_bytes / info.total_bytes,
+        n_continuation=len(target),
+        kl=float(kl),
+        top1_agreement=float(agreement),
+        perplexity_exact=_perplexity(expected, target),
+        perplexity=_perplexity(found, target),
+        prefill_seconds=prefill_seconds,
+        encode_seconds=encode_seconds,
+        decode_seconds=decode_seconds,
+    )
+
+
+def _perplexity(log_probabilities: Tensor, target: Tensor) -> float:
+    return float((-log_probabilities.gather(1, target[:, None]).mean()).exp())
+
+
+def _synchronize() -> None:
+    """GPU work is queued: without waiting for it a timer measures the queueing."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

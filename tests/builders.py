@@ -1,0 +1,206 @@
+"""Tiny geometries, caches, calibrations and streams, the same on every run."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from functools import cache as remember
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvtc.cache import CacheGeometry, KVCache
+from kvtc.calibration import Calibration, KindCalibration
+from kvtc.calibration.fit import fit
+from kvtc.codec import Codec
+from kvtc.coding.distortion import DistortionTable
+from kvtc.coding.rope import NO_ROTATION, Rope, RopeTable
+from kvtc.coding.transform import Basis, cache_side_of
+
+N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 8
+SINK_TOKENS = 4
+LATENT = 8
+
+# The layout of docs/format.md, restated here so that tests do not believe the writer.
+HEADER_BYTES, CHUNK_BYTES, SECTION_BYTES = 56, 20, 20
+HEADER_CHECKSUM_AT, N_CHUNKS_AT, N_SECTIONS_AT = 52, 44, 48
+
+
+@remember
+def tiny_geometry() -> CacheGeometry:
+    """3 layers, 2 key-value heads, head_dim 8, half-split rotation in every layer: p = 48."""
+    table = RopeTable(tuple((10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)).tolist()))
+    return CacheGeometry(0, N_LAYERS, 0, N_HEADS, HEAD_DIM, Rope((table,), (0,) * N_LAYERS))
+
+
+def random_cache(n: int, dtype: torch.dtype = torch.float32, seed: int = 0, first_position: int = 0) -> KVCache:
+    """A cache of `n` tokens with a few strong directions and a little noise, as real ones have."""
+    geometry = tiny_geometry()
+    mixing = torch.Generator().manual_seed(7)
+    drawn = torch.Generator().manual_seed(1000 + seed)
+    sides = []
+    for _ in ("keys", "values"):
+        directions = torch.randn(LATENT, geometry.row_features, generator=mixing)
+        strength = 0.6 ** torch.arange(LATENT)
+        offset = torch.randn(geometry.row_features, generator=mixing)
+        rows = (torch.randn(n, LATENT, generator=drawn) * strength) @ directions + offset
+        rows += 0.02 * torch.randn(n, geometry.row_features, generator=drawn)
+        sides.append(cache_side_of(rows, geometry.n_layers, geometry.n_kv_heads))
+    positions = torch.arange(first_position, first_position + n)
+    keys = geometry.rope.rotate(sides[0], positions, first_position + n)
+    return KVCache(keys.to(dtype), sides[1].to(dtype, copy=True).contiguous(), positions if first_position else None)
+
+
+@remember
+def tiny_calibration(seed: int = 0) -> Calibration:
+    """Fitted to caches that `random_cache` draws with other seeds than tests use; every `seed` has its own fingerprint."""
+    caches = (random_cache(200, seed=10_000 + 100 * seed + index) for index in range(10))
+    return fit(tiny_geometry(), caches, sink_tokens=SINK_TOKENS, progress=False)
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit: shape, dtype and values, NaN and signed zeros too."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+
+
+def same_cache(first: KVCache, second: KVCache) -> bool:
+    """Whether two caches hold the same bits at the same positions."""
+    return (
+        same_bits(first.keys, second.keys)
+        and same_bits(first.values, second.values)
+        and torch.equal(first.resolved_positions(), second.resolved_positions())
+        and first.resolved_rope_length() == second.resolved_rope_length()
+        and (first.first_layer, first.first_kv_head) == (second.first_layer, second.first_kv_head)
+    )
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of `expected`."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def counts_of(stream: bytes | bytearray) -> tuple[int, int]:
+    """Chunks and sections that a header claims."""
+    return struct.unpack_from("<II", stream, N_CHUNKS_AT)
+
+
+def section_table_at(stream: bytes | bytearray) -> int:
+    """Offset of the section table by the header's own claim."""
+    return HEADER_BYTES + CHUNK_BYTES * counts_of(stream)[0]
+
+
+def sections_of(stream: bytes | bytearray) -> list[tuple[int, int, int]]:
+    """(offset of the table entry, offset of the bytes, their number) of each section; stops where the bytes end."""
+    n_chunks, n_sections = counts_of(stream)
+    tables_end = HEADER_BYTES + CHUNK_BYTES * n_chunks + SECTION_BYTES * n_sections
+    found, start = [], tables_end
+    for number in range(n_sections):
+        entry = HEADER_BYTES + CHUNK_BYTES * n_chunks + SECTION_BYTES * number
+        if entry + SECTION_BYTES > len(stream):
+            break
+        (stored,) = struct.unpack_from("<I", stream, entry + 12)
+        found.append((entry, start, stored))
+        start += stored
+    return found
+
+
+def reseal(stream: bytes | bytearray) -> bytes:
+    """The stream with every checksum made right again, as far as its tables still describe it."""
+    data = bytearray(stream)
+    if len(data) < HEADER_BYTES:
+        return bytes(data)
+    for entry, start, stored in sections_of(data):
+        struct.pack_into("<I", data, entry + 16, zlib.crc32(data[start : start + stored]))
+    n_chunks, n_sections = counts_of(data)
+    tables_end = HEADER_BYTES + CHUNK_BYTES * n_chunks + SECTION_BYTES * n_sections
+    checksum = zlib.crc32(data[HEADER_BYTES:tables_end], zlib.crc32(data[:HEADER_CHECKSUM_AT]))
+    struct.pack_into("<I", data, HEADER_CHECKSUM_AT, checksum)
+    return bytes(data)
+
+
+def patched(stream: bytes, offset: int, layout: str, *values: int) -> bytes:
+    """The stream with fields at `offset` replaced (struct notation) and checksums made right again."""
+    data = bytearray(stream)
+    struct.pack_into("<" + layout, data, offset, *values)
+    return reseal(data)
+
+
+def golden_calibration() -> Calibration:
+    """By formula, in numbers that are sums of few powers of two: nothing that is computed with it ever rounds.
+
+    1 layer, 1 head of 8 features without rotation; the bases permute the features. The tables of distortion leave one sensible
+    choice: keys as 4 coefficients of int4, one dropped, 2 of fp8, one dropped; values as two groups of 4 in int2.
+    """
+    geometry = CacheGeometry(0, 1, 0, 1, 8, Rope((), (NO_ROTATION,)))
+    order = torch.tensor([3, 1, 4, 0, 5, 2, 6, 7])
+    key_vectors, value_vectors = torch.eye(8)[:, order].half(), -torch.eye(8).half()
+    key_mean, value_mean = torch.arange(8) * 0.25 - 1, torch.arange(8) * -0.5
+    chosen = {"key": ((1, 1, 0), (2, 0, 5)), "value": ((0, 1, 0), (0, 1, 4))}
+    kinds = []
+    for name, mean, vectors in (("key", key_mean, key_vectors), ("value", value_mean, value_vectors)):
+        sizes = (2, 4)
+        errors = np.full((3, len(sizes), 8), 1000, np.float32)
+        for index, size in enumerate(sizes):
+            errors[:, index, 8 - size + 1 :] = np.inf
+        for entry in chosen[name]:
+            errors[entry] = 0
+        table = DistortionTable(np.full(8, 2, np.float32), errors, sizes)
+        kinds.append(KindCalibration(Basis(mean, vectors, torch.full((8,), 2.0)), table, 16.0))
+    return Calibration(geometry, kinds[0], kinds[1])
+
+
+def golden_cache() -> KVCache:
+    """4 tokens in bfloat16 at positions 0, 1, 3 and 6; the two in the middle are chosen so that quantization is exact."""
+    calibration = golden_calibration()
+    # Groups span 15 steps of 1/8 (int4), 448 steps of 1/256 up and down (fp8) and 3 steps of 1/2 or 1/4 (int2).
+    int4 = torch.tensor([[-1.0, -0.875, 0.25, 0.875], [0.0, 1.0, 1.875, 0.625]])
+    fp8 = torch.tensor([[-1.75, 1.75], [2.25, -1.25]])
+    dropped = torch.zeros(2, 1)
+    key_coefficients = torch.cat([int4, dropped, fp8, dropped], dim=1)
+    value_coefficients = torch.tensor(
+        [[0.0, 0.5, 1.0, 1.5, -0.75, 0.0, -0.25, -0.5], [-1.0, 0.5, -0.5, 0.0, 0.25, 1.0, 0.75, 0.5]]
+    )
+    sides = []
+    for kind, coefficients in ((calibration.key, key_coefficients), (calibration.value, value_coefficients)):
+        body = coefficients @ kind.basis.vectors.float().T + kind.basis.mean
+        first, last = torch.arange(8) * 0.375 - len(sides), 2 - torch.arange(8) * 0.625 - len(sides)
+        sides.append(torch.cat([first[None], body, last[None]])[None, None].to(torch.bfloat16))
+    return KVCache(sides[0], sides[1], torch.tensor([0, 1, 3, 6]))
+
+
+GOLDEN_TOKEN_IDS = [11, 7, 5, 2]
+
+
+def golden_codec() -> Codec:
+    """One sink, one window token, cells of 4 positions, no lossless coder: zlib may change its output, this must not."""
+    return Codec(golden_calibration(), ratio=1.25, sink_tokens=1, window_tokens=1, chunk_tokens=4, lossless="none")
+
+
+def with_section(
+    stream: bytes, number: int, stored: bytes, coder: int | None = None, raw_bytes: int | None = None
+) -> bytes:
+    """The stream with the stored bytes of section `number` replaced, its table entry and all checksums to match."""
+    entry, start, length = sections_of(stream)[number]
+    data = bytearray(stream[:start] + stored + stream[start + length :])
+    struct.pack_into("<I", data, entry + 12, len(stored))
+    if coder is not None:
+        struct.pack_into("<B", data, entry + 1, coder)
+    if raw_bytes is not None:
+        struct.pack_into("<I", data, entry + 8, raw_bytes)
+    return reseal(data)
+
+
+def tiny_codec(**options: object) -> Codec:
+    """A codec whose streams have several chunks and every kind of section in few bytes."""
+    defaults = {"ratio": 3, "sink_tokens": 2, "window_tokens": 3, "chunk_tokens": 4}
+    return Codec(tiny_calibration(), **(defaults | options))
+
+
+def gappy_cache(n: int = 10, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> KVCache:
+    """A cache whose positions leave some out, inside cells of 4 and between them."""
+    whole = random_cache(3 * n, dtype, seed)
+    places = torch.tensor([place for place in range(3 * n) if place % 4 != 2 and place // 4 != 1])[:n]
+    return KVCache(whole.keys[:, :, places], whole.values[:, :, places], places, rope_length=3 * n)

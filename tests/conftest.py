@@ -1,0 +1,26 @@
+"""Settings of every test, and the tiny calibration that most of them share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from kvtc.calibration import Calibration
+
+from .builders import tiny_calibration
+
+# A slow or busy machine is no failure, so nothing here has a deadline; ci draws the same examples on every run.
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("dev"), max_examples=200, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def calibration() -> Calibration:
+    """3 layers, 2 heads of 8 features, rotated in halves; fitted to low-rank caches."""
+    return tiny_calibration()

@@ -1,0 +1,445 @@
+"""The stream as a container: what is cut, flipped, swapped or oversized is refused with the right error, in little memory."""
+
+from __future__ import annotations
+
+import resource
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from struct import pack
+
+import lz4.block
+import pytest
+import torch
+import zstandard
+
+import kvtc
+from kvtc.cache import KVCache
+from kvtc.codec import Codec
+from kvtc.coding.lossless import CODER_IDS, compress, decompress
+from kvtc.container import Payload, SectionType, join_streams, parse_stream, split_stream, write_stream
+from kvtc.errors import CorruptStream, InvalidArgument, KvtcError, TruncatedStream, UnsupportedVersion
+
+from .builders import (
+    CHUNK_BYTES,
+    HEADER_BYTES,
+    N_CHUNKS_AT,
+    N_SECTIONS_AT,
+    gappy_cache,
+    golden_codec,
+    patched,
+    random_cache,
+    reseal,
+    same_cache,
+    section_table_at,
+    sections_of,
+    tiny_calibration,
+    tiny_codec,
+    with_section,
+)
+
+MIB = 1 << 20
+
+
+def tiny_stream(**options) -> bytes:
+    """10 tokens: 3 chunks of 4, 4 and 2; sinks, body, window and digests."""
+    return tiny_codec(**options).encode(random_cache(10, torch.bfloat16), range(10))
+
+
+READERS = [kvtc.inspect, lambda stream: tiny_codec().decode(stream)]
+
+
+@contextmanager
+def little_memory():
+    """Fails if the block allocates more than a few MiB, in Python or outside of it."""
+    tracemalloc.start()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * MIB
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 32 * MIB
+
+
+def test_the_checksums_of_the_tests_are_those_of_the_writer():
+    stream = tiny_stream()
+    assert reseal(stream) == stream
+
+
+@pytest.mark.parametrize("read", READERS, ids=["inspect", "decode"])
+@pytest.mark.parametrize("make", [tiny_stream, lambda: tiny_codec().encode(gappy_cache())], ids=["plain", "gaps"])
+def test_a_stream_cut_anywhere_is_truncated(make: Callable[[], bytes], read):
+    stream = make()
+    for length in range(len(stream)):
+        with pytest.raises(TruncatedStream):
+            read(stream[:length])
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
+def test_every_flipped_byte_is_detected(mask):
+    codec, stream = tiny_codec(), tiny_stream()
+    for place in range(len(stream)):
+        damaged = bytearray(stream)
+        damaged[place] ^= mask
+        with pytest.raises((CorruptStream, TruncatedStream, UnsupportedVersion)):
+            codec.decode(bytes(damaged))
+
+
+def test_inspect_detects_every_flip_in_header_and_tables():
+    stream = tiny_stream()
+    for place in range(sections_of(stream)[0][1]):
+        damaged = bytearray(stream)
+        damaged[place] ^= 0x10
+        with pytest.raises((CorruptStream, TruncatedStream, UnsupportedVersion)):
+            kvtc.inspect(damaged)
+
+
+def test_a_flip_under_right_checksums_raises_only_errors_of_the_package():
+    codec, stream = tiny_codec(), tiny_stream()
+    outcomes = {True: 0, False: 0}
+    for place in range(len(stream)):
+        damaged = bytearray(stream)
+        damaged[place] ^= 0x04
+        try:
+            decoded = codec.decode(reseal(damaged))
+        except KvtcError:
+            outcomes[False] += 1
+        else:
+            assert decoded.keys.shape[0] == 3
+            outcomes[True] += 1
+    assert min(outcomes.values()) > 100
+
+
+@pytest.mark.parametrize("read", READERS, ids=["inspect", "decode"])
+@pytest.mark.parametrize("tail", [b"\0", b"KVTC", bytes(100)])
+def test_trailing_bytes_are_corrupt(read, tail):
+    with pytest.raises(CorruptStream, match=f"{len(tail)} bytes follow the last section"):
+        read(tiny_stream() + tail)
+
+
+@pytest.mark.parametrize("read", READERS, ids=["inspect", "decode"])
+@pytest.mark.parametrize("data", [b"x", b"GGUF", b"PK\x03\x04" + bytes(200), b"kvtc" + bytes(52)])
+def test_another_kind_of_file_is_named_as_such(read, data):
+    with pytest.raises(CorruptStream, match="not a kvtc stream"):
+        read(data)
+
+
+@pytest.mark.parametrize("read", READERS, ids=["inspect", "decode"])
+def test_another_version_names_both(read):
+    with pytest.raises(UnsupportedVersion, match=r"version 2.*version 1\b"):
+        read(patched(tiny_stream(), 4, "B", 2))
+
+
+def test_any_buffer_is_read():
+    stream = tiny_stream()
+    decoded = tiny_codec().decode(stream)
+    for view in (bytearray(stream), memoryview(stream)):
+        assert same_cache(tiny_codec().decode(view), decoded)
+        assert kvtc.inspect(view) == kvtc.inspect(stream)
+
+
+# Offsets in docs/format.md; a chunk or section table entry is counted from the first one.
+UNKNOWN = {
+    "profile": (5, "B", 2),
+    "dtype 0": (6, "B", 0),
+    "dtype 6": (6, "B", 6),
+    "header flags": (7, "B", 8),
+    "reserved in header": (34, "H", 1),
+    "no layers": (26, "H", 0),
+    "no heads": (30, "H", 0),
+    "no features": (32, "H", 0),
+    "chunk_tokens 0": (36, "I", 0),
+    "chunk_tokens past its cap": (36, "I", 32769),
+    "rope_length": (40, "I", 2**31 + 1),
+    "chunk flags": (HEADER_BYTES + 10, "H", 4),
+    "chunk with positions in a stream without gaps": (HEADER_BYTES + 10, "H", 1),
+    "chunk without tokens": (HEADER_BYTES + 2 * CHUNK_BYTES + 4, "HHH", 0, 0, 0),
+    "too many tokens for the cell": (HEADER_BYTES + 4, "HHH", 2, 3, 0),
+    "position past its cap": (HEADER_BYTES, "I", 2**31),
+    "section type": (HEADER_BYTES + 3 * CHUNK_BYTES, "B", 2),
+    "coder": (HEADER_BYTES + 3 * CHUNK_BYTES + 1, "B", 4),
+    "reserved in section": (HEADER_BYTES + 3 * CHUNK_BYTES + 2, "H", 1),
+    "section of another chunk": (HEADER_BYTES + 3 * CHUNK_BYTES + 4, "I", 0),
+}
+
+
+@pytest.mark.parametrize("read", READERS, ids=["inspect", "decode"])
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_unknown_numbers_are_corrupt(case, read):
+    offset, layout, *values = UNKNOWN[case]
+    with pytest.raises(CorruptStream):
+        read(patched(tiny_stream(), offset, layout, *values))
+
+
+def test_digests_without_their_flag_are_corrupt():
+    stream = tiny_stream()
+    with pytest.raises(CorruptStream):
+        kvtc.inspect(patched(stream, 7, "B", stream[7] & ~1))
+
+
+def test_a_last_position_past_2_to_the_31_is_corrupt():
+    """Cells of 3 do not end at 2**31: the last one sticks out."""
+    codec = tiny_codec(chunk_tokens=3, sink_tokens=0, window_tokens=0)
+    last = 2**31 - 1
+    good = codec.encode(random_cache(1, torch.bfloat16), positions=[last])
+    assert codec.decode(good).positions.tolist() == [last]
+    header, chunk = parse_stream(good).header, parse_stream(good).chunks[0]
+    allocation = parse_stream(good).read(SectionType.ALLOCATION, 0xFFFFFFFF, kvtc.inspect(good).sections[0].raw_bytes)
+    payloads = [Payload(SectionType.ALLOCATION, 0xFFFFFFFF, allocation), Payload(SectionType.BODY, 0, bytes(10))]
+    with pytest.raises(CorruptStream, match="2 tokens from position 2147483647"):
+        parse_stream(write_stream(header, [replace(chunk, n_body=2)], payloads, "none"))
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [(0, 1, 2, 3), (0, 1, 1), (0, 3, 1), (0, 1, 4), (1, 2, 3), (0, 1, 65535)],
+    ids=["too many", "equal", "falling", "past the cell", "not the chunk's first", "far away"],
+)
+def test_impossible_positions_are_corrupt(offsets):
+    codec = tiny_codec()
+    stream = codec.encode(gappy_cache())
+    number = next(i for i, s in enumerate(kvtc.inspect(stream).sections) if s.kind == "positions")
+    listed = pack(f"<{len(offsets)}H", *offsets)
+    with pytest.raises(CorruptStream):
+        codec.decode(with_section(stream, number, listed, coder=0, raw_bytes=len(listed)))
+
+
+def test_possible_positions_are_accepted():
+    """The counterpart of the test before: it fails there for what is listed, not for how it is put in."""
+    codec = tiny_codec()
+    stream = codec.encode(gappy_cache())
+    number = next(i for i, s in enumerate(kvtc.inspect(stream).sections) if s.kind == "positions")
+    decoded = codec.decode(with_section(stream, number, pack("<3H", 0, 1, 2), coder=0, raw_bytes=6))
+    assert decoded.positions[:3].tolist() == [0, 1, 2]
+
+
+def entry_of(stream: bytes, kind: str) -> int:
+    """Offset of the first table entry of a kind of section."""
+    number = next(i for i, s in enumerate(kvtc.inspect(stream).sections) if s.kind == kind)
+    return section_table_at(stream) + 20 * number
+
+
+def with_allocation(stream: bytes, raw: bytes) -> bytes:
+    return with_section(stream, 0, raw, coder=0, raw_bytes=len(raw))
+
+
+# Claims far beyond what is there, with every checksum right.
+OVERSIZED = {
+    "2**20 chunks": lambda s: patched(s, N_CHUNKS_AT, "I", 1 << 20),
+    "2**32 chunks": lambda s: patched(s, N_CHUNKS_AT, "I", 2**32 - 1),
+    "2**20 chunks and their sections": lambda s: patched(s, N_CHUNKS_AT, "II", 1 << 20, (4 << 20) + 1),
+    "2**32 sections": lambda s: patched(s, N_SECTIONS_AT, "I", 2**32 - 1),
+    "4 sections a chunk": lambda s: patched(s, N_SECTIONS_AT, "I", 13),
+    "stored bytes": lambda s: patched(s, entry_of(s, "body") + 12, "I", 2**32 - 1),
+    "raw bytes of a body": lambda s: patched(s, entry_of(s, "body") + 8, "I", 2**32 - 1),
+    "raw bytes of sinks": lambda s: patched(s, entry_of(s, "sink") + 8, "I", 2**32 - 1),
+    "raw bytes of the allocation": lambda s: patched(s, entry_of(s, "allocation") + 8, "I", 2**32 - 1),
+    "65535 tokens": lambda s: patched(s, HEADER_BYTES + 6, "H", 65535),
+    "32766 tokens in one large cell": lambda s: patched(
+        patched(split_stream(s)[1], 36, "I", 32768), HEADER_BYTES, "IHHH", 0, 0, 32766, 0
+    ),
+    "65535 runs": lambda s: with_allocation(s, pack("<H", 65535) + bytes(100)),
+    "a run of 2**32 coefficients": lambda s: with_allocation(s, pack("<HIHHBH", 1, 0, 65535, 65535, 2, 0)),
+    "a run that starts at 2**32": lambda s: with_allocation(s, pack("<HIHHBH", 1, 2**32 - 1, 1, 1, 2, 0)),
+    "no allocation": lambda s: with_allocation(s, b""),
+    "an allocation of nothing": lambda s: with_allocation(s, bytes(4)),
+    "an allocation and more": lambda s: with_allocation(s, pack("<HIHHBHB", 1, 0, 1, 1, 2, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("claim", OVERSIZED)
+@pytest.mark.parametrize("coder", CODER_IDS)
+def test_oversized_claims_are_refused_in_little_memory(coder, claim):
+    codec, stream = tiny_codec(), OVERSIZED[claim](tiny_stream(lossless=coder))
+    with little_memory(), pytest.raises((CorruptStream, TruncatedStream)):
+        codec.decode(stream)
+
+
+BOMBS = {
+    "deflate": lambda raw: zlib.compress(raw, 9, wbits=-15),
+    "zstd": lambda raw: zstandard.ZstdCompressor(level=19, write_content_size=False).compress(raw),
+    "zstd that names its size": lambda raw: zstandard.ZstdCompressor(level=1).compress(raw),
+    "lz4": lambda raw: lz4.block.compress(raw, mode="high_compression", store_size=False),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_block_that_decodes_to_far_too_much_is_refused_in_little_memory(kind):
+    """A few KiB that would become 256 MiB, where a body of some hundred bytes is due."""
+    coder = kind.split()[0]
+    codec, stream = tiny_codec(lossless=coder), tiny_stream(lossless=coder)
+    number = next(i for i, s in enumerate(kvtc.inspect(stream).sections) if s.kind == "body")
+    due = kvtc.inspect(stream).sections[number].raw_bytes
+    size = 16 * MIB if coder == "lz4" else 256 * MIB
+    block = BOMBS[kind](bytes(size))
+    assert len(block) < size // 200
+    bomb = with_section(stream, number, pack("<I", len(block)) + block, CODER_IDS[coder])
+    with little_memory(), pytest.raises(CorruptStream):
+        codec.decode(bomb)
+    small = BOMBS[kind](bytes(due))
+    codec.decode(with_section(stream, number, pack("<I", len(small)) + small, CODER_IDS[coder]))
+
+
+@pytest.mark.parametrize("coder", CODER_IDS)
+@pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 200_000])
+def test_lossless_coders_are_lossless(coder, size):
+    half = torch.randint(256, (size // 2,), generator=torch.Generator().manual_seed(size)).tolist()
+    raw = bytes(half) + bytes(size - size // 2)
+    stored = compress(raw, coder)
+    assert decompress(stored, size, coder) == raw
+    for wrong in (size - 1, size + 1, size + 65536):
+        if wrong >= 0:
+            with pytest.raises(CorruptStream):
+                decompress(stored, wrong, coder)
+
+
+@pytest.mark.parametrize("coder", ["deflate", "zstd", "lz4"])
+def test_blocks_that_end_early_or_late_are_corrupt(coder):
+    raw = bytes(range(256)) * 4
+    block = compress(raw, coder)[4:]
+    for wrong in (b"", block[:-1], block + b"\0", block + block, b"\xff" * 20):
+        with pytest.raises(CorruptStream):
+            decompress(pack("<I", len(wrong)) + wrong, len(raw), coder)
+    for lengths in (len(block) - 1, len(block) + 1, 2**32 - 1):
+        with pytest.raises(CorruptStream):
+            decompress(pack("<I", lengths) + block, len(raw), coder)
+
+
+def test_chunks_in_the_wrong_order_are_corrupt():
+    stream = parse_stream(tiny_stream())
+    payloads = [
+        Payload(s.type, s.chunk, stream.read(s.type, s.chunk, s.raw_bytes)) for s in stream.sections if s.chunk != 1
+    ]
+    first, _, last = stream.chunks
+    assert len(parse_stream(write_stream(stream.header, stream.chunks[:1], payloads[:3], "none")).chunks) == 1
+    for chunks in ([last, first], [first, first]):
+        swapped = [payloads[0]] + [
+            Payload(kind, index, bytes(8)) for index, chunk in enumerate(chunks) for kind in chunk.sections()
+        ]
+        with pytest.raises(CorruptStream, match="does not follow"):
+            parse_stream(write_stream(stream.header, chunks, swapped, "none"))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [((0, 4, 0), (4, 0, 0)), ((0, 0, 4), (0, 4, 0)), ((0, 2, 2), (0, 1, 3)), ((4, 0, 0), (0, 0, 4), (1, 3, 0))],
+)
+def test_regions_in_the_wrong_order_are_corrupt(counts):
+    stream = parse_stream(tiny_stream())
+    chunks = [
+        replace(stream.chunks[0], first_position=4 * i, n_sink=sink, n_body=body, n_window=window)
+        for i, (sink, body, window) in enumerate(counts)
+    ]
+    payloads = [Payload(SectionType.ALLOCATION, 0xFFFFFFFF, bytes(4))]
+    payloads += [Payload(kind, index, bytes(8)) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
+    with pytest.raises(CorruptStream, match="earlier region"):
+        parse_stream(write_stream(stream.header, chunks, payloads, "none"))
+
+
+def long_cache(seed: int = 0, n: int = 22) -> KVCache:
+    return random_cache(n, torch.bfloat16, seed)
+
+
+def test_joining_what_was_split_gives_the_stream_back():
+    for stream in (
+        tiny_codec().encode(long_cache(), range(22)),
+        tiny_codec(lossless="none", sink_format="fp8").encode(long_cache()),
+        tiny_codec().encode(gappy_cache(14)),
+    ):
+        parts = split_stream(stream)
+        assert len(parts) == kvtc.inspect(stream).n_chunks > 3
+        assert join_streams(parts) == stream
+        assert join_streams([join_streams(parts[:2]), join_streams(parts[2:])]) == stream
+        assert [split_stream(part) for part in parts] == [[part] for part in parts]
+
+
+def test_each_part_decodes_to_its_own_tokens():
+    codec = tiny_codec()
+    stream = codec.encode(gappy_cache(14), range(14))
+    whole, first = codec.decode(stream), 0
+    for part in split_stream(stream):
+        decoded = codec.decode(part, range(first, first + kvtc.inspect(part).n_tokens))
+        tokens = slice(first, first + decoded.n_tokens)
+        assert decoded.positions.tolist() == whole.positions[tokens].tolist()
+        torch.testing.assert_close(decoded.keys, whole.keys[:, :, tokens])
+        torch.testing.assert_close(decoded.values, whole.values[:, :, tokens])
+        first = tokens.stop
+    assert first == 14
+
+
+@pytest.mark.parametrize("cache", [long_cache(), gappy_cache(14)], ids=["plain", "gaps"])
+def test_every_prefix_of_the_parts_decodes_to_the_first_tokens(cache):
+    codec = tiny_codec()
+    stream = codec.encode(cache, range(cache.n_tokens))
+    parts = split_stream(stream)
+    for count in range(1, len(parts) + 1):
+        prefix = join_streams(parts[:count])
+        n = kvtc.inspect(prefix).n_tokens
+        assert same_cache(codec.decode(prefix, range(n)), codec.decode(stream, range(n), tokens=n))
+    assert n == cache.n_tokens
+
+
+def test_parts_that_do_not_follow_one_another_do_not_join():
+    parts = split_stream(tiny_codec().encode(long_cache(), range(22)))
+    for wrong in (
+        parts[::-1],
+        [parts[0], parts[0]],
+        [parts[0], parts[2]],
+        [parts[0], *parts[2:]],
+        [parts[1], parts[0]],
+    ):
+        with pytest.raises(InvalidArgument, match="do not follow"):
+            join_streams(wrong)
+
+
+def test_gappy_parts_out_of_order_do_not_join():
+    parts = split_stream(tiny_codec().encode(gappy_cache(14)))
+    with pytest.raises(InvalidArgument, match="do not follow"):
+        join_streams([parts[1], parts[0]])
+
+
+def other(n: int = 22, **options) -> bytes:
+    return tiny_codec(**options).encode(long_cache(1, n), range(n))
+
+
+def of_another_calibration() -> bytes:
+    codec = Codec(tiny_calibration(1), ratio=3, sink_tokens=2, window_tokens=3, chunk_tokens=4)
+    return codec.encode(long_cache(1), range(22))
+
+
+FOREIGN = {
+    "another rate": lambda: other(ratio=5),
+    "another calibration": of_another_calibration,
+    "another dtype": lambda: tiny_codec().encode(random_cache(22, torch.float16), range(22)),
+    "another grid": lambda: other(chunk_tokens=5),
+    "another length": lambda: other(n=23),
+    "no digests": lambda: tiny_codec().encode(long_cache(1)),
+    "gaps": lambda: tiny_codec().encode(gappy_cache(14), range(14)),
+    "another model": lambda: golden_codec().encode(KVCache(torch.ones(1, 1, 5, 8), torch.ones(1, 1, 5, 8)), range(5)),
+}
+
+
+@pytest.mark.parametrize("which", FOREIGN)
+def test_foreign_parts_do_not_join(which):
+    parts = split_stream(tiny_codec().encode(long_cache(), range(22)))
+    other = split_stream(FOREIGN[which]())
+    with pytest.raises(InvalidArgument, match="stream 1 was not made by the encoding of stream 0"):
+        join_streams([parts[0], other[1]])
+
+
+def test_splitting_and_joining_nothing():
+    empty = tiny_codec().encode(random_cache(0))
+    assert split_stream(empty) == []
+    assert join_streams([empty, empty]) == empty
+    with pytest.raises(InvalidArgument):
+        join_streams([])
+
+
+def test_joining_a_damaged_part_is_refused():
+    parts = split_stream(tiny_stream())
+    with pytest.raises(TruncatedStream):
+        join_streams([parts[0], parts[1][:-1]])
