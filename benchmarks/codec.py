@@ -33,7 +33,7 @@ ENCODE_STAGES = {
     "rows": (kvtc.codec, "rows_of"),
     "transform": (kvtc.codec, "project"),
     "quantize and pack": (kvtc.codec, "encode_groups"),
-    "lossless coding, container": (kvtc.codec, "write_stream"),
+    "lossless coding, container": (kvtc.codec, "seal_stream"),
 }
 DECODE_STAGES = {
     "container, lossless decoding": (kvtc.codec, "open_stream"),

@@ -16,6 +16,14 @@ from .errors import GeometryMismatch, InvalidArgument, InvalidCache
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+def describe_range(first_layer: int, n_layers: int, first_kv_head: int, n_kv_heads: int, head_dim: int) -> str:
+    """A part of a model's cache in words, for messages."""
+    return (
+        f"layers {first_layer}..{first_layer + n_layers - 1}, "
+        f"kv heads {first_kv_head}..{first_kv_head + n_kv_heads - 1}, head_dim {head_dim}"
+    )
+
+
 @dataclass(frozen=True)
 class CacheGeometry:
     """Which part of which cache a calibration covers: layers and key-value heads (a rank holds a range of each), and rotation."""
@@ -43,10 +51,7 @@ class CacheGeometry:
 
     def describe(self) -> str:
         """Ranges in words, for messages."""
-        return (
-            f"layers {self.first_layer}..{self.first_layer + self.n_layers - 1}, "
-            f"kv heads {self.first_kv_head}..{self.first_kv_head + self.n_kv_heads - 1}, head_dim {self.head_dim}"
-        )
+        return describe_range(self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
 
     def check(self, cache: KVCache) -> None:
         """Raise `GeometryMismatch` unless the cache covers exactly this range."""
@@ -92,12 +97,14 @@ class KVCache:
     def dtype(self) -> torch.dtype:
         return self.keys.dtype
 
+    @property
+    def original_bits(self) -> int:
+        """Bits that a value counts in the original: 16, or 8 where the cache is fp8."""
+        return 8 if self.dtype.itemsize == 1 else 16
+
     def describe(self) -> str:
         """Ranges in words, for messages."""
-        return (
-            f"layers {self.first_layer}..{self.first_layer + self.n_layers - 1}, "
-            f"kv heads {self.first_kv_head}..{self.first_kv_head + self.n_kv_heads - 1}, head_dim {self.head_dim}"
-        )
+        return describe_range(self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
 
     def resolved_positions(self) -> Tensor:
         """[T] int64 on the CPU."""

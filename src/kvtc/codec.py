@@ -18,28 +18,15 @@ from . import interop
 from .cache import KVCache
 from .calibration.artifact import Calibration
 from .coding.allocation import BitAllocation
-from .coding.exact import encode_exact, encode_fp8
 from .coding.groups import decode_groups, encode_groups
 from .coding.lossless import require_coder
 from .coding.regions import ChunkSpan, split_regions
 from .coding.transform import project, reconstruct, rows_of
-from .container import (
-    MAX_CHUNK_TOKENS,
-    PROFILES,
-    STREAM_WIDE,
-    Chunk,
-    Header,
-    Payload,
-    SectionType,
-    parse_stream,
-    token_digest,
-    write_stream,
-)
+from .container import MAX_CHUNK_TOKENS, PROFILES, parse_stream
 from .errors import InvalidArgument, InvalidCache
 from .opened_stream import ExactTokens, OpenedStream, TokenIds, open_stream
 from .rate import RateTarget
-
-NO_DIGEST = bytes(8)
+from .sealed_stream import StreamSettings, seal_stream
 
 
 @dataclass(frozen=True)
@@ -95,12 +82,9 @@ class Codec:
             raise InvalidArgument(f"sink_format must be exact or fp8; got {sink_format!r}")
         require_coder(lossless)
         self.calibration = calibration
-        self.profile = profile
         self.sink_tokens = sink_tokens
         self.window_tokens = window_tokens
-        self.lossless = lossless
-        self.sink_format = sink_format
-        self.chunk_tokens = chunk_tokens
+        self.settings = StreamSettings(profile, chunk_tokens, lossless, fp8_sinks=sink_format == "fp8")
         self.device = torch.device(device)
         self._working: dict[int, _Kind] = {}
         self.rate = RateTarget(calibration, ratio, key_ratio, value_ratio, max_error, allocation)
@@ -228,21 +212,17 @@ class Codec:
         cache.validate()
         if token_ids is not None and len(token_ids) != cache.n_tokens:
             raise InvalidArgument(f"the cache holds {cache.n_tokens} tokens, but {len(token_ids)} token ids are given")
-        header = self._header(cache, token_ids is not None, is_transformers)
-        place = cache.resolved_positions()
-        spans = split_regions(place, self.sink_tokens, self.window_tokens, self.chunk_tokens)
-        allocations = self.rate.allocations(header.original_bits)
-        bodies = self._encode_bodies(cache, place, spans, allocations)
-        payloads = [Payload(SectionType.ALLOCATION, STREAM_WIDE, b"".join(a.to_bytes() for a in allocations))]
-        chunks = []
-        for index, span in enumerate(spans):
-            chunk, sections = self._encode_chunk(cache, place, span, token_ids, bodies[index])
-            chunks.append(chunk)
-            payloads += [Payload(section, index, raw) for section, raw in sections]
-        return write_stream(header, chunks, payloads, self.lossless)
+        allocations = self.rate.allocations(cache.original_bits)
+        spans = split_regions(
+            cache.resolved_positions(), self.sink_tokens, self.window_tokens, self.settings.chunk_tokens
+        )
+        bodies = self._encode_bodies(cache, spans, allocations)
+        return seal_stream(
+            self.settings, self.calibration, cache, is_transformers, token_ids, spans, allocations, bodies
+        )
 
     def _encode_bodies(
-        self, cache: KVCache, place: Tensor, spans: list[ChunkSpan], allocations: tuple[BitAllocation, BitAllocation]
+        self, cache: KVCache, spans: list[ChunkSpan], allocations: tuple[BitAllocation, BitAllocation]
     ) -> list[bytes]:
         """The coded rows of every chunk, keys then values, before lossless coding."""
         counts = [span.n_body for span in spans]
@@ -251,7 +231,7 @@ class Codec:
         first = next(span.body.start for span in spans if span.n_body)
         body = slice(first, first + sum(counts))
         keys = self.calibration.geometry.rope.unrotate(
-            cache.keys[:, :, body].to(self.device), place[body], cache.resolved_rope_length()
+            cache.keys[:, :, body].to(self.device), cache.resolved_positions()[body], cache.resolved_rope_length()
         )
         packed = []
         for side, kind, allocation in zip(
@@ -260,29 +240,6 @@ class Codec:
             coefficients = project(rows_of(side), kind.mean, kind.vectors)
             packed.append(encode_groups(coefficients, allocation, counts))
         return [key + value for key, value in zip(*packed, strict=True)]
-
-    def _encode_chunk(
-        self,
-        cache: KVCache,
-        place: Tensor,
-        span: ChunkSpan,
-        token_ids: TokenIds | None,
-        body: bytes,
-    ) -> tuple[Chunk, list[tuple[SectionType, bytes]]]:
-        tokens = slice(span.first, span.window.stop)
-        here = place[tokens]
-        has_gaps = int(here[-1]) - int(here[0]) + 1 != here.numel()
-        digest = NO_DIGEST if token_ids is None else token_digest(token_ids[tokens])
-        fp8_sinks = self.sink_format == "fp8" and span.n_sink > 0
-        chunk = Chunk(int(here[0]), span.n_sink, span.n_body, span.n_window, has_gaps, fp8_sinks, digest)
-        encode_sinks = encode_fp8 if fp8_sinks else encode_exact
-        raw = {
-            SectionType.POSITIONS: lambda: (here % self.chunk_tokens).numpy().astype("<u2").tobytes(),
-            SectionType.SINK: lambda: encode_sinks(cache.keys[:, :, span.sink], cache.values[:, :, span.sink]),
-            SectionType.BODY: lambda: body,
-            SectionType.WINDOW: lambda: encode_exact(cache.keys[:, :, span.window], cache.values[:, :, span.window]),
-        }
-        return chunk, [(section, raw[section]()) for section in chunk.sections()]
 
     def _restore(self, opened: OpenedStream, shift: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Check done, bytes read: unpack all coefficients, then restore layer after layer in the stream's dtype."""
@@ -326,23 +283,6 @@ class Codec:
             plain = rope.unrotate(keys, positions, length)
             keys = _saturate(rope.rotate(plain, positions + shift, length + shift), keys.dtype)
         return ExactTokens(part.first, keys, values)
-
-    def _header(self, cache: KVCache, has_digests: bool, is_transformers: bool) -> Header:
-        geometry = self.calibration.geometry
-        return Header(
-            self.profile,
-            cache.dtype,
-            self.calibration.fingerprint,
-            geometry.first_layer,
-            geometry.n_layers,
-            geometry.first_kv_head,
-            geometry.n_kv_heads,
-            geometry.head_dim,
-            self.chunk_tokens,
-            cache.resolved_rope_length(),
-            has_digests,
-            is_transformers,
-        )
 
     def _kinds(self, allocations: tuple[BitAllocation, BitAllocation]) -> tuple[_Kind, _Kind]:
         return self._kind(0, allocations[0].n_coefficients), self._kind(1, allocations[1].n_coefficients)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .cache import describe_range
 from .calibration.artifact import Calibration
 from .coding.allocation import BitAllocation
 from .coding.exact import decode_exact, decode_fp8, exact_bytes, fp8_bytes
@@ -84,8 +85,7 @@ def _check_calibration(header: Header, calibration: Calibration) -> None:
     expected = (geometry.first_layer, geometry.n_layers, geometry.first_kv_head, geometry.n_kv_heads, geometry.head_dim)
     if found != expected:
         raise GeometryMismatch(
-            f"the calibration covers {geometry.describe()}; the stream holds layers {found[0]}..{found[0] + found[1] - 1}, "
-            f"kv heads {found[2]}..{found[2] + found[3] - 1}, head_dim {found[4]}"
+            f"the calibration covers {geometry.describe()}; the stream holds {describe_range(*found)}"
         )
     if header.fingerprint != calibration.fingerprint:
         raise CalibrationMismatch(

@@ -18,6 +18,10 @@ class ChunkSpan:
     n_window: int
 
     @property
+    def tokens(self) -> slice:
+        return slice(self.first, self.window.stop)
+
+    @property
     def sink(self) -> slice:
         return slice(self.first, self.first + self.n_sink)
 

@@ -51,7 +51,7 @@ def plot_spectrum(calibration: Calibration, codec: Codec, path: str | Path, work
         for bits in bits_axes:
             bits.set_ylim(0, max(8.0, top) * 1.2)
         bits_axes[0].tick_params(labelright=False)
-        bits_axes[-1].set_ylabel("Bits per token, side information included")
+        bits_axes[-1].set_ylabel("Bits per coefficient, side information included")
         handles = [
             plt.Line2D([], [], color=SERIES[0], linewidth=2, label="variance of keys"),
             plt.Line2D([], [], color=SERIES[1], linewidth=2, label="variance of values"),
@@ -75,7 +75,7 @@ def plot_rate_quality(
     Raises `MissingDependency` where matplotlib is not installed, `InvalidArgument` where there is no point to draw.
     """
     series = points if isinstance(points, Mapping) else {"": points}
-    drawn = {name: sorted((_position(quality) for quality in line)) for name, line in series.items() if line}
+    drawn = {name: sorted(_position(quality) for quality in line) for name, line in series.items() if line}
     if not drawn:
         raise InvalidArgument("there are no points to draw")
     plt = _pyplot()
@@ -83,7 +83,9 @@ def plot_rate_quality(
         figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
         for order, (name, line) in enumerate(drawn.items()):
             style = {"color": SERIES[order % len(SERIES)], "marker": MARKERS[order % len(MARKERS)]}
-            axes.plot([x for x, _, _ in line], [y for _, y, _ in line], label=name, linewidth=1.8, markersize=6, **style)
+            axes.plot(
+                [x for x, _, _ in line], [y for _, y, _ in line], label=name, linewidth=1.8, markersize=6, **style
+            )
             for x, y, label in line:
                 axes.annotate(
                     label, (x, y), (-7, 6), textcoords="offset points", ha="right", fontsize=9, color=style["color"]

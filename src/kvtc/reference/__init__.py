@@ -18,9 +18,17 @@ def reference_model() -> tuple[Any, Any]:
     """(model, tokenizer): a transformers causal LM in float32, in evaluation mode, and its tokenizer."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise MissingDependency('the reference model needs transformers; pip install "kvtc[hf]"') from error
-    model = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype="float32", local_files_only=True)
+    # The weights load in a blink: a progress bar would only be noise on the caller's terminal.
+    had_progress_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype="float32", local_files_only=True)
+    finally:
+        if had_progress_bar:
+            logging.enable_progress_bar()
     return model.eval(), AutoTokenizer.from_pretrained(MODEL_DIRECTORY, local_files_only=True)
 
 

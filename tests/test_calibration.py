@@ -1,0 +1,586 @@
+"""Calibration: rows are sampled fairly, the basis is that of an exact decomposition, and the file is trusted only when whole."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+import kvtc
+from kvtc.cache import KVCache
+from kvtc.calibration import Calibration, KindCalibration, load_calibration
+from kvtc.calibration.fit import fit
+from kvtc.calibration.principal import OVERSAMPLING, block_diagonal, principal_components
+from kvtc.calibration.row_spool import RowSpool
+from kvtc.codec import Codec
+from kvtc.coding.distortion import measure_distortion
+from kvtc.coding.transform import project, rows_of
+from kvtc.errors import (
+    CorruptCalibration,
+    GeometryMismatch,
+    InvalidArgument,
+    InvalidCache,
+    KvtcError,
+    UnsupportedVersion,
+)
+
+from .builders import golden_calibration, random_cache, relative_error, same_bits, tiny_calibration, tiny_geometry
+
+SOURCES = Path(kvtc.__file__).parent
+
+
+def tensors_of(kind: KindCalibration) -> list[torch.Tensor]:
+    table = kind.distortion
+    return [
+        kind.basis.mean,
+        kind.basis.vectors,
+        kind.basis.spectrum,
+        torch.from_numpy(table.energy),
+        torch.from_numpy(table.errors),
+    ]
+
+
+def same_calibration(first: Calibration, second: Calibration) -> bool:
+    return (first.geometry, first.info) == (second.geometry, second.info) and all(
+        a.total_variance == b.total_variance
+        and a.distortion.sizes == b.distortion.sizes
+        and all(same_bits(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
+        for a, b in ((first.key, second.key), (first.value, second.value))
+    )
+
+
+# The file.
+
+
+@pytest.fixture
+def path(calibration, tmp_path) -> Path:
+    calibration.save(tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+def test_what_is_saved_is_loaded(calibration, path):
+    loaded = load_calibration(path)
+    assert same_calibration(loaded, calibration)
+    assert loaded.fingerprint == calibration.fingerprint
+    assert loaded.n_parameters == calibration.n_parameters == 2 * (48 + 48 * 48)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    cache = random_cache(40, torch.bfloat16)
+    assert Codec(loaded, ratio=3).encode(cache) == Codec(calibration, ratio=3).encode(cache)
+
+
+def test_rotations_of_every_kind_survive_the_file(tmp_path):
+    """No table at all, and scaling of both kinds."""
+    from kvtc.coding.rope import DynamicScaling, LongScaling, Rope, RopeTable
+
+    calibration = golden_calibration()
+    for scaling in (None, DynamicScaling(1e4, 2.0, 64), LongScaling((0.1, 1 / 3), 4096)):
+        table = RopeTable((1.0, float(np.float32(0.1))), 1.25, interleaved=True, scaling=scaling)
+        changed = replace(calibration, geometry=replace(calibration.geometry, rope=Rope((table,), (0,))))
+        changed.save(tmp_path / "file")
+        assert load_calibration(tmp_path / "file").geometry == changed.geometry
+        assert load_calibration(tmp_path / "file").fingerprint == changed.fingerprint != calibration.fingerprint
+    calibration.save(str(tmp_path / "file"))
+    assert load_calibration(str(tmp_path / "file")).geometry == calibration.geometry
+
+
+def test_the_fingerprint_names_what_decoding_depends_on():
+    calibration = tiny_calibration()
+    key = calibration.key
+    mean, vectors = key.basis.mean.clone(), key.basis.vectors.clone()
+    mean[0] += 1
+    vectors[3, 2] *= -1
+    table = replace(key.distortion, energy=key.distortion.energy * 2)
+    changed = [
+        replace(calibration, geometry=replace(calibration.geometry, first_layer=1)),
+        replace(calibration, key=replace(key, basis=replace(key.basis, mean=mean))),
+        replace(calibration, key=replace(key, basis=replace(key.basis, vectors=vectors))),
+        replace(calibration, key=calibration.value, value=key),
+    ]
+    assert len({c.fingerprint for c in [calibration, *changed]}) == 5
+    unchanged = [replace(calibration, info={"n": 1}), replace(calibration, key=replace(key, distortion=table))]
+    assert {c.fingerprint for c in unchanged} == {calibration.fingerprint}
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for missing in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(missing))):
+            load_calibration(missing)
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"no calibration at all\n" * 50, bytes(1000), b"\xff" * 1000])
+def test_a_file_of_another_kind(tmp_path, data):
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(CorruptCalibration, match=re.escape(str(tmp_path / "file"))):
+        load_calibration(tmp_path / "file")
+
+
+def test_another_safetensors_file(tmp_path):
+    safetensors.torch.save_file({"weight": torch.ones(3)}, tmp_path / "plain")
+    safetensors.torch.save_file({"weight": torch.ones(3)}, tmp_path / "named", {"format": "pt"})
+    for name in ("plain", "named"):
+        with pytest.raises(CorruptCalibration, match="not a kvtc calibration"):
+            load_calibration(tmp_path / name)
+
+
+def test_a_file_cut_short(path):
+    data = path.read_bytes()
+    for length in [*range(0, len(data), 97), len(data) - 1]:
+        path.write_bytes(data[:length])
+        with pytest.raises(CorruptCalibration):
+            load_calibration(path)
+
+
+def rewritten(path: Path, change) -> Path:
+    """The file with `change(metadata, tensors)` done to it."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(metadata, tensors)
+    safetensors.torch.save_file(tensors, path, metadata)
+    return path
+
+
+def test_rewriting_alone_changes_nothing(calibration, path):
+    assert same_calibration(load_calibration(rewritten(path, lambda metadata, tensors: None)), calibration)  # noqa: ARG005
+
+
+def test_a_newer_version_names_both(path):
+    rewritten(path, lambda metadata, _: metadata.update(version="2"))
+    with pytest.raises(UnsupportedVersion, match=r"version 2; .*version 1"):
+        load_calibration(path)
+
+
+@pytest.mark.parametrize("name", ["version", "fingerprint", "geometry", "total_variance", "block_sizes", "info"])
+@pytest.mark.parametrize("value", [None, "", "x", "[1", "{}"])
+def test_metadata_that_is_missing_or_senseless(path, name, value):
+    if (name, value) == ("info", "{}"):
+        pytest.skip("no information is information")
+    rewritten(path, lambda metadata, _: metadata.pop(name) if value is None else metadata.update({name: value}))
+    with pytest.raises(CorruptCalibration):
+        load_calibration(path)
+
+
+TENSORS = [
+    f"{kind}.{part}" for kind in ("key", "value") for part in ("mean", "vectors", "spectrum", "energy", "errors")
+]
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_that_are_missing_or_of_another_form(path, name):
+    data = path.read_bytes()
+    for change in (
+        lambda _, tensors: tensors.pop(name),
+        lambda _, tensors: tensors.update({name: tensors[name][:-1].contiguous()}),
+        lambda _, tensors: tensors.update({name: tensors[name].double()}),
+        lambda _, tensors: tensors.update({name: tensors[name][None]}),
+    ):
+        path.write_bytes(data)
+        rewritten(path, change)
+        with pytest.raises(CorruptCalibration):
+            load_calibration(path)
+
+
+NOT_COVERED = {f"{kind}.{part}" for kind in ("key", "value") for part in ("spectrum", "energy", "errors")}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.xfail(reason="the file has no checksum but the fingerprint"))
+        if n in NOT_COVERED
+        else n
+        for n in TENSORS
+    ],
+)
+def test_a_flipped_byte_in_a_tensor(path, name):
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    start, stop = json.loads(data[8 : 8 + size])[name]["data_offsets"]
+    for place in range(8 + size + start, 8 + size + stop, max(1, (stop - start) // 50)):
+        damaged = bytearray(data)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptCalibration):
+            load_calibration(path)
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])
+def test_a_flipped_byte_in_the_metadata_is_detected_or_harmless_to_decoding(calibration, path, mask):
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    detected = 0
+    for place in range(8 + size):
+        damaged = bytearray(data)
+        damaged[place] ^= mask
+        path.write_bytes(damaged)
+        try:
+            loaded = load_calibration(path)
+        except (CorruptCalibration, UnsupportedVersion, InvalidArgument):
+            detected += 1
+        else:
+            assert loaded.fingerprint == calibration.fingerprint
+    assert detected > 0.9 * size
+
+
+@pytest.mark.xfail(raises=InvalidArgument, reason="the error of CacheGeometry passes through load_calibration")
+def test_a_geometry_that_contradicts_itself(path):
+    def change(metadata, _):
+        metadata["geometry"] = metadata["geometry"].replace('"n_layers": 3', '"n_layers": 2')
+
+    with pytest.raises(CorruptCalibration):
+        load_calibration(rewritten(path, change))
+
+
+@pytest.mark.parametrize("sizes", ["[1, 16, 64, 256, 1e999]", "[1, -16, 64, 256, 1024]", "[0, 16, 64, 256, 1024]"])
+@pytest.mark.xfail(reason="block sizes are not checked: a negative one reads outside of the table")
+def test_impossible_block_sizes(path, sizes):
+    with pytest.raises(CorruptCalibration):
+        load_calibration(rewritten(path, lambda metadata, _: metadata.update(block_sizes=sizes)))
+
+
+def test_nothing_unpickles():
+    """A calibration file is data: no source may use a reader that runs what it reads."""
+    forbidden = re.compile(r"\b(c?pickle|dill|joblib|shelve|marshal|torch\.load|allow_pickle)\b")
+    sources = list(SOURCES.rglob("*.py"))
+    assert len(sources) > 20
+    assert [(source.name, found) for source in sources for found in forbidden.findall(source.read_text())] == []
+
+
+# The sample of rows.
+
+
+def offered_in_batches(spool: RowSpool, rows: torch.Tensor, sizes=(1, 7, 40, 3, 100)) -> list[np.ndarray]:
+    slots, start, turn = [], 0, 0
+    while start < len(rows):
+        part = rows[start : start + sizes[turn % len(sizes)]]
+        slots.append(spool.append(part))
+        start, turn = start + len(part), turn + 1
+    return slots
+
+
+def kept_rows(spool: RowSpool) -> torch.Tensor:
+    return torch.cat(list(spool.blocks()))
+
+
+def test_few_rows_are_all_kept_in_order():
+    rows = torch.arange(60.0)[:, None] + torch.tensor([0, 0.5])
+    with RowSpool(2, 60, seed=0) as spool:
+        offered_in_batches(spool, rows)
+        assert (spool.n_rows, spool.n_offered) == (60, 60)
+        assert torch.equal(kept_rows(spool), rows)
+        assert torch.equal(torch.cat(list(spool.blocks(slice(1, 2)))), rows[:, 1:])
+
+
+def test_the_sample_of_rows_is_uniform():
+    """Every row has the same chance, wherever it stands in the stream: counts over 600 draws of 40 out of 320 rows."""
+    n, capacity, draws = 320, 40, 600
+    counts = torch.zeros(n)
+    for seed in range(draws):
+        with RowSpool(1, capacity, seed) as spool:
+            offered_in_batches(spool, torch.arange(float(n))[:, None])
+            kept = kept_rows(spool).flatten().long()
+        assert kept.unique().numel() == capacity
+        counts[kept] += 1
+    share = capacity / n
+    deviation = (draws * share * (1 - share)) ** 0.5
+    assert float((counts - draws * share).abs().max()) < 4.5 * deviation
+    # Chi-square with n - 1 degrees of freedom (less what a fixed total takes): five deviations from its mean at most.
+    chi_square = float(((counts - draws * share) ** 2 / (draws * share * (1 - share))).sum())
+    assert abs(chi_square - n) < 5 * (2 * n) ** 0.5
+    quarters = counts.reshape(4, -1).mean(dim=1) / draws
+    assert float((quarters - share).abs().max()) < 0.01
+
+
+def test_keys_and_values_keep_the_same_tokens():
+    rows = torch.arange(700.0)[:, None]
+    with RowSpool(1, 50, seed=3) as keys, RowSpool(1, 50, seed=99) as values:
+        for part in rows.split(64):
+            values.append(part + 1000, keys.append(part))
+        assert torch.equal(kept_rows(values), kept_rows(keys) + 1000)
+        assert (values.n_rows, values.n_offered) == (keys.n_rows, keys.n_offered) == (50, 700)
+        chosen = [torch.cat(list(spool.sample(20, seed=5))) for spool in (keys, values)]
+        assert chosen[0].shape == (20, 1)
+        assert torch.equal(chosen[1], chosen[0] + 1000)
+        assert torch.equal(torch.cat(list(keys.sample(1000, seed=5))), kept_rows(keys))
+
+
+def test_rows_that_16_bits_cannot_hold_are_refused():
+    for bad in (float("nan"), float("inf"), 65520.0):
+        with RowSpool(2, 10, seed=0) as spool, pytest.raises(InvalidCache, match="16 bits cannot"):
+            spool.append(torch.tensor([[1.0, bad]]))
+
+
+# The fit.
+
+
+def caches(count: int = 3, n: int = 60) -> list[KVCache]:
+    return [random_cache(n, seed=500 + index) for index in range(count)]
+
+
+def quick_fit(items, **options) -> Calibration:
+    return fit(tiny_geometry(), items, **({"progress": False} | options))
+
+
+def test_caches_are_read_once(tmp_path):
+    class OneShot:
+        """Can be iterated over once, and counts how far."""
+
+        def __init__(self):
+            self.given = 0
+
+        def __iter__(self):
+            assert self.given == 0
+            for cache in caches():
+                self.given += 1
+                yield cache
+
+    source = OneShot()
+    calibration = quick_fit(source, spool_directory=tmp_path)
+    assert source.given == 3
+    assert same_calibration(calibration, quick_fit(caches()))
+    assert same_calibration(calibration, quick_fit(iter(caches())))
+    assert calibration.info["n_sequences"] == 3
+    assert calibration.info["n_rows"] == calibration.info["n_tokens_seen"] == 3 * 56
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_caches_are_left_as_they_were():
+    cache = random_cache(60)
+    keys, values = cache.keys.clone(), cache.values.clone()
+    quick_fit([cache])
+    assert same_bits(cache.keys, keys)
+    assert same_bits(cache.values, values)
+
+
+def test_sinks_are_left_out():
+    """Wild sinks change nothing; the same rows without them give the same calibration."""
+    wild = caches()
+    for cache in wild:
+        cache.keys[:, :, :4] = 1e4
+        cache.values[:, :, :4] = -1e4
+    without = [
+        KVCache(c.keys[:, :, 4:], c.values[:, :, 4:], torch.arange(4, c.n_tokens), rope_length=c.n_tokens)
+        for c in caches()
+    ]
+    calibration = quick_fit(wild)
+    assert calibration.fingerprint == quick_fit(without).fingerprint
+    assert calibration.key.total_variance == quick_fit(without).key.total_variance
+    assert quick_fit(wild, sink_tokens=0).value.total_variance > 100 * calibration.value.total_variance
+    assert quick_fit(wild, sink_tokens=30).info["n_rows"] == 3 * 30
+
+
+def test_at_most_max_rows_are_kept():
+    calibration = quick_fit(caches(), max_rows=50)
+    assert (calibration.info["n_rows"], calibration.info["n_tokens_seen"]) == (50, 3 * 56)
+    assert quick_fit(caches(), max_rows=50).fingerprint == calibration.fingerprint
+    assert quick_fit(caches(), max_rows=50, seed=1).fingerprint != calibration.fingerprint
+
+
+def test_keys_are_calibrated_before_rotation(calibration):
+    """The caches were made of few directions; rotation, if left in, would hide them."""
+    for kind in (calibration.key, calibration.value):
+        shares = kind.basis.spectrum.double().cumsum(0) / kind.total_variance
+        assert shares[7] > 0.99
+    geometry = tiny_geometry()
+    rotated = replace(geometry, rope=replace(geometry.rope, layer_tables=(-1,) * 3))
+    wrong = fit(rotated, caches(), progress=False).key
+    assert wrong.basis.spectrum[:8].sum() < 0.9 * wrong.total_variance
+
+
+def test_rank_is_capped():
+    calibration = quick_fit(caches(), rank=5)
+    assert calibration.key.basis.vectors.shape == (48, 5)
+    assert calibration.key.distortion.rank == 5
+    assert quick_fit([random_cache(20)]).key.basis.rank == 16
+
+
+def test_the_distortion_is_that_of_the_calibration_rows():
+    items = caches()
+    calibration = quick_fit(items)
+    rows = torch.cat([rows_of(cache.values)[4:] for cache in items]).half().float()
+    basis = calibration.value.basis
+    expected = measure_distortion(project(rows, basis.mean, basis.vectors.float()).numpy())
+    np.testing.assert_allclose(calibration.value.distortion.energy, expected.energy, rtol=1e-3)
+    np.testing.assert_allclose(calibration.value.distortion.errors, expected.errors, rtol=1e-2, atol=1e-7)
+
+
+def test_too_little_disk_is_said_before_anything_is_read(monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 1 << 20))
+    source = iter(caches())
+    with pytest.raises(InvalidArgument, match=rf"may need 0\.03 GiB in {re.escape(str(tmp_path))}, 0\.00 GiB are free"):
+        quick_fit(source, spool_directory=tmp_path)
+    assert len(list(source)) == 3
+    assert quick_fit(caches(), max_rows=1000, spool_directory=tmp_path).info["n_rows"] == 3 * 56
+
+
+def test_a_spool_directory_that_is_not_there(tmp_path):
+    with pytest.raises(InvalidArgument, match="does not exist"):
+        quick_fit(caches(), spool_directory=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [4, 4], [5]])
+def test_too_few_rows(lengths):
+    found = sum(max(0, n - 4) for n in lengths)
+    with pytest.raises(InvalidArgument, match=f"at least 2 tokens past the 4 sinks; got {found}"):
+        quick_fit([random_cache(n, seed=n) for n in lengths])
+
+
+@pytest.mark.parametrize("kind", ["keys", "values"])
+def test_caches_with_nan_are_refused(kind):
+    cache = random_cache(60)
+    getattr(cache, kind)[2, 0, 30, 1] = float("nan")
+    with pytest.raises(InvalidCache, match=f"{kind} of layer 2"):
+        quick_fit([*caches(), cache])
+
+
+def test_caches_of_another_geometry_are_refused():
+    cache = KVCache(torch.zeros(2, 2, 9, 8), torch.zeros(2, 2, 9, 8))
+    with pytest.raises(GeometryMismatch, match=r"layers 0\.\.2, .* layers 0\.\.1"):
+        quick_fit([*caches(), cache])
+
+
+@pytest.mark.parametrize(
+    "options", [{"sink_tokens": -1}, {"max_rows": 1}, {"rank": 0}, {"layers_per_basis": 0}, {"layers_per_basis": 4}]
+)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(InvalidArgument):
+        quick_fit(caches(), **options)
+
+
+def test_progress_is_told_and_can_be_silenced(capfd):
+    quick_fit(caches())
+    assert capfd.readouterr().err == ""
+    quick_fit(caches(), progress=True)
+    assert "calibration rows" in capfd.readouterr().err
+
+
+# The basis.
+
+
+@pytest.fixture(scope="module")
+def decaying_rows() -> torch.Tensor:
+    """900 rows of 240 features whose variances fall like 1 / i, off centre; exact in float16."""
+    generator = torch.Generator().manual_seed(4)
+    rotation = torch.linalg.qr(torch.randn(240, 240, generator=generator)).Q
+    scales = 4 / torch.arange(1, 241) ** 0.5
+    rows = (torch.randn(900, 240, generator=generator) * scales) @ rotation + 2 * torch.randn(240, generator=generator)
+    return rows.half().float()
+
+
+def components_of(rows: torch.Tensor, *arguments, **options):
+    with RowSpool(rows.shape[1], len(rows), seed=0) as spool:
+        spool.append(rows)
+        return principal_components(spool, *arguments, **options)
+
+
+def exact_variances(rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.double()
+    return torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False).S.square() / len(rows)
+
+
+@pytest.mark.parametrize("rank", [1, 32, 100])
+def test_randomized_components_explain_what_exact_ones_do(decaying_rows, rank):
+    assert rank + OVERSAMPLING < decaying_rows.shape[1]
+    found, exact = components_of(decaying_rows, rank), exact_variances(decaying_rows)
+    assert found.basis.rank == rank
+    assert float(found.basis.spectrum.sum()) == pytest.approx(float(exact[:rank].sum()), rel=1e-3)
+    assert found.total_variance == pytest.approx(float(exact.sum()), rel=1e-6)
+    # Not only what the spectrum says: the variance that the vectors really catch.
+    centred = decaying_rows.double() - decaying_rows.double().mean(dim=0)
+    caught = (centred @ found.basis.vectors.double()).square().sum() / len(centred)
+    assert float(caught) == pytest.approx(float(exact[:rank].sum()), rel=1e-3)
+
+
+def test_components_of_the_whole_space_are_exact(decaying_rows):
+    rows = decaying_rows[:, :50]
+    found, exact = components_of(rows, 50), exact_variances(rows)
+    torch.testing.assert_close(found.basis.spectrum.double(), exact, rtol=1e-4, atol=0)
+    centred = rows - found.basis.mean
+    restored = centred @ found.basis.vectors.float() @ found.basis.vectors.float().T
+    assert relative_error(restored, centred) < 2e-3
+
+
+def test_components_are_orthonormal_and_fall(decaying_rows):
+    basis = components_of(decaying_rows, 100).basis
+    gram = basis.vectors.double().T @ basis.vectors.double()
+    assert float((gram - torch.eye(100)).abs().max()) < 2e-3
+    assert bool((basis.spectrum[1:] <= basis.spectrum[:-1]).all())
+    assert basis.vectors.dtype == torch.float16
+    largest = basis.vectors.float().gather(0, basis.vectors.float().abs().argmax(0, keepdim=True))
+    assert bool((largest > 0).all())
+    torch.testing.assert_close(basis.mean, decaying_rows.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_components_are_the_same_again(decaying_rows):
+    first, second, other = (components_of(decaying_rows, 32, seed=seed) for seed in (0, 0, 1))
+    assert same_bits(first.basis.vectors, second.basis.vectors)
+    assert not same_bits(first.basis.vectors, other.basis.vectors)
+
+
+def test_components_are_never_more_than_rows(decaying_rows):
+    basis = components_of(decaying_rows[:10], 200).basis
+    assert basis.rank == 10
+    assert bool(basis.vectors.float().isfinite().all())
+
+
+def test_rows_without_variance():
+    found = components_of(torch.full((20, 6), 2.5), 4)
+    assert found.total_variance == 0
+    assert found.explained_variance == 1
+    assert torch.equal(found.basis.mean, torch.full((6,), 2.5))
+
+
+def test_blocks_side_by_side(decaying_rows):
+    with RowSpool(240, 900, seed=0) as spool:
+        spool.append(decaying_rows)
+        parts = [principal_components(spool, 30, slice(start, start + 80)) for start in (0, 80, 160)]
+    whole = block_diagonal(parts, 50)
+    assert whole.basis.vectors.shape == (240, 50)
+    assert bool((whole.basis.spectrum[1:] <= whole.basis.spectrum[:-1]).all())
+    assert whole.total_variance == pytest.approx(sum(part.total_variance for part in parts))
+    every = torch.cat([part.basis.spectrum for part in parts]).sort(descending=True).values
+    assert torch.equal(whole.basis.spectrum, every[:50])
+    for column in whole.basis.vectors.T:
+        assert sum(bool(block.any()) for block in column.split(80)) == 1
+    gram = whole.basis.vectors.double().T @ whole.basis.vectors.double()
+    assert float((gram - torch.eye(50)).abs().max()) < 2e-3
+
+
+@pytest.mark.parametrize(("layers", "blocks"), [(1, [16, 16, 16]), (2, [32, 16]), (3, [48])])
+def test_bases_per_layer(layers, blocks):
+    calibration = quick_fit(caches(), layers_per_basis=layers)
+    assert calibration.info["layers_per_basis"] == layers
+    for kind in (calibration.key, calibration.value):
+        assert kind.basis.rank == 48
+        for column in kind.basis.vectors.T:
+            assert sum(bool(block.any()) for block in column.split(blocks)) == 1
+        assert kind.explained_variance == pytest.approx(1, abs=1e-3)
+    cache = random_cache(200)
+    codec = Codec(calibration, max_error=0.05, window_tokens=0)
+    assert relative_error(codec.decode(codec.encode(cache)).values, cache.values) < 0.06
+
+
+def test_one_basis_of_all_layers_beats_one_a_layer():
+    """Layers share directions: within the same bits, cross-layer bases lose less."""
+    errors = []
+    for layers in (1, 3):
+        codec = Codec(quick_fit(caches(), layers_per_basis=layers), ratio=4, window_tokens=0)
+        cache = random_cache(300, seed=9)
+        errors.append(relative_error(codec.decode(codec.encode(cache)).values, cache.values))
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_every_error_is_one_of_the_package():
+    for kind in (CorruptCalibration, GeometryMismatch, InvalidArgument, InvalidCache, UnsupportedVersion):
+        assert issubclass(kind, KvtcError)
