@@ -193,10 +193,16 @@ def with_section(
     return reseal(data)
 
 
-def tiny_codec(**options: object) -> Codec:
+def fresh_codec(**options: object) -> Codec:
     """A codec whose streams have several chunks and every kind of section in few bytes."""
     defaults = {"ratio": 3, "sink_tokens": 2, "window_tokens": 3, "chunk_tokens": 4}
     return Codec(tiny_calibration(), **(defaults | options))
+
+
+@remember
+def tiny_codec(**options: object) -> Codec:
+    """`fresh_codec`, made once for the same options."""
+    return fresh_codec(**options)
 
 
 def gappy_cache(n: int = 10, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> KVCache:

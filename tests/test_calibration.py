@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -24,13 +25,13 @@ from kvtc.calibration.principal import OVERSAMPLING, block_diagonal, principal_c
 from kvtc.calibration.row_spool import RowSpool
 from kvtc.codec import Codec
 from kvtc.coding.distortion import measure_distortion
+from kvtc.coding.rope import DynamicScaling, LongScaling, Rope, RopeTable
 from kvtc.coding.transform import project, rows_of
 from kvtc.errors import (
     CorruptCalibration,
     GeometryMismatch,
     InvalidArgument,
     InvalidCache,
-    KvtcError,
     UnsupportedVersion,
 )
 
@@ -80,8 +81,6 @@ def test_what_is_saved_is_loaded(calibration, path):
 
 def test_rotations_of_every_kind_survive_the_file(tmp_path):
     """No table at all, and scaling of both kinds."""
-    from kvtc.coding.rope import DynamicScaling, LongScaling, Rope, RopeTable
-
     calibration = golden_calibration()
     for scaling in (None, DynamicScaling(1e4, 2.0, 64), LongScaling((0.1, 1 / 3), 4096)):
         table = RopeTable((1.0, float(np.float32(0.1))), 1.25, interleaved=True, scaling=scaling)
@@ -141,12 +140,16 @@ def test_a_file_cut_short(path):
 
 
 def rewritten(path: Path, change) -> Path:
-    """The file with `change(metadata, tensors)` done to it."""
+    """The file with `change(metadata, tensors)` done to it, and its checksum made right again."""
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del metadata["checksum"]
     change(metadata, tensors)
-    safetensors.torch.save_file(tensors, path, metadata)
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    safetensors.torch.save_file(tensors, path, {**metadata, "checksum": digest.hexdigest()})
     return path
 
 
@@ -160,11 +163,15 @@ def test_a_newer_version_names_both(path):
         load_calibration(path)
 
 
-@pytest.mark.parametrize("name", ["version", "fingerprint", "geometry", "total_variance", "block_sizes", "info"])
-@pytest.mark.parametrize("value", [None, "", "x", "[1", "{}"])
+METADATA = ["version", "fingerprint", "geometry", "total_variance", "block_sizes", "info"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    # No information is information: of all of these only an empty object as `info` is sound.
+    [(n, v) for n in METADATA for v in (None, "", "x", "[1", "{}") if (n, v) != ("info", "{}")],
+)
 def test_metadata_that_is_missing_or_senseless(path, name, value):
-    if (name, value) == ("info", "{}"):
-        pytest.skip("no information is information")
     rewritten(path, lambda metadata, _: metadata.pop(name) if value is None else metadata.update({name: value}))
     with pytest.raises(CorruptCalibration):
         load_calibration(path)
@@ -190,18 +197,7 @@ def test_tensors_that_are_missing_or_of_another_form(path, name):
             load_calibration(path)
 
 
-NOT_COVERED = {f"{kind}.{part}" for kind in ("key", "value") for part in ("spectrum", "energy", "errors")}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(reason="the file has no checksum but the fingerprint"))
-        if n in NOT_COVERED
-        else n
-        for n in TENSORS
-    ],
-)
+@pytest.mark.parametrize("name", TENSORS)
 def test_a_flipped_byte_in_a_tensor(path, name):
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
@@ -210,12 +206,12 @@ def test_a_flipped_byte_in_a_tensor(path, name):
         damaged = bytearray(data)
         damaged[place] ^= 0x10
         path.write_bytes(damaged)
-        with pytest.raises(CorruptCalibration):
+        with pytest.raises(CorruptCalibration, match="checksum"):
             load_calibration(path)
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])
-def test_a_flipped_byte_in_the_metadata_is_detected_or_harmless_to_decoding(calibration, path, mask):
+def test_a_flipped_byte_in_the_metadata(calibration, path, mask):
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     detected = 0
@@ -225,27 +221,54 @@ def test_a_flipped_byte_in_the_metadata_is_detected_or_harmless_to_decoding(cali
         path.write_bytes(damaged)
         try:
             loaded = load_calibration(path)
-        except (CorruptCalibration, UnsupportedVersion, InvalidArgument):
+        except (CorruptCalibration, UnsupportedVersion):
             detected += 1
         else:
-            assert loaded.fingerprint == calibration.fingerprint
-    assert detected > 0.9 * size
+            # White space behind the header may differ.
+            assert same_calibration(loaded, calibration)
+    assert detected > 0.99 * size
 
 
-@pytest.mark.xfail(raises=InvalidArgument, reason="the error of CacheGeometry passes through load_calibration")
-def test_a_geometry_that_contradicts_itself(path):
+def test_a_file_without_its_checksum(path):
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = {name: value for name, value in file.metadata().items() if name != "checksum"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(CorruptCalibration):
+        load_calibration(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"n_layers": 3', '"n_layers": 2'),
+        ('"n_layers": 3', '"n_layers": 1e999'),
+        ('"head_dim": 8', '"head_dim": 0'),
+        ('"head_dim": 8', '"head_dim": 6'),
+        ('"layer_tables": [0, 0, 0]', '"layer_tables": [0, 0, 1]'),
+        ('"rope": {', '"rope": [], "other": {'),
+    ],
+)
+def test_a_geometry_that_contradicts_itself(path, old, new):
     def change(metadata, _):
-        metadata["geometry"] = metadata["geometry"].replace('"n_layers": 3', '"n_layers": 2')
+        assert old in metadata["geometry"]
+        metadata["geometry"] = metadata["geometry"].replace(old, new)
 
     with pytest.raises(CorruptCalibration):
         load_calibration(rewritten(path, change))
 
 
-@pytest.mark.parametrize("sizes", ["[1, 16, 64, 256, 1e999]", "[1, -16, 64, 256, 1024]", "[0, 16, 64, 256, 1024]"])
-@pytest.mark.xfail(reason="block sizes are not checked: a negative one reads outside of the table")
-def test_impossible_block_sizes(path, sizes):
+@pytest.mark.parametrize("first", ["-1", "0", "16", "17", "1e999", "null", "[]"])
+def test_impossible_block_sizes(path, first):
     with pytest.raises(CorruptCalibration):
-        load_calibration(rewritten(path, lambda metadata, _: metadata.update(block_sizes=sizes)))
+        load_calibration(
+            rewritten(path, lambda metadata, _: metadata.update(block_sizes=f"[{first}, 16, 64, 256, 1024]"))
+        )
+
+
+def test_another_fingerprint_than_that_of_the_contents(path):
+    with pytest.raises(CorruptCalibration, match="says its fingerprint is 00"):
+        load_calibration(rewritten(path, lambda metadata, _: metadata.update(fingerprint="00")))
 
 
 def test_nothing_unpickles():
@@ -579,8 +602,3 @@ def test_one_basis_of_all_layers_beats_one_a_layer():
         cache = random_cache(300, seed=9)
         errors.append(relative_error(codec.decode(codec.encode(cache)).values, cache.values))
     assert errors[1] < 0.7 * errors[0]
-
-
-def test_every_error_is_one_of_the_package():
-    for kind in (CorruptCalibration, GeometryMismatch, InvalidArgument, InvalidCache, UnsupportedVersion):
-        assert issubclass(kind, KvtcError)

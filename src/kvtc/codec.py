@@ -208,8 +208,8 @@ class Codec:
                 cache.first_kv_head,
                 cache.rope_length,
             )
-        self.calibration.geometry.check(cache)
         cache.validate()
+        self.calibration.geometry.check(cache)
         if token_ids is not None and len(token_ids) != cache.n_tokens:
             raise InvalidArgument(f"the cache holds {cache.n_tokens} tokens, but {len(token_ids)} token ids are given")
         allocations = self.rate.allocations(cache.original_bits)

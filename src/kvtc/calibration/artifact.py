@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
 
 CALIBRATION_VERSION = 1
 FINGERPRINT_BYTES = 16
+MAX_GROUP_SIZE = 0xFFFF
 KINDS = ("key", "value")
 
 
@@ -86,7 +88,8 @@ class Calibration:
             tensors[f"{name}.spectrum"] = kind.basis.spectrum
             tensors[f"{name}.energy"] = torch.from_numpy(kind.distortion.energy)
             tensors[f"{name}.errors"] = torch.from_numpy(kind.distortion.errors)
-        data = safetensors.torch.save({key: value.cpu().contiguous() for key, value in tensors.items()}, metadata)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        data = safetensors.torch.save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)})
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             temporary.write_bytes(data)
@@ -113,10 +116,22 @@ def load_calibration(path: str | Path) -> Calibration:
                     f"{path} is calibration version {metadata['version']}; "
                     f"this kvtc reads version {CALIBRATION_VERSION}: upgrade kvtc"
                 )
-            calibration = _parse(metadata, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, KvtcError):
-            raise
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        checksum = metadata.pop("checksum")
+        if checksum != _checksum(metadata, tensors):
+            raise CorruptCalibration(f"{path} is damaged: its contents do not give its checksum")
+        calibration = _parse(metadata, tensors)
+    except (CorruptCalibration, UnsupportedVersion):
+        raise
+    except (
+        safetensors.SafetensorError,
+        KvtcError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise CorruptCalibration(f"{path} is not a readable calibration: {type(error).__name__}: {error}") from error
     if calibration.fingerprint.hex() != metadata.get("fingerprint"):
         raise CorruptCalibration(
@@ -129,6 +144,8 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Calibration:
     geometry = _geometry_from_json(json.loads(metadata["geometry"]))
     variances = json.loads(metadata["total_variance"])
     sizes = tuple(int(size) for size in json.loads(metadata["block_sizes"]))
+    if not sizes or any(after <= before for before, after in pairwise((0, *sizes, MAX_GROUP_SIZE + 1))):
+        raise CorruptCalibration(f"block sizes {sizes}; expected ascending ones of 1 to {MAX_GROUP_SIZE}")
     kinds = []
     for name, variance in zip(KINDS, variances, strict=True):
         basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
@@ -148,6 +165,15 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Calibration:
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise CorruptCalibration(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {dtype}")
+
+
+def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over all metadata but itself and all tensors by name, in hex: the fingerprint covers only what decoding needs."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _geometry_json(geometry: CacheGeometry) -> dict[str, Any]:

@@ -85,8 +85,8 @@ def _spool_rows(
 ) -> int:
     n_sequences = 0
     for cache in _bar(caches, "caches", progress):
-        geometry.check(cache)
         cache.validate()
+        geometry.check(cache)
         positions = cache.resolved_positions()
         body = (positions >= sink_tokens).to(cache.keys.device)
         if not bool(body.any()):

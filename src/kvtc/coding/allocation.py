@@ -144,7 +144,7 @@ def _solve(table: DistortionTable, budget_bits: int) -> tuple[np.ndarray[Any, An
         raise InvalidArgument(f"a bit budget cannot be negative; got {budget_bits}")
     costs = [t.group_bits(size) for t in SYMBOL_TYPES for size in table.sizes]
     unit = math.gcd(*costs)
-    # Budgets past the price of everything change nothing; groups of one are always allowed, so this bounds memory.
+    # Budgets past the dearest price of every coefficient change nothing; cutting them off bounds memory.
     most = table.rank * max(SymbolType.FP8.group_bits(size) // size + 1 for size in table.sizes)
     units = min(budget_bits, most) // unit
     errors = table.errors.reshape(len(costs), table.rank).astype(np.float64)

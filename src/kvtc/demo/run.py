@@ -1,10 +1,9 @@
-"""What `kvtc demo` does and prints: a newcomer's first look, so every figure stands beside what it is measured against."""
+"""What `kvtc demo` does: prefill, put away, restore, go on, and measure; `report.py` puts it into words."""
 
 from __future__ import annotations
 
 import copy
 import re
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,33 +14,38 @@ from torch import Tensor
 
 from ..calibration import Calibration
 from ..codec import Codec
-from ..errors import InvalidArgument, MissingDependency
+from ..errors import MissingDependency
 from ..evaluate.plots import plot_rate_quality, plot_spectrum
 from ..evaluate.provenance import Provenance
-from ..evaluate.quality import Quality, evaluate_continuation, prefill, timed
-from ..evaluate.table import format_bytes, format_fields, format_ratio, format_seconds, format_table
-from ..inspection import StreamInfo, inspect
+from ..evaluate.quality import Quality, evaluate_continuation, prefill
+from ..inspection import inspect
 from ..reference import MODEL_DIRECTORY, reference_calibration
+from . import report
 
 CONVERSATION = Path(__file__).parent / "conversation.txt"
+CALIBRATION_FILE = MODEL_DIRECTORY / "calibration.safetensors"
 HELD_OUT = "\n=====\n"
 FACT = re.compile(r"The magic number for (\w+) is (\d+)\.")
 QUESTION = "\n\nThe magic number for {} is"
-PLOTS = ("spectrum.png", "rate_quality.png")
-WIDTH = 96
+PICTURES = ("spectrum.png", "rate_quality.png")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids: `read` [T] are prefilled (the last of them is fed afterwards), `held_out` [n] is how the text goes on.
+    """Token ids: the model has `read` [T]; `held_out` [n] is how the text goes on.
 
-    facts: (name, number) told in the part that is read. questions: per fact, the ids that ask for it.
+    facts: (name, number) as told in the part that is read. questions: per fact, the ids that ask for it.
     """
 
     read: Tensor
     held_out: Tensor
     facts: list[tuple[str, str]]
     questions: list[Tensor]
+
+    @property
+    def cached(self) -> Tensor:
+        """[T - 1]: all tokens read but the last, which is fed to the model again to get its prediction."""
+        return self.read[:-1]
 
 
 def run_demo(
@@ -53,66 +57,66 @@ def run_demo(
     repeats: int = 5,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run the demo; `say` gets the text, block by block. Returns every figure in it, ready for JSON.
+    """Run the demo; `say` gets its text block by block. Returns every figure, ready for JSON.
 
     ratio: what the story is told at. ratios: rows of the table. repeats: runs behind every time (after a warm-up).
-    Writes spectrum.png and rate_quality.png to `output_directory`, if matplotlib is installed.
+    Writes spectrum.png and rate_quality.png to `output_directory` if matplotlib is installed.
 
     Raises `InvalidArgument` for a ratio that cannot be, `MissingDependency` without transformers.
     """
-    model, tokenizer = _load_model()
     calibration = reference_calibration()
-    conversation = _read_conversation(tokenizer)
     codecs = {f"{wanted:g}": Codec(calibration, ratio=wanted) for wanted in sorted({*ratios, ratio})}
-    codec = codecs[f"{ratio:g}"]
-    say(_introduction(model, calibration, conversation, ratio))
+    chosen = f"{ratio:g}"
+    model, tokenizer = _load_model()
+    talk = _read_conversation(tokenizer)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    introduction = report.introduction(
+        model.config, n_parameters, calibration, CALIBRATION_FILE.stat().st_size, len(talk.read), len(talk.held_out)
+    )
+    say(introduction)
 
-    cached = conversation.read[:-1]
-    cache, _ = timed(lambda: prefill(model, cached), 1)
-    exact = _Voice(model, tokenizer, cache)
-    exact_text = exact.go_on(conversation.read, n_generated)
-    exact_answers = exact.answers(conversation)
-    stream = codec.encode(cache, cached)
-    info = inspect(stream)
+    cache = prefill(model, talk.cached)
+    exact = _Speaker(model, tokenizer, cache)
+    exact_text, exact_answers = exact.go_on(talk.read, n_generated), exact.answers(talk)
+    stream = codecs[chosen].encode(cache, talk.cached)
+    # From here on the exact cache is gone; the model has nothing but the stream.
     del cache, exact
-    restored = _Voice(model, tokenizer, codec.decode(stream, cached))
-    restored_text = restored.go_on(conversation.read, n_generated)
-    restored_answers = restored.answers(conversation)
+    restored = _Speaker(model, tokenizer, codecs[chosen].decode(stream, talk.cached))
+    restored_text, restored_answers = restored.go_on(talk.read, n_generated), restored.answers(talk)
 
-    text = torch.cat([conversation.read, conversation.held_out])
-    qualities = evaluate_continuation(model, text, codecs, len(conversation.held_out), repeats)
-    quality = next(quality for quality in qualities if quality.name == f"{ratio:g}")
-    say(_cost(info, quality, codec))
-    say(_continuation(exact_text, restored_text, n_generated))
-    say(_facts(conversation, exact_answers, restored_answers))
-    say(_quality(quality))
-    remembered = {
-        name: _n_right(_Voice(model, tokenizer, other.decode(other.encode(prefill(model, cached)))), conversation)
-        for name, other in codecs.items()
-    }
-    say(_table(qualities, remembered, len(conversation.facts)))
-    plots = _plot(Path(output_directory), calibration, codec, qualities, say)
+    text = torch.cat([talk.read, talk.held_out])
+    qualities = evaluate_continuation(model, text, codecs, len(talk.held_out), repeats)
+    quality = next(quality for quality in qualities if quality.name == chosen)
+    say(report.cost(inspect(stream), quality, chosen, repeats))
+    say(report.continuation(exact_text, restored_text, n_generated))
+    say(report.facts(talk.facts, exact_answers, restored_answers))
+    say(report.predictions(quality))
+    cache = prefill(model, talk.cached)
+    n_known = {"exact": _n_right(exact_answers, talk), chosen: _n_right(restored_answers, talk)}
+    for name, codec in codecs.items():
+        if name != chosen:
+            speaker = _Speaker(model, tokenizer, codec.decode(codec.encode(cache)))
+            n_known[name] = _n_right(speaker.answers(talk), talk)
+    say(report.table(qualities, n_known, len(talk.facts)))
+    plots = _plot(Path(output_directory), calibration, codecs[chosen], qualities, say)
     provenance = Provenance.now()
-    say(f"Measured {provenance.describe()}.")
+    say(report.ending(provenance))
     return {
         "ratio": ratio,
-        "stream": {key: value for key, value in asdict(info).items() if key != "sections"},
         "calibration_parameters": calibration.n_parameters,
-        "model_parameters": _n_parameters(model),
+        "model_parameters": n_parameters,
         "continuation": {"exact": exact_text, "restored": restored_text, "equal": exact_text == restored_text},
         "facts": [
-            {"name": name, "told": told, "exact": exact_answer, "restored": restored_answer}
-            for (name, told), exact_answer, restored_answer in zip(
-                conversation.facts, exact_answers, restored_answers, strict=True
-            )
+            {"name": name, "told": told, "exact": from_exact, "restored": from_restored}
+            for (name, told), from_exact, from_restored in zip(talk.facts, exact_answers, restored_answers, strict=True)
         ],
-        "qualities": [{**asdict(quality), "facts_right": remembered[quality.name]} for quality in qualities],
+        "qualities": [{**asdict(quality), "n_known": n_known[quality.name]} for quality in qualities],
         "plots": [str(path) for path in plots],
         "provenance": asdict(provenance),
     }
 
 
-class _Voice:
+class _Speaker:
     """A model that goes on, greedily, from one cache; the cache is left as it is."""
 
     def __init__(self, model: Any, tokenizer: Any, cache: Any) -> None:
@@ -121,7 +125,7 @@ class _Voice:
         self._cache = cache
 
     def go_on(self, token_ids: Tensor, n_tokens: int) -> str:
-        """The next `n_tokens` tokens after token_ids [T], of which the cache holds the first."""
+        """The next `n_tokens` tokens after token_ids [T], of which the cache holds the first ones."""
         output = self._model.generate(
             token_ids[None],
             attention_mask=torch.ones_like(token_ids)[None],
@@ -131,18 +135,21 @@ class _Voice:
         )
         return str(self._tokenizer.decode(output[0, len(token_ids) :]))
 
-    def answers(self, conversation: Conversation) -> list[str]:
-        """What the model says to each question: the digits with which it begins."""
-        found = []
-        for (_, number), question in zip(conversation.facts, conversation.questions, strict=True):
-            said = self.go_on(torch.cat([conversation.read, question]), len(number) + 2)
-            digits = re.match(r"\s*(\d+)", said)
-            found.append(digits[1] if digits else said.strip())
-        return found
+    def answers(self, talk: Conversation) -> list[str]:
+        """What the model says to each question, up to the end of the number."""
+        said = [
+            self.go_on(torch.cat([talk.read, question]), len(number) + 1)
+            for (_, number), question in zip(talk.facts, talk.questions, strict=True)
+        ]
+        return [re.split(r"[.\n]", answer.strip())[0] for answer in said]
+
+
+def _n_right(answers: list[str], talk: Conversation) -> int:
+    return sum(answer == told for answer, (_, told) in zip(answers, talk.facts, strict=True))
 
 
 def _load_model() -> tuple[Any, Any]:
-    """The reference model in bfloat16, the precision in which models are served: an exact token then costs 16 bits a value."""
+    """The reference model in bfloat16, as models are served: a token kept exactly then costs 16 bits a value and not 32."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -165,11 +172,19 @@ def _read_conversation(tokenizer: Any) -> Conversation:
     )
 
 
-def _n_parameters(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _n_right(voice: _Voice, conversation: Conversation) -> int:
-    return sum(
-        answer == told for answer, (_, told) in zip(voice.answers(conversation), conversation.facts, strict=True)
-    )
+def _plot(
+    directory: Path, calibration: Calibration, codec: Codec, qualities: list[Quality], say: Callable[[str], None]
+) -> list[Path]:
+    """The two pictures; none, and a word about it, where matplotlib is not installed."""
+    paths = [directory / name for name in PICTURES]
+    first = qualities[0]
+    try:
+        plot_spectrum(calibration, codec, paths[0], f"seed-3m, {calibration.info['n_rows']:,} calibration tokens")
+        plot_rate_quality(
+            qualities, paths[1], f"seed-3m, {first.n_tokens:,} tokens cached, {first.n_continuation} predictions"
+        )
+    except MissingDependency as error:
+        say(f"No pictures: {error}")
+        return []
+    say(report.pictures(paths))
+    return paths

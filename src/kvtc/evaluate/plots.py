@@ -23,7 +23,7 @@ def plot_spectrum(calibration: Calibration, codec: Codec, path: str | Path, work
 
     Raises `MissingDependency` where matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = require_matplotlib()
     allocations = codec.rate.allocations(BITS_OF_ORIGINAL)
     kinds = (("Keys", calibration.key, allocations[0]), ("Values", calibration.value, allocations[1]))
     highest = max(float(kind.basis.spectrum[0]) for _, kind, _ in kinds)
@@ -78,7 +78,7 @@ def plot_rate_quality(
     drawn = {name: sorted(_position(quality) for quality in line) for name, line in series.items() if line}
     if not drawn:
         raise InvalidArgument("there are no points to draw")
-    plt = _pyplot()
+    plt = require_matplotlib()
     with plt.rc_context(_style()):
         figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
         for order, (name, line) in enumerate(drawn.items()):
@@ -132,7 +132,8 @@ def _style() -> dict[str, Any]:
     }
 
 
-def _pyplot() -> Any:
+def require_matplotlib() -> Any:
+    """matplotlib.pyplot, drawing to files; `MissingDependency` if it is not installed."""
     try:
         import matplotlib
     except ImportError as error:

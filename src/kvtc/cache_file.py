@@ -1,0 +1,107 @@
+"""A cache in a file: safetensors with keys, values and, where known, positions and token ids.
+
+Any program can write one: only the tensors `keys` and `values` [L, H, T, D] are required. Where the metadata says nothing, the
+cache begins at layer 0 and head 0.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .errors import InvalidCache
+
+KNOWN_TENSORS = {"keys", "values", "positions", "token_ids"}
+
+
+def save_cache(path: str | Path, cache: KVCache, token_ids: Tensor | None = None) -> None:
+    """Write a cache, and the ids [T] of its tokens; a reader never sees half of the file.
+
+    Raises `InvalidCache` for a cache that `load_cache` would refuse, `OSError` where the file cannot be written.
+    """
+    _check(cache, token_ids, "the cache to save")
+    tensors = {"keys": cache.keys, "values": cache.values}
+    if cache.positions is not None:
+        tensors["positions"] = cache.positions.to(torch.int64)
+    if token_ids is not None:
+        tensors["token_ids"] = token_ids.to(torch.int64)
+    metadata = {
+        "format": "kvtc cache",
+        "first_layer": str(cache.first_layer),
+        "first_kv_head": str(cache.first_kv_head),
+    }
+    if cache.rope_length is not None:
+        metadata["rope_length"] = str(cache.rope_length)
+    # Tensors may share memory, which the format does not know: every one is written as its own copy.
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    write_atomically(path, safetensors.torch.save(own, metadata))
+
+
+def load_cache(path: str | Path) -> tuple[KVCache, Tensor | None]:
+    """Read a cache and, if the file has them, the ids [T] int64 of its tokens.
+
+    Raises FileNotFoundError, or `InvalidCache` where the file is damaged or holds no cache.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no cache file at {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in KNOWN_TENSORS}  # noqa: SIM118
+            found = sorted(file.keys())
+        numbers = {
+            name: int(metadata[name]) for name in ("first_layer", "first_kv_head", "rope_length") if name in metadata
+        }
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise InvalidCache(f"{path} is not a readable cache file: {type(error).__name__}: {error}") from error
+    if not {"keys", "values"} <= tensors.keys():
+        raise InvalidCache(f"{path} holds the tensors {', '.join(found[:8]) or 'none'}; expected keys and values")
+    cache = KVCache(
+        tensors["keys"],
+        tensors["values"],
+        tensors.get("positions"),
+        numbers.get("first_layer", 0),
+        numbers.get("first_kv_head", 0),
+        numbers.get("rope_length"),
+    )
+    token_ids = tensors.get("token_ids")
+    _check(cache, token_ids, str(path))
+    return cache, token_ids
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that it is there whole or, if anything fails, not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check(cache: KVCache, token_ids: Tensor | None, where: str) -> None:
+    """Raise `InvalidCache` unless tensors fit each other and integers are integers."""
+    if min(cache.first_layer, cache.first_kv_head) < 0:
+        raise InvalidCache(
+            f"{where}: first layer {cache.first_layer} and head {cache.first_kv_head} must not be negative"
+        )
+    if cache.positions is not None and cache.positions.dtype not in (torch.int32, torch.int64):
+        raise InvalidCache(f"{where}: positions are {cache.positions.dtype}; expected int64 [tokens]")
+    try:
+        cache.validate()
+    except InvalidCache as error:
+        raise InvalidCache(f"{where}: {error}") from error
+    if token_ids is not None and (
+        token_ids.shape != (cache.n_tokens,) or token_ids.dtype not in (torch.int32, torch.int64)
+    ):
+        raise InvalidCache(
+            f"{where}: token ids are {token_ids.dtype} {tuple(token_ids.shape)}; expected int64 ({cache.n_tokens},)"
+        )

@@ -1,0 +1,71 @@
+"""The command `kvtc`: verbs, and how they end.
+
+Results go to stdout, as text or with --json as one JSON object; progress and logs go to stderr. Exit codes: 0 done, 1 failed (one
+line on stderr says why), 2 wrong usage. Importing this package costs nothing: what a verb needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import KvtcError
+from . import calibrating, coding, demonstrating, describing
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        options = _parser().parse_args(argv)
+        return _run(options)
+    except SystemExit as leaving:  # argparse has said what it has to say
+        return leaving.code if isinstance(leaving.code, int) else FAILED
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        result, text = options.run(options)
+        output = json.dumps(result, indent=2) if options.json else text
+        if output:
+            print(output)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has left, as `head` does. Python flushes stdout at exit and must not find the broken pipe there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        print("kvtc: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (KvtcError, OSError) as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"kvtc: error: {_one_line(error)}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvtc", description="LLM key-value caches as small streams of bytes, and back.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"kvtc {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for module in (demonstrating, calibrating, coding, describing):
+        module.add_verbs(verbs, common)
+    return parser

@@ -1,0 +1,166 @@
+"""What several verbs share: option types, refusing to overwrite, and models and texts that are named on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidArgument, KvtcError, MissingDependency
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration, KindCalibration
+
+Outcome = tuple[dict[str, Any], str]
+REFERENCE = "reference"
+MODEL_HELP = "directory or hub name of a transformers model; 'reference' is the one that ships with kvtc"
+
+
+def add_verb(verbs: Any, common: argparse.ArgumentParser, name: str, run: Any, summary: str, details: str = "") -> Any:
+    """A verb with the options of all verbs; `run` gets the parsed options and returns an `Outcome`."""
+    parser = verbs.add_parser(
+        name,
+        parents=[common],
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, usage_error=parser.error)
+    return parser
+
+
+def add_output(parser: Any, what: str, required: bool = True) -> None:
+    """-o and --force."""
+    parser.add_argument("-o", "--output", type=Path, required=required, metavar="FILE", help=what)
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+
+
+def half_open_range(text: str) -> tuple[int, int]:
+    """Option type: 4:8 becomes (4, 8)."""
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range A:B of whole numbers, A included and B not")
+    return int(start), int(stop)
+
+
+def positive(text: str) -> int:
+    """Option type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Raise `InvalidArgument` before any work is done if the output cannot be written there."""
+    if path.is_dir():
+        raise InvalidArgument(f"{path} is a directory; give a file name")
+    if not path.parent.is_dir():
+        raise InvalidArgument(f"the directory {path.parent} does not exist")
+    if path.exists() and not force:
+        raise InvalidArgument(f"{path} exists; give --force to replace it")
+
+
+def check_device(name: str) -> None:
+    """Raise `InvalidArgument` unless tensors can be put on a device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise InvalidArgument(f"the device {name} cannot be used: {_first_line(error)}") from error
+
+
+def load_model(name: str, device: str) -> Any:
+    """A causal language model in the precision of its weights, on a device, in evaluation mode."""
+    check_device(device)
+    classes = _transformers()
+    return _load(classes.AutoModelForCausalLM, name, dtype="auto").to(device).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model."""
+    return _load(_transformers().AutoTokenizer, name)
+
+
+def token_ids_of(path: Path, tokenizer: Any) -> Any:
+    """A text file as one sequence: ids [T] int64, the tokenizer's first token (bos) included if it has one."""
+    import torch
+
+    ids = tokenizer(read_text(path), add_special_tokens=False).input_ids
+    if not ids:
+        raise InvalidArgument(f"{path} holds no text")
+    return torch.tensor([*beginning(tokenizer), *ids])
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """What every sequence begins with: the bos token, or nothing."""
+    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+
+
+def read_text(path: Path) -> str:
+    """A whole text file."""
+    return "".join(read_lines(path))
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, as they are needed; `InvalidArgument` where it is not UTF-8."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            yield from file
+        except UnicodeDecodeError as error:
+            raise InvalidArgument(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def find_calibration(options: argparse.Namespace) -> Calibration:
+    """The calibration that --calibration names; with the reference model, the one that ships with it."""
+    from ..calibration import load_calibration
+    from ..reference import reference_calibration
+
+    if options.calibration is not None:
+        return load_calibration(options.calibration)
+    if options.model != REFERENCE:
+        options.usage_error("--calibration is required (only the reference model has one that ships with kvtc)")
+    return reference_calibration()
+
+
+def describe_basis(kind: KindCalibration) -> str:
+    """Size and worth of a basis."""
+    return f"{kind.basis.rank:,} coefficients explain {kind.explained_variance:.2%} of the variance"
+
+
+def _load(loader: Any, name: str, **settings: Any) -> Any:
+    from ..reference import MODEL_DIRECTORY
+
+    try:
+        return loader.from_pretrained(MODEL_DIRECTORY if name == REFERENCE else name, **settings)
+    except KvtcError:
+        raise
+    except Exception as error:  # foreign code reads foreign files: whatever it raises, they do not load
+        raise InvalidArgument(f"cannot load {name}: {_first_line(error)}") from error
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependency('models and tokenizers need transformers; pip install "kvtc[hf]"') from error
+    quiet_transformers()
+    return transformers
+
+
+def quiet_transformers() -> None:
+    """No advice in the log, and progress bars only on a terminal."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines: Sequence[str] = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

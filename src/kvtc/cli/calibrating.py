@@ -1,0 +1,150 @@
+"""The verb `calibrate`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidArgument
+from .arguments import (
+    MODEL_HELP,
+    Outcome,
+    add_output,
+    add_verb,
+    beginning,
+    check_device,
+    check_output,
+    describe_basis,
+    half_open_range,
+    load_model,
+    load_tokenizer,
+    read_lines,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..calibration import Calibration
+
+
+def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add `calibrate`."""
+    parser = add_verb(
+        verbs,
+        common,
+        "calibrate",
+        calibrate,
+        "learn the caches of a model from text, once per model",
+        "A text file holds documents, separated by two blank lines. They are read one at a time and cut into sequences;\n"
+        "each sequence begins with the tokenizer's bos token, if it has one. 160 000 tokens are plenty.",
+    )
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text to learn from")
+    add_output(parser, "the calibration file to write")
+    parser.add_argument("--tokens-per-sequence", type=int, default=1024, metavar="N", help="default: 1024")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="tokens kept, drawn from all (default: 160000)")
+    parser.add_argument("--rank", type=int, metavar="R", help="most coefficients of a basis (default: 10000)")
+    parser.add_argument("--layers", type=half_open_range, metavar="A:B", help="layers of one pipeline rank")
+    parser.add_argument("--kv-heads", type=half_open_range, metavar="A:B", help="heads of one tensor-parallel rank")
+    parser.add_argument("--layers-per-basis", type=int, metavar="N", help="bases over groups of N layers, not over all")
+    parser.add_argument("--sink-tokens", type=int, default=4, metavar="N", help="first tokens left out (default: 4)")
+    parser.add_argument("--spool-directory", type=Path, metavar="DIR", help="for the rows (default: the system's)")
+    parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+
+
+def calibrate(options: argparse.Namespace) -> Outcome:
+    """`kvtc calibrate`."""
+    from ..integrations import huggingface
+
+    check_output(options.output, options.force)
+    check_device(options.device)
+    for path in options.text:
+        # A file that is missing shows now and not when the files before it are done.
+        path.open("rb").close()
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(options.model)
+    model = load_model(options.model, options.device)
+    limits = {"max_rows": options.max_rows, "rank": options.rank}
+    calibration = huggingface.calibrate(
+        model,
+        token_sequences(documents(options.text), tokenizer, options.tokens_per_sequence),
+        sink_tokens=options.sink_tokens,
+        layers=options.layers,
+        kv_heads=options.kv_heads,
+        layers_per_basis=options.layers_per_basis,
+        spool_directory=options.spool_directory,
+        **{name: value for name, value in limits.items() if value is not None},
+    )
+    calibration.save(options.output)
+    return _describe(calibration, options.output, time.perf_counter() - started)
+
+
+def documents(paths: Sequence[Path]) -> Iterator[str]:
+    """The documents of text files, read as they are needed: two blank lines, or the end of a file, end one."""
+    for path in paths:
+        lines: list[str] = []
+        n_blank = 0
+        for line in read_lines(path):
+            n_blank = 0 if line.strip() else n_blank + 1
+            lines.append(line)
+            if n_blank == 2:
+                yield from _document(lines)
+                lines = []
+        yield from _document(lines)
+
+
+def token_sequences(texts: Iterator[str], tokenizer: Any, length: int) -> Iterator[Tensor]:
+    """Each text as sequences [T] int64 of at most `length` tokens, bos included."""
+    import torch
+
+    first = beginning(tokenizer)
+    if length <= len(first):
+        raise InvalidArgument(f"--tokens-per-sequence must be at least {len(first) + 1}; got {length}")
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        for start in range(0, len(ids), length - len(first)):
+            yield torch.tensor(first + ids[start : start + length - len(first)])
+
+
+def _document(lines: list[str]) -> Iterator[str]:
+    text = "".join(lines).strip("\n")
+    if text.strip():
+        yield text
+
+
+def _describe(calibration: Calibration, path: Path, seconds: float) -> Outcome:
+    from ..evaluate.table import format_bytes, format_fields, format_seconds
+
+    info = calibration.info
+    result = {
+        "path": str(path),
+        "fingerprint": calibration.fingerprint.hex(),
+        "geometry": calibration.geometry.describe(),
+        "n_sequences": info["n_sequences"],
+        "n_tokens_seen": info["n_tokens_seen"],
+        "n_rows": info["n_rows"],
+        "key_rank": calibration.key.basis.rank,
+        "value_rank": calibration.value.basis.rank,
+        "key_explained_variance": calibration.key.explained_variance,
+        "value_explained_variance": calibration.value.explained_variance,
+        "file_bytes": path.stat().st_size,
+        "n_parameters": calibration.n_parameters,
+        "model_parameters": info["model_parameters"],
+        "seconds": seconds,
+    }
+    share = calibration.n_parameters / info["model_parameters"]
+    text = format_fields(
+        [
+            ("saved", f"{path}, {format_bytes(result['file_bytes'])}"),
+            ("covers", result["geometry"]),
+            ("rows", f"{info['n_rows']:,} of {info['n_tokens_seen']:,} tokens in {info['n_sequences']:,} sequences"),
+            ("key basis", describe_basis(calibration.key)),
+            ("value basis", describe_basis(calibration.value)),
+            ("size", f"{calibration.n_parameters:,} numbers, {share:.1%} as many as the model has parameters"),
+            ("time", format_seconds(seconds)),
+        ]
+    )
+    return result, text

@@ -1,0 +1,237 @@
+"""The verbs `encode` and `decode`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidArgument
+from .arguments import (
+    MODEL_HELP,
+    Outcome,
+    add_output,
+    add_verb,
+    check_device,
+    check_output,
+    find_calibration,
+    load_model,
+    load_tokenizer,
+    positive,
+    token_ids_of,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..cache import KVCache
+    from ..calibration import Calibration
+
+CACHE_SUFFIX = ".safetensors"
+CODEC_OPTIONS = (
+    "ratio", "key_ratio", "value_ratio", "max_error", "sink_tokens", "window_tokens",
+    "sink_format", "allocation", "lossless", "chunk_tokens", "device",
+)  # fmt: skip
+
+
+def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add `encode` and `decode`."""
+    parser = add_verb(
+        verbs,
+        common,
+        "encode",
+        encode,
+        "code a cache, or the cache of a text, into a stream",
+        "Options that are not given have the defaults of kvtc.Codec: ratio 16, 4 sink and 128 window tokens, deflate.",
+    )
+    parser.add_argument("input", type=Path, help="a saved cache (.safetensors), or a text to prefill with --model")
+    add_output(parser, "the stream to write")
+    _add_model(parser)
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("--ratio", type=float, help="how many times smaller the coded tokens become, at least")
+    rate.add_argument("--max-error", type=float, metavar="E", help="instead: the largest relative error, 0 .. 1")
+    parser.add_argument("--key-ratio", type=float, metavar="R", help="ratio of the keys alone")
+    parser.add_argument("--value-ratio", type=float, metavar="R", help="ratio of the values alone")
+    parser.add_argument("--sink-tokens", type=int, metavar="N", help="first tokens kept exactly")
+    parser.add_argument("--window-tokens", type=int, metavar="N", help="last tokens kept exactly")
+    parser.add_argument("--sink-format", choices=("exact", "fp8"))
+    parser.add_argument("--allocation", choices=("dynamic", "truncate"))
+    parser.add_argument("--lossless", choices=("deflate", "zstd", "lz4", "none"))
+    parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk, the unit of random access")
+
+    parser = add_verb(verbs, common, "decode", decode, "restore a cache from a stream, or go on writing from it")
+    parser.add_argument("stream", type=Path)
+    add_output(parser, "the cache file to write (.safetensors)", required=False)
+    _add_model(parser)
+    parser.add_argument("--text", type=Path, metavar="FILE", help="the text the stream was made from: ids are compared")
+    parser.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens")
+    parser.add_argument("--start-position", type=int, metavar="P", help="move the first token to this position")
+    parser.add_argument(
+        "--generate", type=positive, metavar="N", help="continue the text by N tokens from the restored cache"
+    )
+
+
+def encode(options: argparse.Namespace) -> Outcome:
+    """`kvtc encode`."""
+    check_output(options.output, options.force)
+    is_cache = options.input.suffix == CACHE_SUFFIX
+    if not is_cache and options.model is None:
+        options.usage_error(f"a text needs --model; a saved cache ends in {CACHE_SUFFIX}")
+    from ..cache_file import load_cache, write_atomically
+    from ..codec import Codec
+    from ..inspection import inspect
+
+    check_device(options.device)
+    calibration = find_calibration(options)
+    given = {name: getattr(options, name) for name in CODEC_OPTIONS if getattr(options, name) is not None}
+    codec = Codec(calibration, **given)
+    prefill_seconds = None
+    if is_cache:
+        cache, token_ids = load_cache(options.input)
+    else:
+        cache, token_ids, prefill_seconds = _prefill(options, calibration)
+    started = time.perf_counter()
+    stream = codec.encode(cache, token_ids)
+    encode_seconds = time.perf_counter() - started
+    write_atomically(options.output, stream)
+
+    from ..evaluate.table import format_bytes, format_fields, format_ratio, format_seconds
+
+    info = inspect(stream)
+    result = {
+        "path": str(options.output),
+        "n_tokens": info.n_tokens,
+        "sink_tokens": info.sink_tokens,
+        "body_tokens": info.body_tokens,
+        "window_tokens": info.window_tokens,
+        "original_bytes": info.original_bytes,
+        "body_bytes": info.body_bytes,
+        "total_bytes": info.total_bytes,
+        "body_ratio": info.body_ratio,
+        "total_ratio": info.total_ratio,
+        "prefill_seconds": prefill_seconds,
+        "encode_seconds": encode_seconds,
+    }
+    fields = [
+        (
+            "saved",
+            f"{options.output}, {format_bytes(info.total_bytes)} for {format_bytes(info.original_bytes)} of cache",
+        ),
+        (
+            "tokens",
+            f"{info.n_tokens:,}: {info.sink_tokens} sink, {info.body_tokens:,} body, {info.window_tokens} window",
+        ),
+        ("body_ratio", format_ratio(info.body_ratio)),
+        ("total_ratio", format_ratio(info.total_ratio)),
+        ("encode", format_seconds(encode_seconds)),
+    ]
+    if prefill_seconds is not None:
+        fields.append(("prefill", format_seconds(prefill_seconds)))
+    return result, format_fields(fields)
+
+
+def decode(options: argparse.Namespace) -> Outcome:
+    """`kvtc decode`."""
+    if options.output is None and options.generate is None:
+        options.usage_error("nothing to do: give -o FILE, or --model, --text and --generate N")
+    if options.generate is not None and (options.model is None or options.text is None):
+        options.usage_error("--generate needs --model and --text")
+    if options.generate is not None and (options.tokens is not None or options.start_position is not None):
+        options.usage_error(
+            "--generate continues the whole text where it stood: leave out --tokens and --start-position"
+        )
+    if options.text is not None and options.model is None:
+        options.usage_error("--text needs --model, for its tokenizer")
+    if options.output is not None:
+        check_output(options.output, options.force)
+    from ..cache_file import save_cache
+    from ..codec import Codec
+    from ..evaluate.table import format_bytes, format_fields, format_seconds
+
+    check_device(options.device)
+    stream = options.stream.read_bytes()
+    calibration = find_calibration(options)
+    tokenizer = load_tokenizer(options.model) if options.text is not None else None
+    token_ids = token_ids_of(options.text, tokenizer) if options.text is not None else None
+    # A stream names its own rate. Of all rates that the codec could encode with, this one takes no time to work out.
+    codec = Codec(calibration, ratio=1, allocation="truncate", device=options.device)
+    started = time.perf_counter()
+    restored = codec.decode(stream, token_ids, options.tokens, options.start_position)
+    seconds = time.perf_counter() - started
+    cache = _neutral(restored, stream, calibration, options)
+    result: dict[str, Any] = {"n_tokens": cache.n_tokens, "decode_seconds": seconds}
+    texts = []
+    if options.output is not None:
+        save_cache(options.output, cache, None if token_ids is None else token_ids[: cache.n_tokens])
+        result |= {"path": str(options.output), "file_bytes": options.output.stat().st_size}
+        fields = [
+            ("saved", f"{options.output}, {format_bytes(result['file_bytes'])}"),
+            ("cache", f"{cache.n_tokens:,} tokens, {str(cache.dtype).removeprefix('torch.')}, {cache.describe()}"),
+            ("decode", format_seconds(seconds)),
+        ]
+        texts.append(format_fields(fields))
+    if options.generate is not None:
+        result["continuation"] = _generate(options, cache, token_ids, tokenizer)
+        texts.append(result["continuation"])
+    return result, "\n\n".join(texts)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default with --model reference: its own")
+    parser.add_argument("--model", help=MODEL_HELP)
+    parser.add_argument("--device", default="cpu", help="where model and codec run (default: cpu)")
+
+
+def _prefill(options: argparse.Namespace, calibration: Calibration) -> tuple[KVCache, Tensor, float]:
+    """The cache of a text, the ids of its tokens, and seconds."""
+    from ..integrations.huggingface import capture
+
+    token_ids = token_ids_of(options.input, load_tokenizer(options.model))
+    model = load_model(options.model, options.device)
+    started = time.perf_counter()
+    cache = capture(model, token_ids, calibration.geometry)
+    return cache, token_ids, time.perf_counter() - started
+
+
+def _neutral(restored: Any, stream: bytes, calibration: Calibration, options: argparse.Namespace) -> KVCache:
+    """What was decoded as a neutral cache: streams of transformers caches decode to such caches, which know no positions."""
+    from ..cache import KVCache
+    from ..interop import from_transformers
+    from ..opened_stream import open_stream
+
+    if isinstance(restored, KVCache):
+        return restored
+    geometry = calibration.geometry
+    cache = from_transformers(restored, geometry)
+    positions = open_stream(stream, calibration, None, options.tokens).positions[: cache.n_tokens]
+    if options.start_position is not None and positions.numel():
+        positions = positions + options.start_position - positions[0]
+    return KVCache(cache.keys, cache.values, positions, geometry.first_layer, geometry.first_kv_head)
+
+
+def _generate(options: argparse.Namespace, cache: KVCache, token_ids: Any, tokenizer: Any) -> str:
+    """The greedy continuation of the text from the restored cache."""
+    import torch
+
+    from ..integrations.huggingface import geometry_of
+    from ..interop import to_transformers
+
+    model = load_model(options.model, options.device)
+    whole = geometry_of(model)
+    if whole.describe() != cache.describe():
+        raise InvalidArgument(
+            f"to generate, the stream must hold the whole cache: {whole.describe()}; it holds {cache.describe()}"
+        )
+    # The model needs the last token as input to predict the one after it; what the cache knows of it would count twice.
+    past = to_transformers(cache.keys[None, :, :, :-1], cache.values[None, :, :, :-1])
+    ids = token_ids[None].to(options.device)
+    with torch.no_grad():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=past,
+            max_new_tokens=options.generate,
+            do_sample=False,
+        )
+    return str(tokenizer.decode(output[0, ids.shape[1] :]))

@@ -1,0 +1,64 @@
+"""A short run of the fuzzer; `make fuzz` is the long one."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from kvtc.codec import Codec
+from kvtc.errors import CorruptStream
+
+from . import fuzz
+
+
+def test_random_damage_raises_only_errors_of_the_package():
+    report = fuzz.run(2000, seed=1)
+    assert report.failures == []
+    assert report.memory_growth < fuzz.MEMORY_GROWTH_BYTES
+    assert sum(report.outcomes.values()) == 2000
+    # The mutations reach all depths: tables, sections, and sound streams that are just different ones.
+    for outcome in ("CorruptStream", "TruncatedStream", "UnsupportedVersion", "CalibrationMismatch", "decoded"):
+        assert report.outcomes[outcome] > 5
+
+
+def test_the_fuzzer_notices_other_errors(monkeypatch):
+    sound = {target.stream for target in fuzz.make_targets()}
+
+    def careless(_, data, **__):
+        if data not in sound:
+            raise IndexError("list index out of range")
+
+    monkeypatch.setattr(Codec, "decode", careless)
+    report = fuzz.run(200, seed=0)
+    assert report.outcomes["FAILURE"] == len(report.failures) > 10
+    assert "IndexError: list index out of range; reproduce: python -m tests.fuzz --seed 0 --first" in report.failures[0]
+
+
+def test_a_mutation_is_the_same_again():
+    first, second = (fuzz.run(50, seed=3, first=first) for first in (100, 100))
+    assert first.outcomes == second.outcomes
+    targets = fuzz.make_targets()
+    drawn = [fuzz.mutate(fuzz.draw_of(0, 7), targets)[1] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+def test_time_is_limited():
+    with pytest.raises(TimeoutError), fuzz.limited_seconds(0.05):
+        signal.pause()
+
+
+def test_right_checksums_reach_the_decoders():
+    """A stream whose section is replaced decodes, or is refused for what it says and not for a checksum."""
+    targets = fuzz.make_targets()
+    outcomes = []
+    for number in range(100):
+        target = targets[number % (len(targets) - 1)]
+        data = bytes(fuzz.replace_section(fuzz.draw_of(0, number), target))
+        try:
+            target.codec.decode(data)
+            outcomes.append("decoded")
+        except CorruptStream as error:
+            outcomes.append(str(error))
+    assert outcomes.count("decoded") > 20
+    assert not [outcome for outcome in outcomes if "checksum" in outcome]
