@@ -132,7 +132,9 @@ class Codec:
         if header.is_transformers:
             return interop.to_transformers(keys[None], values[None])
         positions = opened.positions[: opened.n_tokens] + shift
-        return KVCache(keys, values, positions, header.first_layer, header.first_kv_head, header.rope_length + shift)
+        # A stream may name a shorter rotation than it has positions; moved to the front it would be negative.
+        rope_length = max(0, header.rope_length + shift)
+        return KVCache(keys, values, positions, header.first_layer, header.first_kv_head, rope_length)
 
     def decode_layers(self, stream: bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (layer, keys [H, T, D], values [H, T, D]), first layer first, each as soon as it is restored.
@@ -238,6 +240,8 @@ class Codec:
             (keys, cache.values[:, :, body].to(self.device)), self._kinds(allocations), allocations, strict=True
         ):
             coefficients = project(rows_of(side), kind.mean, kind.vectors)
+            if not bool(coefficients.isfinite().all()):
+                raise InvalidCache("the cache holds values so large that the transform overflows float32")
             packed.append(encode_groups(coefficients, allocation, counts))
         return [key + value for key, value in zip(*packed, strict=True)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .container import SECTION_BYTES, SectionType, Stream, parse_stream
+from .container import FORMAT_VERSION, SECTION_BYTES, SectionType, Stream, parse_stream
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def describe(stream: Stream) -> StreamInfo:
     body_tokens = sum(chunk.n_body for chunk in chunks)
     body_bytes = total - sum(s.stored_bytes + SECTION_BYTES for s in exact) if body_tokens else 0
     return StreamInfo(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         profile=header.profile,
         dtype=str(header.dtype).removeprefix("torch."),
         fingerprint=header.fingerprint.hex(),

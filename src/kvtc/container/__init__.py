@@ -1,0 +1,40 @@
+"""The container: what a stream consists of (`tables`), writing and parsing it (`stream`), cutting and joining it (`parts`)."""
+
+from .parts import join_streams, split_stream
+from .stream import Payload, Stream, parse_stream, token_digest, write_stream
+from .tables import (
+    DIGEST_BYTES,
+    FORMAT_VERSION,
+    MAGIC,
+    MAX_CHUNK_TOKENS,
+    MAX_POSITION,
+    PROFILES,
+    SECTION_BYTES,
+    STREAM_WIDE,
+    Chunk,
+    Header,
+    Section,
+    SectionType,
+)
+
+__all__ = [
+    "DIGEST_BYTES",
+    "FORMAT_VERSION",
+    "MAGIC",
+    "MAX_CHUNK_TOKENS",
+    "MAX_POSITION",
+    "PROFILES",
+    "SECTION_BYTES",
+    "STREAM_WIDE",
+    "Chunk",
+    "Header",
+    "Payload",
+    "Section",
+    "SectionType",
+    "Stream",
+    "join_streams",
+    "parse_stream",
+    "split_stream",
+    "token_digest",
+    "write_stream",
+]

@@ -1,0 +1,137 @@
+"""The stream: writer and parser, side by side.
+
+The parser trusts nothing: it reads lengths, checks them against caps and against each other, and only then looks at sections;
+the last section ends exactly where the stream ends. No length in a stream allocates memory by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from ..coding.lossless import compress, decompress
+from ..errors import CorruptStream, InvalidArgument
+from .tables import (
+    CHUNK_BYTES,
+    DIGEST_BYTES,
+    HEADER_BYTES,
+    STREAM_WIDE,
+    Chunk,
+    Header,
+    Section,
+    SectionType,
+    check_order,
+    pack_chunk,
+    pack_header,
+    pack_section,
+    parse_chunk,
+    parse_counts,
+    parse_header,
+    parse_sections,
+)
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Section bytes before lossless coding, on their way into a stream."""
+
+    type: SectionType
+    chunk: int
+    raw: bytes
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A parsed stream: tables checked, sections not yet read."""
+
+    header: Header
+    chunks: tuple[Chunk, ...]
+    sections: tuple[Section, ...]
+    data: memoryview
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(chunk.n_tokens for chunk in self.chunks)
+
+    def find(self, section_type: SectionType, chunk: int = STREAM_WIDE) -> Section:
+        """The section of a type and chunk; the parser guarantees those that `Chunk.sections` names."""
+        return self._index[section_type, chunk]
+
+    def read(self, section_type: SectionType, chunk: int, raw_bytes: int) -> bytes:
+        """Verify and decode a section that must hold `raw_bytes` bytes."""
+        section = self.find(section_type, chunk)
+        where = f"section {section_type.name.lower()}" + ("" if chunk == STREAM_WIDE else f" of chunk {chunk}")
+        if section.raw_bytes != raw_bytes:
+            raise CorruptStream(f"{where} claims {section.raw_bytes} bytes; its tokens need {raw_bytes}")
+        stored = self.data[section.offset : section.offset + section.stored_bytes]
+        if zlib.crc32(stored) != section.checksum:
+            raise CorruptStream(f"{where} fails its checksum")
+        try:
+            return decompress(stored, raw_bytes, section.coder)
+        except CorruptStream as error:
+            raise CorruptStream(f"{where}: {error}") from error
+
+    @cached_property
+    def _index(self) -> dict[tuple[SectionType, int], Section]:
+        return {(section.type, section.chunk): section for section in self.sections}
+
+
+def token_digest(token_ids: npt.NDArray[np.int64]) -> bytes:
+    """Names the token ids of a chunk: first 8 bytes of the SHA-256 of them as little-endian int64."""
+    return hashlib.sha256(token_ids.astype("<i8").tobytes()).digest()[:DIGEST_BYTES]
+
+
+def write_stream(header: Header, chunks: Sequence[Chunk], payloads: Sequence[Payload], coder: str) -> bytes:
+    """Code each payload and put the stream together; a payload that coding would lengthen is stored as it is."""
+    for payload in payloads:
+        if len(payload.raw) >= 1 << 32:
+            raise InvalidArgument(
+                f"a section of {len(payload.raw)} bytes; 4 GiB is the limit: use a smaller chunk_tokens"
+            )
+    # The coders release the interpreter lock: sections are coded side by side.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        coded = list(pool.map(lambda payload: compress(payload.raw, coder), payloads))
+    entries, stored = [], []
+    for payload, data in zip(payloads, coded, strict=True):
+        is_shorter = len(data) < len(payload.raw)
+        stored.append(data if is_shorter else payload.raw)
+        used = coder if is_shorter else "none"
+        entries.append(
+            Section(payload.type, used, payload.chunk, len(payload.raw), len(stored[-1]), zlib.crc32(stored[-1]), 0)
+        )
+    has_gaps = any(chunk.explicit_positions for chunk in chunks) or any(
+        after.first_position != before.first_position + before.n_tokens for before, after in pairwise(chunks)
+    )
+    return assemble(replace(header, has_gaps=has_gaps), chunks, entries, stored)
+
+
+def parse_stream(data: bytes | bytearray | memoryview) -> Stream:
+    """Read and check the tables of a stream. Raises `TruncatedStream`, `CorruptStream` or `UnsupportedVersion`."""
+    view = memoryview(data).cast("B")
+    counts = parse_counts(view)
+    if zlib.crc32(view[HEADER_BYTES : counts.tables_end], zlib.crc32(view[: HEADER_BYTES - 4])) != counts.checksum:
+        raise CorruptStream("header and tables fail their checksum")
+    header = parse_header(view)
+    starts = range(HEADER_BYTES, counts.chunks_end, CHUNK_BYTES)
+    chunks = tuple(parse_chunk(view, offset, index, header) for index, offset in enumerate(starts))
+    check_order(chunks, header)
+    sections = parse_sections(view, counts.chunks_end, counts.n_sections, counts.tables_end, chunks)
+    return Stream(header, chunks, sections, view)
+
+
+def assemble(header: Header, chunks: Sequence[Chunk], entries: Sequence[Section], stored: Sequence[bytes]) -> bytes:
+    """Header, tables and the stored bytes of the sections, in the order of `entries`."""
+    head = pack_header(header, len(chunks), len(entries))
+    tables = b"".join([*map(pack_chunk, chunks), *map(pack_section, entries)])
+    checksum = zlib.crc32(tables, zlib.crc32(head))
+    return b"".join([head, struct.pack("<I", checksum), tables, *stored])
