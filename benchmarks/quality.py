@@ -35,7 +35,7 @@ def stretches(tokenizer, options: argparse.Namespace) -> Iterable[torch.Tensor]:
 
 def measure(codecs: Mapping[str, kvtc.Codec], options: argparse.Namespace) -> list[Quality]:
     """Every codec on every text, summed up per codec."""
-    model, tokenizer = kvtc.reference_model()
+    model, tokenizer = kvtc.reference_model(dtype="bfloat16")
     texts = [evaluate_continuation(model, ids, codecs, options.continuation) for ids in stretches(tokenizer, options)]
     return [summarize(of_one_codec) for of_one_codec in zip(*texts, strict=True)]
 

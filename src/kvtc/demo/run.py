@@ -19,7 +19,7 @@ from ..evaluate.plots import plot_rate_quality, plot_spectrum
 from ..evaluate.provenance import Provenance
 from ..evaluate.quality import Quality, evaluate_continuation, prefill
 from ..inspection import inspect
-from ..reference import MODEL_DIRECTORY, reference_calibration
+from ..reference import MODEL_DIRECTORY, reference_calibration, reference_model
 from . import report
 
 CONVERSATION = Path(__file__).parent / "conversation.txt"
@@ -67,7 +67,8 @@ def run_demo(
     calibration = reference_calibration()
     codecs = {f"{wanted:g}": Codec(calibration, ratio=wanted) for wanted in sorted({*ratios, ratio})}
     chosen = f"{ratio:g}"
-    model, tokenizer = _load_model()
+    # In bfloat16, as models are served: a token kept exactly then costs 16 bits a value and not 32.
+    model, tokenizer = reference_model(dtype="bfloat16")
     talk = _read_conversation(tokenizer)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     introduction = report.introduction(
@@ -146,16 +147,6 @@ class _Speaker:
 
 def _n_right(answers: list[str], talk: Conversation) -> int:
     return sum(answer == told for answer, (_, told) in zip(answers, talk.facts, strict=True))
-
-
-def _load_model() -> tuple[Any, Any]:
-    """The reference model in bfloat16, as models are served: a token kept exactly then costs 16 bits a value and not 32."""
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise MissingDependency('the demo needs transformers; pip install "kvtc[demo]"') from error
-    model = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype="bfloat16", local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(MODEL_DIRECTORY, local_files_only=True)
 
 
 def _read_conversation(tokenizer: Any) -> Conversation:

@@ -14,8 +14,11 @@ from ..errors import MissingDependency
 MODEL_DIRECTORY = Path(__file__).parent / "seed-3m"
 
 
-def reference_model() -> tuple[Any, Any]:
-    """(model, tokenizer): a transformers causal LM in float32, in evaluation mode, and its tokenizer."""
+def reference_model(dtype: str = "float32") -> tuple[Any, Any]:
+    """(model, tokenizer): a transformers causal LM in evaluation mode, and its tokenizer.
+
+    dtype: "float32" for exact comparisons, "bfloat16" for caches as they are served, 16 bits a value.
+    """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -25,7 +28,7 @@ def reference_model() -> tuple[Any, Any]:
     had_progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype="float32", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype=dtype, local_files_only=True)
     finally:
         if had_progress_bar:
             logging.enable_progress_bar()
