@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 .PHONY: demo test check fuzz bench clean
 
 demo: $(VENV)/.demo-ready
-	$(BIN)/kvtc demo --output demo_output
+	$(BIN)/kvtc demo --output demo_output --force
 
 test: check
 	$(BIN)/python -m pytest -n 2

@@ -23,7 +23,7 @@ MESSAGES = [
 
 def main() -> None:
     """Three turns of a chat."""
-    model, tokenizer = kvtc.reference_model()
+    model, tokenizer = kvtc.reference_model(dtype="bfloat16")
     # For a model of your own: kvtc.calibrate(model, token_sequences), once, and kvtc.load_calibration ever after.
     calibration = kvtc.reference_calibration()
     # Few tokens are kept exactly here (the first 4, the last 32), for the chat is short; the default window is 128.
@@ -63,7 +63,6 @@ def main() -> None:
             file.write_bytes(stream)
             del cache
 
-            # Tokens count at 16 bits a value. This model computes in float32, so an exact token costs twice that.
             info = kvtc.inspect(stream)
             print(
                 f"  [asleep: {info.n_tokens} tokens, {info.original_bytes:,} bytes of cache in a file of "

@@ -14,7 +14,7 @@ import kvtc
 
 def main() -> None:
     """What can be done with one stream."""
-    model, tokenizer = kvtc.reference_model()
+    model, tokenizer = kvtc.reference_model(dtype="bfloat16")
     codec = kvtc.Codec(kvtc.reference_calibration(), ratio=16, window_tokens=32, chunk_tokens=256)
 
     # Any text will do, such as this program: the model reads it and fills a cache.

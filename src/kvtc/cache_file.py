@@ -6,7 +6,6 @@ cache begins at layer 0 and head 0.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import safetensors
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .cache import KVCache
 from .errors import InvalidCache
+from .files import write_atomically
 
 KNOWN_TENSORS = {"keys", "values", "positions", "token_ids"}
 
@@ -74,17 +74,6 @@ def load_cache(path: str | Path) -> tuple[KVCache, Tensor | None]:
     token_ids = tensors.get("token_ids")
     _check(cache, token_ids, str(path))
     return cache, token_ids
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that it is there whole or, if anything fails, not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check(cache: KVCache, token_ids: Tensor | None, where: str) -> None:

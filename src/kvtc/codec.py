@@ -88,8 +88,6 @@ class Codec:
         self.device = torch.device(device)
         self._working: dict[int, _Kind] = {}
         self.rate = RateTarget(calibration, ratio, key_ratio, value_ratio, max_error, allocation)
-        # A rate that cannot be met is the caller's error: say so now and not at the first encode.
-        self.rate.allocations(16)
 
     def encode(self, cache: Any, token_ids: Any = None, positions: Any = None) -> bytes:
         """A cache -> stream. The cache is left as it was.
@@ -120,6 +118,19 @@ class Codec:
         Raises `TruncatedStream`, `CorruptStream`, `UnsupportedVersion`, `CalibrationMismatch`, `GeometryMismatch`,
         `TokenMismatch`, `InvalidArgument`.
         """
+        cache, is_transformers = self._decode(stream, token_ids, tokens, start_position)
+        return interop.to_transformers(cache.keys[None], cache.values[None]) if is_transformers else cache
+
+    def decode_neutral(
+        self, stream: bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
+    ) -> KVCache:
+        """As `decode`, but a `KVCache` whatever was encoded: with positions, and without transformers."""
+        return self._decode(stream, token_ids, tokens, start_position)[0]
+
+    def _decode(
+        self, stream: bytes, token_ids: Any, tokens: int | None, start_position: int | None
+    ) -> tuple[KVCache, bool]:
+        """The cache, and whether it was one of transformers."""
         opened = open_stream(stream, self.calibration, _as_ids(token_ids), tokens)
         header = opened.header
         shift = _shift_to(start_position, opened)
@@ -129,12 +140,11 @@ class Codec:
         for layer, layer_keys, layer_values in self._restore(opened, shift):
             keys[layer - header.first_layer] = layer_keys
             values[layer - header.first_layer] = layer_values
-        if header.is_transformers:
-            return interop.to_transformers(keys[None], values[None])
         positions = opened.positions[: opened.n_tokens] + shift
         # A stream may name a shorter rotation than it has positions; moved to the front it would be negative.
         rope_length = max(0, header.rope_length + shift)
-        return KVCache(keys, values, positions, header.first_layer, header.first_kv_head, rope_length)
+        cache = KVCache(keys, values, positions, header.first_layer, header.first_kv_head, rope_length)
+        return cache, header.is_transformers
 
     def decode_layers(self, stream: bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (layer, keys [H, T, D], values [H, T, D]), first layer first, each as soon as it is restored.

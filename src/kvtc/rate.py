@@ -9,6 +9,7 @@ import numpy as np
 
 from .calibration.artifact import Calibration, KindCalibration
 from .coding.allocation import BitAllocation, allocate_bits, allocate_bits_for_error, truncate
+from .coding.quantizer import SymbolType
 from .errors import InvalidArgument
 
 DEFAULT_RATIO = 16.0
@@ -47,6 +48,7 @@ class RateTarget:
         self._truncates = allocation == "truncate"
         self._known: dict[int, Allocations] = {}
         self._lock = threading.Lock()
+        self._require_room()
 
     def allocations(self, original_bits: int) -> Allocations:
         """Allocations for keys and for values where a cached value counts `original_bits` bits (16, or 8 for fp8)."""
@@ -58,11 +60,24 @@ class RateTarget:
                 )
                 if not any(allocation.runs for allocation in found):
                     raise InvalidArgument(
-                        f"ratios {self.ratios} leave {self._budget(max(self.ratios), original_bits)} bits a token, "
-                        "too few for a single group; ask for a lower ratio"
+                        f"ratios {self.ratios} leave {self._budget(min(self.ratios), original_bits)} bits a token, too few: "
+                        f"no group of a cache of {original_bits} bits a value is worth its cost; ask for a lower ratio"
                     )
                 self._known[original_bits] = (found[0], found[1])
             return self._known[original_bits]
+
+    def _require_room(self) -> None:
+        """A rate that can never be met is the caller's error: say so at once; for a ratio without the dynamic program."""
+        if self.max_error is not None:
+            self.allocations(16)
+            return
+        smallest = SymbolType.FP16 if self._truncates else SymbolType.INT2
+        budget, needed = self._budget(min(self.ratios), 16), smallest.group_bits(1)
+        if budget < needed:
+            raise InvalidArgument(
+                f"ratios {self.ratios} leave {budget} bits a token, too few: the smallest group costs {needed}; "
+                "ask for a lower ratio"
+            )
 
     def _budget(self, ratio: float, original_bits: int) -> int:
         return int(original_bits * self._calibration.geometry.row_features / ratio)
@@ -75,6 +90,6 @@ class RateTarget:
             return allocate_bits(kind.distortion, budget)
         # What the basis cannot express is lost before any bit is spent; it counts against the bound.
         expressed = float(np.sum(kind.distortion.energy, dtype=np.float64))
-        lost = max(0.0, 1 - kind.explained_variance) * expressed
-        allowed = self.max_error**2 * (expressed + lost) - lost
+        total = expressed / min(1.0, kind.explained_variance) if expressed else 0.0
+        allowed = self.max_error**2 * total - (total - expressed)
         return allocate_bits_for_error(kind.distortion, allowed, self._budget(1, original_bits))

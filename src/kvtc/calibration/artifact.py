@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -25,6 +24,7 @@ from ..coding.distortion import SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
 from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
+from ..files import write_atomically
 
 CALIBRATION_VERSION = 1
 FINGERPRINT_BYTES = 16
@@ -71,7 +71,6 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write the file; a reader never sees half of it."""
-        path = Path(path)
         metadata = {
             "format": "kvtc calibration",
             "version": str(CALIBRATION_VERSION),
@@ -90,12 +89,7 @@ class Calibration:
             tensors[f"{name}.errors"] = torch.from_numpy(kind.distortion.errors)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         data = safetensors.torch.save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, data)
 
 
 def load_calibration(path: str | Path) -> Calibration:

@@ -78,8 +78,9 @@ def encode(options: argparse.Namespace) -> Outcome:
     is_cache = options.input.suffix == CACHE_SUFFIX
     if not is_cache and options.model is None:
         options.usage_error(f"a text needs --model; a saved cache ends in {CACHE_SUFFIX}")
-    from ..cache_file import load_cache, write_atomically
+    from ..cache_file import load_cache
     from ..codec import Codec
+    from ..files import write_atomically
     from ..inspection import inspect
 
     check_device(options.device)
@@ -154,12 +155,10 @@ def decode(options: argparse.Namespace) -> Outcome:
     calibration = find_calibration(options)
     tokenizer = load_tokenizer(options.model) if options.text is not None else None
     token_ids = token_ids_of(options.text, tokenizer) if options.text is not None else None
-    # A stream names its own rate. Of all rates that the codec could encode with, this one takes no time to work out.
-    codec = Codec(calibration, ratio=1, allocation="truncate", device=options.device)
+    codec = Codec(calibration, device=options.device)
     started = time.perf_counter()
-    restored = codec.decode(stream, token_ids, options.tokens, options.start_position)
+    cache = codec.decode_neutral(stream, token_ids, options.tokens, options.start_position)
     seconds = time.perf_counter() - started
-    cache = _neutral(restored, stream, calibration, options)
     result: dict[str, Any] = {"n_tokens": cache.n_tokens, "decode_seconds": seconds}
     texts = []
     if options.output is not None:
@@ -192,22 +191,6 @@ def _prefill(options: argparse.Namespace, calibration: Calibration) -> tuple[KVC
     started = time.perf_counter()
     cache = capture(model, token_ids, calibration.geometry)
     return cache, token_ids, time.perf_counter() - started
-
-
-def _neutral(restored: Any, stream: bytes, calibration: Calibration, options: argparse.Namespace) -> KVCache:
-    """What was decoded as a neutral cache: streams of transformers caches decode to such caches, which know no positions."""
-    from ..cache import KVCache
-    from ..interop import from_transformers
-    from ..opened_stream import open_stream
-
-    if isinstance(restored, KVCache):
-        return restored
-    geometry = calibration.geometry
-    cache = from_transformers(restored, geometry)
-    positions = open_stream(stream, calibration, None, options.tokens).positions[: cache.n_tokens]
-    if options.start_position is not None and positions.numel():
-        positions = positions + options.start_position - positions[0]
-    return KVCache(cache.keys, cache.values, positions, geometry.first_layer, geometry.first_kv_head)
 
 
 def _generate(options: argparse.Namespace, cache: KVCache, token_ids: Any, tokenizer: Any) -> str:
