@@ -15,13 +15,10 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from ..errors import CorruptStream, InvalidArgument
 from .distortion import SYMBOL_TYPES, DistortionTable
 from .quantizer import SymbolType
-
-MAX_RUNS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,8 @@ def distortion_of(allocation: BitAllocation, table: DistortionTable) -> float:
 
 def _solve(table: DistortionTable, budget_bits: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
     """Least error for every budget [units + 1], the choice behind each state [r + 1, units + 1], and the bits of a unit."""
+    from .kernels import fill_states
+
     if budget_bits < 0:
         raise InvalidArgument(f"a bit budget cannot be negative; got {budget_bits}")
     costs = [t.group_bits(size) for t in SYMBOL_TYPES for size in table.sizes]
@@ -149,7 +148,7 @@ def _solve(table: DistortionTable, budget_bits: int) -> tuple[np.ndarray[Any, An
     units = min(budget_bits, most) // unit
     errors = table.errors.reshape(len(costs), table.rank).astype(np.float64)
     sizes = np.array([size for _ in SYMBOL_TYPES for size in table.sizes])
-    best, choices = _fill(errors, table.energy.astype(np.float64), sizes, np.array(costs) // unit, units)
+    best, choices = fill_states(errors, table.energy.astype(np.float64), sizes, np.array(costs) // unit, units)
     return best, choices, unit
 
 
@@ -181,33 +180,3 @@ def _runs(groups: Sequence[tuple[int, int, SymbolType]]) -> list[Run]:
             part = run[first : first + 0xFFFF]
             runs.append(Run(part[0][0], part[0][1], len(part), part[0][2]))
     return runs
-
-
-@njit(cache=True)
-def _fill(errors, energy, sizes, costs, units):  # type: ignore[no-untyped-def]
-    """best[b] over all coefficients, and choices[i, b]: 0 drops coefficient i - 1, k + 1 ends group kind k there.
-
-    Only the rows of the longest group back are kept: the table of errors is r * budget floats otherwise.
-    """
-    rank = len(energy)
-    kept_rows = sizes.max() + 1
-    best = np.zeros((kept_rows, units + 1), np.float64)
-    choices = np.zeros((rank + 1, units + 1), np.uint8)
-    for i in range(1, rank + 1):
-        row = best[i % kept_rows]
-        choice = choices[i]
-        before = best[(i - 1) % kept_rows]
-        for b in range(units + 1):
-            row[b] = before[b] + energy[i - 1]
-        for k in range(len(sizes)):
-            if sizes[k] > i or costs[k] > units:
-                continue
-            error = errors[k, i - sizes[k]]
-            source = best[(i - sizes[k]) % kept_rows]
-            cost = costs[k]
-            for b in range(cost, units + 1):
-                candidate = source[b - cost] + error
-                if candidate < row[b]:
-                    row[b] = candidate
-                    choice[b] = k + 1
-    return best[rank % kept_rows].copy(), choices
