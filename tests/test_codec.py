@@ -176,11 +176,12 @@ def test_tokens_can_be_placed_elsewhere(calibration, first, start):
     here, there = codec.decode(stream), codec.decode(stream, start_position=start)
     shift = start - first
     assert torch.equal(there.positions, here.positions + shift)
-    assert there.rope_length == here.rope_length + shift
+    assert here.rope_length is None
+    assert there.rope_length is None
     assert same_bits(there.values, here.values)
     rope = calibration.geometry.rope
-    plain = rope.unrotate(here.keys, here.positions, here.rope_length)
-    expected = rope.rotate(plain, here.positions + shift, here.rope_length + shift)
+    plain = rope.unrotate(here.keys, here.positions, 1)
+    expected = rope.rotate(plain, here.positions + shift, 1)
     torch.testing.assert_close(there.keys, expected, rtol=1e-4, atol=1e-4)
     if shift:
         assert relative_error(there.keys, here.keys) > 0.1
@@ -220,7 +221,7 @@ def test_a_cache_from_the_middle_of_a_sequence_has_no_sinks():
     assert (info.first_position, info.sink_tokens, info.body_tokens) == (1000, 0, 40)
     decoded = codec.decode(stream)
     assert decoded.positions.tolist() == list(range(1000, 1040))
-    assert decoded.rope_length == 1040
+    assert decoded.rope_length is None
     assert relative_error(decoded.keys, cache.keys) < 0.05
     assert kvtc.inspect(codec.encode(random_cache(40, first_position=2))).sink_tokens == 2
 
@@ -251,6 +252,28 @@ def test_the_length_that_chose_the_rotation_travels():
         assert decoded.rope_length == length
         assert relative_error(decoded.keys, rotated(length).keys) < 0.03
     assert relative_error(rotated(300).keys, rotated(1000).keys) > 0.1
+
+
+def test_a_prefix_has_one_stream_however_long_the_cache_is():
+    codec = tiny_codec(window_tokens=0, chunk_tokens=16)
+    whole = random_cache(70)
+    shorter = KVCache(whole.keys[:, :, :50], whole.values[:, :, :50])
+    parts, others = kvtc.split_stream(codec.encode(whole)), kvtc.split_stream(codec.encode(shorter))
+    assert parts[:3] == others[:3]
+    assert codec.decode(kvtc.join_streams([*others[:3], *parts[3:]])).n_tokens == 70
+
+
+def test_other_defaults_of_torch_change_nothing():
+    codec, cache = tiny_codec(), random_cache(40)
+    stream = codec.encode(cache)
+    expected = codec.decode(stream)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert fresh_codec().encode(cache) == stream
+            assert same_cache(fresh_codec().decode(stream), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def test_the_same_cache_gives_the_same_bytes():
@@ -585,8 +608,8 @@ def test_what_is_no_cache_is_refused(thing):
         ({"ratio": float("nan")}, "got nan"),
         ({"ratio": float("inf")}, "got inf"),
         ({"key_ratio": -2}, "got -2"),
-        ({"ratio": 50}, r"leave 15 bits a token, too few"),
-        ({"ratio": 50, "allocation": "truncate"}, r"leave 15 bits a token, too few"),
+        ({"ratio": 50}, r"leaves 15 bits a token, too few"),
+        ({"ratio": 50, "allocation": "truncate"}, r"leaves 15 bits a token, too few"),
         ({"max_error": 0}, "between 0 and 1; got 0"),
         ({"max_error": 1.5}, "got 1.5"),
         ({"max_error": 1e-6}, "cannot be met"),
@@ -796,8 +819,9 @@ def test_what_goes_in_comes_out(model_calibration, batch):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda ids, mask: (ids[:2], mask[:2]), r"must both be \[3, tokens\]"),
+        (lambda ids, mask: (ids[:2], mask[:2]), r"must both be \(3, \d+\)"),
         (lambda ids, mask: (ids[:, 1:], mask), r"\(3, 49\) and attention_mask \(3, 50\)"),
+        (lambda ids, mask: (ids[:, 1:], mask[:, 1:]), r"must both be \(3, 50\)"),
         (lambda ids, mask: (ids, mask.flip(1)), "padding on the left"),
     ],
 )
@@ -805,6 +829,40 @@ def test_batches_that_cannot_be_are_refused(model_calibration, batch, change, ex
     ids, mask, cache = batch
     with pytest.raises(InvalidArgument, match=expected):
         batch_codec(model_calibration).encode_batch(cache, *change(ids, mask))
+
+
+def test_layers_of_a_transformers_cache_keep_their_places(calibration):
+    """A pipeline rank's cache has empty places before its layers, and gets them back."""
+    from transformers import DynamicCache
+
+    geometry = replace(calibration.geometry, first_layer=2)
+    codec = Codec(replace(calibration, geometry=geometry), ratio=3, window_tokens=4)
+    part = random_cache(20)
+    cache = DynamicCache()
+    for layer in range(geometry.n_layers):
+        cache.update(part.keys[layer][None], part.values[layer][None], layer + 2)
+    stream = codec.encode(cache)
+    assert kvtc.inspect(stream).layers == (2, 2 + geometry.n_layers)
+    restored = codec.decode(stream)
+    assert [layer.is_initialized for layer in restored.layers] == [False] * 2 + [True] * geometry.n_layers
+    with pytest.raises(GeometryMismatch, match=r"layers 0\.\.2.*layers 2\.\.4"):
+        Codec(calibration).encode(cache)
+    holes = DynamicCache()
+    for layer in (0, 2):
+        holes.update(part.keys[layer][None], part.values[layer][None], layer)
+    with pytest.raises(InvalidCache, match="layer 1 before it holds none"):
+        Codec(calibration).encode(holes)
+
+
+def test_a_kind_that_would_get_nothing_is_refused(calibration):
+    with pytest.raises(InvalidArgument, match="for keys leaves 0 bits"):
+        Codec(calibration, key_ratio=1e6, value_ratio=2)
+
+
+def test_an_error_below_what_the_basis_leaves_is_refused():
+    narrow = fit(tiny_geometry(), [random_cache(200)], rank=2, progress=False)
+    with pytest.raises(InvalidArgument, match="the basis alone leaves"):
+        Codec(narrow, max_error=0.001)
 
 
 def test_a_batch_is_not_one_sequence(model_calibration, batch):

@@ -416,7 +416,7 @@ FOREIGN = {
     "another calibration": of_another_calibration,
     "another dtype": lambda: tiny_codec().encode(random_cache(22, torch.float16), range(22)),
     "another grid": lambda: other(chunk_tokens=5),
-    "another length": lambda: other(n=23),
+    "another rotation": lambda: tiny_codec().encode(replace(long_cache(), rope_length=99), range(22)),
     "no digests": lambda: tiny_codec().encode(long_cache(1)),
     "gaps": lambda: tiny_codec().encode(gappy_cache(14), range(14)),
     "another model": lambda: golden_codec().encode(KVCache(torch.ones(1, 1, 5, 8), torch.ones(1, 1, 5, 8)), range(5)),

@@ -172,7 +172,7 @@ def test_capture_computes_one_row_of_logits_without_dropout_and_restores_trainin
         ([], r"one or more token ids in 0 \.\. 96, found none"),
         ([3, 97], r"in 0 \.\. 96, found 3 \.\. 97"),
         ([-1, 3], r"in 0 \.\. 96, found -1 \.\. 3"),
-        ([[1, 2]], r"one sequence of integer token ids, got \(1, 2\)"),
+        ([[1, 2], [3, 4]], r"one sequence of integer token ids, got \(2, 2\)"),
         (7, r"one sequence of integer token ids, got \(\)"),
         ([1.0, 2.0], r"one sequence of integer token ids, got \(2,\) of torch.float32"),
         ("text", "expected a sequence of token ids"),
@@ -255,7 +255,7 @@ def test_calibrate_refuses_what_cannot_be_calibrated(llama: Any, fitted: Fitted)
     with pytest.raises(InvalidArgument, match="at least one sequence of more than 4 tokens, found none"):
         calibrate(llama, [[1, 2, 3]])
     with pytest.raises(InvalidArgument, match="one sequence of integer token ids"):
-        calibrate(llama, [[IDS]])
+        calibrate(llama, [[IDS, IDS]])
     mistral = transformers.MistralForCausalLM(config("Mistral", sliding_window=64))
     with pytest.raises(UnsupportedModel, match="layer 0 of mistral"):
         calibrate(mistral, [IDS])

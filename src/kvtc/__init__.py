@@ -1,4 +1,4 @@
-"""kvtc: LLM key-value caches 20 to 100 times smaller.
+"""kvtc: transform coding for LLM key-value caches.
 
 Calibrate once per model; then any cache of that model becomes few bytes, and back:
 
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from . import errors
 
 if TYPE_CHECKING:
     from .cache import CacheGeometry, KVCache
@@ -48,6 +50,7 @@ __all__ = [
     "KVCache",
     "StreamInfo",
     "calibrate",
+    "errors",
     "inspect",
     "join_streams",
     "load_calibration",

@@ -60,7 +60,7 @@ class CacheGeometry:
             raise GeometryMismatch(f"the calibration covers {self.describe()}; the cache holds {cache.describe()}")
 
 
-@dataclass
+@dataclass(eq=False)
 class KVCache:
     """Keys and values of one sequence.
 
@@ -109,7 +109,7 @@ class KVCache:
     def resolved_positions(self) -> Tensor:
         """[T] int64 on the CPU."""
         if self.positions is None:
-            return torch.arange(self.n_tokens)
+            return torch.arange(self.n_tokens, device="cpu")
         return self.positions.to(device="cpu", dtype=torch.int64)
 
     def resolved_rope_length(self) -> int:
@@ -129,6 +129,11 @@ class KVCache:
         if self.keys.dtype != self.values.dtype or self.keys.dtype not in CACHE_DTYPES:
             names = ", ".join(str(d).removeprefix("torch.") for d in CACHE_DTYPES)
             raise InvalidCache(f"keys are {self.keys.dtype}, values {self.values.dtype}; expected one dtype of {names}")
+        if self.positions is not None and (
+            not isinstance(self.positions, Tensor) or self.positions.dtype not in (torch.int32, torch.int64)
+        ):
+            found = self.positions.dtype if isinstance(self.positions, Tensor) else type(self.positions).__name__
+            raise InvalidCache(f"positions must be an int64 tensor [tokens]; got {found}")
         positions = self.resolved_positions()
         if positions.shape != (self.n_tokens,):
             raise InvalidCache(f"{self.n_tokens} tokens, but positions of shape {tuple(positions.shape)}")

@@ -6,6 +6,7 @@ decode   stream -> lossless decoding -> unpack and dequantize -> reconstruct, la
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,13 +47,13 @@ class Codec:
     """Encodes caches of a calibrated model at one rate, and decodes every stream made with the same calibration.
 
     ratio: bits of a cached value over bits the body may spend on it before lossless coding, as in the paper; the real
-    body_ratio is at least that. key_ratio, value_ratio: the same for one kind alone.
+    body_ratio is at least that on texts of ordinary length. key_ratio, value_ratio: the same for one kind alone.
     max_error: instead of a ratio, the largest relative error (Frobenius norm over the centred calibration rows) of each kind.
     sink_tokens, window_tokens: tokens kept exactly at the beginning and the end. sink_format: "exact" or "fp8".
     allocation: "dynamic" (the dynamic program) or "truncate" (leading coefficients in 16 bits; the paper's table 15).
     lossless: "deflate", "zstd", "lz4" or "none". chunk_tokens: unit of random access. device: where the arithmetic runs.
 
-    Immutable after construction and safe to share between threads.
+    Safe to share between threads.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Codec:
         self.settings = StreamSettings(profile, chunk_tokens, lossless, fp8_sinks=sink_format == "fp8")
         self.device = torch.device(device)
         self._working: dict[int, _Kind] = {}
+        self._lock = threading.Lock()
         self.rate = RateTarget(calibration, ratio, key_ratio, value_ratio, max_error, allocation)
 
     def encode(self, cache: Any, token_ids: Any = None, positions: Any = None) -> bytes:
@@ -99,8 +101,8 @@ class Codec:
         """
         is_transformers = interop.is_transformers_cache(cache)
         if is_transformers:
-            if interop.batch_size(cache) != 1:
-                raise InvalidCache(f"the cache holds {interop.batch_size(cache)} sequences; use encode_batch")
+            if interop.batch_shape(cache)[0] != 1:
+                raise InvalidCache(f"the cache holds {interop.batch_shape(cache)[0]} sequences; use encode_batch")
             cache = interop.from_transformers(cache, self.calibration.geometry)
         elif not isinstance(cache, KVCache):
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
@@ -119,7 +121,11 @@ class Codec:
         `TokenMismatch`, `InvalidArgument`.
         """
         cache, is_transformers = self._decode(stream, token_ids, tokens, start_position)
-        return interop.to_transformers(cache.keys[None], cache.values[None]) if is_transformers else cache
+        return (
+            interop.to_transformers(cache.keys[None], cache.values[None], cache.first_layer)
+            if is_transformers
+            else cache
+        )
 
     def decode_neutral(
         self, stream: bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
@@ -141,8 +147,8 @@ class Codec:
             keys[layer - header.first_layer] = layer_keys
             values[layer - header.first_layer] = layer_values
         positions = opened.positions[: opened.n_tokens] + shift
-        # A stream may name a shorter rotation than it has positions; moved to the front it would be negative.
-        rope_length = max(0, header.rope_length + shift)
+        # 0: it was not recorded, for no frequency depends on it. Moved to the front, a length too short would be negative.
+        rope_length = max(0, header.rope_length + shift) if header.rope_length else None
         cache = KVCache(keys, values, positions, header.first_layer, header.first_kv_head, rope_length)
         return cache, header.is_transformers
 
@@ -160,15 +166,16 @@ class Codec:
         counts them.
         """
         ids, mask = torch.as_tensor(token_ids), torch.as_tensor(attention_mask).bool()
-        size = interop.batch_size(cache)
-        if ids.shape != mask.shape or mask.dim() != 2 or mask.shape[0] != size:
+        shape = interop.batch_shape(cache)
+        if tuple(ids.shape) != shape or tuple(mask.shape) != shape:
             raise InvalidArgument(
-                f"token_ids {tuple(ids.shape)} and attention_mask {tuple(mask.shape)} must both be [{size}, tokens]"
+                f"token_ids {tuple(ids.shape)} and attention_mask {tuple(mask.shape)} must both be {shape}: "
+                "sequences and tokens of the cache (whose last token may not have been fed to the model yet)"
             )
         if bool((mask[:, 1:] < mask[:, :-1]).any()):
             raise InvalidArgument("the attention mask has padding after real tokens; kvtc expects padding on the left")
         streams = []
-        for index in range(size):
+        for index in range(shape[0]):
             tokens = mask[index].nonzero().flatten().cpu()
             part = interop.from_transformers(cache, self.calibration.geometry, index, tokens)
             streams.append(self._encode(part, _as_ids(ids[index][mask[index]]), None, is_transformers=True))
@@ -202,7 +209,7 @@ class Codec:
                 sides[0][index, layer - header.first_layer, :, longest - length :] = keys
                 sides[1][index, layer - header.first_layer, :, longest - length :] = values
             mask[index, longest - length :] = 1
-        return interop.to_transformers(*sides), mask
+        return interop.to_transformers(sides[0], sides[1], header.first_layer), mask
 
     def _encode(
         self,
@@ -228,32 +235,28 @@ class Codec:
         spans = split_regions(
             cache.resolved_positions(), self.sink_tokens, self.window_tokens, self.settings.chunk_tokens
         )
-        bodies = self._encode_bodies(cache, spans, allocations)
+        bodies = [self._encode_body(cache, span, allocations) for span in spans]
         return seal_stream(
             self.settings, self.calibration, cache, is_transformers, token_ids, spans, allocations, bodies
         )
 
-    def _encode_bodies(
-        self, cache: KVCache, spans: list[ChunkSpan], allocations: tuple[BitAllocation, BitAllocation]
-    ) -> list[bytes]:
-        """The coded rows of every chunk, keys then values, before lossless coding."""
-        counts = [span.n_body for span in spans]
-        if not any(counts):
-            return [b""] * len(spans)
-        first = next(span.body.start for span in spans if span.n_body)
-        body = slice(first, first + sum(counts))
-        keys = self.calibration.geometry.rope.unrotate(
-            cache.keys[:, :, body].to(self.device), cache.resolved_positions()[body], cache.resolved_rope_length()
-        )
+    def _encode_body(self, cache: KVCache, span: ChunkSpan, allocations: tuple[BitAllocation, BitAllocation]) -> bytes:
+        """The coded rows of a chunk, keys then values, before lossless coding.
+
+        Chunk by chunk, so that memory stays small and that the bytes of a chunk depend on nothing but the chunk.
+        """
+        if not span.n_body:
+            return b""
+        positions = cache.resolved_positions()[span.body]
+        keys, values = (side[:, :, span.body].to(self.device) for side in (cache.keys, cache.values))
+        unrotated = self.calibration.geometry.rope.unrotate(keys, positions, cache.resolved_rope_length())
         packed = []
-        for side, kind, allocation in zip(
-            (keys, cache.values[:, :, body].to(self.device)), self._kinds(allocations), allocations, strict=True
-        ):
+        for side, kind, allocation in zip((unrotated, values), self._kinds(allocations), allocations, strict=True):
             coefficients = project(rows_of(side), kind.mean, kind.vectors)
             if not bool(coefficients.isfinite().all()):
                 raise InvalidCache("the cache holds values so large that the transform overflows float32")
-            packed.append(encode_groups(coefficients, allocation, counts))
-        return [key + value for key, value in zip(*packed, strict=True)]
+            packed.append(encode_groups(coefficients, allocation))
+        return b"".join(packed)
 
     def _restore(self, opened: OpenedStream, shift: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Check done, bytes read: unpack all coefficients, then restore layer after layer in the stream's dtype."""
@@ -263,12 +266,11 @@ class Codec:
         coefficients = [
             torch.cat([decode_groups(data[side], allocation, n, self.device)
                        for data, n in zip(opened.packed, counts, strict=True)])
-            if counts else torch.zeros(0, allocation.n_coefficients, device=self.device)
+            if counts else torch.zeros(0, allocation.n_coefficients, dtype=torch.float32, device=self.device)
             for side, allocation in enumerate(opened.allocations)
         ]  # fmt: skip
         exact = [self._moved(part, opened, shift) for part in opened.exact]
-        body = opened.body.to(self.device)
-        positions = opened.positions[opened.body] + shift
+        body, positions = opened.body, opened.positions[opened.body] + shift
         head_shape = (-1, header.n_kv_heads, header.head_dim)
 
         def restored() -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -303,11 +305,12 @@ class Codec:
 
     def _kind(self, index: int, n_coefficients: int) -> _Kind:
         basis = (self.calibration.key, self.calibration.value)[index].basis
-        kind = self._working.get(index)
-        # Columns are needed from the first on: the widest conversion so far serves every narrower stream.
-        if kind is None or kind.vectors.shape[1] < n_coefficients:
-            vectors = basis.vectors[:, :n_coefficients].to(self.device).float()
-            kind = self._working[index] = _Kind(basis.mean.to(self.device), vectors)
+        with self._lock:
+            kind = self._working.get(index)
+            # Columns are needed from the first on: the widest conversion so far serves every narrower stream.
+            if kind is None or kind.vectors.shape[1] < n_coefficients:
+                vectors = basis.vectors[:, :n_coefficients].to(self.device).float()
+                kind = self._working[index] = _Kind(basis.mean.to(self.device), vectors)
         return _Kind(kind.mean, kind.vectors[:, :n_coefficients])
 
 

@@ -28,39 +28,51 @@ def from_transformers(
 
     Raises `UnsupportedModel` for layers that do not keep every token, `InvalidCache` for layers that disagree in shape.
     """
-    keys, values = [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    first_layer = 0
     for index, layer in enumerate(cache.layers):
         if type(layer).__name__ != "DynamicLayer":
             raise UnsupportedModel(
                 f"layer {index} is a {type(layer).__name__}; kvtc codes layers that keep every token (DynamicLayer)"
             )
         if layer.is_initialized and layer.keys.dim() == 4:
+            # The first layers of a pipeline rank's cache are empty places; those it holds have no gaps.
+            first_layer = first_layer if keys else index
+            if index != first_layer + len(keys):
+                raise InvalidCache(
+                    f"layer {index} holds tokens, but layer {first_layer + len(keys)} before it holds none"
+                )
             chosen = slice(None) if tokens is None else tokens.to(layer.keys.device)
-            keys.append(layer.keys[batch_index][:, chosen])
-            values.append(layer.values[batch_index][:, chosen])
+            # Layers may lie on several devices.
+            device = keys[0].device if keys else layer.keys.device
+            keys.append(layer.keys[batch_index][:, chosen].to(device))
+            values.append(layer.values[batch_index][:, chosen].to(device))
     if not keys:
         empty = torch.empty(geometry.n_layers, geometry.n_kv_heads, 0, geometry.head_dim, dtype=EMPTY_DTYPE)
-        return KVCache(empty, empty.clone())
+        return KVCache(empty, empty.clone(), first_layer=geometry.first_layer, first_kv_head=geometry.first_kv_head)
     for index, (key, value) in enumerate(zip(keys, values, strict=True)):
         if key.shape != keys[0].shape or value.shape != keys[0].shape:
             raise InvalidCache(
-                f"layer {index} holds keys {tuple(key.shape)} and values {tuple(value.shape)}, layer 0 {tuple(keys[0].shape)}"
+                f"layer {first_layer + index} holds keys {tuple(key.shape)} and values {tuple(value.shape)}, "
+                f"layer {first_layer} {tuple(keys[0].shape)}"
             )
-    return KVCache(torch.stack(keys), torch.stack(values))
+    return KVCache(torch.stack(keys), torch.stack(values), first_layer=first_layer)
 
 
-def batch_size(cache: Any) -> int:
-    """Sequences in a transformers cache; 1 for an empty one."""
-    return next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized), 1)
+def batch_shape(cache: Any) -> tuple[int, int]:
+    """Sequences and tokens in a transformers cache; (1, 0) for an empty one."""
+    shapes = (layer.keys.shape for layer in cache.layers if layer.is_initialized and layer.keys.dim() == 4)
+    return next(((shape[0], shape[2]) for shape in shapes), (1, 0))
 
 
-def to_transformers(keys: Tensor, values: Tensor) -> Any:
-    """keys, values [B, L, H, T, D] -> a `DynamicCache` that `generate` continues from."""
+def to_transformers(keys: Tensor, values: Tensor, first_layer: int) -> Any:
+    """keys, values [B, L, H, T, D] -> a `DynamicCache` that `generate` continues from, its layers at their places."""
     try:
         from transformers import DynamicCache
     except ImportError as error:
         raise MissingDependency('a transformers cache needs transformers; pip install "kvtc[hf]"') from error
     cache = DynamicCache()
     for layer in range(keys.shape[1]):
-        cache.update(keys[:, layer], values[:, layer], layer)
+        cache.update(keys[:, layer], values[:, layer], first_layer + layer)
     return cache

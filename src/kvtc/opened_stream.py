@@ -37,7 +37,7 @@ class ExactTokens:
 class OpenedStream:
     """The first `n_tokens` tokens of a stream, read but not yet transformed.
 
-    positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: [B] indices of the coded ones among them.
+    positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: the coded ones among them.
     packed: per chunk the bytes of keys and of values, as `encode_groups` made them.
     """
 
@@ -46,7 +46,7 @@ class OpenedStream:
     n_tokens: int
     allocations: tuple[BitAllocation, BitAllocation]
     positions: Tensor
-    body: Tensor
+    body: slice
     packed: list[tuple[bytes, bytes]]
     exact: list[ExactTokens]
 
@@ -63,7 +63,7 @@ def open_stream(data: bytes, calibration: Calibration, token_ids: TokenIds | Non
     if token_ids is not None:
         _check_tokens(header, chunks, token_ids, n_tokens)
     allocations = _read_allocations(stream, (calibration.key.basis.rank, calibration.value.basis.rank))
-    positions, body, packed, exact = [], [], [], []
+    positions, packed, exact = [], [], []
     first = 0
     for index, chunk in enumerate(chunks):
         positions.append(_read_positions(stream, index, chunk))
@@ -71,12 +71,15 @@ def open_stream(data: bytes, calibration: Calibration, token_ids: TokenIds | Non
             exact.append(_read_exact(stream, index, SectionType.SINK, chunk.n_sink, first, chunk.fp8_sinks))
         if chunk.n_body:
             packed.append(_read_body(stream, index, chunk.n_body, allocations))
-            body.append(torch.arange(first + chunk.n_sink, first + chunk.n_sink + chunk.n_body))
         if chunk.n_window:
             start = first + chunk.n_sink + chunk.n_body
             exact.append(_read_exact(stream, index, SectionType.WINDOW, chunk.n_window, start, is_fp8=False))
         first += chunk.n_tokens
-    return OpenedStream(header, chunks, n_tokens, allocations, _cat(positions), _cat(body), packed, exact)
+    # Regions follow one another over the whole stream, so the coded tokens are one range.
+    n_sink = sum(chunk.n_sink for chunk in chunks)
+    body = slice(n_sink, n_sink + sum(chunk.n_body for chunk in chunks))
+    whole = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
+    return OpenedStream(header, chunks, n_tokens, allocations, whole, body, packed, exact)
 
 
 def _check_calibration(header: Header, calibration: Calibration) -> None:
@@ -133,7 +136,7 @@ def _read_allocations(stream: Stream, ranks: tuple[int, int]) -> tuple[BitAlloca
 
 def _read_positions(stream: Stream, index: int, chunk: Chunk) -> Tensor:
     if not chunk.explicit_positions:
-        return torch.arange(chunk.first_position, chunk.first_position + chunk.n_tokens)
+        return torch.arange(chunk.first_position, chunk.first_position + chunk.n_tokens, device="cpu")
     data = stream.read(SectionType.POSITIONS, index, 2 * chunk.n_tokens)
     size = stream.header.chunk_tokens
     start = chunk.first_position // size * size
@@ -160,7 +163,3 @@ def _read_body(
     key_bytes, value_bytes = (chunk_bytes(allocation, n) for allocation in allocations)
     data = stream.read(SectionType.BODY, index, key_bytes + value_bytes)
     return data[:key_bytes], data[key_bytes:]
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

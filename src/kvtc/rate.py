@@ -72,12 +72,14 @@ class RateTarget:
             self.allocations(16)
             return
         smallest = SymbolType.FP16 if self._truncates else SymbolType.INT2
-        budget, needed = self._budget(min(self.ratios), 16), smallest.group_bits(1)
-        if budget < needed:
-            raise InvalidArgument(
-                f"ratios {self.ratios} leave {budget} bits a token, too few: the smallest group costs {needed}; "
-                "ask for a lower ratio"
-            )
+        needed = smallest.group_bits(1)
+        for name, ratio in zip(("keys", "values"), self.ratios, strict=True):
+            budget = self._budget(ratio, 16)
+            if budget < needed:
+                raise InvalidArgument(
+                    f"a ratio of {ratio} for {name} leaves {budget} bits a token, too few: the smallest group costs "
+                    f"{needed}; ask for a lower ratio"
+                )
 
     def _budget(self, ratio: float, original_bits: int) -> int:
         return int(original_bits * self._calibration.geometry.row_features / ratio)
@@ -92,4 +94,9 @@ class RateTarget:
         expressed = float(np.sum(kind.distortion.energy, dtype=np.float64))
         total = expressed / min(1.0, kind.explained_variance) if expressed else 0.0
         allowed = self.max_error**2 * total - (total - expressed)
+        if allowed < 0:
+            least = (1 - expressed / total) ** 0.5
+            raise InvalidArgument(
+                f"a relative error of {self.max_error} cannot be met: the basis alone leaves {least:.4g}"
+            )
         return allocate_bits_for_error(kind.distortion, allowed, self._budget(1, original_bits))

@@ -71,8 +71,15 @@ def seal_stream(
         geometry.n_kv_heads,
         geometry.head_dim,
         settings.chunk_tokens,
-        cache.resolved_rope_length(),
+        _rope_length(calibration, cache),
         has_digests=token_ids is not None,
         is_transformers=is_transformers,
     )
     return write_stream(header, chunks, payloads, settings.lossless)
+
+
+def _rope_length(calibration: Calibration, cache: KVCache) -> int:
+    """What the header says: 0 where nothing depends on it, so that a prefix has one stream however long the cache is."""
+    if cache.rope_length is None and not calibration.geometry.rope.depends_on_length:
+        return 0
+    return cache.resolved_rope_length()

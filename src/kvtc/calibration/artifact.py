@@ -32,7 +32,7 @@ MAX_GROUP_SIZE = 0xFFFF
 KINDS = ("key", "value")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KindCalibration:
     """What is calibrated for keys, or for values: the basis, the distortion table, the variance of all features summed."""
 
@@ -46,7 +46,7 @@ class KindCalibration:
         return float(self.basis.spectrum.double().sum()) / self.total_variance if self.total_variance else 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Everything the codec knows of a model. `info` says what it was made from; it plays no part in coding."""
 

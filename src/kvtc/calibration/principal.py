@@ -48,12 +48,12 @@ def principal_components(
     rank = min(rank, features, spool.n_rows)
     width = min(rank + OVERSAMPLING, features)
     if width == features:
-        guess = torch.eye(features)
+        guess = torch.eye(features, dtype=torch.float32)
     else:
         generator = torch.Generator().manual_seed(seed)
-        guess = _orthonormalize(torch.randn(features, width, generator=generator))
+        guess = _orthonormalize(torch.randn(features, width, generator=generator, dtype=torch.float32))
         for _ in range(POWER_ITERATIONS):
-            image = torch.zeros(features, width)
+            image = torch.zeros(features, width, dtype=torch.float32)
             for block in spool.blocks(columns):
                 block -= mean
                 image.addmm_(block.T, block @ guess)

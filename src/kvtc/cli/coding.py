@@ -49,7 +49,11 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     add_output(parser, "the stream to write")
     _add_model(parser)
     rate = parser.add_mutually_exclusive_group()
-    rate.add_argument("--ratio", type=float, help="how many times smaller the coded tokens become, at least")
+    rate.add_argument(
+        "--ratio",
+        type=float,
+        help="how many times fewer bits the coded tokens get, before lossless coding",
+    )
     rate.add_argument("--max-error", type=float, metavar="E", help="instead: the largest relative error, 0 .. 1")
     parser.add_argument("--key-ratio", type=float, metavar="R", help="ratio of the keys alone")
     parser.add_argument("--value-ratio", type=float, metavar="R", help="ratio of the values alone")
@@ -207,7 +211,7 @@ def _generate(options: argparse.Namespace, cache: KVCache, token_ids: Any, token
             f"to generate, the stream must hold the whole cache: {whole.describe()}; it holds {cache.describe()}"
         )
     # The model needs the last token as input to predict the one after it; what the cache knows of it would count twice.
-    past = to_transformers(cache.keys[None, :, :, :-1], cache.values[None, :, :, :-1])
+    past = to_transformers(cache.keys[None, :, :, :-1], cache.values[None, :, :, :-1], cache.first_layer)
     ids = token_ids[None].to(options.device)
     with torch.no_grad():
         output = model.generate(

@@ -94,7 +94,9 @@ class BitAllocation:
 
 
 def allocate_bits(table: DistortionTable, budget_bits: int) -> BitAllocation:
-    """The allocation of least error within `budget_bits` a row; exact. Time O(r * budget), memory r * budget / 2 bytes."""
+    """The allocation of least error within `budget_bits` a row; exact. Time O(r * budget).
+
+    Memory: r * budget / 2 bytes of choices and 4 * budget bytes for each coefficient of the largest group (1024 at most)."""
     return _trace(table, *_solve(table, budget_bits))
 
 

@@ -22,7 +22,7 @@ MAX_SAMPLE_ROWS = 32768
 Floats = npt.NDArray[np.floating[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DistortionTable:
     """Per-row squared errors: `energy` [r], left when a coefficient is dropped; `errors` [len(types), len(sizes), r], entry
     [t, s, i] left when the group of sizes[s] coefficients from i on is stored as types[t]; infinite where it would pass the end."""

@@ -20,25 +20,21 @@ def chunk_bytes(allocation: BitAllocation, n_tokens: int) -> int:
     return sum(_run_bytes(run, n_tokens) for run in allocation.runs)
 
 
-def encode_groups(coefficients: Tensor, allocation: BitAllocation, n_tokens_of_chunks: list[int]) -> list[bytes]:
-    """Coefficients [T, >= n_coefficients] float32 -> for each chunk of consecutive tokens its bytes."""
-    parts: list[list[Tensor]] = [[] for _ in n_tokens_of_chunks]
+def encode_groups(coefficients: Tensor, allocation: BitAllocation) -> bytes:
+    """Coefficients [T, >= n_coefficients] float32 of a chunk -> `chunk_bytes` bytes."""
+    parts: list[Tensor] = []
     for run in allocation.runs:
         grouped = coefficients[:, run.start : run.stop].reshape(-1, run.count, run.size).transpose(0, 1)
         symbols, shift, scale = quantize(grouped, run.symbol_type)
-        first = 0
-        for index, n_tokens in enumerate(n_tokens_of_chunks):
-            tokens = slice(first, first + n_tokens)
-            if run.symbol_type.has_scale:
-                parts[index] += [_byte_planes(shift[:, tokens]), _byte_planes(scale[:, tokens])]
-            parts[index].append(pack(symbols[:, tokens].contiguous(), run.symbol_type.value))
-            first += n_tokens
-    return [torch.cat(chunk).cpu().numpy().tobytes() if chunk else b"" for chunk in parts]
+        if run.symbol_type.has_scale:
+            parts += [_byte_planes(shift), _byte_planes(scale)]
+        parts.append(pack(symbols.contiguous(), run.symbol_type.value))
+    return bytes(torch.cat(parts).cpu().numpy().tobytes()) if parts else b""
 
 
 def decode_groups(data: bytes, allocation: BitAllocation, n_tokens: int, device: torch.device) -> Tensor:
     """`chunk_bytes` bytes -> coefficients [n_tokens, n_coefficients] float32; dropped ones are zero."""
-    coefficients = torch.zeros(n_tokens, allocation.n_coefficients, device=device)
+    coefficients = torch.zeros(n_tokens, allocation.n_coefficients, dtype=torch.float32, device=device)
     if not data:
         return coefficients
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)

@@ -102,7 +102,11 @@ def fill_states(errors, energy, sizes, costs, units):  # type: ignore[no-untyped
     Only the rows of the longest group back are kept: the table of errors is r * budget floats otherwise.
     """
     rank = len(energy)
-    kept_rows = sizes.max() + 1
+    kept_rows = 1
+    for k in range(len(sizes)):
+        if sizes[k] <= rank and costs[k] <= units:
+            kept_rows = max(kept_rows, sizes[k])
+    kept_rows += 1
     best = np.zeros((kept_rows, units + 1), np.float64)
     choices = np.zeros((rank + 1, units + 1), np.uint8)
     for i in range(1, rank + 1):

@@ -24,7 +24,6 @@ E4M3_MAX = 448.0
 class SymbolType(IntEnum):
     """How a group's symbols are stored; the value is the bits of a symbol."""
 
-    NONE = 0
     INT2 = 2
     INT4 = 4
     FP8 = 8

@@ -88,6 +88,11 @@ class Rope:
             if not NO_ROTATION <= index < len(self.tables):
                 raise InvalidArgument(f"layer {layer} names rotation table {index}; there are {len(self.tables)}")
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether any frequency changes with the length of the sequence."""
+        return any(table.scaling is not None for table in self.tables)
+
     def slice_layers(self, start: int, stop: int) -> Rope:
         """The rotations of layers `start` to `stop` alone."""
         return Rope(self.tables, self.layer_tables[start:stop])

@@ -23,7 +23,7 @@ def cache_side_of(rows: Tensor, n_layers: int, n_kv_heads: int) -> Tensor:
     return rows.reshape(tokens, n_layers, n_kv_heads, features // (n_layers * n_kv_heads)).permute(1, 2, 0, 3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Basis:
     """mean [p] float32; vectors [p, r] float16, orthonormal columns by falling variance; spectrum [r] float32, their variances."""
 

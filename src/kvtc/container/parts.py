@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..errors import CorruptStream, InvalidArgument
 from .stream import Stream, assemble, parse_stream
-from .tables import STREAM_WIDE, Chunk, Section, check_order
+from .tables import STREAM_WIDE, Chunk, Section, SectionType, check_order
 
 
 def split_stream(data: bytes | memoryview) -> list[bytes]:
@@ -15,7 +15,7 @@ def split_stream(data: bytes | memoryview) -> list[bytes]:
     stream = parse_stream(data)
     parts = []
     for index, chunk in enumerate(stream.chunks):
-        chosen = [s for s in stream.sections if s.chunk in (index, STREAM_WIDE)]
+        chosen = [stream.find(SectionType.ALLOCATION), *(stream.find(section, index) for section in chunk.sections())]
         stored = [bytes(stream.data[s.offset : s.offset + s.stored_bytes]) for s in chosen]
         entries = [s if s.chunk == STREAM_WIDE else replace(s, chunk=0) for s in chosen]
         parts.append(assemble(stream.header, [chunk], entries, stored))

@@ -240,6 +240,7 @@ def _as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
         ids = torch.as_tensor(token_ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidArgument(f"expected a sequence of token ids: {error}") from error
+    ids = ids[0] if ids.dim() == 2 and ids.shape[0] == 1 else ids  # as tokenizers return one text
     whole_numbers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if ids.dim() != 1 or not (whole_numbers or ids.numel() == 0):
         raise InvalidArgument(f"expected one sequence of integer token ids, got {tuple(ids.shape)} of {ids.dtype}")
