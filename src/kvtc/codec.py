@@ -22,7 +22,7 @@ from .coding.allocation import BitAllocation
 from .coding.groups import decode_groups, encode_groups
 from .coding.lossless import require_coder
 from .coding.regions import ChunkSpan, split_regions
-from .coding.transform import project, reconstruct, rows_of
+from .coding.transform import cache_side_of, project, reconstruct, rows_of
 from .container import MAX_CHUNK_TOKENS, PROFILES, parse_stream
 from .errors import InvalidArgument, InvalidCache
 from .opened_stream import ExactTokens, OpenedStream, TokenIds, open_stream
@@ -271,13 +271,12 @@ class Codec:
         ]  # fmt: skip
         exact = [self._moved(part, opened, shift) for part in opened.exact]
         body, positions = opened.body, opened.positions[opened.body] + shift
-        head_shape = (-1, header.n_kv_heads, header.head_dim)
 
         def restored() -> Iterator[tuple[int, Tensor, Tensor]]:
             for layer in range(header.n_layers):
                 parts = [kind.layer(layer, header.n_kv_heads * header.head_dim) for kind in kinds]
                 rows = [reconstruct(c, part.mean, part.vectors) for c, part in zip(coefficients, parts, strict=True)]
-                keys, values = (side.reshape(head_shape).transpose(0, 1) for side in rows)
+                keys, values = (cache_side_of(side, 1, header.n_kv_heads)[0] for side in rows)
                 keys = rope.turn_layer(layer, keys, positions, header.rope_length + shift)
                 shape = (header.n_kv_heads, opened.positions.numel(), header.head_dim)
                 both = [torch.empty(shape, dtype=header.dtype, device=self.device) for _ in range(2)]
