@@ -21,7 +21,7 @@ RESULTS_DIRECTORY = Path("benchmarks/results")
 
 @dataclass(frozen=True)
 class Provenance:
-    """One run. commit: None outside of a checkout of kvtc, with "+changes" where tracked files differ from it."""
+    """One run. commit: None outside of a checkout of kvtc, with "+changes" where tracked files of the package differ from it."""
 
     date: str
     commit: str | None
@@ -75,7 +75,7 @@ def _commit() -> str | None:
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     commit = _git(package, "rev-parse", "--short=12", "HEAD")
-    changes = _git(package, "status", "--porcelain", "--untracked-files=no")
+    changes = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ".")
     return f"{commit}+changes" if commit and changes else commit
 
 
