@@ -47,7 +47,11 @@ class Provenance:
             python=platform.python_version(),
             torch=torch.__version__,
             kvtc=__version__,
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            # Of absolute paths the name says enough: where a file lay on this machine is nobody's business.
+            command=shlex.join(
+                Path(word).name if Path(word).is_absolute() else word
+                for word in [Path(sys.argv[0]).name, *sys.argv[1:]]
+            ),
         )
 
     def describe(self) -> str:
