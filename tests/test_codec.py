@@ -515,7 +515,7 @@ def test_token_ids_are_compared():
     for same in (range(20), list(range(20)), torch.arange(20)[None], torch.arange(20).int(), range(25)):
         assert codec.decode(stream, same).n_tokens == 20
     wrong = [*range(9), 99, *range(10, 20)]
-    with pytest.raises(TokenMismatch, match=r"chunk 2 \(tokens 8 \.\. 11\)"):
+    with pytest.raises(TokenMismatch, match=r"chunk 2 \(tokens 8 \.\. 11, from position 8\)"):
         codec.decode(stream, wrong)
     assert codec.decode(stream, wrong, tokens=8).n_tokens == 8
     with pytest.raises(TokenMismatch, match="20 tokens are to be decoded, but only 19"):
@@ -852,6 +852,26 @@ def test_layers_of_a_transformers_cache_keep_their_places(calibration):
         holes.update(part.keys[layer][None], part.values[layer][None], layer)
     with pytest.raises(InvalidCache, match="layer 1 before it holds none"):
         Codec(calibration).encode(holes)
+
+
+def test_slips_of_the_hand_are_named(calibration):
+    stream = tiny_codec().encode(random_cache(20))
+    with pytest.raises(InvalidArgument, match="expected a kvtc.Calibration"):
+        Codec("calibration.safetensors")
+    with pytest.raises(InvalidArgument, match="device cuda:99 cannot be used"):
+        Codec(calibration, device="cuda:99")
+    with pytest.raises(InvalidArgument, match="a stream is bytes; got str"):
+        kvtc.inspect("stream.kvtc")
+    with pytest.raises(InvalidArgument, match=r"tokens must lie in 0 \.\. 20.*2\.5"):
+        tiny_codec().decode(stream, tokens=2.5)
+
+
+def test_ids_past_the_cache_are_named_in_a_batch(model_calibration, batch):
+    ids, mask, cache = batch
+    codec = batch_codec(model_calibration)
+    streams = codec.encode_batch(cache, ids, mask)
+    with pytest.raises(InvalidArgument, match=r"token_ids \(3, 51\) must be \(3, 50\)"):
+        codec.decode_batch(streams, torch.cat([ids, ids[:, :1]], dim=1))
 
 
 def test_a_kind_that_would_get_nothing_is_refused(calibration):

@@ -73,6 +73,10 @@ class Codec:
         chunk_tokens: int = 256,
         device: str | torch.device = "cpu",
     ) -> None:
+        if not isinstance(calibration, Calibration):
+            raise InvalidArgument(
+                f"expected a kvtc.Calibration (kvtc.load_calibration), got {type(calibration).__name__}"
+            )
         if profile not in PROFILES:
             raise InvalidArgument(f"profile {profile!r} is unknown; expected one of {', '.join(PROFILES)}")
         if sink_tokens < 0 or window_tokens < 0:
@@ -86,7 +90,7 @@ class Codec:
         self.sink_tokens = sink_tokens
         self.window_tokens = window_tokens
         self.settings = StreamSettings(profile, chunk_tokens, lossless, fp8_sinks=sink_format == "fp8")
-        self.device = torch.device(device)
+        self.device = _usable_device(device)
         self._working: dict[int, _Kind] = {}
         self._lock = threading.Lock()
         self.rate = RateTarget(calibration, ratio, key_ratio, value_ratio, max_error, allocation)
@@ -113,7 +117,8 @@ class Codec:
     ) -> Any:
         """A stream -> cache of the kind that was encoded, ready for `generate`.
 
-        token_ids: the ids the stream was made from (or those of its first `tokens`). tokens: decode only so many tokens from
+        token_ids: the ids the stream was made from, or those of its first `tokens`; the last chunk of a prefix is compared only
+        if the ids of all its tokens are given. tokens: decode only so many tokens from
         the beginning; only the chunks that hold them are read. start_position: place the first token there instead of where it
         stood, keys rotated to match (then sinks and window are exact up to rounding).
 
@@ -184,7 +189,7 @@ class Codec:
     def decode_batch(self, streams: Sequence[bytes], token_ids: Any = None) -> tuple[Any, Tensor]:
         """Streams of transformers caches -> (one left-padded cache, attention_mask [B, T] int64).
 
-        token_ids: one sequence of ids per stream, or [B, T] padded on the left. Padded places hold zeros.
+        token_ids: one sequence of ids per stream, or a tensor [B, T] padded on the left. Padded places hold zeros.
         """
         if not streams:
             raise InvalidArgument("there are no streams to decode")
@@ -193,11 +198,17 @@ class Codec:
         ids = [None] * len(streams) if token_ids is None else [_as_ids(row) for row in token_ids]
         if len(ids) != len(streams):
             raise InvalidArgument(f"{len(streams)} streams, but token ids for {len(ids)}")
+        is_padded = isinstance(token_ids, Tensor)
+        if is_padded and token_ids.shape[1] != longest:
+            raise InvalidArgument(
+                f"token_ids {tuple(token_ids.shape)} must be {(len(streams), longest)}: the tokens of the longest stream "
+                "(to which the last token of an answer may not belong yet)"
+            )
         mask = torch.zeros(len(streams), longest, dtype=torch.int64, device=self.device)
         sides: list[Tensor] = []
         for index, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
             row = ids[index]
-            row = row if row is None else row[max(0, len(row) - length) :]
+            row = row[longest - length :] if row is not None and is_padded else row
             opened = open_stream(stream, self.calibration, row, None)
             header = opened.header
             if not sides:
@@ -325,6 +336,14 @@ def _as_ids(values: Any) -> TokenIds | None:
             f"token ids and positions are integers [tokens]; got {array.dtype} of shape {array.shape}"
         )
     return array.astype(np.int64)
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    """The device, if this torch can compute on it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgument(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _shift_to(start_position: int | None, opened: OpenedStream) -> int:

@@ -57,7 +57,7 @@ def open_stream(data: bytes, calibration: Calibration, token_ids: TokenIds | Non
     header = stream.header
     _check_calibration(header, calibration)
     n_tokens = stream.n_tokens if tokens is None else tokens
-    if not 0 <= n_tokens <= stream.n_tokens:
+    if not isinstance(n_tokens, int) or not 0 <= n_tokens <= stream.n_tokens:
         raise InvalidArgument(f"tokens must lie in 0 .. {stream.n_tokens}, what the stream holds; got {tokens}")
     chunks = _chunks_of(stream, n_tokens)
     if token_ids is not None:
@@ -117,7 +117,8 @@ def _check_tokens(header: Header, chunks: tuple[Chunk, ...], token_ids: TokenIds
         whole = len(ids) == chunk.n_tokens
         if whole and token_digest(ids) != chunk.token_digest:
             raise TokenMismatch(
-                f"the token ids of chunk {index} (tokens {first} .. {first + chunk.n_tokens - 1}) are not those of the stream"
+                f"the token ids of chunk {index} (tokens {first} .. {first + chunk.n_tokens - 1}, from position "
+                f"{chunk.first_position}) are not those of the stream"
             )
         first += chunk.n_tokens
 

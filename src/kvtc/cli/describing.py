@@ -19,7 +19,13 @@ PACKAGES = ("torch", "numpy", "numba", "safetensors", "tqdm", "transformers", "z
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add `inspect` and `doctor`."""
-    parser = add_verb(verbs, common, "inspect", inspect_file, "describe a stream or a calibration file")
+    parser = add_verb(
+        verbs,
+        common,
+        "inspect",
+        inspect_file,
+        "describe a stream or a calibration file (checksums of sections are verified by decode)",
+    )
     parser.add_argument("file", type=Path)
     parser.add_argument("--sections", action="store_true", help="list every section of a stream")
     add_verb(verbs, common, "doctor", doctor, "say what works on this machine, and why the rest does not")

@@ -117,6 +117,8 @@ def write_stream(header: Header, chunks: Sequence[Chunk], payloads: Sequence[Pay
 
 def parse_stream(data: bytes | bytearray | memoryview) -> Stream:
     """Read and check the tables of a stream. Raises `TruncatedStream`, `CorruptStream` or `UnsupportedVersion`."""
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise InvalidArgument(f"a stream is bytes; got {type(data).__name__}")
     view = memoryview(data).cast("B")
     counts = parse_counts(view)
     if zlib.crc32(view[HEADER_BYTES : counts.tables_end], zlib.crc32(view[: HEADER_BYTES - 4])) != counts.checksum:
