@@ -856,7 +856,7 @@ def test_layers_of_a_transformers_cache_keep_their_places(calibration):
 
 def test_slips_of_the_hand_are_named(calibration):
     stream = tiny_codec().encode(random_cache(20))
-    with pytest.raises(InvalidArgument, match="expected a kvtc.Calibration"):
+    with pytest.raises(InvalidArgument, match=r"expected a kvtc\.Calibration"):
         Codec("calibration.safetensors")
     with pytest.raises(InvalidArgument, match="device cuda:99 cannot be used"):
         Codec(calibration, device="cuda:99")
