@@ -48,6 +48,7 @@ class Codec:
 
     ratio: bits of a cached value over bits the body may spend on it before lossless coding, as in the paper; the real
     body_ratio is at least that on texts of ordinary length. key_ratio, value_ratio: the same for one kind alone.
+    None means 16, or the ratio of both.
     max_error: instead of a ratio, the largest relative error (Frobenius norm over the centred calibration rows) of each kind.
     sink_tokens, window_tokens: tokens kept exactly at the beginning and the end. sink_format: "exact" or "fp8".
     allocation: "dynamic" (the dynamic program) or "truncate" (leading coefficients in 16 bits; the paper's table 15).
