@@ -52,3 +52,15 @@ class UnsupportedModel(KvtcError):
 
 class MissingDependency(KvtcError, ImportError):
     """An optional package is needed for this call; the message says which extra installs it."""
+
+
+class StoreError(KvtcError):
+    """A store could not do what was asked; the two classes below say why. No store returns wrong bytes instead."""
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be reached or used: no server, no answer in time, no permission, closed."""
+
+
+class StoreFull(StoreError):
+    """There is no room for the value: it exceeds the byte budget, or the disk or server is full."""
