@@ -14,6 +14,9 @@ __all__ = ["Store", "StoreStatistics", "open_store"]
 _SCHEMES = {
     "memory": "memory:MemoryStore",
     "file": "file:FileStore",
+    "redis": "redis_store:RedisStore",
+    "rediss": "redis_store:RedisStore",
+    "s3": "object_store:ObjectStore",
 }
 
 

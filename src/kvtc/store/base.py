@@ -167,7 +167,7 @@ def check_value(value: Value) -> Value:
 class Names:
     """Keys of one namespace as names of entries, and back.
 
-    A name serves as a file name and as an object key alike: `/` becomes `~`, and the namespace stands before `=`.
+    A name serves as a file name and as an object key alike: `/` becomes `!`, and the namespace stands before `=`.
     Neither sign occurs in keys, so that no two keys of any namespaces share a name.
     """
 
@@ -179,11 +179,11 @@ class Names:
         self.prefix = "" if namespace is None else f"{namespace}="
 
     def name(self, key: str) -> str:
-        return self.prefix + check_key(key).replace("/", "~")
+        return self.prefix + check_key(key).replace("/", "!")
 
     def key(self, name: str) -> str | None:
         """The key behind a name; None for a name of another namespace or of no entry."""
         if not name.startswith(self.prefix):
             return None
-        key = name[len(self.prefix) :].replace("~", "/")
+        key = name[len(self.prefix) :].replace("!", "/")
         return key if _KEY.fullmatch(key) else None
