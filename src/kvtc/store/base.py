@@ -68,6 +68,8 @@ class Store(ABC):
     Every method raises `InvalidArgument` for a key that is none, and `StoreUnavailable` once the store is closed.
     """
 
+    namespace: str | None = None
+
     def __init__(self) -> None:
         self._counters = Counters()
         self._is_closed = False

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import InvalidArgument, MissingDependency, StoreFull, StoreUnavailable
 from .framed import FramedStore
@@ -19,6 +19,7 @@ try:
 except ImportError as error:
     raise MissingDependency("stores at s3:// need the package obstore: pip install 'kvtc[s3]'") from error
 
+T = TypeVar("T")
 DEFAULT_SECONDS = 20.0
 MAX_RETRIES = 3
 CONCURRENCY = 16
@@ -86,17 +87,17 @@ class ObjectStore(FramedStore):
         self._pool.shutdown(cancel_futures=True)
 
     def _read(self, names: Sequence[str]) -> list[bytes | None]:
-        return list(self._pool.map(self._get, names))  # the first error ends the batch and is raised
+        return self._for_all(self._get, names)
 
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
         for start in range(0, len(names), CONCURRENCY):
             group = names[start : start + CONCURRENCY]
-            list(self._pool.map(self._put, group, [next(frames) for _ in group]))
+            self._for_all(self._put, group, [next(frames) for _ in group])
 
     def _leading(self, names: Sequence[str]) -> int:
         for start in range(0, len(names), CONCURRENCY):
             group = names[start : start + CONCURRENCY]
-            found = list(self._pool.map(self._is_there, group))
+            found = self._for_all(self._is_there, group)
             if not all(found):
                 return start + found.index(False)
         return len(names)
@@ -113,6 +114,12 @@ class ObjectStore(FramedStore):
         with self._translating():
             paths = [entry["path"] for batch in obstore.list(self._objects) for entry in batch]
         return (path.removesuffix(SUFFIX) for path in paths if path.endswith(SUFFIX))
+
+    def _for_all(self, call: Callable[..., T], *arguments: Sequence[Any]) -> list[T]:
+        """All at once; the first error ends the batch and is raised."""
+        if len(arguments[0]) == 1:
+            return [call(*(values[0] for values in arguments))]
+        return list(self._pool.map(call, *arguments))
 
     def _get(self, name: str) -> bytes | None:
         with self._translating():
