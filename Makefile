@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check fuzz bench clean
+.PHONY: demo test test-stores test-faults soak check fuzz bench clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/kvtc demo --output demo_output --force
@@ -18,6 +18,19 @@ check: $(VENV)/.test-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The servers that stores are tested against; moto has a venv of its own, since it needs other versions than the checks.
+SERVERS := $(VENV)/servers
+SOAK_SECONDS ?= 300
+
+test-stores: $(VENV)/.test-ready $(VENV)/.servers-ready
+	KVTC_NO_SKIPS=1 KVTC_MOTO_SERVER=$(SERVERS)/bin/moto_server $(BIN)/python -m pytest tests/stores
+
+test-faults: $(VENV)/.test-ready
+	KVTC_KILLS=200 $(BIN)/python -m pytest tests/stores/test_faults.py tests/stores/test_faults_remote.py
+
+soak: $(VENV)/.test-ready
+	$(BIN)/python -m tests.stores.soak --seconds $(SOAK_SECONDS)
 
 fuzz: $(VENV)/.test-ready
 	$(BIN)/python -m tests.fuzz --mutations 100000
@@ -40,6 +53,13 @@ $(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml
 $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml
 	$(INSTALL) --editable '.[dev]'
 	touch $(VENV)/.demo-ready $@
+
+$(VENV)/.servers-ready: $(VENV)/.torch-ready
+	command -v redis-server >/dev/null || (test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq redis-server) || \
+		(echo "redis-server is not installed, and installing it takes root" >&2; exit 1)
+	python3 -m venv $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
+	touch $@
 
 clean:
 	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
