@@ -1,8 +1,8 @@
 """Readers and writers on one store for as long as asked, with every value checked: `python -m tests.stores.soak --seconds 300`.
 
 Four processes of four threads each. Every thread has keys of its own, which nobody else writes, so that it knows which entries
-must be there, and shares others with all. Exits with 1 where an entry was lost, a value was not what was put, or memory grew. On a disk,
-on a disk with a budget (where an absent entry is no loss), and on a Redis server started for it.
+must be there, and shares others with all. Exits with 1 where an entry was lost, a value was not what was put, or memory grew.
+On a disk, on a disk with a budget (where an absent entry is no loss), and on a Redis server started for it.
 """
 
 from __future__ import annotations

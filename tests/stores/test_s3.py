@@ -58,7 +58,7 @@ def test_secrets_are_never_shown(endpoint):
     assert "sesame" not in str(caught.value) + repr(store)
 
 
-@pytest.mark.parametrize("url", ["s3:", "s3:///path", "s3://bucket?timeout=-1"])
+@pytest.mark.parametrize("url", ["s3:", "s3:///path", "s3://bucket?timeout=-1", "s3://bucket?ca_file=/nowhere"])
 def test_urls_that_mean_nothing_are_refused(url):
     with pytest.raises(InvalidArgument):
         open_store(url, **CREDENTIALS)

@@ -1,5 +1,7 @@
 """Stores over stores."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -215,6 +217,32 @@ def test_a_value_read_before_a_write_is_not_copied_over_it():
         writer.join()
         assert upper.get("k") == b"new"
         assert lower.get("k") == b"new"
+
+
+def test_what_waits_is_written_when_a_program_ends_without_closing(tmp_path):
+    code = """
+import sys
+from kvtc.store import open_store
+store = open_store(["memory:", sys.argv[1]], write="back")
+store.put_many((str(i), bytes(100_000)) for i in range(50))
+"""
+    subprocess.run([sys.executable, "-c", code, f"file://{tmp_path}"], check=True, timeout=120)
+    with open_store(f"file://{tmp_path}") as store:
+        assert store.contains_prefix([str(i) for i in range(50)]) == 50
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_died_is_an_error_not_a_hang():
+    class Broken(MemoryStore):
+        def put_many(self, _):
+            raise SystemExit
+
+    with TieredStore([MemoryStore(), Broken()], write="back") as store:
+        store.put("a", b"1")
+        store.flush()
+        with pytest.raises(StoreUnavailable, match="ended"):
+            store.put("b", b"2")
+        assert store.get("a") == b"1"
 
 
 @pytest.mark.parametrize("url", ["tiered:", "tiered:?write=back", "tiered:?write=never|memory:", "tiered:memory:|", []])

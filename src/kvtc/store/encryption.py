@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import InvalidArgument, MissingDependency, StoreError
+from ..errors import InvalidArgument, MissingDependency, StoreError, StoreFull
 from .base import Names, Store, StoreStatistics, Value, check_value
 
 try:
@@ -82,7 +82,7 @@ class EncryptedStore(Store):
         checked = [(self._names.name(key), key, check_value(value)) for key, value in entries]
         for _, key, value in checked:
             if memoryview(value).nbytes > MAX_VALUE_BYTES:
-                raise InvalidArgument(
+                raise StoreFull(
                     f"value of {key!r}: {memoryview(value).nbytes} bytes; at most {MAX_VALUE_BYTES} can be encrypted"
                 )
         self._inner.put_many([(key, self._seal(name, value)) for name, key, value in checked])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InvalidArgument, MissingDependency, StoreFull, StoreUnavailable
@@ -35,6 +36,7 @@ class ObjectStore(FramedStore):
     """Entries as objects `prefix/<name>.entry`, each request of many in flight at once.
 
     timeout: seconds after which an operation on one entry has succeeded or failed, retries included.
+    ca_file: PEM certificates of authorities to trust beside the usual ones.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class ObjectStore(FramedStore):
         prefix: str = "",
         timeout: float = DEFAULT_SECONDS,
         server: dict[str, Any] | None = None,
+        ca_file: str | None = None,
         namespace: str | None = None,
         on_error: str = "raise",
     ) -> None:
@@ -50,15 +53,18 @@ class ObjectStore(FramedStore):
         self._place = f"s3://{bucket}/{prefix}".rstrip("/")
         server = server or {}
         attempt = timedelta(seconds=timeout / 2)  # retries begin in the first half, and the last one ends in the second
+        client: dict[str, Any] = {
+            "timeout": attempt,
+            "connect_timeout": attempt,
+            "allow_http": str(server.get("endpoint", "")).startswith("http://"),
+        }
         try:
+            if ca_file is not None:
+                client["root_certificate"] = Path(ca_file).read_bytes()
             self._objects = S3Store(
                 bucket,
                 prefix=prefix or None,
-                client_options={
-                    "timeout": attempt,
-                    "connect_timeout": attempt,
-                    "allow_http": str(server.get("endpoint", "")).startswith("http://"),
-                },
+                client_options=client,
                 retry_config={
                     "max_retries": MAX_RETRIES,
                     "retry_timeout": attempt,
@@ -66,7 +72,7 @@ class ObjectStore(FramedStore):
                 },
                 **server,
             )
-        except (BaseError, ValueError, TypeError) as error:
+        except (BaseError, OSError, ValueError, TypeError) as error:
             raise InvalidArgument(f"{self._place}: {str(error)[:MESSAGE_LENGTH]}") from error
         self._pool = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="kvtc-s3")
 
@@ -77,7 +83,8 @@ class ObjectStore(FramedStore):
         timeout = url.take("timeout", parse_seconds, DEFAULT_SECONDS)
         options = {name: url.take(name, str) for name in SERVER_OPTIONS}
         server = {name: text for name, text in options.items() if text is not None}
-        return cls(url.host, url.path.strip("/"), timeout, server, **url.take_common())
+        ca_file = url.take("ca_file", str)
+        return cls(url.host, url.path.strip("/"), timeout, server, ca_file, **url.take_common())
 
     def __repr__(self) -> str:
         return f"ObjectStore({self._place!r})"

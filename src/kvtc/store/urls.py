@@ -22,6 +22,8 @@ class StoreUrl:
             self.port = parts.port
         except ValueError as error:
             raise InvalidArgument(f"store URL is malformed: {error}") from error
+        if parts.fragment:
+            raise InvalidArgument("store URL holds a #; expected %23 where one is meant")
         self.scheme = parts.scheme
         self.host = parts.hostname or ""
         self.path = unquote(parts.path)

@@ -7,6 +7,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from ..errors import StoreUnavailable
+
 ENTRY_BYTES = 512  # what an entry costs beside its value, roughly
 
 
@@ -24,6 +26,7 @@ class WriteBack:
         self._in_flight: tuple[str, bytes] | None = None
         self._is_deleted_in_flight = False
         self._is_stopping = False
+        self._has_ended = False
         self._worker = threading.Thread(target=self._work, name="kvtc-write-back", daemon=True)
         self._worker.start()
         atexit.register(self.stop)  # what waits is written even where nobody closes the store
@@ -33,7 +36,11 @@ class WriteBack:
         with self._changed:
             self._forget(key)
             # Into an empty queue goes a value of any size.
-            self._changed.wait_for(lambda: not self._waiting or self._bytes + cost <= self._max_bytes)
+            self._changed.wait_for(
+                lambda: not self._waiting or self._bytes + cost <= self._max_bytes or self._has_ended
+            )
+            if self._has_ended:
+                raise StoreUnavailable("writing in the background has ended")
             self._forget(key)  # another thread may have put the same key meanwhile
             self._waiting[key] = value
             self._bytes += cost
@@ -65,9 +72,7 @@ class WriteBack:
     def flush(self) -> None:
         """Wait until nothing is on its way."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: (not self._waiting and self._in_flight is None) or not self._worker.is_alive()
-            )
+            self._changed.wait_for(lambda: self._has_ended or (not self._waiting and self._in_flight is None))
 
     def stop(self) -> None:
         """Write what waits and end the worker."""
@@ -83,6 +88,14 @@ class WriteBack:
             self._bytes -= len(value) + ENTRY_BYTES
 
     def _work(self) -> None:
+        try:
+            self._write_all()
+        finally:
+            with self._changed:
+                self._has_ended = True
+                self._changed.notify_all()
+
+    def _write_all(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._is_stopping)
