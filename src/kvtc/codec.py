@@ -8,6 +8,7 @@ What stands between un-rotated keys and the stream's sections is the profile's (
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -119,6 +120,19 @@ class Codec:
         elif not isinstance(cache, KVCache):
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
         return self._encode(cache, _as_ids(token_ids), _as_ids(positions), is_transformers)
+
+    @property
+    def settings_name(self) -> str:
+        """Names all that the bytes of a stream depend on besides the cache and the calibration."""
+        return f"{self.settings} {self.rate} sinks={self.sink_tokens} window={self.window_tokens}"
+
+    def with_window(self, window_tokens: int) -> Codec:
+        """The same codec, but for how many of the last tokens stay exact; 0: every token past the sinks is coded, alike."""
+        if window_tokens < 0:
+            raise InvalidArgument(f"window_tokens {window_tokens} must not be negative")
+        other = copy.copy(self)
+        other.window_tokens = window_tokens
+        return other
 
     def decode(
         self, stream: bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
