@@ -51,7 +51,7 @@ def measure(tables: RansTables, n_calls: int, n_tokens: int, n_columns: int, n_r
         # The symbol of a random slot is as likely as its table says.
         table = tokens.astype(np.intp) * N_CLASSES + columns[:, None]
         slots = random.integers(0, 4096, table.shape, dtype=np.uint16)
-        symbols = tables.decoding[table, slots].astype(np.uint8)
+        symbols = tables.slots[table, slots]
         entropy += float(tables.costs[table, symbols].sum(dtype=np.float64))
         chunks.append((symbols, tokens))
     coded = [encode_symbols(symbols, columns, tokens, tables) for symbols, tokens in chunks]
