@@ -312,6 +312,34 @@ def check_like_plain(case: Case, data: bytes) -> None:
         assert np.array_equal(case.decode(data), expected)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_loops_stay_inside_of_their_arrays(seed, monkeypatch):
+    """The compiled loops look at no bounds; as plain Python numpy does, and they do the same with sound bytes and with noise."""
+    from kvtc.coding import rans_kernels
+
+    case = make_case(seed, 3, [1, 7, 33, 40, 130, 257][seed], n_symbols=[2, 17][seed % 2], typical=seed < 3)
+    data, random = case.encode(), np.random.default_rng(seed)
+    n_states = 4 * lanes_of(*case.symbols.shape)
+    noise = [random.bytes(n_states + 2 * n_words) for n_words in (0, 1, 5, 100)]
+    damaged = [data, data[:-2], data[:n_states], data + b"\0\0", data[:n_states] + bytes(2 * case.symbols.size), *noise]
+    expected = [outcome(case, tried) for tried in damaged]
+    assert np.array_equal(expected[0], case.symbols)
+    for name in ("encode_lanes", "decode_lanes", "_copy_tokens"):
+        monkeypatch.setattr(rans_kernels, name, getattr(rans_kernels, name).py_func)
+    assert case.encode() == data
+    for tried, before in zip(damaged, expected, strict=True):
+        found = outcome(case, tried)
+        assert found == before if isinstance(found, str) else np.array_equal(found, before)
+
+
+def outcome(case: Case, data: bytes) -> np.ndarray | str:
+    """The symbols, or why there are none."""
+    try:
+        return case.decode(data)
+    except CorruptStream as error:
+        return str(error)
+
+
 def test_damage_is_named():
     case = make_case(2, 4, 40)
     data = case.encode()
