@@ -324,7 +324,7 @@ def test_loops_stay_inside_of_their_arrays(seed, monkeypatch):
     damaged = [data, data[:-2], data[:n_states], data + b"\0\0", data[:n_states] + bytes(2 * case.symbols.size), *noise]
     expected = [outcome(case, tried) for tried in damaged]
     assert np.array_equal(expected[0], case.symbols)
-    for name in ("encode_lanes", "decode_lanes", "_copy_tokens"):
+    for name in ("encode_lanes", "decode_lanes", "_copy_tokens", "_copy_row"):
         monkeypatch.setattr(rans_kernels, name, getattr(rans_kernels, name).py_func)
     assert case.encode() == data
     for tried, before in zip(damaged, expected, strict=True):

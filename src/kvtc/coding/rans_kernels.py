@@ -43,14 +43,13 @@ def encode_lanes(symbols, column_class, token_class, entries, reciprocals, n_cla
     flat_entries, flat_reciprocals = entries.reshape(-1), reciprocals.reshape(-1)
     of_token = np.empty(n_lanes, np.uint64)
     table = np.empty(n_lanes, np.uint64)
-    # Reading a column's few tokens from a wide matrix waits for memory: they are copied, many columns at a time.
     group = np.empty(n_columns * _GROUP_TOKENS, np.uint8)
     place = uint64(len(words) - 1)
     seen = _NONE
     for first in range((n_tokens - 1) // n_lanes * n_lanes, -1, -n_lanes):
         in_group = first % _GROUP_TOKENS
         if in_group + n_lanes == _GROUP_TOKENS or first + n_lanes >= n_tokens:
-            _copy_tokens(symbols, first - in_group, group)
+            _copy_tokens(symbols, first - in_group, group, True)
         n = uint64(min(n_lanes, n_tokens - first))
         for lane in range(n):
             of_token[lane] = uint64(token_class[uint64(first) + lane]) * uint64(n_classes) * n_symbols
@@ -81,20 +80,31 @@ def encode_lanes(symbols, column_class, token_class, entries, reciprocals, n_cla
 
 
 @compiled(nogil=True)
-def _copy_tokens(symbols, first, group):  # type: ignore[no-untyped-def]
-    """symbols[:, first : first + _GROUP_TOKENS] to the rows of `group`, uint8 [n_columns * _GROUP_TOKENS]."""
+def _copy_tokens(symbols, first, group, to_group):  # type: ignore[no-untyped-def]
+    """symbols[:, first : first + _GROUP_TOKENS] to the rows of `group`, uint8 [n_columns * _GROUP_TOKENS], or back.
+
+    The coder visits few tokens of one column after the other: in a wide matrix each is in another page and waits for memory.
+    """
     n_columns, n_tokens = symbols.shape
     flat = symbols.reshape(-1)
     n = min(_GROUP_TOKENS, n_tokens - first)
     for column in range(n_columns):
-        source, target = uint64(column * n_tokens + first), uint64(column * _GROUP_TOKENS)
-        if n == _GROUP_TOKENS:
-            # A length that the compiler knows makes this a few vectors.
-            for token in range(uint64(_GROUP_TOKENS)):
-                group[target + token] = flat[source + token]
+        outside, inside = column * n_tokens + first, column * _GROUP_TOKENS
+        if to_group:
+            _copy_row(flat, uint64(outside), group, uint64(inside), n)
         else:
-            for token in range(uint64(n)):
-                group[target + token] = flat[source + token]
+            _copy_row(group, uint64(inside), flat, uint64(outside), n)
+
+
+@compiled(nogil=True)
+def _copy_row(source, start, target, place, n):  # type: ignore[no-untyped-def]
+    """n bytes, _GROUP_TOKENS at most. A number that the compiler knows makes this a few vectors."""
+    if n == _GROUP_TOKENS:
+        for token in range(uint64(_GROUP_TOKENS)):
+            target[place + token] = source[start + token]
+    else:
+        for token in range(uint64(n)):
+            target[place + token] = source[start + token]
 
 
 @compiled(nogil=True)
@@ -107,12 +117,14 @@ def decode_lanes(words, n_words, states, column_class, token_class, slots, entri
     n_columns, n_tokens = symbols.shape
     n_symbols = uint64(entries.shape[1])
     n_lanes = len(states)
-    flat, flat_slots, flat_entries = symbols.reshape(-1), slots.reshape(-1), entries.reshape(-1)
+    flat_slots, flat_entries = slots.reshape(-1), entries.reshape(-1)
     of_token = np.empty(n_lanes, np.uint64)
     slots_start = np.empty(n_lanes, np.uint64)
     entries_start = np.empty(n_lanes, np.uint64)
+    group = np.empty(n_columns * _GROUP_TOKENS, np.uint8)
     place = _NONE
     for first in range(0, n_tokens, n_lanes):
+        in_group = first % _GROUP_TOKENS
         n = uint64(min(n_lanes, n_tokens - first))
         for lane in range(n):
             of_token[lane] = uint64(token_class[uint64(first) + lane]) * uint64(n_classes)
@@ -124,13 +136,13 @@ def decode_lanes(words, n_words, states, column_class, token_class, slots, entri
                     table = of_token[lane] + uint64(last)
                     slots_start[lane] = table << _SLOT_BITS
                     entries_start[lane] = table * n_symbols
-            at = uint64(column * n_tokens + first)
+            at = uint64(column * _GROUP_TOKENS + in_group)
             for lane in range(n):
                 state = uint64(states[lane])
                 slot = state & _SLOT
                 symbol = flat_slots[slots_start[lane] + slot]
                 entry = uint64(flat_entries[entries_start[lane] + uint64(symbol)])
-                flat[at + lane] = symbol
+                group[at + lane] = symbol
                 state = (entry & _SLOT) * (state >> _SLOT_BITS) + slot - (entry >> _WORD_BITS)
                 is_low = state < _LOWER_BOUND
                 refilled = (state << _WORD_BITS) | uint64(words[place])
@@ -138,6 +150,8 @@ def decode_lanes(words, n_words, states, column_class, token_class, slots, entri
                 states[lane] = uint32(refilled if is_low else state)
             if place > uint64(n_words):
                 return place
+        if in_group + n_lanes == _GROUP_TOKENS or first + n_lanes >= n_tokens:
+            _copy_tokens(symbols, first - in_group, group, False)
     return place
 
 
