@@ -106,7 +106,7 @@ def test_the_specification_suffices_for_the_golden_streams_of_the_other_profiles
 @pytest.mark.parametrize("profile", JOINT_PROFILES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn])
 def test_the_specification_suffices_for_the_other_profiles(profile, dtype):
-    """Several chunks, more tokens in a chunk than the coder has lanes, gaps, escapes and coefficients that are not coded."""
+    """Several chunks, gaps, escapes and coefficients that are not coded."""
     cache, ids = told_gappy_cache(90, dtype)
     for step in (0.02, 30.0):
         codec = joint_codec(profile, step=step, chunk_tokens=64)
@@ -118,6 +118,19 @@ def test_the_specification_suffices_for_the_other_profiles(profile, dtype):
         near = max(torch.finfo(dtype).eps, 1e-4)
         np.testing.assert_allclose(keys, decoded.keys.float().numpy(), rtol=near, atol=1e-3)
         np.testing.assert_allclose(values, decoded.values.float().numpy(), rtol=near, atol=1e-3)
+
+
+def test_the_specification_suffices_for_several_lanes():
+    """Two of them in a chunk that has symbols enough, and a token that only the first has."""
+    cache, ids = told_gappy_cache(501, torch.float32)
+    codec = joint_codec("joint", step=0.5, sink_tokens=0, window_tokens=0, chunk_tokens=2048)
+    stream = codec.encode(cache, ids)
+    n_coded = len(variance_classes(codec.calibration.joint.coefficients.deviations, 0.5))
+    assert 2 * 10240 <= 501 * n_coded < 4 * 10240
+    _, _, keys, values = decode_by_the_page(stream, codec.calibration, ids.tolist())
+    decoded = codec.decode(stream, ids)
+    np.testing.assert_allclose(keys, decoded.keys.numpy(), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(values, decoded.values.numpy(), rtol=1e-4, atol=1e-3)
 
 
 def test_the_specification_suffices_for_the_golden_stream():
@@ -380,7 +393,9 @@ def rans_symbols(data: bytes, activities: list[int], classes: list[int], tables:
     if not classes:
         assert not data
         return symbols
-    n_lanes = min(32, len(activities))
+    n_lanes = 1
+    while 2 * n_lanes <= min(32, len(activities), len(activities) * len(classes) // 10240):
+        n_lanes *= 2
     states = list(struct.unpack_from(f"<{n_lanes}I", data))
     words = iter(struct.unpack_from(f"<{(len(data) - 4 * n_lanes) // 2}H", data, 4 * n_lanes))
     for block in range(0, len(activities), n_lanes):

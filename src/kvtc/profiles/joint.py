@@ -21,7 +21,7 @@ from ..calibration.artifact import Calibration
 from ..coding.bitpack import pack, packed_bytes, unpack
 from ..coding.escapes import decode_escapes, encode_escapes, escaped_bytes
 from ..coding.probability import ESCAPED_BITS
-from ..coding.rans import LANES, decode_symbols, encode_symbols
+from ..coding.rans import count_lanes, decode_symbols, encode_symbols
 from ..coding.transform import project, reconstruct, rows_of
 from ..coding.uniform import ESCAPE, MAX_SYMBOL, column_classes, dequantize, from_symbols, quantize, to_symbols
 from ..container import CHUNK_BYTES, HEADER_BYTES, SECTION_BYTES
@@ -220,7 +220,7 @@ class JointCoder:
             triples = None if rows.triples is None else rows.triples[chosen]
             parts.append(self._coefficients(rows.keys[:, :, chosen], rows.values[:, :, chosen], triples).cpu())
             first += rows.n_tokens
-            n_bytes += _CHUNK_OVERHEAD + _LANE_OVERHEAD * min(LANES, rows.n_tokens)
+            n_bytes += _CHUNK_OVERHEAD + _LANE_OVERHEAD * count_lanes(parts[-1].shape[1], rows.n_tokens)
         sample = torch.cat(parts)
         overhead = 8 * n_bytes / n_tokens + _ACTIVITY_BITS
         low, high = np.log2(self._model.steps.min()), np.log2(self._model.steps.max())
