@@ -169,7 +169,7 @@ def test_the_ratio_counts_the_bits_of_the_dtype(profile, dtype):
 @pytest.mark.parametrize("sampled", [64, 300])
 def test_the_ratio_is_met_from_a_sample_of_the_tokens(profile, sampled, monkeypatch):
     """Tokens are few enough here to look at all; a longer cache is sampled, and fairly: not just where chunks begin."""
-    monkeypatch.setattr(joint_profile, "_SEARCH_TOKENS", sampled)
+    monkeypatch.setattr(joint_profile, "SEARCH_TOKENS", sampled)
     codec = Codec(joint_calibration(), profile, 8, chunk_tokens=32, window_tokens=0)
     stream = codec.encode(told_cache(3000), told_ids(3000))
     assert kvtc.inspect(stream).body_ratio == pytest.approx(8, rel=0.06)

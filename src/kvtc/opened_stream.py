@@ -91,6 +91,8 @@ def open_stream(
         if chunk.n_window:
             start = first + chunk.n_sink + chunk.n_body
             exact.append(_read_exact(stream, index, SectionType.WINDOW, chunk.n_window, start, is_fp8=False))
+        if chunk.is_padded and any(stream.read(SectionType.PADDING, index, None)):
+            raise CorruptStream(f"the padding of chunk {index} holds other bytes than zeros")
         first += chunk.n_tokens
     # Regions follow one another over the whole stream, so the coded tokens are one range.
     n_sink = sum(chunk.n_sink for chunk in chunks)

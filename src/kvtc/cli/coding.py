@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CACHE_SUFFIX = ".safetensors"
 CODEC_OPTIONS = (
     "profile", "ratio", "step", "key_ratio", "value_ratio", "max_error", "sink_tokens", "window_tokens",
-    "sink_format", "allocation", "lossless", "chunk_tokens", "device",
+    "sink_format", "fixed_size", "allocation", "lossless", "chunk_tokens", "device",
 )  # fmt: skip
 
 
@@ -56,6 +56,12 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     rate.add_argument("--step", type=float, help="instead: the step of joint and conditional")
     rate.add_argument(
         "--max-error", type=float, metavar="E", help="instead: the largest relative error, 0 .. 1 (paper)"
+    )
+    parser.add_argument(
+        "--fixed-size",
+        action="store_true",
+        default=None,
+        help="pad to the same bytes for every cache of as many tokens (joint, conditional; with a ratio)",
     )
     parser.add_argument("--key-ratio", type=float, metavar="R", help="ratio of the keys alone (paper)")
     parser.add_argument("--value-ratio", type=float, metavar="R", help="ratio of the values alone (paper)")
@@ -115,6 +121,7 @@ def encode(options: argparse.Namespace) -> Outcome:
         "original_bytes": info.original_bytes,
         "body_bytes": info.body_bytes,
         "total_bytes": info.total_bytes,
+        "padding_bytes": info.padding_bytes,
         "body_ratio": info.body_ratio,
         "total_ratio": info.total_ratio,
         "prefill_seconds": prefill_seconds,

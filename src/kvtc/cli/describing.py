@@ -87,6 +87,7 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
             f"{info.dtype}, layers {_range(info.layers)}, kv heads {_range(info.kv_heads)}, head_dim {info.head_dim}",
         ),
         ("calibration", info.fingerprint),
+        ("sink format", info.sink_format),
         ("token ids", "named by a digest: decode can compare them" if info.has_token_digests else "not known"),
     ]
     stored: dict[str, tuple[int, int, int]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,20 @@ class CodedBody:
     triples: Tensor | None
 
 
+@dataclass(frozen=True)
+class Allowance:
+    """What the coded rows of a stream may cost.
+
+    n_tokens: body tokens. original_bits: of a cached value. other_bytes: of the stream that the body pays for, besides its rows.
+    at_most: bytes that all coded rows together may take, whatever they hold; None where there is no such limit.
+    """
+
+    n_tokens: int
+    original_bits: int
+    other_bytes: int
+    at_most: int | None = None
+
+
 class Plan(Protocol):
     """How bits are spent in one stream: decided once, stored in the section `rate`."""
 
@@ -46,9 +60,15 @@ class BodyCoder(Protocol):
     """Whether encode and decode need token ids."""
     is_entropy_coded: bool
     """Whether bodies are finished bytes, to which no lossless coder is applied."""
+    rate_bytes: int | None
+    """Bytes of a plan, if they are always as many."""
 
-    def plan(self, chunks: Iterable[BodyRows], n_tokens: int, original_bits: int) -> Plan:
-        """Decide how bits are spent on n_tokens coded tokens; `chunks` gives their rows where that depends on them."""
+    def least_bytes(self, n_tokens: int) -> int:
+        """Bytes that suffice for a chunk of n_tokens, whatever it holds; `InvalidArgument` where none do."""
+        ...
+
+    def encode_all(self, chunks: Callable[[], Iterable[BodyRows]], allowance: Allowance) -> tuple[Plan, list[bytes]]:
+        """Decide how bits are spent, and code every chunk. chunks: gives the rows of all chunks, as often as it is called."""
         ...
 
     def encode(self, rows: BodyRows, plan: Any) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -19,41 +19,23 @@ from torch import Tensor
 
 from ..calibration.artifact import Calibration
 from ..coding.bitpack import pack, packed_bytes, unpack
-from ..coding.escapes import decode_escapes, encode_escapes, escaped_bytes
-from ..coding.probability import ESCAPED_BITS
+from ..coding.escapes import decode_escapes, encode_escapes
 from ..coding.rans import LANES, decode_symbols, encode_symbols
 from ..coding.transform import project, reconstruct, rows_of
-from ..coding.uniform import ESCAPE, MAX_SYMBOL, column_classes, dequantize, from_symbols, quantize, to_symbols
-from ..container import CHUNK_BYTES, HEADER_BYTES, SECTION_BYTES
+from ..coding.uniform import ESCAPE, column_classes, dequantize, from_symbols, quantize, to_symbols
 from ..errors import CorruptStream, InvalidArgument, InvalidCache
-from .interface import BodyRows, CodedBody
-from .paper_rate import DEFAULT_RATIO
+from .interface import Allowance, BodyRows, CodedBody
+from .step_rate import SEARCH_TOKENS, CostEstimate, Sample, StepRate, finest_step, nearest_step
 
 _STEP = struct.Struct("<f")
 _LENGTH = struct.Struct("<I")
 _ACTIVITY_BITS = 2
-_SEARCH_TOKENS = 2048
-_SEARCH_TURNS = 16
 _STEP_RANGE = 2.0**6
 """How far from the calibrated curve's ends a step may lie."""
-_CHUNK_OVERHEAD = CHUNK_BYTES + SECTION_BYTES + _LENGTH.size
 # A lane of the coder costs 16 to 32 bits beyond its symbols.
-_LANE_OVERHEAD = 3
-_STREAM_OVERHEAD = HEADER_BYTES + SECTION_BYTES + _STEP.size
-
-
-@dataclass(frozen=True)
-class StepRate:
-    """What the profiles with one step may spend: a ratio of original bits to all bits of the body or, if given, a step."""
-
-    ratio: float = DEFAULT_RATIO
-    step: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (isfinite(self.ratio) and self.ratio >= 1):
-            raise InvalidArgument(f"a ratio is original over stored bytes and at least 1; got {self.ratio}")
-        if self.step is not None and not (isfinite(self.step) and self.step > 0):
-            raise InvalidArgument(f"a step must be positive; got {self.step}")
+_LANE_BYTES = 3
+_NEAR = 0.01
+"""How far a body may be from the size that its ratio gives, as a share of it, before another step is tried."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +61,7 @@ class JointCoder:
     """with_tokens: `conditional`. rate: what may be spent; None to decode only."""
 
     is_entropy_coded = True
+    rate_bytes: int | None = _STEP.size
 
     def __init__(
         self, calibration: Calibration, device: torch.device, with_tokens: bool, rate: StepRate | None = None
@@ -100,17 +83,39 @@ class JointCoder:
             least, largest = self._step_bounds()
             raise InvalidArgument(f"the calibration serves steps of {least:.3g} to {largest:.3g}; got {rate.step}")
 
-    def plan(self, chunks: Iterable[BodyRows], n_tokens: int, original_bits: int) -> StepPlan:
+    def encode_all(
+        self, chunks: Callable[[], Iterable[BodyRows]], allowance: Allowance
+    ) -> tuple[StepPlan, list[bytes]]:
         if self.rate is None:
             raise RuntimeError("this coder only decodes")
+
+        def encode(step: float) -> list[bytes]:
+            return [self.encode(rows, StepPlan(step)) for rows in chunks()]
+
         if self.rate.step is not None:
-            return self._plan(self.rate.step)
-        original = 2 * original_bits * self._geometry.row_features
-        return self._plan(self._search(chunks, n_tokens, original / self.rate.ratio))
+            step = float(np.float32(self.rate.step))
+            return StepPlan(step), encode(step)
+        token_bytes = 2 * self._geometry.row_features * allowance.original_bits / 8
+        if not allowance.n_tokens:
+            return StepPlan(float(np.float32(self._model.step_for(8 * token_bytes / self.rate.ratio)))), []
+        estimate = self._estimate(chunks(), allowance.n_tokens)
+        least, most = float(self._model.steps.min()), float(self._model.steps.max())
+        if allowance.at_most is not None:
+            found = finest_step(allowance.at_most, estimate, encode, least, self._step_bounds()[1])
+            return self._nothing(chunks()) if found is None else (StepPlan(found[0]), found[1])
+        wanted = token_bytes * allowance.n_tokens / self.rate.ratio
+        step, coded = nearest_step(wanted - allowance.other_bytes, _NEAR * wanted, estimate, encode, least, most)
+        return StepPlan(step), coded
+
+    def least_bytes(self, n_tokens: int) -> int:
+        return len(self._encode_nothing(n_tokens))
 
     def encode(self, rows: BodyRows, plan: StepPlan) -> bytes:
+        return self._encode(self._coefficients(rows.keys, rows.values, rows.triples), plan)
+
+    def _encode(self, coefficients: Tensor, plan: StepPlan) -> bytes:
+        """Coefficients [n, r] of a chunk -> its bytes."""
         classes = column_classes(self._model.deviations, plan.step)
-        coefficients = self._coefficients(rows.keys, rows.values, rows.triples)
         values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], plan.step).cpu().numpy().T)
         symbols = to_symbols(values)
         activities = self._model.tables.token_costs(symbols, classes).argmin(axis=0).astype(np.uint8)
@@ -119,6 +124,15 @@ class JointCoder:
         escapes = encode_escapes(values[symbols == ESCAPE])
         side = pack(torch.from_numpy(activities), _ACTIVITY_BITS).numpy().tobytes()
         return side + _LENGTH.pack(len(coded)) + coded + escapes
+
+    def _encode_nothing(self, n_tokens: int) -> bytes:
+        """A chunk whose coefficients are all zero at the largest step: it has the same bytes whatever the cache holds."""
+        zeros = torch.zeros(n_tokens, len(self._model.deviations), dtype=torch.float32, device="cpu")
+        return self._encode(zeros, StepPlan(self._step_bounds()[1]))
+
+    def _nothing(self, chunks: Iterable[BodyRows]) -> tuple[StepPlan, list[bytes]]:
+        """All chunks without their coefficients: what prediction or the mean says of them is left."""
+        return StepPlan(self._step_bounds()[1]), [self._encode_nothing(rows.n_tokens) for rows in chunks]
 
     def read_plan(self, data: bytes) -> StepPlan:
         if len(data) != _STEP.size:
@@ -193,9 +207,6 @@ class JointCoder:
             raise RuntimeError("prediction needs token ids")
         return self._tokens.predictor.predict(triples).to(self._device)
 
-    def _plan(self, step: float) -> StepPlan:
-        return StepPlan(float(np.float32(step)))
-
     def _serves(self, step: float) -> bool:
         least, largest = self._step_bounds()
         return isfinite(step) and least <= step <= largest
@@ -205,39 +216,21 @@ class JointCoder:
         steps = self._model.steps
         return float(np.float32(steps.min() / _STEP_RANGE)), float(np.float32(steps.max() * _STEP_RANGE))
 
-    def _search(self, chunks: Iterable[BodyRows], n_tokens: int, wanted: float) -> float:
-        """The step at which these tokens take `wanted` bits each, all bytes of the body counted.
-
-        Bits are those of the tables, for a sample of the tokens; the interval of steps is halved, for bits fall with the step.
-        """
-        if not n_tokens:
-            return self._model.step_for(wanted)
-        stride = max(1, n_tokens // _SEARCH_TOKENS)
-        parts, first, n_bytes = [], 0, _STREAM_OVERHEAD
+    def _estimate(self, chunks: Iterable[BodyRows], n_tokens: int) -> CostEstimate:
+        """What the tokens of chunks are expected to cost, from a sample of them."""
+        stride = max(1, n_tokens // SEARCH_TOKENS)
+        parts, first, fixed = [], 0, 0.0
         for rows in chunks:
             # Not the first of each chunk: it has no predecessors to be predicted from, so it costs more than others.
             chosen = slice((stride // 2 - first) % stride, None, stride)
             triples = None if rows.triples is None else rows.triples[chosen]
             parts.append(self._coefficients(rows.keys[:, :, chosen], rows.values[:, :, chosen], triples).cpu())
             first += rows.n_tokens
-            n_bytes += _CHUNK_OVERHEAD + _LANE_OVERHEAD * min(LANES, rows.n_tokens)
-        sample = torch.cat(parts)
-        overhead = 8 * n_bytes / n_tokens + _ACTIVITY_BITS
-        low, high = np.log2(self._model.steps.min()), np.log2(self._model.steps.max())
-        for _ in range(_SEARCH_TURNS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._bits(sample, float(2**middle)) + overhead > wanted else (low, middle)
-        return float(2 ** ((low + high) / 2))
-
-    def _bits(self, coefficients: Tensor, step: float) -> float:
-        """Mean bits a token of its symbols."""
-        classes = column_classes(self._model.deviations, step)
-        if not len(classes):
-            return 0.0
-        values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], step).numpy().T)
-        bits = float(self._model.tables.token_costs(to_symbols(values), classes).min(axis=0).mean())
-        large = values[np.abs(values) > MAX_SYMBOL]
-        return bits + (8 * escaped_bytes(large) - ESCAPED_BITS * len(large)) / len(coefficients)
+            fixed += (
+                _LENGTH.size + packed_bytes(rows.n_tokens, _ACTIVITY_BITS) + _LANE_BYTES * min(LANES, rows.n_tokens)
+            )
+        coefficients = torch.cat(parts)
+        return CostEstimate(self._model, [Sample(coefficients, n_tokens / len(coefficients))], fixed)
 
     def _transform(self) -> _Transform:
         with self._lock:
