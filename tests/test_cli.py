@@ -103,6 +103,14 @@ def test_encode_to_a_fixed_size(capsys, made, tmp_path):
     assert "padding" in run(capsys, "inspect", output)[1]
 
 
+def test_encode_with_a_coded_window(capsys, made, tmp_path):
+    output = tmp_path / "talk.kvtc"
+    options = ["--model", "reference", "--profile", "joint", "--step", 1, "--window-format", "coded"]
+    assert run(capsys, "encode", made / "talk.txt", "-o", output, *options)[0] == 0
+    assert kvtc.inspect(output.read_bytes()).window_format == "coded"
+    assert "exact, coded" in run(capsys, "inspect", output)[1]
+
+
 def test_decode_gives_back_the_cache_and_its_tokens(made):
     cache, token_ids = load_cache(made / "talk.safetensors")
     info = kvtc.inspect((made / "talk.kvtc").read_bytes())

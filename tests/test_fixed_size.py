@@ -76,10 +76,12 @@ KINDS = ["zeros", "constant", "noise", "huge", "largest", "one token", "tiny", "
     ratio=st.sampled_from([1.0, 3.0, 16.0, 100.0, 1000.0]),
     window=st.sampled_from([0, 3, 40]),
     sink_format=st.sampled_from(["exact", "fp8"]),
+    window_format=st.sampled_from(["exact", "coded"]),
     seed=st.integers(0, 3),
 )
-def test_any_cache_fits_to_the_byte(profile, n, kind, dtype, ratio, window, sink_format, seed):
-    codec = fixed_codec(profile, ratio=ratio, window_tokens=window, sink_format=sink_format)
+def test_any_cache_fits_to_the_byte(profile, n, kind, dtype, ratio, window, sink_format, window_format, seed):
+    options = {"ratio": ratio, "window_tokens": window, "sink_format": sink_format, "window_format": window_format}
+    codec = fixed_codec(profile, **options)
     cache, ids = wild_cache(n, kind, dtype, seed), told_ids(n, seed)
     stream = codec.encode(cache, ids)
     assert len(stream) == codec.stream_bytes(n, dtype)
@@ -207,8 +209,8 @@ def test_padding_needs_its_flag():
     stream[HEADER_BYTES + 10] = 0
     with pytest.raises(CorruptStream, match="need 2 sections; 3 are in the table"):
         kvtc.inspect(reseal(stream))
-    stream[HEADER_BYTES + 10] = 8
-    with pytest.raises(CorruptStream, match="flags 8"):
+    stream[HEADER_BYTES + 10] = 16
+    with pytest.raises(CorruptStream, match="flags 16"):
         kvtc.inspect(reseal(stream))
     assert len(stream) > HEADER_BYTES + CHUNK_BYTES
 

@@ -38,7 +38,8 @@ class Codec:
     ratio: bits of a cached value over bits the body may spend on it; None means 16. With `paper` it counts bits before lossless
     coding, as published: the real body_ratio is at least that on texts of ordinary length. With the others it is the body_ratio,
     and the step is found for each cache. step: instead of a ratio, the step itself, so that chunks of different caches coincide.
-    sink_tokens, window_tokens: tokens kept exactly at the beginning and the end. sink_format: "exact" or "fp8".
+    sink_tokens, window_tokens: tokens kept exactly at the beginning and the end. sink_format: "exact" or "fp8". window_format:
+    "exact", or with `joint` and `conditional` "coded": like the body, with a quarter of its step.
     fixed_size: every stream of tokens at the same places has the same bytes, `stream_bytes` of them: the step is as fine as
     fits, and what is left is padded (`joint` and `conditional`, with a ratio).
     lossless: "deflate", "zstd", "lz4" or "none". chunk_tokens: unit of random access. device: where the arithmetic runs.
@@ -65,6 +66,7 @@ class Codec:
         allocation: str = "dynamic",
         lossless: str = "deflate",
         sink_format: str = "exact",
+        window_format: str = "exact",
         fixed_size: bool = False,
         chunk_tokens: int = 256,
         device: str | torch.device = "cpu",
@@ -74,7 +76,7 @@ class Codec:
         self.calibration = calibration
         self.sink_tokens = sink_tokens
         self.window_tokens = window_tokens
-        self.settings = stream_settings(profile, chunk_tokens, lossless, sink_format, fixed_size)
+        self.settings = stream_settings(profile, chunk_tokens, lossless, sink_format, window_format, fixed_size)
         self.device = usable_device(device)
         self._lock = threading.Lock()
         of_paper = key_ratio, value_ratio, max_error, allocation
@@ -259,20 +261,26 @@ class Codec:
         spans = self._spans(cache.resolved_positions())
         draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
-        coded = [(index, span) for index, span in enumerate(spans) if span.n_body]
+        bodies = [(index, span) for index, span in enumerate(spans) if span.n_body]
+        windows = [(index, spans[index]) for index, chunk in enumerate(draft.chunks) if chunk.coded_window]
         rate_bytes = self._coder.rate_bytes or 0
         allowance = Allowance(
             sum(span.n_body for span in spans),
             cache.original_bits,
-            other_bytes=draft.n_bytes - draft.exact_bytes + rate_bytes,
+            other_bytes=draft.body_bytes + rate_bytes,
             at_most=None if size is None else size - draft.n_bytes - rate_bytes,
         )
         # Chunk by chunk, so that memory stays small and that the bytes of a chunk depend on nothing but the chunk.
-        plan, bodies = self._coder.encode_all(
-            lambda: (self._body_rows(cache, span, token_ids) for _, span in coded), allowance
+        coded = self._coder.encode_all(
+            lambda is_window: (
+                self._rows(cache, span, span.window if is_window else span.body, token_ids)
+                for _, span in (windows if is_window else bodies)
+            ),
+            allowance,
         )
-        sections = {(SectionType.BODY, index): body for (index, _), body in zip(coded, bodies, strict=True)}
-        return draft.seal(plan.to_bytes(), sections, self._coder.is_entropy_coded, size)
+        sections = {(SectionType.BODY, index): data for (index, _), data in zip(bodies, coded.bodies, strict=True)}
+        sections |= {(SectionType.WINDOW, index): data for (index, _), data in zip(windows, coded.windows, strict=True)}
+        return draft.seal(coded.plan.to_bytes(), sections, self._coder.is_entropy_coded, size)
 
     def _spans(self, positions: Tensor) -> list[ChunkSpan]:
         return split_regions(positions, self.sink_tokens, self.window_tokens, self.settings.chunk_tokens)
@@ -290,15 +298,15 @@ class Codec:
             self._coder.least_bytes,
         )
 
-    def _body_rows(self, cache: KVCache, span: ChunkSpan, token_ids: TokenIds | None) -> BodyRows:
-        """The coded tokens of a chunk on the codec's device, keys un-rotated."""
+    def _rows(self, cache: KVCache, span: ChunkSpan, tokens: slice, token_ids: TokenIds | None) -> BodyRows:
+        """Tokens of a chunk on the codec's device, keys un-rotated."""
         positions = cache.resolved_positions()
-        keys, values = (side[:, :, span.body].to(self.device) for side in (cache.keys, cache.values))
-        unrotated = self.calibration.geometry.rope.unrotate(keys, positions[span.body], cache.resolved_rope_length())
+        keys, values = (side[:, :, tokens].to(self.device) for side in (cache.keys, cache.values))
+        unrotated = self.calibration.geometry.rope.unrotate(keys, positions[tokens], cache.resolved_rope_length())
         triples = None
         if token_ids is not None:
             ids, here = token_ids[span.tokens], positions[span.tokens].numpy()
-            triples = token_triples(ids, here)[span.n_sink : span.n_sink + span.n_body]
+            triples = token_triples(ids, here)[tokens.start - span.first : tokens.stop - span.first]
         return BodyRows(unrotated, values.float(), triples)
 
     def _restore(self, opened: OpenedStream, shift: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from .coding.exact import encode_exact, encode_fp8
 from .coding.regions import ChunkSpan
 from .container import (
     DIGEST_BYTES,
+    SECTION_BYTES,
     STREAM_WIDE,
     Chunk,
     CodedSection,
@@ -30,6 +31,8 @@ from .container import (
     write_stream,
 )
 
+NOT_BODY = (SectionType.SINK, SectionType.WINDOW)
+
 
 @dataclass(frozen=True)
 class StreamSettings:
@@ -40,6 +43,7 @@ class StreamSettings:
     lossless: str
     fp8_sinks: bool
     fixed_size: bool = False
+    coded_window: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,11 @@ class StreamDraft:
         return table_bytes(self.chunks) + sum(len(section.stored) for section in self.sections.values())
 
     @property
-    def exact_bytes(self) -> int:
-        """What of that are tokens kept exactly, table entries included: it does not count for the body."""
-        kinds = (SectionType.SINK, SectionType.WINDOW)
-        return sum(section.n_bytes for (kind, _), section in self.sections.items() if kind in kinds)
+    def body_bytes(self) -> int:
+        """What of that counts for the body: all but sinks and windows with their table entries."""
+        others = [kind for chunk in self.chunks for kind in chunk.sections() if kind in NOT_BODY]
+        stored = sum(len(section.stored) for (kind, _), section in self.sections.items() if kind in NOT_BODY)
+        return self.n_bytes - stored - SECTION_BYTES * len(others)
 
     def seal(self, rate: bytes, coded: dict[tuple[SectionType, int], bytes], is_final: bool, size: int | None) -> bytes:
         """The stream. coded: bytes of coded rows by section, before lossless coding unless they are final; size: what to pad to."""
@@ -98,7 +103,7 @@ def draft_stream(
             elif section is SectionType.SINK:
                 encode = encode_fp8 if chunk.fp8_sinks else encode_exact
                 raw = encode(cache.keys[:, :, span.sink], cache.values[:, :, span.sink])
-            elif section is SectionType.WINDOW:
+            elif section is SectionType.WINDOW and not chunk.coded_window:
                 raw = encode_exact(cache.keys[:, :, span.window], cache.values[:, :, span.window])
             else:
                 continue
@@ -133,7 +138,11 @@ def chunks_of(
         has_gaps = int(here[-1]) - int(here[0]) + 1 != here.numel()
         digest = bytes(DIGEST_BYTES) if token_ids is None else token_digest(token_ids[span.tokens])
         is_fp8 = settings.fp8_sinks and span.n_sink > 0
-        chunks.append(Chunk(int(here[0]), span.n_sink, span.n_body, span.n_window, has_gaps, is_fp8, digest))
+        coded = settings.coded_window and span.n_window > 0
+        first = int(here[0])
+        chunks.append(
+            Chunk(first, span.n_sink, span.n_body, span.n_window, has_gaps, is_fp8, digest, coded_window=coded)
+        )
     if settings.fixed_size and chunks:
         chunks[-1] = replace(chunks[-1], is_padded=True)
     return chunks

@@ -15,10 +15,11 @@ from .errors import InvalidArgument
 from .opened_stream import TokenIds
 from .profiles import BodyCoder, JointCoder, PaperCoder
 from .profiles.paper_rate import DEFAULT_RATIO, RateTarget
-from .profiles.step_rate import StepRate
+from .profiles.step_rate import FINER_WINDOW, StepRate
 from .sealed_stream import StreamSettings
 
 SINK_FORMATS = ("exact", "fp8")
+WINDOW_FORMATS = ("exact", "coded")
 
 
 def check_calibration(calibration: Calibration) -> None:
@@ -34,7 +35,7 @@ def check_regions(sink_tokens: int, window_tokens: int) -> None:
 
 
 def stream_settings(
-    profile: str, chunk_tokens: int, lossless: str, sink_format: str, fixed_size: bool
+    profile: str, chunk_tokens: int, lossless: str, sink_format: str, window_format: str, fixed_size: bool
 ) -> StreamSettings:
     """What holds for every stream of a codec."""
     if profile not in PROFILES:
@@ -43,10 +44,14 @@ def stream_settings(
         raise InvalidArgument(f"chunk_tokens must lie in 1 .. {MAX_CHUNK_TOKENS}; got {chunk_tokens}")
     if sink_format not in SINK_FORMATS:
         raise InvalidArgument(f"sink_format must be exact or fp8; got {sink_format!r}")
+    if window_format not in WINDOW_FORMATS:
+        raise InvalidArgument(f"window_format must be exact or coded; got {window_format!r}")
+    if window_format == "coded" and profile == "paper":
+        raise InvalidArgument("the profile paper keeps its window exactly: use joint or conditional to code it")
     if fixed_size and profile == "paper":
         raise InvalidArgument("the profile paper cannot keep to a fixed size: use joint or conditional")
     require_coder(lossless)
-    return StreamSettings(profile, chunk_tokens, lossless, sink_format == "fp8", fixed_size)
+    return StreamSettings(profile, chunk_tokens, lossless, sink_format == "fp8", fixed_size, window_format == "coded")
 
 
 def coder_and_rate(
@@ -72,7 +77,8 @@ def coder_and_rate(
         raise InvalidArgument("give either a ratio or a step, not both")
     if settings.fixed_size and step is not None:
         raise InvalidArgument("a fixed size needs a ratio: at one step the bytes follow from the cache")
-    rate = StepRate(DEFAULT_RATIO if ratio is None else ratio, step)
+    finer_window = FINER_WINDOW if settings.coded_window else None
+    rate = StepRate(DEFAULT_RATIO if ratio is None else ratio, step, finer_window)
     return JointCoder(calibration, device, profile == "conditional", rate), rate
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CACHE_SUFFIX = ".safetensors"
 CODEC_OPTIONS = (
     "profile", "ratio", "step", "key_ratio", "value_ratio", "max_error", "sink_tokens", "window_tokens",
-    "sink_format", "fixed_size", "allocation", "lossless", "chunk_tokens", "device",
+    "sink_format", "window_format", "fixed_size", "allocation", "lossless", "chunk_tokens", "device",
 )  # fmt: skip
 
 
@@ -68,6 +68,11 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--sink-tokens", type=int, metavar="N", help="first tokens kept exactly")
     parser.add_argument("--window-tokens", type=int, metavar="N", help="last tokens kept exactly")
     parser.add_argument("--sink-format", choices=("exact", "fp8"))
+    parser.add_argument(
+        "--window-format",
+        choices=("exact", "coded"),
+        help="coded: like the body, with a quarter of its step (joint, conditional)",
+    )
     parser.add_argument("--allocation", choices=("dynamic", "truncate"), help="how paper spends bits")
     parser.add_argument("--lossless", choices=("deflate", "zstd", "lz4", "none"))
     parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk, the unit of random access")

@@ -34,7 +34,7 @@ DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float8_e4
 DTYPE_OF = {number: dtype for dtype, number in DTYPES.items()}
 
 _HAS_DIGESTS, _IS_TRANSFORMERS, _HAS_GAPS = 1, 2, 4
-_EXPLICIT_POSITIONS, _FP8_SINKS, _PADDED = 1, 2, 4
+_EXPLICIT_POSITIONS, _FP8_SINKS, _PADDED, _CODED_WINDOW = 1, 2, 4, 8
 SECTIONS_OF_A_CHUNK = 5
 
 
@@ -91,6 +91,7 @@ class Chunk:
     fp8_sinks: bool
     token_digest: bytes
     is_padded: bool = False
+    coded_window: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -223,7 +224,12 @@ def parse_header(view: memoryview) -> Header:
 
 
 def pack_chunk(chunk: Chunk) -> bytes:
-    flags = chunk.explicit_positions * _EXPLICIT_POSITIONS + chunk.fp8_sinks * _FP8_SINKS + chunk.is_padded * _PADDED
+    flags = (
+        chunk.explicit_positions * _EXPLICIT_POSITIONS
+        + chunk.fp8_sinks * _FP8_SINKS
+        + chunk.is_padded * _PADDED
+        + chunk.coded_window * _CODED_WINDOW
+    )
     return _CHUNK.pack(chunk.first_position, chunk.n_sink, chunk.n_body, chunk.n_window, flags, chunk.token_digest)
 
 
@@ -245,7 +251,7 @@ def parse_chunk(view: memoryview, offset: int, index: int, header: Header) -> Ch
     first_position, n_sink, n_body, n_window, flags, digest = _CHUNK.unpack_from(view, offset)
     n_tokens = n_sink + n_body + n_window
     room = min(header.chunk_tokens - first_position % header.chunk_tokens, MAX_POSITION - first_position)
-    if flags > 7 or not 1 <= n_tokens <= room or (not header.has_digests and any(digest)):
+    if flags > 15 or not 1 <= n_tokens <= room or (not header.has_digests and any(digest)):
         raise CorruptStream(
             f"chunk {index} claims {n_tokens} tokens from position {first_position} (flags {flags}); 1 .. {room} fit its cell"
         )
@@ -258,12 +264,16 @@ def parse_chunk(view: memoryview, offset: int, index: int, header: Header) -> Ch
         bool(flags & _FP8_SINKS),
         digest,
         bool(flags & _PADDED),
+        bool(flags & _CODED_WINDOW),
     )
 
 
 def check_order(chunks: Sequence[Chunk], header: Header) -> None:
     """Cells ascend, without gaps chunks adjoin, and the regions follow one another: sinks first, then body, then window."""
     size, region = header.chunk_tokens, 0
+    formats = {chunk.coded_window for chunk in chunks if chunk.n_window}
+    if len(formats) > 1 or (True in formats and header.profile == "paper"):
+        raise CorruptStream(f"windows of the profile {header.profile} are coded in some chunks: expected all or none")
     for index, chunk in enumerate(chunks):
         if index:
             before = chunks[index - 1]

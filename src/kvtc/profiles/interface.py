@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BodyRows:
-    """Coded tokens of one chunk. keys (before rotation), values: [L, H, n, D]; triples [n, 3] as `token_triples` makes them."""
+    """Coded tokens of one chunk's body, or of its window.
+
+    keys (before rotation), values: [L, H, n, D]; triples [n, 3] as `token_triples` makes them.
+    """
 
     keys: Tensor
     values: Tensor
@@ -24,11 +27,12 @@ class BodyRows:
 
 @dataclass(frozen=True)
 class CodedBody:
-    """The coded bytes of one chunk and what is known of its tokens."""
+    """The coded bytes of one chunk's body, or of its window, and what is known of its tokens."""
 
     data: bytes
     n_tokens: int
     triples: Tensor | None
+    is_window: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,15 @@ class Plan(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class CodedRows:
+    """The plan of a stream, and the coded bytes of its bodies and of its windows, in order."""
+
+    plan: Plan
+    bodies: list[bytes]
+    windows: list[bytes] = field(default_factory=list)
+
+
 class BodyCoder(Protocol):
     """A profile made ready for one calibration and device. Safe to share between threads."""
 
@@ -67,12 +80,11 @@ class BodyCoder(Protocol):
         """Bytes that suffice for a chunk of n_tokens, whatever it holds; `InvalidArgument` where none do."""
         ...
 
-    def encode_all(self, chunks: Callable[[], Iterable[BodyRows]], allowance: Allowance) -> tuple[Plan, list[bytes]]:
-        """Decide how bits are spent, and code every chunk. chunks: gives the rows of all chunks, as often as it is called."""
-        ...
+    def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
+        """Decide how bits are spent, and code every chunk; a chunk's bytes depend on nothing but it and the plan.
 
-    def encode(self, rows: BodyRows, plan: Any) -> bytes:
-        """One chunk. Its bytes depend on nothing but the chunk and the plan."""
+        chunks: gives the rows of all bodies, or with True of all windows that are to be coded, as often as it is called.
+        """
         ...
 
     def read_plan(self, data: bytes) -> Plan:

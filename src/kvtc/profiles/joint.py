@@ -24,7 +24,7 @@ from ..coding.rans import LANES, decode_symbols, encode_symbols
 from ..coding.transform import project, reconstruct, rows_of
 from ..coding.uniform import ESCAPE, column_classes, dequantize, from_symbols, quantize, to_symbols
 from ..errors import CorruptStream, InvalidArgument, InvalidCache
-from .interface import Allowance, BodyRows, CodedBody
+from .interface import Allowance, BodyRows, CodedBody, CodedRows
 from .step_rate import SEARCH_TOKENS, CostEstimate, Sample, StepRate, finest_step, nearest_step
 
 _STEP = struct.Struct("<f")
@@ -40,12 +40,20 @@ _NEAR = 0.01
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The step of all coefficients; a float32, as it is stored."""
+    """The step of all coefficients of bodies, and of coded windows if there may be any; float32, as they are stored."""
 
     step: float
+    window_step: float | None = None
 
     def to_bytes(self) -> bytes:
-        return _STEP.pack(self.step)
+        return b"".join(_STEP.pack(step) for step in (self.step, self.window_step) if step is not None)
+
+    def step_of(self, coded: CodedBody) -> float:
+        """The step that coded rows were divided by."""
+        step = self.window_step if coded.is_window else self.step
+        if step is None:
+            raise CorruptStream("a window is coded, but the rate gives no step for it")
+        return step
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,6 @@ class JointCoder:
     """with_tokens: `conditional`. rate: what may be spent; None to decode only."""
 
     is_entropy_coded = True
-    rate_bytes: int | None = _STEP.size
 
     def __init__(
         self, calibration: Calibration, device: torch.device, with_tokens: bool, rate: StepRate | None = None
@@ -72,6 +79,7 @@ class JointCoder:
             raise InvalidArgument(f"this calibration was made without the profile {name}; calibrate again with it")
         self.needs_tokens = with_tokens
         self.rate = rate
+        self.rate_bytes: int | None = _STEP.size * (2 if rate is not None and rate.finer_window else 1)
         self._geometry = calibration.geometry
         self._joint = joint
         self._tokens = joint.tokens if with_tokens else None
@@ -83,40 +91,65 @@ class JointCoder:
             least, largest = self._step_bounds()
             raise InvalidArgument(f"the calibration serves steps of {least:.3g} to {largest:.3g}; got {rate.step}")
 
-    def encode_all(
-        self, chunks: Callable[[], Iterable[BodyRows]], allowance: Allowance
-    ) -> tuple[StepPlan, list[bytes]]:
+    def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
         if self.rate is None:
             raise RuntimeError("this coder only decodes")
-
-        def encode(step: float) -> list[bytes]:
-            return [self.encode(rows, StepPlan(step)) for rows in chunks()]
-
-        if self.rate.step is not None:
-            step = float(np.float32(self.rate.step))
-            return StepPlan(step), encode(step)
-        token_bytes = 2 * self._geometry.row_features * allowance.original_bits / 8
-        if not allowance.n_tokens:
-            return StepPlan(float(np.float32(self._model.step_for(8 * token_bytes / self.rate.ratio)))), []
-        estimate = self._estimate(chunks(), allowance.n_tokens)
-        least, most = float(self._model.steps.min()), float(self._model.steps.max())
         if allowance.at_most is not None:
-            found = finest_step(allowance.at_most, estimate, encode, least, self._step_bounds()[1])
-            return self._nothing(chunks()) if found is None else (StepPlan(found[0]), found[1])
-        wanted = token_bytes * allowance.n_tokens / self.rate.ratio
-        step, coded = nearest_step(wanted - allowance.other_bytes, _NEAR * wanted, estimate, encode, least, most)
-        return StepPlan(step), coded
+            return self._fill(chunks, allowance.at_most)
+        if self.rate.step is not None:
+            plan = self._plan(self.rate.step)
+            bodies = self._encode_rows(chunks(False), plan.step)
+        else:
+            plan, bodies = self._meet(chunks(False), lambda step: self._encode_rows(chunks(False), step), allowance)
+        return CodedRows(plan, bodies, self._encode_windows(chunks, plan))
 
     def least_bytes(self, n_tokens: int) -> int:
         return len(self._encode_nothing(n_tokens))
 
-    def encode(self, rows: BodyRows, plan: StepPlan) -> bytes:
-        return self._encode(self._coefficients(rows.keys, rows.values, rows.triples), plan)
+    def _meet(
+        self, rows: Iterable[BodyRows], encode: Callable[[float], list[bytes]], allowance: Allowance
+    ) -> tuple[StepPlan, list[bytes]]:
+        """The step that gives the ratio, and the bodies coded with it."""
+        ratio = self._rate().ratio
+        token_bytes = 2 * self._geometry.row_features * allowance.original_bits / 8
+        if not allowance.n_tokens:
+            return self._plan(self._model.step_for(8 * token_bytes / ratio)), []
+        sample, fixed = self._sample(rows, allowance.n_tokens)
+        estimate = CostEstimate(self._model, [sample], fixed)
+        wanted = token_bytes * allowance.n_tokens / ratio
+        least, most = float(self._model.steps.min()), float(self._model.steps.max())
+        step, coded = nearest_step(wanted - allowance.other_bytes, _NEAR * wanted, estimate, encode, least, most)
+        return self._plan(step), coded
 
-    def _encode(self, coefficients: Tensor, plan: StepPlan) -> bytes:
+    def _fill(self, chunks: Callable[[bool], Iterable[BodyRows]], at_most: int) -> CodedRows:
+        """Bodies and windows at the finest step at which all of them fit."""
+        counts = [sum(rows.n_tokens for rows in chunks(is_window)) for is_window in (False, True)]
+        found = [self._sample(chunks(bool(index)), n, bool(index)) for index, n in enumerate(counts) if n]
+        estimate = CostEstimate(self._model, [sample for sample, _ in found], sum(fixed for _, fixed in found))
+
+        def encode(step: float) -> list[bytes]:
+            return self._encode_rows(chunks(False), step) + self._encode_windows(chunks, self._plan(step))
+
+        largest = self._step_bounds()[1]
+        fitting = finest_step(at_most, estimate, encode, float(self._model.steps.min()), largest) if found else None
+        if fitting is not None:
+            plan, coded = self._plan(fitting[0]), fitting[1]
+        else:
+            plan = StepPlan(largest, largest if self._rate().finer_window else None)
+            coded = [self._encode_nothing(rows.n_tokens) for is_window in (False, True) for rows in chunks(is_window)]
+        cut = len(coded) - sum(1 for _ in chunks(True))
+        return CodedRows(plan, coded[:cut], coded[cut:])
+
+    def _encode_rows(self, chunks: Iterable[BodyRows], step: float) -> list[bytes]:
+        return [self._encode(self._coefficients(rows.keys, rows.values, rows.triples), step) for rows in chunks]
+
+    def _encode_windows(self, chunks: Callable[[bool], Iterable[BodyRows]], plan: StepPlan) -> list[bytes]:
+        return [] if plan.window_step is None else self._encode_rows(chunks(True), plan.window_step)
+
+    def _encode(self, coefficients: Tensor, step: float) -> bytes:
         """Coefficients [n, r] of a chunk -> its bytes."""
-        classes = column_classes(self._model.deviations, plan.step)
-        values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], plan.step).cpu().numpy().T)
+        classes = column_classes(self._model.deviations, step)
+        values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], step).cpu().numpy().T)
         symbols = to_symbols(values)
         activities = self._model.tables.token_costs(symbols, classes).argmin(axis=0).astype(np.uint8)
         symbols = self._model.tables.escape_unlikely(symbols, classes, activities)
@@ -128,19 +161,18 @@ class JointCoder:
     def _encode_nothing(self, n_tokens: int) -> bytes:
         """A chunk whose coefficients are all zero at the largest step: it has the same bytes whatever the cache holds."""
         zeros = torch.zeros(n_tokens, len(self._model.deviations), dtype=torch.float32, device="cpu")
-        return self._encode(zeros, StepPlan(self._step_bounds()[1]))
-
-    def _nothing(self, chunks: Iterable[BodyRows]) -> tuple[StepPlan, list[bytes]]:
-        """All chunks without their coefficients: what prediction or the mean says of them is left."""
-        return StepPlan(self._step_bounds()[1]), [self._encode_nothing(rows.n_tokens) for rows in chunks]
+        return self._encode(zeros, self._step_bounds()[1])
 
     def read_plan(self, data: bytes) -> StepPlan:
-        if len(data) != _STEP.size:
-            raise CorruptStream(f"the rate of this profile takes {_STEP.size} bytes; the section has {len(data)}")
-        step = float(_STEP.unpack(data)[0])
-        if not self._serves(step):
-            raise CorruptStream(f"a step of {step} is outside of what the calibration serves")
-        return StepPlan(step)
+        if len(data) not in (_STEP.size, 2 * _STEP.size):
+            raise CorruptStream(
+                f"the rate of this profile takes one step or two of {_STEP.size} bytes; got {len(data)}"
+            )
+        steps = [float(step) for (step,) in _STEP.iter_unpack(data)]
+        for step in steps:
+            if not self._serves(step):
+                raise CorruptStream(f"a step of {step} is outside of what the calibration serves")
+        return StepPlan(*steps)
 
     def body_bytes(self, plan: StepPlan, n_tokens: int) -> None:  # noqa: ARG002  they depend on the tokens' values
         return None
@@ -152,12 +184,13 @@ class JointCoder:
         transform = self._transform()
         n_tokens = sum(body.n_tokens for body in bodies)
         coefficients = torch.zeros(n_tokens, transform.synthesis.shape[1], dtype=torch.float32, device=self._device)
-        classes = column_classes(self._model.deviations, plan.step)
         first = 0
         for body in bodies:
+            step = plan.step_of(body)
+            classes = column_classes(self._model.deviations, step)
             values, offsets = self._decode_chunk(body, classes)
             here = coefficients[first : first + body.n_tokens]
-            here[:, : len(classes)] = dequantize(values.to(self._device), offsets.to(self._device), plan.step)
+            here[:, : len(classes)] = dequantize(values.to(self._device), offsets.to(self._device), step)
             if self._tokens is not None:
                 here += self._predict(body.triples)
             first += body.n_tokens
@@ -216,8 +249,18 @@ class JointCoder:
         steps = self._model.steps
         return float(np.float32(steps.min() / _STEP_RANGE)), float(np.float32(steps.max() * _STEP_RANGE))
 
-    def _estimate(self, chunks: Iterable[BodyRows], n_tokens: int) -> CostEstimate:
-        """What the tokens of chunks are expected to cost, from a sample of them."""
+    def _rate(self) -> StepRate:
+        if self.rate is None:
+            raise RuntimeError("this coder only decodes")
+        return self.rate
+
+    def _plan(self, step: float) -> StepPlan:
+        """A step of the body, and what follows from it, as they are stored."""
+        finer, least = self._rate().finer_window, self._step_bounds()[0]
+        return StepPlan(float(np.float32(step)), float(np.float32(max(least, step / finer))) if finer else None)
+
+    def _sample(self, chunks: Iterable[BodyRows], n_tokens: int, is_window: bool = False) -> tuple[Sample, float]:
+        """Some of the tokens of chunks, and what chunks of so many tokens cost at any step."""
         stride = max(1, n_tokens // SEARCH_TOKENS)
         parts, first, fixed = [], 0, 0.0
         for rows in chunks:
@@ -230,7 +273,8 @@ class JointCoder:
                 _LENGTH.size + packed_bytes(rows.n_tokens, _ACTIVITY_BITS) + _LANE_BYTES * min(LANES, rows.n_tokens)
             )
         coefficients = torch.cat(parts)
-        return CostEstimate(self._model, [Sample(coefficients, n_tokens / len(coefficients))], fixed)
+        finer = (self._rate().finer_window or 1.0) if is_window else 1.0
+        return Sample(coefficients, n_tokens / len(coefficients), finer), fixed
 
     def _transform(self) -> _Transform:
         with self._lock:

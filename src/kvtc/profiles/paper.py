@@ -14,7 +14,7 @@ from ..coding.allocation import BitAllocation
 from ..coding.groups import chunk_bytes, decode_groups, encode_groups
 from ..coding.transform import project, reconstruct, rows_of
 from ..errors import CorruptStream, InvalidArgument, InvalidCache
-from .interface import Allowance, BodyRows, CodedBody
+from .interface import Allowance, BodyRows, CodedBody, CodedRows
 from .paper_rate import RateTarget
 
 
@@ -50,13 +50,11 @@ class PaperCoder:
         self._working: dict[int, _Kind] = {}
         self._lock = threading.Lock()
 
-    def encode_all(
-        self, chunks: Callable[[], Iterable[BodyRows]], allowance: Allowance
-    ) -> tuple[PaperPlan, list[bytes]]:
+    def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
         if self.rate is None:
             raise RuntimeError("this coder only decodes")
         plan = PaperPlan(self.rate.allocations(allowance.original_bits))
-        return plan, [self.encode(rows, plan) for rows in chunks()]
+        return CodedRows(plan, [self.encode(rows, plan) for rows in chunks(False)])
 
     def least_bytes(self, n_tokens: int) -> int:  # noqa: ARG002  the profile has no such bound
         raise InvalidArgument("the profile paper cannot keep to a fixed size: use joint or conditional")

@@ -22,6 +22,8 @@ from ..errors import InvalidArgument
 from .paper_rate import DEFAULT_RATIO
 
 SEARCH_TOKENS = 2048
+FINER_WINDOW = 4.0
+"""The step of the body over that of a coded window; with a finer one a window costs more bits than its tokens are worth."""
 _HALVINGS = 16
 _CORRECTIONS = 3
 _FILL_TURNS, _MOST_FILL_TURNS = 5, 14
@@ -34,10 +36,14 @@ Encode = Callable[[float], list[bytes]]
 
 @dataclass(frozen=True)
 class StepRate:
-    """What the profiles with one step may spend: a ratio of original bits to all bits of the body or, if given, a step."""
+    """What the profiles with one step may spend: a ratio of original bits to all bits of the body or, if given, a step.
+
+    finer_window: the step over that of coded windows; None where windows are kept exactly.
+    """
 
     ratio: float = DEFAULT_RATIO
     step: float | None = None
+    finer_window: float | None = None
 
     def __post_init__(self) -> None:
         if not (isfinite(self.ratio) and self.ratio >= 1):
