@@ -107,6 +107,8 @@ def make_targets() -> list[Target]:
         (joint_codec("joint", step=2.0, chunk_tokens=1024), told_cache(SEVERAL_LANES_TOKENS), None),
         (joint_codec("conditional", step=0.5, window_tokens=0), told_cache(20, torch.bfloat16), told_ids(20)),
         (joint_codec("conditional", ratio=8, sink_format="fp8"), *told_gappy_cache(30)),
+        (joint_codec("joint", ratio=8, fixed_size=True), told_cache(30, torch.bfloat16), told_ids(30)),
+        (joint_codec("conditional", window_tokens=9, window_format="coded"), *told_gappy_cache(30)),
     ):
         known = None if ids is None else list(map(int, ids))
         needed = known if codec.settings.profile == "conditional" else None
@@ -128,7 +130,9 @@ def make_targets() -> list[Target]:
         parsed = parse_stream(stream)
         raw = tuple(parsed.read(s.type, s.chunk, s.raw_bytes) for s in parsed.sections)
         is_final = parsed.header.profile != "paper"
-        final = frozenset(i for i, s in enumerate(parsed.sections) if is_final and s.type is SectionType.BODY)
+        finished = {SectionType.BODY, SectionType.PADDING} if is_final else set()
+        finished |= {SectionType.WINDOW} if any(chunk.coded_window for chunk in parsed.chunks) else set()
+        final = frozenset(i for i, s in enumerate(parsed.sections) if s.type in finished)
         targets.append(Target(codec, stream, raw, final, parsed.n_tokens, needed))
     return targets
 

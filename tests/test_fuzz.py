@@ -15,7 +15,7 @@ from . import fuzz
 
 
 def test_random_damage_raises_only_errors_of_the_package():
-    report = fuzz.run(2000, seed=1)
+    report = fuzz.run(2000, seed=2)
     assert report.failures == []
     assert report.memory_growth < fuzz.MEMORY_GROWTH_BYTES
     assert sum(report.outcomes.values()) == 2000
