@@ -52,3 +52,11 @@ class UnsupportedModel(KvtcError):
 
 class MissingDependency(KvtcError, ImportError):
     """An optional package is needed for this call; the message says which extra installs it."""
+
+
+class InvalidPlan(KvtcError, ValueError):
+    """A plan, or a file that it names, cannot be worked out; the message names the file and the field."""
+
+
+class MissingMeasurement(KvtcError, LookupError):
+    """The plan needs a number that its measurement file does not hold; the message names it and its unit."""
