@@ -47,28 +47,26 @@ def prefill_points(model, ids: torch.Tensor, repeats: int) -> list[list[float]]:
 
 @torch.inference_mode()
 def decode_times(model, ids: torch.Tensor, repeats: int) -> tuple[float, float]:
-    """Seconds of a step, and what each token of context in the batch adds: least squares over batches and contexts."""
+    """Seconds of a step, and what each token of context in the batch adds: least squares of relative errors over batches and contexts."""
     rows, seconds = [], []
-    for batch in BATCHES:
-        for context in CONTEXTS:
-            caches: list = []
+    for context in CONTEXTS:
+        for batch in BATCHES:
+            cache = model(ids[None, :context], use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(batch)
 
-            def prepare(batch=batch, context=context, caches=caches):
-                caches[:] = [
-                    model(ids[None, :context].expand(batch, -1), use_cache=True, logits_to_keep=1).past_key_values
-                ]
-
-            def steps(batch=batch, context=context, caches=caches):
+            def steps(batch=batch, context=context, cache=cache):
                 for step in range(STEPS):
                     next_ids = ids[None, context + step : context + step + 1].expand(batch, -1)
-                    model(next_ids, past_key_values=caches[0], use_cache=True)
+                    model(next_ids, past_key_values=cache, use_cache=True)
+                cache.crop(-STEPS)
 
             rows.append([1.0, batch * (context + STEPS / 2)])
-            seconds.append(best(steps, repeats, prepare) / STEPS)
-    (step, per_token), *_ = np.linalg.lstsq(np.array(rows), np.array(seconds), rcond=None)
+            seconds.append(best(steps, repeats) / STEPS)
+    relative = np.array(rows) / np.array(seconds)[:, None]
+    (step, per_token), *_ = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)
     if min(step, per_token) <= 0:
         raise SystemExit(
-            f"decode steps make no sense on so busy a machine: {step:.3g} s and {per_token:.3g} s a token; run again"
+            f"decode steps of {step:.3g} s and {per_token:.3g} s a token make no sense: the machine is too busy"
         )
     return float(step), float(per_token)
 

@@ -4,7 +4,9 @@
     measurements   the numbers that a plan computes with, each with its source
     workload       who asks what and when: traces, clients that ask again and again, conversations that come and go
     storage        tiers with byte budgets, and the links to them
-    simulation     an engine, event by event
+    engine         an engine, event by event
+    simulation     conversations and engines on one clock
+    policies       what can be done with a cache between turns
     planning       a plan file: its policies run, its sweep, its results
     report         tables and plots
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidPlan
+from .engine import Engine
+from .events import ACTIVITIES, GPU
 from .fields import Fields, check_number, read_json
 from .measurements import Measurements, load_measurements
 from .model import PlannedModel, read_model
 from .policies import CodecPlan, EnginePlan, Fleet, Policy, TierPlan, policies_of
-from .simulation import ACTIVITIES, GPU, Engine, simulate
+from .simulation import simulate
 from .workload import Workload, read_workload
 
 FIGURES = ("ttft_seconds", "latency_seconds")

@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import InvalidPlan
+from .engine import Engine, Limits, Speeds
+from .events import GPU, Clock, Request
 from .fields import Fields
 from .measurements import Measurements
 from .model import PlannedModel
-from .simulation import GPU, Clock, Engine, Limits, Request, Speeds
+from .simulation import EngineMaker
 from .storage import Hierarchy, Link, LinkedTier, StoredBytes, Tier, stored_encoded, stored_raw
 
 
@@ -153,7 +155,7 @@ class Fleet:
             number(f"tier.{tier.name}.{direction}_bytes_per_second"), number(f"tier.{tier.name}.access_seconds")
         )
 
-    def engines(self, policy: Policy) -> Callable[[Clock, Callable[[Request], None]], list[Engine]]:
+    def engines(self, policy: Policy) -> EngineMaker:
         """A builder of the engines, their caches empty."""
         speeds, capacity = self.speeds(policy), self.engine.cache_bytes(self.model)
         stored = policy.stored_bytes(self.model, self.measurements)
