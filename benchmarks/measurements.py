@@ -47,7 +47,7 @@ def prefill_points(model, ids: torch.Tensor, repeats: int) -> list[list[float]]:
 
 @torch.inference_mode()
 def decode_times(model, ids: torch.Tensor, repeats: int) -> tuple[float, float]:
-    """Seconds of a step, and what each token of context in the batch adds: least squares of relative errors over batches and contexts."""
+    """Seconds of a step, and what each token of context in the batch adds: least squares of relative errors."""
     rows, seconds = [], []
     for context in CONTEXTS:
         for batch in BATCHES:
