@@ -87,7 +87,7 @@ class Engine:
         self._may_admit = 0
         self._running: list[Request] = []
         self._segment: Segment | None = None
-        self._state = "idle"
+        self._idle = True
 
     def arrive(self, request: Request) -> None:
         """A request joins the queue, or its cache is read first."""
@@ -98,9 +98,9 @@ class Engine:
     def _queue(self, request: Request) -> None:
         self._waiting.append(request)
         self._newcomers += 1
-        if self._state == "idle":
+        if self._idle:
             # Not at once: whoever else comes at this very time is admitted together with the first.
-            self._state = "waking"
+            self._idle = False
             self.clock.at(self.clock.now, self._next)
         elif self._segment is not None:
             self._shorten(self._segment)
@@ -114,7 +114,6 @@ class Engine:
 
     def _next(self) -> None:
         """Between two steps: admit whoever waits now."""
-        self._state = "admitting"
         self._may_admit = min(len(self._waiting), self.limits.max_admitted or len(self._waiting))
         self._newcomers = len(self._waiting) - self._may_admit
         self._admit()
@@ -213,7 +212,7 @@ class Engine:
 
     def _decode_or_rest(self) -> None:
         if not self._running:
-            self._state = "idle"
+            self._idle = not self._waiting
             if self._waiting:
                 self._next()
             return
@@ -221,7 +220,6 @@ class Engine:
         step = self.speeds.step_seconds + self.speeds.context_token_seconds * context
         # Nobody waits, or nobody who waits has room before someone leaves; a newcomer shortens the segment.
         steps = min(request.remaining for request in self._running)
-        self._state = "decoding"
         self._decode(Segment(self.clock.now, step, 1 if self._newcomers else steps))
 
     def _decode(self, segment: Segment) -> None:
@@ -243,7 +241,6 @@ class Engine:
         """Requests that have their last token are done; what they leave behind is put away before the engine goes on."""
         finished = [request for request in self._running if not request.remaining]
         self._running = [request for request in self._running if request.remaining]
-        self._state = "storing"
         for request in finished:
             request.finished = self.clock.now
             self.gpu.unpin(request.conversation)
