@@ -64,3 +64,11 @@ class StoreUnavailable(StoreError):
 
 class StoreFull(StoreError):
     """There is no room for the value: it exceeds the byte budget, or the disk or server is full."""
+
+
+class InvalidPlan(KvtcError, ValueError):
+    """A plan, or a file that it names, cannot be worked out; the message names the file and the field."""
+
+
+class MissingMeasurement(KvtcError, LookupError):
+    """The plan needs a number that its measurement file does not hold; the message names it and its unit."""
