@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidArgument
+from .multi_turn import MultiTurn
 from .provenance import SCHEMA_VERSION
 from .quality import Quality
 from .scoring import TaskScore
@@ -49,6 +50,13 @@ class QualityRecord(Quality):
 @dataclass(frozen=True, kw_only=True)
 class ScoreRecord(TaskScore):
     """`TaskScore` in a sweep. window_tokens as in `QualityRecord`."""
+
+    window_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnRecord(MultiTurn):
+    """`MultiTurn` in a sweep. window_tokens: last tokens kept exactly after coding; then the window grows by a turn."""
 
     window_tokens: int
 
