@@ -74,7 +74,9 @@ RESULTS = {
         "kind": schema.DOMAIN_SHIFT,
         "cells": [
             asdict(schema.ShiftCell("paper 16x", source, text, kl, 0.9, 3.0, 2.9, 16.5, 9.0))
-            for source, text, kl in (("code", "code", 1e-3), ("code", "novels", 8e-3), ("novels", "code", 2.5e-3), ("novels", "novels", 2e-3))
+            for source, text, kl in (
+                ("code", "code", 1e-3), ("code", "novels", 8e-3), ("novels", "code", 2.5e-3), ("novels", "novels", 2e-3)
+            )
         ],
     },
     "again": {
@@ -128,9 +130,9 @@ def test_the_page_is_whole_and_holds_every_figure(files):
     assert checker.open == []
     assert sorted(link.removeprefix("#") for link in checker.links) == sorted(checker.ids)
     for expected in (
-        "A & B", "paper 16x", "17.0x", "0.00400", "needle", "85.0", "1.250", "a machine <b>", "0123456789ab", "window 0", "window 128",
-        "Sinks <exact>", "Why sinks.", "calibrated on", "0.00800", "32.0x", "0.00090", "something_new", "42.125", "deep", "1, 2", "8.0x",
-        "accuracy by place", "75 %", "1,000",
+        "A & B", "paper 16x", "17.0x", "0.00400", "needle", "85.0", "1.250", "a machine <b>", "0123456789ab", "window 0",
+        "window 128", "Sinks <exact>", "Why sinks.", "calibrated on", "0.00800", "32.0x", "0.00090", "something_new", "42.125",
+        "deep", "1, 2", "8.0x", "accuracy by place", "75 %", "1,000",
     ):  # fmt: skip
         assert expected in text, expected
     assert "http" not in page
