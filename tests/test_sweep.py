@@ -152,6 +152,9 @@ def test_all_rivals_are_known_by_series():
     some = methods_of(calibration, Methods(profiles=(), rivals=("H2O", "GEAR (rank 1)")), 128)
     assert set(some) < set(every)
     assert {name[:3] for name in some} == {"H2O", "GEA"}
+    assert "GEAR 2-bit" not in some
+    variants = methods_of(calibration, Methods(profiles=(), rivals=("GEAR",)), 128)
+    assert {"GEAR 2-bit", "GEAR (rank 1) 2-bit"} <= set(variants)
 
 
 def test_a_sweep_of_nothing_is_a_result_too():
