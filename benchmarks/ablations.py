@@ -14,10 +14,7 @@ import torch
 
 import kvtc
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.quality import evaluate_continuation, summarize
-from kvtc.evaluate.sweep import Texts, stretches
-from kvtc.evaluate.table import format_table
-from kvtc.evaluate.text_sections import quality_table
+from quality import add_text_arguments, measure, print_qualities
 
 SEQUENCE_TOKENS = 2048
 
@@ -64,8 +61,7 @@ def codecs(calibrations: dict[int, kvtc.Calibration]) -> dict[str, kvtc.Codec]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="held-out text files")
-    parser.add_argument("--texts-per-file", type=int, default=4)
+    add_text_arguments(parser)
     parser.add_argument("--calibration-text", type=Path, nargs="+", required=True)
     parser.add_argument("--max-rows", type=int, default=60_000)
     options = parser.parse_args()
@@ -81,19 +77,10 @@ def main() -> None:
         for group in range(1, n_layers + 1)
         if n_layers % group == 0
     }
-    model, tokenizer = kvtc.reference_model(dtype="bfloat16")
-    texts = Texts(per_file=options.texts_per_file)
-    cases = codecs(calibrations)
-    measured = [
-        evaluate_continuation(model, ids, cases, texts.n_continuation)
-        for ids in stretches(tokenizer, texts, options.text)
-    ]
-    qualities = [asdict(summarize(of_one_case)) for of_one_case in zip(*measured, strict=True)]
-    table = quality_table(qualities)
-    print(format_table(table.header, table.rows))
+    qualities = measure(*kvtc.reference_model(dtype="bfloat16"), codecs(calibrations), options)
+    print_qualities(qualities)
     rows = calibrations[n_layers].info["n_rows"]
-    study = {"title": "the parts of the codec", "note": f"Calibrations of {rows:,} rows.", "qualities": qualities}
-    save_result("ablations", {"kind": "ablations", "studies": [study]})
+    save_result("ablations", {"calibration_rows": rows, "qualities": [asdict(quality) for quality in qualities]})
 
 
 if __name__ == "__main__":

@@ -178,6 +178,16 @@ def test_a_result_of_an_unknown_kind_is_listed_whole():
     assert (rows.header, rows.rows) == (["a", "b.c", "d"], [["1", "deep", ""], ["2", "", "1, 2"]])
 
 
+def test_what_stands_beside_known_parts_is_folded_away_under_them():
+    found = sections_of(schema.ResultFile("x", PROVENANCE, {**RESULTS["parts"], "seconds": 12.5, "places": [{"z": 7}]}))
+    assert [section.title for section in found] == ["x: Sinks <exact>"]
+    folded = [part for part in found[0].parts if isinstance(part, Table) and part.is_long]
+    assert [(part.caption, part.rows) for part in folded] == [
+        ("also recorded", [["seconds", "12.5"]]),
+        ("places", [["7"]]),
+    ]
+
+
 def test_points_and_cells_of_another_kind_are_listed_too():
     (found,) = sections_of(
         schema.ResultFile("x", PROVENANCE, {"kind": "other", "points": [{"z": 7}], "cells": [{"y": 8}]})
