@@ -112,6 +112,13 @@ def open_stream(
     return OpenedStream(header, chunks, n_tokens, coder, plan, whole, body, coded, exact)
 
 
+def positions_of(data: bytes) -> Tensor:
+    """Where the tokens of a stream stand, [T] int64: with gaps, it says whose token ids decoding needs."""
+    stream = parse_stream(data)
+    positions = [_read_positions(stream, index, chunk) for index, chunk in enumerate(stream.chunks)]
+    return torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
+
+
 def _check_calibration(header: Header, calibration: Calibration) -> None:
     geometry = calibration.geometry
     found = (header.first_layer, header.n_layers, header.first_kv_head, header.n_kv_heads, header.head_dim)

@@ -74,11 +74,11 @@ def check_device(name: str) -> None:
         raise InvalidArgument(f"the device {name} cannot be used: {_first_line(error)}") from error
 
 
-def load_model(name: str, device: str) -> Any:
-    """A causal language model in the precision of its weights, on a device, in evaluation mode."""
+def load_model(name: str, device: str, dtype: str = "auto") -> Any:
+    """A causal language model on a device, in evaluation mode. dtype: "auto" is the precision of its weights."""
     check_device(device)
     classes = _transformers()
-    return _load(classes.AutoModelForCausalLM, name, dtype="auto").to(device).eval()
+    return _load(classes.AutoModelForCausalLM, name, dtype=dtype).to(device).eval()
 
 
 def load_tokenizer(name: str) -> Any:

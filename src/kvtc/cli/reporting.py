@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidArgument
 from .arguments import Outcome, add_output, add_verb, check_output
 
 
@@ -18,31 +16,33 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         common,
         "report",
         report,
-        "turn result files into one HTML page of tables and plots",
-        "Result files are what the programs in benchmarks/ save. The page needs no network and no script.",
+        "show result files: as tables, and as one HTML page with plots",
+        "Result files are what `kvtc evaluate` and the programs in benchmarks/ save. The page needs no network and no script.",
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
     parser.add_argument("--title", default="kvtc: rate and quality", help="of the page")
-    add_output(parser, "the page to write (.html)")
+    add_output(parser, "the page to write (.html)", required=False)
 
 
 def report(options: argparse.Namespace) -> Outcome:
-    """`kvtc report`."""
+    """`kvtc report`: without an output the tables are printed."""
     from ..evaluate.page import render_page
+    from ..evaluate.schema import read_result
+    from ..evaluate.sections import Chart, render_text, sections_of
     from ..files import write_atomically
 
-    check_output(options.output, options.force)
-    results = {path.stem: _read(path) for path in options.results}
-    page = render_page(options.title, results).encode()
-    write_atomically(options.output, page)
-    return {"path": str(options.output), "results": list(results)}, f"saved {options.output}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidArgument(f"{path} is not JSON: {error}") from error
-    if not isinstance(result, dict) or not {"provenance", "result"} <= result.keys():
-        raise InvalidArgument(f"{path} is no result file: expected the fields provenance and result")
-    return result
+    if options.output is not None:
+        check_output(options.output, options.force)
+    files = [read_result(path) for path in options.results]
+    result: dict[str, Any] = {"results": [{"name": file.name, "kind": file.kind} for file in files]}
+    if options.output is None:
+        result["tables"] = [
+            {"section": section.title, "caption": part.caption, "header": part.header, "rows": part.rows}
+            for file in files
+            for section in sections_of(file)
+            for part in section.parts
+            if not isinstance(part, Chart)
+        ]
+        return result, "\n\n".join(render_text(sections_of(file)) for file in files)
+    write_atomically(options.output, render_page(options.title, files).encode())
+    return {**result, "path": str(options.output)}, f"saved {options.output}"

@@ -1,201 +1,113 @@
-"""One self-contained HTML page of results: tables and rate-distortion plots, light and dark, no script, nothing fetched."""
+"""One self-contained HTML page of results: tables and charts, light and dark, no script, nothing fetched."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-WIDTH, HEIGHT = 860, 420
-LEFT, RIGHT, TOP, BOTTOM = 64, 190, 18, 48
-N_COLORS = 8
-MARKERS = ("circle", "square", "diamond", "triangle")
+from .schema import ResultFile
+from .sections import Chart, Section, Table, sections_of
+from .svg import draw, legend
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f27; --muted: #5b6472; --line: #dfe3e8; --ground: #ffffff; --panel: #f6f7f9;
-  --c0: #0f62a8; --c1: #c4501b; --c2: #2a7d4f; --c3: #7a3e9d; --c4: #8a6d00; --c5: #b0306a; --c6: #1f7f8c; --c7: #6b5b4b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7eaf0; --muted: #9aa4b2; --line: #333a45; --ground: #14171c;
-  --panel: #1c2027;
-  --c0: #6db3f2; --c1: #f2935f; --c2: #6fcf97; --c3: #c49be6; --c4: #e0c04c; --c5: #f08ab5; --c6: #6fd0dc; --c7: #c5b39f; } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 60rem; margin: 2.5rem auto;
-  padding: 0 1.25rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
-p.note, footer { color: var(--muted); font-size: .9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; margin: .75rem 0; }
-th, td { padding: .3rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; color: var(--muted); } th:first-child, td:first-child { text-align: left; }
-tr:hover td { background: var(--panel); }
-td.low { color: var(--c1); font-weight: 600; }
-svg { width: 100%; height: auto; background: var(--panel); border-radius: 6px; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--muted); } svg .name { font-weight: 600; }
-svg .grid { stroke: var(--line); } svg .axis { stroke: var(--muted); }
+:root { color-scheme: light dark; --ink: #1b1f27; --muted: #5b6472; --line: #dde1e7; --fine: #eceff3; --ground: #ffffff;
+  --panel: #f7f8fa; --low: #b3400a; --heat: 200 70 20;
+  --own0: #2f6fb5; --own1: #0b7a75; --own2: #7b2d8b;
+  --c0: #b4532a; --c1: #7d7a1f; --c2: #5d6b7c; --c3: #a63d63; --c4: #3b4cc0; --c5: #8a6d3b; --c6: #2f7d4f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7eaf0; --muted: #9aa4b2; --line: #353c47; --fine: #262c35;
+  --ground: #14171c; --panel: #1b1f26; --low: #ff9b66; --heat: 255 140 80;
+  --own0: #74b3f5; --own1: #4fd1c5; --own2: #d79bea;
+  --c0: #f2935f; --c1: #d3cf6a; --c2: #aab6c5; --c3: #f08ab5; --c4: #9aa8ff; --c5: #d8b988; --c6: #6fcf97; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: var(--ink); background: var(--ground);
+  max-width: 62rem; margin: 2.5rem auto 4rem; padding: 0 1.25rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 3rem 0 .4rem; padding-top: .6rem; border-top: 1px solid var(--line); }
+p { margin: .4rem 0 .8rem; max-width: 48rem; }
+p.note, nav, footer, figcaption, caption, dl { color: var(--muted); font-size: .9rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; margin: .8rem 0; }
+dt { color: var(--ink); }
+dd { margin: 0; }
+nav ol { padding-left: 1.2rem; columns: 2; column-gap: 2rem; } nav a { color: inherit; }
+figcaption span { margin-left: 1.1em; font-weight: 600; }
+figure { margin: 1rem 0 1.2rem; } figcaption { margin-bottom: .35rem; }
+figcaption b, caption { color: var(--ink); font-weight: 600; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }
+caption { text-align: left; padding-bottom: .35rem; }
+th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; color: var(--muted); vertical-align: bottom; white-space: normal; min-width: 3.5rem; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; padding-left: 0; }
+tbody tr:hover td { background: var(--panel); } td.low { color: var(--low); font-weight: 600; }
+td.shade { background: rgb(var(--heat) / calc(var(--s) * .55)); }
+summary { cursor: pointer; font-size: .9rem; font-weight: 600; margin: .8rem 0 .2rem; }
+svg { width: 100%; height: auto; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
+svg text { font: 12px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+  fill: var(--muted); }
+svg text.own { font-weight: 700; }
+svg .grid { stroke: var(--line); } svg .fine { stroke: var(--fine); } svg .hair { stroke-width: .8; opacity: .6; }
+footer ul { padding-left: 1.1rem; } code { overflow-wrap: anywhere; }
+@media (max-width: 40rem) { nav ol { columns: 1; } }
+@media print { details > * { display: block; } body { max-width: none; } }
 """
 
-Point = tuple[float, float, str]
+TERMS = (
+    ("body_ratio", "original bytes of the coded tokens over everything they cost"),
+    ("total_ratio", "original bytes of all tokens over all bytes stored, exact first and last tokens included"),
+    ("window", "the last tokens, kept exactly; 0 where pages are stored"),
+    ("KL", "mean divergence of the next-token distributions from those of the exact cache, in nats"),
+)
 
 
-def render_page(title: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Result files by name, as `save_result` wrote them -> the page.
-
-    What a result holds decides how it is shown: `qualities` as plots of KL against both ratios and a table, `scores` as a table of
-    tasks by codec, `bits_per_byte` as a table. Anything else is left out.
-    """
-    sections = [section for name, result in results.items() for section in _sections(name, result["result"])]
-    stamps = "".join(
-        f"<li><b>{escape(name)}</b>: {_stamp(result['provenance'])}</li>" for name, result in results.items()
-    )
+def render_page(title: str, files: Sequence[ResultFile]) -> str:
+    """The page of some result files."""
+    sections = [section for file in files for section in sections_of(file)]
+    contents = "".join(f'<li><a href="#s{n}">{escape(section.title)}</a></li>' for n, section in enumerate(sections))
+    terms = "".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in TERMS)
+    stamps = "".join(f"<li><b>{escape(file.name)}</b>: {_stamp(file.provenance)}</li>" for file in files)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>\n'
         f"<h1>{escape(title)}</h1>\n"
-        '<p class="note">body_ratio: original bytes of the coded tokens over everything they cost. total_ratio: original bytes of '
-        "all tokens over all bytes stored. The original counts 16 bits a value. KL is the mean divergence, in nats, of the "
-        "next-token distributions from the restored cache against those from the exact one.</p>\n"
-        + "\n".join(sections)
+        '<p class="note">What caches cost, every stored byte counted against 16 bits a value, and what that does to the model, '
+        f"compared with the exact cache in the same run.</p>\n<dl>{terms}</dl>\n<nav><ol>{contents}</ol></nav>\n"
+        + "\n".join(_section(n, section) for n, section in enumerate(sections))
         + f"\n<footer><h2>Where the numbers come from</h2><ul>{stamps}</ul></footer>\n</body></html>\n"
     )
 
 
-def _sections(name: str, result: Mapping[str, Any]) -> Iterable[str]:
-    if "bits_per_byte" in result:
-        rows = [[domain, f"{bits:.3f}"] for domain, bits in result["bits_per_byte"].items()]
-        yield f"<h2>{escape(name)}: text</h2>" + _table(["domain", "bits per byte"], rows)
-    if "qualities" in result:
-        yield f"<h2>{escape(name)}: rate and distortion</h2>"
-        for ratio in ("body_ratio", "total_ratio"):
-            yield _chart(_series(result["qualities"], ratio), f"{ratio} (logarithmic)", "KL, nats (logarithmic)")
-        yield _table(
-            ["method", "body_ratio", "total_ratio", "KL", "top-1", "perplexity", "exact cache's"],
-            [
-                [
-                    quality["name"],
-                    _ratio(quality["body_ratio"]),
-                    _ratio(quality["total_ratio"]),
-                    f"{quality['kl']:.5f}",
-                    f"{100 * quality['top1_agreement']:.1f} %",
-                    f"{quality['perplexity']:.2f}",
-                    f"{quality['perplexity_exact']:.2f}",
-                ]
-                for quality in sorted(result["qualities"], key=lambda quality: quality["total_ratio"])
-            ],
-        )
-    if "scores" in result:
-        yield f"<h2>{escape(name)}: tasks</h2>" + _tasks(result["scores"])
+def _section(number: int, section: Section) -> str:
+    note = f'<p class="note">{escape(section.note)}</p>' if section.note else ""
+    parts = "".join(_figure(part) if isinstance(part, Chart) else _table(part) for part in section.parts)
+    return f'<section id="s{number}"><h2>{escape(section.title)}</h2>{note}{parts}</section>'
 
 
-def _tasks(scores: Sequence[Mapping[str, Any]]) -> str:
-    """A row a task and context, a column a codec; scores more than a point below the exact cache's stand out."""
-    codecs = list(dict.fromkeys(score["codec"] for score in scores))
-    found = {(score["task"], score["context"], score["codec"]): score for score in scores}
-    rows, marks = [], []
-    for task, context in dict.fromkeys((score["task"], score["context"]) for score in scores):
-        shares = [_share(found.get((task, context, codec))) for codec in codecs]
-        best = shares[0]
-        rows.append([task, str(context), *("" if share is None else f"{100 * share:.1f}" for share in shares)])
-        marks.append(
-            [False, False, *(share is not None and best is not None and share < best - 0.01 for share in shares)]
-        )
-    costs = [next((s for s in scores if s["codec"] == codec and s["body_ratio"]), None) for codec in codecs]
-    header = ["task", "context", *codecs]
-    rows.append(
-        ["body_ratio (first task)", "", *("" if cost is None else _ratio(cost["body_ratio"]) for cost in costs)]
+def _figure(chart: Chart) -> str:
+    drawn = draw(chart)
+    families = "".join(f'<span style="color:{color}">{escape(name)}</span>' for name, color in legend(chart))
+    return f"<figure><figcaption><b>{escape(chart.caption)}</b>{families}</figcaption>{drawn}</figure>" if drawn else ""
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
+    body = "".join(
+        f"<tr>{''.join(_cell(table, row, column, cell) for column, cell in enumerate(cells))}</tr>"
+        for row, cells in enumerate(table.rows)
     )
-    marks.append([False] * len(header))
-    return _table(header, rows, marks)
+    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption and not table.is_long else ""
+    whole = f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    if not table.is_long:
+        return whole
+    summary = table.caption or "All figures"
+    return f"<details><summary>{escape(summary)} ({len(table.rows)} rows)</summary>{whole}</details>"
 
 
-def _share(score: Mapping[str, Any] | None) -> float | None:
-    """Copying is judged by token, look-ups by whole answers."""
-    return None if score is None else float(score["tokens"] if score["task"] == "copy" else score["exact"])
-
-
-def _series(qualities: Sequence[Mapping[str, Any]], ratio: str) -> dict[str, list[Point]]:
-    """Points (ratio, KL, label) by method; a name such as "paper 16x" belongs to the method "paper"."""
-    found: dict[str, list[Point]] = {}
-    for quality in qualities:
-        name, _, setting = quality["name"].rpartition(" ")
-        series = name if name and setting.endswith("x") else quality["name"]
-        if quality[ratio] and quality["kl"] > 0:
-            found.setdefault(series, []).append((float(quality[ratio]), float(quality["kl"]), quality["name"]))
-    return {name: sorted(points) for name, points in found.items()}
-
-
-def _chart(series: Mapping[str, list[Point]], x_title: str, y_title: str) -> str:
-    points = [point for line in series.values() for point in line]
-    if not points:
-        return ""
-    x_low, x_high = (math.log2(f(x for x, _, _ in points)) for f in (min, max))
-    y_low, y_high = (math.log10(f(y for _, y, _ in points)) for f in (min, max))
-    x_low, x_high, y_low, y_high = (
-        math.floor(x_low),
-        math.ceil(x_high + 0.1),
-        math.floor(y_low),
-        math.ceil(y_high + 0.1),
-    )
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (math.log2(x) - x_low) / (x_high - x_low)
-        up = (math.log10(y) - y_low) / (y_high - y_low)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    parts = []
-    for tick in range(x_low, x_high + 1):
-        x, _ = place(2.0**tick, 10.0**y_low)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{2.0**tick:g}x</text>')
-    for tick in range(y_low, y_high + 1):
-        _, y = place(2.0**x_low, 10.0**tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{10.0**tick:g}</text>')
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>'
-    )
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>')
-    for index, (name, line) in enumerate(series.items()):
-        color, marker = f"var(--c{index % N_COLORS})", MARKERS[index // N_COLORS % len(MARKERS)]
-        places = [place(x, y) for x, y, _ in line]
-        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="2"/>')
-        for (x, y), (ratio, kl, label) in zip(places, line, strict=True):
-            hint = f"<title>{escape(label)}: {ratio:.1f}x, KL {kl:.5f}</title>"
-            parts.append(_mark(marker, x, y, color, hint))
-        # The legend stands beside the plot in the order of the results.
-        y = TOP + 14 + 20 * index
-        parts.append(_mark(marker, WIDTH - RIGHT + 20, y - 4, color, ""))
-        parts.append(f'<text class="name" x="{WIDTH - RIGHT + 32}" y="{y}" style="fill:{color}">{escape(name)}</text>')
-    label = escape(f"{y_title} against {x_title}")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-
-
-def _mark(kind: str, x: float, y: float, color: str, inside: str) -> str:
-    if kind == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}">{inside}</circle>'
-    shapes = {
-        "square": ((-4, -4), (4, -4), (4, 4), (-4, 4)),
-        "diamond": ((0, -5), (5, 0), (0, 5), (-5, 0)),
-        "triangle": ((0, -5), (5, 4), (-5, 4)),
-    }
-    corners = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in shapes[kind])
-    return f'<polygon points="{corners}" fill="{color}">{inside}</polygon>'
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[Sequence[bool]] | None = None) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = []
-    for number, row in enumerate(rows):
-        cells = [
-            f'<td class="low">{escape(cell)}</td>' if marks and marks[number][column] else f"<td>{escape(cell)}</td>"
-            for column, cell in enumerate(row)
-        ]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}x"
+def _cell(table: Table, row: int, column: int, text: str) -> str:
+    shade = (table.shades or {}).get((row, column))
+    if shade is not None:
+        return f'<td class="shade" style="--s:{shade:.2f}">{escape(text)}</td>'
+    return f'<td class="low">{escape(text)}</td>' if (row, column) in table.low else f"<td>{escape(text)}</td>"
 
 
 def _stamp(provenance: Mapping[str, Any]) -> str:

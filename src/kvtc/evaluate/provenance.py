@@ -16,6 +16,9 @@ from typing import Any
 
 from .. import __version__
 
+SCHEMA_VERSION = 1
+"""Of result files (`schema` says what they hold)."""
+
 RESULTS_DIRECTORY = Path("benchmarks/results")
 
 
@@ -63,13 +66,21 @@ class Provenance:
 
 
 def save_result(name: str, result: Mapping[str, Any], directory: Path = RESULTS_DIRECTORY) -> Path:
-    """Write `directory`/`name`.json: the result and its provenance. A later run of the same name replaces it."""
+    """Write `directory`/`name`.json: the result, of a `kind` that `schema` lists, and its provenance.
+
+    A later run of the same name replaces it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    stamped = {"provenance": asdict(Provenance.now()), "result": result}
+    stamped = stamp(result)
     path.write_text(json.dumps(stamped, indent=2) + "\n", encoding="utf-8")
     print(f"saved {path}", file=sys.stderr)
     return path
+
+
+def stamp(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result file holds: schema version, provenance, result."""
+    return {"schema": SCHEMA_VERSION, "provenance": asdict(Provenance.now()), "result": dict(result)}
 
 
 def _commit() -> str | None:

@@ -146,7 +146,11 @@ def predict(model: Any, cache: Any, token_ids: Tensor, first_position: int | Non
 
     Raises `UnsupportedModel` where tokens were evicted and the model, as with ALiBi, can only count what is cached.
     """
-    cache = copy.deepcopy(cache)
+    return read_on(model, copy.deepcopy(cache), token_ids, first_position)
+
+
+def read_on(model: Any, cache: Any, token_ids: Tensor, first_position: int | None = None) -> Tensor:
+    """As `predict`, but the cache is gone on with: afterwards it holds the tokens too."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys.to(token_ids.device), layer.values.to(token_ids.device)
     positions = {}
@@ -195,13 +199,14 @@ def _evaluate(
         n_continuation=len(target),
         kl=float(kl),
         top1_agreement=float(agreement),
-        perplexity_exact=_perplexity(expected, target),
-        perplexity=_perplexity(found, target),
+        perplexity_exact=perplexity(expected, target),
+        perplexity=perplexity(found, target),
         prefill_seconds=prefill_seconds,
         encode_seconds=restored.encode_seconds,
         decode_seconds=restored.decode_seconds,
     )
 
 
-def _perplexity(log_probabilities: Tensor, target: Tensor) -> float:
+def perplexity(log_probabilities: Tensor, target: Tensor) -> float:
+    """Of target [n] under log-probabilities [n, vocabulary]."""
     return float((-log_probabilities.gather(1, target[:, None]).mean()).exp())

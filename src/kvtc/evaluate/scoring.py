@@ -89,17 +89,22 @@ def standard_tasks(
 
 
 def score_task(
-    model: Any, bos_token_id: int, name: str, examples: Sequence[tasks.Example], methods: Mapping[str, Method | Codec]
+    model: Any,
+    bos_token_id: int | None,
+    name: str,
+    examples: Sequence[tasks.Example],
+    methods: Mapping[str, Method | Codec],
 ) -> list[TaskScore]:
     """The exact cache and each named method on the same examples, in this order.
 
+    bos_token_id: what every text begins with, if anything.
     A context is prefilled once; each method codes and restores that cache, and every question is asked on top of it.
     """
     if not any(example.questions for example in examples):
         raise InvalidArgument(f"task {name!r} asks nothing: its contexts are too short")
     tallies = {method: _Tally([]) for method in (EXACT, *methods)}
     for example in examples:
-        ids = torch.tensor([bos_token_id, *example.context], device=model.device)
+        ids = torch.tensor([*_beginning(bos_token_id), *example.context], device=model.device)
         exact = prefill(model, ids)
         expected = [_answer(model, exact, len(ids), question) for question in example.questions]
         for method_name, tally in tallies.items():
@@ -124,20 +129,24 @@ def bits_per_byte(model: Any, tokenizer: Any, text: str, n_tokens: int, n_window
     """Cost of a text under the model, in bits per byte of its UTF-8 form.
 
     n_windows windows of n_tokens, evenly spaced; each begins with the token for the beginning of a text, is read with nothing
-    before it, and all its tokens are counted.
+    before it, and all its tokens are counted (but the first, where the tokenizer has no token for the beginning).
     """
+    first = _beginning(tokenizer.bos_token_id)
     nats, n_bytes = 0.0, 0
     for index in range(n_windows):
         start = len(text) * index // n_windows
-        ids = tokenizer.encode(text[start : start + 8 * n_tokens], add_special_tokens=False)[: n_tokens - 1]
-        fed = torch.tensor([[tokenizer.bos_token_id, *ids[:-1]]], device=model.device)
+        ids = tokenizer.encode(text[start : start + 8 * n_tokens], add_special_tokens=False)
+        ids = [*first, *ids][:n_tokens]
+        fed, wanted = (torch.tensor(part, device=model.device) for part in (ids[:-1], ids[1:]))
         with torch.no_grad():
-            logits = model(fed, use_cache=False).logits[0].float()
-        nats += float(
-            torch.nn.functional.cross_entropy(logits, torch.tensor(ids, device=model.device), reduction="sum")
-        )
-        n_bytes += len(tokenizer.decode(ids).encode())
+            logits = model(fed[None], use_cache=False).logits[0].float()
+        nats += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        n_bytes += len(tokenizer.decode(ids[1:]).encode())
     return nats / math.log(2) / n_bytes
+
+
+def _beginning(bos_token_id: int | None) -> list[int]:
+    return [] if bos_token_id is None else [bos_token_id]
 
 
 def _answer(model: Any, cache: Any, n_read: int, question: tasks.Question) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from ...cache import CacheGeometry
 from ..methods import Method
 from .cachegen import CacheGen, Profile
+from .evicted import EvictedKvtc
 from .eviction import H2O, Tova
 from .fp8 import Fp8
 from .gear import Gear
@@ -20,6 +21,7 @@ from .xkv import Xkv
 __all__ = [
     "H2O",
     "CacheGen",
+    "EvictedKvtc",
     "Fp8",
     "Gear",
     "Kivi",
@@ -35,29 +37,38 @@ __all__ = [
 def baselines(
     geometry: CacheGeometry, window_tokens: int = 128, profile_caches: Iterable[Any] = ()
 ) -> dict[str, Method]:
-    """The rivals of tables and plots by name, with the settings that were published.
+    """The rivals of tables and plots by name, each at what was published and over its own dial, fine to coarse.
 
     geometry: of the model. window_tokens: last tokens kept exactly by all that quantize or approximate; FP8 and zstd code every
     token, H2O and TOVA choose for themselves. profile_caches: transformers caches of other texts, which CacheGen needs: it is left
     out without. zstd is left out where the package zstandard is not installed.
+
+    As published or in the kvtc paper: KIVI 2-bit, GEAR 2-bit, H2O 1/8, TOVA 1/8, xKV rank/8 (keys; values 3/16), CacheGen bins*1,
+    TurboQuant 4-bit to 2-bit. GEAR's rank of 4 is that of a head of 128 features: of one of 32, rank 1 is the same share.
     """
     found: dict[str, Method] = {"FP8": Fp8()}
     for bits in (4, 2):
         found[f"KIVI {bits}-bit"] = Kivi(window_tokens=window_tokens, bits=bits)
-    found["GEAR 2-bit"] = Gear(window_tokens=window_tokens)
-    # The share of a head of 32 features that the published 4 are of one of 128.
-    found["GEAR 2-bit, rank 1"] = Gear(window_tokens=window_tokens, rank=1)
-    for divisor in (4, 8):
+    for rank, name in ((4, "GEAR"), (1, "GEAR (rank 1)")):
+        for bits in (4, 2):
+            found[f"{name} {bits}-bit"] = Gear(window_tokens=window_tokens, bits=bits, rank=rank)
+    for divisor in (2, 4, 8, 16):
         found[f"H2O 1/{divisor}"] = H2O(share=1 / divisor)
+    for divisor in (2, 4, 8, 16):
         found[f"TOVA 1/{divisor}"] = Tova(share=1 / divisor)
-    found["xKV"] = Xkv(window_tokens=window_tokens, geometry=geometry)
+    for divisor in (4, 8, 16):
+        found[f"xKV rank/{divisor}"] = Xkv(
+            window_tokens=window_tokens, geometry=geometry, key_share=1 / divisor, value_share=1.5 / divisor
+        )
     caches = list(profile_caches)
     if caches:
-        found["CacheGen"] = CacheGen(window_tokens=window_tokens, profile=Profile.of(caches))
-    for bits in (4, 3, 2):
-        found[f"TurboQuant {bits}-bit"] = TurboQuant(window_tokens=window_tokens, bits=bits)
-    found["TurboQuant 3-bit, sketched keys"] = TurboQuant(window_tokens=window_tokens, bits=3, sketched_keys=True)
+        for factor in (0.5, 1, 2, 4):
+            profile = Profile.of(caches, bin_factor=factor)
+            found[f"CacheGen bins*{factor:g}"] = CacheGen(window_tokens=window_tokens, profile=profile)
+    for sketched, name in ((False, "TurboQuant"), (True, "TurboQuant (sketched keys)")):
+        for bits in (4, 3, 2):
+            found[f"{name} {bits}-bit"] = TurboQuant(window_tokens=window_tokens, bits=bits, sketched_keys=sketched)
     if find_spec("zstandard"):
         found["zstd"] = PlainZstd()
-        found["zstd, byte planes"] = PlainZstd(byte_planes=True)
+        found["zstd (byte planes)"] = PlainZstd(byte_planes=True)
     return found

@@ -48,8 +48,11 @@ class Profile:
     deltas: RansTables
 
     @classmethod
-    def of(cls, caches: Iterable[Any]) -> Profile:
-        """Of transformers caches of one sequence each, all of one model; `InvalidArgument` for none of more than one token."""
+    def of(cls, caches: Iterable[Any], bin_factor: float = 1.0) -> Profile:
+        """Of transformers caches of one sequence each, all of one model; `InvalidArgument` for none of more than one token.
+
+        bin_factor: multiplies the published bins, as the levels do among which CacheGen chooses by bandwidth.
+        """
         sides = [channels for channels in map(_channels, map(_joined, caches)) if channels.shape[1] > 1]
         if not sides:
             raise InvalidArgument("CacheGen is profiled on caches of more than one token; got none")
@@ -57,7 +60,7 @@ class Profile:
         deltas = [_deltas(side, anchors) for side, (_, _, anchors) in zip(sides, coded, strict=True)]
         n_rows, _, n_channels = sides[0].shape
         spread = torch.cat([delta.flatten(1, 2) for delta in deltas], dim=1).square().mean(dim=(1, 2)).sqrt()
-        steps = spread.clamp_min(torch.finfo(torch.float32).tiny) * _bins(n_rows // 2)
+        steps = spread.clamp_min(torch.finfo(torch.float32).tiny) * _bins(n_rows // 2) * bin_factor
         symbols = torch.cat([symbols for symbols, _, _ in coded], dim=1)
         differences = torch.cat([_delta_symbols(delta, steps).flatten(1, 2) for delta in deltas], dim=1)
         return cls(

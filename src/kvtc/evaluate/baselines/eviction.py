@@ -39,7 +39,7 @@ Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Eviction(ABC):
+class Eviction(ABC):
     """share: tokens kept over tokens read, at least one is."""
 
     share: float = 1 / 8
@@ -73,29 +73,33 @@ class _Eviction(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(_Eviction):
-    """recent_share: of the kept tokens, those that are kept for being recent."""
+class H2O(Eviction):
+    """recent_share: of the kept tokens, those that are kept for being recent. is_shared: one choice for all heads, by the mean of
+    what they gathered; published is a choice for each."""
 
     recent_share: float = 0.5
+    is_shared: bool = False
 
     def kept_tokens(self, queries: Tensor, keys: Tensor, n_kept: int) -> Indices:
         n_recent = round(self.recent_share * n_kept)
-        n_heads = len(keys)
-        kept = np.zeros((n_heads, 0), np.int64)
-        gathered = np.zeros((n_heads, 0), np.float32)
+        n_choices = 1 if self.is_shared else len(keys)
+        kept = np.zeros((n_choices, 0), np.int64)
+        gathered = np.zeros((n_choices, 0), np.float32)
         for token, scores in enumerate(_scores(queries, keys)):
-            kept = np.append(kept, np.full((n_heads, 1), token), axis=1)
+            kept = np.append(kept, np.full((n_choices, 1), token), axis=1)
             weights = _softmax(np.take_along_axis(scores, kept[:, None], axis=2)).sum(axis=1)
-            gathered = np.append(gathered, np.zeros((n_heads, 1), np.float32), axis=1) + weights
+            if self.is_shared:
+                weights = weights.mean(axis=0, keepdims=True)
+            gathered = np.append(gathered, np.zeros((n_choices, 1), np.float32), axis=1) + weights
             if kept.shape[1] > n_kept:
                 # Tokens stand in order of age: the recent ones are the last.
                 dropped = gathered[:, : n_kept + 1 - n_recent].argmin(axis=1)
                 kept, gathered = _without(kept, dropped), _without(gathered, dropped)
-        return kept
+        return np.repeat(kept, len(keys) // n_choices, axis=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tova(_Eviction):
+class Tova(Eviction):
     """One choice of tokens for all heads of a layer."""
 
     def kept_tokens(self, queries: Tensor, keys: Tensor, n_kept: int) -> Indices:

@@ -1,0 +1,144 @@
+"""Figures that follow from a sweep: how many times fewer bytes at the same quality, and how small a cache may get."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..container import PROFILES
+from .quality import Quality
+from .schema import ScoreRecord, split_name
+from .scoring import EXACT
+
+ONE_POINT = 0.01
+MEAN_OF_TASKS = "mean of tasks"
+
+Curve = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class FewerBytes:
+    """How many times fewer bytes a series needs at the KL of one point of another.
+
+    at: the point's name; kl: its KL in nats. body_factor, total_factor: of the coded tokens' bytes, and of all; below 1 it needs
+    more; None where the series never comes down to that KL. is_bound: the series is better than that even at its highest measured
+    ratio, so the factors are the least they can be.
+    """
+
+    at: str
+    window_tokens: int
+    kl: float
+    series: str
+    body_factor: float | None
+    total_factor: float | None
+    is_bound: bool
+
+
+@dataclass(frozen=True)
+class WithinAPoint:
+    """The highest measured ratio at which a series stays within one point (0.01) of the exact cache, as it does at all lower ones.
+
+    task: its name, or "mean of tasks". setting: of the method; None, as are the ratios, where not even the lowest ratio is within.
+    is_bound: nothing higher was measured.
+    """
+
+    series: str
+    window_tokens: int
+    task: str
+    setting: str | None
+    body_ratio: float | None
+    total_ratio: float | None
+    is_bound: bool
+
+
+def ratio_at_kl(curve: Curve, kl: float) -> tuple[float | None, bool]:
+    """The highest ratio at which a curve of points (ratio, KL) is no worse than `kl`; and whether that is only a lower bound.
+
+    Between measured points the curve is straight on a log-log scale; it is not drawn on past its ends. None: it is always worse.
+    """
+    points = sorted(curve)
+    if points and points[-1][1] <= kl:
+        return points[-1][0], True
+    for (ratio_low, low), (ratio_high, high) in reversed(list(itertools.pairwise(points))):
+        if low <= kl < high:
+            share = math.log(kl / low) / math.log(high / low) if low > 0 else 0.0
+            return math.exp(math.log(ratio_low) + share * math.log(ratio_high / ratio_low)), False
+    return None, False
+
+
+def fewer_bytes(
+    qualities: Mapping[int, Sequence[Quality]], series: Sequence[str] = tuple(PROFILES)
+) -> list[FewerBytes]:
+    """Each of `series` against every point of every other that is not lossless; qualities by window."""
+    found = []
+    for window, measured in qualities.items():
+        curves = {name: [quality for quality in measured if split_name(quality.name)[0] == name] for name in series}
+        for point in (quality for quality in measured if quality.kl > 0):
+            for name, curve in curves.items():
+                if curve and name != split_name(point.name)[0]:
+                    found.append(_against(point, window, name, curve))
+    return found
+
+
+def _against(point: Quality, window: int, series: str, curve: Sequence[Quality]) -> FewerBytes:
+    body, is_bound = ratio_at_kl([(other.body_ratio, other.kl) for other in curve if other.body_ratio], point.kl)
+    total, _ = ratio_at_kl([(other.total_ratio, other.kl) for other in curve], point.kl)
+    body_factor = body / point.body_ratio if body and point.body_ratio else None
+    return FewerBytes(
+        point.name, window, point.kl, series, body_factor, total / point.total_ratio if total else None, is_bound
+    )
+
+
+def within_a_point(scores: Iterable[ScoreRecord]) -> list[WithinAPoint]:
+    """Of every series and window, task by task and over the mean of tasks. Tasks that the exact cache never solves say nothing and
+    are left out."""
+    measured = list(scores)
+    exact = {(score.task, score.context): share(score) for score in measured if score.codec == EXACT}
+    exact = {place: value for place, value in exact.items() if value > 0}
+    found = []
+    for window in dict.fromkeys(score.window_tokens for score in measured):
+        series: dict[str, dict[str, dict[tuple[str, int], ScoreRecord]]] = {}
+        for score in measured:
+            if score.window_tokens == window and score.codec != EXACT and (score.task, score.context) in exact:
+                settings = series.setdefault(split_name(score.codec)[0], {})
+                settings.setdefault(score.codec, {})[score.task, score.context] = score
+        for name, settings in series.items():
+            for task in [*dict.fromkeys(task for task, _ in exact), MEAN_OF_TASKS]:
+                places = [place for place in exact if task in (place[0], MEAN_OF_TASKS)]
+                wanted = sum(exact[place] for place in places) / len(places)
+                # Ratios of different tasks differ a little: what a setting costs is the harmonic mean, bytes over bytes.
+                points = sorted(
+                    _point(setting, [of_setting[place] for place in places if place in of_setting])
+                    for setting, of_setting in settings.items()
+                )
+                found.append(_highest(name, window, task, wanted, points))
+    return found
+
+
+def share(score: ScoreRecord) -> float:
+    """What a task is judged by: copying by its tokens, all others by whole answers."""
+    return score.tokens if score.task == "copy" else score.exact
+
+
+def _point(name: str, scores: Sequence[ScoreRecord]) -> tuple[float, float | None, str, float]:
+    """total_ratio, body_ratio, name and mean share of one setting over the places of a task."""
+    total = [score.total_ratio for score in scores if score.total_ratio]
+    body = [score.body_ratio for score in scores if score.body_ratio]
+    mean = sum(share(score) for score in scores) / len(scores)
+    return _harmonic(total) or 1.0, _harmonic(body), name, mean
+
+
+def _harmonic(ratios: Sequence[float]) -> float | None:
+    return len(ratios) / sum(1 / ratio for ratio in ratios) if ratios else None
+
+
+def _highest(
+    series: str, window: int, task: str, wanted: float, points: Sequence[tuple[float, float | None, str, float]]
+) -> WithinAPoint:
+    reached = list(itertools.takewhile(lambda point: point[3] >= wanted - ONE_POINT - 1e-9, points))
+    if not reached:
+        return WithinAPoint(series, window, task, None, None, None, is_bound=False)
+    total, body, name, _ = reached[-1]
+    return WithinAPoint(series, window, task, split_name(name)[1], body, total, is_bound=len(reached) == len(points))

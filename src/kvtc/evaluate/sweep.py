@@ -1,0 +1,243 @@
+"""A sweep: profiles of kvtc and their rivals over ratios and windows, on text, on tasks and in multi-turn use, in one result.
+
+`kvtc evaluate` is this on the command line; the result is of the kind "evaluation" (`schema`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration import Calibration
+from ..codec import Codec
+from ..errors import InvalidArgument
+from .baselines import EvictedKvtc, Tova, baselines
+from .derived import fewer_bytes, within_a_point
+from .methods import KvtcMethod, Method
+from .multi_turn import MultiTurn, evaluate_turns
+from .quality import Quality, evaluate_continuation, prefill, summarize
+from .schema import EVALUATION, QualityRecord, ScoreRecord, TurnRecord, split_name
+from .scoring import TaskScore, bits_per_byte, score_task, standard_tasks
+from .tasks import key_value_retrieval
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Methods:
+    """What is measured. profiles, ratios: of kvtc, each with each. windows: last tokens kept exactly, each in its own part of the
+    sweep. rivals: series of `baselines` by name (None: all of them). evicted: TOVA keeping 1 / n of the tokens, then the last
+    profile at every ratio, for each n."""
+
+    profiles: Sequence[str] = ("paper", "joint", "conditional")
+    ratios: Sequence[float] = (8, 16, 32, 64, 128)
+    windows: Sequence[int] = (128,)
+    rivals: Sequence[str] | None = ()
+    evicted: Sequence[int] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Held-out text: of each file per_file evenly spaced stretches of n_tokens tokens, the last n_continuation predicted."""
+
+    files: Sequence[Path] = ()
+    n_tokens: int = 1792
+    n_continuation: int = 256
+    per_file: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """Look-ups. names: of `standard_tasks` (None: all; empty: none). contexts: tokens of a context, n_contexts of each length with
+    n_questions questions each; published: files of "Lost in the Middle"."""
+
+    names: Sequence[str] | None = ()
+    contexts: Sequence[int] = (1024,)
+    n_contexts: int = 6
+    n_questions: int = 8
+    published: Sequence[Path] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """All that is measured. turns: (tokens of a turn, number of turns) of multi-turn use. n_bits_windows: windows of 1 024 tokens a
+    file for bits per byte, 0 for none. profile_files: text that CacheGen is profiled on. on_texts: False leaves out what is
+    measured on the texts themselves: they only serve to make tasks."""
+
+    methods: Methods = field(default_factory=Methods)
+    texts: Texts = field(default_factory=Texts)
+    tasks: Tasks = field(default_factory=Tasks)
+    turns: Sequence[tuple[int, int]] = ()
+    n_bits_windows: int = 0
+    profile_files: Sequence[Path] = ()
+    on_texts: bool = True
+
+
+def run_sweep(
+    model: Any, tokenizer: Any, calibration: Calibration | None, sweep: Sweep, say: Say = print, model_name: str = ""
+) -> dict[str, Any]:
+    """Measure all of it, the exact cache beside everything; returns a result of the kind "evaluation".
+
+    model, tokenizer: of transformers. calibration: of the model; None: the exact cache alone, on tasks and for bits per byte.
+    say: gets a line for each step that is done.
+
+    Raises `InvalidArgument` for rivals, tasks and texts that do not exist or are too short, and what encoding raises.
+    """
+    running = [path.read_text(encoding="utf-8") for path in sweep.texts.files]
+    result: dict[str, Any] = {
+        "kind": EVALUATION,
+        "model": model_name,
+        "n_layers": model.config.get_text_config().num_hidden_layers,
+        "cache_dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if sweep.n_bits_windows:
+        result["bits_per_byte"] = {}
+        for path, text in zip(sweep.texts.files, running, strict=True):
+            result["bits_per_byte"][path.stem] = bits_per_byte(model, tokenizer, text, 1024, sweep.n_bits_windows)
+            say(f"bits per byte: {path.stem}")
+    profiled = [prefill(model, ids) for ids in stretches(tokenizer, sweep.texts, sweep.profile_files)]
+    if calibration is not None and sweep.on_texts:
+        texts = list(stretches(tokenizer, sweep.texts, sweep.texts.files))
+        result |= _on_texts(model, texts, calibration, profiled, sweep, say)
+    if sweep.tasks.names is None or sweep.tasks.names or sweep.tasks.published:
+        result |= _on_tasks(model, tokenizer, "\n".join(running), calibration, profiled, sweep, say)
+    return result
+
+
+def methods_of(
+    calibration: Calibration, methods: Methods, window_tokens: int, profile_caches: Sequence[Any] = ()
+) -> dict[str, Method]:
+    """Every method by name, for one window. Raises `InvalidArgument` for rivals that are not known."""
+    found: dict[str, Method] = {}
+    if methods.rivals is None or methods.rivals:
+        known = baselines(calibration.geometry, window_tokens, profile_caches)
+        series = dict.fromkeys(split_name(name)[0] for name in known)
+        wanted = set(series if methods.rivals is None else methods.rivals)
+        if unknown := {name for name in wanted if not any(_is_of(one, name) for one in series)}:
+            hint = "; CacheGen needs text to be profiled on" if "CacheGen" in unknown else ""
+            raise InvalidArgument(f"unknown rivals: {', '.join(sorted(unknown))}; expected {', '.join(series)}{hint}")
+        chosen = {one for one in series if any(_is_of(one, name) for name in wanted)}
+        found |= {name: method for name, method in known.items() if split_name(name)[0] in chosen}
+    for divisor in methods.evicted:
+        for ratio in methods.ratios:
+            codec = Codec(calibration, methods.profiles[-1], ratio=ratio, window_tokens=window_tokens)
+            name = f"TOVA 1/{divisor} + {methods.profiles[-1]} {ratio:g}x"
+            found[name] = EvictedKvtc(eviction=Tova(share=1 / divisor), codec=codec)
+    for profile in methods.profiles:
+        for ratio in methods.ratios:
+            codec = Codec(calibration, profile, ratio=ratio, window_tokens=window_tokens)
+            found[f"{profile} {ratio:g}x"] = KvtcMethod(codec)
+    return found
+
+
+def _is_of(series: str, name: str) -> bool:
+    """Whether a series is what was named, or a variant of it: "GEAR (rank 1)" is of "GEAR"."""
+    return series == name or series.startswith(f"{name} (")
+
+
+def stretches(tokenizer: Any, texts: Texts, files: Sequence[Path]) -> Iterator[Tensor]:
+    """Token ids [n_tokens] of evenly spaced stretches of each file, each with the token that begins a text, if there is one."""
+    first = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        for index in range(texts.per_file):
+            start = len(text) * index // texts.per_file
+            ids = tokenizer(text[start : start + 12 * texts.n_tokens], add_special_tokens=False).input_ids
+            if len(first) + len(ids) < texts.n_tokens:
+                raise InvalidArgument(
+                    f"{file}: stretch {index + 1} of {texts.per_file} holds {len(ids)} tokens; expected {texts.n_tokens}"
+                )
+            yield torch.tensor([*first, *ids][: texts.n_tokens])
+
+
+def _on_texts(
+    model: Any, texts: Sequence[Tensor], calibration: Calibration, profiled: Sequence[Any], sweep: Sweep, say: Say
+) -> dict[str, Any]:
+    """Qualities and multi-turn use, window by window."""
+    qualities: dict[int, list[Quality]] = {}
+    turns: list[TurnRecord] = []
+    for window in sweep.methods.windows:
+        methods = methods_of(calibration, sweep.methods, window, profiled)
+        measured = []
+        for index, ids in enumerate(texts):
+            measured.append(evaluate_continuation(model, ids, methods, sweep.texts.n_continuation))
+            say(f"quality: window {window}, text {index + 1} of {len(texts)}")
+        qualities[window] = [summarize(of_one) for of_one in zip(*measured, strict=True)]
+        for turn_tokens, n_turns in sweep.turns:
+            turns += _turns(model, texts, calibration, profiled, sweep, window, turn_tokens, n_turns)
+            say(f"multi-turn use: window {window}, {n_turns} turns of {turn_tokens}")
+    found: dict[str, Any] = {
+        "qualities": [
+            asdict(QualityRecord(**asdict(quality), window_tokens=window))
+            for window, of_window in qualities.items()
+            for quality in of_window
+        ],
+        "fewer_bytes": [asdict(figure) for figure in fewer_bytes(qualities)],
+    }
+    return {**found, "turns": [asdict(turn) for turn in turns]} if turns else found
+
+
+def _turns(
+    model: Any,
+    texts: Sequence[Tensor],
+    calibration: Calibration,
+    profiled: Sequence[Any],
+    sweep: Sweep,
+    window: int,
+    turn_tokens: int,
+    n_turns: int,
+) -> list[TurnRecord]:
+    """All methods that can be used again and again. A window shrinks by a turn when it is coded, and grows to its size again."""
+    after = max(0, window - turn_tokens)
+    methods = {
+        name: method
+        for name, method in methods_of(calibration, sweep.methods, after, profiled).items()
+        if not name.startswith(("H2O", "TOVA"))
+    }
+    measured: list[MultiTurn] = evaluate_turns(model, texts, methods, turn_tokens, n_turns)
+    return [TurnRecord(**asdict(turn), window_tokens=after) for turn in measured]
+
+
+def _on_tasks(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    calibration: Calibration | None,
+    profiled: Sequence[Any],
+    sweep: Sweep,
+    say: Say,
+) -> dict[str, Any]:
+    """Scores and what follows from them, window by window."""
+    scores: list[ScoreRecord] = []
+    for window in sweep.methods.windows:
+        methods = {} if calibration is None else methods_of(calibration, sweep.methods, window, profiled)
+        for context in sweep.tasks.contexts:
+            for name, examples in _examples(tokenizer, text, sweep.tasks, context).items():
+                found: list[TaskScore] = score_task(model, tokenizer.bos_token_id, name, examples, methods)
+                scores += [ScoreRecord(**asdict(score), window_tokens=window) for score in found]
+                say(f"tasks: window {window}, {name} at {context} tokens")
+    return {
+        "scores": [asdict(score) for score in scores],
+        "within_a_point": [asdict(figure) for figure in within_a_point(scores)],
+    }
+
+
+def _examples(tokenizer: Any, text: str, tasks: Tasks, context: int) -> Mapping[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    if tasks.names is None or tasks.names:
+        drawn = standard_tasks(tokenizer, text, context, tasks.n_contexts, tasks.n_questions)
+        wanted = set(drawn if tasks.names is None else tasks.names)
+        if unknown := wanted - set(drawn):
+            raise InvalidArgument(f"unknown tasks: {', '.join(sorted(unknown))}; expected {', '.join(drawn)}")
+        found |= {name: examples for name, examples in drawn.items() if name in wanted}
+    for path in tasks.published:
+        n_examples = max(1, tasks.n_contexts * tasks.n_questions // 2)
+        found[path.name.partition(".")[0]] = key_value_retrieval(
+            path, lambda piece: tokenizer.encode(piece, add_special_tokens=False), context - 80, n_examples
+        )
+    return found
