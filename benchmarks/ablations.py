@@ -1,86 +1,205 @@
-"""The paper's ablations on the reference model: what each part of the codec is worth, on held-out text.
+"""The paper's ablations on the reference model: what each part of codec and calibration is worth, on held-out text.
 
-    python benchmarks/ablations.py --calibration-text FILE... --text FILE... [--max-rows 60000]
+    python benchmarks/ablations.py --calibration-text FILE... --text FILE... --texts-per-file 2 [--studies layers seeds ...]
 
-All calibrations, that of the whole codec too, are made from the same rows of --calibration-text.
+Studies of the codec alone use the calibration that ships with the model; the others fit their own, with the same ranks, from
+--calibration-text. Each study is a result file of its own, so that one can be repeated without the others.
 """
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import asdict
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from statistics import mean, stdev
+from typing import Any
 
 import kvtc
 from kvtc.evaluate.provenance import save_result
+from kvtc.evaluate.quality import Quality
+from kvtc.evaluate.schema import ABLATIONS
+from kvtc.evaluate.table import format_table
 from quality import add_text_arguments, measure, print_qualities
+from texts import sequences
 
-SEQUENCE_TOKENS = 2048
-
-
-def sequences(files: list[Path], n_tokens: int) -> Iterator[torch.Tensor]:
-    """About `n_tokens` tokens of the files' documents, in sequences of at most SEQUENCE_TOKENS."""
-    _, tokenizer = kvtc.reference_model()
-    for document in (document for file in files for document in file.read_text(encoding="utf-8").split("\n\n\n")):
-        ids = tokenizer(document, add_special_tokens=False).input_ids
-        for start in range(0, len(ids), SEQUENCE_TOKENS - 1):
-            part = torch.tensor([tokenizer.bos_token_id, *ids[start : start + SEQUENCE_TOKENS - 1]])
-            yield part
-            n_tokens -= part.numel()
-            if n_tokens <= 0:
-                return
+RANKS = {"rank": 512, "joint_rank": 640, "embedding_rank": 96}
+"""Of the calibration that ships with the reference model."""
+N_DRAWS = 5
+Cases = dict[str, kvtc.Codec]
 
 
-def codecs(calibrations: dict[int, kvtc.Calibration]) -> dict[str, kvtc.Codec]:
-    """Every case by name; `calibrations` by layers per basis, the last over all layers."""
-    *groups, n_layers = calibrations
-    across = calibrations[n_layers]
-    cases: dict[str, kvtc.Codec] = {}
+@dataclass(frozen=True)
+class Study:
+    """title, note: for the page and the documentation. cases: the codecs to compare, by name."""
+
+    title: str
+    note: str
+    cases: Callable[["Calibrations"], Cases]
+
+
+class Calibrations:
+    """The shipped calibration, and others made when they are asked for."""
+
+    def __init__(self, files: list[Path], tokens: int) -> None:
+        self.shipped = kvtc.reference_calibration()
+        self.tokens = tokens
+        self._files = files
+        self._model, self._tokenizer = kvtc.reference_model(dtype="bfloat16")
+
+    def fit(self, tokens: int | None = None, draw: int = 0, n_draws: int = 1, **options: Any) -> kvtc.Calibration:
+        """From so many tokens of one of n_draws disjoint sets of documents."""
+        started = time.perf_counter()
+        texts = sequences(self._files, self._tokenizer, draw=draw, n_draws=n_draws)
+        made = kvtc.calibrate(
+            self._model, texts, max_rows=tokens or self.tokens, seed=draw, progress=False, **RANKS, **options
+        )
+        seconds = time.perf_counter() - started
+        print(f"calibrated on {made.info['n_rows']} tokens in {seconds:.0f} s {options or ''}", file=sys.stderr)
+        return made
+
+
+def allocation(calibrations: Calibrations) -> Cases:
+    cases = {}
     for ratio in (8, 16, 32, 64):
-        cases[f"dynamic program {ratio}x"] = kvtc.Codec(across, ratio=ratio)
-        cases[f"truncation {ratio}x"] = kvtc.Codec(across, ratio=ratio, allocation="truncate")
-    for ratio in (8, 16, 32):
-        for group in groups:
-            part = calibrations[group]
-            cases[f"{group} layer(s) a basis, {ratio}x"] = kvtc.Codec(part, ratio=ratio)
-            cases[f"{group} layer(s) a basis, truncation {ratio}x"] = kvtc.Codec(
-                part, ratio=ratio, allocation="truncate"
-            )
-    for ratio in (16, 64):
-        cases[f"sinks compressed {ratio}x"] = kvtc.Codec(across, ratio=ratio, sink_tokens=0)
-        cases[f"sinks in fp8 {ratio}x"] = kvtc.Codec(across, ratio=ratio, sink_format="fp8")
-        for window in (0, 16, 64):
-            cases[f"window {window}, {ratio}x"] = kvtc.Codec(across, ratio=ratio, window_tokens=window)
-    for coder in ("none", "deflate", "zstd", "lz4"):
-        cases[f"lossless {coder} 16x"] = kvtc.Codec(across, ratio=16, lossless=coder)
-    cases["keys 8x, values 32x"] = kvtc.Codec(across, key_ratio=8, value_ratio=32)
-    cases["keys 32x, values 8x"] = kvtc.Codec(across, key_ratio=32, value_ratio=8)
+        cases[f"paper {ratio}x"] = kvtc.Codec(calibrations.shipped, ratio=ratio)
+        cases[f"truncation {ratio}x"] = kvtc.Codec(calibrations.shipped, ratio=ratio, allocation="truncate")
     return cases
+
+
+def sinks(calibrations: Calibrations) -> Cases:
+    cases = {}
+    for profile, ratio in (("paper", 16), ("paper", 64), ("conditional", 64)):
+        for name, options in (
+            ("exact", {}),
+            ("in fp8", {"sink_format": "fp8"}),
+            ("compressed", {"sink_tokens": 0}),
+        ):
+            cases[f"{profile}, sinks {name} {ratio}x"] = kvtc.Codec(
+                calibrations.shipped, profile, ratio=ratio, **options
+            )
+    return cases
+
+
+def window(calibrations: Calibrations) -> Cases:
+    return {
+        f"{profile}, window {tokens}, {ratio}x": kvtc.Codec(
+            calibrations.shipped, profile, ratio=ratio, window_tokens=tokens
+        )
+        for profile, ratio in (("paper", 16), ("paper", 64), ("conditional", 64))
+        for tokens in (0, 16, 64, 128)
+    }
+
+
+def budgets(calibrations: Calibrations) -> Cases:
+    return {
+        f"keys {key}x, values {value}x": kvtc.Codec(calibrations.shipped, key_ratio=key, value_ratio=value)
+        for key, value in ((16, 16), (8, 32), (32, 8), (64, 64), (32, 256), (256, 32))
+    }
+
+
+def lossless(calibrations: Calibrations) -> Cases:
+    return {
+        f"{coder} {ratio}x": kvtc.Codec(calibrations.shipped, ratio=ratio, lossless=coder)
+        for ratio in (16, 64)
+        for coder in ("none", "lz4", "deflate", "zstd")
+    }
+
+
+def layers(calibrations: Calibrations) -> Cases:
+    n_layers = calibrations.shipped.geometry.n_layers
+    cases = {}
+    for group in (group for group in range(1, n_layers + 1) if n_layers % group == 0):
+        made = calibrations.fit(layers_per_basis=group, profiles=("paper",))
+        for ratio in (8, 32):
+            cases[f"layers a basis: {group}, {ratio}x"] = kvtc.Codec(made, ratio=ratio)
+        cases[f"layers a basis: {group}, truncation 8x"] = kvtc.Codec(made, ratio=8, allocation="truncate")
+    return cases
+
+
+def tokens(calibrations: Calibrations) -> Cases:
+    made = {f"{n // 1000} K tokens": calibrations.fit(n) for n in (20_000, 40_000, 80_000, 160_000)}
+    return _both_profiles(made | {"as shipped": calibrations.shipped})
+
+
+def seeds(calibrations: Calibrations) -> Cases:
+    return _both_profiles({f"draw {n + 1}": calibrations.fit(draw=n, n_draws=N_DRAWS) for n in range(N_DRAWS)})
+
+
+def _both_profiles(calibrations: dict[str, kvtc.Calibration]) -> Cases:
+    return {
+        f"{profile}, {name}, {ratio}x": kvtc.Codec(made, profile, ratio=ratio)
+        for profile in ("paper", "conditional")
+        for ratio in (16, 64)
+        for name, made in calibrations.items()
+    }
+
+
+STUDIES = {
+    "allocation": Study(
+        "Dynamic program against truncation", "The paper's table 15; truncation keeps leading coefficients in 16 bits.", allocation
+    ),
+    "sinks": Study("The first four tokens", "The paper's table 6.", sinks),
+    "window": Study("Last tokens kept exactly", "The paper's table 13.", window),
+    "budgets": Study("Unequal budgets of keys and values", "The paper's table 7, with the profile paper.", budgets),
+    "lossless": Study("Lossless coder of the profile paper", "The paper's table 14.", lossless),
+    "layers": Study("One basis over all layers against groups of layers", "The paper's tables 16 and 17.", layers),
+    "tokens": Study("Tokens of calibration text", "The paper's table 8.", tokens),
+    "seeds": Study("Draws of calibration text", "The paper's table 10: disjoint sets of documents.", seeds),
+}  # fmt: skip
+
+
+def spread(qualities: list[Quality]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the draws of the study `seeds`."""
+    found: dict[tuple[str, str], list[Quality]] = {}
+    for quality in qualities:
+        profile, _, ratio = quality.name.split(", ")
+        found.setdefault((profile, ratio), []).append(quality)
+    fields = ("kl", "top1_agreement", "body_ratio")
+    return [
+        {
+            "name": f"{profile} {ratio}",
+            "n_draws": len(draws),
+            **{f"{field}_mean": mean(getattr(draw, field) for draw in draws) for field in fields},
+            **{f"{field}_deviation": stdev(getattr(draw, field) for draw in draws) for field in fields},
+        }
+        for (profile, ratio), draws in found.items()
+    ]
+
+
+def run(name: str, calibrations: Calibrations, options: argparse.Namespace) -> None:
+    """Measure, print and save one study."""
+    started = time.perf_counter()
+    study = STUDIES[name]
+    cases = study.cases(calibrations)
+    qualities = measure(*kvtc.reference_model(dtype="bfloat16"), cases, options)
+    record: dict[str, Any] = {"title": study.title, "note": study.note, "qualities": [asdict(q) for q in qualities]}
+    print(f"\n{study.title}\n")
+    print_qualities(qualities)
+    if name == "seeds":
+        record["spread"] = spread(qualities)
+        rows = [
+            [line["name"], *(f"{line[f'kl_{what}']:.5f}" for what in ("mean", "deviation"))]
+            for line in record["spread"]
+        ]
+        print()
+        print(format_table([f"{N_DRAWS} draws", "KL (nats)", "deviation"], rows))
+    seconds = round(time.perf_counter() - started, 1)
+    is_fitted = name in ("layers", "seeds")
+    record["calibration_tokens"] = options.calibration_tokens if is_fitted else None
+    save_result(f"ablations_{name}", {"kind": ABLATIONS, "seconds": seconds, "studies": [record]})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
     parser.add_argument("--calibration-text", type=Path, nargs="+", required=True)
-    parser.add_argument("--max-rows", type=int, default=60_000)
+    parser.add_argument("--calibration-tokens", type=int, default=40_000, help="of the studies layers and seeds")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="NAME")
     options = parser.parse_args()
-    model, _ = kvtc.reference_model()
-    n_layers = model.config.num_hidden_layers
-    calibrations = {
-        group: kvtc.calibrate(
-            model,
-            sequences(options.calibration_text, options.max_rows),
-            max_rows=options.max_rows,
-            layers_per_basis=group,
-        )
-        for group in range(1, n_layers + 1)
-        if n_layers % group == 0
-    }
-    qualities = measure(*kvtc.reference_model(dtype="bfloat16"), codecs(calibrations), options)
-    print_qualities(qualities)
-    rows = calibrations[n_layers].info["n_rows"]
-    save_result("ablations", {"calibration_rows": rows, "qualities": [asdict(quality) for quality in qualities]})
+    calibrations = Calibrations(options.calibration_text, options.calibration_tokens)
+    for name in options.studies:
+        run(name, calibrations, options)
 
 
 if __name__ == "__main__":

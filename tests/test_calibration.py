@@ -403,10 +403,25 @@ def test_sinks_are_left_out():
 
 
 def test_at_most_max_rows_are_kept():
-    calibration = quick_fit(caches(), max_rows=50)
+    calibration = quick_fit(caches(), max_rows=50, max_tokens=1000)
     assert (calibration.info["n_rows"], calibration.info["n_tokens_seen"]) == (50, 3 * 56)
-    assert quick_fit(caches(), max_rows=50).fingerprint == calibration.fingerprint
-    assert quick_fit(caches(), max_rows=50, seed=1).fingerprint != calibration.fingerprint
+    assert quick_fit(caches(), max_rows=50, max_tokens=1000).fingerprint == calibration.fingerprint
+    assert quick_fit(caches(), max_rows=50, max_tokens=1000, seed=1).fingerprint != calibration.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "read"), [({"max_rows": 50}, 1), ({"max_rows": 57}, 2), ({"max_rows": 50, "max_tokens": 57}, 2)]
+)
+def test_no_cache_is_asked_for_once_enough_tokens_are_seen(options, read):
+    given = iter(list(caches()))
+    info = quick_fit(given, **options).info
+    assert (info["n_sequences"], info["n_tokens_seen"], len(list(given))) == (read, 56 * read, 3 - read)
+
+
+def test_a_long_cache_is_spooled_in_parts(monkeypatch):
+    whole = quick_fit(caches()).fingerprint
+    monkeypatch.setattr("kvtc.calibration.fit._TOKENS_AT_ONCE", 7)
+    assert quick_fit(caches()).fingerprint == whole
 
 
 def test_keys_are_calibrated_before_rotation(calibration):
@@ -474,7 +489,15 @@ def test_caches_of_another_geometry_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{"sink_tokens": -1}, {"max_rows": 1}, {"rank": 0}, {"layers_per_basis": 0}, {"layers_per_basis": 4}]
+    "options",
+    [
+        {"sink_tokens": -1},
+        {"max_rows": 1},
+        {"max_tokens": 1},
+        {"rank": 0},
+        {"layers_per_basis": 0},
+        {"layers_per_basis": 4},
+    ],
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(InvalidArgument):

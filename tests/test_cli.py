@@ -14,6 +14,7 @@ import torch
 import kvtc
 from kvtc.cache_file import load_cache, save_cache
 from kvtc.cli import main
+from kvtc.cli.calibrating import documents
 from kvtc.demo.run import CONVERSATION
 from kvtc.errors import InvalidCache
 from kvtc.reference import MODEL_DIRECTORY
@@ -171,8 +172,19 @@ def test_calibrate_reads_documents_and_ranges(capsys, made, tmp_path):
     assert result["fingerprint"] == calibration.fingerprint.hex()
     assert result["n_rows"] == 500
     assert result["file_bytes"] == output.stat().st_size
-    assert result["n_sequences"] >= 7
+    assert 3 <= result["n_sequences"] < 7
+    assert result["n_tokens_seen"] < 700
+    code, out, _ = run(capsys, "calibrate", *options, "--tokens", 1200, "-o", output, "--force", "--json")
+    assert 1200 <= json.loads(out)["n_tokens_seen"] < 1400
     assert [path.name for path in tmp_path.iterdir()] == ["part.safetensors"]
+
+
+def test_documents_come_from_each_file_in_turn(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(f"{name}1\n\n\n{name}2\n", encoding="utf-8")
+    (tmp_path / "c").write_text("c1\n\n\nc2\n\n\nc3", encoding="utf-8")
+    found = list(documents([tmp_path / name for name in "abc"]))
+    assert found == ["a1", "b1", "c1", "a2", "b2", "c2", "c3"]
 
 
 def test_inspect_a_stream(capsys, made):

@@ -694,6 +694,29 @@ def test_recording_leaves_the_model_as_it_was(monkeypatch):
     torch.testing.assert_close(recorder.moments(), recorded(model, geometry_of(model)).moments())
 
 
+def test_scores_of_a_long_text_are_never_whole(monkeypatch):
+    from kvtc.integrations import sensitivity
+    from kvtc.integrations.huggingface import geometry_of
+
+    model = tiny_llama()
+    whole = recorded(model, geometry_of(model)).moments()
+    n_queries, masks = [], []
+    distance, attend = sensitivity._squared_distance, SensitivityRecorder._attend
+    monkeypatch.setattr(sensitivity, "_SCORES_AT_ONCE", 3 * 6 * LENGTH)
+    monkeypatch.setattr(
+        sensitivity, "_squared_distance", lambda v, o, g: n_queries.append(o.shape[1]) or distance(v, o, g)
+    )
+
+    def spy(self, module, query, key, value, attention_mask=None, **options):
+        masks.append(attention_mask)
+        return attend(self, module, query, key, value, attention_mask, **options)
+
+    monkeypatch.setattr(SensitivityRecorder, "_attend", spy)
+    torch.testing.assert_close(recorded(model, geometry_of(model)).moments(), whole)
+    assert max(n_queries) == 3
+    assert masks == [None] * 2
+
+
 def test_texts_too_short_for_the_distance_are_not_recorded():
     from kvtc.integrations.huggingface import geometry_of
 

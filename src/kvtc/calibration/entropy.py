@@ -41,7 +41,6 @@ class _Quantized:
     step: float
     symbols: npt.NDArray[np.uint8]
     classes: npt.NDArray[np.uint8]
-    magnitudes: npt.NDArray[np.float32]
     activities: npt.NDArray[np.uint8]
 
 
@@ -64,7 +63,7 @@ def fit_coefficients(coefficients: Tensor) -> CoefficientModel:
             found.activities = tables.token_costs(found.symbols, found.classes).argmin(axis=0).astype(np.uint8)
         frequencies = tables_from_counts(_counts(at_steps))
         tables = ProbabilityTables(frequencies, tables.offsets)
-    tables = ProbabilityTables(frequencies, _offsets(at_steps))
+    tables = ProbabilityTables(frequencies, _offsets(coefficients, at_steps))
     side = np.log2(N_ACTIVITIES)
     bits = [float(tables.token_costs(f.symbols, f.classes).min(axis=0).mean()) + side for f in at_steps]
     # Bits rise as the step falls; where nothing is coded yet they stand still.
@@ -81,7 +80,7 @@ def _quantize_at(coefficients: Tensor, deviations: npt.NDArray[np.float32], step
     energy = (used.abs() / torch.from_numpy(deviations[: len(classes)])).clamp(max=6).mean(dim=1).numpy()
     bounds = np.quantile(energy, np.arange(1, N_ACTIVITIES) / N_ACTIVITIES)
     activities = np.searchsorted(bounds, energy).astype(np.uint8)
-    return _Quantized(step, symbols, classes, (used.abs() / step).numpy().T, activities)
+    return _Quantized(step, symbols, classes, activities)
 
 
 def _counts(at_steps: list[_Quantized]) -> npt.NDArray[np.float64]:
@@ -99,15 +98,16 @@ def _counts(at_steps: list[_Quantized]) -> npt.NDArray[np.float64]:
     return smoothed
 
 
-def _offsets(at_steps: list[_Quantized]) -> npt.NDArray[np.float32]:
+def _offsets(coefficients: Tensor, at_steps: list[_Quantized]) -> npt.NDArray[np.float32]:
     """Mean distance towards zero, in steps, of what was rounded to +-1 and to more, [A, C, 2]."""
     sums, counts = np.zeros((2, N_ACTIVITIES, N_CLASSES, 2)), np.full((2, N_ACTIVITIES, N_CLASSES, 2), 1e-9)
     for found in at_steps:
+        magnitudes = (coefficients[:, : len(found.classes)].abs() / found.step).numpy().T
         values = np.abs(found.symbols.astype(np.int32) - MAX_SYMBOL)
         inside = (found.symbols != ESCAPE) & (values > 0)
         for column_class in np.unique(found.classes):
             rows = found.classes == column_class
-            v, m, i = values[rows], found.magnitudes[rows], inside[rows]
+            v, m, i = values[rows], magnitudes[rows], inside[rows]
             for activity in range(N_ACTIVITIES):
                 tokens = found.activities == activity
                 for more in (0, 1):

@@ -32,6 +32,8 @@ RANK_CAP = 10_000
 EMBEDDING_RANK = 128
 CHUNK_TOKENS = 256
 """Tokens of a chunk in `kvtc.Codec`, unless it is told otherwise."""
+_TOKENS_AT_ONCE = 1024
+"""Of a cache whose rows are made in float32: memory does not grow with the length of texts."""
 
 
 def fit(
@@ -40,6 +42,7 @@ def fit(
     *,
     sink_tokens: int = 4,
     max_rows: int = MAX_ROWS,
+    max_tokens: int | None = None,
     rank: int = RANK_CAP,
     layers_per_basis: int | None = None,
     metric: Callable[[], Metric] | None = None,
@@ -55,7 +58,8 @@ def fit(
     """Fit a calibration to an iterable of caches, each seen once.
 
     sink_tokens: rows at positions below this are left out, for sinks look like nothing else.
-    max_rows: rows kept, drawn uniformly from all; on disk in 16 bits, keys and values.
+    max_rows: rows kept, on disk in 16 bits, keys and values. max_tokens: no cache is asked for once so many tokens past the sinks
+    were seen; None: max_rows, so that every one is kept. Of more, the rows are drawn uniformly from all.
     rank: most components a basis may have. layers_per_basis: bases over groups of so many layers instead of over all
     (the paper's tables 16 and 17). model_parameters: the model's size, to report the calibration's against.
 
@@ -67,6 +71,9 @@ def fit(
     """
     if sink_tokens < 0 or max_rows < 2 or rank < 1:
         raise InvalidArgument(f"sink_tokens {sink_tokens}, max_rows {max_rows}, rank {rank}: expected >= 0, >= 2, >= 1")
+    max_tokens = max_rows if max_tokens is None else max_tokens
+    if max_tokens < 2:
+        raise InvalidArgument(f"max_tokens must be at least 2; got {max_tokens}")
     if layers_per_basis is not None and not 1 <= layers_per_basis <= geometry.n_layers:
         raise InvalidArgument(f"layers_per_basis must lie in 1 .. {geometry.n_layers}; got {layers_per_basis}")
     if (token_ids is None) != (embeddings is None):
@@ -79,7 +86,7 @@ def fit(
     with RowSpool(p, max_rows, seed, directory) as keys, RowSpool(p, max_rows, seed, directory) as values:
         triples = torch.full((max_rows, N_TOKENS_SEEN), NO_TOKEN) if token_ids is not None else None
         ids = iter(token_ids) if token_ids is not None else None
-        n_sequences = _spool_rows(geometry, caches, sink_tokens, keys, values, ids, triples, progress)
+        n_sequences = _spool_rows(geometry, caches, sink_tokens, keys, values, ids, triples, max_tokens, progress)
         if keys.n_rows < 2:
             raise InvalidArgument(
                 f"calibration needs at least 2 tokens past the {sink_tokens} sinks; got {keys.n_rows}"
@@ -110,9 +117,10 @@ def _spool_rows(
     values: RowSpool,
     token_ids: Iterator[Tensor] | None,
     triples: Tensor | None,
+    max_tokens: int,
     progress: bool,
 ) -> int:
-    """Keep a sample of all rows; `triples` gets what prediction sees of each kept row."""
+    """Keep a sample of the rows of the first max_tokens tokens; `triples` gets what prediction sees of each kept row."""
     n_sequences = 0
     for cache in _bar(caches, "caches", progress):
         cache.validate()
@@ -122,16 +130,21 @@ def _spool_rows(
         ids = _ids_of(cache, token_ids) if token_ids is not None else None
         if not bool(body.any()):
             continue
-        unrotated = geometry.rope.unrotate(cache.keys, positions, cache.resolved_rope_length())
-        slots = keys.append(rows_of(unrotated)[body])
-        values.append(rows_of(cache.values)[body], slots)
-        if ids is not None and triples is not None:
-            # Predecessors end where a chunk begins, as often as they will when caches are coded.
-            seen = token_triples(ids, positions.numpy(), CHUNK_TOKENS)[body.cpu()]
-            kept = slots >= 0
-            # A slot may be drawn twice in one cache: the later row stays, here as in the spool.
-            triples.numpy()[slots[kept]] = seen.numpy()[kept]
+        # Predecessors end where a chunk begins, as often as they will when caches are coded.
+        seen = None if ids is None else token_triples(ids, positions.numpy(), CHUNK_TOKENS).numpy()
+        for start in range(0, cache.n_tokens, _TOKENS_AT_ONCE):
+            part = slice(start, start + _TOKENS_AT_ONCE)
+            here = body[part]
+            unrotated = geometry.rope.unrotate(cache.keys[:, :, part], positions[part], cache.resolved_rope_length())
+            slots = keys.append(rows_of(unrotated)[here])
+            values.append(rows_of(cache.values[:, :, part])[here], slots)
+            if seen is not None and triples is not None:
+                kept = slots >= 0
+                # A slot may be drawn twice in one part: the later row stays, here as in the spool.
+                triples.numpy()[slots[kept]] = seen[part][here.cpu().numpy()][kept]
         n_sequences += 1
+        if keys.n_offered >= max_tokens:
+            break
     return n_sequences
 
 
@@ -165,11 +178,13 @@ def _fit_kind(
         parts = [principal_components(spool, rank, columns, seed, lambda: bar.update() and None) for columns in ranges]
     components = parts[0] if len(parts) == 1 else block_diagonal(parts, rank)
     vectors = components.basis.vectors.float()
-    coefficients = [
-        project(block, components.basis.mean, vectors).numpy()
-        for block in _bar(spool.sample(MAX_SAMPLE_ROWS, seed), f"{name} distortion", progress)
-    ]
-    table = measure_distortion(np.concatenate(coefficients))
+    # Coefficients by sample row in memory, for that is how they are measured.
+    columns = np.empty((vectors.shape[1], min(MAX_SAMPLE_ROWS, spool.n_rows)), np.float32)
+    n_done = 0
+    for block in _bar(spool.sample(MAX_SAMPLE_ROWS, seed), f"{name} distortion", progress):
+        columns[:, n_done : n_done + len(block)] = project(block, components.basis.mean, vectors).numpy().T
+        n_done += len(block)
+    table = measure_distortion(columns.T)
     return KindCalibration(components.basis, table, components.total_variance)
 
 

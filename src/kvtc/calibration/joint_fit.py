@@ -115,8 +115,14 @@ def _fit_tokens(
 def _explained(geometry: CacheGeometry, vectors: Tensor, metric: Metric, before: Tensor, after: Tensor) -> Tensor:
     """[L, 2]: one less the share of each layer's key and value variance that is left, inside the span of the basis."""
     plain = metric.unweigh(vectors.T).T
-    shape = (2, geometry.n_layers, -1)
-    total, left = (
-        ((plain @ moments.float()) * plain).sum(dim=1).view(shape).sum(dim=-1) for moments in (before, after)
+    moments = before.float(), after.float()
+    # Layer by layer, keys and then values: a product of all of them would be another matrix as large as the basis.
+    sums = torch.tensor(
+        [
+            [float(torch.vdot((part @ moment).flatten(), part.flatten())) for moment in moments]
+            for part in plain.chunk(2 * geometry.n_layers)
+        ]
     )
-    return (1 - left / total.clamp_min(torch.finfo(torch.float32).tiny)).T.contiguous()
+    total, left = sums.T
+    explained: Tensor = 1 - left / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return explained.reshape(2, geometry.n_layers).T.contiguous()

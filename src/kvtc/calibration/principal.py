@@ -70,6 +70,7 @@ def principal_components(
             for block in spool.blocks(columns):
                 block -= mean
                 image.addmm_(block.T, block @ guess)
+            del guess  # one matrix fewer while the next one is found
             guess = _orthonormalize(image)
             if on_pass:
                 on_pass()
@@ -123,6 +124,6 @@ def _orthonormalize(columns: Tensor) -> Tensor:
 
 
 def _fix_signs(vectors: Tensor) -> Tensor:
-    """Make the largest entry of each column positive: a basis of its own does not depend on the solver's signs."""
-    signs = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
-    return vectors * torch.where(signs == 0, torch.ones_like(signs), signs)
+    """Make the largest entry of each column positive, in place: a basis of its own does not depend on the solver's signs."""
+    is_positive = vectors.amax(dim=0) >= -vectors.amin(dim=0)
+    return vectors.mul_(torch.where(is_positive, 1.0, -1.0))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..errors import InvalidArgument, InvalidCache
 
-BLOCK_VALUES = 1 << 26
+BLOCK_VALUES = 1 << 24
+"""Of a block that is read back: 64 MiB in float32."""
 FLOAT16_BYTES = 2
 
 
@@ -84,9 +85,9 @@ class RowSpool:
         return np.asarray(slots)
 
     def _read(self, start: int, n: int) -> Tensor:
-        row_bytes = self.features * FLOAT16_BYTES
-        data = os.pread(self._file.fileno(), n * row_bytes, start * row_bytes)
-        return torch.frombuffer(bytearray(data), dtype=torch.float16).reshape(n, self.features)
+        rows = np.empty((n, self.features), np.float16)
+        _read_all(self._file.fileno(), rows.data.cast("B"), start * self.features * FLOAT16_BYTES)
+        return torch.from_numpy(rows)
 
 
 def require_disk(n_bytes: int, directory: Path | None) -> str:
@@ -101,6 +102,14 @@ def require_disk(n_bytes: int, directory: Path | None) -> str:
             "give another spool_directory or fewer max_rows"
         )
     return f"up to {n_bytes / 2**30:.2f} GiB in {place}"
+
+
+def _read_all(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:
+        n_read = os.preadv(descriptor, [view], offset)
+        if not n_read:
+            raise RuntimeError(f"the spool ends {len(view)} bytes early")
+        view, offset = view[n_read:], offset + n_read
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

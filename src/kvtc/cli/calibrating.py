@@ -39,14 +39,15 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         "calibrate",
         calibrate,
         "learn the caches of a model from text, once per model",
-        "A text file holds documents, separated by two blank lines. They are read one at a time and cut into sequences;\n"
-        "each sequence begins with the tokenizer's bos token, if it has one. 160 000 tokens are plenty.",
+        "A text file holds documents, separated by two blank lines. They are read one at a time, from each file in turn,\n"
+        "and cut into sequences; each begins with the tokenizer's bos token, if it has one. Reading ends after --tokens.",
     )
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text to learn from")
     add_output(parser, "the calibration file to write")
     parser.add_argument("--tokens-per-sequence", type=int, default=1024, metavar="N", help="default: 1024")
-    parser.add_argument("--max-rows", type=int, metavar="N", help="tokens kept, drawn from all (default: 160000)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens read, then no more (default: --max-rows)")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="tokens kept, drawn from those (default: 160000)")
     parser.add_argument("--rank", type=int, metavar="R", help="most coefficients of a basis (default: 10000)")
     parser.add_argument(
         "--profiles",
@@ -83,6 +84,8 @@ def calibrate(options: argparse.Namespace) -> Outcome:
     model = load_model(options.model, options.device)
     names = ("max_rows", "rank", "joint_rank", "embedding_rank", "metric_power", "profiles")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.tokens is not None:
+        given["max_tokens"] = options.tokens
     calibration = huggingface.calibrate(
         model,
         token_sequences(documents(options.text), tokenizer, options.tokens_per_sequence),
@@ -98,17 +101,29 @@ def calibrate(options: argparse.Namespace) -> Outcome:
 
 
 def documents(paths: Sequence[Path]) -> Iterator[str]:
-    """The documents of text files, read as they are needed: two blank lines, or the end of a file, end one."""
-    for path in paths:
-        lines: list[str] = []
-        n_blank = 0
-        for line in read_lines(path):
-            n_blank = 0 if line.strip() else n_blank + 1
-            lines.append(line)
-            if n_blank == 2:
-                yield from _document(lines)
-                lines = []
-        yield from _document(lines)
+    """The documents of text files, one of each in turn, read as they are needed: whoever stops early has seen every file."""
+    readers = [_documents_of(path) for path in paths]
+    while readers:
+        going = []
+        for reader in readers:
+            document = next(reader, None)
+            if document is not None:
+                going.append(reader)
+                yield document
+        readers = going
+
+
+def _documents_of(path: Path) -> Iterator[str]:
+    """Two blank lines, or the end of the file, end a document."""
+    lines: list[str] = []
+    n_blank = 0
+    for line in read_lines(path):
+        n_blank = 0 if line.strip() else n_blank + 1
+        lines.append(line)
+        if n_blank == 2:
+            yield from _document(lines)
+            lines = []
+    yield from _document(lines)
 
 
 def token_sequences(texts: Iterator[str], tokenizer: Any, length: int) -> Iterator[Tensor]:

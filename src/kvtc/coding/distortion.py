@@ -48,5 +48,5 @@ def measure_distortion(coefficients: Floats, sizes: tuple[int, ...] = BLOCK_SIZE
         if size <= rank:
             measured = measure_groups(columns, size)
             errors[:, index, : rank - size + 1] = measured / n_rows
-    energy = np.square(columns, dtype=np.float64).mean(axis=1)
+    energy = np.array([np.square(column, dtype=np.float64).mean() for column in columns])
     return DistortionTable(energy.astype(np.float32), errors.astype(np.float32), sizes)

@@ -18,6 +18,7 @@ from torch import Tensor
 N_TOKENS_SEEN = 3
 NO_TOKEN = -1
 """Stands for the predecessor of the first tokens."""
+_EMBEDDINGS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +62,13 @@ def token_features(table: Tensor, triples: Tensor) -> Tensor:
 
 def reduce_embeddings(embeddings: Tensor, rank: int) -> Tensor:
     """Input embeddings [vocabulary, hidden] -> their best rows of `rank` features, float16, of unit mean square."""
-    rows = embeddings.detach().float().cpu()
-    rows = rows - rows.mean(dim=0)
-    _, directions = torch.linalg.eigh((rows.T @ rows).double())
-    leading = directions.flip(1)[:, :rank].float()
-    reduced: Tensor = rows @ leading
+    # Block by block: in float32 a large vocabulary takes gigabytes.
+    blocks = torch.split(embeddings.detach(), _EMBEDDINGS_AT_ONCE)
+    mean = torch.stack([block.float().sum(dim=0) for block in blocks]).sum(dim=0).cpu() / len(embeddings)
+    moments = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for block in blocks:
+        rows = block.float().cpu() - mean
+        moments += rows.T @ rows
+    leading = torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :rank].float()
+    reduced = torch.cat([(block.float().cpu() - mean) @ leading for block in blocks])
     return (reduced / reduced.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)).to(torch.float16)

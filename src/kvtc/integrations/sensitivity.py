@@ -25,6 +25,8 @@ from ..errors import InvalidArgument, UnsupportedModel
 
 _NAME = "kvtc_sensitivity"
 _QUERIES_AT_ONCE = 256
+_SCORES_AT_ONCE = 1 << 25
+"""Scores of all heads held at a time: fewer queries at once where texts are long."""
 _SAMPLES = 24
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
@@ -136,20 +138,25 @@ class SensitivityRecorder:
         value_sums = torch.zeros(n_heads, device=query.device)
         here = torch.arange(n_tokens, device=query.device)
         outputs = []
-        for start in range(0, n_tokens, _QUERIES_AT_ONCE):
-            block = slice(start, start + _QUERIES_AT_ONCE)
-            scores = queries[:, block] @ keys.mT * scale
+        at_once = max(1, min(_QUERIES_AT_ONCE, _SCORES_AT_ONCE // (n_heads * n_tokens)))
+        for start in range(0, n_tokens, at_once):
+            block, seen = slice(start, start + at_once), slice(0, start + at_once)
+            scores = queries[:, block] @ keys[:, seen].mT * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            scores.masked_fill_(here[None, block, None] < here[None, None, :], float("-inf"))
+            scores.masked_fill_(here[None, block, None] < here[None, None, seen], float("-inf"))
             weights = scores.softmax(dim=-1)
-            output = weights @ values
+            output = weights @ values[:, seen]
             outputs.append(output)
-            if covered:
-                beyond = (here[block, None] - sampled[None] > self._distance).float()
-                squared = (weights[:, :, sampled] * beyond).square()
-                lift = _squared_distance(values[:, sampled], output, gram)
-                key_sums += torch.einsum("hts,htd,hte->shde", squared * lift, queries[:, block], queries[:, block])
+            # Later tokens give a sampled one no weight yet.
+            n_sampled = int((sampled < min(start + at_once, n_tokens)).sum())
+            if covered and n_sampled:
+                past = sampled[:n_sampled]
+                beyond = (here[block, None] - past[None] > self._distance).float()
+                squared = (weights[:, :, past] * beyond).square()
+                lift = _squared_distance(values[:, past], output, gram)
+                q = queries[:, block]
+                key_sums[:n_sampled] += torch.einsum("hts,htd,hte->shde", squared * lift, q, q)
                 value_sums += squared.sum(dim=(1, 2))
         if covered:
             self._add(layer, shared, key_sums * scale**2, value_sums[:, None, None] * gram, n_tokens)
