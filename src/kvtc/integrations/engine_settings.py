@@ -14,6 +14,7 @@ from typing import Any
 from ..cache import describe_range
 from ..calibration import Calibration, load_calibration
 from ..errors import GeometryMismatch, InvalidArgument
+from ..reference import reference_calibration
 
 PREFIX = "kvtc."
 REFERENCE = "reference"
@@ -46,7 +47,9 @@ class EngineSettings:
         given = {key.removeprefix(PREFIX): value for key, value in config.items() if key.startswith(PREFIX)}
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(given) - set(known)):
-            raise InvalidArgument(f"unknown option {PREFIX}{unknown[0]}; expected one of {', '.join(known)} after {PREFIX}")
+            raise InvalidArgument(
+                f"unknown option {PREFIX}{unknown[0]}; expected one of {', '.join(known)} after {PREFIX}"
+            )
         for name in ("calibration", "store"):
             if not isinstance(given.get(name), str) or not given[name]:
                 raise InvalidArgument(f"the engine's configuration must give {PREFIX}{name}")
@@ -60,21 +63,24 @@ class EngineSettings:
         return settings
 
     def load_calibration(self, part: CachePart) -> Calibration:
-        """The calibration of one worker's part.
+        """The calibration of one worker's part; as `read_calibration`, and `GeometryMismatch` naming what would be needed."""
+        calibration, name = self.read_calibration(part.tp_rank, part.pp_rank)
+        return part.checked(calibration, name)
 
-        Raises `FileNotFoundError`, `CorruptCalibration`, `UnsupportedVersion`, or `GeometryMismatch` naming what would be needed.
+    def read_calibration(self, tp_rank: int = 0, pp_rank: int = 0) -> tuple[Calibration, str]:
+        """(calibration of a rank, its name), whatever it covers.
+
+        Raises `FileNotFoundError`, `CorruptCalibration`, `UnsupportedVersion`, `InvalidArgument`.
         """
         if self.calibration == REFERENCE:
-            from ..reference import reference_calibration
-
-            return part.checked(reference_calibration(), self.calibration)
+            return reference_calibration(), self.calibration
         try:
-            path = Path(self.calibration.format(tp_rank=part.tp_rank, pp_rank=part.pp_rank))
+            path = Path(self.calibration.format(tp_rank=tp_rank, pp_rank=pp_rank))
         except (KeyError, IndexError, ValueError) as error:
             raise InvalidArgument(
                 f"{PREFIX}calibration {self.calibration!r}: only {{tp_rank}} and {{pp_rank}} stand for something"
             ) from error
-        return part.checked(load_calibration(path), str(path))
+        return load_calibration(path), str(path)
 
 
 @dataclass(frozen=True)
@@ -106,10 +112,10 @@ class CachePart:
         if found != self.ranges:
             first, layers, head, heads, _ = self.ranges
             raise GeometryMismatch(
-                f"calibration {name} covers {geometry.describe()}; the worker of tensor-parallel rank {self.tp_rank}, pipeline rank "
-                f"{self.pp_rank} holds {describe_range(*self.ranges)}. Make one for it with kvtc.calibrate(model, texts, "
-                f"layers=({first}, {first + layers}), kv_heads=({head}, {head + heads})), and let {PREFIX}calibration name the rank: "
-                "path-{tp_rank}-{pp_rank}.safetensors"
+                f"calibration {name} covers {geometry.describe()}; the worker of tensor-parallel rank {self.tp_rank} and pipeline "
+                f"rank {self.pp_rank} holds {describe_range(*self.ranges)}. Make one for it with kvtc.calibrate(model, texts, "
+                f"layers=({first}, {first + layers}), kv_heads=({head}, {head + heads})), and let {PREFIX}calibration name "
+                "the rank: model-{tp_rank}-{pp_rank}.safetensors"
             )
         return calibration
 

@@ -114,7 +114,7 @@ class PageLayout:
             )
         if keys.shape[2] % self.page_tokens:
             raise UnsupportedLayout(f"{keys.shape[2]} tokens are not whole pages of {self.page_tokens}")
-        paged = [side.unflatten(2, (-1, self.page_tokens)).permute(0, 2, 1, 3, 4) for side in (keys, values)]
+        paged = [_unfold(side, 2, -1, self.page_tokens).permute(0, 2, 1, 3, 4) for side in (keys, values)]
         if "S" in self.axes:
             return _permuted(torch.stack(paged), "SLBHND", self.axes).contiguous()
         return _permuted(pack(paged[0], paged[1], self.packing), _LOGICAL, self.axes).contiguous()
@@ -128,9 +128,9 @@ def unpack(content: Tensor, packing: str) -> tuple[Tensor, Tensor]:
     halves = content.reshape(*content.shape[:-2], 2, n * d)
     keys, values = halves[..., 0, :], halves[..., 1, :]
     if packing == VEC:
-        return keys.unflatten(-1, (d, n)).transpose(-1, -2), values.unflatten(-1, (n, d))
-    keys = keys.unflatten(-1, (n // _AMX_TOKENS, d // 2, _AMX_TOKENS, 2)).transpose(-3, -2)
-    values = values.unflatten(-1, (d // _AMX_FEATURES, n // 2, _AMX_FEATURES, 2))
+        return _unfold(keys, -1, d, n).transpose(-1, -2), _unfold(values, -1, n, d)
+    keys = _unfold(keys, -1, n // _AMX_TOKENS, d // 2, _AMX_TOKENS, 2).transpose(-3, -2)
+    values = _unfold(values, -1, d // _AMX_FEATURES, n // 2, _AMX_FEATURES, 2)
     values = values.movedim((-3, -1, -4, -2), (-4, -3, -2, -1))
     return keys.reshape(*content.shape[:-2], n, d), values.reshape(*content.shape[:-2], n, d)
 
@@ -143,8 +143,8 @@ def pack(keys: Tensor, values: Tensor, packing: str) -> Tensor:
     if packing == VEC:
         keys = keys.transpose(-1, -2)
     else:
-        keys = keys.unflatten(-1, (d // 2, 2)).unflatten(-3, (n // _AMX_TOKENS, _AMX_TOKENS)).transpose(-3, -2)
-        values = values.unflatten(-1, (d // _AMX_FEATURES, _AMX_FEATURES)).unflatten(-3, (n // 2, 2))
+        keys = _unfold(_unfold(keys, -1, d // 2, 2), -3, n // _AMX_TOKENS, _AMX_TOKENS).transpose(-3, -2)
+        values = _unfold(_unfold(values, -1, d // _AMX_FEATURES, _AMX_FEATURES), -3, n // 2, 2)
         values = values.movedim((-4, -3, -2, -1), (-3, -1, -4, -2))
     lead = values.shape[: values.dim() - (2 if packing == VEC else 4)]
     halves = torch.stack([keys.reshape(*lead, n * d), values.reshape(*lead, n * d)], dim=-2)
@@ -163,8 +163,8 @@ def vllm_layout(
 ) -> PageLayout:
     """Pages of vLLM's standardised caches, logically [B, H, N, 2 D] a layer.
 
-    backend: `AttentionBackend.get_name()`. isa: of the CPU backend, which packs for it. axes: `KVCacheLayout` for raw bytes; views of
-    a layer are always in logical order. Raises `UnsupportedLayout`.
+    backend: `AttentionBackend.get_name()`. isa: of the CPU backend, which packs for it. axes: `KVCacheLayout` for raw bytes; views
+    of a layer are always in logical order. Raises `UnsupportedLayout`.
     """
     if axes not in _VLLM_AXES:
         raise UnsupportedLayout(f"vLLM's KV cache layout {axes}; kvtc reads {', '.join(_VLLM_AXES)}")
@@ -211,10 +211,16 @@ def sglang_layout(name: str, n_layers: int, n_kv_heads: int, head_dim: int, page
 
 
 def cache_dtype(name: str) -> torch.dtype:
-    """An engine's name of a cache dtype -> the dtype. Raises `UnsupportedLayout` for caches that are quantized with scales of their own."""
+    """An engine's name of a cache dtype -> the dtype; `UnsupportedLayout` for caches quantized with scales of their own."""
     if name not in _CACHE_DTYPES:
         raise UnsupportedLayout(f"cache dtype {name!r}; kvtc reads {', '.join(_CACHE_DTYPES)}")
     return _CACHE_DTYPES[name]
+
+
+def _unfold(tensor: Tensor, axis: int, *sizes: int) -> Tensor:
+    """One axis as several."""
+    axis %= tensor.dim()
+    return tensor.reshape(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
 
 
 def _permuted(tensor: Tensor, source: str, target: str) -> Tensor:
@@ -224,4 +230,3 @@ def _permuted(tensor: Tensor, source: str, target: str) -> Tensor:
 def _tokens_together(paged: Tensor) -> Tensor:
     """[L, B, H, N, D] -> [L, H, B * N, D]"""
     return paged.permute(0, 2, 1, 3, 4).flatten(2, 3)
-

@@ -34,7 +34,9 @@ class EnginePages:
     layout: of these tensors, in axes LBHNC; its pages may be smaller than the engine's, which then count several of them.
     """
 
-    def __init__(self, layers: Sequence[Tensor], layout: PageLayout, engine_page_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: Sequence[Tensor], layout: PageLayout, engine_page_tokens: int, dtype: torch.dtype
+    ) -> None:
         self._layers = [layer.view(dtype) if layer.dtype != dtype else layer for layer in layers]
         self._layout = layout
         self._dtype = dtype
@@ -69,7 +71,9 @@ class EnginePages:
 class PageMover:
     """rank: which of an order's keys are this worker's. page_tokens: of the engine."""
 
-    def __init__(self, pages: EnginePages, codec: PageCodec, store: Store, rank: int, page_tokens: int, threads: int = 1) -> None:
+    def __init__(
+        self, pages: EnginePages, codec: PageCodec, store: Store, rank: int, page_tokens: int, threads: int = 1
+    ) -> None:
         self.counts = Counts()
         self._pages, self._codec, self._store = pages, codec, store
         self._rank, self._page_tokens = rank, page_tokens
@@ -178,9 +182,7 @@ class PageMover:
                 return
             stream = self._codec.encode(keys, values, order.start, order.token_ids)
             self._store.put(name, stream)
-            self.counts.add(
-                chunks_saved=1, bytes_saved=len(stream), original_bytes=self._pages.bytes(keys.shape[2])
-            )
+            self.counts.add(chunks_saved=1, bytes_saved=len(stream), original_bytes=self._pages.bytes(keys.shape[2]))
         except KvtcError as error:
             logger.warning("tokens %d .. are not saved: %s", order.start, error)
             self.counts.add(save_errors=1)

@@ -41,10 +41,14 @@ class PageCodec:
         self._untold = "joint" if self._told == "conditional" and settings.profile == AUTO else self._told
         self._codecs = {profile: _codec(calibration, profile, settings) for profile in {self._told, self._untold}}
 
+    def serves(self, has_token_ids: bool) -> bool:
+        """Whether there is a profile for chunks with, or without, token ids."""
+        return has_token_ids or self._untold != "conditional"
+
     def profile(self, has_token_ids: bool) -> str:
         """The profile of streams written with token ids, or without; `InvalidArgument` where that cannot be."""
         profile = self._told if has_token_ids else self._untold
-        if profile == "conditional" and not has_token_ids:
+        if not self.serves(has_token_ids):
             raise InvalidArgument(
                 f"{PREFIX}profile is conditional, but the engine gives no token ids here; use {AUTO} or joint"
             )
@@ -64,18 +68,14 @@ class PageCodec:
         cache = KVCache(keys, values, positions, geometry.first_layer, geometry.first_kv_head)
         return self.codec(token_ids is not None).encode(cache, token_ids)
 
-    def decode(
-        self, stream: bytes, start: int, n_tokens: int, token_ids: Ids | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, stream: bytes, start: int, n_tokens: int, token_ids: Ids | None = None) -> tuple[Tensor, Tensor]:
         """A stream that begins at position start -> keys, values [L, H, n_tokens, D] of its first tokens, in its dtype.
 
         token_ids: those of the whole stream, or of the tokens wanted. Raises what `Codec.decode` raises.
         """
         cache = self.codec(token_ids is not None).decode_neutral(stream, token_ids, n_tokens)
         if n_tokens and int(cache.resolved_positions()[0]) != start:
-            raise CorruptStream(
-                f"the stream begins at position {int(cache.resolved_positions()[0])}; expected {start}"
-            )
+            raise CorruptStream(f"the stream begins at position {int(cache.resolved_positions()[0])}; expected {start}")
         return cache.keys, cache.values
 
 

@@ -21,7 +21,7 @@ from .pages import CHUNK_TOKENS, Counts
 class LoadOrder:
     """Bring tokens start .. stop - 1 of a request into its pages.
 
-    token_ids: of the chunks that hold these tokens. keys: [chunk][worker] of those chunks. page_ids: pages of tokens start .. stop - 1.
+    token_ids: of the chunks that hold these tokens. keys: [chunk][worker] of those chunks. page_ids: pages of these tokens.
     """
 
     request_id: str

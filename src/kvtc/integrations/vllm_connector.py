@@ -54,7 +54,7 @@ class KvtcStats(KVConnectorStats):
     """Counts since the last report; vLLM logs their sums."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KvtcStats:
         for name, amount in other.data.items():
@@ -155,7 +155,9 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
         return KvtcMetadata(loads, saves)
 
     def request_finished_all_groups(
-        self, request: Any, block_ids: tuple[list[int], ...]  # noqa: ARG002  vLLM's signature
+        self,
+        request: Any,
+        block_ids: tuple[list[int], ...],  # noqa: ARG002  vLLM's signature
     ) -> tuple[bool, dict[str, Any] | None]:
         """Chunks to be saved were copied in the step that computed them, so the blocks may go."""
         self._scheduler().forget(request.request_id)

@@ -39,10 +39,12 @@ class EngineFacts:
         return settings.namespace if settings.namespace is not None else self.model
 
 
-def engine_facts(vllm_config: Any, kv_cache_config: Any, layer_ranges: list[tuple[int, int]] | None = None) -> EngineFacts:
+def engine_facts(
+    vllm_config: Any, kv_cache_config: Any, layer_ranges: list[tuple[int, int]] | None = None
+) -> EngineFacts:
     """From vLLM's `VllmConfig` and `KVCacheConfig`. layer_ranges: (first, number) of each pipeline rank.
 
-    Raises `UnsupportedModel` for caches that are not plain full attention, `UnsupportedLayout` for cache dtypes that kvtc cannot read.
+    Raises `UnsupportedModel` for caches that are not plain full attention, `UnsupportedLayout` for dtypes that kvtc cannot read.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model.use_mla:
@@ -85,7 +87,7 @@ def refuse_scaled_fp8(layers: Mapping[str, Any], dtype: torch.dtype) -> None:
 
 
 def request_salt(request: Any) -> str | None:
-    """What besides token ids the cache of a request depends on, in words; None if kvtc cannot tell caches of such requests apart."""
+    """What besides token ids the cache of a request depends on, in words; None where kvtc cannot tell caches apart."""
     if request.mm_features or request.prompt_embeds is not None or not request.prompt_token_ids:
         return None
     parts = []
@@ -100,7 +102,9 @@ def _only_group(groups: Sequence[Any]) -> tuple[Any, tuple[str, ...]]:
     """The specification and layers of the only group of layers."""
     if len(groups) != 1:
         kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
-        raise UnsupportedModel(f"layers cache in {len(groups)} different ways ({kinds}); kvtc needs full attention in all")
+        raise UnsupportedModel(
+            f"layers cache in {len(groups)} different ways ({kinds}); kvtc needs full attention in all"
+        )
     spec = groups[0].kv_cache_spec
     windows = (getattr(spec, "sliding_window", None), getattr(spec, "attention_chunk_size", None))
     if type(spec).__name__ != "FullAttentionSpec" or windows != (None, None):
