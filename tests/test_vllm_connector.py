@@ -1,0 +1,274 @@
+"""KvtcConnector in a very small engine that calls it as vLLM does."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvtc.errors import GeometryMismatch, InvalidArgument, UnsupportedLayout, UnsupportedModel
+from kvtc.integrations.vllm_facts import engine_facts, layers_in_order
+from kvtc.store import open_store
+
+from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache, told_ids
+from .fake_vllm import FakeEngine, KVConnectorRole, configs, fake_vllm
+
+SHAPE = {"n_layers": N_LAYERS, "n_kv_heads": N_HEADS, "head_dim": HEAD_DIM}
+LENGTH = 700  # two whole chunks and more
+
+
+@pytest.fixture
+def connector():
+    """The class, on stand-ins for vLLM."""
+    with fake_vllm():
+        from kvtc.integrations.vllm_connector import KvtcConnector
+
+        yield KvtcConnector
+
+
+@pytest.fixture
+def options(tmp_path):
+    """What a user configures."""
+    joint_calibration().save(tmp_path / "tiny.safetensors")
+    return {
+        "kvtc.calibration": str(tmp_path / "tiny.safetensors"),
+        "kvtc.store": f"file://{tmp_path}/store",
+        "kvtc.step": 0.05,
+        "of_others": 1,
+    }
+
+
+def prompt(n: int = LENGTH, seed: int = 0) -> tuple[list[int], object]:
+    """Token ids and the cache that the model computes for them."""
+    return told_ids(n, seed).tolist(), told_cache(n, seed=seed)
+
+
+def close_to(found, truth) -> bool:
+    return relative_error(found.keys, truth.keys) < 0.02 and relative_error(found.values, truth.values) < 0.02
+
+
+@pytest.mark.parametrize(("backend", "kernel_tokens"), [("FLASH_ATTN", None), ("FLASH_ATTN", 16), ("CPU_ATTN", None)])
+def test_another_process_loads_what_one_saved(connector, options, backend, kernel_tokens):
+    ids, truth = prompt()
+    first = FakeEngine(connector, *configs(options, **SHAPE, backend=backend), kernel_tokens=kernel_tokens)
+    assert first.run("a", ids, truth)[0] == 0
+    first.finish()
+    second = FakeEngine(connector, *configs(options, **SHAPE, backend=backend), kernel_tokens=kernel_tokens)
+    n_loaded, found = second.run("b", ids, truth)
+    second.finish()
+    assert n_loaded == 512
+    assert close_to(found, truth)
+    # What was loaded was coded; what was not is as the model made it.
+    assert not torch.equal(found.keys[:, :, :512], truth.keys[:, :, :512])
+    assert torch.equal(found.keys[:, :, 512:], truth.keys[:, :, 512:])
+
+
+def test_what_the_engine_has_itself_is_left_as_it_is(connector, options):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.worker._mover.close()
+    again = FakeEngine(connector, *configs(options, **SHAPE))
+    n_loaded, found = again.run("b", ids, truth, n_local=288)
+    assert n_loaded == 512 - 288
+    assert torch.equal(found.keys[:, :, :288], truth.keys[:, :, :288])
+    assert close_to(found, truth)
+    for one in (engine, again):
+        one.finish()
+
+
+def test_a_longer_text_loads_the_chunks_it_shares_and_saves_the_rest(connector, options):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids[:300], _first(truth, 300))
+    engine.finish()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    assert engine.run("b", ids, truth)[0] == 256
+    engine.finish()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    assert engine.run("c", ids, truth)[0] == 512
+    counts = engine.worker._mover.counts.read()
+    engine.finish()
+    assert counts["tokens_loaded"] == 512
+    assert counts["tokens_missed"] == 0
+
+
+def test_a_damaged_entry_is_computed_and_saved_anew(connector, options):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.finish()
+    second_key = engine.scheduler._planner._prompts  # forgotten with its request
+    assert not second_key
+    store = open_store(options["kvtc.store"])
+    streams = {key: store.get(key) for key in store.keys()}  # noqa: SIM118
+    damaged = max(streams, key=lambda key: _first_position(streams[key]))
+    store.put(damaged, streams[damaged][:-1] + bytes([streams[damaged][-1] ^ 1]))
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    n_loaded, found = engine.run("b", ids, truth)
+    assert n_loaded == 256
+    assert len(engine.failed) == 256 // 32
+    assert torch.equal(found.keys[:, :, 256:], truth.keys[:, :, 256:])
+    assert close_to(found, truth)
+    assert engine.worker._mover.counts.read()["entries_unusable"] == 1
+    engine.finish()
+    assert store.get(damaged) is None
+    for n_expected in (256, 512):
+        engine = FakeEngine(connector, *configs(options, **SHAPE))
+        assert engine.run("c", ids, truth)[0] == n_expected
+        engine.finish()
+
+
+def test_an_entry_that_vanishes_between_the_question_and_the_load_is_computed(connector, options):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.finish()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.worker._store.get_many = lambda keys: [None] * len(keys)
+    n_loaded, found = engine.run("b", ids, truth)
+    assert n_loaded == 0
+    assert torch.equal(found.keys, truth.keys)
+    assert engine.worker._mover.counts.read()["misses"] == 1
+    engine.finish()
+
+
+def test_a_request_whose_load_failed_is_not_sent_to_load_again(connector, options):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.finish()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    asked = SimpleNamespace(
+        request_id="b", prompt_token_ids=ids, mm_features=[], prompt_embeds=None, lora_request=None, cache_salt=None
+    )
+    found = None
+    while found is None:
+        found, _ = engine.scheduler.get_num_new_matched_tokens(asked, 0)
+    assert found == 512
+    engine.scheduler.update_state_after_alloc(
+        asked, SimpleNamespace(get_block_ids=lambda: (list(range(1, 23)),)), found
+    )
+    assert engine.scheduler.get_num_new_matched_tokens(asked, 0) == (0, False)
+    engine.finish()
+
+
+@pytest.mark.parametrize(
+    "request_fields",
+    [
+        {"cache_salt": "another tenant"},
+        {"lora_request": SimpleNamespace(lora_name="adapter", lora_path="/adapter")},
+        {"mm_features": ["an image"]},
+        {"prompt_embeds": torch.zeros(1)},
+    ],
+)
+def test_caches_that_depend_on_more_than_token_ids_are_kept_apart(connector, options, request_fields):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.finish()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    assert engine.run("b", ids, truth, **request_fields)[0] == 0
+    engine.finish()
+
+
+def test_tensor_parallel_ranks_have_a_calibration_each(connector, options):
+    vllm_config, kv_cache_config = configs(options, **SHAPE, tp_size=2)
+    for role in KVConnectorRole:
+        with pytest.raises(GeometryMismatch, match=r"kv_heads=\(0, 1\).*\{tp_rank\}"):
+            connector(vllm_config, role, kv_cache_config)
+
+
+def test_a_hit_needs_the_chunk_of_every_rank(options):
+    from kvtc.integrations.prefix_planner import PrefixPlanner
+
+    with open_store(options["kvtc.store"]) as store:
+        planner = PrefixPlanner(store, "model", [b"rank 0", b"rank 1"], "settings", 32)
+        ids = told_ids(600).tolist()
+        while (found := planner.matched_tokens("a", ids, "", 0)) is None:
+            pass
+        assert found == 0
+        orders = planner.plan_saves("a", 600, list(range(19)))
+        assert [order.start for order in orders] == [0, 256]
+        assert [len(order.page_ids) for order in orders] == [8, 8]
+        assert planner.plan_saves("a", 600, list(range(19))) == []
+        for order in orders:
+            store.put(order.keys[0], b"of rank 0")
+        store.put(orders[0].keys[1], b"of rank 1")
+        while (found := planner.matched_tokens("b", ids, "", 0)) is None:
+            pass
+        assert found == 256
+        planner.close()
+
+
+def test_counts_are_reported_once_and_add_up(connector, options):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.worker._mover.close()
+    report = engine.worker.get_kv_connector_stats()
+    assert report.data["chunks_saved"] == 2
+    assert report.data["original_bytes"] > report.data["bytes_saved"] > 0
+    assert engine.worker.get_kv_connector_stats() is None
+    both = connector.build_kv_connector_stats(dict(report.data)).aggregate(report)
+    assert both.reduce()["chunks_saved"] == 4
+    engine.finish()
+
+
+def test_what_cannot_work_is_refused_at_start(connector, options):
+    def start(role=KVConnectorRole.WORKER, policy="recompute", changed=None, **more):
+        vllm_config, kv_cache_config = configs(options | (changed or {}), **(SHAPE | more))
+        vllm_config.kv_transfer_config.kv_load_failure_policy = policy
+        made = connector(vllm_config, role, kv_cache_config)
+        tensors = {name: torch.zeros(4, N_HEADS, 32, 2 * HEAD_DIM) for name in vllm_config.layers}
+        made.register_kv_caches(tensors)
+
+    start()
+    with pytest.raises(InvalidArgument, match="kv_load_failure_policy"):
+        start(policy="fail")
+    with pytest.raises(InvalidArgument, match=r"unknown option kvtc.ration"):
+        start(changed={"kvtc.ration": 8})
+    with pytest.raises(InvalidArgument, match=r"kvtc.store"):
+        start(changed={"kvtc.store": None})
+    with pytest.raises(InvalidArgument, match=r"kvtc.profile"):
+        start(changed={"kvtc.profile": "best"})
+    with pytest.raises(InvalidArgument, match="divisor of 256"):
+        start(KVConnectorRole.SCHEDULER, block_size=48)
+    with pytest.raises(GeometryMismatch, match="head_dim 8"):
+        start(head_dim=16)
+    with pytest.raises(UnsupportedLayout, match="ROCM_ATTN"):
+        start(backend="ROCM_ATTN")
+    with pytest.raises(UnsupportedLayout, match="int8_per_token_head"):
+        start(cache_dtype="int8_per_token_head")
+    with pytest.raises(UnsupportedLayout, match=r"scaled by 0\.5"):
+        start(cache_dtype="fp8", scale=0.5)
+
+
+def test_models_with_other_caches_are_refused(options):
+    vllm_config, kv_cache_config = configs(options, **SHAPE)
+    (group,) = kv_cache_config.kv_cache_groups
+    with pytest.raises(UnsupportedModel, match="2 different ways"):
+        engine_facts(vllm_config, SimpleNamespace(kv_cache_groups=[group, group]))
+    group.kv_cache_spec.sliding_window = 64
+    with pytest.raises(UnsupportedModel, match="window 64"):
+        engine_facts(vllm_config, kv_cache_config)
+    vllm_config.model_config.use_mla = True
+    with pytest.raises(UnsupportedModel, match="MLA"):
+        engine_facts(vllm_config, kv_cache_config)
+
+
+def test_layers_are_sorted_by_number():
+    assert layers_in_order(["m.10.attn", "m.9.attn"]) == ("m.9.attn", "m.10.attn")
+    with pytest.raises(UnsupportedModel, match="one layer's number"):
+        layers_in_order(["m.1.attn.2"])
+
+
+def _first(cache, n):
+    return SimpleNamespace(keys=cache.keys[:, :, :n], values=cache.values[:, :, :n])
+
+
+def _first_position(stream: bytes) -> int:
+    from kvtc import inspect
+
+    return inspect(stream).first_position
