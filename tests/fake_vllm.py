@@ -20,7 +20,7 @@ import torch
 from kvtc.cache import KVCache
 from kvtc.integrations.page_layout import PageLayout
 
-ADAPTERS = ("kvtc.integrations.vllm_connector", "kvtc.integrations.vllm_tier")
+ADAPTERS = tuple(f"kvtc.integrations.vllm_{name}" for name in ("connector", "tier", "metrics"))
 
 
 class KVConnectorRole(enum.Enum):
@@ -81,6 +81,23 @@ class KVConnectorBase_V1(ABC):  # noqa: N801
 @dataclass
 class KVConnectorStats:
     data: dict[str, Any] = field(default_factory=dict)
+
+
+class KVConnectorPromMetrics:
+    def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues):  # noqa: ARG002
+        self._counter_cls = metric_types["Counter"]
+
+
+@dataclass(frozen=True)
+class OffloadingCounterMetadata:
+    documentation: str
+    labelnames: tuple[str, ...] = ()
+
+
+class OffloadingConnectorStats(KVConnectorStats):
+    def increase_counter(self, counter_name, counter_increase_value=1, labelvalues=()):
+        del labelvalues
+        self.data[counter_name] = self.data.get(counter_name, 0) + counter_increase_value
 
 
 class Medium(enum.Enum):
@@ -227,7 +244,13 @@ def _modules() -> dict[str, dict[str, Any]]:
             "KVConnectorRole": KVConnectorRole,
             "SupportsHMA": SupportsHMA,
         },
-        f"{base}.metrics": {"KVConnectorStats": KVConnectorStats},
+        f"{base}.metrics": {"KVConnectorStats": KVConnectorStats, "KVConnectorPromMetrics": KVConnectorPromMetrics},
+        f"{base}.offloading.metrics": {"OffloadingConnectorStats": OffloadingConnectorStats},
+        "vllm.v1.metrics.utils": {
+            "create_metric_per_engine": lambda metric, engines: {
+                index: metric.labels(*values) for index, values in engines.items()
+            }
+        },
         "vllm.distributed.utils": {"get_pp_indices": get_pp_indices},
         "vllm.logger": {"init_logger": logging.getLogger},
         "vllm.model_executor.layers.attention_layer_base": {"AttentionLayerBase": object},
@@ -237,6 +260,7 @@ def _modules() -> dict[str, dict[str, Any]]:
             "LookupResult": LookupResult,
             "Medium": Medium,
             "OffloadKey": bytes,
+            "OffloadingCounterMetadata": OffloadingCounterMetadata,
             "ReqContext": ReqContext,
             "RequestOffloadingContext": SimpleNamespace,
             "ScheduleEndContext": SimpleNamespace,

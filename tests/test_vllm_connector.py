@@ -212,7 +212,31 @@ def test_counts_are_reported_once_and_add_up(connector, options):
     assert report.data["original_bytes"] > report.data["bytes_saved"] > 0
     assert engine.worker.get_kv_connector_stats() is None
     both = connector.build_kv_connector_stats(dict(report.data)).aggregate(report)
-    assert both.reduce()["chunks_saved"] == 4
+    assert both.reduce()["kvtc_chunks_saved"] == 4
+    engine.finish()
+
+
+def test_counts_become_metrics(connector, options):
+    ids, truth = prompt()
+    made, seen = {}, []
+
+    class Counter:
+        def __init__(self, name, documentation, labelnames):
+            assert documentation
+            assert labelnames == ["engine"]
+            made[name] = self
+
+        def labels(self, value):
+            return SimpleNamespace(inc=lambda amount: seen.append((self, value, amount)))
+
+    metrics = connector.build_prom_metrics(None, {"Counter": Counter}, ["engine"], {0: ["0"]})
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.worker._mover.close()
+    for side in (engine.worker, engine.scheduler):
+        metrics.observe(side.get_kv_connector_stats().data)
+    assert (made["vllm:kvtc_chunks_saved"], "0", 2) in seen
+    assert (made["vllm:kvtc_tokens_asked"], "0", LENGTH) in seen
     engine.finish()
 
 

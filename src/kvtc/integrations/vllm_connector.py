@@ -25,7 +25,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -38,6 +37,7 @@ from .page_mover import EnginePages, PageMover
 from .pages import PageCodec
 from .prefix_planner import LoadOrder, PrefixPlanner, SaveOrder
 from .vllm_facts import CPU_BACKEND, EngineFacts, engine_facts, refuse_scaled_fp8, request_salt
+from .vllm_metrics import KvtcPromMetrics, KvtcStats
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -48,24 +48,6 @@ class KvtcMetadata(KVConnectorMetadata):
 
     loads: list[LoadOrder] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
-
-
-class KvtcStats(KVConnectorStats):
-    """Counts since the last report; vLLM logs their sums."""
-
-    def reset(self) -> None:
-        self.data: dict[str, Any] = {}
-
-    def aggregate(self, other: KVConnectorStats) -> KvtcStats:
-        for name, amount in other.data.items():
-            self.data[name] = self.data.get(name, 0) + amount
-        return self
-
-    def reduce(self) -> dict[str, int | float]:
-        return dict(self.data)
-
-    def is_empty(self) -> bool:
-        return not self.data
 
 
 class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
@@ -173,6 +155,12 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvtcStats:
         return KvtcStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> KvtcPromMetrics:
+        return KvtcPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         for part in (self._planner, self._mover):

@@ -39,6 +39,7 @@ from .pages import PageCodec
 from .store_lookups import StoreLookups
 from .tier_jobs import RowPart, TierChunk, TierJobs
 from .vllm_facts import CPU_BACKEND, layers_in_order
+from .vllm_metrics import tier_metric_definitions, tier_stats
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -125,6 +126,13 @@ class KvtcTier(SecondaryTierManager):
 
     def drain_jobs(self) -> None:
         self._jobs.drain()
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+        return tier_metric_definitions()
+
+    def get_stats(self) -> Any:
+        return tier_stats(self._jobs.counts.take())
 
     def shutdown(self) -> None:
         self._lookups.close()
