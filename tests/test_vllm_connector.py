@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kvtc import inspect
 from kvtc.errors import GeometryMismatch, InvalidArgument, UnsupportedLayout, UnsupportedModel
 from kvtc.integrations.vllm_facts import engine_facts, layers_in_order
 from kvtc.store import open_store
@@ -15,7 +18,8 @@ from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_e
 from .fake_vllm import FakeEngine, KVConnectorRole, configs, fake_vllm
 
 SHAPE = {"n_layers": N_LAYERS, "n_kv_heads": N_HEADS, "head_dim": HEAD_DIM}
-LENGTH = 700  # two whole chunks and more
+LENGTH = 700  # two whole chunks and a tail of 188 tokens, of which 5 blocks of 32 are whole
+FOUND = 672
 
 
 @pytest.fixture
@@ -57,11 +61,12 @@ def test_another_process_loads_what_one_saved(connector, options, backend, kerne
     second = FakeEngine(connector, *configs(options, **SHAPE, backend=backend), kernel_tokens=kernel_tokens)
     n_loaded, found = second.run("b", ids, truth)
     second.finish()
-    assert n_loaded == 512
+    assert n_loaded == FOUND
     assert close_to(found, truth)
     # What was loaded was coded; what was not is as the model made it.
-    assert not torch.equal(found.keys[:, :, :512], truth.keys[:, :, :512])
-    assert torch.equal(found.keys[:, :, 512:], truth.keys[:, :, 512:])
+    for start, stop in ((0, 512), (512, FOUND)):
+        assert not torch.equal(found.keys[:, :, start:stop], truth.keys[:, :, start:stop])
+    assert torch.equal(found.keys[:, :, FOUND:], truth.keys[:, :, FOUND:])
 
 
 def test_what_the_engine_has_itself_is_left_as_it_is(connector, options):
@@ -71,27 +76,68 @@ def test_what_the_engine_has_itself_is_left_as_it_is(connector, options):
     engine.worker._mover.close()
     again = FakeEngine(connector, *configs(options, **SHAPE))
     n_loaded, found = again.run("b", ids, truth, n_local=288)
-    assert n_loaded == 512 - 288
+    assert n_loaded == FOUND - 288
     assert torch.equal(found.keys[:, :, :288], truth.keys[:, :, :288])
     assert close_to(found, truth)
     for one in (engine, again):
         one.finish()
 
 
-def test_a_longer_text_loads_the_chunks_it_shares_and_saves_the_rest(connector, options):
+def test_a_conversation_that_grows_loads_what_it_shares_and_saves_the_rest(connector, options):
     ids, truth = prompt()
+
+    def turn(n_tokens: int) -> int:
+        engine = FakeEngine(connector, *configs(options, **SHAPE))
+        n_loaded, found = engine.run("a", ids[:n_tokens], _first(truth, n_tokens))
+        engine.finish()
+        assert close_to(found, _first(truth, n_tokens))
+        assert engine.worker._mover.counts.read().get("tokens_missed", 0) == 0
+        return n_loaded
+
+    def kinds() -> list[str]:
+        with open_store(options["kvtc.store"]) as store:
+            return sorted(key.split("/")[0] for key in store.keys())  # noqa: SIM118
+
+    assert turn(300) == 0
+    assert kinds() == ["chunk", "tail"]
+    assert turn(500) == 288  # one chunk, and the whole block of its tail
+    assert kinds() == ["chunk", "tail"]  # the longer tail has taken the place of the first
+    assert turn(LENGTH) == 480
+    assert kinds() == ["chunk", "chunk", "tail"]  # what was a tail is inside the second chunk
+    assert turn(LENGTH) == FOUND
+
+
+def test_texts_that_fork_inside_a_tail_share_its_beginning(connector, options):
+    ids, truth = prompt(400)
     engine = FakeEngine(connector, *configs(options, **SHAPE))
-    engine.run("a", ids[:300], _first(truth, 300))
+    engine.run("a", ids, truth)
     engine.finish()
+    forked = ids[:330] + prompt(400, seed=5)[0][330:]
     engine = FakeEngine(connector, *configs(options, **SHAPE))
-    assert engine.run("b", ids, truth)[0] == 256
+    assert engine.run("b", forked, truth)[0] == 320
     engine.finish()
+
+
+def test_a_tail_that_another_text_replaces_before_it_is_read_is_a_miss(connector, options):
+    ids, truth = prompt(400)
     engine = FakeEngine(connector, *configs(options, **SHAPE))
-    assert engine.run("c", ids, truth)[0] == 512
-    counts = engine.worker._mover.counts.read()
+    engine.run("a", ids, truth)
     engine.finish()
-    assert counts["tokens_loaded"] == 512
-    assert counts["tokens_missed"] == 0
+    forked = ids[:330] + prompt(400, seed=5)[0][330:]
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    plan = engine.scheduler._planner.plan_load
+
+    def replaced_meanwhile(*arguments):
+        other = FakeEngine(connector, *configs(options, **SHAPE))
+        other.run("b", forked, truth)
+        other.finish()
+        return plan(*arguments)
+
+    engine.scheduler._planner.plan_load = replaced_meanwhile
+    n_loaded, found = engine.run("a", ids, truth)
+    assert n_loaded == 256
+    assert close_to(found, truth)
+    engine.finish()
 
 
 def test_a_damaged_entry_is_computed_and_saved_anew(connector, options):
@@ -99,22 +145,21 @@ def test_a_damaged_entry_is_computed_and_saved_anew(connector, options):
     engine = FakeEngine(connector, *configs(options, **SHAPE))
     engine.run("a", ids, truth)
     engine.finish()
-    second_key = engine.scheduler._planner._prompts  # forgotten with its request
-    assert not second_key
+    assert not engine.scheduler._planner._prompts
     store = open_store(options["kvtc.store"])
-    streams = {key: store.get(key) for key in store.keys()}  # noqa: SIM118
-    damaged = max(streams, key=lambda key: _first_position(streams[key]))
+    streams = {key: store.get(key) for key in store.keys() if key.startswith("chunk")}  # noqa: SIM118
+    damaged = max(streams, key=lambda key: inspect(streams[key]).first_position)
     store.put(damaged, streams[damaged][:-1] + bytes([streams[damaged][-1] ^ 1]))
     engine = FakeEngine(connector, *configs(options, **SHAPE))
     n_loaded, found = engine.run("b", ids, truth)
     assert n_loaded == 256
-    assert len(engine.failed) == 256 // 32
+    assert len(engine.failed) == (FOUND - 256) // 32
     assert torch.equal(found.keys[:, :, 256:], truth.keys[:, :, 256:])
     assert close_to(found, truth)
     assert engine.worker._mover.counts.read()["entries_unusable"] == 1
     engine.finish()
     assert store.get(damaged) is None
-    for n_expected in (256, 512):
+    for n_expected in (256, FOUND):
         engine = FakeEngine(connector, *configs(options, **SHAPE))
         assert engine.run("c", ids, truth)[0] == n_expected
         engine.finish()
@@ -146,7 +191,7 @@ def test_a_request_whose_load_failed_is_not_sent_to_load_again(connector, option
     found = None
     while found is None:
         found, _ = engine.scheduler.get_num_new_matched_tokens(asked, 0)
-    assert found == 512
+    assert found == FOUND
     engine.scheduler.update_state_after_alloc(
         asked, SimpleNamespace(get_block_ids=lambda: (list(range(1, 23)),)), found
     )
@@ -190,12 +235,11 @@ def test_a_hit_needs_the_chunk_of_every_rank(options):
             pass
         assert found == 0
         orders = planner.plan_saves("a", 600, list(range(19)))
-        assert [order.start for order in orders] == [0, 256]
-        assert [len(order.page_ids) for order in orders] == [8, 8]
+        assert [(order.piece.start, len(order.page_ids)) for order in orders] == [(0, 8), (256, 8), (512, 3)]
         assert planner.plan_saves("a", 600, list(range(19))) == []
         for order in orders:
-            store.put(order.keys[0], b"of rank 0")
-        store.put(orders[0].keys[1], b"of rank 1")
+            store.put(order.piece.keys[0], b"of rank 0")
+        store.put(orders[0].piece.keys[1], b"of rank 1")
         while (found := planner.matched_tokens("b", ids, "", 0)) is None:
             pass
         assert found == 256
@@ -238,6 +282,19 @@ def test_counts_become_metrics(connector, options):
     assert (made["vllm:kvtc_chunks_saved"], "0", 2) in seen
     assert (made["vllm:kvtc_tokens_asked"], "0", LENGTH) in seen
     engine.finish()
+
+
+def test_every_count_is_a_metric():
+    with fake_vllm():
+        from kvtc.integrations import vllm_metrics
+    counted = set()
+    for name in ("prefix_planner", "page_mover", "tier_jobs", "store_lookups"):
+        source = Path(vllm_metrics.__file__).with_name(f"{name}.py").read_text()
+        for arguments in re.findall(r"ounts\.add\((.*?)\)\n", source, flags=re.DOTALL):
+            counted |= set(re.findall(r"(\w+)=", arguments))
+        counted |= set(re.findall(r'"((?:chunks|tails)_\w+)"', source))
+    assert len(counted) > 15
+    assert counted <= set(vllm_metrics.COUNTERS)
 
 
 def test_what_cannot_work_is_refused_at_start(connector, options):
@@ -290,9 +347,3 @@ def test_layers_are_sorted_by_number():
 
 def _first(cache, n):
     return SimpleNamespace(keys=cache.keys[:, :, :n], values=cache.values[:, :, :n])
-
-
-def _first_position(stream: bytes) -> int:
-    from kvtc import inspect
-
-    return inspect(stream).first_position

@@ -22,24 +22,28 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-CHUNK_TOKENS, BLOCK_TOKENS = 256, 32
 RATIO = 8
 
 
 @dataclass(frozen=True)
 class Way:
-    """How kvtc gets into vLLM, and what its numbers are; the CPU backend packs pages by dtype, so both packings are run."""
+    """How kvtc gets into vLLM, and what must come of it; the CPU backend packs pages by dtype, so both packings are run.
+
+    profile: of the long prompt's streams. on_disk: (entries, their tokens). hits: tokens that vLLM counts as cached, for each prompt
+    of a process.
+    """
 
     name: str
     dtype: str
+    profile: str
+    on_disk: tuple[int, int]
     hits: dict[str, list[int]]
-    """Tokens that vLLM counts as cached, for each prompt of a process."""
 
 
 WAYS = (
-    # `hit` asks for the short prompt first: the engine then has 288 tokens of the long one and loads from inside a chunk.
-    Way("connector", "bfloat16", {"hit": [256, 1024], "damaged": [512]}),
-    Way("tier", "float32", {"hit": [256, 1024, 768], "damaged": [512]}),
+    # Process `hit` asks for the short prompt first: vLLM then has 288 tokens of the long one and loads from inside a chunk.
+    Way("connector", "bfloat16", "conditional", (6, 1250 + 44), {"hit": [288, 1248], "damaged": [512]}),
+    Way("tier", "float32", "joint", (7, 1024 + 768), {"hit": [256, 1024, 768], "damaged": [512]}),
 )
 
 
@@ -83,12 +87,12 @@ def run_way(way: Way, scratch: Path, long: list[int], short: list[int], other: l
     uncached = serve(way, scratch, options, order, "store")
     expect("nothing is cached at first", uncached["answers"][0]["cached"], 0)
     tokens = {len(ids): answer["tokens"] for ids, answer in zip(order, uncached["answers"], strict=True)}
-    report_disk(store, sum(len(ids) // CHUNK_TOKENS for ids in order if ids is not short))
+    report_disk(store, *way.on_disk)
 
     again = [short, long, *order[2:]]
     compare(way, "hit", serve(way, scratch, options, again, "hit"), [tokens[len(ids)] for ids in again])
 
-    print(f"  damaged: {damage(options['kvtc.store'], store, position=512)}")
+    print(f"  damaged: {damage(way, options['kvtc.store'], store, position=512)}")
     compare(way, "damaged", serve(way, scratch, options, [long], "damaged"), [tokens[len(long)]])
 
 
@@ -129,26 +133,28 @@ def compare(way: Way, name: str, found: dict[str, Any], tokens: list[list[int]])
     expect(f"the same tokens, {name}", [answer["tokens"] for answer in found["answers"]], tokens)
 
 
-def report_disk(store: Path, n_chunks: int) -> None:
+def report_disk(store: Path, n_entries: int, n_tokens: int) -> None:
     """What lies on the disk, every byte, against the same tokens at 16 bits a value."""
     from kvtc.reference import reference_calibration
 
     files = [file for file in (store / "entries").rglob("*") if file.is_file()]
-    expect("chunks on disk", len(files), n_chunks)
-    original = 2 * reference_calibration().geometry.row_features * 2 * n_chunks * CHUNK_TOKENS
+    expect("entries on disk", len(files), n_entries)
+    original = 2 * reference_calibration().geometry.row_features * 2 * n_tokens
     stored = sum(file.stat().st_size for file in files)
     print(
-        f"  store: {len(files)} files, {stored} bytes for {original} bytes of cache at 16 bits: ratio {original / stored:.2f}"
+        f"  store: {len(files)} files, {stored} bytes for {n_tokens} tokens = {original} bytes at 16 bits: ratio {original / stored:.2f}"
     )
 
 
-def damage(url: str, store: Path, position: int) -> str:
-    """Flip a byte of the entry, on disk, whose chunk begins at a position."""
+def damage(way: Way, url: str, store: Path, position: int) -> str:
+    """Flip a byte, on disk, of the long prompt's chunk that begins at a position."""
     from kvtc import inspect
     from kvtc.store import open_store
 
     with open_store(url) as opened:
-        (key, *_) = [key for key in opened.keys() if inspect(opened.get(key) or b"").first_position == position]  # noqa: SIM118
+        chunks = [key for key in opened.keys() if not key.startswith("tail/")]  # noqa: SIM118
+        described = [(inspect(opened.get(key) or b""), key) for key in chunks]
+    (key,) = [key for info, key in described if (info.first_position, info.profile) == (position, way.profile)]
     (file,) = [file for file in (store / "entries").rglob("*") if key.replace("/", "~") in file.name]
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1

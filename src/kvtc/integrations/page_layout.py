@@ -77,8 +77,8 @@ class PageLayout:
         return 2 * self.n_layers * self.n_kv_heads * self.page_tokens * self.head_dim
 
     def bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of whole pages."""
-        return n_tokens // self.page_tokens * self.page_values * dtype.itemsize
+        """Bytes of so many tokens."""
+        return n_tokens * self.page_values // self.page_tokens * dtype.itemsize
 
     def shape(self, n_pages: int) -> list[int]:
         """Sizes in the order of the axes."""

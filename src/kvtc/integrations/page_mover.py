@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from ..errors import KvtcError, StoreError
+from ..prefix_cache.tail import Tail
 from ..store import Store
 from .page_layout import PageLayout
-from .pages import CHUNK_TOKENS, Counts, PageCodec
-from .prefix_planner import LoadOrder, SaveOrder
+from .pages import Counts, PageCodec
+from .prefix_planner import LoadOrder, Piece, SaveOrder
 
 logger = logging.getLogger(__name__)
 
 MAX_PENDING_SAVES = 64
-"""Chunks copied out of the engine that may wait to be coded; more are not saved, so that memory stays bounded."""
+"""Pieces copied out of the engine that may wait to be coded; more are not saved, so that memory stays bounded."""
 _FETCHED_AT_ONCE = 4
 
 
@@ -103,7 +104,8 @@ class PageMover:
             self.counts.add(saves_dropped=1)
             return
         try:
-            keys, values = self._pages.read(order.page_ids)
+            n_tokens = len(order.piece.token_ids)
+            keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids))
             self._saving.submit(self._save, order, keys, values)
         except BaseException:
             self._room.release()
@@ -127,67 +129,75 @@ class PageMover:
         self._loaded.put((order.request_id, missing))
 
     def _fill(self, order: LoadOrder) -> int:
-        """Tokens filled, up to the first chunk that cannot be had."""
-        first = order.start // CHUNK_TOKENS
-        names = [of_chunk[self._rank] for of_chunk in order.keys]
+        """Tokens filled, up to the first piece that cannot be had."""
         n_filled = 0
-        for index, name in enumerate(names):
-            if index % _FETCHED_AT_ONCE == 0:
-                fetched = self._fetch(names[index : index + _FETCHED_AT_ONCE])
-            ids = order.token_ids[index * CHUNK_TOKENS : (index + 1) * CHUNK_TOKENS]
-            decoded = self._decode(name, fetched[index % _FETCHED_AT_ONCE], (first + index) * CHUNK_TOKENS, ids)
-            if decoded is None:
-                return n_filled
-            # What the engine has already stays as it is.
-            have = max(0, order.start - (first + index) * CHUNK_TOKENS)
-            keys, values = (side[:, :, have:] for side in decoded)
-            at, n_tokens = n_filled // self._page_tokens, keys.shape[2]
-            self._pages.write(order.page_ids[at : at + n_tokens // self._page_tokens], keys, values)
-            n_filled += n_tokens
+        for first in range(0, len(order.pieces), _FETCHED_AT_ONCE):
+            pieces = order.pieces[first : first + _FETCHED_AT_ONCE]
+            for piece, entry in zip(pieces, self._fetch(pieces), strict=True):
+                decoded = None if entry is None else self._decode(piece, entry)
+                if decoded is None:
+                    return n_filled
+                # What the engine has already stays as it is.
+                keys, values = (side[:, :, max(0, order.start - piece.start) :] for side in decoded)
+                at, n_tokens = n_filled // self._page_tokens, keys.shape[2]
+                self._pages.write(order.page_ids[at : at + n_tokens // self._page_tokens], keys, values)
+                n_filled += n_tokens
         return n_filled
 
-    def _fetch(self, names: list[str]) -> list[bytes | None]:
+    def _fetch(self, pieces: list[Piece]) -> list[bytes | None]:
         try:
-            fetched = self._store.get_many(names)
+            fetched = self._store.get_many([piece.keys[self._rank] for piece in pieces])
         except StoreError as error:
             logger.warning("the store does not answer: %s", error)
             self.counts.add(store_errors=1)
-            return [None] * len(names)
-        self.counts.add(bytes_read=sum(len(stream) for stream in fetched if stream is not None))
+            return [None] * len(pieces)
+        self.counts.add(bytes_read=sum(len(entry) for entry in fetched if entry is not None))
         return fetched
 
-    def _decode(self, name: str, stream: bytes | None, start: int, ids: object) -> tuple[Tensor, Tensor] | None:
-        if stream is None:
-            return None
+    def _decode(self, piece: Piece, entry: bytes) -> tuple[Tensor, Tensor] | None:
+        """keys, values [L, H, T, D]; None, counted, where the entry is none of this piece."""
+        key, n_tokens = piece.keys[self._rank], len(piece.token_ids)
         try:
-            return self._codec.decode(stream, start, CHUNK_TOKENS, ids)  # type: ignore[arg-type]
+            if piece.nodes is not None:
+                tail = Tail.from_bytes(entry)
+                if tail.n_common(piece.nodes[self._rank], piece.token_ids) < n_tokens:
+                    # Another text's tail has taken its place meanwhile.
+                    return None
+                entry = tail.stream
+            return self._codec.decode(entry, piece.start, n_tokens, piece.token_ids)
         except KvtcError as error:
-            logger.warning("entry %s cannot be used and is deleted: %s", name, error)
+            logger.warning("entry %s cannot be used and is deleted: %s", key, error)
             self.counts.add(entries_unusable=1)
-            self._forget(name)
+            self._forget(key)
             return None
 
-    def _forget(self, name: str) -> None:
-        """Delete an entry that cannot be used, so that it is saved anew."""
+    def _forget(self, key: str) -> None:
+        """Delete an entry that is of no use."""
         try:
-            self._store.delete(name)
+            self._store.delete(key)
         except StoreError:
             self.counts.add(store_errors=1)
 
     def _save(self, order: SaveOrder, keys: Tensor, values: Tensor) -> None:
-        name = order.keys[self._rank]
+        piece, key = order.piece, order.piece.keys[self._rank]
         try:
-            if self._store.contains(name):
+            if piece.nodes is None and self._store.contains(key):
                 self.counts.add(chunks_shared=1)
                 return
-            stream = self._codec.encode(keys, values, order.start, order.token_ids)
-            self._store.put(name, stream)
-            self.counts.add(chunks_saved=1, bytes_saved=len(stream), original_bytes=self._pages.bytes(keys.shape[2]))
+            entry = self._codec.encode(keys, values, piece.start, piece.token_ids)
+            if piece.nodes is not None:
+                entry = Tail.of(piece.nodes[self._rank], piece.token_ids, entry).to_bytes()
+            self._store.put(key, entry)
+            kind = "chunks_saved" if piece.nodes is None else "tails_saved"
+            original = self._pages.bytes(len(piece.token_ids))
+            self.counts.add(**{kind: 1}, bytes_saved=len(entry), original_bytes=original)
+            if order.stale_keys:
+                self._forget(order.stale_keys[self._rank])
         except KvtcError as error:
-            logger.warning("tokens %d .. are not saved: %s", order.start, error)
+            logger.warning("tokens %d .. %d are not saved: %s", piece.start, piece.stop - 1, error)
             self.counts.add(save_errors=1)
         except Exception:  # a thread that dies in silence would hide it
-            logger.exception("saving tokens %d .. failed", order.start)
+            logger.exception("saving tokens %d .. %d failed", piece.start, piece.stop - 1)
             self.counts.add(save_errors=1)
         finally:
             self._room.release()

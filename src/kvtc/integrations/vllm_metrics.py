@@ -21,6 +21,7 @@ COUNTERS = {
     "misses": "Loads, of the tier chunks, that could not be done as promised.",
     "chunks_loaded": "Chunks loaded.",
     "chunks_saved": "Chunks coded and stored.",
+    "tails_saved": "Ends of prompts, less than a chunk, coded and stored.",
     "chunks_shared": "Chunks that were in the store already.",
     "bytes_saved": "Bytes of streams stored.",
     "original_bytes": "Bytes that the stored chunks take in the engine.",
@@ -71,7 +72,8 @@ class KvtcPromMetrics(KVConnectorPromMetrics):
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, amount in transfer_stats_data.items():
-            self._counters[name][engine_idx].inc(amount)
+            if counter := self._counters.get(name):
+                counter[engine_idx].inc(amount)
 
 
 def tier_metric_definitions() -> dict[str, Any]:
