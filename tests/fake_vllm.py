@@ -307,6 +307,7 @@ class FakeEngine:
         kv_cache_config: Any,
         n_blocks: int = 64,
         kernel_tokens: int | None = None,
+        axes: str = "BHNC",
     ):
         model = vllm_config.model_config
         n_layers, heads, dim = (
@@ -316,8 +317,14 @@ class FakeEngine:
         )
         self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         inner = kernel_tokens or self.block_size
-        shape = (n_blocks * self.block_size // inner, heads, inner, 2 * dim)
-        self.layers = {name: torch.zeros(shape, dtype=model.dtype) for name in vllm_config.layers}
+        sizes = {"B": n_blocks * self.block_size // inner, "H": heads, "N": inner, "C": 2 * dim}
+        # Whatever the order in memory, vLLM hands out views in the order BHNC.
+        self.layers = {
+            name: torch.zeros([sizes[axis] for axis in axes], dtype=model.dtype).permute(
+                [axes.index(axis) for axis in "BHNC"]
+            )
+            for name in vllm_config.layers
+        }
         backend = next(iter(vllm_config.layers.values())).get_attn_backend().get_name()
         self.layout = PageLayout("LBHNC", n_layers, heads, dim, inner, "vec" if backend == "CPU_ATTN" else "split")
         self.scheduler = connector_class(vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config)

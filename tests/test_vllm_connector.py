@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvtc import inspect
+from kvtc import Codec, inspect
 from kvtc.errors import GeometryMismatch, InvalidArgument, UnsupportedLayout, UnsupportedModel
 from kvtc.integrations.vllm_facts import engine_facts, layers_in_order
+from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 
 from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache, told_ids
@@ -52,13 +53,22 @@ def close_to(found, truth) -> bool:
     return relative_error(found.keys, truth.keys) < 0.02 and relative_error(found.values, truth.values) < 0.02
 
 
-@pytest.mark.parametrize(("backend", "kernel_tokens"), [("FLASH_ATTN", None), ("FLASH_ATTN", 16), ("CPU_ATTN", None)])
-def test_another_process_loads_what_one_saved(connector, options, backend, kernel_tokens):
+@pytest.mark.parametrize(
+    ("backend", "kernel_tokens", "axes"),
+    [
+        ("FLASH_ATTN", None, "BHNC"),
+        ("FLASH_ATTN", 16, "BHNC"),
+        ("TRITON_ATTN", None, "BNHC"),
+        ("CPU_ATTN", None, "BHNC"),
+    ],
+)
+def test_another_process_loads_what_one_saved(connector, options, backend, kernel_tokens, axes):
     ids, truth = prompt()
-    first = FakeEngine(connector, *configs(options, **SHAPE, backend=backend), kernel_tokens=kernel_tokens)
+    engine = {"kernel_tokens": kernel_tokens, "axes": axes}
+    first = FakeEngine(connector, *configs(options, **SHAPE, backend=backend), **engine)
     assert first.run("a", ids, truth)[0] == 0
     first.finish()
-    second = FakeEngine(connector, *configs(options, **SHAPE, backend=backend), kernel_tokens=kernel_tokens)
+    second = FakeEngine(connector, *configs(options, **SHAPE, backend=backend), **engine)
     n_loaded, found = second.run("b", ids, truth)
     second.finish()
     assert n_loaded == FOUND
@@ -105,6 +115,24 @@ def test_a_conversation_that_grows_loads_what_it_shares_and_saves_the_rest(conne
     assert turn(LENGTH) == 480
     assert kinds() == ["chunk", "chunk", "tail"]  # what was a tail is inside the second chunk
     assert turn(LENGTH) == FOUND
+
+
+def test_prefixes_of_the_prefix_cache_and_of_the_connector_are_the_same(connector, options):
+    ids, truth = prompt()
+    codec = Codec(joint_calibration(), "conditional", step=options["kvtc.step"], window_tokens=60)
+    with open_store(options["kvtc.store"]) as store, PrefixCache(codec, store, namespace="tiny") as prefixes:
+        prefixes.save(ids, truth).result()
+        engine = FakeEngine(connector, *configs(options, **SHAPE))
+        n_loaded, found = engine.run("a", ids, truth)
+        assert n_loaded == FOUND
+        assert close_to(found, truth)
+        assert torch.equal(found.keys[:, :, 650:], truth.keys[:, :, 650:])  # an exact window
+        ids, truth = prompt(600, seed=3)
+        engine.run("b", ids, truth)
+        engine.finish()
+        cache, n_tokens = prefixes.load_neutral(ids)
+        assert n_tokens > 512
+        assert relative_error(cache.keys, truth.keys[:, :, :n_tokens]) < 0.02
 
 
 def test_texts_that_fork_inside_a_tail_share_its_beginning(connector, options):

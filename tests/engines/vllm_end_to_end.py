@@ -29,8 +29,8 @@ RATIO = 8
 class Way:
     """How kvtc gets into vLLM, and what must come of it; the CPU backend packs pages by dtype, so both packings are run.
 
-    profile: of the long prompt's streams. on_disk: (entries, their tokens). hits: tokens that vLLM counts as cached, for each prompt
-    of a process.
+    profile: of the long prompt's streams. on_disk: (entries, their tokens). hits: tokens that vLLM counts as cached, for each
+    prompt of a process.
     """
 
     name: str
@@ -141,9 +141,8 @@ def report_disk(store: Path, n_entries: int, n_tokens: int) -> None:
     expect("entries on disk", len(files), n_entries)
     original = 2 * reference_calibration().geometry.row_features * 2 * n_tokens
     stored = sum(file.stat().st_size for file in files)
-    print(
-        f"  store: {len(files)} files, {stored} bytes for {n_tokens} tokens = {original} bytes at 16 bits: ratio {original / stored:.2f}"
-    )
+    print(f"  store: {len(files)} files, {stored} bytes for {n_tokens} tokens, {original} bytes at 16 bits")
+    print(f"  store: total ratio on disk {original / stored:.2f}")
 
 
 def damage(way: Way, url: str, store: Path, position: int) -> str:
