@@ -1,11 +1,15 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo   shows the codec at work on the model that ships with it
 #   make test   runs every check
+# make test-engines runs kvtc inside serving engines; each takes some minutes and some GB to install.
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-stores test-faults soak check fuzz bench clean
+# Engines that `make test-engines` runs kvtc in, each in an environment of its own.
+ENGINES ?= vllm
+
+.PHONY: demo test test-stores test-faults test-engines soak check fuzz bench clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/kvtc demo --output demo_output --force
@@ -31,6 +35,12 @@ test-faults: $(VENV)/.test-ready
 
 soak: $(VENV)/.test-ready
 	$(BIN)/python -m tests.stores.soak --seconds $(SOAK_SECONDS)
+
+test-engines: $(ENGINES:%=test-engine-%)
+
+test-engine-%:
+	tests/engines/setup.sh $* $(VENV)-$*
+	$(VENV)-$*/bin/python tests/engines/$*_end_to_end.py
 
 fuzz: $(VENV)/.test-ready
 	$(BIN)/python -m tests.fuzz --mutations 100000
@@ -62,4 +72,4 @@ $(VENV)/.servers-ready: $(VENV)/.torch-ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES:%=$(VENV)-%) demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -50,6 +50,10 @@ class UnsupportedModel(KvtcError):
     """The model keeps a cache that kvtc cannot transform; the message names the layer."""
 
 
+class UnsupportedLayout(KvtcError):
+    """A serving engine lays out its cache in a way kvtc does not read; the message says what the engine said."""
+
+
 class MissingDependency(KvtcError, ImportError):
     """An optional package is needed for this call; the message says which extra installs it."""
 
