@@ -489,6 +489,55 @@ def test_engines_share_what_is_shared(tmp_path):
     assert encoded["requests"] == 32
 
 
+def test_a_trace_over_a_store_without_limit(tmp_path):
+    """A conversation comes back after others have taken GPU and host: it is read from the store, or prefilled again."""
+    requests = [(0, "a", 60_000), *((100 * i, f"other {i}", 60_000) for i in range(1, 7)), (900, "a", 60_200)]
+    lines = [{"seconds": t, "conversation": c, "prompt_tokens": n, "answer_tokens": 10} for t, c, n in requests]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    number = {"source": "table 2"}
+    numbers = {
+        "tier.store.read_bytes_per_second": {"value": 1e9, **number},
+        "tier.store.write_bytes_per_second": {"value": 1e9, **number},
+        "tier.store.access_seconds": {"value": 0.1, **number},
+        "price.gpu_hour": {"value": 0, **number},
+        "price.host.gib_month": {"value": 0, **number},
+        "price.store.gib_month": {"value": 1, **number},
+    }
+    changes = {
+        "workload": {"kind": "trace", "file": "trace.jsonl", "warmup_seconds": 900},
+        "tiers": [{"name": "host", "bytes": 3e9}, {"name": "store", "shared": True}],
+    }
+    runs = {run["policy"]: run for run in run_plan(load_plan(plan_files(tmp_path, changes, numbers)))["runs"]}
+    assert runs["hold"]["hit_rate"] == {"gpu": 0.0}
+    for policy in ("offload raw", "offload paper"):
+        run = runs[policy]
+        assert run["hit_rate"] == {"gpu": 0.0, "host": 0.0, "store": 1.0}
+        assert run["hit_rate_tokens"]["store"] == pytest.approx(60_010 / 60_200)
+        stored = run["stored_bytes_per_conversation"]
+        read = 2 * (0.1 + stored * 60_010 / 60_210 / 1e9)
+        assert run["gpu_seconds_per_request"]["load"] == pytest.approx(read, rel=0.01)
+        # 7 conversations, of which host holds two if they are encoded and none if not, for as long as the one answer takes.
+        n_bytes = (5 if policy == "offload paper" else 7) * stored
+        rent = 1000 * n_bytes / 2**30 / run["requests_per_second"] / (30 * 24 * 3600)
+        assert run["cost_per_1000_requests"] == pytest.approx(rent, rel=0.01)
+    assert runs["offload paper"]["ttft_seconds"]["mean"] < runs["hold"]["ttft_seconds"]["mean"]
+    assert runs["offload raw"]["ttft_seconds"]["mean"] > runs["hold"]["ttft_seconds"]["mean"]  # slower than prefill
+
+
+def test_the_chats_of_the_reference_model():
+    plan = load_plan(EXAMPLES / "kvtc_6m_chats.json")
+    runs = run_plan(plan)["runs"]
+    assert [run["policy"] for run in runs[:5]] == [
+        "recompute", "hold", "offload raw", "offload paper", "offload conditional",
+    ]  # fmt: skip
+    for _, hold, raw, *encoded in (runs[i : i + 5] for i in range(0, len(runs), 5)):
+        assert sum(hold["hit_rate"].values()) < sum(raw["hit_rate"].values())
+        for run in encoded:
+            # Where raw caches fit, there is nothing to gain; when a request comes depends on the answer before it.
+            assert sum(raw["hit_rate"].values()) - 0.02 < sum(run["hit_rate"].values()) <= 1
+            assert run["stored_bytes_per_conversation"] < raw["stored_bytes_per_conversation"] / 5
+
+
 @pytest.mark.parametrize(
     ("plan", "numbers", "message"),
     [
