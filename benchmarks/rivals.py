@@ -15,7 +15,7 @@ import kvtc
 from kvtc.evaluate.baselines import baselines
 from kvtc.evaluate.methods import KvtcMethod, Method
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.quality import prefill
+from kvtc.integrations.continuation import prefill
 from quality import add_text_arguments, kvtc_codecs, measure, print_qualities, stretches
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .container import join_streams, split_stream
     from .inspection import StreamInfo, inspect
     from .integrations.huggingface import calibrate
+    from .integrations.quality import measure_quality
     from .reference import reference_calibration, reference_model
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _HOME = {
     "inspect": "inspection",
     "join_streams": "container",
     "load_calibration": "calibration",
+    "measure_quality": "integrations.quality",
     "reference_calibration": "reference",
     "reference_model": "reference",
     "split_stream": "container",
@@ -54,6 +56,7 @@ __all__ = [
     "inspect",
     "join_streams",
     "load_calibration",
+    "measure_quality",
     "reference_calibration",
     "reference_model",
     "split_stream",
