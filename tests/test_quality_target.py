@@ -164,3 +164,11 @@ def test_what_cannot_be_measured_is_refused(conversation):
         measure_quality(model, kvtc.reference_calibration(), [sequences[0][:100]])
     with pytest.raises(InvalidArgument, match="paper alone"):
         measure_quality(model, tiny_calibration(), sequences)
+
+
+def test_the_shipped_calibration_has_curves():
+    quality = kvtc.reference_calibration().quality
+    assert set(quality) == {"joint", "conditional"}
+    for curve in quality.values():
+        assert curve.kl[0] < 0.0005
+        assert curve.kl[-1] > 0.01
