@@ -75,7 +75,7 @@ def coder_and_rate(
             f"key_ratio, value_ratio, max_error and allocation are of the profile paper, not {profile}"
         )
     if sum(given is not None for given in (ratio, step, kl)) > 1:
-        raise InvalidArgument("give either a ratio, a step or a kl, not several")
+        raise InvalidArgument("give either a ratio or a step or a kl, not several")
     if settings.fixed_size and (step is not None or kl is not None):
         raise InvalidArgument("a fixed size needs a ratio: at one step the bytes follow from the cache")
     step = step if kl is None else _step_for(calibration, profile, kl)
