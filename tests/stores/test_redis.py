@@ -57,13 +57,6 @@ def test_entries_are_forgotten_after_their_ttl(url):
         assert store.get("k") is None
 
 
-def test_a_sound_entry_written_since_is_not_discarded(url):
-    with open_store(url) as store:
-        store.put("k", b"sound")
-        store._discard("k", b"what was damaged")
-        assert store.get("k") == b"sound"
-
-
 def test_a_full_server_says_so(tmp_path):
     with (
         redis_server(tmp_path, "--maxmemory", "4mb") as server,
