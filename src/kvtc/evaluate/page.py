@@ -100,7 +100,7 @@ def _table(table: Table) -> str:
     if not table.is_long:
         return whole
     summary = table.caption or "All figures"
-    return f"<details><summary>{escape(summary)} ({len(table.rows)} rows)</summary>{whole}</details>"
+    return f"<details><summary>{escape(summary)} ({len(table.rows)} row{'s' * (len(table.rows) != 1)})</summary>{whole}</details>"
 
 
 def _cell(table: Table, row: int, column: int, text: str) -> str:
