@@ -7,24 +7,20 @@ Studies of the codec alone use the calibration that ships with the model; the ot
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import kvtc
+from calibrating import Recipe, add_calibration_arguments, calibrate_all
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import ABLATIONS
 from kvtc.evaluate.table import format_table
 from quality import add_text_arguments, measure, print_qualities
-from texts import sequences
 
-RANKS = {"rank": 512, "joint_rank": 640, "embedding_rank": 96}
-"""Of the calibration that ships with the reference model."""
 N_DRAWS = 5
 Cases = dict[str, kvtc.Codec]
 
@@ -41,22 +37,14 @@ class Study:
 class Calibrations:
     """The shipped calibration, and others made when they are asked for."""
 
-    def __init__(self, files: list[Path], tokens: int) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         self.shipped = kvtc.reference_calibration()
-        self.tokens = tokens
-        self._files = files
-        self._model, self._tokenizer = kvtc.reference_model(dtype="bfloat16")
+        self.tokens = options.calibration_tokens
+        self._options = options
 
-    def fit(self, tokens: int | None = None, draw: int = 0, n_draws: int = 1, **options: Any) -> kvtc.Calibration:
-        """From so many tokens of one of n_draws disjoint sets of documents."""
-        started = time.perf_counter()
-        texts = sequences(self._files, self._tokenizer, draw=draw, n_draws=n_draws)
-        made = kvtc.calibrate(
-            self._model, texts, max_rows=tokens or self.tokens, seed=draw, progress=False, **RANKS, **options
-        )
-        seconds = time.perf_counter() - started
-        print(f"calibrated on {made.info['n_rows']} tokens in {seconds:.0f} s {options or ''}", file=sys.stderr)
-        return made
+    def fit(self, recipes: dict[str, Recipe]) -> dict[str, kvtc.Calibration]:
+        """By name."""
+        return calibrate_all(recipes, self._options.calibration_text, self._options.processes)
 
 
 def allocation(calibrations: Calibrations) -> Cases:
@@ -108,9 +96,13 @@ def lossless(calibrations: Calibrations) -> Cases:
 
 def layers(calibrations: Calibrations) -> Cases:
     n_layers = calibrations.shipped.geometry.n_layers
+    groups = [group for group in range(1, n_layers + 1) if n_layers % group == 0]
+    recipes = {
+        str(group): Recipe(calibrations.tokens, options={"layers_per_basis": group, "profiles": ("paper",)})
+        for group in groups
+    }
     cases = {}
-    for group in (group for group in range(1, n_layers + 1) if n_layers % group == 0):
-        made = calibrations.fit(layers_per_basis=group, profiles=("paper",))
+    for group, made in calibrations.fit(recipes).items():
         for ratio in (8, 32):
             cases[f"layers a basis: {group}, {ratio}x"] = kvtc.Codec(made, ratio=ratio)
         cases[f"layers a basis: {group}, truncation 8x"] = kvtc.Codec(made, ratio=8, allocation="truncate")
@@ -118,12 +110,13 @@ def layers(calibrations: Calibrations) -> Cases:
 
 
 def tokens(calibrations: Calibrations) -> Cases:
-    made = {f"{n // 1000} K tokens": calibrations.fit(n) for n in (20_000, 40_000, 80_000, 160_000)}
-    return _both_profiles(made | {"as shipped": calibrations.shipped})
+    recipes = {f"{n // 1000} K tokens": Recipe(n) for n in (20_000, 40_000, 80_000, 160_000)}
+    return _both_profiles(calibrations.fit(recipes) | {"as shipped": calibrations.shipped})
 
 
 def seeds(calibrations: Calibrations) -> Cases:
-    return _both_profiles({f"draw {n + 1}": calibrations.fit(draw=n, n_draws=N_DRAWS) for n in range(N_DRAWS)})
+    recipes = {f"draw {n + 1}": Recipe(calibrations.tokens, draw=n, n_draws=N_DRAWS) for n in range(N_DRAWS)}
+    return _both_profiles(calibrations.fit(recipes))
 
 
 def _both_profiles(calibrations: dict[str, kvtc.Calibration]) -> Cases:
@@ -193,11 +186,10 @@ def run(name: str, calibrations: Calibrations, options: argparse.Namespace) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
-    parser.add_argument("--calibration-text", type=Path, nargs="+", required=True)
-    parser.add_argument("--calibration-tokens", type=int, default=40_000, help="of the studies layers and seeds")
+    add_calibration_arguments(parser)
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="NAME")
     options = parser.parse_args()
-    calibrations = Calibrations(options.calibration_text, options.calibration_tokens)
+    calibrations = Calibrations(options)
     for name in options.studies:
         run(name, calibrations, options)
 

@@ -2,41 +2,34 @@
 
     python benchmarks/domains.py --calibration-text FILE... --text enwiki.txt novels.txt docs.txt code.txt
 
---calibration-text holds documents of all domains; `texts.domain_of` says of which one is, and sorts the held-out files as a check.
-Each domain, and a mixture of all, is calibrated from equally many tokens; "as shipped" is the reference model's own calibration.
+--calibration-text holds documents of all domains; `calibrating.domain_of` says of which one is, and sorts the held-out files as a
+check. Each domain, and a mixture of all, is calibrated from equally many tokens; "as shipped" is the reference model's own
+calibration.
 """
 
 import argparse
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import kvtc
-from ablations import RANKS
+from calibrating import DOMAINS, Recipe, add_calibration_arguments, calibrate_all, domain_of
 from kvtc.cli.calibrating import documents
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import DOMAIN_SHIFT, ShiftCell
 from kvtc.evaluate.table import format_ratio, format_table
 from quality import add_text_arguments, measure
-from texts import DOMAINS, domain_of, sequences
 
 MIXED, SHIPPED = "mixed", "as shipped"
 SORTED_CHARACTERS = 1_000_000
 
 
-def calibrations(files: list[Path], tokens: int) -> dict[str, kvtc.Calibration]:
+def calibrations(options: argparse.Namespace) -> dict[str, kvtc.Calibration]:
     """By what they are made from: each domain, a mixture, and the shipped one."""
-    model, tokenizer = kvtc.reference_model(dtype="bfloat16")
-    made = {}
-    for domain in (*DOMAINS, None):
-        texts = sequences(files, tokenizer, domain)
-        made[domain or MIXED] = kvtc.calibrate(model, texts, max_rows=tokens, progress=False, **RANKS)
-        if made[domain or MIXED].info["n_rows"] < tokens:
-            sys.exit(f"the calibration text holds fewer than {tokens} tokens of {domain}")
-        print(f"calibrated on {domain or MIXED}", file=sys.stderr, flush=True)
+    recipes = {domain or MIXED: Recipe(options.calibration_tokens, domain) for domain in (*DOMAINS, None)}
+    made = calibrate_all(recipes, options.calibration_text, options.processes)
     return {**made, SHIPPED: kvtc.reference_calibration()}
 
 
@@ -82,8 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
     parser.set_defaults(texts_per_file=2)
-    parser.add_argument("--calibration-text", type=Path, nargs="+", required=True)
-    parser.add_argument("--calibration-tokens", type=int, default=40_000)
+    add_calibration_arguments(parser)
     parser.add_argument("--ratios", type=float, nargs="+", default=[16, 64])
     parser.add_argument("--profiles", nargs="+", default=["paper", "conditional"])
     options = parser.parse_args()
@@ -91,7 +83,7 @@ def main() -> None:
     shares = {file.stem: sorted_shares(file) for file in options.text}
     methods = {
         f"{profile} {ratio:g}x from {name}": kvtc.Codec(made, profile, ratio=ratio)
-        for name, made in calibrations(options.calibration_text, options.calibration_tokens).items()
+        for name, made in calibrations(options).items()
         for profile in options.profiles
         for ratio in options.ratios
     }
