@@ -21,26 +21,31 @@ import kvtc
 import kvtc.codec
 from kvtc.calibration import KindCalibration
 from kvtc.coding.distortion import measure_distortion
+from kvtc.coding.prediction import Predictor
 from kvtc.coding.rope import Rope, RopeTable
 from kvtc.coding.transform import Basis
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.table import format_table
 from kvtc.integrations.huggingface import capture
+from kvtc.profiles import joint, paper
+from kvtc.sealed_stream import StreamDraft
 
-ENCODE_STAGES = {
-    "validate": (kvtc.KVCache, "validate"),
-    "un-rotate": (Rope, "unrotate"),
-    "rows": (kvtc.codec, "rows_of"),
-    "transform": (kvtc.codec, "project"),
-    "quantize and pack": (kvtc.codec, "encode_groups"),
-    "lossless coding, container": (kvtc.codec, "seal_stream"),
-}
-DECODE_STAGES = {
-    "container, lossless decoding": (kvtc.codec, "open_stream"),
-    "unpack and dequantize": (kvtc.codec, "decode_groups"),
-    "inverse transform": (kvtc.codec, "reconstruct"),
-    "rotate": (Rope, "turn_layer"),
-}
+# The stages of `kvtc.codec`, and those of a profile, by the names that call them.
+ENCODE_STAGES = {"validate": (kvtc.KVCache, "validate"), "un-rotate": (Rope, "unrotate"),
+                 "exact tokens": (kvtc.codec, "draft_stream"), "container": (StreamDraft, "seal")}  # fmt: skip
+DECODE_STAGES = {"container, lossless decoding": (kvtc.codec, "open_stream"), "rotate": (Rope, "turn_layer")}
+PROFILE_STAGES = {
+    "paper": (
+        {"transform": (paper, "project"), "quantize and pack": (paper, "encode_groups")},
+        {"unpack and dequantize": (paper, "decode_groups"), "inverse transform": (paper, "reconstruct")},
+    ),
+    "conditional": (
+        {"transform and prediction": (joint.JointCoder, "_coefficients"),
+         "quantize and entropy-code": (joint.JointCoder, "_encode")},
+        {"entropy decoding": (joint, "decode_symbols"), "dequantize": (joint, "dequantize"),
+         "prediction": (Predictor, "predict"), "inverse transform": (joint, "reconstruct")},
+    ),
+}  # fmt: skip
 
 
 def timed_stages(stages: dict, run: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -91,17 +96,20 @@ def large_case(tokens: int) -> tuple[kvtc.Calibration, kvtc.KVCache]:
     return kvtc.Calibration(geometry, *kinds), kvtc.KVCache(keys, sides[1].contiguous())
 
 
-def measure(name: str, calibration: kvtc.Calibration, cache: kvtc.KVCache, ratio: float, repeats: int) -> dict:
-    codec = kvtc.Codec(calibration, ratio=ratio)
-    stream = codec.encode(cache)
+def measure(
+    name: str, calibration: kvtc.Calibration, cache: kvtc.KVCache, profile: str, ratio: float, repeats: int, ids=None
+) -> dict:
+    codec = kvtc.Codec(calibration, profile, ratio=ratio)
+    stream = codec.encode(cache, ids)
     info = kvtc.inspect(stream)
     megabytes = info.original_bytes / 1e6
-    result = {"case": name, "tokens": info.n_tokens, "cache_mb": round(megabytes, 2), "ratio": ratio,
+    encode_stages, decode_stages = PROFILE_STAGES[profile]
+    result = {"case": name, "profile": profile, "tokens": info.n_tokens, "cache_mb": round(megabytes, 2), "ratio": ratio,
               "body_ratio": round(info.body_ratio or 0, 2), "total_ratio": round(info.total_ratio or 0, 2)}  # fmt: skip
     table = []
     for direction, stages, run in (
-        ("encode", ENCODE_STAGES, lambda: codec.encode(cache)),
-        ("decode", DECODE_STAGES, lambda: codec.decode(stream)),
+        ("encode", ENCODE_STAGES | encode_stages, lambda: codec.encode(cache, ids)),
+        ("decode", DECODE_STAGES | decode_stages, lambda: codec.decode(stream, ids)),
     ):
         spent = timed_stages(stages, run, repeats)
         result[direction] = {stage: round(1e3 * seconds, 3) for stage, seconds in spent.items()}
@@ -116,7 +124,7 @@ def measure(name: str, calibration: kvtc.Calibration, cache: kvtc.KVCache, ratio
             ]
             for stage, seconds in spent.items()
         ]
-    print(f"\n{name}: {info.n_tokens} tokens, {megabytes:.1f} MB of 16-bit cache, ratio {ratio}")
+    print(f"\n{name}, {profile}: {info.n_tokens} tokens, {megabytes:.1f} MB of 16-bit cache, ratio {ratio}")
     print(format_table(["", "stage", "ms", "%", "MB/s"], table))
     return result
 
@@ -140,13 +148,16 @@ def main() -> None:
     prefill = statistics.median(prefills[1:])
     calibration = kvtc.reference_calibration()
     cache = kvtc.KVCache(cache.keys.to(torch.bfloat16), cache.values.to(torch.bfloat16))
-    reference = measure("reference model", calibration, cache, options.ratio, options.repeats)
-    both = (reference["encode"]["all"] + reference["decode"]["all"]) / 1e3
-    reference["prefill_ms"] = round(1e3 * prefill, 1)
-    reference["encode_and_decode_over_prefill"] = round(both / prefill, 3)
-    print(f"\nprefill {1e3 * prefill:.0f} ms; encode + decode take {both / prefill:.2f} of it")
-    large = measure("8192 features", *large_case(options.tokens), options.ratio, options.repeats)
-    save_result("codec", {"cases": [reference, large]})
+    references = []
+    for profile in PROFILE_STAGES:
+        reference = measure("reference model", calibration, cache, profile, options.ratio, options.repeats, ids)
+        both = (reference["encode"]["all"] + reference["decode"]["all"]) / 1e3
+        reference["prefill_ms"] = round(1e3 * prefill, 1)
+        reference["encode_and_decode_over_prefill"] = round(both / prefill, 3)
+        print(f"\nprefill {1e3 * prefill:.0f} ms; encode + decode take {both / prefill:.2f} of it")
+        references.append(reference)
+    large = measure("8192 features", *large_case(options.tokens), "paper", options.ratio, options.repeats)
+    save_result("codec", {"cases": [*references, large]})
 
 
 if __name__ == "__main__":
