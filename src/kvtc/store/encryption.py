@@ -31,7 +31,7 @@ try:
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 except ImportError as error:
-    raise MissingDependency("encrypted stores need the package cryptography: pip install 'kvtc[encryption]'") from error
+    raise MissingDependency('encrypted stores need the package cryptography; pip install "kvtc[encryption]"') from error
 
 MAGIC, VERSION = b"kvte", 1
 KEY_BYTES, ID_BYTES, NONCE_BYTES, TAG_BYTES = 32, 8, 12, 16

@@ -18,7 +18,7 @@ try:
     from obstore.exceptions import BaseError
     from obstore.store import S3Store
 except ImportError as error:
-    raise MissingDependency("stores at s3:// need the package obstore: pip install 'kvtc[s3]'") from error
+    raise MissingDependency('stores at s3:// need the package obstore; pip install "kvtc[s3]"') from error
 
 T = TypeVar("T")
 DEFAULT_SECONDS = 20.0

@@ -17,7 +17,7 @@ try:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 except ImportError as error:
-    raise MissingDependency("stores at redis:// need the package redis: pip install 'kvtc[redis]'") from error
+    raise MissingDependency('stores at redis:// need the package redis; pip install "kvtc[redis]"') from error
 
 DEFAULT_SECONDS = 5.0
 MAX_FRAME_BYTES = 512 << 20  # of a Redis string

@@ -81,7 +81,7 @@ class TieredStore(Store):
             raise InvalidArgument(f"write is {write!r}; expected one of {', '.join(WRITE)}")
         self._tiers = [Tier(store, pause, lambda: self._counters.add(errors=1)) for store in tiers]
         self._stripes = [threading.Lock() for _ in range(N_STRIPES)]
-        self._versions = [0] * N_STRIPES  # odd while a key of that stripe is being written
+        self._versions = [0] * N_STRIPES  # how often a key of that stripe has been written
         self._write_back = WriteBack(self._put_below, self._delete_below, queue_bytes) if write == "back" else None
 
     def __repr__(self) -> str:
@@ -213,7 +213,7 @@ class TieredStore(Store):
                     held[stripe] = self._stripes[stripe].acquire(blocking=False)  # being written: not worth a wait
                     if held[stripe]:
                         stack.callback(self._stripes[stripe].release)
-                if held[stripe] and version % 2 == 0 and version == self._versions[stripe]:
+                if held[stripe] and version == self._versions[stripe]:
                     fresh.append((key, value))
             if fresh:
                 for tier in self._tiers[:depth]:
@@ -234,8 +234,6 @@ class TieredStore(Store):
         with ExitStack() as stack:
             for stripe in stripes:
                 stack.enter_context(self._stripes[stripe])
-            for stripe in stripes:
-                self._versions[stripe] += 1
             try:
                 yield
             finally:
