@@ -1,11 +1,15 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo   shows the codec at work on the model that ships with it
 #   make test   runs every check
+# make test-engines runs kvtc inside serving engines; each takes some minutes and some GB to install.
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check fuzz bench clean
+# Engines that `make test-engines` runs kvtc in, each in an environment of its own.
+ENGINES ?= vllm
+
+.PHONY: demo test test-stores test-faults test-engines soak check fuzz bench clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/kvtc demo --output demo_output --force
@@ -18,6 +22,25 @@ check: $(VENV)/.test-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The servers that stores are tested against; moto has a venv of its own, since it needs other versions than the checks.
+SERVERS := $(VENV)/servers
+SOAK_SECONDS ?= 300
+
+test-stores: $(VENV)/.test-ready $(VENV)/.servers-ready
+	KVTC_NO_SKIPS=1 KVTC_MOTO_SERVER=$(SERVERS)/bin/moto_server $(BIN)/python -m pytest tests/stores
+
+test-faults: $(VENV)/.test-ready
+	KVTC_KILLS=200 $(BIN)/python -m pytest tests/stores/test_faults.py tests/stores/test_faults_remote.py
+
+soak: $(VENV)/.test-ready
+	$(BIN)/python -m tests.stores.soak --seconds $(SOAK_SECONDS)
+
+test-engines: $(ENGINES:%=test-engine-%)
+
+test-engine-%:
+	tests/engines/setup.sh $* $(VENV)-$*
+	$(VENV)-$*/bin/python tests/engines/$*_end_to_end.py
 
 fuzz: $(VENV)/.test-ready
 	$(BIN)/python -m tests.fuzz --mutations 100000
@@ -41,5 +64,12 @@ $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml
 	$(INSTALL) --editable '.[dev]'
 	touch $(VENV)/.demo-ready $@
 
+$(VENV)/.servers-ready: $(VENV)/.torch-ready
+	command -v redis-server >/dev/null || (test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq redis-server) || \
+		(echo "redis-server is not installed, and installing it takes root" >&2; exit 1)
+	python3 -m venv $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES:%=$(VENV)-%) demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -324,8 +324,7 @@ def golden_joint_calibration() -> Calibration:
     return Calibration(plain.geometry, plain.key, plain.value, joint=JointCalibration(basis, metric, model, tokens))
 
 
-def golden_joint_codec(profile: str) -> Codec:
+def golden_joint_codec(profile: str, **options: object) -> Codec:
     """As `golden_codec`; the step is an eighth, so that some values escape."""
-    return Codec(
-        golden_joint_calibration(), profile, step=0.125, sink_tokens=1, window_tokens=1, chunk_tokens=4, lossless="none"
-    )
+    defaults = {"step": 0.125, "sink_tokens": 1, "window_tokens": 1, "chunk_tokens": 4, "lossless": "none"}
+    return Codec(golden_joint_calibration(), profile, **(defaults | options))

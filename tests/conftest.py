@@ -18,6 +18,8 @@ settings.register_profile("ci", settings.get_profile("dev"), max_examples=200, d
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 torch.set_num_threads(1)
+# Nothing is fetched: libraries that would ask a hub are told so before they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,7 @@ from .builders import (
 SECONDS_EACH = 10
 MEMORY_GROWTH_BYTES = 64 << 20
 WARM_UP = 1000
+SEVERAL_LANES_TOKENS = 700
 
 # (offset, layout) of the fields of docs/format.md; checksums are left out, the reseal sees to them.
 HEADER_FIELDS = [
@@ -102,8 +103,12 @@ def make_targets() -> list[Target]:
         (golden_joint_codec("conditional"), golden_cache(), GOLDEN_TOKEN_IDS),
         (joint_codec("joint", step=0.05, chunk_tokens=64), told_cache(45), None),
         (joint_codec("joint", step=20.0), *told_gappy_cache(20)),
+        # Tokens enough for a second lane of the coder.
+        (joint_codec("joint", step=2.0, chunk_tokens=1024), told_cache(SEVERAL_LANES_TOKENS), None),
         (joint_codec("conditional", step=0.5, window_tokens=0), told_cache(20, torch.bfloat16), told_ids(20)),
         (joint_codec("conditional", ratio=8, sink_format="fp8"), *told_gappy_cache(30)),
+        (joint_codec("joint", ratio=8, fixed_size=True), told_cache(30, torch.bfloat16), told_ids(30)),
+        (joint_codec("conditional", window_tokens=9, window_format="coded"), *told_gappy_cache(30)),
     ):
         known = None if ids is None else list(map(int, ids))
         needed = known if codec.settings.profile == "conditional" else None
@@ -125,7 +130,9 @@ def make_targets() -> list[Target]:
         parsed = parse_stream(stream)
         raw = tuple(parsed.read(s.type, s.chunk, s.raw_bytes) for s in parsed.sections)
         is_final = parsed.header.profile != "paper"
-        final = frozenset(i for i, s in enumerate(parsed.sections) if is_final and s.type is SectionType.BODY)
+        finished = {SectionType.BODY, SectionType.PADDING} if is_final else set()
+        finished |= {SectionType.WINDOW} if any(chunk.coded_window for chunk in parsed.chunks) else set()
+        final = frozenset(i for i, s in enumerate(parsed.sections) if s.type in finished)
         targets.append(Target(codec, stream, raw, final, parsed.n_tokens, needed))
     return targets
 
@@ -232,6 +239,19 @@ def set_step(draw: random.Random, data: bytearray, _: list[Target]) -> None:
         struct.pack_into("<f", data, sections[0][1], step)
 
 
+def set_coder_state(draw: random.Random, data: bytearray, _: list[Target]) -> None:
+    """Where a body of rANS says how long it is and where its lanes start, or among its words: all that its decoder is led by."""
+    sections = sections_of(data[:100_000]) if counts_of(data)[1] < 100 else []
+    bodies = [section for section in sections if data[section[0] : section[0] + 1] == bytes([SectionType.BODY])]
+    if bodies and sections[0][2] == 4:
+        entry, start, _ = draw.choice(bodies)
+        (chunk,) = struct.unpack_from("<I", data, entry + 4)
+        if chunk < counts_of(data)[0]:
+            (n_tokens,) = struct.unpack_from("<H", data, HEADER_BYTES + CHUNK_BYTES * chunk + 6)
+            # The length, up to two lanes, and the first words behind them.
+            set_field(draw, data, start + -(-n_tokens // 4) + 4 * draw.randrange(5), "I")
+
+
 def replace_section(draw: random.Random, target: Target) -> bytearray:
     """A section that decodes well, to bytes that are wrong in content or in number."""
     number = draw.randrange(len(target.raw_sections))
@@ -260,7 +280,7 @@ def replace_section(draw: random.Random, target: Target) -> bytearray:
 
 MUTATIONS: list[Callable[[random.Random, bytearray, list[Target]], None]] = [
     flip_bit, set_byte, insert, delete, cut, repeat, splice, set_header_field, set_chunk_field, move_tokens,
-    set_section_field, set_allocation_field, set_step,
+    set_section_field, set_allocation_field, set_step, set_coder_state,
 ]  # fmt: skip
 
 

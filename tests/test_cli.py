@@ -88,6 +88,30 @@ def test_encode_a_saved_cache(capsys, made, tmp_path):
     assert json.loads(out)["prefill_seconds"] is None
 
 
+def test_encode_to_a_fixed_size(capsys, made, tmp_path):
+    sizes = set()
+    for ratio in (16, 64):
+        output = tmp_path / f"{ratio}.kvtc"
+        options = ["--model", "reference", "--profile", "conditional", "--ratio", ratio, "--fixed-size"]
+        code, out, _ = run(capsys, "encode", made / "talk.txt", "-o", output, *options, "--json")
+        result = json.loads(out)
+        codec = kvtc.Codec(kvtc.reference_calibration(), "conditional", ratio, fixed_size=True)
+        assert code == 0
+        assert output.stat().st_size == codec.stream_bytes(result["n_tokens"]) == result["total_bytes"]
+        assert result["padding_bytes"] == kvtc.inspect(output.read_bytes()).padding_bytes
+        sizes.add(result["total_bytes"])
+    assert len(sizes) == 2
+    assert "padding" in run(capsys, "inspect", output)[1]
+
+
+def test_encode_with_a_coded_window(capsys, made, tmp_path):
+    output = tmp_path / "talk.kvtc"
+    options = ["--model", "reference", "--profile", "joint", "--step", 1, "--window-format", "coded"]
+    assert run(capsys, "encode", made / "talk.txt", "-o", output, *options)[0] == 0
+    assert kvtc.inspect(output.read_bytes()).window_format == "coded"
+    assert "exact, coded" in run(capsys, "inspect", output)[1]
+
+
 def test_decode_gives_back_the_cache_and_its_tokens(made):
     cache, token_ids = load_cache(made / "talk.safetensors")
     info = kvtc.inspect((made / "talk.kvtc").read_bytes())
@@ -289,6 +313,7 @@ def test_values_that_cannot_be(capsys, made, tmp_path):
     assert "at least 1" in fails(capsys, *encode, "--ratio", 0.5)
     assert "not both" in fails(capsys, *encode, "--max-error", 0.1, "--key-ratio", 8)
     assert "nowhere" in fails(capsys, *encode, "--device", "nowhere")
+    assert "cannot keep to a fixed size" in fails(capsys, *encode, "--fixed-size")
     calibrate = ["calibrate", "--model", "reference", "--text", made / "corpus.txt", *out]
     assert "layers" in fails(capsys, *calibrate, "--layers", "4:2")
     assert "kv_heads" in fails(capsys, *calibrate, "--kv-heads", "0:9")

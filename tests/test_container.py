@@ -19,7 +19,7 @@ import kvtc
 from kvtc.cache import KVCache
 from kvtc.codec import Codec
 from kvtc.coding.lossless import CODER_IDS, compress, decompress
-from kvtc.container import Payload, SectionType, join_streams, parse_stream, split_stream, write_stream
+from kvtc.container import Payload, SectionType, code_payloads, join_streams, parse_stream, split_stream, write_stream
 from kvtc.errors import CorruptStream, InvalidArgument, KvtcError, TruncatedStream, UnsupportedVersion
 
 from .builders import (
@@ -195,7 +195,7 @@ def test_a_last_position_past_2_to_the_31_is_corrupt():
     allocation = parse_stream(good).read(SectionType.RATE, 0xFFFFFFFF, kvtc.inspect(good).sections[0].raw_bytes)
     payloads = [Payload(SectionType.RATE, 0xFFFFFFFF, allocation), Payload(SectionType.BODY, 0, bytes(10))]
     with pytest.raises(CorruptStream, match="2 tokens from position 2147483647"):
-        parse_stream(write_stream(header, [replace(chunk, n_body=2)], payloads, "none"))
+        parse_stream(write_stream(header, [replace(chunk, n_body=2)], code_payloads(payloads, "none")))
 
 
 @pytest.mark.parametrize(
@@ -319,13 +319,16 @@ def test_chunks_in_the_wrong_order_are_corrupt():
         Payload(s.type, s.chunk, stream.read(s.type, s.chunk, s.raw_bytes)) for s in stream.sections if s.chunk != 1
     ]
     first, _, last = stream.chunks
-    assert len(parse_stream(write_stream(stream.header, stream.chunks[:1], payloads[:3], "none")).chunks) == 1
+    assert (
+        len(parse_stream(write_stream(stream.header, stream.chunks[:1], code_payloads(payloads[:3], "none"))).chunks)
+        == 1
+    )
     for chunks in ([last, first], [first, first]):
         swapped = [payloads[0]] + [
             Payload(kind, index, bytes(8)) for index, chunk in enumerate(chunks) for kind in chunk.sections()
         ]
         with pytest.raises(CorruptStream, match="does not follow"):
-            parse_stream(write_stream(stream.header, chunks, swapped, "none"))
+            parse_stream(write_stream(stream.header, chunks, code_payloads(swapped, "none")))
 
 
 @pytest.mark.parametrize(
@@ -341,7 +344,7 @@ def test_regions_in_the_wrong_order_are_corrupt(counts):
     payloads = [Payload(SectionType.RATE, 0xFFFFFFFF, bytes(4))]
     payloads += [Payload(kind, index, bytes(8)) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
     with pytest.raises(CorruptStream, match="earlier region"):
-        parse_stream(write_stream(stream.header, chunks, payloads, "none"))
+        parse_stream(write_stream(stream.header, chunks, code_payloads(payloads, "none")))
 
 
 def long_cache(seed: int = 0, n: int = 22) -> KVCache:
@@ -525,7 +528,7 @@ def many_chunks(profile: str, count: int) -> bytes:
     rate = parse_stream(stream).read(SectionType.RATE, 0xFFFFFFFF, 4)
     payloads = [Payload(SectionType.RATE, 0xFFFFFFFF, rate)]
     payloads += [Payload(SectionType.BODY, index, b"x", is_final=True) for index in range(count)]
-    return write_stream(header, chunks, payloads, "none")
+    return write_stream(header, chunks, code_payloads(payloads, "none"))
 
 
 OVERSIZED_BODIES = {

@@ -106,7 +106,7 @@ def test_the_specification_suffices_for_the_golden_streams_of_the_other_profiles
 @pytest.mark.parametrize("profile", JOINT_PROFILES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn])
 def test_the_specification_suffices_for_the_other_profiles(profile, dtype):
-    """Several chunks, more tokens in a chunk than the coder has lanes, gaps, escapes and coefficients that are not coded."""
+    """Several chunks, gaps, escapes and coefficients that are not coded."""
     cache, ids = told_gappy_cache(90, dtype)
     for step in (0.02, 30.0):
         codec = joint_codec(profile, step=step, chunk_tokens=64)
@@ -118,6 +118,42 @@ def test_the_specification_suffices_for_the_other_profiles(profile, dtype):
         near = max(torch.finfo(dtype).eps, 1e-4)
         np.testing.assert_allclose(keys, decoded.keys.float().numpy(), rtol=near, atol=1e-3)
         np.testing.assert_allclose(values, decoded.values.float().numpy(), rtol=near, atol=1e-3)
+
+
+def test_the_specification_suffices_for_several_lanes():
+    """Two of them in a chunk that has symbols enough, and a token that only the first has."""
+    cache, ids = told_gappy_cache(501, torch.float32)
+    codec = joint_codec("joint", step=0.5, sink_tokens=0, window_tokens=0, chunk_tokens=2048)
+    stream = codec.encode(cache, ids)
+    n_coded = len(variance_classes(codec.calibration.joint.coefficients.deviations, 0.5))
+    assert 2 * 10240 <= 501 * n_coded < 4 * 10240
+    _, _, keys, values = decode_by_the_page(stream, codec.calibration, ids.tolist())
+    decoded = codec.decode(stream, ids)
+    np.testing.assert_allclose(keys, decoded.keys.numpy(), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(values, decoded.values.numpy(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("profile", JOINT_PROFILES)
+@pytest.mark.parametrize("options", [{"step": 0.5}, {"ratio": 16, "fixed_size": True}])
+def test_the_specification_suffices_for_coded_windows_and_fixed_sizes(profile, options):
+    cache, ids = told_gappy_cache(90)
+    codec = joint_codec(profile, **({"chunk_tokens": 64, "window_tokens": 40, "window_format": "coded"} | options))
+    stream = codec.encode(cache, ids)
+    decoded = codec.decode(stream, ids)
+    _, _, keys, values = decode_by_the_page(stream, codec.calibration, ids.tolist())
+    np.testing.assert_allclose(keys, decoded.keys.float().numpy(), rtol=2**-7, atol=1e-3)
+    np.testing.assert_allclose(values, decoded.values.float().numpy(), rtol=2**-7, atol=1e-3)
+
+
+def test_the_golden_stream_with_a_coded_window():
+    """The only window token, coded; with no lossless coder and one step its bytes never change."""
+    codec = golden_joint_codec("conditional", window_format="coded")
+    stream = golden_stream("window")
+    assert codec.encode(golden_cache(), GOLDEN_TOKEN_IDS).hex() == stream.hex()
+    decoded = codec.decode(stream, GOLDEN_TOKEN_IDS)
+    _, _, keys, values = decode_by_the_page(stream, codec.calibration, GOLDEN_TOKEN_IDS)
+    np.testing.assert_array_equal(keys, decoded.keys.float().numpy())
+    np.testing.assert_array_equal(values, decoded.values.float().numpy())
 
 
 def test_the_specification_suffices_for_the_golden_stream():
@@ -215,6 +251,7 @@ def decode_by_the_page(
         allocations.append([struct.unpack_from("<IHHB", rate, at + 2 + 9 * i) for i in range(count)])
         at += 2 + 9 * count
 
+    steps = struct.unpack(f"<{len(rate) // 4}f", rate) if profile > 1 else ()
     positions: list[int] = []
     parts: list[np.ndarray] = []
     for index in range(n_chunks):
@@ -225,6 +262,7 @@ def decode_by_the_page(
             here = [first // cell * cell + offset for offset in struct.unpack(f"<{n}H", sections[2, index])]
         else:
             here = list(range(first, first + n))
+        ids = token_ids[len(positions) : len(positions) + n] if profile == 3 else None
         if n_sink and chunk_flags & 2:
             parts.append(fp8_vectors(sections[3, index], (2, layers, heads, n_sink, dim), dtype))
         elif n_sink:
@@ -233,14 +271,19 @@ def decode_by_the_page(
             if profile == 1:
                 rows = body_rows(sections[4, index], n_body, allocations, calibration)
             else:
-                ids = token_ids[len(positions) : len(positions) + n] if profile == 3 else None
-                (step,) = struct.unpack("<f", rate)
-                rows = joint_rows(sections[4, index], n_sink, n_body, step, here, ids, calibration)
+                rows = joint_rows(sections[4, index], n_sink, n_body, steps[0], here, ids, calibration)
             both = rows.reshape(2, n_body, layers, heads, dim).transpose(0, 2, 3, 1, 4).copy()
             rotate(both[0], np.array(here[n_sink : n_sink + n_body]), rope_length, calibration)
             parts.append(round_to(both, dtype))
-        if n_window:
+        if n_window and chunk_flags & 8:
+            rows = joint_rows(sections[5, index], n_sink + n_body, n_window, steps[1], here, ids, calibration)
+            both = rows.reshape(2, n_window, layers, heads, dim).transpose(0, 2, 3, 1, 4).copy()
+            rotate(both[0], np.array(here[n_sink + n_body :]), rope_length, calibration)
+            parts.append(round_to(both, dtype))
+        elif n_window:
             parts.append(planes(sections[5, index], (2, layers, heads, n_window, dim), dtype))
+        if chunk_flags & 4:
+            assert not any(sections[6, index])
         positions += here
     both = np.concatenate(parts, axis=3)
     return positions, rope_length, both[0], both[1]
@@ -380,7 +423,9 @@ def rans_symbols(data: bytes, activities: list[int], classes: list[int], tables:
     if not classes:
         assert not data
         return symbols
-    n_lanes = min(32, len(activities))
+    n_lanes = 1
+    while 2 * n_lanes <= min(32, len(activities), len(activities) * len(classes) // 10240):
+        n_lanes *= 2
     states = list(struct.unpack_from(f"<{n_lanes}I", data))
     words = iter(struct.unpack_from(f"<{(len(data) - 4 * n_lanes) // 2}H", data, 4 * n_lanes))
     for block in range(0, len(activities), n_lanes):

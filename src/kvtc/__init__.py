@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from .container import join_streams, split_stream
     from .inspection import StreamInfo, inspect
     from .integrations.huggingface import calibrate
+    from .prefix_cache import PrefixCache
     from .reference import reference_calibration, reference_model
+    from .store import open_store
 
 __version__ = "0.1.0"
 
@@ -33,11 +35,13 @@ _HOME = {
     "Calibration": "calibration",
     "Codec": "codec",
     "KVCache": "cache",
+    "PrefixCache": "prefix_cache",
     "StreamInfo": "inspection",
     "calibrate": "integrations.huggingface",
     "inspect": "inspection",
     "join_streams": "container",
     "load_calibration": "calibration",
+    "open_store": "store",
     "reference_calibration": "reference",
     "reference_model": "reference",
     "split_stream": "container",
@@ -48,12 +52,14 @@ __all__ = [
     "Calibration",
     "Codec",
     "KVCache",
+    "PrefixCache",
     "StreamInfo",
     "calibrate",
     "errors",
     "inspect",
     "join_streams",
     "load_calibration",
+    "open_store",
     "reference_calibration",
     "reference_model",
     "split_stream",

@@ -5,7 +5,7 @@ Axis letters, used everywhere: L layers, H key-value heads, T tokens, D features
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -105,6 +105,11 @@ class KVCache:
     def describe(self) -> str:
         """Ranges in words, for messages."""
         return describe_range(self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
+
+    def span(self, start: int, stop: int) -> KVCache:
+        """Tokens start .. stop - 1, with their positions; a view of this cache."""
+        sides = self.keys[:, :, start:stop], self.values[:, :, start:stop]
+        return replace(self, keys=sides[0], values=sides[1], positions=self.resolved_positions()[start:stop])
 
     def resolved_positions(self) -> Tensor:
         """[T] int64 on the CPU."""

@@ -8,28 +8,28 @@ What stands between un-rotated keys and the stream's sections is the profile's (
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import interop
-from .cache import KVCache
+from .cache import CACHE_DTYPES, KVCache
 from .calibration.artifact import Calibration
-from .coding.lossless import require_coder
 from .coding.prediction import token_triples
 from .coding.regions import ChunkSpan, split_regions
 from .coding.transform import cache_side_of
-from .container import MAX_CHUNK_TOKENS, PROFILES, parse_stream
+from .container import Chunk, SectionType, parse_stream
 from .errors import InvalidArgument, InvalidCache
+from .fixed_size import fixed_stream_bytes
 from .opened_stream import ExactTokens, OpenedStream, TokenIds, open_stream
-from .profiles import BodyCoder, BodyRows, JointCoder, PaperCoder
-from .profiles.joint import StepRate
-from .profiles.paper_rate import DEFAULT_RATIO, RateTarget
-from .sealed_stream import StreamSettings, seal_stream
+from .profiles import Allowance, BodyCoder, BodyRows
+from .profiles.step_rate import StepRate
+from .sealed_stream import chunks_of, draft_stream
+from .settings import as_ids, check_calibration, check_regions, coder_and_rate, decoder, stream_settings, usable_device
 
 
 class Codec:
@@ -39,7 +39,10 @@ class Codec:
     ratio: bits of a cached value over bits the body may spend on it; None means 16. With `paper` it counts bits before lossless
     coding, as published: the real body_ratio is at least that on texts of ordinary length. With the others it is the body_ratio,
     and the step is found for each cache. step: instead of a ratio, the step itself, so that chunks of different caches coincide.
-    sink_tokens, window_tokens: tokens kept exactly at the beginning and the end. sink_format: "exact" or "fp8".
+    sink_tokens, window_tokens: tokens kept exactly at the beginning and the end. sink_format: "exact" or "fp8". window_format:
+    "exact", or with `joint` and `conditional` "coded": like the body, with a quarter of its step.
+    fixed_size: every stream of tokens at the same places has the same bytes, `stream_bytes` of them: the step is as fine as
+    fits, and what is left is padded (`joint` and `conditional`, with a ratio).
     lossless: "deflate", "zstd", "lz4" or "none". chunk_tokens: unit of random access. device: where the arithmetic runs.
 
     Of the profile `paper` alone: key_ratio, value_ratio: the ratio of one kind. max_error: instead of a ratio, the largest relative
@@ -64,43 +67,21 @@ class Codec:
         allocation: str = "dynamic",
         lossless: str = "deflate",
         sink_format: str = "exact",
+        window_format: str = "exact",
+        fixed_size: bool = False,
         chunk_tokens: int = 256,
         device: str | torch.device = "cpu",
     ) -> None:
-        if not isinstance(calibration, Calibration):
-            raise InvalidArgument(
-                f"expected a kvtc.Calibration (kvtc.load_calibration), got {type(calibration).__name__}"
-            )
-        if profile not in PROFILES:
-            raise InvalidArgument(f"profile {profile!r} is unknown; expected one of {', '.join(PROFILES)}")
-        if sink_tokens < 0 or window_tokens < 0:
-            raise InvalidArgument(f"sink_tokens {sink_tokens} and window_tokens {window_tokens} must not be negative")
-        if not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS:
-            raise InvalidArgument(f"chunk_tokens must lie in 1 .. {MAX_CHUNK_TOKENS}; got {chunk_tokens}")
-        if sink_format not in ("exact", "fp8"):
-            raise InvalidArgument(f"sink_format must be exact or fp8; got {sink_format!r}")
-        require_coder(lossless)
+        check_calibration(calibration)
+        check_regions(sink_tokens, window_tokens)
         self.calibration = calibration
         self.sink_tokens = sink_tokens
         self.window_tokens = window_tokens
-        self.settings = StreamSettings(profile, chunk_tokens, lossless, fp8_sinks=sink_format == "fp8")
-        self.device = _usable_device(device)
+        self.settings = stream_settings(profile, chunk_tokens, lossless, sink_format, window_format, fixed_size)
+        self.device = usable_device(device)
         self._lock = threading.Lock()
-        self.rate: RateTarget | StepRate
-        if profile == "paper":
-            if step is not None:
-                raise InvalidArgument("the profile paper has no step; give a ratio")
-            self.rate = RateTarget(calibration, ratio, key_ratio, value_ratio, max_error, allocation)
-            self._coder: BodyCoder = PaperCoder(calibration, self.device, self.rate)
-        else:
-            if (key_ratio, value_ratio, max_error, allocation) != (None, None, None, "dynamic"):
-                raise InvalidArgument(
-                    f"key_ratio, value_ratio, max_error and allocation are of the profile paper, not {profile}"
-                )
-            if ratio is not None and step is not None:
-                raise InvalidArgument("give either a ratio or a step, not both")
-            self.rate = StepRate(DEFAULT_RATIO if ratio is None else ratio, step)
-            self._coder = JointCoder(calibration, self.device, profile == "conditional", self.rate)
+        of_paper = key_ratio, value_ratio, max_error, allocation
+        self._coder, self.rate = coder_and_rate(calibration, self.device, self.settings, ratio, step, of_paper)
         self._coders = {profile: self._coder}
 
     def encode(self, cache: Any, token_ids: Any = None, positions: Any = None) -> bytes:
@@ -118,7 +99,44 @@ class Codec:
             cache = interop.from_transformers(cache, self.calibration.geometry)
         elif not isinstance(cache, KVCache):
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
-        return self._encode(cache, _as_ids(token_ids), _as_ids(positions), is_transformers)
+        return self._encode(cache, as_ids(token_ids), as_ids(positions), is_transformers)
+
+    def stream_bytes(
+        self,
+        n_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        first_position: int = 0,
+        positions: Any = None,
+    ) -> int:
+        """Bytes of every stream that this codec, made with `fixed_size=True`, writes of n_tokens tokens; no cache is needed.
+
+        dtype: of the cache. The tokens stand at first_position and after, or at `positions` [n_tokens].
+
+        Raises `InvalidArgument` for a codec without fixed size and for tokens or a dtype that cannot be.
+        """
+        if not self.settings.fixed_size:
+            raise InvalidArgument("streams have a size of their own unless the codec is made with fixed_size=True")
+        if dtype not in CACHE_DTYPES or n_tokens < 0 or first_position < 0:
+            raise InvalidArgument(f"{n_tokens} tokens of {dtype} from position {first_position} cannot be")
+        ids = as_ids(positions)
+        places = torch.arange(first_position, first_position + n_tokens) if ids is None else torch.from_numpy(ids)
+        if len(places) != n_tokens:
+            raise InvalidArgument(f"{n_tokens} tokens, but {len(places)} positions")
+        spans = self._spans(places)
+        return self._size(chunks_of(self.settings, spans, places), dtype)
+
+    @property
+    def settings_name(self) -> str:
+        """Names all that the bytes of a stream depend on besides the cache and the calibration."""
+        return f"{self.settings} {self.rate} sinks={self.sink_tokens} window={self.window_tokens}"
+
+    def with_window(self, window_tokens: int) -> Codec:
+        """The same codec, but for how many of the last tokens stay exact; 0: every token past the sinks is coded, alike."""
+        if window_tokens < 0:
+            raise InvalidArgument(f"window_tokens {window_tokens} must not be negative")
+        other = copy.copy(self)
+        other.window_tokens = window_tokens
+        return other
 
     def decode(
         self, stream: bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
@@ -150,7 +168,7 @@ class Codec:
         self, stream: bytes, token_ids: Any, tokens: int | None, start_position: int | None
     ) -> tuple[KVCache, bool]:
         """The cache, and whether it was one of transformers."""
-        opened = open_stream(stream, self.calibration, self._coder_of, _as_ids(token_ids), tokens)
+        opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), tokens)
         header = opened.header
         shift = _shift_to(start_position, opened)
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
@@ -170,7 +188,7 @@ class Codec:
 
         Arguments and stream are checked, and coefficients decoded, before this returns.
         """
-        return self._restore(open_stream(stream, self.calibration, self._coder_of, _as_ids(token_ids), None), shift=0)
+        return self._restore(open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), None), shift=0)
 
     def encode_batch(self, cache: Any, token_ids: Any, attention_mask: Any) -> list[bytes]:
         """A left-padded transformers cache of several sequences -> one stream each, padding left out.
@@ -191,7 +209,7 @@ class Codec:
         for index in range(shape[0]):
             tokens = mask[index].nonzero().flatten().cpu()
             part = interop.from_transformers(cache, self.calibration.geometry, index, tokens)
-            streams.append(self._encode(part, _as_ids(ids[index][mask[index]]), None, is_transformers=True))
+            streams.append(self._encode(part, as_ids(ids[index][mask[index]]), None, is_transformers=True))
         return streams
 
     def decode_batch(self, streams: Sequence[bytes], token_ids: Any = None) -> tuple[Any, Tensor]:
@@ -203,7 +221,7 @@ class Codec:
             raise InvalidArgument("there are no streams to decode")
         lengths = [parse_stream(stream).n_tokens for stream in streams]
         longest = max(lengths)
-        ids = [None] * len(streams) if token_ids is None else [_as_ids(row) for row in token_ids]
+        ids = [None] * len(streams) if token_ids is None else [as_ids(row) for row in token_ids]
         if len(ids) != len(streams):
             raise InvalidArgument(f"{len(streams)} streams, but token ids for {len(ids)}")
         is_padded = isinstance(token_ids, Tensor)
@@ -254,38 +272,55 @@ class Codec:
             raise InvalidArgument(
                 f"the profile {self.settings.profile} predicts from token ids; give token_ids, or use joint"
             )
-        spans = split_regions(
-            cache.resolved_positions(), self.sink_tokens, self.window_tokens, self.settings.chunk_tokens
+        spans = self._spans(cache.resolved_positions())
+        draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans)
+        size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
+        bodies = [(index, span) for index, span in enumerate(spans) if span.n_body]
+        windows = [(index, spans[index]) for index, chunk in enumerate(draft.chunks) if chunk.coded_window]
+        rate_bytes = self._coder.rate_bytes or 0
+        allowance = Allowance(
+            sum(span.n_body for span in spans),
+            cache.original_bits,
+            other_bytes=draft.body_bytes + rate_bytes,
+            at_most=None if size is None else size - draft.n_bytes - rate_bytes,
         )
-        coded = [span for span in spans if span.n_body]
-        n_coded = sum(span.n_body for span in coded)
-        chunks = (self._body_rows(cache, span, token_ids) for span in coded)
-        plan = self._coder.plan(chunks, n_coded, cache.original_bits)
         # Chunk by chunk, so that memory stays small and that the bytes of a chunk depend on nothing but the chunk.
-        bodies = [
-            self._coder.encode(self._body_rows(cache, span, token_ids), plan) if span.n_body else b"" for span in spans
-        ]
-        return seal_stream(
-            self.settings,
-            self.calibration,
-            cache,
-            is_transformers,
-            token_ids,
-            spans,
-            plan.to_bytes(),
-            bodies,
-            self._coder.is_entropy_coded,
+        coded = self._coder.encode_all(
+            lambda is_window: (
+                self._rows(cache, span, span.window if is_window else span.body, token_ids)
+                for _, span in (windows if is_window else bodies)
+            ),
+            allowance,
+        )
+        sections = {(SectionType.BODY, index): data for (index, _), data in zip(bodies, coded.bodies, strict=True)}
+        sections |= {(SectionType.WINDOW, index): data for (index, _), data in zip(windows, coded.windows, strict=True)}
+        return draft.seal(coded.plan.to_bytes(), sections, self._coder.is_entropy_coded, size)
+
+    def _spans(self, positions: Tensor) -> list[ChunkSpan]:
+        return split_regions(positions, self.sink_tokens, self.window_tokens, self.settings.chunk_tokens)
+
+    def _size(self, chunks: list[Chunk], dtype: torch.dtype) -> int:
+        """Bytes of a stream of fixed size."""
+        if not isinstance(self.rate, StepRate) or self._coder.rate_bytes is None:
+            raise InvalidArgument("streams have a size of their own unless the codec is made with fixed_size=True")
+        return fixed_stream_bytes(
+            chunks,
+            self.calibration.geometry,
+            dtype,
+            self.rate.ratio,
+            self._coder.rate_bytes,
+            self._coder.least_bytes,
         )
 
-    def _body_rows(self, cache: KVCache, span: ChunkSpan, token_ids: TokenIds | None) -> BodyRows:
-        """The coded tokens of a chunk on the codec's device, keys un-rotated."""
+    def _rows(self, cache: KVCache, span: ChunkSpan, tokens: slice, token_ids: TokenIds | None) -> BodyRows:
+        """Tokens of a chunk on the codec's device, keys un-rotated."""
         positions = cache.resolved_positions()
-        keys, values = (side[:, :, span.body].to(self.device) for side in (cache.keys, cache.values))
-        unrotated = self.calibration.geometry.rope.unrotate(keys, positions[span.body], cache.resolved_rope_length())
+        keys, values = (side[:, :, tokens].to(self.device) for side in (cache.keys, cache.values))
+        unrotated = self.calibration.geometry.rope.unrotate(keys, positions[tokens], cache.resolved_rope_length())
         triples = None
         if token_ids is not None:
             ids, here = token_ids[span.tokens], positions[span.tokens].numpy()
-            triples = token_triples(ids, here)[span.n_sink : span.n_sink + span.n_body]
+            triples = token_triples(ids, here)[tokens.start - span.first : tokens.stop - span.first]
         return BodyRows(unrotated, values.float(), triples)
 
     def _restore(self, opened: OpenedStream, shift: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -325,34 +360,8 @@ class Codec:
         """The coder of a stream's profile, whichever this codec writes."""
         with self._lock:
             if profile not in self._coders:
-                self._coders[profile] = (
-                    PaperCoder(self.calibration, self.device)
-                    if profile == "paper"
-                    else JointCoder(self.calibration, self.device, profile == "conditional")
-                )
+                self._coders[profile] = decoder(self.calibration, profile, self.device)
             return self._coders[profile]
-
-
-def _as_ids(values: Any) -> TokenIds | None:
-    """Token ids or positions in any integer form -> int64 [T]."""
-    if values is None:
-        return None
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if array.ndim == 2 and array.shape[0] == 1:
-        array = array[0]
-    if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
-        raise InvalidArgument(
-            f"token ids and positions are integers [tokens]; got {array.dtype} of shape {array.shape}"
-        )
-    return array.astype(np.int64)
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    """The device, if this torch can compute on it."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidArgument(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _shift_to(start_position: int | None, opened: OpenedStream) -> int:

@@ -50,5 +50,29 @@ class UnsupportedModel(KvtcError):
     """The model keeps a cache that kvtc cannot transform; the message names the layer."""
 
 
+class UnsupportedLayout(KvtcError):
+    """A serving engine lays out its cache in a way kvtc does not read; the message says what the engine said."""
+
+
 class MissingDependency(KvtcError, ImportError):
     """An optional package is needed for this call; the message says which extra installs it."""
+
+
+class StoreError(KvtcError):
+    """A store could not do what was asked; the two classes below say why. No store returns wrong bytes instead."""
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be reached or used: no server, no answer in time, no permission, closed."""
+
+
+class StoreFull(StoreError):
+    """There is no room for the value: it exceeds the byte budget, or the disk or server is full."""
+
+
+class InvalidPlan(KvtcError, ValueError):
+    """A plan, or a file that it names, cannot be worked out; the message names the file and the field."""
+
+
+class MissingMeasurement(KvtcError, LookupError):
+    """The plan needs a number that its measurement file does not hold; the message names it and its unit."""

@@ -22,9 +22,10 @@ class SectionInfo:
 class StreamInfo:
     """Geometry, regions and honest cost of a stream.
 
-    body_bytes: all that the coded tokens cost: every byte of the stream but the sections of sinks and window and their table
-    entries. total_bytes: the length of the stream. Ratios count the original at 16 bits a value (8 where the cache is fp8), even
-    where it is fp32; body_ratio is None where nothing is coded, total_ratio where there are no tokens.
+    body_bytes: all that the coded tokens cost: every byte of the stream, padding included, but the sections of sinks and window and
+    their table entries. sink_format: "exact" or "fp8". window_format: "exact" or "coded". padding_bytes: zeros that fill a stream
+    of fixed size. total_bytes: the length of the stream. Ratios count the original at 16 bits a value (8 where the cache is fp8),
+    even where it is fp32; body_ratio is None where nothing is coded, total_ratio where there are no tokens.
     """
 
     format_version: int
@@ -43,6 +44,9 @@ class StreamInfo:
     chunk_tokens: int
     n_chunks: int
     has_token_digests: bool
+    sink_format: str
+    window_format: str
+    padding_bytes: int
     original_bytes: int
     body_bytes: int
     total_bytes: int
@@ -81,6 +85,9 @@ def describe(stream: Stream) -> StreamInfo:
         chunk_tokens=header.chunk_tokens,
         n_chunks=len(chunks),
         has_token_digests=header.has_digests,
+        window_format="coded" if any(chunk.coded_window for chunk in chunks) else "exact",
+        sink_format="fp8" if any(chunk.fp8_sinks for chunk in chunks) else "exact",
+        padding_bytes=sum(s.stored_bytes for s in stream.sections if s.type is SectionType.PADDING),
         original_bytes=stream.n_tokens * token_bytes,
         body_bytes=body_bytes,
         total_bytes=total,

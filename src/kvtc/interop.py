@@ -68,11 +68,16 @@ def batch_shape(cache: Any) -> tuple[int, int]:
 
 def to_transformers(keys: Tensor, values: Tensor, first_layer: int) -> Any:
     """keys, values [B, L, H, T, D] -> a `DynamicCache` that `generate` continues from, its layers at their places."""
+    cache = new_transformers_cache()
+    for layer in range(keys.shape[1]):
+        cache.update(keys[:, layer], values[:, layer], first_layer + layer)
+    return cache
+
+
+def new_transformers_cache() -> Any:
+    """An empty `DynamicCache`; raises `MissingDependency`."""
     try:
         from transformers import DynamicCache
     except ImportError as error:
         raise MissingDependency('a transformers cache needs transformers; pip install "kvtc[hf]"') from error
-    cache = DynamicCache()
-    for layer in range(keys.shape[1]):
-        cache.update(keys[:, layer], values[:, layer], first_layer + layer)
-    return cache
+    return DynamicCache()

@@ -23,7 +23,10 @@ TokenIds = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ExactTokens:
-    """Sinks or window of one chunk: keys and values [L, H, n, D] in the stream's dtype, the first of them token `first`."""
+    """Sinks, or window kept exactly, of one chunk.
+
+    keys, values: [L, H, n, D] in the stream's dtype; the first of them is token `first`.
+    """
 
     first: int
     keys: Tensor
@@ -38,8 +41,8 @@ class ExactTokens:
 class OpenedStream:
     """The first `n_tokens` tokens of a stream, read but not yet transformed.
 
-    positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: the coded ones among them.
-    coder: of the stream's profile. plan: how its bits are spent. coded: the chunks that have a body.
+    positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: the coded ones among them, with a window
+    that is coded. coder: of the stream's profile. plan: how its bits are spent. coded: bodies and coded windows, in order.
     """
 
     header: Header
@@ -87,14 +90,24 @@ def open_stream(
             exact.append(_read_exact(stream, index, SectionType.SINK, chunk.n_sink, first, chunk.fp8_sinks))
         if chunk.n_body:
             section = stream.read(SectionType.BODY, index, coder.body_bytes(plan, chunk.n_body))
-            coded.append(CodedBody(section, chunk.n_body, _body_triples(coder, chunk, positions[-1], first, token_ids)))
+            here = slice(chunk.n_sink, chunk.n_sink + chunk.n_body)
+            triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
+            coded.append(CodedBody(section, chunk.n_body, triples))
         if chunk.n_window:
             start = first + chunk.n_sink + chunk.n_body
-            exact.append(_read_exact(stream, index, SectionType.WINDOW, chunk.n_window, start, is_fp8=False))
+            if chunk.coded_window:
+                section = stream.read(SectionType.WINDOW, index, coder.body_bytes(plan, chunk.n_window))
+                here = slice(start - first, start - first + chunk.n_window)
+                triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
+                coded.append(CodedBody(section, chunk.n_window, triples, is_window=True))
+            else:
+                exact.append(_read_exact(stream, index, SectionType.WINDOW, chunk.n_window, start, is_fp8=False))
+        if chunk.is_padded and any(stream.read(SectionType.PADDING, index, None)):
+            raise CorruptStream(f"the padding of chunk {index} holds other bytes than zeros")
         first += chunk.n_tokens
     # Regions follow one another over the whole stream, so the coded tokens are one range.
     n_sink = sum(chunk.n_sink for chunk in chunks)
-    body = slice(n_sink, n_sink + sum(chunk.n_body for chunk in chunks))
+    body = slice(n_sink, n_sink + sum(rows.n_tokens for rows in coded))
     whole = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
     return OpenedStream(header, chunks, n_tokens, coder, plan, whole, body, coded, exact)
 
@@ -147,16 +160,16 @@ def _check_tokens(header: Header, chunks: tuple[Chunk, ...], token_ids: TokenIds
         first += chunk.n_tokens
 
 
-def _body_triples(
-    coder: BodyCoder, chunk: Chunk, positions: Tensor, first: int, token_ids: TokenIds | None
+def _triples(
+    coder: BodyCoder, chunk: Chunk, positions: Tensor, first: int, token_ids: TokenIds | None, here: slice
 ) -> Tensor | None:
-    """What prediction sees of the coded tokens of a chunk; tokens beyond the ids given will not be looked at."""
+    """What prediction sees of the tokens `here` of a chunk; tokens beyond the ids given will not be looked at."""
     if token_ids is None or not coder.needs_tokens:
         return None
     ids = token_ids[first : first + chunk.n_tokens]
     known = token_triples(ids, positions[: len(ids)].numpy())
     missing = torch.full((chunk.n_tokens - len(ids), known.shape[1]), NO_TOKEN)
-    return torch.cat([known, missing])[chunk.n_sink : chunk.n_sink + chunk.n_body]
+    return torch.cat([known, missing])[here]
 
 
 def _read_positions(stream: Stream, index: int, chunk: Chunk) -> Tensor:

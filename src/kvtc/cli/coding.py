@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CACHE_SUFFIX = ".safetensors"
 CODEC_OPTIONS = (
     "profile", "ratio", "step", "key_ratio", "value_ratio", "max_error", "sink_tokens", "window_tokens",
-    "sink_format", "allocation", "lossless", "chunk_tokens", "device",
+    "sink_format", "window_format", "fixed_size", "allocation", "lossless", "chunk_tokens", "device",
 )  # fmt: skip
 
 
@@ -57,11 +57,22 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     rate.add_argument(
         "--max-error", type=float, metavar="E", help="instead: the largest relative error, 0 .. 1 (paper)"
     )
+    parser.add_argument(
+        "--fixed-size",
+        action="store_true",
+        default=None,
+        help="pad to the same bytes for every cache of as many tokens (joint, conditional; with a ratio)",
+    )
     parser.add_argument("--key-ratio", type=float, metavar="R", help="ratio of the keys alone (paper)")
     parser.add_argument("--value-ratio", type=float, metavar="R", help="ratio of the values alone (paper)")
     parser.add_argument("--sink-tokens", type=int, metavar="N", help="first tokens kept exactly")
     parser.add_argument("--window-tokens", type=int, metavar="N", help="last tokens kept exactly")
     parser.add_argument("--sink-format", choices=("exact", "fp8"))
+    parser.add_argument(
+        "--window-format",
+        choices=("exact", "coded"),
+        help="coded: like the body, with a quarter of its step (joint, conditional)",
+    )
     parser.add_argument("--allocation", choices=("dynamic", "truncate"), help="how paper spends bits")
     parser.add_argument("--lossless", choices=("deflate", "zstd", "lz4", "none"))
     parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk, the unit of random access")
@@ -115,6 +126,7 @@ def encode(options: argparse.Namespace) -> Outcome:
         "original_bytes": info.original_bytes,
         "body_bytes": info.body_bytes,
         "total_bytes": info.total_bytes,
+        "padding_bytes": info.padding_bytes,
         "body_ratio": info.body_ratio,
         "total_ratio": info.total_ratio,
         "prefill_seconds": prefill_seconds,

@@ -87,6 +87,7 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
             f"{info.dtype}, layers {_range(info.layers)}, kv heads {_range(info.kv_heads)}, head_dim {info.head_dim}",
         ),
         ("calibration", info.fingerprint),
+        ("sinks, window", f"{info.sink_format}, {info.window_format}"),
         ("token ids", "named by a digest: decode can compare them" if info.has_token_digests else "not known"),
     ]
     stored: dict[str, tuple[int, int, int]] = {}
@@ -106,7 +107,7 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
         ),
         (
             "body_ratio",
-            f"{format_ratio(info.body_ratio):>6}  coded tokens against {info.body_bytes:,} bytes: all but exact tokens",
+            f"{format_ratio(info.body_ratio):>6}  coded tokens against {info.body_bytes:,} bytes: all but sinks and window",
         ),
         ("total_ratio", f"{format_ratio(info.total_ratio):>6}  all tokens against {info.total_bytes:,} bytes"),
     ]

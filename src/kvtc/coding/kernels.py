@@ -6,8 +6,9 @@ Imported where they are first needed: a program that only decodes never loads th
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from .compilation import compiled
 from .quantizer import E4M3_MAX, FLOAT16_MAX
 
 _ROWS_AT_ONCE = 512
@@ -15,7 +16,7 @@ _E4M3 = (np.int32(-6), np.int32(3))
 _FLOAT16 = (np.int32(-14), np.int32(10))
 
 
-@njit(cache=True, error_model="numpy")
+@compiled()
 def _round(values, bits, cells, cell_bits, n, smallest_exponent, mantissa_bits):  # type: ignore[no-untyped-def]
     """Round values[:n] in place to a narrower float format, to nearest even; `bits` and `cell_bits` are integer views."""
     for i in range(n):
@@ -26,7 +27,7 @@ def _round(values, bits, cells, cell_bits, n, smallest_exponent, mantissa_bits):
         values[i] = np.rint(values[i] / cells[i]) * cells[i]
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@compiled(parallel=True)
 def measure_groups(columns, size):  # type: ignore[no-untyped-def]
     """columns [r, n] -> float64 [3, r - size + 1] summed squared errors for int2, int4 and fp8.
 
@@ -95,7 +96,7 @@ def measure_groups(columns, size):  # type: ignore[no-untyped-def]
     return totals
 
 
-@njit(cache=True)
+@compiled()
 def fill_states(errors, energy, sizes, costs, units):  # type: ignore[no-untyped-def]
     """best[b] over all coefficients, and choices[i, b]: 0 drops coefficient i - 1, k + 1 ends group kind k there.
 

@@ -1,7 +1,7 @@
 """The container: what a stream consists of (`tables`), writing and parsing it (`stream`), cutting and joining it (`parts`)."""
 
 from .parts import join_streams, split_stream
-from .stream import Payload, Stream, parse_stream, token_digest, write_stream
+from .stream import CodedSection, Payload, Stream, code_payloads, parse_stream, token_digest, write_stream
 from .tables import (
     CHUNK_BYTES,
     DIGEST_BYTES,
@@ -17,6 +17,7 @@ from .tables import (
     Header,
     Section,
     SectionType,
+    table_bytes,
 )
 
 __all__ = [
@@ -31,14 +32,17 @@ __all__ = [
     "SECTION_BYTES",
     "STREAM_WIDE",
     "Chunk",
+    "CodedSection",
     "Header",
     "Payload",
     "Section",
     "SectionType",
     "Stream",
+    "code_payloads",
     "join_streams",
     "parse_stream",
     "split_stream",
+    "table_bytes",
     "token_digest",
     "write_stream",
 ]

@@ -25,6 +25,7 @@ from .tables import (
     CHUNK_BYTES,
     DIGEST_BYTES,
     HEADER_BYTES,
+    SECTION_BYTES,
     STREAM_WIDE,
     Chunk,
     Header,
@@ -49,6 +50,19 @@ class Payload:
     chunk: int
     raw: bytes
     is_final: bool = False
+
+
+@dataclass(frozen=True)
+class CodedSection:
+    """A section as it is stored, and its entry of the table (whose offset counts for nothing yet)."""
+
+    entry: Section
+    stored: bytes
+
+    @property
+    def n_bytes(self) -> int:
+        """What it costs, the entry included."""
+        return len(self.stored) + SECTION_BYTES
 
 
 @dataclass(frozen=True)
@@ -94,8 +108,8 @@ def token_digest(token_ids: npt.NDArray[np.int64]) -> bytes:
     return hashlib.sha256(token_ids.astype("<i8").tobytes()).digest()[:DIGEST_BYTES]
 
 
-def write_stream(header: Header, chunks: Sequence[Chunk], payloads: Sequence[Payload], coder: str) -> bytes:
-    """Code each payload and put the stream together; a payload that coding would lengthen is stored as it is."""
+def code_payloads(payloads: Sequence[Payload], coder: str) -> list[CodedSection]:
+    """Each payload as it will be stored; one that coding would lengthen is stored as it is."""
     for payload in payloads:
         if len(payload.raw) >= 1 << 32:
             raise InvalidArgument(
@@ -104,17 +118,21 @@ def write_stream(header: Header, chunks: Sequence[Chunk], payloads: Sequence[Pay
     # The coders release the interpreter lock: sections are coded side by side.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         coded = list(pool.map(lambda p: p.raw if p.is_final else compress(p.raw, coder), payloads))
-    entries, stored = [], []
+    sections = []
     for payload, data in zip(payloads, coded, strict=True):
         is_shorter = len(data) < len(payload.raw)
-        stored.append(data if is_shorter else payload.raw)
-        used = coder if is_shorter else "none"
-        entries.append(
-            Section(payload.type, used, payload.chunk, len(payload.raw), len(stored[-1]), zlib.crc32(stored[-1]), 0)
-        )
+        stored, used = (data, coder) if is_shorter else (payload.raw, "none")
+        entry = Section(payload.type, used, payload.chunk, len(payload.raw), len(stored), zlib.crc32(stored), 0)
+        sections.append(CodedSection(entry, stored))
+    return sections
+
+
+def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[CodedSection]) -> bytes:
+    """Put a stream together from its sections, in the order of the format."""
     has_gaps = any(chunk.explicit_positions for chunk in chunks) or any(
         after.first_position != before.first_position + before.n_tokens for before, after in pairwise(chunks)
     )
+    entries, stored = [section.entry for section in sections], [section.stored for section in sections]
     return assemble(replace(header, has_gaps=has_gaps), chunks, entries, stored)
 
 

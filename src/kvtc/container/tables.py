@@ -34,7 +34,8 @@ DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float8_e4
 DTYPE_OF = {number: dtype for dtype, number in DTYPES.items()}
 
 _HAS_DIGESTS, _IS_TRANSFORMERS, _HAS_GAPS = 1, 2, 4
-_EXPLICIT_POSITIONS, _FP8_SINKS = 1, 2
+_EXPLICIT_POSITIONS, _FP8_SINKS, _PADDED, _CODED_WINDOW = 1, 2, 4, 8
+SECTIONS_OF_A_CHUNK = 5
 
 
 class SectionType(IntEnum):
@@ -45,6 +46,7 @@ class SectionType(IntEnum):
     SINK = 3
     BODY = 4
     WINDOW = 5
+    PADDING = 6
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Chunk:
     explicit_positions: bool
     fp8_sinks: bool
     token_digest: bytes
+    is_padded: bool = False
+    coded_window: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -100,6 +104,7 @@ class Chunk:
             SectionType.SINK: self.n_sink > 0,
             SectionType.BODY: self.n_body > 0,
             SectionType.WINDOW: self.n_window > 0,
+            SectionType.PADDING: self.is_padded,
         }
         return [section for section, is_there in present.items() if is_there]
 
@@ -175,9 +180,10 @@ def parse_counts(view: memoryview) -> Counts:
         raise UnsupportedVersion(
             f"the stream has format version {version}; this kvtc reads version {FORMAT_VERSION}: upgrade kvtc"
         )
-    if n_chunks > MAX_CHUNKS or n_sections > 4 * n_chunks + 1:
+    if n_chunks > MAX_CHUNKS or n_sections > SECTIONS_OF_A_CHUNK * n_chunks + 1:
         raise CorruptStream(
-            f"{n_chunks} chunks and {n_sections} sections are claimed; at most {MAX_CHUNKS} and 4 a chunk are possible"
+            f"{n_chunks} chunks and {n_sections} sections are claimed; at most {MAX_CHUNKS} and {SECTIONS_OF_A_CHUNK} "
+            "a chunk are possible"
         )
     counts = Counts(n_chunks, n_sections, checksum)
     if len(view) < counts.tables_end:
@@ -218,7 +224,12 @@ def parse_header(view: memoryview) -> Header:
 
 
 def pack_chunk(chunk: Chunk) -> bytes:
-    flags = chunk.explicit_positions * _EXPLICIT_POSITIONS + chunk.fp8_sinks * _FP8_SINKS
+    flags = (
+        chunk.explicit_positions * _EXPLICIT_POSITIONS
+        + chunk.fp8_sinks * _FP8_SINKS
+        + chunk.is_padded * _PADDED
+        + chunk.coded_window * _CODED_WINDOW
+    )
     return _CHUNK.pack(chunk.first_position, chunk.n_sink, chunk.n_body, chunk.n_window, flags, chunk.token_digest)
 
 
@@ -230,22 +241,39 @@ def pack_section(section: Section) -> bytes:
     )
 
 
+def table_bytes(chunks: Sequence[Chunk]) -> int:
+    """Bytes of header, chunk table and section table."""
+    n_sections = 1 + sum(len(chunk.sections()) for chunk in chunks)
+    return HEADER_BYTES + CHUNK_BYTES * len(chunks) + SECTION_BYTES * n_sections
+
+
 def parse_chunk(view: memoryview, offset: int, index: int, header: Header) -> Chunk:
     first_position, n_sink, n_body, n_window, flags, digest = _CHUNK.unpack_from(view, offset)
     n_tokens = n_sink + n_body + n_window
     room = min(header.chunk_tokens - first_position % header.chunk_tokens, MAX_POSITION - first_position)
-    if flags > 3 or not 1 <= n_tokens <= room or (not header.has_digests and any(digest)):
+    if flags > 15 or not 1 <= n_tokens <= room or (not header.has_digests and any(digest)):
         raise CorruptStream(
             f"chunk {index} claims {n_tokens} tokens from position {first_position} (flags {flags}); 1 .. {room} fit its cell"
         )
     return Chunk(
-        first_position, n_sink, n_body, n_window, bool(flags & _EXPLICIT_POSITIONS), bool(flags & _FP8_SINKS), digest
+        first_position,
+        n_sink,
+        n_body,
+        n_window,
+        bool(flags & _EXPLICIT_POSITIONS),
+        bool(flags & _FP8_SINKS),
+        digest,
+        bool(flags & _PADDED),
+        bool(flags & _CODED_WINDOW),
     )
 
 
 def check_order(chunks: Sequence[Chunk], header: Header) -> None:
     """Cells ascend, without gaps chunks adjoin, and the regions follow one another: sinks first, then body, then window."""
     size, region = header.chunk_tokens, 0
+    formats = {chunk.coded_window for chunk in chunks if chunk.n_window}
+    if len(formats) > 1 or (True in formats and header.profile == "paper"):
+        raise CorruptStream(f"windows of the profile {header.profile} are coded in some chunks: expected all or none")
     for index, chunk in enumerate(chunks):
         if index:
             before = chunks[index - 1]

@@ -2,12 +2,14 @@
 
     python -m kvtc.evaluate.harness --model kvtc --model_args pretrained=reference,profile=conditional,ratio=32 --tasks ...
 
-takes the options of the harness's own command. The context of every request is prefilled, but for its last token; that cache is
-encoded and decoded; and the rest is scored, or generated, on top of it. With codec=none the cache is taken as it is.
+takes the options of the harness's own command, and its results hold the ratios over all contexts. The context of every request is
+prefilled, but for its last token; that cache is encoded and decoded; and the rest is scored, or generated, on top of it. With
+codec=none the cache is taken as it is.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ..calibration import load_calibration
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..reference import MODEL_DIRECTORY, reference_calibration
+from .methods import Cost, KvtcMethod, restore
 from .quality import prefill
 
 REFERENCE = "reference"
@@ -30,7 +33,8 @@ MAX_NEW_TOKENS = 256
 class KvtcLM(TemplateLM):  # type: ignore[misc]
     """pretrained: a directory or hub name of a causal model, or "reference". calibration: its file; the reference model has one.
 
-    codec: "kvtc", or "none" for the exact cache. Other arguments are those of `kvtc.Codec`. dtype: of the weights.
+    codec: "kvtc", or "none" for the exact cache. Other arguments are those of `kvtc.Codec`. dtype: of the weights. device: where
+    model and codec run; the CPU where CUDA, which the harness asks for by default, is not there.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
         if codec == "kvtc" and calibration is None and pretrained != REFERENCE:
             raise InvalidArgument("calibration=FILE is required: only the reference model has one that ships with kvtc")
         source: str | Path = MODEL_DIRECTORY if pretrained == REFERENCE else pretrained
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         self.max_length = int(max_length or self.model.config.max_position_embeddings)
@@ -60,6 +66,19 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
         if codec == "kvtc":
             known = reference_calibration() if calibration is None else load_calibration(calibration)
             self._codec = Codec(known, device=device, **codec_options)
+        self._costs: list[Cost] = []
+        self._latest: tuple[list[int], Any] = ([], None)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results: the ratios over all contexts so far, bytes over bytes."""
+        body_bytes = sum(cost.body_bytes for cost in self._costs)
+        total_bytes = sum(cost.total_bytes for cost in self._costs)
+        body_original = sum(cost.body_original_bytes for cost in self._costs)
+        return {
+            "kvtc_contexts": len(self._costs),
+            "kvtc_body_ratio": body_original / body_bytes if body_bytes else None,
+            "kvtc_total_ratio": sum(cost.original_bytes for cost in self._costs) / total_bytes if total_bytes else None,
+        }
 
     @property
     def eot_token_id(self) -> int:
@@ -135,12 +154,19 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
         return float(likelihood), bool((logits.argmax(dim=-1) == wanted).all())
 
     def _cache(self, ids: list[int]) -> Any:
-        """The cache of a context after it went through the codec; None for no context."""
+        """The cache of a context after it went through the codec, to be read on from; None for no context."""
         if not ids:
             return None
-        tokens = torch.tensor(ids, device=self.model.device)
-        cache = prefill(self.model, tokens)
-        return cache if self._codec is None else self._codec.decode(self._codec.encode(cache, tokens), tokens)
+        # The choices of a question follow one another, with one context.
+        if self._latest[0] != ids:
+            tokens = torch.tensor(ids, device=self.model.device)
+            cache = prefill(self.model, tokens)
+            if self._codec is not None:
+                restored = restore(KvtcMethod(self._codec), self.model, cache, tokens)
+                self._costs.append(restored.cost)
+                cache = restored.cache
+            self._latest = ids, cache
+        return copy.deepcopy(self._latest[1])
 
 
 def main() -> None:

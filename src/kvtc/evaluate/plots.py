@@ -31,7 +31,7 @@ def plot_spectrum(calibration: Calibration, codec: Codec, path: str | Path, work
     allocations = rate_target.allocations(BITS_OF_ORIGINAL)
     kinds = (("Keys", calibration.key, allocations[0]), ("Values", calibration.value, allocations[1]))
     highest = max(float(kind.basis.spectrum[0]) for _, kind, _ in kinds)
-    with plt.rc_context(_style()):
+    with plt.rc_context(plot_style()):
         figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
         bits_axes = []
         for panel, (title, kind, allocation), color in zip(panels, kinds, SERIES, strict=False):
@@ -66,8 +66,8 @@ def plot_spectrum(calibration: Calibration, codec: Codec, path: str | Path, work
         rate = f"ratio {ratios[0]:g}" if ratios[0] == ratios[1] else f"ratios {ratios[0]:g} and {ratios[1]:g}"
         if rate_target.max_error is not None:
             rate = f"max_error {rate_target.max_error:g}"
-        _title(figure, f"Few coefficients carry the cache, and only they get bits ({rate})", workload)
-        _save(plt, figure, path)
+        set_title(figure, f"Few coefficients carry the cache, and only they get bits ({rate})", workload)
+        save_figure(plt, figure, path)
 
 
 def plot_rate_quality(
@@ -83,7 +83,7 @@ def plot_rate_quality(
     if not drawn:
         raise InvalidArgument("there are no points to draw")
     plt = require_matplotlib()
-    with plt.rc_context(_style()):
+    with plt.rc_context(plot_style()):
         figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
         for order, (name, line) in enumerate(drawn.items()):
             style = {"color": SERIES[order % len(SERIES)], "marker": MARKERS[order % len(MARKERS)]}
@@ -110,8 +110,8 @@ def plot_rate_quality(
         axes.set_ylabel("Mean KL(exact || restored), nats per token")
         if len(drawn) > 1:
             axes.legend(loc="upper left", frameon=False)
-        _title(figure, "What quality costs: lower is better, further right is smaller", workload)
-        _save(plt, figure, path)
+        set_title(figure, "What quality costs: lower is better, further right is smaller", workload)
+        save_figure(plt, figure, path)
 
 
 def _position(quality: Quality) -> tuple[float, float, str]:
@@ -119,13 +119,15 @@ def _position(quality: Quality) -> tuple[float, float, str]:
     return quality.body_ratio or 1.0, max(quality.kl, 1e-8), quality.name
 
 
-def _title(figure: Any, title: str, workload: str) -> None:
+def set_title(figure: Any, title: str, workload: str) -> None:
+    """A headline and, below it, what was measured or computed on."""
     figure.suptitle(
         title + (f"\n{workload}" if workload else ""), x=0.01, ha="left", fontsize=12, color=INK, linespacing=1.5
     )
 
 
-def _style() -> dict[str, Any]:
+def plot_style() -> dict[str, Any]:
+    """Settings of matplotlib that all pictures share."""
     return {
         "font.size": 10,
         "axes.edgecolor": MUTED,
@@ -152,7 +154,8 @@ def require_matplotlib() -> Any:
     return plt
 
 
-def _save(plt: Any, figure: Any, path: str | Path) -> None:
+def save_figure(plt: Any, figure: Any, path: str | Path) -> None:
+    """Write the figure, making its directory, and let go of it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

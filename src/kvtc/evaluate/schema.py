@@ -125,7 +125,7 @@ class ResultFile:
 def split_name(name: str) -> tuple[str, str]:
     """Of a method: series and setting; "paper 16x" -> ("paper", "16x"), "FP8" -> ("FP8", "")."""
     series, _, setting = name.rpartition(" ")
-    return (series, setting) if series and any(map(str.isdigit, setting)) else (name, "")
+    return (series.rstrip(","), setting) if series and any(map(str.isdigit, setting)) else (name, "")
 
 
 def read_result(path: Path) -> ResultFile:

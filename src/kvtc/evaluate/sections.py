@@ -6,7 +6,7 @@ Every part of a result is shown: what no function here knows is listed as plain 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from . import schema
@@ -82,7 +82,14 @@ def sections_of(file: schema.ResultFile) -> list[Section]:
         # The first two are made again from what they follow from; a window is in the titles.
         if found:
             result.pop(derived, None)
-    found += unknown(result, f"{kind or 'other figures'}" if not found else "settings")
+    rest = list(unknown(result, str(kind or "other figures")))
+    if found and rest:
+        # What is left beside known parts are settings and the like: they are folded away under the last of them.
+        last = found.pop()
+        tables = (part for part in rest[0].parts if isinstance(part, Table))
+        folded = [replace(table, is_long=True, caption=table.caption or "also recorded") for table in tables]
+        rest = [replace(last, parts=[*last.parts, *folded])]
+    found += rest
     return [Section(f"{file.name}: {section.title}", section.note, section.parts) for section in found]
 
 

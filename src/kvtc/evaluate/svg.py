@@ -68,9 +68,11 @@ class _Axis:
         self._log, self._start, self._stop = is_log, start, stop
         low, high = min(values), max(values)
         if is_log and is_binary:
-            self._low, self._high = math.log(low) - 0.12, math.log(high) + 0.12
-            first, last = math.ceil(math.log2(low) - 0.2), math.floor(math.log2(high) + 0.2)
-            self.ticks = [(2.0**n, True) for n in range(first, last + 1)]
+            # At least an octave, so that there is a power of two to name.
+            margin = max(0.12, (0.75 - math.log(high / low)) / 2)
+            self._low, self._high = math.log(low) - margin, math.log(high) + margin
+            octaves = range(math.floor(math.log2(low)) - 1, math.ceil(math.log2(high)) + 2)
+            self.ticks = [(2.0**n, True) for n in octaves]
         elif is_log:
             self._low, self._high = math.log(low / 1.5), math.log(high * 1.5)
             decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)

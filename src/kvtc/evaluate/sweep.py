@@ -118,10 +118,11 @@ def methods_of(
         known = baselines(calibration.geometry, window_tokens, profile_caches)
         series = dict.fromkeys(split_name(name)[0] for name in known)
         wanted = set(series if methods.rivals is None else methods.rivals)
-        if unknown := wanted - set(series):
+        if unknown := {name for name in wanted if not any(_is_of(one, name) for one in series)}:
             hint = "; CacheGen needs text to be profiled on" if "CacheGen" in unknown else ""
             raise InvalidArgument(f"unknown rivals: {', '.join(sorted(unknown))}; expected {', '.join(series)}{hint}")
-        found |= {name: method for name, method in known.items() if split_name(name)[0] in wanted}
+        chosen = {one for one in series if any(_is_of(one, name) for name in wanted)}
+        found |= {name: method for name, method in known.items() if split_name(name)[0] in chosen}
     for divisor in methods.evicted:
         for ratio in methods.ratios:
             codec = Codec(calibration, methods.profiles[-1], ratio=ratio, window_tokens=window_tokens)
@@ -132,6 +133,11 @@ def methods_of(
             codec = Codec(calibration, profile, ratio=ratio, window_tokens=window_tokens)
             found[f"{profile} {ratio:g}x"] = KvtcMethod(codec)
     return found
+
+
+def _is_of(series: str, name: str) -> bool:
+    """Whether a series is what was named, or a variant of it: "GEAR (rank 1)" is of "GEAR"."""
+    return series == name or series.startswith(f"{name} (")
 
 
 def stretches(tokenizer: Any, texts: Texts, files: Sequence[Path]) -> Iterator[Tensor]:

@@ -8,8 +8,8 @@ quantizer       groups chosen by a dynamic program      one step                
 entropy coder   DEFLATE, or another lossless coder      rANS, calibrated tables     the same
 """
 
-from .interface import BodyCoder, BodyRows, Plan
+from .interface import Allowance, BodyCoder, BodyRows, Plan
 from .joint import JointCoder
 from .paper import PaperCoder
 
-__all__ = ["BodyCoder", "BodyRows", "JointCoder", "PaperCoder", "Plan"]
+__all__ = ["Allowance", "BodyCoder", "BodyRows", "JointCoder", "PaperCoder", "Plan"]

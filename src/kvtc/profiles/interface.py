@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BodyRows:
-    """Coded tokens of one chunk. keys (before rotation), values: [L, H, n, D]; triples [n, 3] as `token_triples` makes them."""
+    """Coded tokens of one chunk's body, or of its window.
+
+    keys (before rotation), values: [L, H, n, D]; triples [n, 3] as `token_triples` makes them.
+    """
 
     keys: Tensor
     values: Tensor
@@ -24,11 +27,26 @@ class BodyRows:
 
 @dataclass(frozen=True)
 class CodedBody:
-    """The coded bytes of one chunk and what is known of its tokens."""
+    """The coded bytes of one chunk's body, or of its window, and what is known of its tokens."""
 
     data: bytes
     n_tokens: int
     triples: Tensor | None
+    is_window: bool = False
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What the coded rows of a stream may cost.
+
+    n_tokens: body tokens. original_bits: of a cached value. other_bytes: of the stream that the body pays for, besides its rows.
+    at_most: bytes that all coded rows together may take, whatever they hold; None where there is no such limit.
+    """
+
+    n_tokens: int
+    original_bits: int
+    other_bytes: int
+    at_most: int | None = None
 
 
 class Plan(Protocol):
@@ -39,6 +57,15 @@ class Plan(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class CodedRows:
+    """The plan of a stream, and the coded bytes of its bodies and of its windows, in order."""
+
+    plan: Plan
+    bodies: list[bytes]
+    windows: list[bytes] = field(default_factory=list)
+
+
 class BodyCoder(Protocol):
     """A profile made ready for one calibration and device. Safe to share between threads."""
 
@@ -46,13 +73,18 @@ class BodyCoder(Protocol):
     """Whether encode and decode need token ids."""
     is_entropy_coded: bool
     """Whether bodies are finished bytes, to which no lossless coder is applied."""
+    rate_bytes: int | None
+    """Bytes of a plan, if they are always as many."""
 
-    def plan(self, chunks: Iterable[BodyRows], n_tokens: int, original_bits: int) -> Plan:
-        """Decide how bits are spent on n_tokens coded tokens; `chunks` gives their rows where that depends on them."""
+    def least_bytes(self, n_tokens: int) -> int:
+        """Bytes that suffice for a chunk of n_tokens, whatever it holds; `InvalidArgument` where none do."""
         ...
 
-    def encode(self, rows: BodyRows, plan: Any) -> bytes:
-        """One chunk. Its bytes depend on nothing but the chunk and the plan."""
+    def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
+        """Decide how bits are spent, and code every chunk; a chunk's bytes depend on nothing but it and the plan.
+
+        chunks: gives the rows of all bodies, or with True of all windows that are to be coded, as often as it is called.
+        """
         ...
 
     def read_plan(self, data: bytes) -> Plan:

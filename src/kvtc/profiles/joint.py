@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -19,51 +19,41 @@ from torch import Tensor
 
 from ..calibration.artifact import Calibration
 from ..coding.bitpack import pack, packed_bytes, unpack
-from ..coding.escapes import decode_escapes, encode_escapes, escaped_bytes
-from ..coding.probability import ESCAPED_BITS
-from ..coding.rans import LANES, decode_symbols, encode_symbols
+from ..coding.escapes import decode_escapes, encode_escapes
+from ..coding.rans import count_lanes, decode_symbols, encode_symbols
 from ..coding.transform import project, reconstruct, rows_of
-from ..coding.uniform import ESCAPE, MAX_SYMBOL, column_classes, dequantize, from_symbols, quantize, to_symbols
-from ..container import CHUNK_BYTES, HEADER_BYTES, SECTION_BYTES
+from ..coding.uniform import ESCAPE, column_classes, dequantize, from_symbols, quantize, to_symbols
 from ..errors import CorruptStream, InvalidArgument, InvalidCache
-from .interface import BodyRows, CodedBody
-from .paper_rate import DEFAULT_RATIO
+from .interface import Allowance, BodyRows, CodedBody, CodedRows
+from .step_rate import SEARCH_TOKENS, CostEstimate, Sample, StepRate, finest_step, nearest_step
 
 _STEP = struct.Struct("<f")
 _LENGTH = struct.Struct("<I")
 _ACTIVITY_BITS = 2
-_SEARCH_TOKENS = 2048
-_SEARCH_TURNS = 16
 _STEP_RANGE = 2.0**6
 """How far from the calibrated curve's ends a step may lie."""
-_CHUNK_OVERHEAD = CHUNK_BYTES + SECTION_BYTES + _LENGTH.size
 # A lane of the coder costs 16 to 32 bits beyond its symbols.
-_LANE_OVERHEAD = 3
-_STREAM_OVERHEAD = HEADER_BYTES + SECTION_BYTES + _STEP.size
-
-
-@dataclass(frozen=True)
-class StepRate:
-    """What the profiles with one step may spend: a ratio of original bits to all bits of the body or, if given, a step."""
-
-    ratio: float = DEFAULT_RATIO
-    step: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (isfinite(self.ratio) and self.ratio >= 1):
-            raise InvalidArgument(f"a ratio is original over stored bytes and at least 1; got {self.ratio}")
-        if self.step is not None and not (isfinite(self.step) and self.step > 0):
-            raise InvalidArgument(f"a step must be positive; got {self.step}")
+_LANE_BYTES = 3
+_NEAR = 0.01
+"""How far a body may be from the size that its ratio gives, as a share of it, before another step is tried."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The step of all coefficients; a float32, as it is stored."""
+    """The step of all coefficients of bodies, and of coded windows if there may be any; float32, as they are stored."""
 
     step: float
+    window_step: float | None = None
 
     def to_bytes(self) -> bytes:
-        return _STEP.pack(self.step)
+        return b"".join(_STEP.pack(step) for step in (self.step, self.window_step) if step is not None)
+
+    def step_of(self, coded: CodedBody) -> float:
+        """The step that coded rows were divided by."""
+        step = self.window_step if coded.is_window else self.step
+        if step is None:
+            raise CorruptStream("a window is coded, but the rate gives no step for it")
+        return step
 
 
 @dataclass(frozen=True)
@@ -89,6 +79,7 @@ class JointCoder:
             raise InvalidArgument(f"this calibration was made without the profile {name}; calibrate again with it")
         self.needs_tokens = with_tokens
         self.rate = rate
+        self.rate_bytes: int | None = _STEP.size * (2 if rate is not None and rate.finer_window else 1)
         self._geometry = calibration.geometry
         self._joint = joint
         self._tokens = joint.tokens if with_tokens else None
@@ -100,18 +91,65 @@ class JointCoder:
             least, largest = self._step_bounds()
             raise InvalidArgument(f"the calibration serves steps of {least:.3g} to {largest:.3g}; got {rate.step}")
 
-    def plan(self, chunks: Iterable[BodyRows], n_tokens: int, original_bits: int) -> StepPlan:
+    def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
         if self.rate is None:
             raise RuntimeError("this coder only decodes")
+        if allowance.at_most is not None:
+            return self._fill(chunks, allowance.at_most)
         if self.rate.step is not None:
-            return self._plan(self.rate.step)
-        original = 2 * original_bits * self._geometry.row_features
-        return self._plan(self._search(chunks, n_tokens, original / self.rate.ratio))
+            plan = self._plan(self.rate.step)
+            bodies = self._encode_rows(chunks(False), plan.step)
+        else:
+            plan, bodies = self._meet(chunks(False), lambda step: self._encode_rows(chunks(False), step), allowance)
+        return CodedRows(plan, bodies, self._encode_windows(chunks, plan))
 
-    def encode(self, rows: BodyRows, plan: StepPlan) -> bytes:
-        classes = column_classes(self._model.deviations, plan.step)
-        coefficients = self._coefficients(rows.keys, rows.values, rows.triples)
-        values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], plan.step).cpu().numpy().T)
+    def least_bytes(self, n_tokens: int) -> int:
+        return len(self._encode_nothing(n_tokens))
+
+    def _meet(
+        self, rows: Iterable[BodyRows], encode: Callable[[float], list[bytes]], allowance: Allowance
+    ) -> tuple[StepPlan, list[bytes]]:
+        """The step that gives the ratio, and the bodies coded with it."""
+        ratio = self._rate().ratio
+        token_bytes = 2 * self._geometry.row_features * allowance.original_bits / 8
+        if not allowance.n_tokens:
+            return self._plan(self._model.step_for(8 * token_bytes / ratio)), []
+        sample, fixed = self._sample(rows, allowance.n_tokens)
+        estimate = CostEstimate(self._model, [sample], fixed)
+        wanted = token_bytes * allowance.n_tokens / ratio
+        least, most = float(self._model.steps.min()), float(self._model.steps.max())
+        step, coded = nearest_step(wanted - allowance.other_bytes, _NEAR * wanted, estimate, encode, least, most)
+        return self._plan(step), coded
+
+    def _fill(self, chunks: Callable[[bool], Iterable[BodyRows]], at_most: int) -> CodedRows:
+        """Bodies and windows at the finest step at which all of them fit."""
+        counts = [sum(rows.n_tokens for rows in chunks(is_window)) for is_window in (False, True)]
+        found = [self._sample(chunks(bool(index)), n, bool(index)) for index, n in enumerate(counts) if n]
+        estimate = CostEstimate(self._model, [sample for sample, _ in found], sum(fixed for _, fixed in found))
+
+        def encode(step: float) -> list[bytes]:
+            return self._encode_rows(chunks(False), step) + self._encode_windows(chunks, self._plan(step))
+
+        largest = self._step_bounds()[1]
+        fitting = finest_step(at_most, estimate, encode, float(self._model.steps.min()), largest) if found else None
+        if fitting is not None:
+            plan, coded = self._plan(fitting[0]), fitting[1]
+        else:
+            plan = StepPlan(largest, largest if self._rate().finer_window else None)
+            coded = [self._encode_nothing(rows.n_tokens) for is_window in (False, True) for rows in chunks(is_window)]
+        cut = len(coded) - sum(1 for _ in chunks(True))
+        return CodedRows(plan, coded[:cut], coded[cut:])
+
+    def _encode_rows(self, chunks: Iterable[BodyRows], step: float) -> list[bytes]:
+        return [self._encode(self._coefficients(rows.keys, rows.values, rows.triples), step) for rows in chunks]
+
+    def _encode_windows(self, chunks: Callable[[bool], Iterable[BodyRows]], plan: StepPlan) -> list[bytes]:
+        return [] if plan.window_step is None else self._encode_rows(chunks(True), plan.window_step)
+
+    def _encode(self, coefficients: Tensor, step: float) -> bytes:
+        """Coefficients [n, r] of a chunk -> its bytes."""
+        classes = column_classes(self._model.deviations, step)
+        values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], step).cpu().numpy().T)
         symbols = to_symbols(values)
         activities = self._model.tables.token_costs(symbols, classes).argmin(axis=0).astype(np.uint8)
         symbols = self._model.tables.escape_unlikely(symbols, classes, activities)
@@ -120,13 +158,21 @@ class JointCoder:
         side = pack(torch.from_numpy(activities), _ACTIVITY_BITS).numpy().tobytes()
         return side + _LENGTH.pack(len(coded)) + coded + escapes
 
+    def _encode_nothing(self, n_tokens: int) -> bytes:
+        """A chunk whose coefficients are all zero at the largest step: it has the same bytes whatever the cache holds."""
+        zeros = torch.zeros(n_tokens, len(self._model.deviations), dtype=torch.float32, device="cpu")
+        return self._encode(zeros, self._step_bounds()[1])
+
     def read_plan(self, data: bytes) -> StepPlan:
-        if len(data) != _STEP.size:
-            raise CorruptStream(f"the rate of this profile takes {_STEP.size} bytes; the section has {len(data)}")
-        step = float(_STEP.unpack(data)[0])
-        if not self._serves(step):
-            raise CorruptStream(f"a step of {step} is outside of what the calibration serves")
-        return StepPlan(step)
+        if len(data) not in (_STEP.size, 2 * _STEP.size):
+            raise CorruptStream(
+                f"the rate of this profile takes one step or two of {_STEP.size} bytes; got {len(data)}"
+            )
+        steps = [float(step) for (step,) in _STEP.iter_unpack(data)]
+        for step in steps:
+            if not self._serves(step):
+                raise CorruptStream(f"a step of {step} is outside of what the calibration serves")
+        return StepPlan(*steps)
 
     def body_bytes(self, plan: StepPlan, n_tokens: int) -> None:  # noqa: ARG002  they depend on the tokens' values
         return None
@@ -138,12 +184,13 @@ class JointCoder:
         transform = self._transform()
         n_tokens = sum(body.n_tokens for body in bodies)
         coefficients = torch.zeros(n_tokens, transform.synthesis.shape[1], dtype=torch.float32, device=self._device)
-        classes = column_classes(self._model.deviations, plan.step)
         first = 0
         for body in bodies:
+            step = plan.step_of(body)
+            classes = column_classes(self._model.deviations, step)
             values, offsets = self._decode_chunk(body, classes)
             here = coefficients[first : first + body.n_tokens]
-            here[:, : len(classes)] = dequantize(values.to(self._device), offsets.to(self._device), plan.step)
+            here[:, : len(classes)] = dequantize(values.to(self._device), offsets.to(self._device), step)
             if self._tokens is not None:
                 here += self._predict(body.triples)
             first += body.n_tokens
@@ -193,9 +240,6 @@ class JointCoder:
             raise RuntimeError("prediction needs token ids")
         return self._tokens.predictor.predict(triples).to(self._device)
 
-    def _plan(self, step: float) -> StepPlan:
-        return StepPlan(float(np.float32(step)))
-
     def _serves(self, step: float) -> bool:
         least, largest = self._step_bounds()
         return isfinite(step) and least <= step <= largest
@@ -205,39 +249,31 @@ class JointCoder:
         steps = self._model.steps
         return float(np.float32(steps.min() / _STEP_RANGE)), float(np.float32(steps.max() * _STEP_RANGE))
 
-    def _search(self, chunks: Iterable[BodyRows], n_tokens: int, wanted: float) -> float:
-        """The step at which these tokens take `wanted` bits each, all bytes of the body counted.
+    def _rate(self) -> StepRate:
+        if self.rate is None:
+            raise RuntimeError("this coder only decodes")
+        return self.rate
 
-        Bits are those of the tables, for a sample of the tokens; the interval of steps is halved, for bits fall with the step.
-        """
-        if not n_tokens:
-            return self._model.step_for(wanted)
-        stride = max(1, n_tokens // _SEARCH_TOKENS)
-        parts, first, n_bytes = [], 0, _STREAM_OVERHEAD
+    def _plan(self, step: float) -> StepPlan:
+        """A step of the body, and what follows from it, as they are stored."""
+        finer, least = self._rate().finer_window, self._step_bounds()[0]
+        return StepPlan(float(np.float32(step)), float(np.float32(max(least, step / finer))) if finer else None)
+
+    def _sample(self, chunks: Iterable[BodyRows], n_tokens: int, is_window: bool = False) -> tuple[Sample, float]:
+        """Some of the tokens of chunks, and what chunks of so many tokens cost at any step."""
+        stride = max(1, n_tokens // SEARCH_TOKENS)
+        parts, first, fixed = [], 0, 0.0
         for rows in chunks:
             # Not the first of each chunk: it has no predecessors to be predicted from, so it costs more than others.
             chosen = slice((stride // 2 - first) % stride, None, stride)
             triples = None if rows.triples is None else rows.triples[chosen]
             parts.append(self._coefficients(rows.keys[:, :, chosen], rows.values[:, :, chosen], triples).cpu())
             first += rows.n_tokens
-            n_bytes += _CHUNK_OVERHEAD + _LANE_OVERHEAD * min(LANES, rows.n_tokens)
-        sample = torch.cat(parts)
-        overhead = 8 * n_bytes / n_tokens + _ACTIVITY_BITS
-        low, high = np.log2(self._model.steps.min()), np.log2(self._model.steps.max())
-        for _ in range(_SEARCH_TURNS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._bits(sample, float(2**middle)) + overhead > wanted else (low, middle)
-        return float(2 ** ((low + high) / 2))
-
-    def _bits(self, coefficients: Tensor, step: float) -> float:
-        """Mean bits a token of its symbols."""
-        classes = column_classes(self._model.deviations, step)
-        if not len(classes):
-            return 0.0
-        values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], step).numpy().T)
-        bits = float(self._model.tables.token_costs(to_symbols(values), classes).min(axis=0).mean())
-        large = values[np.abs(values) > MAX_SYMBOL]
-        return bits + (8 * escaped_bytes(large) - ESCAPED_BITS * len(large)) / len(coefficients)
+            n_lanes = count_lanes(parts[-1].shape[1], rows.n_tokens)
+            fixed += _LENGTH.size + packed_bytes(rows.n_tokens, _ACTIVITY_BITS) + _LANE_BYTES * n_lanes
+        coefficients = torch.cat(parts)
+        finer = (self._rate().finer_window or 1.0) if is_window else 1.0
+        return Sample(coefficients, n_tokens / len(coefficients), finer), fixed
 
     def _transform(self) -> _Transform:
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,8 @@ from ..calibration.artifact import Calibration
 from ..coding.allocation import BitAllocation
 from ..coding.groups import chunk_bytes, decode_groups, encode_groups
 from ..coding.transform import project, reconstruct, rows_of
-from ..errors import CorruptStream, InvalidCache
-from .interface import BodyRows, CodedBody
+from ..errors import CorruptStream, InvalidArgument, InvalidCache
+from .interface import Allowance, BodyRows, CodedBody, CodedRows
 from .paper_rate import RateTarget
 
 
@@ -41,6 +41,7 @@ class PaperCoder:
 
     needs_tokens = False
     is_entropy_coded = False
+    rate_bytes: int | None = None
 
     def __init__(self, calibration: Calibration, device: torch.device, rate: RateTarget | None = None) -> None:
         self.rate = rate
@@ -49,10 +50,14 @@ class PaperCoder:
         self._working: dict[int, _Kind] = {}
         self._lock = threading.Lock()
 
-    def plan(self, chunks: Iterable[BodyRows], n_tokens: int, original_bits: int) -> PaperPlan:  # noqa: ARG002
+    def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
         if self.rate is None:
             raise RuntimeError("this coder only decodes")
-        return PaperPlan(self.rate.allocations(original_bits))
+        plan = PaperPlan(self.rate.allocations(allowance.original_bits))
+        return CodedRows(plan, [self.encode(rows, plan) for rows in chunks(False)])
+
+    def least_bytes(self, n_tokens: int) -> int:  # noqa: ARG002  the profile has no such bound
+        raise InvalidArgument("the profile paper cannot keep to a fixed size: use joint or conditional")
 
     def encode(self, rows: BodyRows, plan: PaperPlan) -> bytes:
         packed = []

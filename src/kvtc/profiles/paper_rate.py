@@ -50,6 +50,9 @@ class RateTarget:
         self._lock = threading.Lock()
         self._require_room()
 
+    def __repr__(self) -> str:
+        return f"RateTarget(ratios={self.ratios}, max_error={self.max_error}, truncates={self._truncates})"
+
     def allocations(self, original_bits: int) -> Allocations:
         """Allocations for keys and for values where a cached value counts `original_bits` bits (16, or 8 for fp8)."""
         with self._lock:

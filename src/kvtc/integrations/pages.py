@@ -1,0 +1,118 @@
+"""Pages of an engine as streams: the tokens of one chunk, at known positions, coded alone.
+
+An engine reuses a chunk in any conversation that begins alike, so nothing here is kept exact at the end of a text (a window of 0);
+sinks are exact where a chunk begins at position 0. Where token ids are known, they predict (`conditional`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache import KVCache
+from ..calibration import Calibration
+from ..codec import Codec
+from ..errors import CorruptStream, InvalidArgument, UnsupportedModel
+from .engine_settings import AUTO, PREFIX, EngineSettings
+
+CHUNK_TOKENS = 256
+SINK_TOKENS = 4
+
+Ids = Sequence[int] | np.ndarray | Tensor
+
+
+class PageCodec:
+    """Keys and values of the tokens start .. stop - 1 -> one stream, and back. Safe to share between threads."""
+
+    def __init__(self, calibration: Calibration, settings: EngineSettings) -> None:
+        if calibration.geometry.rope.depends_on_length:
+            raise UnsupportedModel(
+                "the rotation of this model depends on the length of a sequence, which pages of an engine do not tell"
+            )
+        self.calibration = calibration
+        joint = calibration.joint
+        best = "paper" if joint is None else "joint" if joint.tokens is None else "conditional"
+        self._told = best if settings.profile == AUTO else settings.profile
+        self._untold = "joint" if self._told == "conditional" and settings.profile == AUTO else self._told
+        self._codecs = {profile: _codec(calibration, profile, settings) for profile in {self._told, self._untold}}
+
+    def serves(self, has_token_ids: bool) -> bool:
+        """Whether there is a profile for chunks with, or without, token ids."""
+        return has_token_ids or self._untold != "conditional"
+
+    def profile(self, has_token_ids: bool) -> str:
+        """The profile of streams written with token ids, or without; `InvalidArgument` where that cannot be."""
+        profile = self._told if has_token_ids else self._untold
+        if not self.serves(has_token_ids):
+            raise InvalidArgument(
+                f"{PREFIX}profile is conditional, but the engine gives no token ids here; use {AUTO} or joint"
+            )
+        return profile
+
+    def codec(self, has_token_ids: bool) -> Codec:
+        """The codec of that profile."""
+        return self._codecs[self.profile(has_token_ids)]
+
+    def encode(self, keys: Tensor, values: Tensor, start: int, token_ids: Ids | None = None) -> bytes:
+        """keys, values [L, H, T, D] of the tokens at positions start .. start + T - 1 -> stream.
+
+        token_ids [T], where known. Raises `InvalidCache`, `GeometryMismatch`, `InvalidArgument`.
+        """
+        geometry = self.calibration.geometry
+        positions = torch.arange(start, start + keys.shape[2], device="cpu")
+        cache = KVCache(keys, values, positions, geometry.first_layer, geometry.first_kv_head)
+        return self.codec(token_ids is not None).encode(cache, token_ids)
+
+    def decode(self, stream: bytes, start: int, n_tokens: int, token_ids: Ids | None = None) -> tuple[Tensor, Tensor]:
+        """A stream that begins at position start -> keys, values [L, H, n_tokens, D] of its first tokens, in its dtype.
+
+        token_ids: those of the whole stream, or of the tokens wanted. Raises what `Codec.decode` raises.
+        """
+        cache = self.codec(token_ids is not None).decode_neutral(stream, token_ids, n_tokens)
+        if n_tokens and int(cache.resolved_positions()[0]) != start:
+            raise CorruptStream(f"the stream begins at position {int(cache.resolved_positions()[0])}; expected {start}")
+        return cache.keys, cache.values
+
+
+def _codec(calibration: Calibration, profile: str, settings: EngineSettings) -> Codec:
+    return Codec(
+        calibration,
+        profile,
+        ratio=settings.ratio,
+        sink_tokens=SINK_TOKENS,
+        window_tokens=0,
+        step=settings.step,
+        chunk_tokens=CHUNK_TOKENS,
+        device=settings.device,
+    )
+
+
+class Counts:
+    """Numbers that only grow, counted by many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._totals: dict[str, float] = {}
+        self._taken: dict[str, float] = {}
+
+    def add(self, **amounts: float) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self._totals[name] = self._totals.get(name, 0) + amount
+
+    def read(self) -> dict[str, float]:
+        """All of them so far."""
+        with self._lock:
+            return dict(self._totals)
+
+    def take(self) -> dict[str, Any]:
+        """What was added since the last take."""
+        with self._lock:
+            news = {name: total - self._taken.get(name, 0) for name, total in self._totals.items()}
+            self._taken = dict(self._totals)
+        return {name: amount for name, amount in news.items() if amount}

@@ -1,0 +1,221 @@
+"""The work of a secondary tier: chunks in an engine's host memory into a store as streams, and back.
+
+Knows no engine. Host memory is rows of bytes, one a chunk, in which each worker has its part. The engine's scheduler hands in jobs
+and polls for their ends; the coding is done on threads of their own. What fails is reported, and the engine computes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument, KvtcError
+from ..store import Store
+from .page_layout import PageLayout
+from .pages import CHUNK_TOKENS, Counts, PageCodec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """Where in a row a worker's part lies, how it is laid out, and with what it is coded."""
+
+    offset: int
+    layout: PageLayout
+    dtype: torch.dtype
+    codec: PageCodec
+
+
+@dataclass(frozen=True)
+class TierChunk:
+    """One chunk of a job. name: the engine's. row: in host memory. start: its first token, None if the engine does not say.
+
+    token_ids [n]: of its tokens, where known.
+    """
+
+    name: bytes
+    row: int
+    start: int | None
+    token_ids: npt.NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """done: names of the chunks for which it worked out. n_bytes: of streams."""
+
+    job_id: int
+    success: bool
+    done: tuple[bytes, ...]
+    seconds: float
+    n_bytes: int
+
+
+class TierJobs:
+    """rows: [chunks, bytes] uint8, shared with the engine. parts: of all workers. n_tokens: of a chunk."""
+
+    def __init__(
+        self,
+        rows: npt.NDArray[np.uint8],
+        parts: Sequence[RowPart],
+        store: Store,
+        namespace: str,
+        n_tokens: int,
+        threads: int = 1,
+    ) -> None:
+        if n_tokens % CHUNK_TOKENS and CHUNK_TOKENS % n_tokens:
+            raise InvalidArgument(
+                f"the engine's chunks hold {n_tokens} tokens; expected a multiple or a divisor of {CHUNK_TOKENS}"
+            )
+        for part in parts:
+            end = part.offset + part.layout.bytes(n_tokens, part.dtype)
+            if end > rows.shape[1]:
+                raise InvalidArgument(f"a row of host memory has {rows.shape[1]} bytes; {part.layout} ends at {end}")
+        self.counts = Counts()
+        self._rows, self._parts, self._store, self._n_tokens = rows, list(parts), store, n_tokens
+        self._roots = [_root(namespace, part.codec) for part in parts]
+        # Apart: a request waits for a load, nothing waits for a store.
+        self._loading = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-load")
+        self._storing = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-store")
+        self._ends: queue.SimpleQueue[JobEnd] = queue.SimpleQueue()
+        self._idle = threading.Condition()
+        self._n_pending = 0
+
+    def serves(self, has_token_ids: bool) -> bool:
+        """Whether chunks with, or without, token ids can be coded in the profile that is asked for."""
+        return all(part.codec.serves(has_token_ids) for part in self._parts)
+
+    def keys(self, name: bytes, has_token_ids: bool) -> list[str]:
+        """The store's keys of a chunk, one a worker. Streams made with token ids stand apart: without ids nobody can read them."""
+        return [
+            f"page/{root}/{part.codec.profile(has_token_ids)}/{name.hex()}"
+            for root, part in zip(self._roots, self._parts, strict=True)
+        ]
+
+    def store(self, job_id: int, chunks: Sequence[TierChunk]) -> None:
+        """Begin to code rows of host memory; they must stay as they are until the job has ended."""
+        self._submit(self._storing, job_id, chunks, self._store_chunk)
+
+    def load(self, job_id: int, chunks: Sequence[TierChunk]) -> None:
+        """Begin to fill rows of host memory."""
+        self._submit(self._loading, job_id, chunks, self._load_chunk)
+
+    def take_ends(self) -> list[JobEnd]:
+        """Jobs that have ended since the last call."""
+        ends = []
+        while not self._ends.empty():
+            ends.append(self._ends.get())
+        return ends
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether jobs are under way or ended but not taken."""
+        return self._n_pending > 0 or not self._ends.empty()
+
+    def drain(self) -> None:
+        """Wait until no job is under way."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._n_pending == 0)
+
+    def close(self) -> None:
+        """Finish what was begun."""
+        self._loading.shutdown(wait=True)
+        self._storing.shutdown(wait=True)
+
+    def _submit(
+        self,
+        pool: ThreadPoolExecutor,
+        job_id: int,
+        chunks: Sequence[TierChunk],
+        work: Callable[[TierChunk], int],
+    ) -> None:
+        with self._idle:
+            self._n_pending += 1
+        pool.submit(self._run, job_id, chunks, work)
+
+    def _run(self, job_id: int, chunks: Sequence[TierChunk], work: Callable[[TierChunk], int]) -> None:
+        begin, n_bytes, done = time.monotonic(), 0, []
+        for chunk in chunks:
+            try:
+                n_bytes += work(chunk)
+                done.append(chunk.name)
+            except KvtcError as error:
+                logger.warning("chunk %s: %s", chunk.name.hex(), error)
+                self.counts.add(misses=1)
+            except Exception:  # the engine waits for the end of each job, whatever went wrong
+                logger.exception("chunk %s", chunk.name.hex())
+                self.counts.add(errors=1)
+        end = JobEnd(job_id, len(done) == len(chunks), tuple(done), time.monotonic() - begin, n_bytes)
+        with self._idle:
+            self._ends.put(end)
+            self._n_pending -= 1
+            self._idle.notify_all()
+
+    def _store_chunk(self, chunk: TierChunk) -> int:
+        """Bytes stored."""
+        n_bytes = 0
+        start = _start_of(chunk)
+        for key, part in zip(self.keys(chunk.name, chunk.token_ids is not None), self._parts, strict=True):
+            if self._store.contains(key):
+                self.counts.add(chunks_shared=1)
+                continue
+            keys, values = part.layout.read(self._window(chunk, part))
+            stream = part.codec.encode(keys, values, start, chunk.token_ids)
+            self._store.put(key, stream)
+            n_bytes += len(stream)
+            original = part.layout.bytes(self._n_tokens, part.dtype)
+            self.counts.add(chunks_saved=1, bytes_saved=len(stream), original_bytes=original)
+        return n_bytes
+
+    def _load_chunk(self, chunk: TierChunk) -> int:
+        """Bytes read."""
+        n_bytes = 0
+        start = _start_of(chunk)
+        for key, part in zip(self.keys(chunk.name, chunk.token_ids is not None), self._parts, strict=True):
+            stream = self._store.get(key)
+            if stream is None:
+                raise _Gone(f"entry {key} is gone or damaged")
+            try:
+                keys, values = part.codec.decode(stream, start, self._n_tokens, chunk.token_ids)
+            except KvtcError:
+                # So that it is stored anew.
+                self._store.delete(key)
+                raise
+            data = part.layout.write(keys.to(part.dtype), values.to(part.dtype))
+            self._window(chunk, part).copy_(data.flatten())
+            n_bytes += len(stream)
+        self.counts.add(chunks_loaded=1, bytes_read=n_bytes)
+        return n_bytes
+
+    def _window(self, chunk: TierChunk, part: RowPart) -> Tensor:
+        """The part's numbers in a row, shared memory."""
+        end = part.offset + part.layout.bytes(self._n_tokens, part.dtype)
+        return torch.from_numpy(self._rows[chunk.row, part.offset : end]).view(part.dtype)
+
+
+class _Gone(KvtcError):
+    """An entry that was there when asked for is not there when read."""
+
+
+def _start_of(chunk: TierChunk) -> int:
+    if chunk.start is None:
+        raise InvalidArgument("the engine does not say where the chunk stands")
+    return chunk.start
+
+
+def _root(namespace: str, codec: PageCodec) -> str:
+    """Names all that the bytes of a stream depend on besides its chunk and profile."""
+    settings = codec.codec(has_token_ids=True).rate
+    parts = [namespace, codec.calibration.fingerprint.hex(), repr(settings)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

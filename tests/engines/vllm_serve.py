@@ -1,0 +1,95 @@
+"""One vLLM process: answer some prompts, write what came out of it as JSON. Run by `vllm_end_to_end.py`, in vLLM's environment."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def transfer_config(way: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """What a user writes into --kv-transfer-config."""
+    if way == "none":
+        return None
+    if way == "connector":
+        return {
+            "kv_connector": "KvtcConnector",
+            "kv_connector_module_path": "kvtc.integrations.vllm_connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": options,
+        }
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            # vLLM's TieringOffloadingSpec itself refuses CPUs; this one differs from it in how pages are copied.
+            "spec_name": "CpuTieringSpec",
+            "spec_module_path": "vllm_cpu_spec",
+            "cpu_bytes_to_use": 64 << 20,
+            "block_size": 256,
+            "secondary_tiers": [{"type": "KvtcTier", "module_path": "kvtc.integrations.vllm_tier", **options}],
+        },
+    }
+
+
+def model_directory(scratch: str) -> str:
+    """The reference model without its calibration: vLLM takes every safetensors file of a directory for weights."""
+    from kvtc.reference import MODEL_DIRECTORY
+
+    for name in MODEL_FILES:
+        (Path(scratch) / name).symlink_to(MODEL_DIRECTORY / name)
+    return scratch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "task", type=Path, help="JSON: way, options, dtype, prompts (lists of token ids), transfer_params, settle"
+    )
+    parser.add_argument("result", type=Path)
+    arguments = parser.parse_args()
+    task = json.loads(arguments.task.read_text())
+    from vllm import LLM, SamplingParams
+    from vllm.config import KVTransferConfig
+
+    transfer = transfer_config(task["way"], task.get("options", {}))
+    answers = []
+    with tempfile.TemporaryDirectory() as scratch:
+        llm = LLM(
+            model_directory(scratch),
+            dtype=task.get("dtype", "bfloat16"),
+            max_model_len=2048,
+            enforce_eager=True,
+            max_num_seqs=4,
+            block_size=32,
+            disable_log_stats=False,
+            kv_transfer_config=KVTransferConfig(**transfer) if transfer else None,
+        )
+        for prompt, params in zip(task["prompts"], task["transfer_params"], strict=True):
+            extra = {"kv_transfer_params": params} if params else None
+            sampling = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args=extra)
+            (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling)
+            answers.append({"tokens": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens})
+            # Saving goes on in the background, in steps of the engine where it runs beside the scheduler.
+            time.sleep(task.get("settle", 1.0))
+        metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+        del llm
+    kept = {
+        name: value
+        for name, value in metrics.items()
+        if "prefix_cache" in name or "kv_offload" in name or "kvtc" in name
+    }
+    arguments.result.write_text(json.dumps({"answers": answers, "metrics": kept}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Entries in a directory."""
+
+import os
+import shutil
+import stat
+
+import pytest
+
+from kvtc.errors import InvalidArgument, StoreFull, StoreUnavailable
+from kvtc.store import open_store
+
+from .contract import SharedPlaceContract
+
+BLOCK = 4096
+
+
+class TestFileStore(SharedPlaceContract):
+    @pytest.fixture
+    def url(self, tmp_path):
+        return f"file://{tmp_path}/store"
+
+
+class TestFileStoreWithBudgetAndSync(TestFileStore):
+    @pytest.fixture
+    def url(self, tmp_path):
+        return f"file://{tmp_path}/store?bytes=64MB&sync=full"
+
+
+def disk_bytes(root) -> int:
+    return sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in root.rglob("*.entry"))
+
+
+def test_the_budget_is_kept_and_those_used_longest_ago_go_first(tmp_path):
+    with open_store(f"file://{tmp_path}?bytes={20 * BLOCK}") as store:
+        for i in range(20):
+            store.put(f"{i:02}", bytes(1000))
+        store.get("00")
+        assert store.statistics().evictions == 0
+        store.put("20", bytes(1000))
+        kept = sorted(store.keys())
+        assert "00" in kept
+        assert "20" in kept
+        assert "01" not in kept
+        assert disk_bytes(tmp_path) <= 20 * BLOCK
+        assert store.statistics().evictions == 21 - len(kept)
+
+
+def test_of_equal_recency_the_largest_goes_first(tmp_path):
+    with open_store(f"file://{tmp_path}?bytes={12 * BLOCK}") as store:
+        store.put_many([("small", bytes(10)), ("large", bytes(8 * BLOCK)), ("other", bytes(10))])
+        for path in tmp_path.rglob("*.entry"):
+            os.utime(path, ns=(5, 5))
+        store.put("new", bytes(2 * BLOCK))
+        assert sorted(store.keys()) == ["new", "other", "small"]
+
+
+@pytest.mark.parametrize("use", [lambda store, keys: store.get_many(keys), lambda *_: None])
+def test_a_chain_is_evicted_from_its_tail(tmp_path, use):
+    with open_store(f"file://{tmp_path}?bytes={4 * BLOCK}") as store:
+        chain = ["head", "middle", "tail"]
+        store.put_many((key, bytes(10)) for key in chain)
+        use(store, chain)
+        store.put_many([("x", bytes(10)), ("y", bytes(10))])
+        assert store.contains_prefix(chain) in (1, 2)
+
+
+def test_several_objects_keep_one_budget(tmp_path):
+    url = f"file://{tmp_path}?bytes={30 * BLOCK}"
+    with open_store(url) as one, open_store(url, namespace="other") as two:
+        for i in range(100):
+            (one, two)[i % 2].put(str(i), bytes(BLOCK // 2))
+            assert disk_bytes(tmp_path) <= 30 * BLOCK
+        assert one.statistics().evictions + two.statistics().evictions > 0
+
+
+def test_a_smaller_budget_is_enforced_on_opening(tmp_path):
+    with open_store(f"file://{tmp_path}") as store:
+        store.put_many((str(i), bytes(10)) for i in range(40))
+    with open_store(f"file://{tmp_path}?bytes={10 * BLOCK}"):
+        assert disk_bytes(tmp_path) <= 10 * BLOCK
+
+
+def test_an_entry_larger_than_the_budget_is_refused_and_the_rest_stays(tmp_path):
+    with open_store(f"file://{tmp_path}?bytes={4 * BLOCK}") as store:
+        store.put("k", b"v")
+        with pytest.raises(StoreFull, match="budget"):
+            store.put("large", bytes(5 * BLOCK))
+        assert store.get("k") == b"v"
+        assert list((tmp_path / "partial").iterdir()) == []
+
+
+def test_the_ledger_may_be_lost_or_damaged(tmp_path):
+    url = f"file://{tmp_path}?bytes={10 * BLOCK}"
+    with open_store(url) as store:
+        for damage in (
+            lambda path: path.unlink(),
+            lambda path: path.write_bytes(b"x" * 9),
+            lambda path: path.write_bytes(b"\xff" * 99),
+        ):
+            store.put_many((str(i), bytes(10)) for i in range(9))
+            damage(tmp_path / "ledger")
+            store.put_many((f"n{i}", bytes(10)) for i in range(9))
+            assert disk_bytes(tmp_path) <= 10 * BLOCK
+            assert store.get("n0") == bytes(10)
+
+
+def test_leftovers_of_dead_writers_are_removed(tmp_path):
+    with open_store(f"file://{tmp_path}") as store:
+        store.put("k", b"v")
+    (tmp_path / "partial" / "dead.part").write_bytes(bytes(100))
+    with open_store(f"file://{tmp_path}") as store:
+        assert list((tmp_path / "partial").iterdir()) == []
+        assert store.get("k") == b"v"
+
+
+def test_a_directory_emptied_under_the_store_is_made_again(tmp_path):
+    with open_store(f"file://{tmp_path}/store?bytes=1MB") as store:
+        store.put("k", b"v")
+        shutil.rmtree(tmp_path / "store")
+        assert store.get("k") is None
+        assert list(store.keys()) == []
+        assert store.contains_prefix(["k"]) == 0
+        store.put("k", b"again")
+        assert store.get("k") == b"again"
+
+
+def test_only_the_owner_may_look_inside(tmp_path):
+    with open_store(f"file://{tmp_path}/store") as store:
+        store.put("k", b"v")
+        for path in (tmp_path / "store").rglob("*"):
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+        assert stat.S_IMODE((tmp_path / "store").stat().st_mode) == 0o700
+
+
+def test_a_place_that_is_no_directory_is_unavailable(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(StoreUnavailable, match="file"):
+        open_store(f"file://{tmp_path}/file/store")
+
+
+@pytest.mark.parametrize(
+    "url", ["file:relative", "file://host/path", "file:///tmp/x?sync=always", "file:///tmp/x?bytes=-1", "file:"]
+)
+def test_urls_that_mean_nothing_are_refused(url):
+    with pytest.raises(InvalidArgument):
+        open_store(url)
