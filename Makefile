@@ -28,7 +28,7 @@ SERVERS := $(VENV)/servers
 SOAK_SECONDS ?= 300
 
 test-stores: $(VENV)/.test-ready $(VENV)/.servers-ready
-	KVTC_NO_SKIPS=1 KVTC_MOTO_SERVER=$(SERVERS)/bin/moto_server $(BIN)/python -m pytest tests/stores
+	KVTC_ALL_INSTALLED=1 KVTC_MOTO_SERVER=$(SERVERS)/bin/moto_server $(BIN)/python -m pytest tests/stores
 
 test-faults: $(VENV)/.test-ready
 	KVTC_KILLS=200 $(BIN)/python -m pytest tests/stores/test_faults.py tests/stores/test_faults_remote.py
@@ -65,10 +65,10 @@ $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml
 	touch $(VENV)/.demo-ready $@
 
 $(VENV)/.servers-ready: $(VENV)/.torch-ready
-	command -v redis-server >/dev/null || (test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq redis-server) || \
+	command -v redis-server >/dev/null || (test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq redis-server openssl) || \
 		(echo "redis-server is not installed, and installing it takes root" >&2; exit 1)
 	python3 -m venv $(SERVERS)
-	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check 'moto[s3]==5.2.5' flask flask-cors
 	touch $@
 
 clean:

@@ -24,8 +24,8 @@ from kvtc.coding.transform import project, rows_of
 from kvtc.coding.uniform import column_classes, quantize, to_symbols
 from kvtc.container import STREAM_WIDE, SectionType, parse_stream
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.quality import prefill
 from kvtc.evaluate.table import format_table
+from kvtc.integrations.continuation import prefill
 from quality import stretches
 
 CHUNK = 256

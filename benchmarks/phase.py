@@ -24,10 +24,10 @@ import torch
 import kvtc
 from kvtc.evaluate.methods import as_method, restore
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.quality import prefill
 from kvtc.evaluate.schema import PHASE_SWEEP, PhasePoint
 from kvtc.evaluate.table import format_table
 from kvtc.evaluate.tasks import LATEST, NEEDLES, Source
+from kvtc.integrations.continuation import prefill
 
 CHUNK = 256
 SPACING = 64

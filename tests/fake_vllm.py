@@ -1,4 +1,4 @@
-"""The names of vLLM that kvtc's adapters import, with vLLM 0.32's signatures and nothing behind them, and a very small engine.
+"""The names of vLLM that kvtc's adapters import, with vLLM 0.32's signatures and nothing behind them.
 
 `make test` runs the adapters on this; `make test-engines` runs them in vLLM itself.
 """
@@ -16,9 +16,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-
-from kvtc.cache import KVCache
-from kvtc.integrations.page_layout import PageLayout
 
 ADAPTERS = tuple(f"kvtc.integrations.vllm_{name}" for name in ("connector", "tier", "metrics"))
 
@@ -292,125 +289,3 @@ def fake_vllm() -> Iterator[None]:
         for name in (*added, *ADAPTERS):
             sys.modules.pop(name, None)
         sys.modules.update(before)
-
-
-class FakeEngine:
-    """A scheduler and one worker around a connector: blocks are written in the order of the calls that vLLM makes.
-
-    truth: the cache of each prompt, which "the model" writes for tokens that are not loaded.
-    """
-
-    def __init__(
-        self,
-        connector_class: type,
-        vllm_config: Any,
-        kv_cache_config: Any,
-        n_blocks: int = 64,
-        kernel_tokens: int | None = None,
-        axes: str = "BHNC",
-    ):
-        model = vllm_config.model_config
-        n_layers, heads, dim = (
-            model.get_total_num_hidden_layers(),
-            model.get_total_num_kv_heads(),
-            model.get_head_size(),
-        )
-        self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        inner = kernel_tokens or self.block_size
-        sizes = {"B": n_blocks * self.block_size // inner, "H": heads, "N": inner, "C": 2 * dim}
-        # Whatever the order in memory, vLLM hands out views in the order BHNC.
-        self.layers = {
-            name: torch.zeros([sizes[axis] for axis in axes], dtype=model.dtype).permute(
-                [axes.index(axis) for axis in "BHNC"]
-            )
-            for name in vllm_config.layers
-        }
-        backend = next(iter(vllm_config.layers.values())).get_attn_backend().get_name()
-        self.layout = PageLayout("LBHNC", n_layers, heads, dim, inner, "vec" if backend == "CPU_ATTN" else "split")
-        self.scheduler = connector_class(vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config)
-        self.worker = connector_class(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
-        self.worker.register_kv_caches(self.layers)
-        self.next_block = 1
-        self.failed: set[int] = set()
-
-    def run(
-        self, request_id: str, token_ids: list[int], truth: KVCache, n_local: int = 0, **request: Any
-    ) -> tuple[int, KVCache]:
-        """Prefill one prompt, of which the engine has the first n_local tokens -> (tokens loaded, its cache in the blocks)."""
-        fields = {"mm_features": [], "prompt_embeds": None, "lora_request": None, "cache_salt": None} | request
-        asked = SimpleNamespace(request_id=request_id, prompt_token_ids=token_ids, **fields)
-        n_blocks = -(-len(token_ids) // self.block_size)
-        blocks = list(range(self.next_block, self.next_block + n_blocks))[::-1]
-        self.next_block += n_blocks
-        self._write(blocks, truth, 0, n_local)
-        n_found = None
-        while n_found is None:
-            n_found, is_async = self.scheduler.get_num_new_matched_tokens(asked, n_local)
-        assert is_async == (n_found > 0)
-        self.scheduler.update_state_after_alloc(asked, SimpleNamespace(get_block_ids=lambda: (blocks,)), n_found)
-        n_computed = n_local
-        if n_found:
-            n_computed = self._load(request_id, blocks, n_local + n_found)
-        self._write(blocks, truth, n_computed, len(token_ids))
-        self._step(self._output(request_id, blocks, n_computed, len(token_ids)))
-        self.scheduler.request_finished_all_groups(asked, (blocks,))
-        return n_computed - n_local, self._read(blocks, len(token_ids))
-
-    def finish(self) -> None:
-        """Shut down, which waits for what goes on in the background."""
-        self.worker.shutdown()
-        self.scheduler.shutdown()
-
-    def _load(self, request_id: str, blocks: list[int], stop: int) -> int:
-        """Steps without a forward until the request is loaded -> tokens that are there."""
-        loaded: set[str] = set()
-        failed: set[int] = set()
-        while request_id not in loaded:
-            done, bad = self._step(self._output())
-            loaded |= done
-            failed |= bad
-        self.failed |= failed
-        good = [block not in failed for block in blocks[: stop // self.block_size]]
-        return stop if all(good) else good.index(False) * self.block_size
-
-    def _step(self, output: Any) -> tuple[set[str], set[int]]:
-        metadata = self.scheduler.build_connector_meta(output)
-        self.worker.bind_connector_metadata(metadata)
-        self.worker.start_load_kv(None)
-        self.worker.wait_for_save()
-        _, loaded = self.worker.get_finished(set())
-        failed = self.worker.get_block_ids_with_load_errors()
-        self.worker.clear_connector_metadata()
-        return loaded or set(), failed
-
-    def _output(
-        self, request_id: str | None = None, blocks: list[int] | None = None, n_computed: int = 0, stop: int = 0
-    ) -> Any:
-        """A SchedulerOutput of one request, or of none."""
-        news = [] if request_id is None else [SimpleNamespace(req_id=request_id, num_computed_tokens=n_computed)]
-        return SimpleNamespace(
-            scheduled_new_reqs=news,
-            scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
-            num_scheduled_tokens={new.req_id: stop - n_computed for new in news},
-            kv_connector_block_state=SimpleNamespace(get_block_ids=lambda _: (blocks,)),
-        )
-
-    def _slots(self, blocks: list[int]) -> list[int]:
-        ratio = self.block_size // self.layout.page_tokens
-        return [block * ratio + inner for block in blocks for inner in range(ratio)]
-
-    def _write(self, blocks: list[int], truth: KVCache, start: int, stop: int) -> None:
-        """What the model's attention does: tokens start .. stop - 1 into the blocks."""
-        keys, values = self._both(blocks)
-        keys[:, :, start:stop], values[:, :, start:stop] = truth.keys[:, :, start:stop], truth.values[:, :, start:stop]
-        data = self.layout.write(keys, values)
-        for index, layer in enumerate(sorted(self.layers)):
-            self.layers[layer][self._slots(blocks)] = data[index]
-
-    def _both(self, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        slots = self._slots(blocks)
-        return self.layout.read(torch.stack([self.layers[layer][slots] for layer in sorted(self.layers)]))
-
-    def _read(self, blocks: list[int], n_tokens: int) -> KVCache:
-        keys, values = self._both(blocks)
-        return KVCache(keys[:, :, :n_tokens], values[:, :, :n_tokens])

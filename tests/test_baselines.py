@@ -28,7 +28,8 @@ from kvtc.evaluate.baselines.eviction import attention_queries
 from kvtc.evaluate.baselines.stream import Header, cache_sides
 from kvtc.evaluate.baselines.turboquant import lloyd_max_levels
 from kvtc.evaluate.methods import KvtcMethod, Method, as_method, restore
-from kvtc.evaluate.quality import evaluate_continuation, predict, prefill
+from kvtc.evaluate.quality import evaluate_continuation
+from kvtc.integrations.continuation import predict, prefill
 from kvtc.integrations.huggingface import geometry_of
 
 from .builders import relative_error

@@ -104,6 +104,21 @@ def test_encode_to_a_fixed_size(capsys, made, tmp_path):
     assert "padding" in run(capsys, "inspect", output)[1]
 
 
+def test_measure_adds_a_curve_and_encode_goes_by_it(capsys, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvtc.integrations.quality.RATIOS", (16, 256))
+    measured, output = tmp_path / "measured.safetensors", tmp_path / "talk.kvtc"
+    arguments = ["measure", "--model", "reference", "--text", made / "corpus.txt", "-o", measured]
+    code, out, _ = run(capsys, *arguments, "--json")
+    points = json.loads(out)["quality"]["joint"]
+    assert code == 0
+    assert len(points) == 2
+    assert "KL of conditional" in run(capsys, "inspect", measured)[1]
+    encode = ["encode", made / "talk.txt", "-o", output, "--model", "reference", "--calibration", measured]
+    assert run(capsys, *encode, "--profile", "joint", "--kl", points[0]["kl"])[0] == 0
+    assert "outside of what was measured" in fails(capsys, *encode, "--force", "--profile", "joint", "--kl", 1e-9)
+    assert "not measured" in run(capsys, "inspect", made / "other.safetensors")[1]
+
+
 def test_encode_with_a_coded_window(capsys, made, tmp_path):
     output = tmp_path / "talk.kvtc"
     options = ["--model", "reference", "--profile", "joint", "--step", 1, "--window-format", "coded"]
@@ -347,6 +362,7 @@ def test_texts_and_models_that_cannot_be_read(capsys, made, tmp_path):
         ["decode", "talk.kvtc", "--model", "reference", "--text", "t", "--generate", "5", "--tokens", "3"],
         ["decode", "talk.kvtc", "--model", "reference", "--text", "t", "--generate", "0"],
         ["calibrate", "--model", "reference", "--text", "t", "-o", "x", "--layers", "two"],
+        ["encode", "talk.txt", "-o", "x", "--model", "reference", "--ratio", "8", "--kl", "0.001"],
     ],
 )
 def test_usage_errors(capsys, arguments, tmp_path, monkeypatch):

@@ -159,7 +159,7 @@ UNKNOWN = {
     "chunk_tokens 0": (36, "I", 0),
     "chunk_tokens past its cap": (36, "I", 32769),
     "rope_length": (40, "I", 2**31 + 1),
-    "chunk flags": (HEADER_BYTES + 10, "H", 4),
+    "chunk flags": (HEADER_BYTES + 10, "H", 16),
     "chunk with positions in a stream without gaps": (HEADER_BYTES + 10, "H", 1),
     "chunk without tokens": (HEADER_BYTES + 2 * CHUNK_BYTES + 4, "HHH", 0, 0, 0),
     "too many tokens for the cell": (HEADER_BYTES + 4, "HHH", 2, 3, 0),

@@ -11,8 +11,9 @@ import torch
 from kvtc import inspect
 from kvtc.cache import CacheGeometry
 from kvtc.errors import CorruptStream, InvalidArgument, StoreUnavailable, TokenMismatch, UnsupportedModel
+from kvtc.integrations.counts import Counts
 from kvtc.integrations.engine_settings import CachePart, EngineSettings, tensor_parallel_parts
-from kvtc.integrations.pages import Counts, PageCodec
+from kvtc.integrations.pages import PageCodec
 from kvtc.integrations.store_lookups import StoreLookups
 from kvtc.reference import reference_calibration
 from kvtc.store import open_store

@@ -13,8 +13,9 @@ import kvtc
 from kvtc.errors import InvalidArgument
 from kvtc.evaluate.plots import plot_rate_quality, plot_spectrum
 from kvtc.evaluate.provenance import Provenance, save_result
-from kvtc.evaluate.quality import Quality, evaluate_continuation, predict, prefill, summarize
+from kvtc.evaluate.quality import Quality, evaluate_continuation, summarize
 from kvtc.evaluate.table import format_bytes, format_fields, format_ratio, format_seconds, format_table
+from kvtc.integrations.continuation import predict, prefill
 
 N_TOKENS, N_CONTINUATION = 400, 60
 PNG_SIGNATURE = b"\x89PNG"

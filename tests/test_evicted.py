@@ -10,7 +10,8 @@ from kvtc.errors import TokenMismatch
 from kvtc.evaluate.baselines import H2O, EvictedKvtc, Tova
 from kvtc.evaluate.baselines.stream import cache_sides
 from kvtc.evaluate.methods import restore
-from kvtc.evaluate.quality import evaluate_continuation, prefill
+from kvtc.evaluate.quality import evaluate_continuation
+from kvtc.integrations.continuation import prefill
 from kvtc.opened_stream import positions_of
 
 N_TOKENS = 120

@@ -10,7 +10,7 @@ from kvtc import interop
 from kvtc.cache import KVCache
 from kvtc.container import SectionType, parse_stream
 from kvtc.demo.run import CONVERSATION
-from kvtc.evaluate.quality import predict, prefill
+from kvtc.integrations.continuation import predict, prefill
 
 N_CACHED, N_FED = 480, 24
 

@@ -9,7 +9,8 @@ import kvtc
 from kvtc.errors import InvalidArgument
 from kvtc.evaluate.baselines import Tova
 from kvtc.evaluate.multi_turn import evaluate_turns
-from kvtc.evaluate.quality import evaluate_continuation, prefill
+from kvtc.evaluate.quality import evaluate_continuation
+from kvtc.integrations.continuation import prefill
 
 N_TOKENS, TURN, N_TURNS = 150, 10, 3
 

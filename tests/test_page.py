@@ -229,6 +229,14 @@ def test_names_lie_on_the_chart_and_not_on_each_other():
             assert left >= other[2] or other[0] >= right or top >= other[3] - 1 or other[1] >= bottom - 1
 
 
+def test_of_two_lines_that_end_side_by_side_the_upper_one_has_the_upper_name():
+    for order in (("first", "second"), ("second", "first")):
+        lines = {name: [(4.0, 1e-2, "a"), (16.0, {"first": 0.21, "second": 0.19}[name], "b")] for name in order}
+        svg = draw(Chart("c", {**lines, "far": [(4.0, 1e-3, "a")]}, "x", "y"))
+        heights = {name: float(y) for y, name in re.findall(r' y="([\d.]+)"[^>]*style="[^"]*">([^<]*)<', svg)}
+        assert heights["first"] < heights["second"]
+
+
 @pytest.mark.parametrize("is_log", [True, False])
 @pytest.mark.parametrize("values", [[3.0], [1.0, 1000.0], [0.2, 0.21], [5.0, 5.0]])
 def test_axes_take_any_range(is_log, values):

@@ -16,7 +16,8 @@ from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 
 from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache, told_ids
-from .fake_vllm import FakeEngine, KVConnectorRole, configs, fake_vllm
+from .fake_engine import FakeEngine
+from .fake_vllm import KVConnectorRole, configs, fake_vllm
 
 SHAPE = {"n_layers": N_LAYERS, "n_kv_heads": N_HEADS, "head_dim": HEAD_DIM}
 LENGTH = 700  # two whole chunks and a tail of 188 tokens, of which 5 blocks of 32 are whole
@@ -243,6 +244,18 @@ def test_caches_that_depend_on_more_than_token_ids_are_kept_apart(connector, opt
     engine.finish()
     engine = FakeEngine(connector, *configs(options, **SHAPE))
     assert engine.run("b", ids, truth, **request_fields)[0] == 0
+    engine.finish()
+
+
+def test_after_a_change_of_weights_nothing_older_is_found(connector, options):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.worker._mover.close()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    assert engine.run("b", ids, truth)[0] == FOUND
+    assert engine.scheduler.reset_cache()
+    assert engine.run("c", ids, truth)[0] == 0
     engine.finish()
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .container import join_streams, split_stream
     from .inspection import StreamInfo, inspect
     from .integrations.huggingface import calibrate
+    from .integrations.quality import measure_quality
     from .prefix_cache import PrefixCache
     from .reference import reference_calibration, reference_model
     from .store import open_store
@@ -41,6 +42,7 @@ _HOME = {
     "inspect": "inspection",
     "join_streams": "container",
     "load_calibration": "calibration",
+    "measure_quality": "integrations.quality",
     "open_store": "store",
     "reference_calibration": "reference",
     "reference_model": "reference",
@@ -59,6 +61,7 @@ __all__ = [
     "inspect",
     "join_streams",
     "load_calibration",
+    "measure_quality",
     "open_store",
     "reference_calibration",
     "reference_model",

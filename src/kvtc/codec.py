@@ -26,7 +26,7 @@ from .container import Chunk, SectionType, parse_stream
 from .errors import InvalidArgument, InvalidCache
 from .fixed_size import fixed_stream_bytes
 from .opened_stream import ExactTokens, OpenedStream, TokenIds, open_stream
-from .profiles import Allowance, BodyCoder, BodyRows
+from .profiles import Allowance, BodyCoder, BodyRows, JointCoder
 from .profiles.step_rate import StepRate
 from .sealed_stream import chunks_of, draft_stream
 from .settings import as_ids, check_calibration, check_regions, coder_and_rate, decoder, stream_settings, usable_device
@@ -39,6 +39,7 @@ class Codec:
     ratio: bits of a cached value over bits the body may spend on it; None means 16. With `paper` it counts bits before lossless
     coding, as published: the real body_ratio is at least that on texts of ordinary length. With the others it is the body_ratio,
     and the step is found for each cache. step: instead of a ratio, the step itself, so that chunks of different caches coincide.
+    kl: instead, the step at which the model's predictions are expected to diverge so much, in nats, by the calibration's curve.
     sink_tokens, window_tokens: tokens kept exactly at the beginning and the end. sink_format: "exact" or "fp8". window_format:
     "exact", or with `joint` and `conditional` "coded": like the body, with a quarter of its step.
     fixed_size: every stream of tokens at the same places has the same bytes, `stream_bytes` of them: the step is as fine as
@@ -63,6 +64,7 @@ class Codec:
         value_ratio: float | None = None,
         *,
         step: float | None = None,
+        kl: float | None = None,
         max_error: float | None = None,
         allocation: str = "dynamic",
         lossless: str = "deflate",
@@ -81,8 +83,19 @@ class Codec:
         self.device = usable_device(device)
         self._lock = threading.Lock()
         of_paper = key_ratio, value_ratio, max_error, allocation
-        self._coder, self.rate = coder_and_rate(calibration, self.device, self.settings, ratio, step, of_paper)
+        self._coder, self.rate = coder_and_rate(calibration, self.device, self.settings, ratio, step, kl, of_paper)
         self._coders = {profile: self._coder}
+
+    def with_step(self, step: float) -> Codec:
+        """The same codec (`joint`, `conditional`) with another step in place of its rate; the matrices are shared."""
+        if not isinstance(self._coder, JointCoder) or self.settings.fixed_size:
+            raise InvalidArgument("only a codec of joint or conditional, and without fixed size, takes a step")
+        other = copy.copy(self)
+        other._lock = threading.Lock()
+        other._coder = self._coder.with_step(step)
+        other.rate = StepRate(step=step, finer_window=self._coder.finer_window)
+        other._coders = self._coders | {self.settings.profile: other._coder}
+        return other
 
     def encode(self, cache: Any, token_ids: Any = None, positions: Any = None) -> bytes:
         """A cache -> stream. The cache is left as it was.

@@ -60,26 +60,38 @@ def coder_and_rate(
     settings: StreamSettings,
     ratio: float | None,
     step: float | None,
+    kl: float | None,
     of_paper: tuple[float | None, float | None, float | None, str],
 ) -> tuple[BodyCoder, RateTarget | StepRate]:
     """The coder of a profile and what it may spend. of_paper: key_ratio, value_ratio, max_error, allocation."""
     profile = settings.profile
     if profile == "paper":
-        if step is not None:
-            raise InvalidArgument("the profile paper has no step; give a ratio")
+        if step is not None or kl is not None:
+            raise InvalidArgument("the profile paper has no step, which step and kl decide; give a ratio")
         target = RateTarget(calibration, ratio, *of_paper)
         return PaperCoder(calibration, device, target), target
     if of_paper != (None, None, None, "dynamic"):
         raise InvalidArgument(
             f"key_ratio, value_ratio, max_error and allocation are of the profile paper, not {profile}"
         )
-    if ratio is not None and step is not None:
-        raise InvalidArgument("give either a ratio or a step, not both")
-    if settings.fixed_size and step is not None:
+    if sum(given is not None for given in (ratio, step, kl)) > 1:
+        raise InvalidArgument("give either a ratio or a step or a kl, not several")
+    if settings.fixed_size and (step is not None or kl is not None):
         raise InvalidArgument("a fixed size needs a ratio: at one step the bytes follow from the cache")
+    step = step if kl is None else _step_for(calibration, profile, kl)
     finer_window = FINER_WINDOW if settings.coded_window else None
     rate = StepRate(DEFAULT_RATIO if ratio is None else ratio, step, finer_window)
     return JointCoder(calibration, device, profile == "conditional", rate), rate
+
+
+def _step_for(calibration: Calibration, profile: str, kl: float) -> float:
+    """The step that is expected to make predictions diverge by kl nats."""
+    if profile not in calibration.quality:
+        raise InvalidArgument(
+            f"this calibration has no measured quality of the profile {profile}, so kl cannot be given; "
+            "kvtc.measure_quality adds it"
+        )
+    return calibration.quality[profile].step_for(kl)
 
 
 def decoder(calibration: Calibration, profile: str, device: torch.device) -> BodyCoder:

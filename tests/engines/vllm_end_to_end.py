@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-RATIO = 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Way:
     """How kvtc gets into vLLM, and what must come of it; the CPU backend packs pages by dtype, so both packings are run.
 
     profile: of the long prompt's streams. on_disk: (entries, their tokens). hits: tokens that vLLM counts as cached, for each
-    prompt of a process.
+    prompt of a process; with the connector it counts what was promised, even where that failed. counted: metrics of the process
+    that meets the damaged entry.
     """
 
     name: str
@@ -38,12 +39,27 @@ class Way:
     profile: str
     on_disk: tuple[int, int]
     hits: dict[str, list[int]]
+    counted: dict[str, float]
 
 
 WAYS = (
     # Process `hit` asks for the short prompt first: vLLM then has 288 tokens of the long one and loads from inside a chunk.
-    Way("connector", "bfloat16", "conditional", (6, 1250 + 44), {"hit": [288, 1248], "damaged": [512]}),
-    Way("tier", "float32", "joint", (7, 1024 + 768), {"hit": [256, 1024, 768], "damaged": [512]}),
+    Way(
+        "connector",
+        "bfloat16",
+        "conditional",
+        (6, 1250 + 44),
+        {"hit": [288, 1248], "damaged": [1248]},
+        {"tokens_loaded": 512, "tokens_missed": 736},
+    ),
+    Way(
+        "tier",
+        "float32",
+        "joint",
+        (7, 1024 + 768),
+        {"hit": [256, 1024, 768], "damaged": [512]},
+        {"chunks_loaded": 3, "misses": 1},
+    ),
 )
 
 
@@ -74,36 +90,52 @@ def prompts() -> tuple[list[int], list[int], list[int]]:
 
 def run_way(way: Way, scratch: Path, long: list[int], short: list[int], other: list[int]) -> None:
     store = scratch / "store"
-    options = {
-        "kvtc.calibration": "reference",
-        "kvtc.store": f"file://{store}",
-        "kvtc.ratio": RATIO,
-        "kvtc.namespace": "kvtc-6m",
-    }
+    config = transfer_config(way.name, f"file://{store}")
     order = [long, short] if way.name == "connector" else [long, short, other]
     print(
-        f"\n{way.name}: kvtc-6m in {way.dtype}, ratio {RATIO}, prompts of {', '.join(str(len(ids)) for ids in order)} tokens"
+        f"\n{way.name}: kvtc-6m in {way.dtype}, ratio 8, prompts of {', '.join(str(len(ids)) for ids in order)} tokens"
     )
-    uncached = serve(way, scratch, options, order, "store")
+    uncached = serve(way, scratch, config, order, "store")
     expect("nothing is cached at first", uncached["answers"][0]["cached"], 0)
     tokens = {len(ids): answer["tokens"] for ids, answer in zip(order, uncached["answers"], strict=True)}
     report_disk(store, *way.on_disk)
 
     again = [short, long, *order[2:]]
-    compare(way, "hit", serve(way, scratch, options, again, "hit"), [tokens[len(ids)] for ids in again])
+    compare(way, "hit", serve(way, scratch, config, again, "hit"), [tokens[len(ids)] for ids in again])
 
-    print(f"  damaged: {damage(way, options['kvtc.store'], store, position=512)}")
-    compare(way, "damaged", serve(way, scratch, options, [long], "damaged"), [tokens[len(long)]])
+    print(f"  damaged: {damage(way, store, position=512)}")
+    found = serve(way, scratch, config, [long], "damaged")
+    counted = {name: found["metrics"].get(f"vllm:kvtc_{name}") for name in way.counted}
+    print(f"  damaged: {', '.join(f'vllm:kvtc_{name} {count}' for name, count in counted.items())}")
+    compare(way, "damaged", found, [tokens[len(long)]])
+    expect("what vLLM's metrics say of the damage", counted, way.counted)
 
 
-def serve(way: Way, scratch: Path, options: dict[str, Any], order: list[list[int]], name: str) -> dict[str, Any]:
+def transfer_config(way: str, store: str) -> dict[str, Any]:
+    """A configuration of the guide, with a store of the test's own and, for the tier, a specification that runs on CPUs."""
+    blocks = re.findall(r"```json\n(.*?)```", (ROOT / "docs/guides/vllm.md").read_text(), flags=re.DOTALL)
+    for config in map(json.loads, blocks):
+        extra = config["kv_connector_extra_config"]
+        if (config["kv_connector"] == "OffloadingConnector") == (way == "tier"):
+            options = extra["secondary_tiers"][0] if way == "tier" else extra
+            options["kvtc.store"] = store
+            if way == "tier":
+                extra |= {
+                    "spec_name": "CpuTieringSpec",
+                    "spec_module_path": "vllm_cpu_spec",
+                    "cpu_bytes_to_use": 64 << 20,
+                }
+            found: dict[str, Any] = config
+            return found
+    raise Failure(f"the guide has no configuration of the {way}")
+
+
+def serve(way: Way, scratch: Path, config: dict[str, Any], order: list[list[int]], name: str) -> dict[str, Any]:
     """One vLLM process -> its answers and metrics. Tier: the third prompt comes from a client that tells its token ids."""
     task, result = scratch / f"{name}.task.json", scratch / f"{name}.result.json"
     params = [{"kvtc.token_ids": ids} if index == 2 else None for index, ids in enumerate(order)]
     task.write_text(
-        json.dumps(
-            {"way": way.name, "dtype": way.dtype, "options": options, "prompts": order, "transfer_params": params}
-        )
+        json.dumps({"transfer_config": config, "dtype": way.dtype, "prompts": order, "transfer_params": params})
     )
     log = Path(os.environ.get("KVTC_ENGINE_LOGS", scratch)) / f"vllm-{way.name}-{name}.log"
     with log.open("w") as output:
@@ -145,12 +177,12 @@ def report_disk(store: Path, n_entries: int, n_tokens: int) -> None:
     print(f"  store: total ratio on disk {original / stored:.2f}")
 
 
-def damage(way: Way, url: str, store: Path, position: int) -> str:
+def damage(way: Way, store: Path, position: int) -> str:
     """Flip a byte, on disk, of the long prompt's chunk that begins at a position."""
     from kvtc import inspect
     from kvtc.store import open_store
 
-    with open_store(url) as opened:
+    with open_store(f"file://{store}") as opened:
         chunks = [key for key in opened.keys() if not key.startswith("tail/")]  # noqa: SIM118
         described = [(inspect(opened.get(key) or b""), key) for key in chunks]
     (key,) = [key for info, key in described if (info.first_position, info.profile) == (position, way.profile)]

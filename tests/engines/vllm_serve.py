@@ -8,37 +8,10 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
-def transfer_config(way: str, options: dict[str, Any]) -> dict[str, Any] | None:
-    """What a user writes into --kv-transfer-config."""
-    if way == "none":
-        return None
-    if way == "connector":
-        return {
-            "kv_connector": "KvtcConnector",
-            "kv_connector_module_path": "kvtc.integrations.vllm_connector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": options,
-        }
-    return {
-        "kv_connector": "OffloadingConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {
-            # vLLM's TieringOffloadingSpec itself refuses CPUs; this one differs from it in how pages are copied.
-            "spec_name": "CpuTieringSpec",
-            "spec_module_path": "vllm_cpu_spec",
-            "cpu_bytes_to_use": 64 << 20,
-            "block_size": 256,
-            "secondary_tiers": [{"type": "KvtcTier", "module_path": "kvtc.integrations.vllm_tier", **options}],
-        },
-    }
 
 
 def model_directory(scratch: str) -> str:
@@ -53,7 +26,7 @@ def model_directory(scratch: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "task", type=Path, help="JSON: way, options, dtype, prompts (lists of token ids), transfer_params, settle"
+        "task", type=Path, help="JSON: transfer_config, dtype, prompts (lists of token ids), transfer_params"
     )
     parser.add_argument("result", type=Path)
     arguments = parser.parse_args()
@@ -61,18 +34,17 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
-    transfer = transfer_config(task["way"], task.get("options", {}))
     answers = []
     with tempfile.TemporaryDirectory() as scratch:
         llm = LLM(
             model_directory(scratch),
-            dtype=task.get("dtype", "bfloat16"),
+            dtype=task["dtype"],
             max_model_len=2048,
             enforce_eager=True,
             max_num_seqs=4,
             block_size=32,
             disable_log_stats=False,
-            kv_transfer_config=KVTransferConfig(**transfer) if transfer else None,
+            kv_transfer_config=KVTransferConfig(**task["transfer_config"]),
         )
         for prompt, params in zip(task["prompts"], task["transfer_params"], strict=True):
             extra = {"kv_transfer_params": params} if params else None
@@ -80,7 +52,7 @@ def main() -> None:
             (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling)
             answers.append({"tokens": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens})
             # Saving goes on in the background, in steps of the engine where it runs beside the scheduler.
-            time.sleep(task.get("settle", 1.0))
+            time.sleep(1)
         metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
         del llm
     kept = {

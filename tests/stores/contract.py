@@ -168,6 +168,13 @@ class StoreContract:
         tamper(place, "b", lambda _: frame_of_a)
         assert store.get_many(["a", "b"]) == [b"value of a", None]
 
+    def test_a_sound_entry_written_since_is_not_removed_as_damaged(self, store):
+        store.put("k", b"sound")
+        store.flush()
+        place = self.place(store)
+        place._discard(place._names.name("k"), b"what was read before")
+        assert store.get("k") == b"sound"
+
     def test_an_entry_of_a_newer_format_is_left_alone(self, store):
         store.put("k", b"value")
         store.flush()

@@ -199,6 +199,20 @@ def test_writes_that_come_in_pieces_are_whole(tmp_path, monkeypatch):
         assert store.get("k") == bytes(range(256)) * 100
 
 
+def test_a_writer_at_work_is_not_taken_for_a_dead_one(tmp_path, monkeypatch):
+    write = os.write
+
+    def write_while_another_opens(descriptor, data):
+        with open_store(f"file://{tmp_path}"), open_store(f"file://{tmp_path}?bytes=1MB"):
+            assert len(list((tmp_path / "partial").iterdir())) == 1
+        return write(descriptor, data)
+
+    with open_store(f"file://{tmp_path}") as store, monkeypatch.context() as patch:
+        patch.setattr(os, "write", write_while_another_opens)
+        store.put("k", bytes(1000))
+        assert store.get("k") == bytes(1000)
+
+
 # Files that somebody has changed.
 
 

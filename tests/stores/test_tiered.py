@@ -141,6 +141,16 @@ def test_what_one_tier_cannot_hold_another_takes():
         assert store.tiers[0].contains("after")
 
 
+@pytest.mark.parametrize("write", ["through", "back"])
+def test_an_older_value_does_not_outlive_one_that_has_no_room(write):
+    with TieredStore([MemoryStore(max_bytes=2000), MemoryStore()], write=write) as store:
+        store.put("k", b"old")
+        store.put("k", bytes(5000))
+        assert store.get("k") == bytes(5000)
+        store.flush()
+        assert store.get("k") == bytes(5000)
+
+
 def test_what_no_tier_takes_is_an_error():
     lower = Gate()
     with TieredStore([MemoryStore(max_bytes=600), lower]) as store:

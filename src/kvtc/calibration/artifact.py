@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -26,11 +27,13 @@ from ..coding.transform import Basis
 from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
 from ..files import write_atomically
 from .joint import JointCalibration, expect
+from .quality import QualityCurve
 
 CALIBRATION_VERSION = 1
 FINGERPRINT_BYTES = 16
 MAX_GROUP_SIZE = 0xFFFF
 KINDS = ("key", "value")
+PROFILES_WITH_STEP = ("joint", "conditional")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,8 @@ class KindCalibration:
 class Calibration:
     """Everything the codec knows of a model. key, value: for the profile `paper`; joint: for `joint` and `conditional`.
 
-    `info` says what it was made from; it plays no part in coding.
+    quality: what steps do to the model's predictions, by profile, where that was measured. `info` says what it was made from. Both
+    play no part in coding.
     """
 
     geometry: CacheGeometry
@@ -59,6 +63,7 @@ class Calibration:
     value: KindCalibration
     info: dict[str, Any] = field(default_factory=dict)
     joint: JointCalibration | None = None
+    quality: Mapping[str, QualityCurve] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> bytes:
@@ -97,6 +102,7 @@ class Calibration:
             tensors[f"{name}.energy"] = torch.from_numpy(kind.distortion.energy)
             tensors[f"{name}.errors"] = torch.from_numpy(kind.distortion.errors)
         tensors.update(self.joint.tensors() if self.joint else ())
+        tensors.update({f"quality.{profile}": curve.tensor() for profile, curve in self.quality.items()})
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         data = safetensors.torch.save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)})
         write_atomically(path, data)
@@ -164,7 +170,9 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Calibration:
         table = DistortionTable(np.asarray(energy), np.asarray(errors), sizes)
         kinds.append(KindCalibration(basis, table, float(variance)))
     joint = JointCalibration.from_tensors(tensors, geometry)
-    return Calibration(geometry, kinds[0], kinds[1], json.loads(metadata["info"]), joint)
+    names = (f"quality.{profile}" for profile in PROFILES_WITH_STEP)
+    curves = {name.split(".")[1]: QualityCurve.from_tensor(name, tensors[name]) for name in names if name in tensors}
+    return Calibration(geometry, kinds[0], kinds[1], json.loads(metadata["info"]), joint, curves)
 
 
 def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:

@@ -147,6 +147,25 @@ def joint_fields(calibration: Calibration) -> list[tuple[str, object]]:
     return fields
 
 
+def quality_of(calibration: Calibration) -> dict[str, list[dict[str, float]]]:
+    """The measured quality of each profile: step and KL, for JSON."""
+    return {
+        profile: [{"step": step, "kl": kl} for step, kl in zip(curve.steps.tolist(), curve.kl.tolist(), strict=True)]
+        for profile, curve in calibration.quality.items()
+    }
+
+
+def quality_fields(calibration: Calibration) -> list[tuple[str, object]]:
+    """The same in words."""
+    return [
+        (
+            f"KL of {profile}",
+            f"{curve.kl[0]:.2g} to {curve.kl[-1]:.2g} nats at steps of {curve.steps[0]:.3g} to {curve.steps[-1]:.3g}",
+        )
+        for profile, curve in calibration.quality.items()
+    ] or [("KL", "not measured: kvtc measure adds it")]
+
+
 def _load(loader: Any, name: str, **settings: Any) -> Any:
     from ..reference import MODEL_DIRECTORY
 

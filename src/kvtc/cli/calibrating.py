@@ -1,4 +1,4 @@
-"""The verb `calibrate`."""
+"""The verbs `calibrate` and `measure`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from .arguments import (
     check_device,
     check_output,
     describe_basis,
+    find_calibration,
     half_open_range,
     joint_fields,
     load_model,
     load_tokenizer,
+    quality_fields,
+    quality_of,
     read_lines,
 )
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
-    """Add `calibrate`."""
+    """Add `calibrate` and `measure`."""
     parser = add_verb(
         verbs,
         common,
@@ -69,6 +72,21 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--spool-directory", type=Path, metavar="DIR", help="for the rows (default: the system's)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
 
+    parser = add_verb(
+        verbs,
+        common,
+        "measure",
+        measure,
+        "measure what steps do to a model's predictions and add it to a calibration, for encode --kl",
+        "Texts are cut as by calibrate. Give others than those that were calibrated on; some ten sequences suffice.",
+    )
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default with --model reference: its own")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text to measure on")
+    add_output(parser, "the calibration file to write")
+    parser.add_argument("--tokens-per-sequence", type=int, default=1024, metavar="N", help="default: 1024")
+    parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+
 
 def calibrate(options: argparse.Namespace) -> Outcome:
     """`kvtc calibrate`."""
@@ -98,6 +116,27 @@ def calibrate(options: argparse.Namespace) -> Outcome:
     )
     calibration.save(options.output)
     return _describe(calibration, options.output, time.perf_counter() - started)
+
+
+def measure(options: argparse.Namespace) -> Outcome:
+    """`kvtc measure`."""
+    from ..evaluate.table import format_fields
+    from ..integrations.quality import measure_quality
+
+    check_output(options.output, options.force)
+    check_device(options.device)
+    calibration = find_calibration(options)
+    tokenizer = load_tokenizer(options.model)
+    model = load_model(options.model, options.device)
+    sequences = token_sequences(documents(options.text), tokenizer, options.tokens_per_sequence)
+    calibration = measure_quality(model, calibration, sequences)
+    calibration.save(options.output)
+    result = {
+        "path": str(options.output),
+        "fingerprint": calibration.fingerprint.hex(),
+        "quality": quality_of(calibration),
+    }
+    return result, format_fields([("saved", options.output), *quality_fields(calibration)])
 
 
 def documents(paths: Sequence[Path]) -> Iterator[str]:

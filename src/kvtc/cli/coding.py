@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CACHE_SUFFIX = ".safetensors"
 CODEC_OPTIONS = (
-    "profile", "ratio", "step", "key_ratio", "value_ratio", "max_error", "sink_tokens", "window_tokens",
+    "profile", "ratio", "step", "kl", "key_ratio", "value_ratio", "max_error", "sink_tokens", "window_tokens",
     "sink_format", "window_format", "fixed_size", "allocation", "lossless", "chunk_tokens", "device",
 )  # fmt: skip
 
@@ -54,6 +54,12 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--ratio", type=float, help="how many times fewer bits the coded tokens get")
     rate.add_argument("--step", type=float, help="instead: the step of joint and conditional")
+    rate.add_argument(
+        "--kl",
+        type=float,
+        metavar="NATS",
+        help="instead: the divergence of predictions to expect, by the calibration's curve (joint, conditional)",
+    )
     rate.add_argument(
         "--max-error", type=float, metavar="E", help="instead: the largest relative error, 0 .. 1 (paper)"
     )

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Outcome, add_verb, describe_basis, joint_fields, quiet_transformers
+from .arguments import Outcome, add_verb, describe_basis, joint_fields, quality_fields, quality_of, quiet_transformers
 
 if TYPE_CHECKING:
     from ..inspection import StreamInfo
@@ -142,6 +142,7 @@ def _describe_calibration(path: Path) -> Outcome:
         "ranks": {name: kind.basis.rank for name, kind in kinds.items()},
         "explained_variance": {name: kind.explained_variance for name, kind in kinds.items()},
         "joint_rank": calibration.joint.basis.rank if calibration.joint else None,
+        "quality": quality_of(calibration),
         "predicted_variance": tokens.explained.tolist() if tokens else None,
         "info": calibration.info,
     }
@@ -150,6 +151,7 @@ def _describe_calibration(path: Path) -> Outcome:
         ("covers", calibration.geometry.describe()),
         *((f"{name} basis", describe_basis(kind)) for name, kind in kinds.items()),
         *joint_fields(calibration),
+        *(quality_fields(calibration) if calibration.joint else []),
         ("size", f"{format_bytes(path.stat().st_size)}, {calibration.n_parameters:,} numbers"),
         *((name.replace("_", " "), value) for name, value in calibration.info.items() if value is not None),
     ]

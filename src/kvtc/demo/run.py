@@ -18,8 +18,9 @@ from ..container import PROFILES
 from ..errors import MissingDependency
 from ..evaluate.plots import plot_rate_quality, plot_spectrum
 from ..evaluate.provenance import Provenance
-from ..evaluate.quality import Quality, evaluate_continuation, prefill
+from ..evaluate.quality import Quality, evaluate_continuation
 from ..inspection import inspect
+from ..integrations.continuation import prefill
 from ..reference import MODEL_DIRECTORY, MODEL_NAME, reference_calibration, reference_model
 from . import report
 

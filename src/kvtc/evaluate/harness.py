@@ -21,9 +21,9 @@ from tqdm import tqdm
 from ..calibration import load_calibration
 from ..codec import Codec
 from ..errors import InvalidArgument
+from ..integrations.continuation import prefill
 from ..reference import MODEL_DIRECTORY, reference_calibration
 from .methods import Cost, KvtcMethod, restore
-from .quality import prefill
 
 REFERENCE = "reference"
 MAX_NEW_TOKENS = 256

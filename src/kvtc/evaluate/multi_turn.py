@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..codec import Codec
 from ..errors import InvalidArgument
+from ..integrations.continuation import predict, prefill, read_on
 from .methods import Cost, Method, as_method, restore
-from .quality import perplexity, predict, prefill, read_on
+from .quality import perplexity
 
 PAPER_TURN = 16
 """Tokens between two codings in the kvtc paper."""

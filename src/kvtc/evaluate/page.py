@@ -30,7 +30,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; m
 dt { color: var(--ink); }
 dd { margin: 0; }
 nav ol { padding-left: 1.2rem; columns: 2; column-gap: 2rem; } nav a { color: inherit; }
-figcaption span { margin-left: 1.1em; font-weight: 600; }
+figcaption span { display: inline-block; margin-left: 1.1em; font-weight: 600; }
 figure { margin: 1rem 0 1.2rem; } figcaption { margin-bottom: .35rem; }
 figcaption b, caption { color: var(--ink); font-weight: 600; }
 .wide { overflow-x: auto; margin: 1rem 0; }
@@ -100,7 +100,7 @@ def _table(table: Table) -> str:
     if not table.is_long:
         return whole
     summary = table.caption or "All figures"
-    return f"<details><summary>{escape(summary)} ({len(table.rows)} rows)</summary>{whole}</details>"
+    return f"<details><summary>{escape(summary)} ({len(table.rows)} row{'s' * (len(table.rows) != 1)})</summary>{whole}</details>"
 
 
 def _cell(table: Table, row: int, column: int, text: str) -> str:

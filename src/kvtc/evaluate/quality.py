@@ -8,8 +8,6 @@ means over exactly these n predictions. The text is fed as it is written (teache
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..codec import Codec
-from ..errors import InvalidArgument, UnsupportedModel
+from ..errors import InvalidArgument
+from ..integrations.continuation import mean_divergence, predict, prefill
 from .methods import Method, as_method, restore, timed
 
 
@@ -130,45 +129,6 @@ def summarize(qualities: Sequence[Quality]) -> Quality:
     )
 
 
-def prefill(model: Any, token_ids: Tensor) -> Any:
-    """Run the model over token_ids [T] and return its cache (a transformers `DynamicCache` of batch 1)."""
-    # Logits of every token would take [T, vocabulary] floats, and only the cache is wanted.
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with torch.no_grad():
-        return model(token_ids[None], use_cache=True, **keep).past_key_values
-
-
-def predict(model: Any, cache: Any, token_ids: Tensor, first_position: int | None = None) -> Tensor:
-    """Log-probabilities [n, vocabulary] float32 of the token after each of token_ids [n], fed on top of a cache.
-
-    first_position: where the first of them stands; None: right after the cached tokens. It is needed where tokens were evicted.
-    The cache is left as it is: the pass runs on a copy, for it appends to what it is given.
-
-    Raises `UnsupportedModel` where tokens were evicted and the model, as with ALiBi, can only count what is cached.
-    """
-    return read_on(model, copy.deepcopy(cache), token_ids, first_position)
-
-
-def read_on(model: Any, cache: Any, token_ids: Tensor, first_position: int | None = None) -> Tensor:
-    """As `predict`, but the cache is gone on with: afterwards it holds the tokens too."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.to(token_ids.device), layer.values.to(token_ids.device)
-    positions = {}
-    if first_position is not None:
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            stop = first_position + len(token_ids)
-            positions = {"position_ids": torch.arange(first_position, stop, device=token_ids.device)[None]}
-        elif first_position != cache.get_seq_length():
-            raise UnsupportedModel(
-                f"{type(model).__name__} takes no position_ids; it cannot read token {first_position} "
-                f"on top of a cache of {cache.get_seq_length()} tokens"
-            )
-    with torch.no_grad():
-        logits = model(token_ids[None], past_key_values=cache, **positions).logits[0]
-    log_probabilities: Tensor = logits.float().log_softmax(dim=-1)
-    return log_probabilities
-
-
 def _evaluate(
     model: Any,
     name: str,
@@ -184,7 +144,7 @@ def _evaluate(
     restored = restore(method, model, exact, cached, repeats)
     cost = restored.cost
     found = predict(model, restored.cache, fed, first_position=len(cached))
-    kl = (expected.exp() * (expected - found)).sum(dim=-1).mean()
+    kl = mean_divergence(expected, found)
     agreement = (expected.argmax(dim=-1) == found.argmax(dim=-1)).float().mean()
     return Quality(
         name=name,
@@ -197,7 +157,7 @@ def _evaluate(
         body_ratio=cost.body_ratio,
         total_ratio=cost.total_ratio,
         n_continuation=len(target),
-        kl=float(kl),
+        kl=kl,
         top1_agreement=float(agreement),
         perplexity_exact=perplexity(expected, target),
         perplexity=perplexity(found, target),

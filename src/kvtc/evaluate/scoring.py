@@ -12,9 +12,9 @@ import torch
 
 from ..codec import Codec
 from ..errors import InvalidArgument
+from ..integrations.continuation import predict, prefill
 from . import tasks
 from .methods import Method, as_method, restore
-from .quality import predict, prefill
 
 EXACT = "exact cache"
 N_DEPTHS = 4

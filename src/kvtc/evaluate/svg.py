@@ -169,14 +169,14 @@ def _names(places: Mapping[str, Sequence[Place]], styles: Mapping[str, tuple[str
     """A name beside the end of its line, where it covers neither marks nor other names; a hair leads to it where it had to move."""
     dots = [place for line in places.values() for place in line]
     segments = [pair for line in places.values() for pair in _halves(line)]
-    taken: list[Box] = []
+    taken: list[tuple[Box, Place]] = []
     parts = []
     for name in sorted(places, key=lambda name: places[name][-1][1]):
         color, _, is_own = styles[name]
         width = LETTER * len(name) * (1.08 if is_own else 1) + 4
         x, y = places[name][-1]
         box = min(_candidates(x, y, width), key=lambda box: _cost(box, (x, y), taken, dots, segments))
-        taken.append(box)
+        taken.append((box, (x, y)))
         if _distance(box, (x, y)) > 16:
             end = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
             parts.append(
@@ -204,14 +204,22 @@ def _candidates(x: float, y: float, width: float) -> list[Box]:
     return found or [(min(x + 8, WIDTH - width - 2), y - LINE / 2, min(x + 8, WIDTH - width - 2) + width, y + LINE / 2)]
 
 
-def _cost(box: Box, end: Place, taken: Sequence[Box], dots: Sequence[Place], segments: Sequence[Place]) -> float:
-    covered = sum(
-        1 for other in taken if box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+def _cost(
+    box: Box, end: Place, taken: Sequence[tuple[Box, Place]], dots: Sequence[Place], segments: Sequence[Place]
+) -> float:
+    covered = sum(1 for other, _ in taken if _overlap(box, other))
+    # Of two lines that end side by side the upper one has the upper name.
+    swapped = sum(
+        1 for other, there in taken if abs(end[0] - there[0]) < 60 and (end[1] - there[1]) * (box[1] - other[1]) < 0
     )
     on_dots = sum(1 for dot in dots if dot != end and _distance(box, dot) < 4)
     on_lines = sum(1 for point in segments if _distance(box, point) < 1)
     to_the_left = box[2] < end[0]
-    return 1000 * covered + 60 * on_dots + 8 * on_lines + _distance(box, end) + 6 * to_the_left
+    return 1000 * covered + 200 * swapped + 60 * on_dots + 8 * on_lines + _distance(box, end) + 6 * to_the_left
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _halves(line: Sequence[Place]) -> list[Place]:

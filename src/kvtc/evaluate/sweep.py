@@ -16,11 +16,12 @@ from torch import Tensor
 from ..calibration import Calibration
 from ..codec import Codec
 from ..errors import InvalidArgument
+from ..integrations.continuation import prefill
 from .baselines import EvictedKvtc, Tova, baselines
 from .derived import fewer_bytes, within_a_point
 from .methods import KvtcMethod, Method
 from .multi_turn import MultiTurn, evaluate_turns
-from .quality import Quality, evaluate_continuation, prefill, summarize
+from .quality import Quality, evaluate_continuation, summarize
 from .schema import EVALUATION, QualityRecord, ScoreRecord, TurnRecord, split_name
 from .scoring import TaskScore, bits_per_byte, score_task, standard_tasks
 from .tasks import key_value_retrieval

@@ -16,6 +16,7 @@ from ..cache import CacheGeometry, KVCache
 from ..coding.metric import Metric
 from ..container import PROFILES
 from ..errors import GeometryMismatch, InvalidArgument, UnsupportedModel
+from .quality import SetAside, measure_quality
 from .rope_discovery import (
     refuse_unusual_heads,
     remembered_length,
@@ -192,7 +193,8 @@ def calibrate(
 
     Sequences of at most `sink_tokens` tokens hold nothing to learn from and are skipped. `layers` and `kv_heads` are
     as in `geometry_of`; `options` go to `kvtc.calibration.fit.fit`. profiles: what the calibration shall serve; `paper` always
-    does. metric_power, metric_ridge: as in `Metric.from_sensitivity`. Errors as of `geometry_of`, `capture`,
+    does. metric_power, metric_ridge: as in `Metric.from_sensitivity`. Of a whole model, every 16th sequence of at least 384 tokens,
+    up to 8, is not fitted to: quality is measured on them (`measure_quality`). Errors as of `geometry_of`, `capture`,
     `verify_rope` and `fit`; `InvalidArgument` if no sequence is long enough, or an unknown profile.
     """
     from ..calibration.fit import fit
@@ -201,7 +203,11 @@ def calibrate(
     if unknown:
         raise InvalidArgument(f"profile {sorted(unknown)[0]!r} is unknown; expected some of {', '.join(PROFILES)}")
     geometry = geometry_of(model, layers, kv_heads)
-    usable = (ids for ids in map(_as_ids, token_sequences) if len(ids) > sink_tokens)
+    usable: Iterator[Tensor] = (ids for ids in map(_as_ids, token_sequences) if len(ids) > sink_tokens)
+    is_whole = layers is None and kv_heads is None
+    aside = SetAside()
+    if is_whole and not set(profiles) <= {"paper"}:
+        usable = aside.rest_of(usable)
     first = next(usable, None)
     if first is None:
         raise InvalidArgument(f"expected at least one sequence of more than {sink_tokens} tokens, found none")
@@ -215,12 +221,13 @@ def calibrate(
     recorder = SensitivityRecorder(model, geometry, sink_tokens)
     if "conditional" in profiles:
         options |= {"token_ids": to_predict, "embeddings": model.get_input_embeddings().weight}
-    return fit(
+    calibration = fit(
         geometry,
         _recorded(model, geometry, to_capture, recorder),
         metric=lambda: Metric.from_sensitivity(*recorder.moments(), metric_power, metric_ridge),
         **options,
     )
+    return measure_quality(model, calibration, aside.kept) if aside.kept else calibration
 
 
 def _recorded(

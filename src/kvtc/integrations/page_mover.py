@@ -18,8 +18,9 @@ from torch import Tensor
 from ..errors import KvtcError, StoreError
 from ..prefix_cache.tail import Tail
 from ..store import Store
+from .counts import Counts
 from .page_layout import PageLayout
-from .pages import Counts, PageCodec
+from .pages import PageCodec
 from .prefix_planner import LoadOrder, Piece, SaveOrder
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,7 @@ sinks are exact where a chunk begins at position 0. Where token ids are known, t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -90,29 +88,3 @@ def _codec(calibration: Calibration, profile: str, settings: EngineSettings) -> 
         chunk_tokens=CHUNK_TOKENS,
         device=settings.device,
     )
-
-
-class Counts:
-    """Numbers that only grow, counted by many threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._totals: dict[str, float] = {}
-        self._taken: dict[str, float] = {}
-
-    def add(self, **amounts: float) -> None:
-        with self._lock:
-            for name, amount in amounts.items():
-                self._totals[name] = self._totals.get(name, 0) + amount
-
-    def read(self) -> dict[str, float]:
-        """All of them so far."""
-        with self._lock:
-            return dict(self._totals)
-
-    def take(self) -> dict[str, Any]:
-        """What was added since the last take."""
-        with self._lock:
-            news = {name: total - self._taken.get(name, 0) for name, total in self._totals.items()}
-            self._taken = dict(self._totals)
-        return {name: amount for name, amount in news.items() if amount}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from uuid import uuid4
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from ..errors import InvalidArgument, KvtcError, StoreError
 from ..prefix_cache import Chain, as_token_ids, chunk_key
 from ..prefix_cache.tail import Tail
 from ..store import Store
-from .pages import CHUNK_TOKENS, Counts
+from .counts import Counts
+from .pages import CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,10 @@ class PrefixPlanner:
         """The request is over."""
         if asked := self._prompts.pop(request_id, None):
             asked.cancel()
+
+    def start_over(self) -> None:
+        """Find nothing that was stored before: the model is another one now. Older entries have names that nobody asks for."""
+        self._namespace = f"{self._namespace}\nafter {uuid4().hex}"
 
     def close(self) -> None:
         """Wait for the question under way."""

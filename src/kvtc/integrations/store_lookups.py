@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..errors import StoreError
 from ..store import Store
-from .pages import Counts
+from .counts import Counts
 
 
 @dataclass

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ..errors import InvalidArgument, KvtcError
 from ..store import Store
+from .counts import Counts
 from .page_layout import PageLayout
-from .pages import CHUNK_TOKENS, Counts, PageCodec
+from .pages import CHUNK_TOKENS, PageCodec
 
 logger = logging.getLogger(__name__)
 

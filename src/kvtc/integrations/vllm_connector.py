@@ -145,7 +145,17 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler().forget(request.request_id)
         return False, None
 
+    def reset_cache(self) -> bool:
+        """vLLM asks for this when weights have changed."""
+        self._scheduler().start_over()
+        return True
+
     # Both
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A chunk that is not saved is a later miss, no more."""
+        return False
 
     def get_kv_connector_stats(self) -> KvtcStats | None:
         source = self._planner or self._mover

@@ -6,6 +6,7 @@ escaped values.
 
 from __future__ import annotations
 
+import copy
 import struct
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -87,9 +88,8 @@ class JointCoder:
         self._device = device
         self._working: _Transform | None = None
         self._lock = threading.Lock()
-        if rate is not None and rate.step is not None and not self._serves(rate.step):
-            least, largest = self._step_bounds()
-            raise InvalidArgument(f"the calibration serves steps of {least:.3g} to {largest:.3g}; got {rate.step}")
+        if rate is not None and rate.step is not None:
+            self._require_served(rate.step)
 
     def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
         if self.rate is None:
@@ -102,6 +102,20 @@ class JointCoder:
         else:
             plan, bodies = self._meet(chunks(False), lambda step: self._encode_rows(chunks(False), step), allowance)
         return CodedRows(plan, bodies, self._encode_windows(chunks, plan))
+
+    @property
+    def finer_window(self) -> float | None:
+        """The step over that of coded windows; None where windows are exact."""
+        return self._rate().finer_window
+
+    def with_step(self, step: float) -> JointCoder:
+        """The same coder at one step; the matrices are shared."""
+        self._transform()
+        other = copy.copy(self)
+        other._lock = threading.Lock()
+        other.rate = StepRate(step=step, finer_window=self.finer_window)
+        other._require_served(step)
+        return other
 
     def least_bytes(self, n_tokens: int) -> int:
         return len(self._encode_nothing(n_tokens))
@@ -239,6 +253,11 @@ class JointCoder:
         if self._tokens is None or triples is None:
             raise RuntimeError("prediction needs token ids")
         return self._tokens.predictor.predict(triples).to(self._device)
+
+    def _require_served(self, step: float) -> None:
+        if not self._serves(step):
+            least, largest = self._step_bounds()
+            raise InvalidArgument(f"the calibration serves steps of {least:.3g} to {largest:.3g}; got {step}")
 
     def _serves(self, step: float) -> bool:
         least, largest = self._step_bounds()

@@ -49,6 +49,7 @@ class Tier:
                 store.put_many(entries)
             except StoreFull:
                 if len(entries) == 1:
+                    store.delete(entries[0][0])  # an older value must not outlive one that has no room
                     raise
                 return [self.put([entry])[0] for entry in entries]
             return [True] * len(entries)
