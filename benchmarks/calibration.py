@@ -64,8 +64,7 @@ def main() -> None:
         fitted = time.perf_counter()
         basis = components.basis
         vectors = basis.vectors.float()
-        sample = [project(block, basis.mean, vectors).numpy() for block in spool.sample(options.rows, seed=0)]
-        measure_distortion(np.concatenate(sample))
+        measure_distortion(project(block, basis.mean, vectors).numpy() for block in spool.sample(options.rows, seed=0))
         measured = time.perf_counter()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         exact = exact_explained_variance(spool, options.rank)

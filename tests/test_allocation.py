@@ -275,6 +275,9 @@ def test_a_table_does_not_depend_on_how_many_rows_it_saw():
     np.testing.assert_allclose(once.errors, twice.errors, rtol=1e-5)
     np.testing.assert_allclose(once.energy, twice.energy, rtol=1e-5)
     assert np.isinf(once.errors[:, BLOCK_SIZES.index(64) :]).all()
+    in_blocks = measure_distortion(part for part in (rows[:0], rows[:1], rows[1:600], rows[600:]))
+    np.testing.assert_allclose(in_blocks.errors, once.errors, rtol=1e-5)
+    np.testing.assert_allclose(in_blocks.energy, once.energy, rtol=1e-5)
 
 
 def test_an_allocation_loses_what_its_table_says():

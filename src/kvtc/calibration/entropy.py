@@ -100,19 +100,14 @@ def _counts(at_steps: list[_Quantized]) -> npt.NDArray[np.float64]:
 
 def _offsets(coefficients: Tensor, at_steps: list[_Quantized]) -> npt.NDArray[np.float32]:
     """Mean distance towards zero, in steps, of what was rounded to +-1 and to more, [A, C, 2]."""
-    sums, counts = np.zeros((2, N_ACTIVITIES, N_CLASSES, 2)), np.full((2, N_ACTIVITIES, N_CLASSES, 2), 1e-9)
+    n_cells = N_ACTIVITIES * N_CLASSES * 2
+    sums, counts = np.zeros(n_cells), np.full(n_cells, 1e-9)
     for found in at_steps:
-        magnitudes = (coefficients[:, : len(found.classes)].abs() / found.step).numpy().T
-        values = np.abs(found.symbols.astype(np.int32) - MAX_SYMBOL)
-        inside = (found.symbols != ESCAPE) & (values > 0)
-        for column_class in np.unique(found.classes):
-            rows = found.classes == column_class
-            v, m, i = values[rows], magnitudes[rows], inside[rows]
-            for activity in range(N_ACTIVITIES):
-                tokens = found.activities == activity
-                for more in (0, 1):
-                    where = i[:, tokens] & ((v[:, tokens] > 1) == bool(more))
-                    sums[0, activity, column_class, more] += float((v[:, tokens] - m[:, tokens])[where].sum())
-                    counts[0, activity, column_class, more] += float(where.sum())
-    offsets: npt.NDArray[np.float32] = (sums[0] / counts[0]).clip(-0.5, 0.5).astype(np.float32)
-    return offsets
+        columns, tokens = np.nonzero((found.symbols != ESCAPE) & (found.symbols != MAX_SYMBOL))
+        values = np.abs(found.symbols[columns, tokens].astype(np.int32) - MAX_SYMBOL)
+        magnitudes = np.abs(coefficients.numpy()[tokens, columns]) / np.float32(found.step)
+        cells = (found.activities[tokens].astype(np.int64) * N_CLASSES + found.classes[columns]) * 2 + (values > 1)
+        sums += np.bincount(cells, values - magnitudes, n_cells)
+        counts += np.bincount(cells, minlength=n_cells)
+    offsets: npt.NDArray[np.float32] = (sums / counts).clip(-0.5, 0.5).astype(np.float32)
+    return offsets.reshape((N_ACTIVITIES, N_CLASSES, 2))

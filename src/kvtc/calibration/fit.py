@@ -178,13 +178,8 @@ def _fit_kind(
         parts = [principal_components(spool, rank, columns, seed, lambda: bar.update() and None) for columns in ranges]
     components = parts[0] if len(parts) == 1 else block_diagonal(parts, rank)
     vectors = components.basis.vectors.float()
-    # Coefficients by sample row in memory, for that is how they are measured.
-    columns = np.empty((vectors.shape[1], min(MAX_SAMPLE_ROWS, spool.n_rows)), np.float32)
-    n_done = 0
-    for block in _bar(spool.sample(MAX_SAMPLE_ROWS, seed), f"{name} distortion", progress):
-        columns[:, n_done : n_done + len(block)] = project(block, components.basis.mean, vectors).numpy().T
-        n_done += len(block)
-    table = measure_distortion(columns.T)
+    blocks = _bar(spool.sample(MAX_SAMPLE_ROWS, seed), f"{name} distortion", progress)
+    table = measure_distortion(project(block, components.basis.mean, vectors).numpy() for block in blocks)
     return KindCalibration(components.basis, table, components.total_variance)
 
 

@@ -7,7 +7,9 @@ of different sample sizes compare.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from .quantizer import SymbolType
 BLOCK_SIZES = (1, 16, 64, 256, 1024)
 SYMBOL_TYPES = (SymbolType.INT2, SymbolType.INT4, SymbolType.FP8)
 MAX_SAMPLE_ROWS = 32768
+_ROWS_AT_ONCE = 512
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -37,16 +40,29 @@ class DistortionTable:
         return len(self.energy)
 
 
-def measure_distortion(coefficients: Floats, sizes: tuple[int, ...] = BLOCK_SIZES) -> DistortionTable:
-    """Coefficients [n, r] of sample rows (all of them are used) -> table; O(n * r * sum(sizes)) quantizations."""
+def measure_distortion(
+    coefficients: Floats | Iterable[Floats], sizes: tuple[int, ...] = BLOCK_SIZES
+) -> DistortionTable:
+    """Coefficients [n, r] of sample rows, or blocks of such rows one by one -> table; all rows are used.
+
+    O(n * r * sum(sizes)) quantizations; memory of a few hundred rows beyond what is given.
+    """
     from .kernels import measure_groups
 
-    columns = np.ascontiguousarray(coefficients.T, dtype=np.float32)
-    rank, n_rows = columns.shape
-    errors = np.full((len(SYMBOL_TYPES), len(sizes), rank), np.inf, dtype=np.float64)
+    blocks = iter((coefficients,) if isinstance(coefficients, np.ndarray) else coefficients)
+    first = next(blocks)
+    rank, n_rows = first.shape[1], 0
+    energy = np.zeros(rank)
+    errors = np.full((len(SYMBOL_TYPES), len(sizes), rank), np.inf)
     for index, size in enumerate(sizes):
-        if size <= rank:
-            measured = measure_groups(columns, size)
-            errors[:, index, : rank - size + 1] = measured / n_rows
-    energy = np.array([np.square(column, dtype=np.float64).mean() for column in columns])
-    return DistortionTable(energy.astype(np.float32), errors.astype(np.float32), sizes)
+        errors[:, index, : max(0, rank - size + 1)] = 0
+    for block in chain([first], blocks):
+        n_rows += len(block)
+        for start in range(0, len(block), _ROWS_AT_ONCE):
+            # Few rows of all coefficients, close together in memory: they stay in a near cache while all groups are measured.
+            columns = np.ascontiguousarray(block[start : start + _ROWS_AT_ONCE].T, dtype=np.float32)
+            energy += np.square(columns, dtype=np.float64).sum(axis=1)
+            for index, size in enumerate(sizes):
+                if size <= rank:
+                    errors[:, index, : rank - size + 1] += measure_groups(columns, size)
+    return DistortionTable((energy / n_rows).astype(np.float32), (errors / n_rows).astype(np.float32), sizes)
