@@ -142,6 +142,11 @@ def _describe_calibration(path: Path) -> Outcome:
         "explained_variance": {name: kind.explained_variance for name, kind in kinds.items()},
         "joint_rank": calibration.joint.basis.rank if calibration.joint else None,
         "predicted_variance": tokens.explained.tolist() if tokens else None,
+        "joint_parts": {
+            name.replace(" ", "_"): {"numbers": n, "bytes": size} for name, (n, size) in calibration.joint.parts.items()
+        }
+        if calibration.joint
+        else None,
         "info": calibration.info,
     }
     fields: list[tuple[str, object]] = [

@@ -1,7 +1,7 @@
 """The profiles `joint` and `conditional`: keys and values together in the metric, one step, rANS.
 
-A chunk's bytes (docs/format.md): activity classes of its tokens, two bits each; the length of the rANS data; the rANS data; the
-escaped values.
+A chunk's bytes (docs/format.md): with `conditional` whether it is predicted; then its integers (`integers`). A chunk that
+prediction would only make dearer is coded as `joint` codes it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import numpy as np
@@ -18,25 +18,25 @@ import torch
 from torch import Tensor
 
 from ..calibration.artifact import Calibration
-from ..coding.bitpack import pack, packed_bytes, unpack
-from ..coding.escapes import decode_escapes, encode_escapes, escaped_bytes
+from ..calibration.joint import CoefficientModel
+from ..coding.escapes import escaped_bytes
 from ..coding.probability import ESCAPED_BITS
-from ..coding.rans import LANES, decode_symbols, encode_symbols
+from ..coding.rans import LANES
+from ..coding.rounding import Rounded, round_coefficients
 from ..coding.transform import project, reconstruct, rows_of
-from ..coding.uniform import ESCAPE, MAX_SYMBOL, column_classes, dequantize, from_symbols, quantize, to_symbols
+from ..coding.uniform import MAX_SYMBOL, column_classes, dequantize
 from ..container import CHUNK_BYTES, HEADER_BYTES, SECTION_BYTES
 from ..errors import CorruptStream, InvalidArgument, InvalidCache
+from .integers import ACTIVITY_BITS, least_bytes, read_integers, write_integers
 from .interface import BodyRows, CodedBody
 from .paper_rate import DEFAULT_RATIO
 
 _STEP = struct.Struct("<f")
-_LENGTH = struct.Struct("<I")
-_ACTIVITY_BITS = 2
 _SEARCH_TOKENS = 2048
 _SEARCH_TURNS = 16
 _STEP_RANGE = 2.0**6
 """How far from the calibrated curve's ends a step may lie."""
-_CHUNK_OVERHEAD = CHUNK_BYTES + SECTION_BYTES + _LENGTH.size
+_CHUNK_OVERHEAD = CHUNK_BYTES + SECTION_BYTES + least_bytes(0)
 # A lane of the coder costs 16 to 32 bits beyond its symbols.
 _LANE_OVERHEAD = 3
 _STREAM_OVERHEAD = HEADER_BYTES + SECTION_BYTES + _STEP.size
@@ -68,11 +68,29 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class _Transform:
-    """Float32 matrices on the device: mean [2 p], analysis and synthesis [2 p, r] (they differ by the metric)."""
+    """Float32 matrices on the device: mean [2 p], analysis and synthesis [2 p, r] (they differ by the metric).
+
+    rotation [r, r]: from what analysis gives to what synthesis takes and prediction adds to; None where there is no prediction.
+    """
 
     mean: Tensor
     analysis: Tensor
     synthesis: Tensor
+    rotation: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Coefficients:
+    """Coefficients [n, r] of a chunk and their distribution. is_predicted: they are rotated, and prediction is taken off."""
+
+    values: Tensor
+    model: CoefficientModel
+    is_predicted: bool
+
+    def rounded(self, step: float) -> tuple[Rounded, npt.NDArray[np.uint8]]:
+        """Their integers, and the variance classes of the ones that are coded."""
+        classes = column_classes(self.model.deviations, step)
+        return round_coefficients(self.values, step, classes, self.model.tables), classes
 
 
 class JointCoder:
@@ -109,16 +127,10 @@ class JointCoder:
         return self._plan(self._search(chunks, n_tokens, original / self.rate.ratio))
 
     def encode(self, rows: BodyRows, plan: StepPlan) -> bytes:
-        classes = column_classes(self._model.deviations, plan.step)
-        coefficients = self._coefficients(rows.keys, rows.values, rows.triples)
-        values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], plan.step).cpu().numpy().T)
-        symbols = to_symbols(values)
-        activities = self._model.tables.token_costs(symbols, classes).argmin(axis=0).astype(np.uint8)
-        symbols = self._model.tables.escape_unlikely(symbols, classes, activities)
-        coded = encode_symbols(symbols, classes, activities, self._model.tables.rans)
-        escapes = encode_escapes(values[symbols == ESCAPE])
-        side = pack(torch.from_numpy(activities), _ACTIVITY_BITS).numpy().tobytes()
-        return side + _LENGTH.pack(len(coded)) + coded + escapes
+        coefficients = self._cheapest(self._coefficients(rows), plan.step)
+        rounded, classes = coefficients.rounded(plan.step)
+        flag = bytes([coefficients.is_predicted]) if self.needs_tokens else b""
+        return flag + write_integers(rounded, classes, coefficients.model.tables)
 
     def read_plan(self, data: bytes) -> StepPlan:
         if len(data) != _STEP.size:
@@ -134,18 +146,13 @@ class JointCoder:
     def decode(self, bodies: Sequence[CodedBody], plan: StepPlan) -> Tensor:
         """Coefficients [T, r] float32, prediction added."""
         for body in bodies:
-            _check_length(body)
+            self._check_length(body)
         transform = self._transform()
         n_tokens = sum(body.n_tokens for body in bodies)
         coefficients = torch.zeros(n_tokens, transform.synthesis.shape[1], dtype=torch.float32, device=self._device)
-        classes = column_classes(self._model.deviations, plan.step)
         first = 0
         for body in bodies:
-            values, offsets = self._decode_chunk(body, classes)
-            here = coefficients[first : first + body.n_tokens]
-            here[:, : len(classes)] = dequantize(values.to(self._device), offsets.to(self._device), plan.step)
-            if self._tokens is not None:
-                here += self._predict(body.triples)
+            coefficients[first : first + body.n_tokens] = self._decode_chunk(body, plan.step, transform)
             first += body.n_tokens
         return coefficients
 
@@ -159,34 +166,46 @@ class JointCoder:
         )
         return keys, values
 
-    def _decode_chunk(self, body: CodedBody, classes: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-        """Integers [n, coded] and the offsets [n, coded, 2] of one chunk; all of its bytes must be used."""
-        n, data = body.n_tokens, body.data
-        n_side = packed_bytes(n, _ACTIVITY_BITS)
-        side = torch.frombuffer(bytearray(data[:n_side]), dtype=torch.uint8)
-        activities = unpack(side, n, _ACTIVITY_BITS).numpy().astype(np.uint8)
-        start = n_side + _LENGTH.size
-        (n_coded,) = _LENGTH.unpack_from(data, n_side)
-        if n_coded > len(data) - start:
-            raise CorruptStream(f"a chunk claims {n_coded} bytes of symbols; {len(data) - start} are left")
-        symbols = decode_symbols(data[start : start + n_coded], classes, activities, self._model.tables.rans)
-        escaped = decode_escapes(data[start + n_coded :], int((symbols == ESCAPE).sum()))
-        values = torch.from_numpy(from_symbols(symbols, escaped)).T
-        offsets = torch.from_numpy(self._model.tables.offsets)
-        # Rows by token, columns by coefficient: each pair of classes has its own.
-        picked = offsets[torch.from_numpy(activities.astype(np.int64))][:, torch.from_numpy(classes.astype(np.int64))]
-        return values, picked
+    def _decode_chunk(self, body: CodedBody, step: float, transform: _Transform) -> Tensor:
+        """Coefficients [n, r] of one chunk as synthesis takes them; all of its bytes must be used."""
+        flag, data = (body.data[0], body.data[1:]) if self.needs_tokens else (0, body.data)
+        if flag > 1:
+            raise CorruptStream(f"a chunk is predicted (1) or not (0); it says {flag}")
+        model = self._model if flag else self._joint.coefficients
+        classes = column_classes(model.deviations, step)
+        values, offsets = read_integers(data, body.n_tokens, classes, model.tables)
+        coefficients = torch.zeros(body.n_tokens, len(model.deviations), dtype=torch.float32, device=self._device)
+        coefficients[:, : len(classes)] = dequantize(values.to(self._device), offsets.to(self._device), step)
+        if flag:
+            return coefficients + self._predict(body.triples)
+        return coefficients if transform.rotation is None else coefficients @ transform.rotation
 
-    def _coefficients(self, keys: Tensor, values: Tensor, triples: Tensor | None) -> Tensor:
-        """What is coded of rows [L, H, n, D]: coefficients [n, r] float32, prediction taken off."""
+    def _check_length(self, body: CodedBody) -> None:
+        """`CorruptStream` for less than each token takes at least: no memory is asked for by a count of tokens alone."""
+        least = least_bytes(body.n_tokens) + self.needs_tokens
+        if len(body.data) < least:
+            raise CorruptStream(
+                f"a chunk of {body.n_tokens} tokens needs at least {least} bytes; it has {len(body.data)}"
+            )
+
+    def _coefficients(self, rows: BodyRows) -> list[_Coefficients]:
+        """What may be coded of rows [L, H, n, D]: with prediction, if there is any, and without."""
         transform = self._transform()
-        rows = torch.cat([rows_of(keys), rows_of(values)], dim=1)
-        coefficients = project(rows, transform.mean, transform.analysis)
-        if self._tokens is not None:
-            coefficients -= self._predict(triples)
-        if not bool(coefficients.isfinite().all()):
+        joint = torch.cat([rows_of(rows.keys), rows_of(rows.values)], dim=1)
+        plain = project(joint, transform.mean, transform.analysis)
+        choices = [_Coefficients(plain, self._joint.coefficients, is_predicted=False)]
+        if transform.rotation is not None:
+            residual = plain @ transform.rotation - self._predict(rows.triples)
+            choices.insert(0, _Coefficients(residual, self._model, is_predicted=True))
+        if not all(bool(choice.values.isfinite().all()) for choice in choices):
             raise InvalidCache("the cache holds values so large that the transform overflows float32")
-        return coefficients
+        return choices
+
+    def _cheapest(self, choices: list[_Coefficients], step: float) -> _Coefficients:
+        """The one whose symbols take the fewest bits at this step."""
+        if len(choices) == 1:
+            return choices[0]
+        return min(choices, key=lambda choice: float(choice.rounded(step)[0].bits.sum(dtype=np.float64)))
 
     def _predict(self, triples: Tensor | None) -> Tensor:
         if self._tokens is None or triples is None:
@@ -213,49 +232,47 @@ class JointCoder:
         if not n_tokens:
             return self._model.step_for(wanted)
         stride = max(1, n_tokens // _SEARCH_TOKENS)
-        parts, first, n_bytes = [], 0, _STREAM_OVERHEAD
+        expected = self._model.step_for(wanted)
+        samples: dict[bool, list[_Coefficients]] = {}
+        first, n_bytes = 0, _STREAM_OVERHEAD
         for rows in chunks:
             # Not the first of each chunk: it has no predecessors to be predicted from, so it costs more than others.
             chosen = slice((stride // 2 - first) % stride, None, stride)
             triples = None if rows.triples is None else rows.triples[chosen]
-            parts.append(self._coefficients(rows.keys[:, :, chosen], rows.values[:, :, chosen], triples).cpu())
+            picked = BodyRows(rows.keys[:, :, chosen], rows.values[:, :, chosen], triples)
+            coefficients = self._cheapest(self._coefficients(picked), expected)
+            samples.setdefault(coefficients.is_predicted, []).append(coefficients)
             first += rows.n_tokens
-            n_bytes += _CHUNK_OVERHEAD + _LANE_OVERHEAD * min(LANES, rows.n_tokens)
-        sample = torch.cat(parts)
-        overhead = 8 * n_bytes / n_tokens + _ACTIVITY_BITS
+            n_bytes += _CHUNK_OVERHEAD + self.needs_tokens + _LANE_OVERHEAD * min(LANES, rows.n_tokens)
+        merged = [replace(of[0], values=torch.cat([part.values.cpu() for part in of])) for of in samples.values()]
+        overhead = 8 * n_bytes / n_tokens + ACTIVITY_BITS
         low, high = np.log2(self._model.steps.min()), np.log2(self._model.steps.max())
         for _ in range(_SEARCH_TURNS):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._bits(sample, float(2**middle)) + overhead > wanted else (low, middle)
+            low, high = (middle, high) if _mean_bits(merged, float(2**middle)) + overhead > wanted else (low, middle)
         return float(2 ** ((low + high) / 2))
-
-    def _bits(self, coefficients: Tensor, step: float) -> float:
-        """Mean bits a token of its symbols."""
-        classes = column_classes(self._model.deviations, step)
-        if not len(classes):
-            return 0.0
-        values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], step).numpy().T)
-        bits = float(self._model.tables.token_costs(to_symbols(values), classes).min(axis=0).mean())
-        large = values[np.abs(values) > MAX_SYMBOL]
-        return bits + (8 * escaped_bytes(large) - ESCAPED_BITS * len(large)) / len(coefficients)
 
     def _transform(self) -> _Transform:
         with self._lock:
             if self._working is None:
                 basis, metric = self._joint.basis, self._joint.metric
                 vectors = basis.vectors.float()
-                if self._tokens is not None:
-                    vectors = vectors @ self._tokens.rotation.float()
+                rotation = None if self._tokens is None else self._tokens.rotation.float()
+                turned = vectors if rotation is None else vectors @ rotation
                 self._working = _Transform(
                     metric.unweigh(basis.mean[None])[0].to(self._device),
                     metric.weigh(vectors.T).T.contiguous().to(self._device),
-                    metric.unweigh(vectors.T).T.contiguous().to(self._device),
+                    metric.unweigh(turned.T).T.contiguous().to(self._device),
+                    None if rotation is None else rotation.to(self._device),
                 )
             return self._working
 
 
-def _check_length(body: CodedBody) -> None:
-    """Raise `CorruptStream` for less than each token takes at least: no memory is asked for by a count of tokens alone."""
-    least = packed_bytes(body.n_tokens, _ACTIVITY_BITS) + _LENGTH.size
-    if len(body.data) < least:
-        raise CorruptStream(f"a chunk of {body.n_tokens} tokens needs at least {least} bytes; it has {len(body.data)}")
+def _mean_bits(samples: list[_Coefficients], step: float) -> float:
+    """Mean bits a token of the symbols of these samples."""
+    bits = 0.0
+    for sample in samples:
+        rounded, _ = sample.rounded(step)
+        large = rounded.values[np.abs(rounded.values) > MAX_SYMBOL]
+        bits += float(rounded.bits.sum(dtype=np.float64)) + 8 * escaped_bytes(large) - ESCAPED_BITS * len(large)
+    return bits / sum(len(sample.values) for sample in samples)
