@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from functools import cache as remember
 
 import numpy as np
@@ -107,9 +108,12 @@ def tiny_sensitivities(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @remember
 def joint_calibration(seed: int = 0, with_tokens: bool = True) -> Calibration:
-    """Fitted to caches that `told_cache` makes, for all profiles; without tokens not for `conditional`."""
+    """Fitted to caches that `told_cache` makes, for all profiles; without tokens not for `conditional`.
+
+    They are too few to train a hidden layer on: it gets one of chance, that adds little.
+    """
     seeds = range(100 * (seed + 1), 100 * (seed + 1) + 6)
-    return fit(
+    calibration = fit(
         tiny_geometry(),
         (told_cache(200, seed=s) for s in seeds),
         sink_tokens=SINK_TOKENS,
@@ -117,8 +121,17 @@ def joint_calibration(seed: int = 0, with_tokens: bool = True) -> Calibration:
         token_ids=(told_ids(200, s) for s in seeds) if with_tokens else None,
         embeddings=tiny_embeddings() if with_tokens else None,
         embedding_rank=8,
+        hidden_features=0,
         progress=False,
     )
+    if calibration.joint is None or calibration.joint.tokens is None:
+        return calibration
+    tokens = calibration.joint.tokens
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(25, 3, generator=generator).half()
+    outputs = (0.001 * torch.randn(3, calibration.joint.basis.rank, generator=generator)).half()
+    predictor = replace(tokens.predictor, hidden=hidden, outputs=outputs)
+    return replace(calibration, joint=replace(calibration.joint, tokens=replace(tokens, predictor=predictor)))
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
@@ -317,10 +330,13 @@ def golden_joint_calibration() -> Calibration:
     tables = ProbabilityTables(golden_frequencies(), offsets)
     steps, bits = 2.0 ** np.arange(3, -5, -1), np.arange(8) * 4.0 + 2
     model = CoefficientModel(np.array([4, 2, 1, 0.5], np.float32), tables, steps, bits)
-    table = torch.arange(24).reshape(12, 2) / 8 - 1
-    weights = (torch.arange(28).reshape(7, 4) % 5 - 2) / 2
+    table = (torch.arange(24).reshape(12, 2) * 4 - 32).to(torch.int8)
+    weights = (torch.arange(28).reshape(7, 4) % 5 - 3) / 4
+    hidden = (torch.arange(21).reshape(7, 3) % 3 - 1) / 2
+    outputs = (1 - torch.arange(12).reshape(3, 4) % 4) / 4
+    predictor = Predictor(table, weights.half(), hidden.half(), outputs.half())
     rotation = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, -1], [0, 0, 1, 0]]).half()
-    tokens = TokenCoding(Predictor(table.half(), weights.half()), rotation, model, torch.full((1, 2), 0.5))
+    tokens = TokenCoding(predictor, rotation, model, torch.full((1, 2), 0.5))
     return Calibration(plain.geometry, plain.key, plain.value, joint=JointCalibration(basis, metric, model, tokens))
 
 

@@ -373,7 +373,11 @@ def joint_rows(
 ) -> np.ndarray:
     """As `body_rows`, for the profiles with one step; ids: of all tokens of the chunk, for `conditional`."""
     joint = calibration.joint
-    model = joint.coefficients if ids is None else joint.tokens.coefficients
+    is_predicted = False
+    if ids is not None:
+        assert data[0] <= 1
+        is_predicted, data = bool(data[0]), data[1:]
+    model = joint.tokens.coefficients if is_predicted else joint.coefficients
     at = -(-n // 4)
     activities = [data[token // 4] >> 2 * (token % 4) & 3 for token in range(n)]
     (length,) = struct.unpack_from("<I", data, at)
@@ -390,17 +394,26 @@ def joint_rows(
     assert next(escapes, None) is None
 
     vectors = joint.basis.vectors.float().numpy()
-    if ids is not None:
-        table, weights = (t.float().numpy() for t in (joint.tokens.predictor.table, joint.tokens.predictor.weights))
+    if is_predicted:
+        predictor = joint.tokens.predictor
+        parts = (predictor.table, predictor.weights, predictor.hidden, predictor.outputs)
+        table, weights, hidden, outputs = (part.float().numpy() for part in parts)
         for token in range(n):
             features = []
             for back in range(3):
                 place = n_sink + token - back
                 adjoins = place >= 0 and here[place] == here[n_sink + token] - back
                 is_known = adjoins and 0 <= ids[place] < len(table)
-                features.append(table[ids[place]] if is_known else np.zeros(table.shape[1], np.float32))
-            coefficients[token] += np.concatenate([*features, [np.float32(1)]]) @ weights
-        vectors = vectors @ joint.tokens.rotation.float().numpy()
+                features.append(
+                    table[ids[place]] / np.float32(32) if is_known else np.zeros(table.shape[1], np.float32)
+                )
+            seen = np.concatenate([*features, [np.float32(1)]])
+            coefficients[token] += seen @ weights + np.maximum(seen @ hidden, 0) @ outputs
+    if ids is not None:
+        rotation = joint.tokens.rotation.float().numpy()
+        if not is_predicted:
+            coefficients = coefficients @ rotation
+        vectors = vectors @ rotation
     rows = coefficients @ vectors.T + joint.basis.mean.numpy()
     inverses = np.linalg.inv(joint.metric.roots.numpy().astype(np.float64)).astype(np.float32)
     blocks = rows.reshape(n, len(inverses), -1)

@@ -159,6 +159,43 @@ def test_token_ids_lower_the_bytes_and_the_error():
     assert len(streams[1]) < 0.75 * len(streams[0])
 
 
+@pytest.mark.parametrize("step", [0.5, 2.0, 8.0])
+def test_prediction_from_wrong_tokens_costs_next_to_nothing(step):
+    """Ids of another language, say: chunks that prediction would make dearer are coded without it."""
+    cache, ids = told_cache(800), told_ids(800)
+    noise = torch.randint(0, VOCABULARY, (800,), generator=torch.Generator().manual_seed(7))
+    options = {"step": step, "window_tokens": 0, "chunk_tokens": 256}
+    told, untold, joint = (
+        joint_codec(profile, **options).encode(cache, given)
+        for profile, given in (("conditional", ids), ("conditional", noise), ("joint", ids))
+    )
+    assert [body[0] for body in bodies_of(told)] == [1] * 4
+    assert [body[0] for body in bodies_of(untold)] == [0] * 4
+    assert len(untold) <= 1.01 * len(joint)
+    found = [
+        errors(joint_codec(p, **options).decode(s, i), cache)
+        for p, s, i in (("conditional", untold, noise), ("joint", joint, ids))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=0.02, abs=1e-3)
+
+
+def test_chunks_are_predicted_or_not_one_by_one():
+    cache, ids = told_cache(768), told_ids(768)
+    ids[256:512] = ids[256:512].flip(0)
+    codec = joint_codec("conditional", step=2.0, window_tokens=0, chunk_tokens=256)
+    stream = codec.encode(cache, ids)
+    assert [body[0] for body in bodies_of(stream)] == [1, 0, 1]
+    assert errors(codec.decode(stream, ids), cache) < 0.3
+
+
+def test_a_chunk_that_is_neither_predicted_nor_not_is_corrupt():
+    codec, ids = joint_codec("conditional"), told_ids(20)
+    stream = codec.encode(told_cache(20), ids)
+    number = next(i for i, s in enumerate(parse_stream(stream).sections) if s.type is SectionType.BODY)
+    with pytest.raises(CorruptStream, match=r"predicted \(1\) or not \(0\); it says 2"):
+        codec.decode(with_section(stream, number, b"\2" + bodies_of(stream)[0][1:]), ids)
+
+
 @of_both
 @pytest.mark.parametrize("ratio", [3, 4, 8, 16])
 @pytest.mark.parametrize("chunk", [16, 256])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..coding.probability import ProbabilityTables, tables_from_counts
+from ..coding.rounding import round_coefficients
 from ..coding.uniform import (
     ESCAPE,
     MAX_SYMBOL,
@@ -31,6 +32,8 @@ from .joint import CoefficientModel
 N_STEPS = 28
 STEPS_PER_OCTAVE = 2
 TURNS = 5
+ROUNDING_TURNS = 2
+"""Turns with integers as an encoder chooses them, by cost: which depends on the tables."""
 SMOOTHING = 0.02
 
 
@@ -63,6 +66,12 @@ def fit_coefficients(coefficients: Tensor) -> CoefficientModel:
             found.activities = tables.token_costs(found.symbols, found.classes).argmin(axis=0).astype(np.uint8)
         frequencies = tables_from_counts(_counts(at_steps))
         tables = ProbabilityTables(frequencies, tables.offsets)
+    for _ in range(ROUNDING_TURNS):
+        tables = ProbabilityTables(frequencies, _offsets(coefficients, at_steps))
+        for found in at_steps:
+            rounded = round_coefficients(coefficients, found.step, found.classes, tables)
+            found.symbols, found.activities = to_symbols(rounded.values), rounded.activities
+        frequencies = tables_from_counts(_counts(at_steps))
     tables = ProbabilityTables(frequencies, _offsets(coefficients, at_steps))
     side = np.log2(N_ACTIVITIES)
     bits = [float(tables.token_costs(f.symbols, f.classes).min(axis=0).mean()) + side for f in at_steps]

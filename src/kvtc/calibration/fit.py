@@ -29,7 +29,8 @@ Item = TypeVar("Item")
 
 MAX_ROWS = 160_000
 RANK_CAP = 10_000
-EMBEDDING_RANK = 128
+EMBEDDING_RANK = 256
+HIDDEN_FEATURES = 384
 CHUNK_TOKENS = 256
 """Tokens of a chunk in `kvtc.Codec`, unless it is told otherwise."""
 _TOKENS_AT_ONCE = 1024
@@ -50,6 +51,7 @@ def fit(
     token_ids: Iterable[Tensor] | None = None,
     embeddings: Tensor | None = None,
     embedding_rank: int = EMBEDDING_RANK,
+    hidden_features: int = HIDDEN_FEATURES,
     spool_directory: str | Path | None = None,
     seed: int = 0,
     model_parameters: int | None = None,
@@ -65,7 +67,7 @@ def fit(
 
     metric: asked for when all caches are read; with it the profile `joint` is fitted, with a basis of at most joint_rank
     components. token_ids, in step with the caches, and embeddings [vocabulary, hidden], the model's input embeddings, which are
-    reduced to embedding_rank features: with them `conditional`, too.
+    reduced to embedding_rank features: with them `conditional`, too. hidden_features: of its prediction; 0 for a linear one.
 
     Raises `InvalidArgument` where no rows or no disk are left, `InvalidCache` and `GeometryMismatch` for unusable caches.
     """
@@ -96,7 +98,7 @@ def fit(
         joint: JointCalibration | None = None
         if metric is not None:
             table = reduce_embeddings(embeddings, embedding_rank) if embeddings is not None else None
-            joint = fit_joint(geometry, keys, values, metric(), joint_rank, seed, table, triples)
+            joint = fit_joint(geometry, keys, values, metric(), joint_rank, seed, table, triples, hidden_features)
         info = {
             "n_sequences": n_sequences,
             "n_tokens_seen": keys.n_offered,

@@ -93,6 +93,8 @@ class TokenCoding:
         """Its tensors in the calibration file."""
         yield "tokens.table", self.predictor.table
         yield "tokens.weights", self.predictor.weights
+        yield "tokens.hidden", self.predictor.hidden
+        yield "tokens.outputs", self.predictor.outputs
         yield "tokens.rotation", self.rotation
         yield "tokens.explained", self.explained
         yield from self.coefficients.tensors("tokens")
@@ -101,14 +103,21 @@ class TokenCoding:
     def from_tensors(cls, tensors: dict[str, Tensor], n_layers: int, rank: int) -> TokenCoding:
         """Inverse of `tensors`."""
         table, weights = tensors["tokens.table"], tensors["tokens.weights"]
+        hidden, outputs = tensors["tokens.hidden"], tensors["tokens.outputs"]
         if table.dim() != 2 or not table.numel():
             raise CorruptCalibration(f"tokens.table is {tuple(table.shape)}; expected tokens and features")
-        expect("tokens.table", table, tuple(table.shape), torch.float16)
-        expect("tokens.weights", weights, (N_TOKENS_SEEN * table.shape[1] + 1, rank), torch.float16)
+        if outputs.dim() != 2:
+            raise CorruptCalibration(f"tokens.outputs is {tuple(outputs.shape)}; expected hidden features and rank")
+        n_features = N_TOKENS_SEEN * table.shape[1] + 1
+        expect("tokens.table", table, tuple(table.shape), torch.int8)
+        expect("tokens.weights", weights, (n_features, rank), torch.float16)
+        expect("tokens.hidden", hidden, (n_features, outputs.shape[0]), torch.float16)
+        expect("tokens.outputs", outputs, (outputs.shape[0], rank), torch.float16)
         expect("tokens.rotation", tensors["tokens.rotation"], (rank, rank), torch.float16)
         expect("tokens.explained", tensors["tokens.explained"], (n_layers, 2), torch.float32)
         coefficients = CoefficientModel.from_tensors(tensors, "tokens", rank)
-        return cls(Predictor(table, weights), tensors["tokens.rotation"], coefficients, tensors["tokens.explained"])
+        predictor = Predictor(table, weights, hidden, outputs)
+        return cls(predictor, tensors["tokens.rotation"], coefficients, tensors["tokens.explained"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +138,19 @@ class JointCalibration:
         yield from self.coefficients.tensors("joint")
         if self.tokens is not None:
             yield from self.tokens.tensors()
+
+    @property
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """(numbers, bytes in the file) of what weighs most: the basis; the token table, and all else that prediction needs."""
+        found = {"basis": [self.basis.mean, self.basis.vectors, self.basis.spectrum, self.metric.roots]}
+        if self.tokens is not None:
+            predictor = self.tokens.predictor
+            found["token table"] = [predictor.table]
+            found["prediction"] = [predictor.weights, predictor.hidden, predictor.outputs, self.tokens.rotation]
+        return {
+            name: (sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))
+            for name, tensors in found.items()
+        }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], geometry: CacheGeometry) -> JointCalibration | None:

@@ -1,7 +1,7 @@
 """Fitting for the profiles `joint` and `conditional`: one basis for keys and values together, in the metric.
 
-The basis spans the leading principal directions of the weighted rows. For `conditional` a regression predicts coefficients from
-token ids, and a rotation inside that span decorrelates what it leaves over; so both profiles share the one large matrix.
+The basis spans the leading principal directions of the weighted rows. For `conditional` coefficients are predicted from token ids
+(`prediction_fit`), and a rotation inside that span decorrelates what that leaves over; so both profiles share the one large matrix.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from torch import Tensor
 
 from ..cache import CacheGeometry
 from ..coding.metric import Metric
-from ..coding.prediction import N_TOKENS_SEEN, Predictor, token_features
+from ..coding.prediction import Predictor
 from ..coding.transform import Basis, project
 from ..errors import InvalidArgument
 from .entropy import fit_coefficients
 from .joint import JointCalibration, TokenCoding
+from .prediction_fit import fit_predictor
 from .principal import principal_components
 from .row_spool import RowSpool
 
-REGRESSION_RIDGE = 1e-4
-"""Times the number of rows: added to the features' mean squares, which are about one."""
 TABLE_ROWS = 4096
 
 
@@ -50,10 +49,12 @@ def fit_joint(
     seed: int,
     table: Tensor | None = None,
     triples: Tensor | None = None,
+    n_hidden: int = 0,
 ) -> JointCalibration:
     """Fit to paired spools of un-rotated keys and of values.
 
     table [vocabulary, k] and triples [n, 3], each row's token and its predecessors: for `conditional`; without them it is left out.
+    n_hidden: units of the predictor's hidden layer.
     """
     if rank < 1:
         raise InvalidArgument(f"joint_rank must be at least 1; got {rank}")
@@ -64,7 +65,7 @@ def fit_joint(
     coefficients = _sampled(rows, basis, vectors, sample)
     tokens = None
     if table is not None and triples is not None:
-        tokens = _fit_tokens(geometry, rows, basis, vectors, metric, table, triples, coefficients, sample)
+        tokens = _fit_tokens(geometry, rows, basis, metric, table, triples, n_hidden, seed, sample)
     return JointCalibration(basis, metric, fit_coefficients(coefficients), tokens)
 
 
@@ -81,35 +82,37 @@ def _fit_tokens(
     geometry: CacheGeometry,
     rows: WeightedRows,
     basis: Basis,
-    vectors: Tensor,
     metric: Metric,
     table: Tensor,
     triples: Tensor,
-    coefficients: Tensor,
+    n_hidden: int,
+    seed: int,
     sample: np.ndarray,
 ) -> TokenCoding:
-    """Streaming normal equations: one pass over the rows, memory of a few matrices [r, r]."""
-    rank, n_features = vectors.shape[1], N_TOKENS_SEEN * table.shape[1] + 1
-    of_features = torch.zeros(n_features, n_features, dtype=torch.float64)
-    across = torch.zeros(n_features, rank, dtype=torch.float64)
-    of_coefficients = torch.zeros(rank, rank, dtype=torch.float64)
-    start = 0
-    for block in rows.blocks():
-        features = token_features(table, triples[start : start + len(block)])
-        projected = project(block, basis.mean, vectors)
-        of_features += (features.T @ features).double()
-        across += (features.T @ projected).double()
-        of_coefficients += (projected.T @ projected).double()
+    """Prediction, then the principal directions of what it leaves over: memory of a few matrices [r, r]."""
+    vectors = basis.vectors.float()
+
+    def coefficients() -> Iterator[Tensor]:
+        return (project(block, basis.mean, vectors) for block in rows.blocks())
+
+    triples = triples[: rows.n_rows]
+    plain = fit_predictor(table, triples, coefficients, n_hidden, seed)
+    before, after = (torch.zeros(basis.rank, basis.rank, dtype=torch.float64) for _ in range(2))
+    sampled, start = [], 0
+    for block in coefficients():
+        residual = block - plain.predict(triples[start : start + len(block)])
+        before += (block.T @ block).double()
+        after += (residual.T @ residual).double()
+        inside = sample[(sample >= start) & (sample < start + len(block))] - start
+        sampled.append(residual[torch.from_numpy(inside)])
         start += len(block)
-    ridge = REGRESSION_RIDGE * rows.n_rows * torch.eye(n_features, dtype=torch.float64)
-    weights = torch.linalg.solve(of_features + ridge, across)
-    left = of_coefficients - weights.T @ across - across.T @ weights + weights.T @ of_features @ weights
-    directions = torch.linalg.eigh(left).eigenvectors.flip(1)
-    rotation = directions.float().to(torch.float16)
-    predictor = Predictor(table, (weights @ directions).to(torch.float16))
-    residual = coefficients @ rotation.float() - predictor.predict(triples[torch.from_numpy(sample)])
-    explained = _explained(geometry, vectors, metric, of_coefficients, left)
-    return TokenCoding(predictor, rotation, fit_coefficients(residual), explained)
+    rotation = torch.linalg.eigh(after).eigenvectors.flip(1).float().to(torch.float16)
+    turn = rotation.float()
+    predictor = Predictor(
+        table, (plain.weights @ turn).half(), plain.hidden.half().contiguous(), (plain.outputs @ turn).half()
+    )
+    explained = _explained(geometry, vectors, metric, before, after)
+    return TokenCoding(predictor, rotation, fit_coefficients(torch.cat(sampled) @ turn), explained)
 
 
 def _explained(geometry: CacheGeometry, vectors: Tensor, metric: Metric, before: Tensor, after: Tensor) -> Tensor:

@@ -134,12 +134,15 @@ def describe_basis(kind: KindCalibration) -> str:
 
 def joint_fields(calibration: Calibration) -> list[tuple[str, object]]:
     """What a calibration has for the profiles `joint` and `conditional`, in words."""
+    from ..evaluate.table import format_bytes
+
     joint = calibration.joint
     if joint is None:
         return [("joint basis", "none: this calibration serves the profile paper alone")]
     fields: list[tuple[str, object]] = [
-        ("joint basis", f"{joint.basis.rank:,} coefficients of keys and values together")
+        ("joint rank", f"{joint.basis.rank:,} coefficients of keys and values together")
     ]
+    fields += [(f"joint {name}", f"{n:,} numbers, {format_bytes(size)}") for name, (n, size) in joint.parts.items()]
     if joint.tokens is not None:
         for name, shares in zip(("keys", "values"), joint.tokens.explained.T.tolist(), strict=True):
             by_layer = " ".join(f"{share:.2f}" for share in shares)

@@ -62,7 +62,10 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--joint-rank", type=int, metavar="R", help="the same for joint and conditional (default: 10000)"
     )
     parser.add_argument(
-        "--embedding-rank", type=int, metavar="K", help="features of a token in prediction (default: 128)"
+        "--embedding-rank", type=int, metavar="K", help="features of a token in prediction (default: 256)"
+    )
+    parser.add_argument(
+        "--hidden-features", type=int, metavar="N", help="hidden features of prediction; 0: linear (default: 384)"
     )
     parser.add_argument("--metric-power", type=float, metavar="P", help="power of the sensitivity (default: 0.75)")
     parser.add_argument("--layers", type=half_open_range, metavar="A:B", help="layers of one pipeline rank")
@@ -100,7 +103,7 @@ def calibrate(options: argparse.Namespace) -> Outcome:
     started = time.perf_counter()
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, options.device)
-    names = ("max_rows", "rank", "joint_rank", "embedding_rank", "metric_power", "profiles")
+    names = ("max_rows", "rank", "joint_rank", "embedding_rank", "hidden_features", "metric_power", "profiles")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.tokens is not None:
         given["max_tokens"] = options.tokens

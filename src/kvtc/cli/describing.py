@@ -153,6 +153,11 @@ def _describe_calibration(path: Path) -> Outcome:
         "joint_rank": calibration.joint.basis.rank if calibration.joint else None,
         "quality": quality_of(calibration),
         "predicted_variance": tokens.explained.tolist() if tokens else None,
+        "joint_parts": {
+            name.replace(" ", "_"): {"numbers": n, "bytes": size} for name, (n, size) in calibration.joint.parts.items()
+        }
+        if calibration.joint
+        else None,
         "info": calibration.info,
     }
     fields: list[tuple[str, object]] = [

@@ -1,9 +1,9 @@
 """Prediction of coefficients from token ids: what a token and its two predecessors say of its row.
 
 Whoever decodes knows the ids, for they are what a cache is looked up by; only what they do not say has to be stored. Features are
-rows of a rank-reduced table of the model's input embeddings, and a linear map leads from them to coefficients. On decode the
-prediction is only ever added to values: neither parsing nor the choice of tables depends on it, so rounding differences between
-devices stay rounding differences.
+rows of a reduced table of the model's input embeddings; a linear map and one hidden layer lead from them to coefficients. On
+decode the prediction is only ever added to values: neither parsing nor the choice of tables depends on it, so rounding differences
+between devices stay rounding differences.
 """
 
 from __future__ import annotations
@@ -19,19 +19,30 @@ N_TOKENS_SEEN = 3
 NO_TOKEN = -1
 """Stands for the predecessor of the first tokens."""
 _EMBEDDINGS_AT_ONCE = 8192
+FEATURE_UNIT = 32.0
+"""A feature of 1 is this entry of the table."""
+_LARGEST = 127
 
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """table [vocabulary, k] float16, weights [3 k + 1, r] float16 (the token's features, its predecessors', and a constant)."""
+    """f W + max(f A, 0) B of features f: a token's, its two predecessors', and 1.
+
+    table [vocabulary, k] int8; weights W [3 k + 1, r], hidden A [3 k + 1, h] and outputs B [h, r] float16; h may be 0.
+    """
 
     table: Tensor
     weights: Tensor
+    hidden: Tensor
+    outputs: Tensor
 
     def predict(self, triples: Tensor) -> Tensor:
         """Triples [T, 3] int64 from `token_triples` -> coefficients [T, r] float32."""
         features = token_features(self.table, triples)
-        predicted: Tensor = features @ self.weights.to(features.device).float()
+        weights, hidden, outputs = (
+            part.to(features.device).float() for part in (self.weights, self.hidden, self.outputs)
+        )
+        predicted: Tensor = features @ weights + (features @ hidden).relu() @ outputs
         return predicted
 
 
@@ -56,19 +67,29 @@ def token_features(table: Tensor, triples: Tensor) -> Tensor:
     """Triples [T, 3] -> features [T, 3 k + 1] float32; a missing token, or one outside the table, has zeros."""
     triples = triples.to(table.device)
     known = (triples >= 0) & (triples < table.shape[0])
-    rows = table[triples.clamp(0, table.shape[0] - 1)].float() * known[..., None]
+    rows = table[triples.clamp(0, table.shape[0] - 1)].float() * known[..., None] / FEATURE_UNIT
     return torch.cat([rows.flatten(1), torch.ones(len(triples), 1, device=table.device)], dim=1)
 
 
 def reduce_embeddings(embeddings: Tensor, rank: int) -> Tensor:
-    """Input embeddings [vocabulary, hidden] -> their best rows of `rank` features, float16, of unit mean square."""
+    """Input embeddings [vocabulary, hidden] -> a table [vocabulary, min(rank, hidden)] int8 of their leading directions.
+
+    Each token's embedding is taken at unit length, as the normalization before the first attention takes it: keys and values of
+    the first layer are then linear in it. Each column has its own scale, which the weights behind it take up.
+    """
     # Block by block: in float32 a large vocabulary takes gigabytes.
     blocks = torch.split(embeddings.detach(), _EMBEDDINGS_AT_ONCE)
-    mean = torch.stack([block.float().sum(dim=0) for block in blocks]).sum(dim=0).cpu() / len(embeddings)
+    mean = torch.stack([_at_unit_length(block).sum(dim=0) for block in blocks]).sum(dim=0) / len(embeddings)
     moments = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for block in blocks:
-        rows = block.float().cpu() - mean
+        rows = _at_unit_length(block) - mean
         moments += rows.T @ rows
     leading = torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :rank].float()
-    reduced = torch.cat([(block.float().cpu() - mean) @ leading for block in blocks])
-    return (reduced / reduced.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)).to(torch.float16)
+    reduced = torch.cat([(_at_unit_length(block) - mean) @ leading for block in blocks])
+    largest = reduced.abs().amax(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+    table: Tensor = (reduced * (_LARGEST / largest)).round().to(torch.int8)
+    return table
+
+
+def _at_unit_length(embeddings: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(embeddings.float().cpu(), dim=1)

@@ -1,7 +1,7 @@
 """The profiles `joint` and `conditional`: keys and values together in the metric, one step, rANS.
 
-A chunk's bytes (docs/format.md): activity classes of its tokens, two bits each; the length of the rANS data; the rANS data; the
-escaped values.
+A chunk's bytes (docs/format.md): with `conditional` whether the chunk is predicted, for where prediction would only make it dearer
+it is left out; then its integers (`integers`).
 """
 
 from __future__ import annotations
@@ -10,27 +10,23 @@ import copy
 import struct
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..calibration.artifact import Calibration
-from ..coding.bitpack import pack, packed_bytes, unpack
-from ..coding.escapes import decode_escapes, encode_escapes
-from ..coding.rans import count_lanes, decode_symbols, encode_symbols
-from ..coding.transform import project, reconstruct, rows_of
-from ..coding.uniform import ESCAPE, column_classes, dequantize, from_symbols, quantize, to_symbols
-from ..errors import CorruptStream, InvalidArgument, InvalidCache
+from ..coding.rans import count_lanes
+from ..coding.uniform import column_classes, dequantize
+from ..errors import CorruptStream, InvalidArgument
+from .coefficients import Coefficients, JointTransform, cheapest
+from .integers import least_bytes, read_integers, write_integers
 from .interface import Allowance, BodyRows, CodedBody, CodedRows
 from .step_rate import SEARCH_TOKENS, CostEstimate, Sample, StepRate, finest_step, nearest_step
 
 _STEP = struct.Struct("<f")
-_LENGTH = struct.Struct("<I")
-_ACTIVITY_BITS = 2
 _STEP_RANGE = 2.0**6
 """How far from the calibrated curve's ends a step may lie."""
 # A lane of the coder costs 16 to 32 bits beyond its symbols.
@@ -57,15 +53,6 @@ class StepPlan:
         return step
 
 
-@dataclass(frozen=True)
-class _Transform:
-    """Float32 matrices on the device: mean [2 p], analysis and synthesis [2 p, r] (they differ by the metric)."""
-
-    mean: Tensor
-    analysis: Tensor
-    synthesis: Tensor
-
-
 class JointCoder:
     """with_tokens: `conditional`. rate: what may be spent; None to decode only."""
 
@@ -86,7 +73,7 @@ class JointCoder:
         self._tokens = joint.tokens if with_tokens else None
         self._model = joint.coefficients if self._tokens is None else self._tokens.coefficients
         self._device = device
-        self._working: _Transform | None = None
+        self._working: JointTransform | None = None
         self._lock = threading.Lock()
         if rate is not None and rate.step is not None:
             self._require_served(rate.step)
@@ -128,8 +115,8 @@ class JointCoder:
         token_bytes = 2 * self._geometry.row_features * allowance.original_bits / 8
         if not allowance.n_tokens:
             return self._plan(self._model.step_for(8 * token_bytes / ratio)), []
-        sample, fixed = self._sample(rows, allowance.n_tokens)
-        estimate = CostEstimate(self._model, [sample], fixed)
+        samples, fixed = self._sample(rows, allowance.n_tokens, self._model.step_for(8 * token_bytes / ratio))
+        estimate = CostEstimate(samples, fixed)
         wanted = token_bytes * allowance.n_tokens / ratio
         least, most = float(self._model.steps.min()), float(self._model.steps.max())
         step, coded = nearest_step(wanted - allowance.other_bytes, _NEAR * wanted, estimate, encode, least, most)
@@ -138,8 +125,9 @@ class JointCoder:
     def _fill(self, chunks: Callable[[bool], Iterable[BodyRows]], at_most: int) -> CodedRows:
         """Bodies and windows at the finest step at which all of them fit."""
         counts = [sum(rows.n_tokens for rows in chunks(is_window)) for is_window in (False, True)]
-        found = [self._sample(chunks(bool(index)), n, bool(index)) for index, n in enumerate(counts) if n]
-        estimate = CostEstimate(self._model, [sample for sample, _ in found], sum(fixed for _, fixed in found))
+        expected = self._model.step_for(8 * max(1, at_most) / max(1, sum(counts)))
+        found = [self._sample(chunks(bool(index)), n, expected, bool(index)) for index, n in enumerate(counts) if n]
+        estimate = CostEstimate([s for samples, _ in found for s in samples], sum(fixed for _, fixed in found))
 
         def encode(step: float) -> list[bytes]:
             return self._encode_rows(chunks(False), step) + self._encode_windows(chunks, self._plan(step))
@@ -155,27 +143,21 @@ class JointCoder:
         return CodedRows(plan, coded[:cut], coded[cut:])
 
     def _encode_rows(self, chunks: Iterable[BodyRows], step: float) -> list[bytes]:
-        return [self._encode(self._coefficients(rows.keys, rows.values, rows.triples), step) for rows in chunks]
+        return [self._encode(cheapest(self._transform().choices(rows), step), step) for rows in chunks]
 
     def _encode_windows(self, chunks: Callable[[bool], Iterable[BodyRows]], plan: StepPlan) -> list[bytes]:
         return [] if plan.window_step is None else self._encode_rows(chunks(True), plan.window_step)
 
-    def _encode(self, coefficients: Tensor, step: float) -> bytes:
-        """Coefficients [n, r] of a chunk -> its bytes."""
-        classes = column_classes(self._model.deviations, step)
-        values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], step).cpu().numpy().T)
-        symbols = to_symbols(values)
-        activities = self._model.tables.token_costs(symbols, classes).argmin(axis=0).astype(np.uint8)
-        symbols = self._model.tables.escape_unlikely(symbols, classes, activities)
-        coded = encode_symbols(symbols, classes, activities, self._model.tables.rans)
-        escapes = encode_escapes(values[symbols == ESCAPE])
-        side = pack(torch.from_numpy(activities), _ACTIVITY_BITS).numpy().tobytes()
-        return side + _LENGTH.pack(len(coded)) + coded + escapes
+    def _encode(self, coefficients: Coefficients, step: float) -> bytes:
+        """The bytes of a chunk."""
+        rounded, classes = coefficients.rounded(step)
+        flag = bytes([coefficients.is_predicted]) if self.needs_tokens else b""
+        return flag + write_integers(rounded, classes, coefficients.model.tables)
 
     def _encode_nothing(self, n_tokens: int) -> bytes:
         """A chunk whose coefficients are all zero at the largest step: it has the same bytes whatever the cache holds."""
         zeros = torch.zeros(n_tokens, len(self._model.deviations), dtype=torch.float32, device="cpu")
-        return self._encode(zeros, self._step_bounds()[1])
+        return self._encode(Coefficients(zeros, self._model, self.needs_tokens), self._step_bounds()[1])
 
     def read_plan(self, data: bytes) -> StepPlan:
         if len(data) not in (_STEP.size, 2 * _STEP.size):
@@ -194,65 +176,40 @@ class JointCoder:
     def decode(self, bodies: Sequence[CodedBody], plan: StepPlan) -> Tensor:
         """Coefficients [T, r] float32, prediction added."""
         for body in bodies:
-            _check_length(body)
+            self._check_length(body)
         transform = self._transform()
-        n_tokens = sum(body.n_tokens for body in bodies)
-        coefficients = torch.zeros(n_tokens, transform.synthesis.shape[1], dtype=torch.float32, device=self._device)
-        first = 0
-        for body in bodies:
-            step = plan.step_of(body)
-            classes = column_classes(self._model.deviations, step)
-            values, offsets = self._decode_chunk(body, classes)
-            here = coefficients[first : first + body.n_tokens]
-            here[:, : len(classes)] = dequantize(values.to(self._device), offsets.to(self._device), step)
-            if self._tokens is not None:
-                here += self._predict(body.triples)
-            first += body.n_tokens
-        return coefficients
+        parts = [torch.zeros(0, len(self._model.deviations), dtype=torch.float32, device=self._device)]
+        parts += [self._decode_chunk(body, plan.step_of(body), transform) for body in bodies]
+        return torch.cat(parts)
 
     def restore(self, coefficients: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         transform, geometry = self._transform(), self._geometry
         size = geometry.n_kv_heads * geometry.head_dim
-        start = layer * size
         keys, values = (
-            reconstruct(coefficients, transform.mean[at : at + size], transform.synthesis[at : at + size])
-            for at in (start, geometry.row_features + start)
+            transform.restore(coefficients, slice(at, at + size))
+            for at in (layer * size, geometry.row_features + layer * size)
         )
         return keys, values
 
-    def _decode_chunk(self, body: CodedBody, classes: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-        """Integers [n, coded] and the offsets [n, coded, 2] of one chunk; all of its bytes must be used."""
-        n, data = body.n_tokens, body.data
-        n_side = packed_bytes(n, _ACTIVITY_BITS)
-        side = torch.frombuffer(bytearray(data[:n_side]), dtype=torch.uint8)
-        activities = unpack(side, n, _ACTIVITY_BITS).numpy().astype(np.uint8)
-        start = n_side + _LENGTH.size
-        (n_coded,) = _LENGTH.unpack_from(data, n_side)
-        if n_coded > len(data) - start:
-            raise CorruptStream(f"a chunk claims {n_coded} bytes of symbols; {len(data) - start} are left")
-        symbols = decode_symbols(data[start : start + n_coded], classes, activities, self._model.tables.rans)
-        escaped = decode_escapes(data[start + n_coded :], int((symbols == ESCAPE).sum()))
-        values = torch.from_numpy(from_symbols(symbols, escaped)).T
-        offsets = torch.from_numpy(self._model.tables.offsets)
-        # Rows by token, columns by coefficient: each pair of classes has its own.
-        picked = offsets[torch.from_numpy(activities.astype(np.int64))][:, torch.from_numpy(classes.astype(np.int64))]
-        return values, picked
+    def _decode_chunk(self, body: CodedBody, step: float, transform: JointTransform) -> Tensor:
+        """Coefficients [n, r] of one chunk, prediction added; all of its bytes must be used."""
+        flag, data = (body.data[0], body.data[1:]) if self.needs_tokens else (0, body.data)
+        if flag > 1:
+            raise CorruptStream(f"a chunk is predicted (1) or not (0); it says {flag}")
+        model = self._model if flag else self._joint.coefficients
+        classes = column_classes(model.deviations, step)
+        values, offsets = read_integers(data, body.n_tokens, classes, model.tables)
+        coefficients = torch.zeros(body.n_tokens, len(model.deviations), dtype=torch.float32, device=self._device)
+        coefficients[:, : len(classes)] = dequantize(values.to(self._device), offsets.to(self._device), step)
+        return transform.completed(coefficients, bool(flag), body.triples)
 
-    def _coefficients(self, keys: Tensor, values: Tensor, triples: Tensor | None) -> Tensor:
-        """What is coded of rows [L, H, n, D]: coefficients [n, r] float32, prediction taken off."""
-        transform = self._transform()
-        rows = torch.cat([rows_of(keys), rows_of(values)], dim=1)
-        coefficients = project(rows, transform.mean, transform.analysis)
-        if self._tokens is not None:
-            coefficients -= self._predict(triples)
-        if not bool(coefficients.isfinite().all()):
-            raise InvalidCache("the cache holds values so large that the transform overflows float32")
-        return coefficients
-
-    def _predict(self, triples: Tensor | None) -> Tensor:
-        if self._tokens is None or triples is None:
-            raise RuntimeError("prediction needs token ids")
-        return self._tokens.predictor.predict(triples).to(self._device)
+    def _check_length(self, body: CodedBody) -> None:
+        """`CorruptStream` for less than each token takes at least: no memory is asked for by a count of tokens alone."""
+        least = least_bytes(body.n_tokens) + self.needs_tokens
+        if len(body.data) < least:
+            raise CorruptStream(
+                f"a chunk of {body.n_tokens} tokens needs at least {least} bytes; it has {len(body.data)}"
+            )
 
     def _require_served(self, step: float) -> None:
         if not self._serves(step):
@@ -278,39 +235,30 @@ class JointCoder:
         finer, least = self._rate().finer_window, self._step_bounds()[0]
         return StepPlan(float(np.float32(step)), float(np.float32(max(least, step / finer))) if finer else None)
 
-    def _sample(self, chunks: Iterable[BodyRows], n_tokens: int, is_window: bool = False) -> tuple[Sample, float]:
-        """Some of the tokens of chunks, and what chunks of so many tokens cost at any step."""
+    def _sample(
+        self, chunks: Iterable[BodyRows], n_tokens: int, expected: float, is_window: bool = False
+    ) -> tuple[list[Sample], float]:
+        """Some of the tokens of chunks, and what chunks of so many tokens cost at any step; expected: a step near the one found."""
         stride = max(1, n_tokens // SEARCH_TOKENS)
-        parts, first, fixed = [], 0, 0.0
+        finer = (self._rate().finer_window or 1.0) if is_window else 1.0
+        parts: dict[bool, list[Coefficients]] = {}
+        first, fixed = 0, 0.0
         for rows in chunks:
             # Not the first of each chunk: it has no predecessors to be predicted from, so it costs more than others.
             chosen = slice((stride // 2 - first) % stride, None, stride)
             triples = None if rows.triples is None else rows.triples[chosen]
-            parts.append(self._coefficients(rows.keys[:, :, chosen], rows.values[:, :, chosen], triples).cpu())
+            picked = BodyRows(rows.keys[:, :, chosen], rows.values[:, :, chosen], triples)
+            coefficients = cheapest(self._transform().choices(picked), expected / finer)
+            parts.setdefault(coefficients.is_predicted, []).append(coefficients)
             first += rows.n_tokens
-            n_lanes = count_lanes(parts[-1].shape[1], rows.n_tokens)
-            fixed += _LENGTH.size + packed_bytes(rows.n_tokens, _ACTIVITY_BITS) + _LANE_BYTES * n_lanes
-        coefficients = torch.cat(parts)
-        finer = (self._rate().finer_window or 1.0) if is_window else 1.0
-        return Sample(coefficients, n_tokens / len(coefficients), finer), fixed
+            n_lanes = count_lanes(coefficients.values.shape[1], rows.n_tokens)
+            fixed += least_bytes(rows.n_tokens) + self.needs_tokens + _LANE_BYTES * n_lanes
+        weight = n_tokens / sum(len(part.values) for of in parts.values() for part in of)
+        merged = [replace(of[0], values=torch.cat([part.values.cpu() for part in of])) for of in parts.values()]
+        return [Sample(coefficients, weight, finer) for coefficients in merged], fixed
 
-    def _transform(self) -> _Transform:
+    def _transform(self) -> JointTransform:
         with self._lock:
             if self._working is None:
-                basis, metric = self._joint.basis, self._joint.metric
-                vectors = basis.vectors.float()
-                if self._tokens is not None:
-                    vectors = vectors @ self._tokens.rotation.float()
-                self._working = _Transform(
-                    metric.unweigh(basis.mean[None])[0].to(self._device),
-                    metric.weigh(vectors.T).T.contiguous().to(self._device),
-                    metric.unweigh(vectors.T).T.contiguous().to(self._device),
-                )
+                self._working = JointTransform(self._joint, self._tokens, self._device)
             return self._working
-
-
-def _check_length(body: CodedBody) -> None:
-    """Raise `CorruptStream` for less than each token takes at least: no memory is asked for by a count of tokens alone."""
-    least = packed_bytes(body.n_tokens, _ACTIVITY_BITS) + _LENGTH.size
-    if len(body.data) < least:
-        raise CorruptStream(f"a chunk of {body.n_tokens} tokens needs at least {least} bytes; it has {len(body.data)}")

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from math import fsum, isfinite, sqrt
 
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 
-from ..calibration.joint import CoefficientModel
 from ..coding.escapes import escaped_bytes
 from ..coding.probability import ESCAPED_BITS
-from ..coding.uniform import MAX_SYMBOL, column_classes, quantize, to_symbols
+from ..coding.uniform import MAX_SYMBOL
 from ..errors import InvalidArgument
+from .coefficients import Coefficients
 from .paper_rate import DEFAULT_RATIO
 
 SEARCH_TOKENS = 2048
@@ -54,12 +52,12 @@ class StepRate:
 
 @dataclass(frozen=True)
 class Sample:
-    """Coefficients [n, r] of every so many-th token, on the CPU; weight: tokens that each stands for.
+    """Coefficients of every so many-th token, on the CPU; weight: tokens that each stands for.
 
     finer: the step over theirs.
     """
 
-    coefficients: Tensor
+    coefficients: Coefficients
     weight: float
     finer: float = 1.0
 
@@ -67,14 +65,13 @@ class Sample:
 class CostEstimate:
     """Bytes of coded rows at a step, from the bits of the tables. fixed_bytes: what they cost at any step."""
 
-    def __init__(self, model: CoefficientModel, samples: Sequence[Sample], fixed_bytes: float) -> None:
-        self._model = model
+    def __init__(self, samples: Sequence[Sample], fixed_bytes: float) -> None:
         self._samples = samples
         self._fixed = fixed_bytes
 
     def bytes_at(self, step: float) -> float:
         """Expected bytes."""
-        bits = (s.weight * symbol_bits(self._model, s.coefficients, step / s.finer) for s in self._samples)
+        bits = (s.weight * symbol_bits(s.coefficients, step / s.finer) for s in self._samples)
         return self._fixed + fsum(bits) / 8
 
     def step_for(self, n_bytes: float, low: float, high: float) -> float:
@@ -86,15 +83,11 @@ class CostEstimate:
         return float(np.float32(2 ** ((low + high) / 2)))
 
 
-def symbol_bits(model: CoefficientModel, coefficients: Tensor, step: float) -> float:
-    """Bits of the symbols of all tokens, coefficients [n, r] on the CPU."""
-    classes = column_classes(model.deviations, step)
-    if not len(classes):
-        return 0.0
-    values: npt.NDArray[np.int32] = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], step).numpy().T)
-    bits = float(model.tables.token_costs(to_symbols(values), classes).min(axis=0).sum(dtype=np.float64))
-    large = values[np.abs(values) > MAX_SYMBOL]
-    return bits + 8 * escaped_bytes(large) - ESCAPED_BITS * len(large)
+def symbol_bits(coefficients: Coefficients, step: float) -> float:
+    """Bits of the symbols of all tokens, escaped values included."""
+    rounded, _ = coefficients.rounded(step)
+    large = rounded.values[np.abs(rounded.values) > MAX_SYMBOL]
+    return float(rounded.bits.sum(dtype=np.float64)) + 8 * escaped_bytes(large) - ESCAPED_BITS * len(large)
 
 
 def nearest_step(
