@@ -54,7 +54,7 @@ class Thread(threading.Thread):
 
     def step(self) -> None:
         is_own = self.random.random() < 0.5
-        key = self.random.choice(list(self.own)) if is_own else f"shared/{self.random.randrange(N_SHARED_KEYS)}"
+        key = self.random.choice(list(self.own)) if is_own else f"common/{self.random.randrange(N_SHARED_KEYS)}"
         action = self.random.random()
         if action < 0.35:
             self.store.put(key, value_of(key))
