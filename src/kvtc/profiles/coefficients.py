@@ -31,11 +31,23 @@ class Coefficients:
         return round_coefficients(self.values, step, classes, self.model.tables), classes
 
 
-def cheapest(choices: list[Coefficients], step: float) -> Coefficients:
-    """The one whose symbols take the fewest bits at this step."""
-    if len(choices) == 1:
-        return choices[0]
-    return min(choices, key=lambda choice: float(choice.rounded(step)[0].bits.sum(dtype=np.float64)))
+@dataclass(frozen=True)
+class RoundedChunk:
+    """What of a chunk is written: the integers of some coefficients at a step, and the variance classes of those coded."""
+
+    coefficients: Coefficients
+    rounded: Rounded
+    classes: npt.NDArray[np.uint8]
+
+    @property
+    def bits(self) -> float:
+        """Of all symbols, by the tables."""
+        return float(self.rounded.bits.sum(dtype=np.float64))
+
+
+def cheapest(choices: list[Coefficients], step: float) -> RoundedChunk:
+    """The choice whose symbols take the fewest bits at this step, the first of equals."""
+    return min((RoundedChunk(choice, *choice.rounded(step)) for choice in choices), key=lambda chunk: chunk.bits)
 
 
 class JointTransform:

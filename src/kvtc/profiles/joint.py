@@ -21,7 +21,7 @@ from ..calibration.artifact import Calibration
 from ..coding.rans import count_lanes
 from ..coding.uniform import column_classes, dequantize
 from ..errors import CorruptStream, InvalidArgument
-from .coefficients import Coefficients, JointTransform, cheapest
+from .coefficients import Coefficients, JointTransform, RoundedChunk, cheapest
 from .integers import least_bytes, read_integers, write_integers
 from .interface import Allowance, BodyRows, CodedBody, CodedRows
 from .step_rate import SEARCH_TOKENS, CostEstimate, Sample, StepRate, finest_step, nearest_step
@@ -115,8 +115,8 @@ class JointCoder:
         token_bytes = 2 * self._geometry.row_features * allowance.original_bits / 8
         if not allowance.n_tokens:
             return self._plan(self._model.step_for(8 * token_bytes / ratio)), []
-        samples, fixed = self._sample(rows, allowance.n_tokens, self._model.step_for(8 * token_bytes / ratio))
-        estimate = CostEstimate(samples, fixed)
+        expected = self._model.step_for(8 * token_bytes / ratio)
+        estimate = CostEstimate(*self._sample(rows, allowance.n_tokens, expected), expected)
         wanted = token_bytes * allowance.n_tokens / ratio
         least, most = float(self._model.steps.min()), float(self._model.steps.max())
         step, coded = nearest_step(wanted - allowance.other_bytes, _NEAR * wanted, estimate, encode, least, most)
@@ -127,7 +127,8 @@ class JointCoder:
         counts = [sum(rows.n_tokens for rows in chunks(is_window)) for is_window in (False, True)]
         expected = self._model.step_for(8 * max(1, at_most) / max(1, sum(counts)))
         found = [self._sample(chunks(bool(index)), n, expected, bool(index)) for index, n in enumerate(counts) if n]
-        estimate = CostEstimate([s for samples, _ in found for s in samples], sum(fixed for _, fixed in found))
+        samples = [sample for some, _ in found for sample in some]
+        estimate = CostEstimate(samples, sum(fixed for _, fixed in found), expected)
 
         def encode(step: float) -> list[bytes]:
             return self._encode_rows(chunks(False), step) + self._encode_windows(chunks, self._plan(step))
@@ -143,21 +144,20 @@ class JointCoder:
         return CodedRows(plan, coded[:cut], coded[cut:])
 
     def _encode_rows(self, chunks: Iterable[BodyRows], step: float) -> list[bytes]:
-        return [self._encode(cheapest(self._transform().choices(rows), step), step) for rows in chunks]
+        return [self._encode(cheapest(self._transform().choices(rows), step)) for rows in chunks]
 
     def _encode_windows(self, chunks: Callable[[bool], Iterable[BodyRows]], plan: StepPlan) -> list[bytes]:
         return [] if plan.window_step is None else self._encode_rows(chunks(True), plan.window_step)
 
-    def _encode(self, coefficients: Coefficients, step: float) -> bytes:
-        """The bytes of a chunk."""
-        rounded, classes = coefficients.rounded(step)
+    def _encode(self, chunk: RoundedChunk) -> bytes:
+        coefficients = chunk.coefficients
         flag = bytes([coefficients.is_predicted]) if self.needs_tokens else b""
-        return flag + write_integers(rounded, classes, coefficients.model.tables)
+        return flag + write_integers(chunk.rounded, chunk.classes, coefficients.model.tables)
 
     def _encode_nothing(self, n_tokens: int) -> bytes:
         """A chunk whose coefficients are all zero at the largest step: it has the same bytes whatever the cache holds."""
         zeros = torch.zeros(n_tokens, len(self._model.deviations), dtype=torch.float32, device="cpu")
-        return self._encode(Coefficients(zeros, self._model, self.needs_tokens), self._step_bounds()[1])
+        return self._encode(cheapest([Coefficients(zeros, self._model, self.needs_tokens)], self._step_bounds()[1]))
 
     def read_plan(self, data: bytes) -> StepPlan:
         if len(data) not in (_STEP.size, 2 * _STEP.size):
@@ -248,7 +248,7 @@ class JointCoder:
             chosen = slice((stride // 2 - first) % stride, None, stride)
             triples = None if rows.triples is None else rows.triples[chosen]
             picked = BodyRows(rows.keys[:, :, chosen], rows.values[:, :, chosen], triples)
-            coefficients = cheapest(self._transform().choices(picked), expected / finer)
+            coefficients = cheapest(self._transform().choices(picked), expected / finer).coefficients
             parts.setdefault(coefficients.is_predicted, []).append(coefficients)
             first += rows.n_tokens
             n_lanes = count_lanes(coefficients.values.shape[1], rows.n_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite, sqrt
+from math import fsum, isfinite, log2, sqrt
 
 import numpy as np
 
@@ -22,7 +22,11 @@ from .paper_rate import DEFAULT_RATIO
 SEARCH_TOKENS = 2048
 FINER_WINDOW = 4.0
 """The step of the body over that of a coded window; with a finer one a window costs more bits than its tokens are worth."""
-_HALVINGS = 16
+_TURNS = 16
+_ACCURATE = 1e-3
+"""Of the logarithm of the bytes."""
+_SLOPE = -0.7
+"""Of the logarithm of the bytes over that of the step, before anything is known."""
 _CORRECTIONS = 3
 _FILL_TURNS, _MOST_FILL_TURNS = 5, 14
 # A fixed size is aimed at a little below, and full enough a little below that.
@@ -63,11 +67,16 @@ class Sample:
 
 
 class CostEstimate:
-    """Bytes of coded rows at a step, from the bits of the tables. fixed_bytes: what they cost at any step."""
+    """Bytes of coded rows at a step, from the bits of the tables.
 
-    def __init__(self, samples: Sequence[Sample], fixed_bytes: float) -> None:
+    fixed_bytes: what they cost at any step. near: a step to begin at.
+    """
+
+    def __init__(self, samples: Sequence[Sample], fixed_bytes: float, near: float) -> None:
         self._samples = samples
         self._fixed = fixed_bytes
+        self._near = log2(near)
+        self._slope = _SLOPE
 
     def bytes_at(self, step: float) -> float:
         """Expected bytes."""
@@ -75,12 +84,26 @@ class CostEstimate:
         return self._fixed + fsum(bits) / 8
 
     def step_for(self, n_bytes: float, low: float, high: float) -> float:
-        """The step, low .. high, at which so many bytes are expected; the interval is halved, for bytes fall with the step."""
-        low, high = np.log2(low), np.log2(high)
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.bytes_at(float(2**middle)) > n_bytes else (low, middle)
-        return float(np.float32(2 ** ((low + high) / 2)))
+        """The step, low .. high, at which so many bytes are expected.
+
+        By secants on a log-log scale, within an interval that shrinks, for bytes fall with the step.
+        """
+        least, most = log2(low), log2(high)
+        place = min(max(self._near, least), most)
+        before: tuple[float, float] | None = None
+        for _ in range(_TURNS):
+            excess = log2(self.bytes_at(2**place) / max(1.0, n_bytes))
+            if abs(excess) < _ACCURATE:
+                break
+            if before is not None and (excess - before[1]) * (place - before[0]) < 0:
+                self._slope = (excess - before[1]) / (place - before[0])
+            before = place, excess
+            least, most = (place, most) if excess > 0 else (least, place)
+            place -= excess / self._slope
+            if not least < place < most:
+                place = (least + most) / 2
+        self._near = place
+        return float(np.float32(2**place))
 
 
 def symbol_bits(coefficients: Coefficients, step: float) -> float:
