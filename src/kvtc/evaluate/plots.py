@@ -31,7 +31,7 @@ def plot_spectrum(calibration: Calibration, codec: Codec, path: str | Path, work
     allocations = rate_target.allocations(BITS_OF_ORIGINAL)
     kinds = (("Keys", calibration.key, allocations[0]), ("Values", calibration.value, allocations[1]))
     highest = max(float(kind.basis.spectrum[0]) for _, kind, _ in kinds)
-    with plt.rc_context(_style()):
+    with plt.rc_context(plot_style()):
         figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
         bits_axes = []
         for panel, (title, kind, allocation), color in zip(panels, kinds, SERIES, strict=False):
@@ -83,7 +83,7 @@ def plot_rate_quality(
     if not drawn:
         raise InvalidArgument("there are no points to draw")
     plt = require_matplotlib()
-    with plt.rc_context(_style()):
+    with plt.rc_context(plot_style()):
         figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
         for order, (name, line) in enumerate(drawn.items()):
             style = {"color": SERIES[order % len(SERIES)], "marker": MARKERS[order % len(MARKERS)]}
@@ -125,7 +125,7 @@ def _title(figure: Any, title: str, workload: str) -> None:
     )
 
 
-def _style() -> dict[str, Any]:
+def plot_style() -> dict[str, Any]:
     return {
         "font.size": 10,
         "axes.edgecolor": MUTED,
