@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Engines that `make test-engines` runs kvtc in, each in an environment of its own.
 ENGINES ?= vllm
 
-.PHONY: demo test check fuzz bench clean test-engines
+.PHONY: demo test test-stores test-faults test-engines soak check fuzz bench clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/kvtc demo --output demo_output --force
@@ -22,6 +22,19 @@ check: $(VENV)/.test-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The servers that stores are tested against; moto has a venv of its own, since it needs other versions than the checks.
+SERVERS := $(VENV)/servers
+SOAK_SECONDS ?= 300
+
+test-stores: $(VENV)/.test-ready $(VENV)/.servers-ready
+	KVTC_ALL_INSTALLED=1 KVTC_MOTO_SERVER=$(SERVERS)/bin/moto_server $(BIN)/python -m pytest tests/stores
+
+test-faults: $(VENV)/.test-ready
+	KVTC_KILLS=200 $(BIN)/python -m pytest tests/stores/test_faults.py tests/stores/test_faults_remote.py
+
+soak: $(VENV)/.test-ready
+	$(BIN)/python -m tests.stores.soak --seconds $(SOAK_SECONDS)
 
 test-engines: $(ENGINES:%=test-engine-%)
 
@@ -50,6 +63,13 @@ $(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml
 $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml
 	$(INSTALL) --editable '.[dev]'
 	touch $(VENV)/.demo-ready $@
+
+$(VENV)/.servers-ready: $(VENV)/.torch-ready
+	command -v redis-server >/dev/null || (test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq redis-server openssl) || \
+		(echo "redis-server is not installed, and installing it takes root" >&2; exit 1)
+	python3 -m venv $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check 'moto[s3]==5.2.5' flask flask-cors
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(ENGINES:%=$(VENV)-%) demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

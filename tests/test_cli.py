@@ -189,10 +189,13 @@ def test_doctor(capsys):
 def test_doctor_names_what_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "redis", None)
+    monkeypatch.delitem(sys.modules, "kvtc.store.redis_store", raising=False)
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     assert 'pip install "kvtc[coders]"' in out
     assert 'pip install "kvtc[demo]"' in out
+    assert 'pip install "kvtc[redis]"' in out
 
 
 def test_demo(capsys, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "kvtc").rglob("*.py"))
-OPTIONAL = ("transformers", "tokenizers", "matplotlib", "zstandard", "lz4")
+OPTIONAL = ("transformers", "tokenizers", "matplotlib", "zstandard", "lz4", "redis", "obstore", "cryptography")
 
 BLOCK_OPTIONAL = f"""
 import sys
@@ -24,6 +24,7 @@ sys.meta_path.insert(0, Block())
 WITHOUT_OPTIONAL = """
 import torch
 import kvtc
+import kvtc.store
 from kvtc.errors import MissingDependency
 
 calibration = kvtc.reference_calibration()
@@ -34,7 +35,9 @@ codec = kvtc.Codec(calibration, ratio=16)
 restored = codec.decode(codec.encode(cache))
 assert restored.keys.shape == shape
 coders = [lambda name=name: kvtc.Codec(calibration, lossless=name) for name in ("zstd", "lz4")]
-for call in (*coders, kvtc.reference_model):
+urls = ("redis://localhost", "s3://bucket", "memory:?key_variable=KEY")
+stores = [lambda url=url: kvtc.store.open_store(url) for url in urls]
+for call in (*coders, *stores, kvtc.reference_model):
     try:
         call()
     except MissingDependency as error:
@@ -55,6 +58,12 @@ def test_the_core_works_without_any_optional_package():
 
 def test_importing_kvtc_imports_nothing_heavy():
     done = run("import sys, kvtc; print([m for m in ('torch', 'numpy', 'numba', 'transformers') if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_stores_import_no_numerics():
+    code = "import sys, kvtc.store as s; s.open_store('tiered:memory:'); print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    done = run(code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

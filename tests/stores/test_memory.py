@@ -83,6 +83,7 @@ def test_errors_can_be_misses():
         "",
         "/path",
         "memory://h:x/",
+        "memory:#x",
     ],
 )
 def test_urls_that_mean_nothing_are_refused(url):

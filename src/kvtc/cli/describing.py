@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from ..inspection import StreamInfo
 
 PACKAGES = ("torch", "numpy", "numba", "safetensors", "tqdm", "transformers", "zstandard", "lz4", "matplotlib")
+STORE_PACKAGES = ("redis", "obstore", "cryptography")
+STORES = {"stores in Redis": "redis_store", "stores in S3": "object_store", "encrypted stores": "encryption"}
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -51,13 +55,18 @@ def doctor(options: argparse.Namespace) -> Outcome:  # noqa: ARG001  every verb 
     """`kvtc doctor`: everything is tried, nothing is fatal."""
     from ..evaluate.table import format_fields
 
-    versions = {"python": platform.python_version(), "kvtc": _version("kvtc"), **{p: _version(p) for p in PACKAGES}}
-    checks = [
+    versions = {
+        "python": platform.python_version(),
+        "kvtc": _version("kvtc"),
+        **{p: _version(p) for p in PACKAGES + STORE_PACKAGES},
+    }
+    checks: list[tuple[str, Callable[[], object]]] = [
         *((f"coder {name}", check) for name, check in _coder_checks().items()),
         ("device cpu", lambda: None),
         ("device cuda", _check_cuda),
         ("transformers caches and models", _check_transformers),
         ("pictures of the demo", _check_matplotlib),
+        *((name, partial(importlib.import_module, f"kvtc.store.{module}")) for name, module in STORES.items()),
         ("reference model", _check_reference_model),
         ("reference calibration", _check_reference_calibration),
     ]

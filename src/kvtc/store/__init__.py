@@ -3,30 +3,82 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from ..errors import InvalidArgument
 from .base import Store, StoreStatistics
-from .urls import StoreUrl
+from .urls import StoreUrl, parse_bytes, parse_seconds
 
-__all__ = ["Store", "StoreStatistics", "open_store"]
+__all__ = ["Store", "StoreStatistics", "encrypted", "open_store"]
 
 _SCHEMES = {
     "memory": "memory:MemoryStore",
     "file": "file:FileStore",
+    "redis": "redis_store:RedisStore",
+    "rediss": "redis_store:RedisStore",
+    "s3": "object_store:ObjectStore",
 }
+_TIERED = "tiered:"
 
 
-def open_store(url: str, **options: Any) -> Store:
-    """Open the store that a URL names; options win over those in the URL's query.
+def open_store(url: str | Sequence[str | Store], **options: Any) -> Store:
+    """Open the store that a URL names, or several as tiers; options win over those in the URL's query.
+
+    `memory:?bytes=1GB`, `file:///path?bytes=100GB`, `redis://host`, `rediss://host`, `s3://bucket/prefix?endpoint=...`; and
+    `tiered:memory:|file:///path`, the same as a list of URLs, whose own options come first: `tiered:?write=back|memory:|...`.
+    Options of every single store: `namespace`, `on_error` (`raise` or `miss`), `key_file` or `key_variable` for encryption.
 
     Raises `InvalidArgument` for a URL or option that means nothing, `MissingDependency` for a store whose package is not installed,
     `StoreUnavailable` where the place cannot be used.
     """
-    parsed = StoreUrl(url, options)
-    if parsed.scheme not in _SCHEMES:
-        raise InvalidArgument(f"store URL {str(parsed)!r}: expected a scheme of {', '.join(sorted(_SCHEMES))}")
-    module, _, name = _SCHEMES[parsed.scheme].partition(":")
+    if not isinstance(url, str):
+        return _open_tiers(url, StoreUrl(_TIERED, options))
+    if url.startswith(_TIERED):
+        first, *rest = url.removeprefix(_TIERED).split("|")
+        own, tiers = (first, rest) if first.startswith("?") else ("", [first, *rest])
+        return _open_tiers(tiers, StoreUrl(_TIERED + own, options))
+    return _open_one(StoreUrl(url, options))
+
+
+def encrypted(store: Store, *keys: bytes) -> Store:
+    """The store with values encrypted by the first of these keys of 32 bytes; entries under any of them can be read."""
+    from .encryption import EncryptedStore
+
+    return EncryptedStore(store, keys)
+
+
+def _open_one(url: StoreUrl) -> Store:
+    if url.scheme not in _SCHEMES:
+        raise InvalidArgument(f"store URL {str(url)!r}: expected a scheme of tiered, {', '.join(sorted(_SCHEMES))}")
+    module, _, name = _SCHEMES[url.scheme].partition(":")
+    keys = _take_keys(url)
     opener = getattr(importlib.import_module(f".{module}", __name__), name)
-    store: Store = opener.from_url(parsed)
-    return store
+    store: Store = opener.from_url(url)
+    return encrypted(store, *keys) if keys else store
+
+
+def _take_keys(url: StoreUrl) -> list[bytes]:
+    file, variable = url.take("key_file", str), url.take("key_variable", str)
+    if file is None and variable is None:
+        return []
+    if file is not None and variable is not None:
+        raise InvalidArgument(f"{url}: key_file and key_variable are both given; expected one")
+    from .encryption import keys_from_file, keys_from_variable
+
+    return keys_from_file(file) if file is not None else keys_from_variable(variable)
+
+
+def _open_tiers(tiers: Sequence[str | Store], url: StoreUrl) -> Store:
+    from .tiered import DEFAULT_PAUSE_SECONDS, DEFAULT_QUEUE_BYTES, TieredStore
+
+    write = url.take("write", str, "through")
+    queue_bytes = url.take("queue_bytes", parse_bytes, DEFAULT_QUEUE_BYTES)
+    pause = url.take("pause", parse_seconds, DEFAULT_PAUSE_SECONDS)
+    url.expect_no_rest()
+    with ExitStack() as opened:
+        stores = [tier if isinstance(tier, Store) else opened.enter_context(open_store(tier)) for tier in tiers]
+        store = TieredStore(stores, write, queue_bytes, pause)
+        opened.pop_all()  # theirs to close from here on
+        return store

@@ -68,6 +68,8 @@ class Store(ABC):
     Every method raises `InvalidArgument` for a key that is none, and `StoreUnavailable` once the store is closed.
     """
 
+    namespace: str | None = None
+
     def __init__(self) -> None:
         self._counters = Counters()
         self._is_closed = False
@@ -167,7 +169,7 @@ def check_value(value: Value) -> Value:
 class Names:
     """Keys of one namespace as names of entries, and back.
 
-    A name serves as a file name and as an object key alike: `/` becomes `~`, and the namespace stands before `=`.
+    A name serves as a file name and as an object key alike: `/` becomes `!`, and the namespace stands before `=`.
     Neither sign occurs in keys, so that no two keys of any namespaces share a name.
     """
 
@@ -179,11 +181,11 @@ class Names:
         self.prefix = "" if namespace is None else f"{namespace}="
 
     def name(self, key: str) -> str:
-        return self.prefix + check_key(key).replace("/", "~")
+        return self.prefix + check_key(key).replace("/", "!")
 
     def key(self, name: str) -> str | None:
         """The key behind a name; None for a name of another namespace or of no entry."""
         if not name.startswith(self.prefix):
             return None
-        key = name[len(self.prefix) :].replace("~", "/")
+        key = name[len(self.prefix) :].replace("!", "/")
         return key if _KEY.fullmatch(key) else None

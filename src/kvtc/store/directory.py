@@ -157,7 +157,7 @@ class Directory:
         for path in self._partial.iterdir() if self._partial.is_dir() else ():
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except FileNotFoundError:
+            except (FileNotFoundError, PermissionError):  # finished meanwhile, or another user's
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

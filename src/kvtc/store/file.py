@@ -93,9 +93,8 @@ class FileStore(FramedStore):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self._max_bytes is None:
                 raise
-            with (
-                self._directory.ledger.locked() as held
-            ):  # the disk is smaller than the budget: make room as if it were not
+            # The disk is smaller than the budget: make room as if the budget were.
+            with self._directory.ledger.locked() as held:
                 total, found = self._directory.scan()
                 target = total - max(2 * blocks(len(frame)), total // 10)
                 held.usage, n_removed = self._directory.evict(held, total, found, target)
@@ -108,9 +107,8 @@ class FileStore(FramedStore):
             if self._max_bytes is not None and (held.usage is None or held.usage + size > self._max_bytes):
                 self._make_room(held, size)
             if held.usage is not None:
-                held.usage += (
-                    size  # never taken back but by a scan: whoever dies leaves the count too high, not too low
-                )
+                # Taken back by a scan alone: whoever dies meanwhile leaves the count too high and not too low.
+                held.usage += size
             descriptor, partial = self._directory.begin(len(frame))
         try:
             self._directory.finish(descriptor, partial, name, frame, tick)

@@ -25,6 +25,7 @@ class FramedStore(Store):
         super().__init__()
         if on_error not in ON_ERROR:
             raise InvalidArgument(f"on_error is {on_error!r}; expected one of {', '.join(ON_ERROR)}")
+        self.namespace = namespace
         self._names = Names(namespace)
         self._on_error = on_error
 

@@ -48,17 +48,20 @@ class MemoryStore(FramedStore):
 
     def _read(self, names: Sequence[str]) -> list[bytes | None]:
         with self._lock:
-            for name in reversed(
-                names
-            ):  # the head of a chain ends as the most recent: without it the rest is of no use
-                if name in self._frames:
-                    self._frames.move_to_end(name)
+            self._mark_used(names)
             return [self._frames.get(name) for name in names]
 
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
         for name, frame in zip(names, frames, strict=True):
             self._keep(name, frame)
-        self._read(names)  # for its order of recency
+        with self._lock:
+            self._mark_used(names)
+
+    def _mark_used(self, names: Sequence[str]) -> None:
+        """The head of a chain ends as the most recent: without it the rest is of no use."""
+        for name in reversed(names):
+            if name in self._frames:
+                self._frames.move_to_end(name)
 
     def _keep(self, name: str, frame: bytes) -> None:
         size = len(frame) + ENTRY_BYTES

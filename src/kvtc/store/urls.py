@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from ..errors import InvalidArgument
 
@@ -22,6 +22,8 @@ class StoreUrl:
             self.port = parts.port
         except ValueError as error:
             raise InvalidArgument(f"store URL is malformed: {error}") from error
+        if parts.fragment:
+            raise InvalidArgument("store URL holds a #; expected %23 where one is meant")
         self.scheme = parts.scheme
         self.host = parts.hostname or ""
         self.path = unquote(parts.path)
@@ -52,10 +54,9 @@ class StoreUrl:
         self.expect_no_rest()
         return common
 
-    def take_rest(self) -> dict[str, Any]:
-        """All options that are left, for a library that has its own."""
-        rest, self._options = self._options, {}
-        return rest
+    def with_query(self, options: dict[str, str]) -> str:
+        """The URL with these options alone, for a library that parses it in its own way."""
+        return f"{self.base}?{urlencode(options)}"
 
     def expect_no_path(self) -> None:
         if self.host or self.path:

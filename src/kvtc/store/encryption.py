@@ -1,0 +1,191 @@
+"""Encryption at rest around any store: AES-256-GCM, the entry's name bound to its value.
+
+An encrypted value, inside the frame of the store below:
+
+    offset  size  field
+         0     4  magic "kvte"
+         4     1  version, 1
+         5     3  zero
+         8     8  id of the key: BLAKE2b of it, personalized "kvtc key id"
+        16    12  nonce, random
+        28        ciphertext and, in the last 16 bytes, its tag
+
+Authenticated with it: the 16 bytes before the nonce, and the entry's name (namespace, `=`, key).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import InvalidArgument, MissingDependency, StoreError, StoreFull
+from .base import Names, Store, StoreStatistics, Value, check_value
+
+try:
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+except ImportError as error:
+    raise MissingDependency('encrypted stores need the package cryptography; pip install "kvtc[encryption]"') from error
+
+MAGIC, VERSION = b"kvte", 1
+KEY_BYTES, ID_BYTES, NONCE_BYTES, TAG_BYTES = 32, 8, 12, 16
+_HEADER = struct.Struct(f"<4sB3x{ID_BYTES}s")
+MAX_VALUE_BYTES = (1 << 31) - 1 - TAG_BYTES
+
+
+class EncryptedStore(Store):
+    """A store that keeps nothing in clear but names and lengths.
+
+    The first key encrypts; the others only read what was written under them, so that keys can be changed one after the other.
+    An entry under a key that is not at hand is a miss, counted as foreign and left alone; one that fails authentication under its
+    own key is damaged and is removed.
+    """
+
+    def __init__(self, inner: Store, keys: Sequence[bytes]) -> None:
+        super().__init__()
+        if not keys or any(len(key) != KEY_BYTES for key in keys):
+            raise InvalidArgument(
+                f"keys of {[len(key) for key in keys]} bytes; expected one or more of {KEY_BYTES} bytes"
+            )
+        self._inner = inner
+        self._ciphers = {_key_id(key): AESGCM(key) for key in keys}
+        self._current = _key_id(keys[0])
+        self.namespace = inner.namespace
+        self._names = Names(inner.namespace)
+
+    def __repr__(self) -> str:
+        return f"EncryptedStore({self._inner!r})"
+
+    @property
+    def inner(self) -> Store:
+        """The store that holds the encrypted values."""
+        return self._inner
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        self._check_open()
+        sealed = self._inner.get_many(keys)
+        values = [None if one is None else self._open(key, one) for key, one in zip(keys, sealed, strict=True)]
+        found = [value for value in values if value is not None]
+        self._counters.add(
+            hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
+        )
+        return values
+
+    def put_many(self, entries: Iterable[tuple[str, Value]]) -> None:
+        self._check_open()
+        checked = [(self._names.name(key), key, check_value(value)) for key, value in entries]
+        for _, key, value in checked:
+            if memoryview(value).nbytes > MAX_VALUE_BYTES:
+                raise StoreFull(
+                    f"value of {key!r}: {memoryview(value).nbytes} bytes; at most {MAX_VALUE_BYTES} can be encrypted"
+                )
+        self._inner.put_many([(key, self._seal(name, value)) for name, key, value in checked])
+        self._counters.add(puts=len(checked), bytes_written=sum(memoryview(value).nbytes for *_, value in checked))
+
+    def contains_prefix(self, keys: Sequence[str]) -> int:
+        return self._inner.contains_prefix(keys)
+
+    def delete(self, key: str) -> None:
+        self._inner.delete(key)
+
+    def keys(self) -> Iterator[str]:
+        return self._inner.keys()
+
+    def flush(self) -> None:
+        self._inner.flush()
+
+    def statistics(self) -> StoreStatistics:
+        own, below = self._counters.snapshot(), self._inner.statistics()
+        return replace(
+            below,
+            hits=own.hits,
+            misses=own.misses,
+            puts=own.puts,
+            bytes_read=own.bytes_read,
+            bytes_written=own.bytes_written,
+            damaged=own.damaged + below.damaged,
+            foreign=own.foreign + below.foreign,
+        )
+
+    def close(self) -> None:
+        super().close()
+        self._inner.close()
+
+    def _seal(self, name: str, value: Value) -> bytes:
+        header, nonce = _HEADER.pack(MAGIC, VERSION, self._current), os.urandom(NONCE_BYTES)
+        content = memoryview(value).cast("B")
+        return b"".join((header, nonce, self._ciphers[self._current].encrypt(nonce, content, header + name.encode())))
+
+    def _open(self, key: str, sealed: bytes) -> bytes | None:
+        view = memoryview(sealed)
+        header, nonce, content = (
+            view[: _HEADER.size],
+            view[_HEADER.size :][:NONCE_BYTES],
+            view[_HEADER.size + NONCE_BYTES :],
+        )
+        if len(content) < TAG_BYTES or bytes(header[:8]) != _HEADER.pack(MAGIC, VERSION, b"")[:8]:
+            self._counters.add(foreign=1)  # in clear, or in a newer format
+            return None
+        cipher = self._ciphers.get(bytes(header[8:]))
+        if cipher is None:
+            self._counters.add(foreign=1)
+            return None
+        try:
+            value: bytes = cipher.decrypt(bytes(nonce), content, bytes(header) + self._names.name(key).encode())
+        except InvalidTag:
+            self._counters.add(damaged=1)
+            self._discard(key, sealed)
+            return None
+        return value
+
+    def _discard(self, key: str, sealed: bytes) -> None:
+        try:
+            if self._inner.get(key) == sealed:
+                self._inner.delete(key)
+        except StoreError:  # it stays, and is a miss again the next time
+            self._counters.add(errors=1)
+
+
+def load_keys(text: str, where: str) -> list[bytes]:
+    """Keys from text: one a line, 64 hexadecimal digits or base64; the first is the one to encrypt with."""
+    keys = [_parse_key(line.strip(), where) for line in text.splitlines() if line.strip()]
+    if not keys:
+        raise InvalidArgument(f"{where} holds no key; expected {KEY_BYTES} bytes in hexadecimal or base64")
+    return keys
+
+
+def keys_from_file(path: str) -> list[bytes]:
+    """`load_keys` of a file."""
+    try:
+        return load_keys(Path(path).read_text(encoding="ascii"), f"key file {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"key file {path} cannot be read: {type(error).__name__}") from error
+
+
+def keys_from_variable(name: str) -> list[bytes]:
+    """`load_keys` of an environment variable."""
+    if name not in os.environ:
+        raise InvalidArgument(f"environment variable {name} is not set; expected a key in hexadecimal or base64")
+    return load_keys(os.environ[name], f"environment variable {name}")
+
+
+def _parse_key(text: str, where: str) -> bytes:
+    try:
+        key = bytes.fromhex(text) if len(text) == 2 * KEY_BYTES else base64.b64decode(text, validate=True)
+    except (ValueError, binascii.Error):
+        key = b""
+    if len(key) != KEY_BYTES:  # the text itself is a secret and stays out of the message
+        raise InvalidArgument(
+            f"{where} holds a line that is no key; expected {KEY_BYTES} bytes in hexadecimal or base64"
+        )
+    return key
+
+
+def _key_id(key: bytes) -> bytes:
+    return hashlib.blake2b(key, digest_size=ID_BYTES, person=b"kvtc key id").digest()

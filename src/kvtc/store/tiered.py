@@ -1,0 +1,250 @@
+"""Stores over stores, the fastest first: `tiered:memory:?bytes=1GB|file:///var/cache/kvtc|redis://host`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+from ..errors import InvalidArgument, StoreError, StoreFull, StoreUnavailable
+from .base import Store, StoreStatistics, Value, check_key, check_value
+from .write_back import WriteBack
+
+T = TypeVar("T")
+WRITE = ("through", "back")
+DEFAULT_QUEUE_BYTES = 256 << 20
+DEFAULT_PAUSE_SECONDS = 5.0
+N_STRIPES = 1024
+
+
+class Tier:
+    """A store whose failures are counted, and which is left alone for a while after it could not be reached."""
+
+    def __init__(self, store: Store, pause: float, count_error: Callable[[], None]) -> None:
+        self.store = store
+        self._pause, self._count_error = pause, count_error
+        self._rests_until = 0.0
+
+    def attempt(self, call: Callable[[Store], T], otherwise: T) -> T:
+        if time.monotonic() < self._rests_until:
+            self._count_error()
+            return otherwise
+        try:
+            return call(self.store)
+        except StoreUnavailable:
+            self._rests_until = time.monotonic() + self._pause
+            self._count_error()
+        except StoreError:
+            self._count_error()
+        return otherwise
+
+    def put(self, entries: Sequence[tuple[str, bytes]]) -> list[bool]:
+        """Which of the entries it has taken; one that has no room there does not hinder the others."""
+
+        def put_all(store: Store) -> list[bool]:
+            try:
+                store.put_many(entries)
+            except StoreFull:
+                if len(entries) == 1:
+                    store.delete(entries[0][0])  # an older value must not outlive one that has no room
+                    raise
+                return [self.put([entry])[0] for entry in entries]
+            return [True] * len(entries)
+
+        return self.attempt(put_all, [False] * len(entries))
+
+
+class TieredStore(Store):
+    """Reads ask one tier after the other, and a hit is copied into those above; a tier that fails is a counted miss.
+
+    write: "through" all tiers before `put` returns, or "back": the first at once, the others in the background.
+    queue_bytes: how much may wait in the background.
+    pause: seconds for which a tier that could not be reached is not asked again.
+
+    Keys name contents: where another process gives a key another value, tiers of this process may hold the old one.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Store],
+        write: str = "through",
+        queue_bytes: int = DEFAULT_QUEUE_BYTES,
+        pause: float = DEFAULT_PAUSE_SECONDS,
+    ) -> None:
+        super().__init__()
+        if not tiers:
+            raise InvalidArgument("a tiered store needs at least one tier")
+        if write not in WRITE:
+            raise InvalidArgument(f"write is {write!r}; expected one of {', '.join(WRITE)}")
+        self._tiers = [Tier(store, pause, lambda: self._counters.add(errors=1)) for store in tiers]
+        self._stripes = [threading.Lock() for _ in range(N_STRIPES)]
+        self._versions = [0] * N_STRIPES  # how often a key of that stripe has been written
+        self._write_back = WriteBack(self._put_below, self._delete_below, queue_bytes) if write == "back" else None
+
+    def __repr__(self) -> str:
+        return f"TieredStore({', '.join(repr(tier.store) for tier in self._tiers)})"
+
+    @property
+    def tiers(self) -> tuple[Store, ...]:
+        """The stores themselves, each with statistics of its own."""
+        return tuple(tier.store for tier in self._tiers)
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        self._check_open()
+        keys = [check_key(key) for key in keys]
+        versions = [self._versions[_stripe(key)] for key in keys]
+        values: list[bytes | None] = [None] * len(keys)
+        absent = list(range(len(keys)))
+        for depth, tier in enumerate(self._tiers):
+            if not absent:
+                break
+            found = self._ask(depth, tier, [keys[i] for i in absent])
+            hits = [i for i, value in zip(absent, found, strict=True) if value is not None]
+            for i, value in zip(absent, found, strict=True):
+                values[i] = value
+            if depth:
+                self._promote(depth, [(keys[i], values[i] or b"", versions[i]) for i in hits])
+            absent = [i for i in absent if values[i] is None]
+        n_read = sum(len(value) for value in values if value is not None)
+        self._counters.add(hits=len(keys) - len(absent), misses=len(absent), bytes_read=n_read)
+        return values
+
+    def put_many(self, entries: Iterable[tuple[str, Value]]) -> None:
+        self._check_open()
+        checked = [(check_key(key), _own(check_value(value))) for key, value in entries]
+        if not checked:
+            return
+        with self._writing([key for key, _ in checked]):
+            taken = self._tiers[0].put(checked)
+            if self._write_back is not None and len(self._tiers) > 1:
+                for key, value in checked:
+                    self._write_back.put(key, value)
+                taken = [True] * len(checked)
+            else:
+                for tier in self._tiers[1:]:
+                    taken = [was or now for was, now in zip(taken, tier.put(checked), strict=True)]
+        if not all(taken):
+            raise StoreUnavailable(f"no tier of {self!r} has taken {taken.count(False)} of {len(taken)} entries")
+        self._counters.add(puts=len(checked), bytes_written=sum(len(value) for _, value in checked))
+
+    def contains_prefix(self, keys: Sequence[str]) -> int:
+        self._check_open()
+        keys = [check_key(key) for key in keys]
+        position = 0
+        while position < len(keys):
+            step = self._leading(keys[position:])
+            if step == 0:
+                break
+            position += step
+        return position
+
+    def delete(self, key: str) -> None:
+        self._check_open()
+        with self._writing([check_key(key)]):
+            if self._write_back is not None:
+                self._write_back.delete(key)
+            self._tiers[0].attempt(lambda store: store.delete(key), None)
+            self._delete_below(key)
+
+    def keys(self) -> Iterator[str]:
+        self._check_open()
+        found: set[str] = set(self._write_back.keys()) if self._write_back is not None else set()
+        nothing: set[str] = set()
+        for tier in self._tiers:
+            found |= tier.attempt(lambda store: set(store.keys()), nothing)
+        return iter(found)
+
+    def flush(self) -> None:
+        if self._write_back is not None:
+            self._write_back.flush()
+        for tier in self._tiers:
+            tier.attempt(lambda store: store.flush(), None)
+
+    def statistics(self) -> StoreStatistics:
+        """Of the tiers together: a hit in any is a hit, errors are theirs; what is stored, `tiers` say each for itself."""
+        below = [store.statistics() for store in self.tiers]
+        return replace(
+            self._counters.snapshot(),
+            evictions=sum(one.evictions for one in below),
+            damaged=sum(one.damaged for one in below),
+            foreign=sum(one.foreign for one in below),
+        )
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        super().close()
+        if self._write_back is not None:
+            self._write_back.stop()
+        for store in self.tiers:
+            store.close()
+
+    def _ask(self, depth: int, tier: Tier, keys: Sequence[str]) -> list[bytes | None]:
+        nothing: list[bytes | None] = [None] * len(keys)
+        found = tier.attempt(lambda store: store.get_many(keys), nothing)
+        if depth == 0 and self._write_back is not None:
+            waiting = self._write_back
+            return [waiting.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
+        return found
+
+    def _leading(self, keys: Sequence[str]) -> int:
+        """The longest run of leading keys that any one tier knows."""
+        longest = 0
+        if self._write_back is not None:
+            waiting = set(self._write_back.keys())
+            longest = next((i for i, key in enumerate(keys) if key not in waiting), len(keys))
+        for tier in self._tiers:
+            if longest == len(keys):
+                break
+            longest = max(longest, tier.attempt(lambda store: store.contains_prefix(keys), 0))
+        return longest
+
+    def _promote(self, depth: int, entries: Sequence[tuple[str, bytes, int]]) -> None:
+        """Copy hits into the tiers above, unless their keys have been written since they were read."""
+        with ExitStack() as stack:
+            held: dict[int, bool] = {}
+            fresh = []
+            for key, value, version in entries:
+                stripe = _stripe(key)
+                if stripe not in held:
+                    held[stripe] = self._stripes[stripe].acquire(blocking=False)  # being written: not worth a wait
+                    if held[stripe]:
+                        stack.callback(self._stripes[stripe].release)
+                if held[stripe] and version == self._versions[stripe]:
+                    fresh.append((key, value))
+            if fresh:
+                for tier in self._tiers[:depth]:
+                    tier.put(fresh)
+
+    def _put_below(self, key: str, value: bytes) -> None:
+        for tier in self._tiers[1:]:
+            tier.put([(key, value)])
+
+    def _delete_below(self, key: str) -> None:
+        for tier in self._tiers[1:]:
+            tier.attempt(lambda store: store.delete(key), None)
+
+    @contextmanager
+    def _writing(self, keys: Sequence[str]) -> Iterator[None]:
+        """Writers of one key take turns, so that all tiers end with the same value."""
+        stripes = sorted({_stripe(key) for key in keys})
+        with ExitStack() as stack:
+            for stripe in stripes:
+                stack.enter_context(self._stripes[stripe])
+            try:
+                yield
+            finally:
+                for stripe in stripes:
+                    self._versions[stripe] += 1
+
+
+def _stripe(key: str) -> int:
+    return hash(key) % N_STRIPES
+
+
+def _own(value: Value) -> bytes:
+    """Bytes that the caller cannot change while they wait."""
+    return value if isinstance(value, bytes) else bytes(memoryview(value).cast("B"))

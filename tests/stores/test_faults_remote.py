@@ -1,0 +1,201 @@
+"""What can go wrong with servers. In every case: a counted miss or a clear error, never wrong bytes and never a hang."""
+
+import os
+import signal
+import socket
+import threading
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from kvtc.errors import StoreUnavailable
+from kvtc.store import open_store
+
+from .servers import free_port, redis_server
+
+CREDENTIALS = {"access_key_id": "name", "secret_access_key": "secret", "region": "us-east-1"}
+
+
+def calls(store):
+    """One call of every kind."""
+    return {
+        "get": lambda: store.get("k"),
+        "get_many": lambda: store.get_many([str(i) for i in range(40)]),
+        "put": lambda: store.put("k", b"value"),
+        "put_many": lambda: store.put_many((str(i), b"v") for i in range(40)),
+        "contains_prefix": lambda: store.contains_prefix([str(i) for i in range(40)]),
+        "delete": lambda: store.delete("k"),
+        "keys": lambda: list(store.keys()),
+    }
+
+
+def expect_unavailable(store):
+    for n_errors, call in enumerate(calls(store).values(), 1):
+        with pytest.raises(StoreUnavailable):
+            call()
+        assert store.statistics().errors == n_errors
+
+
+def expect_misses(store):
+    assert [call() for call in calls(store).values()] == [None, [None] * 40, None, None, 0, None, []]
+    counted = store.statistics()
+    assert (counted.errors, counted.misses, counted.puts) == (7, 41, 0)
+
+
+# Redis.
+
+
+@pytest.fixture
+def server(tmp_path):
+    with redis_server(tmp_path) as server:
+        yield server
+
+
+def test_redis_killed_and_started_again(server):
+    url = f"redis://127.0.0.1:{server.port}?timeout=2"
+    with open_store(url) as store, open_store(url, on_error="miss") as lenient:
+        store.put("k", b"value")
+        assert lenient.get("k") == b"value"
+        server.kill()
+        expect_unavailable(store)
+        assert lenient.get("k") is None
+        server.start()
+        assert store.get("k") is None  # this server keeps nothing
+        store.put("k", b"again")
+        assert lenient.get("k") == b"again"
+        assert (store.statistics().hits, lenient.statistics().errors) == (0, 1)
+
+
+def test_redis_that_never_answers(server):
+    url = f"redis://127.0.0.1:{server.port}?timeout=0.1"
+    with open_store(url) as store:
+        store.put("k", b"value")
+        os.kill(server.process.pid, signal.SIGSTOP)
+        expect_unavailable(store)
+        os.kill(server.process.pid, signal.SIGCONT)
+        with open_store(url, timeout=20) as patient:
+            assert patient.get("k") in (b"value", None)  # a delete may have waited in the socket
+
+
+def test_no_redis_at_all_and_misses_asked_for():
+    with open_store(f"redis://127.0.0.1:{free_port()}?timeout=2&on_error=miss") as store:
+        expect_misses(store)
+
+
+def test_a_dead_redis_under_tiers_costs_nothing_but_a_count(server, tmp_path):
+    tiers = ["memory:?bytes=1MB", f"file://{tmp_path}/store", f"redis://127.0.0.1:{server.port}?timeout=2"]
+    with open_store(tiers, pause=1e-6) as store:
+        store.put("a", b"1")
+        server.kill()
+        store.put("b", b"2")
+        assert store.get_many(["a", "b", "c"]) == [b"1", b"2", None]
+        assert store.statistics().errors == 2
+        server.start()
+        store.put("d", b"4")
+        assert store.tiers[2].get("d") == b"4"
+
+
+# S3, played by a few lines that misbehave in one way each.
+
+
+@contextmanager
+def http_server(answer):
+    """A server that gives every connection to `answer(connection)` in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    ends = threading.Event()
+
+    def serve():
+        while not ends.is_set():
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=handle, args=(connection,), daemon=True).start()
+
+    def handle(connection):
+        with connection, suppress(OSError):
+            answer(connection, ends)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        ends.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(10)
+
+
+def read_request(connection) -> bytes:
+    request = b""
+    while b"\r\n\r\n" not in request:
+        received = connection.recv(65536)
+        if not received:
+            return b""
+        request += received
+    return request
+
+
+def answer_500(connection, _):
+    while read_request(connection):
+        connection.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 4\r\nConnection: close\r\n\r\nhelp")
+        return
+
+
+def answer_nothing(_, ends):
+    ends.wait(60)
+
+
+def answer_half(connection, ends):
+    """Headers and the first half of an object, then silence."""
+    read_request(connection)
+    head = (
+        b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nETag: "x"\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT\r\n\r\n'
+    )
+    connection.sendall(head + bytes(500))
+    ends.wait(60)
+
+
+def answer_with_another_object(connection, _):
+    while read_request(connection):
+        head = b'HTTP/1.1 200 OK\r\nContent-Length: 60\r\nETag: "x"\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT\r\n\r\n'
+        connection.sendall(head + b"<html>welcome to this hotel, please log in first</html>     ")
+
+
+def close_at_once(connection, _):
+    connection.close()
+
+
+@pytest.mark.parametrize("answer", [answer_500, answer_nothing, close_at_once])
+def test_s3_that_fails(answer):
+    with http_server(answer) as endpoint:
+        url = f"s3://bucket/prefix?endpoint={endpoint}&timeout=0.4"
+        with open_store(url, **CREDENTIALS) as store:
+            expect_unavailable(store)
+        with open_store(url, on_error="miss", **CREDENTIALS) as store:
+            expect_misses(store)
+
+
+def test_s3_that_falls_silent_in_the_middle_of_an_object():
+    with (
+        http_server(answer_half) as endpoint,
+        open_store(f"s3://bucket?endpoint={endpoint}&timeout=0.4", **CREDENTIALS) as store,
+    ):
+        with pytest.raises(StoreUnavailable):
+            store.get("k")
+        assert store.statistics().errors == 1
+
+
+def test_a_proxy_that_answers_with_a_page_of_its_own_is_a_miss():
+    with (
+        http_server(answer_with_another_object) as endpoint,
+        open_store(f"s3://bucket?endpoint={endpoint}&timeout=5", **CREDENTIALS) as store,
+    ):
+        assert store.get("k") is None
+        assert store.statistics().damaged == 1
+
+
+def test_no_s3_at_all():
+    with open_store(f"s3://bucket?endpoint=http://127.0.0.1:{free_port()}&timeout=0.4", **CREDENTIALS) as store:
+        expect_unavailable(store)

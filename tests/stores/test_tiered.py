@@ -1,0 +1,281 @@
+"""Stores over stores."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from kvtc.errors import InvalidArgument, StoreFull, StoreUnavailable
+from kvtc.store import open_store
+from kvtc.store.memory import MemoryStore
+from kvtc.store.tiered import TieredStore
+
+from .contract import StoreContract
+
+
+class Tiers(StoreContract):
+    def place(self, store):
+        upper, lower = store.tiers
+        for key in list(upper.keys()):
+            upper.delete(key)
+        return lower
+
+
+class TestWriteThrough(Tiers):
+    @pytest.fixture
+    def url(self, tmp_path):
+        return f"tiered:memory:?bytes=64MB|file://{tmp_path}/store"
+
+
+class TestWriteBack(Tiers):
+    @pytest.fixture
+    def url(self, tmp_path):
+        return ["memory:?bytes=64MB", f"file://{tmp_path}/store"]
+
+    @pytest.fixture
+    def options(self):
+        return {"write": "back"}
+
+
+class TestWriteBackWithTinyQueueAndMemory(Tiers):
+    @pytest.fixture
+    def url(self, tmp_path):
+        return f"tiered:?write=back&queue_bytes=1|memory:?bytes=1500|file://{tmp_path}/store"
+
+
+class Gate(MemoryStore):
+    """A store that can be dead, full, or as slow as a test wants."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.fault = None
+        self.calls = 0
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.is_waiting = threading.Event()
+
+    def _pass(self):
+        self.calls += 1
+        if self.fault is not None:
+            raise self.fault
+        if not self.is_open.is_set():
+            self.is_waiting.set()
+            assert self.is_open.wait(30)
+
+    def _read(self, names):
+        self._pass()
+        return super()._read(names)
+
+    def _write(self, names, frames):
+        self._pass()
+        super()._write(names, frames)
+
+    def _leading(self, names):
+        self._pass()
+        return super()._leading(names)
+
+
+def test_a_hit_below_is_copied_above():
+    upper, middle, lower = MemoryStore(), MemoryStore(), MemoryStore()
+    with TieredStore([upper, middle, lower]) as store:
+        lower.put_many([("a", b"1"), ("b", b"2")])
+        middle.put("b", b"2")
+        assert store.get_many(["a", "b", "c"]) == [b"1", b"2", None]
+        assert upper.get_many(["a", "b"]) == [b"1", b"2"]
+        assert middle.get("a") == b"1"
+        assert store.statistics().hits == 2
+        assert store.statistics().misses == 1
+
+
+def test_every_tier_keeps_its_own_budget(tmp_path):
+    with open_store(f"tiered:memory:?bytes=20KB|file://{tmp_path}?bytes=80KB") as store:
+        for i in range(100):
+            store.put(str(i), bytes(1000))
+        upper, lower = store.tiers
+        assert upper.statistics().stored_bytes <= 20_000
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.entry")) <= 80_000
+        assert store.get("99") == bytes(1000)
+        in_lower_only = next(key for key in lower.keys() if not upper.contains(key))  # noqa: SIM118
+        assert store.get(in_lower_only) == bytes(1000)
+
+
+def test_a_prefix_may_lie_in_several_tiers():
+    upper, lower = MemoryStore(), MemoryStore()
+    with TieredStore([upper, lower]) as store:
+        upper.put_many([("0", b""), ("3", b"")])
+        lower.put_many([("1", b""), ("2", b""), ("4", b""), ("6", b"")])
+        assert store.contains_prefix([str(i) for i in range(8)]) == 5
+
+
+def test_a_dead_tier_is_a_counted_miss_and_is_left_alone_for_a_while():
+    upper, lower = MemoryStore(max_bytes=1000), Gate()
+    with TieredStore([upper, lower], pause=1000) as store:
+        lower.fault = StoreUnavailable("gone")
+        store.put("k", b"v")
+        assert store.get("k") == b"v"
+        assert store.get("other") is None
+        assert store.contains_prefix(["k", "other"]) == 1
+        store.delete("k")
+        assert lower.calls == 1
+        assert store.statistics().errors == 5  # the search for the prefix asks twice
+        assert store.statistics().misses == 1
+
+
+def test_a_tier_that_came_back_is_used_again():
+    lower = Gate()
+    with TieredStore([MemoryStore(max_bytes=600), lower], pause=1e-9) as store:
+        store.put("k", b"v")
+        lower.fault = StoreUnavailable("gone")
+        store.put("l", b"v")
+        assert store.get("k") is None
+        lower.fault = None
+        assert store.get("k") == b"v"
+
+
+def test_what_one_tier_cannot_hold_another_takes():
+    with TieredStore([MemoryStore(max_bytes=2000), MemoryStore()]) as store:
+        entries = [("small", b"1"), ("large", bytes(5000)), ("after", b"2")]
+        store.put_many(entries)
+        assert store.get_many([key for key, _ in entries]) == [value for _, value in entries]
+        assert store.tiers[0].contains("after")
+
+
+@pytest.mark.parametrize("write", ["through", "back"])
+def test_an_older_value_does_not_outlive_one_that_has_no_room(write):
+    with TieredStore([MemoryStore(max_bytes=2000), MemoryStore()], write=write) as store:
+        store.put("k", b"old")
+        store.put("k", bytes(5000))
+        assert store.get("k") == bytes(5000)
+        store.flush()
+        assert store.get("k") == bytes(5000)
+
+
+def test_what_no_tier_takes_is_an_error():
+    lower = Gate()
+    with TieredStore([MemoryStore(max_bytes=600), lower]) as store:
+        lower.fault = StoreFull("full")
+        store.put("small", b"1")
+        with pytest.raises(StoreUnavailable, match="1 of 1"):
+            store.put("large", bytes(1000))
+
+
+def test_write_back_returns_at_once_and_close_waits_for_it():
+    upper, lower = MemoryStore(max_bytes=700), Gate()
+    store = TieredStore([upper, lower], write="back")
+    lower.is_open.clear()
+    store.put_many([("a", b"1"), ("b", b"2"), ("c", b"3")])  # the first tier has room for one
+    assert store.get_many(["b", "c"]) == [b"2", b"3"]
+    assert store.contains_prefix(["c"]) == 1
+    assert set(store.tiers[0].keys()) != {"a", "b", "c"}
+    lower.is_open.set()
+    store.flush()
+    assert lower._frames.keys() == {"a", "b", "c"}
+    store.put("d", b"4")
+    store.close()
+    assert not any(thread.name == "kvtc-write-back" for thread in threading.enumerate())
+
+
+def test_deleted_on_its_way_stays_deleted():
+    lower = Gate()
+    with TieredStore([MemoryStore(), lower], write="back") as store:
+        lower.is_open.clear()
+        store.put("in-flight", b"1")
+        assert lower.is_waiting.wait(30)
+        store.put("waiting", b"2")
+        for key in ("in-flight", "waiting"):
+            store.delete(key)
+            assert store.get_many([]) == []
+        lower.is_open.set()
+        store.flush()
+        assert list(lower._frames) == []
+        assert store.get_many(["in-flight", "waiting"]) == [None, None]
+
+
+def test_a_full_queue_makes_writers_wait():
+    lower = Gate()
+    with TieredStore([MemoryStore(), lower], write="back", queue_bytes=1) as store:
+        lower.is_open.clear()
+        store.put("a", b"1")
+        assert lower.is_waiting.wait(30)
+        store.put("b", b"2")
+        writer = threading.Thread(target=store.put, args=("c", b"3"))
+        writer.start()
+        writer.join(0.2)
+        assert writer.is_alive()
+        lower.is_open.set()
+        writer.join(30)
+        assert not writer.is_alive()
+        store.flush()
+        assert lower._frames.keys() == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("change", "upper_value"),
+    [
+        (lambda store: store.put("k", b"new"), b"new"),
+        (lambda store: store.delete("k"), None),
+        (lambda store: store.put("other", b"new"), b"old"),
+    ],
+)
+def test_a_value_read_before_a_write_is_not_copied_over_it(change, upper_value):
+    class SlowAnswer(Gate):
+        def _read(self, names):
+            frames = MemoryStore._read(self, names)
+            self._pass()
+            return frames
+
+        def _write(self, names, frames):
+            MemoryStore._write(self, names, frames)
+
+    upper, lower = MemoryStore(), SlowAnswer()
+    with TieredStore([upper, lower]) as store:
+        lower.put("k", b"old")
+        lower.is_open.clear()
+        reader = threading.Thread(target=store.get, args=("k",))
+        reader.start()
+        assert lower.is_waiting.wait(30)
+        change(store)
+        lower.is_open.set()
+        reader.join()
+        assert upper.get("k") == upper_value
+
+
+def test_what_waits_is_written_when_a_program_ends_without_closing(tmp_path):
+    code = """
+import sys
+from kvtc.store import open_store
+store = open_store(["memory:", sys.argv[1]], write="back")
+store.put_many((str(i), bytes(100_000)) for i in range(50))
+"""
+    subprocess.run([sys.executable, "-c", code, f"file://{tmp_path}"], check=True, timeout=120)
+    with open_store(f"file://{tmp_path}") as store:
+        assert store.contains_prefix([str(i) for i in range(50)]) == 50
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_died_is_an_error_not_a_hang():
+    class Broken(MemoryStore):
+        def put_many(self, _):
+            raise SystemExit
+
+    with TieredStore([MemoryStore(), Broken()], write="back") as store:
+        store.put("a", b"1")
+        store.flush()
+        with pytest.raises(StoreUnavailable, match="ended"):
+            store.put("b", b"2")
+        assert store.get("a") == b"1"
+
+
+@pytest.mark.parametrize("url", ["tiered:", "tiered:?write=back", "tiered:?write=never|memory:", "tiered:memory:|", []])
+def test_urls_that_mean_nothing_are_refused(url):
+    with pytest.raises(InvalidArgument):
+        open_store(url)
+
+
+def test_tiers_take_options_of_their_own(tmp_path):
+    with open_store(f"tiered:memory:?namespace=a|file://{tmp_path}?namespace=b&sync=data", write="back") as store:
+        store.put("k", b"v")
+        store.flush()
+        assert [tier.namespace for tier in store.tiers] == ["a", "b"]
+        assert list(store.keys()) == ["k"]
