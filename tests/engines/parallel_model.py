@@ -48,6 +48,8 @@ def make(directory: Path, texts: list[str]) -> Path:
     ]
     each = N_HEADS // N_RANKS
     for rank in range(N_RANKS):
-        calibration = kvtc.calibrate(model.float(), ids[:_SEQUENCES], kv_heads=(rank * each, (rank + 1) * each))
+        calibration = kvtc.calibrate(
+            model.float(), ids[:_SEQUENCES], kv_heads=(rank * each, (rank + 1) * each), progress=False
+        )
         calibration.save(directory / CALIBRATION.format(tp_rank=rank))
     return path
