@@ -208,6 +208,32 @@ def test_an_entry_that_vanishes_between_the_question_and_the_load_is_computed(co
     engine.finish()
 
 
+def test_errors_that_nobody_foresaw_stay_out_of_the_engine(connector, options):
+    ids, truth = prompt()
+
+    def fails(*_):
+        raise ZeroDivisionError
+
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.worker._mover._pages.read = fails
+    assert engine.run("a", ids, truth)[0] == 0
+    engine.finish()
+    assert engine.worker._mover.counts.read()["save_errors"] == 3
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.finish()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.worker._mover._pages.write = fails
+    n_loaded, found = engine.run("b", ids, truth)
+    assert n_loaded == 0
+    assert torch.equal(found.keys, truth.keys)
+    engine.finish()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.scheduler._store.contains_prefix = fails
+    assert engine.run("c", ids, truth)[0] == 0
+    engine.finish()
+
+
 def test_a_request_whose_load_failed_is_not_sent_to_load_again(connector, options):
     ids, truth = prompt()
     engine = FakeEngine(connector, *configs(options, **SHAPE))

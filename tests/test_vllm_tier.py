@@ -209,6 +209,8 @@ def test_a_store_that_fails_is_a_miss_not_an_exception(tier_class, options):
     assert host.look(keys[0], context) is LookupResult.MISS
     assert not host.job(keys[:1], [0], context, is_load=False).success
     assert not host.job(keys[:1], [0], context, is_load=True).success
+    host.tier._store.contains_prefix = None  # what nobody foresaw
+    assert host.look(keys[1], context) is LookupResult.MISS
     host.tier.shutdown()
 
 

@@ -6,7 +6,10 @@ For each way into vLLM, the connector and the tier:
     hit      another process answers them from the store: the same tokens
     damaged  one stored chunk is damaged on disk; another process loads what comes before it, computes the rest: the same tokens
 
-Run in vLLM's environment: `make test-engines`. Prints what was stored and loaded, and exits with 1 where something differs.
+Then `parallel`: the connector with two tensor-parallel workers, each with a calibration of its own; `store` and `hit`.
+
+Run in vLLM's environment: `make test-engines`, or this script with some of connector, tier, parallel.
+Prints what was stored and loaded, and exits with 1 where something differs.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import parallel_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -68,12 +73,15 @@ class Failure(Exception):
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or [way.name for way in WAYS]
+    chosen = sys.argv[1:] or [*(way.name for way in WAYS), "parallel"]
     long, short, other = prompts()
     for way in WAYS:
         if way.name in chosen:
             with tempfile.TemporaryDirectory() as scratch:
                 run_way(way, Path(scratch), long, short, other)
+    if "parallel" in chosen:
+        with tempfile.TemporaryDirectory() as scratch:
+            run_parallel(Path(scratch), long)
     print("all as it must be")
 
 
@@ -95,20 +103,46 @@ def run_way(way: Way, scratch: Path, long: list[int], short: list[int], other: l
     print(
         f"\n{way.name}: kvtc-6m in {way.dtype}, ratio 8, prompts of {', '.join(str(len(ids)) for ids in order)} tokens"
     )
-    uncached = serve(way, scratch, config, order, "store")
+    uncached = serve(scratch, way.name, {"dtype": way.dtype}, config, order, "store")
     expect("nothing is cached at first", uncached["answers"][0]["cached"], 0)
     tokens = {len(ids): answer["tokens"] for ids, answer in zip(order, uncached["answers"], strict=True)}
     report_disk(store, *way.on_disk)
 
     again = [short, long, *order[2:]]
-    compare(way, "hit", serve(way, scratch, config, again, "hit"), [tokens[len(ids)] for ids in again])
+    compare(
+        way,
+        "hit",
+        serve(scratch, way.name, {"dtype": way.dtype}, config, again, "hit"),
+        [tokens[len(ids)] for ids in again],
+    )
 
     print(f"  damaged: {damage(way, store, position=512)}")
-    found = serve(way, scratch, config, [long], "damaged")
+    found = serve(scratch, way.name, {"dtype": way.dtype}, config, [long], "damaged")
     counted = {name: found["metrics"].get(f"vllm:kvtc_{name}") for name in way.counted}
     print(f"  damaged: {', '.join(f'vllm:kvtc_{name} {count}' for name, count in counted.items())}")
     compare(way, "damaged", found, [tokens[len(long)]])
     expect("what vLLM's metrics say of the damage", counted, way.counted)
+
+
+def run_parallel(scratch: Path, prompt: list[int]) -> None:
+    """A model with random weights: its answers say little, its pages are as any model's."""
+    print(f"\nparallel: two workers, a random model of 4 heads in bfloat16, ratio 2, a prompt of {len(prompt)} tokens")
+    texts = [file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))]
+    engine = {"model": str(parallel_model.make(scratch, texts)), "dtype": "bfloat16", "tensor_parallel_size": 2}
+    config = transfer_config("connector", f"file://{scratch}/store")
+    config["kv_connector_extra_config"] |= {
+        "kvtc.calibration": f"{scratch}/{parallel_model.CALIBRATION}",
+        "kvtc.ratio": 2,
+    }
+    first, second = (serve(scratch, "parallel", engine, config, [prompt], name) for name in ("store", "hit"))
+    expect("nothing is cached at first", first["answers"][0]["cached"], 0)
+    found = second["answers"][0]
+    loaded = second["metrics"].get("vllm:kvtc_tokens_loaded")
+    print(
+        f"  hit: cached {found['cached']} tokens; vllm:kvtc_tokens_loaded {loaded} by both workers; 32 tokens compared"
+    )
+    expect("cached tokens", (found["cached"], loaded), (1248, 2 * 1248))
+    expect("the same tokens", found["tokens"], first["answers"][0]["tokens"])
 
 
 def transfer_config(way: str, store: str) -> dict[str, Any]:
@@ -130,20 +164,31 @@ def transfer_config(way: str, store: str) -> dict[str, Any]:
     raise Failure(f"the guide has no configuration of the {way}")
 
 
-def serve(way: Way, scratch: Path, config: dict[str, Any], order: list[list[int]], name: str) -> dict[str, Any]:
-    """One vLLM process -> its answers and metrics. Tier: the third prompt comes from a client that tells its token ids."""
+def serve(
+    scratch: Path, way: str, engine: dict[str, Any], config: dict[str, Any], order: list[list[int]], name: str
+) -> dict[str, Any]:
+    """One vLLM process -> its answers and metrics. Of three prompts, the third comes from a client that tells its token ids.
+
+    engine: arguments of `vllm.LLM`.
+    """
     task, result = scratch / f"{name}.task.json", scratch / f"{name}.result.json"
     params = [{"kvtc.token_ids": ids} if index == 2 else None for index, ids in enumerate(order)]
     task.write_text(
-        json.dumps({"transfer_config": config, "dtype": way.dtype, "prompts": order, "transfer_params": params})
+        json.dumps({"transfer_config": config, "engine": engine, "prompts": order, "transfer_params": params})
     )
-    log = Path(os.environ.get("KVTC_ENGINE_LOGS", scratch)) / f"vllm-{way.name}-{name}.log"
+    log = Path(os.environ.get("KVTC_ENGINE_LOGS", scratch)) / f"vllm-{way}-{name}.log"
     with log.open("w") as output:
         process = subprocess.run(
             [sys.executable, HERE / "vllm_serve.py", task, result],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}", "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                # Two workers may find fewer cores than they would bind.
+                **({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if way == "parallel" else {}),
+                "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}",
+                "HF_HUB_OFFLINE": "1",
+            },
             check=False,
         )
     if process.returncode or not result.is_file():

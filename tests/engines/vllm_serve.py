@@ -11,11 +11,12 @@ from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+# The reference model without its calibration: vLLM takes every safetensors file of a directory for weights.
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 def model_directory(scratch: str) -> str:
-    """The reference model without its calibration: vLLM takes every safetensors file of a directory for weights."""
+    """The reference model, for vLLM."""
     from kvtc.reference import MODEL_DIRECTORY
 
     for name in MODEL_FILES:
@@ -26,7 +27,7 @@ def model_directory(scratch: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "task", type=Path, help="JSON: transfer_config, dtype, prompts (lists of token ids), transfer_params"
+        "task", type=Path, help="JSON: transfer_config, prompts (token ids), transfer_params, engine (of vllm.LLM)"
     )
     parser.add_argument("result", type=Path)
     arguments = parser.parse_args()
@@ -37,8 +38,7 @@ def main() -> None:
     answers = []
     with tempfile.TemporaryDirectory() as scratch:
         llm = LLM(
-            model_directory(scratch),
-            dtype=task["dtype"],
+            **({"model": model_directory(scratch)} | task["engine"]),
             max_model_len=2048,
             enforce_eager=True,
             max_num_seqs=4,

@@ -108,9 +108,10 @@ class PageMover:
             n_tokens = len(order.piece.token_ids)
             keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids))
             self._saving.submit(self._save, order, keys, values)
-        except BaseException:
+        except Exception:  # a cache that cannot be saved is no reason to end the engine's step
+            logger.exception("tokens %d .. %d are not saved", order.piece.start, order.piece.stop - 1)
+            self.counts.add(save_errors=1)
             self._room.release()
-            raise
 
     def close(self) -> None:
         """Finish what was begun."""

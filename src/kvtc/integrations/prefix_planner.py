@@ -6,6 +6,7 @@ are those of the prefix cache (`kvtc.prefix_cache`): whole chunks under a hash c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ..prefix_cache.tail import Tail
 from ..store import Store
 from .counts import Counts
 from .pages import CHUNK_TOKENS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,9 @@ class PrefixPlanner:
         prompt = _Prompt(ids, chains, [chain.nodes(ids) for chain in chains])
         try:
             self._find(prompt)
-        except StoreError:
+        except Exception as error:  # the scheduler waits for an answer
+            if not isinstance(error, StoreError):
+                logger.exception("looking for a prompt failed")
             self.counts.add(store_errors=1)
             prompt.n_stored = prompt.n_tail = 0
         prompt.n_saved = prompt.n_stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from ..errors import StoreError
 from ..store import Store
 from .counts import Counts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,7 +72,9 @@ class StoreLookups:
         keys = [key for _, _, of_name in batch for key in of_name]
         try:
             n_stored = self._store.contains_prefix(keys)
-        except StoreError:
+        except Exception as error:  # the scheduler asks until there is an answer
+            if not isinstance(error, StoreError):
+                logger.exception("looking for chunks failed")
             self._counts.add(store_errors=1)
             n_stored = 0
         with self._lock:
