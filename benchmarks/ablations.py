@@ -50,8 +50,8 @@ class Calibrations:
 def allocation(calibrations: Calibrations) -> Cases:
     cases = {}
     for ratio in (8, 16, 32, 64):
-        cases[f"paper {ratio}x"] = kvtc.Codec(calibrations.shipped, ratio=ratio)
-        cases[f"truncation {ratio}x"] = kvtc.Codec(calibrations.shipped, ratio=ratio, allocation="truncate")
+        cases[f"paper {ratio}x"] = kvtc.Codec(calibrations.shipped, "paper", ratio=ratio)
+        cases[f"truncation {ratio}x"] = kvtc.Codec(calibrations.shipped, "paper", ratio=ratio, allocation="truncate")
     return cases
 
 
@@ -81,14 +81,14 @@ def window(calibrations: Calibrations) -> Cases:
 
 def budgets(calibrations: Calibrations) -> Cases:
     return {
-        f"keys {key}x, values {value}x": kvtc.Codec(calibrations.shipped, key_ratio=key, value_ratio=value)
+        f"keys {key}x, values {value}x": kvtc.Codec(calibrations.shipped, "paper", key_ratio=key, value_ratio=value)
         for key, value in ((16, 16), (8, 32), (32, 8), (64, 64), (32, 256), (256, 32))
     }
 
 
 def lossless(calibrations: Calibrations) -> Cases:
     return {
-        f"{coder} {ratio}x": kvtc.Codec(calibrations.shipped, ratio=ratio, lossless=coder)
+        f"{coder} {ratio}x": kvtc.Codec(calibrations.shipped, "paper", ratio=ratio, lossless=coder)
         for ratio in (16, 64)
         for coder in ("none", "lz4", "deflate", "zstd")
     }
@@ -104,8 +104,8 @@ def layers(calibrations: Calibrations) -> Cases:
     cases = {}
     for group, made in calibrations.fit(recipes).items():
         for ratio in (8, 32):
-            cases[f"layers a basis: {group}, {ratio}x"] = kvtc.Codec(made, ratio=ratio)
-        cases[f"layers a basis: {group}, truncation 8x"] = kvtc.Codec(made, ratio=8, allocation="truncate")
+            cases[f"layers a basis: {group}, {ratio}x"] = kvtc.Codec(made, "paper", ratio=ratio)
+        cases[f"layers a basis: {group}, truncation 8x"] = kvtc.Codec(made, "paper", ratio=8, allocation="truncate")
     return cases
 
 
@@ -121,7 +121,7 @@ def seeds(calibrations: Calibrations) -> Cases:
 
 def _both_profiles(calibrations: dict[str, kvtc.Calibration]) -> Cases:
     return {
-        f"{profile}, {name}, {ratio}x": kvtc.Codec(made, profile, ratio=ratio)
+        f"{profile}, {name}, {ratio}x": kvtc.Codec(made, "paper", profile, ratio=ratio)
         for profile in ("paper", "conditional")
         for ratio in (16, 64)
         for name, made in calibrations.items()

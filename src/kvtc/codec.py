@@ -35,7 +35,8 @@ from .settings import as_ids, check_calibration, check_regions, coder_and_rate, 
 class Codec:
     """Encodes caches of a calibrated model at one rate, and decodes every stream made with the same calibration.
 
-    profile: "paper", "joint" or "conditional"; the last predicts from token ids, which encode and decode then need.
+    profile: "paper", "joint" or "conditional"; the last predicts from token ids, which encode and decode then need. None: the last
+    of these that the calibration serves.
     ratio: bits of a cached value over bits the body may spend on it; None means 16. With `paper` it counts bits before lossless
     coding, as published: the real body_ratio is at least that on texts of ordinary length. With the others it is the body_ratio,
     and the step is found for each cache. step: instead of a ratio, the step itself, so that chunks of different caches coincide.
@@ -56,7 +57,7 @@ class Codec:
     def __init__(
         self,
         calibration: Calibration,
-        profile: str = "paper",
+        profile: str | None = None,
         ratio: float | None = None,
         sink_tokens: int = 4,
         window_tokens: int = 128,
@@ -76,6 +77,7 @@ class Codec:
     ) -> None:
         check_calibration(calibration)
         check_regions(sink_tokens, window_tokens)
+        profile = calibration.profiles[-1] if profile is None else profile
         self.calibration = calibration
         self.sink_tokens = sink_tokens
         self.window_tokens = window_tokens

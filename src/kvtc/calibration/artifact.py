@@ -78,6 +78,13 @@ class Calibration:
         return digest.digest()[:FINGERPRINT_BYTES]
 
     @property
+    def profiles(self) -> tuple[str, ...]:
+        """The profiles it serves; a later one codes closer than those before it."""
+        if self.joint is None:
+            return ("paper",)
+        return ("paper", "joint") if self.joint.tokens is None else ("paper", "joint", "conditional")
+
+    @property
     def n_parameters(self) -> int:
         """Numbers in all that coding needs (means, bases, prediction), to compare with the model's parameters."""
         paper = sum(kind.basis.mean.numel() + kind.basis.vectors.numel() for kind in (self.key, self.value))

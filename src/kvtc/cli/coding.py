@@ -49,7 +49,10 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     add_output(parser, "the stream to write")
     _add_model(parser)
     parser.add_argument(
-        "--profile", metavar="NAME", help="paper, joint or conditional (which needs token ids to decode)"
+        "--profile",
+        metavar="NAME",
+        help="paper, joint or conditional, which needs token ids to decode (default: the last that the calibration serves "
+        "and the input allows)",
     )
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--ratio", type=float, help="how many times fewer bits the coded tokens get")
@@ -109,11 +112,13 @@ def encode(options: argparse.Namespace) -> Outcome:
     check_device(options.device)
     calibration = find_calibration(options)
     given = {name: getattr(options, name) for name in CODEC_OPTIONS if getattr(options, name) is not None}
-    codec = Codec(calibration, **given)
     prefill_seconds = None
     if is_cache:
         cache, token_ids = load_cache(options.input)
-    else:
+        if token_ids is None and "joint" in calibration.profiles:
+            given.setdefault("profile", "joint")
+    codec = Codec(calibration, **given)
+    if not is_cache:
         cache, token_ids, prefill_seconds = _prefill(options, calibration)
     started = time.perf_counter()
     stream = codec.encode(cache, token_ids)
