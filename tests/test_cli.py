@@ -51,7 +51,7 @@ def made(tmp_path_factory) -> Path:
     (directory / "corpus.txt").write_text(f"{text[:2000]}\n\n\n{text[2000:4000]}\n\n\n\n\n\n", encoding="utf-8")
     reference = ["--model", "reference"]
     talk, stream = str(directory / "talk.txt"), str(directory / "talk.kvtc")
-    assert main(["encode", talk, "-o", stream, *reference, "--window-tokens", "16"]) == 0
+    assert main(["encode", talk, "-o", stream, *reference, "--profile", "paper", "--window-tokens", "16"]) == 0
     restored = str(directory / "talk.safetensors")
     assert main(["decode", stream, "-o", restored, *reference, "--text", talk]) == 0
     other = ["-o", str(directory / "other.safetensors"), "--rank", "100", "--tokens-per-sequence", "128"]
@@ -154,7 +154,7 @@ def test_decode_a_transformers_stream(capsys, tmp_path):
     model, _ = kvtc.reference_model()
     with torch.no_grad():
         cache = model(torch.arange(3, 63)[None]).past_key_values
-    codec = kvtc.Codec(kvtc.reference_calibration(), window_tokens=8)
+    codec = kvtc.Codec(kvtc.reference_calibration(), "joint", window_tokens=8)
     (tmp_path / "a.kvtc").write_bytes(codec.encode(cache))
     output = tmp_path / "a.safetensors"
     for options, positions in (([], range(60)), (["--tokens", 20, "--start-position", 7], range(7, 27))):
@@ -331,7 +331,7 @@ def test_values_that_cannot_be(capsys, made, tmp_path):
     assert "at least 1" in fails(capsys, *encode, "--ratio", 0.5)
     assert "not both" in fails(capsys, *encode, "--max-error", 0.1, "--key-ratio", 8)
     assert "nowhere" in fails(capsys, *encode, "--device", "nowhere")
-    assert "cannot keep to a fixed size" in fails(capsys, *encode, "--fixed-size")
+    assert "cannot keep to a fixed size" in fails(capsys, *encode, "--profile", "paper", "--fixed-size")
     calibrate = ["calibrate", "--model", "reference", "--text", made / "corpus.txt", *out]
     assert "layers" in fails(capsys, *calibrate, "--layers", "4:2")
     assert "kv_heads" in fails(capsys, *calibrate, "--kv-heads", "0:9")

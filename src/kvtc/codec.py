@@ -29,14 +29,23 @@ from .opened_stream import ExactTokens, OpenedStream, TokenIds, open_stream
 from .profiles import Allowance, BodyCoder, BodyRows, JointCoder
 from .profiles.step_rate import StepRate
 from .sealed_stream import chunks_of, draft_stream
-from .settings import as_ids, check_calibration, check_regions, coder_and_rate, decoder, stream_settings, usable_device
+from .settings import (
+    as_ids,
+    asks_for_paper,
+    check_calibration,
+    check_regions,
+    coder_and_rate,
+    decoder,
+    stream_settings,
+    usable_device,
+)
 
 
 class Codec:
     """Encodes caches of a calibrated model at one rate, and decodes every stream made with the same calibration.
 
     profile: "paper", "joint" or "conditional"; the last predicts from token ids, which encode and decode then need. None: the last
-    of these that the calibration serves.
+    of these that the calibration serves, or `paper` where an option of it is given.
     ratio: bits of a cached value over bits the body may spend on it; None means 16. With `paper` it counts bits before lossless
     coding, as published: the real body_ratio is at least that on texts of ordinary length. With the others it is the body_ratio,
     and the step is found for each cache. step: instead of a ratio, the step itself, so that chunks of different caches coincide.
@@ -77,14 +86,15 @@ class Codec:
     ) -> None:
         check_calibration(calibration)
         check_regions(sink_tokens, window_tokens)
-        profile = calibration.profiles[-1] if profile is None else profile
+        of_paper = key_ratio, value_ratio, max_error, allocation
+        if profile is None:
+            profile = "paper" if asks_for_paper(of_paper) else calibration.profiles[-1]
         self.calibration = calibration
         self.sink_tokens = sink_tokens
         self.window_tokens = window_tokens
         self.settings = stream_settings(profile, chunk_tokens, lossless, sink_format, window_format, fixed_size)
         self.device = usable_device(device)
         self._lock = threading.Lock()
-        of_paper = key_ratio, value_ratio, max_error, allocation
         self._coder, self.rate = coder_and_rate(calibration, self.device, self.settings, ratio, step, kl, of_paper)
         self._coders = {profile: self._coder}
 

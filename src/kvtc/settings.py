@@ -70,7 +70,7 @@ def coder_and_rate(
             raise InvalidArgument("the profile paper has no step, which step and kl decide; give a ratio")
         target = RateTarget(calibration, ratio, *of_paper)
         return PaperCoder(calibration, device, target), target
-    if of_paper != (None, None, None, "dynamic"):
+    if asks_for_paper(of_paper):
         raise InvalidArgument(
             f"key_ratio, value_ratio, max_error and allocation are of the profile paper, not {profile}"
         )
@@ -82,6 +82,11 @@ def coder_and_rate(
     finer_window = FINER_WINDOW if settings.coded_window else None
     rate = StepRate(DEFAULT_RATIO if ratio is None else ratio, step, finer_window)
     return JointCoder(calibration, device, profile == "conditional", rate), rate
+
+
+def asks_for_paper(of_paper: tuple[float | None, float | None, float | None, str]) -> bool:
+    """Whether an option is given that only the profile paper has: key_ratio, value_ratio, max_error, allocation."""
+    return of_paper != (None, None, None, "dynamic")
 
 
 def _step_for(calibration: Calibration, profile: str, kl: float) -> float:

@@ -33,6 +33,7 @@ CODEC_OPTIONS = (
     "profile", "ratio", "step", "kl", "key_ratio", "value_ratio", "max_error", "sink_tokens", "window_tokens",
     "sink_format", "window_format", "fixed_size", "allocation", "lossless", "chunk_tokens", "device",
 )  # fmt: skip
+PAPER_OPTIONS = {"key_ratio", "value_ratio", "max_error", "allocation"}
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -115,7 +116,7 @@ def encode(options: argparse.Namespace) -> Outcome:
     prefill_seconds = None
     if is_cache:
         cache, token_ids = load_cache(options.input)
-        if token_ids is None and "joint" in calibration.profiles:
+        if token_ids is None and "joint" in calibration.profiles and not given.keys() & PAPER_OPTIONS:
             given.setdefault("profile", "joint")
     codec = Codec(calibration, **given)
     if not is_cache:
