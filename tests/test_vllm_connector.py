@@ -292,6 +292,17 @@ def test_tensor_parallel_ranks_have_a_calibration_each(connector, options):
             connector(vllm_config, role, kv_cache_config)
 
 
+def test_a_pipeline_rank_has_its_layers(connector, options):
+    vllm_config, kv_cache_config = configs(options, **(SHAPE | {"n_layers": 2 * N_LAYERS}))
+    vllm_config.parallel_config.pipeline_parallel_size = 2
+    connector(vllm_config, KVConnectorRole.WORKER, kv_cache_config).shutdown()
+    vllm_config.parallel_config.rank = 1
+    with pytest.raises(GeometryMismatch, match=r"pipeline rank 1 holds layers 3\.\.5.*layers=\(3, 6\)"):
+        connector(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
+    with pytest.raises(GeometryMismatch, match="pipeline rank 1"):
+        connector(vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config)
+
+
 def test_a_hit_needs_the_chunk_of_every_rank(options):
     from kvtc.integrations.prefix_planner import PrefixPlanner
 

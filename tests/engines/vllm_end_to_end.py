@@ -228,14 +228,14 @@ def damage(way: Way, store: Path, position: int) -> str:
     from kvtc.store import open_store
 
     with open_store(f"file://{store}") as opened:
-        chunks = [key for key in opened.keys() if not key.startswith("tail/")]  # noqa: SIM118
-        described = [(inspect(opened.get(key) or b""), key) for key in chunks]
-    (key,) = [key for info, key in described if (info.first_position, info.profile) == (position, way.profile)]
-    (file,) = [file for file in (store / "entries").rglob("*") if key.replace("/", "~") in file.name]
+        streams = [opened.get(key) or b"" for key in opened.keys() if not key.startswith("tail/")]  # noqa: SIM118
+    described = [(inspect(stream), stream) for stream in streams]
+    (stream,) = [found for info, found in described if (info.first_position, info.profile) == (position, way.profile)]
+    (file,) = [file for file in (store / "entries").rglob("*") if file.is_file() and stream in file.read_bytes()]
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    return f"a byte of {file.name[:60]}.. is flipped"
+    return f"one bit of {file.name}, {len(data)} bytes, is flipped"
 
 
 def expect(what: str, found: object, wanted: object) -> None:
