@@ -46,7 +46,7 @@ def main() -> None:
     print(f"first two parts: a cache of {first.get_seq_length()} tokens")
 
     # A part from the middle knows where it stands; it may also be put elsewhere, its keys rotated to the new positions.
-    moved = codec.decode(parts[1], start_position=0)
+    moved = codec.decode(parts[1], token_ids[:, 256:512], start_position=0)
     print(f"second part alone, moved to position 0: {moved.get_seq_length()} tokens")
 
     # Layer by layer: a model may start on layer 0 while later layers are still being restored.
