@@ -154,7 +154,9 @@ def test_provenance_says_where_a_number_comes_from(tmp_path):
 
 
 def test_plots_are_drawn(tmp_path, calibration, qualities):
-    plot_spectrum(calibration, kvtc.Codec(calibration, "paper", ratio=16), tmp_path / "new" / "spectrum.png", "a workload")
+    plot_spectrum(
+        calibration, kvtc.Codec(calibration, "paper", ratio=16), tmp_path / "new" / "spectrum.png", "a workload"
+    )
     plot_rate_quality(qualities, tmp_path / "one.png")
     exact = replace(qualities[0], kl=0.0, body_ratio=None)
     plot_rate_quality({"a": qualities, "b": [exact], "none": []}, tmp_path / "two.png", "a workload")
