@@ -31,6 +31,13 @@ PYTHON
     rm -r "$wheels"
 }
 
+install_lmcache() {
+    # LMCache beside the vLLM that it serves; it needs an older numpy.
+    install_vllm
+    "$environment/bin/python" -m pip freeze | grep -E '^(torch|transformers)==' > "$environment/constraints.txt"
+    pip install --constraint "$environment/constraints.txt" lmcache==0.5.6
+}
+
 "install_$engine"
 pip install --no-deps --editable .
 touch "$environment/.ready"
