@@ -36,6 +36,10 @@ install_lmcache() {
     install_vllm
     "$environment/bin/python" -m pip freeze | grep -E '^(torch|transformers)==' > "$environment/constraints.txt"
     pip install --constraint "$environment/constraints.txt" lmcache==0.5.6
+    # The servers that it stores in. moto needs other versions than LMCache.
+    command -v redis-server > /dev/null || { apt-get update -qq && apt-get install -y -qq redis-server; }
+    python3 -m venv "$environment/servers"
+    "$environment/servers/bin/python" -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
 }
 
 "install_$engine"

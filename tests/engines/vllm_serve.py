@@ -19,6 +19,13 @@ def transfer_config(way: str, options: dict[str, Any]) -> dict[str, Any] | None:
     """What a user writes into --kv-transfer-config."""
     if way == "none":
         return None
+    if way == "lmcache":
+        return {
+            "kv_connector": "LMCacheMPConnector",
+            "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": options,
+        }
     if way == "connector":
         return {
             "kv_connector": "KvtcConnector",
@@ -53,7 +60,9 @@ def model_directory(scratch: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "task", type=Path, help="JSON: way, options, dtype, prompts (lists of token ids), transfer_params, settle"
+        "task",
+        type=Path,
+        help="JSON: way, options, dtype, prompts (lists of token ids), transfer_params, model, settle",
     )
     parser.add_argument("result", type=Path)
     arguments = parser.parse_args()
@@ -65,7 +74,7 @@ def main() -> None:
     answers = []
     with tempfile.TemporaryDirectory() as scratch:
         llm = LLM(
-            model_directory(scratch),
+            task.get("model") or model_directory(scratch),
             dtype=task.get("dtype", "bfloat16"),
             max_model_len=2048,
             enforce_eager=True,

@@ -20,7 +20,7 @@ from ..profiles.step_rate import StepRate
 from .engine_settings import AUTO, PREFIX, EngineSettings
 from .page_layout import PACKINGS, SPLIT, PageLayout, lmcache_layout
 from .pages import CHUNK_TOKENS, PageCodec
-from .start_search import find_start
+from .start_search import check_fit, find_start
 
 LayoutOf = Callable[[Sequence[int]], PageLayout]
 _FRAME = struct.Struct("<I")
@@ -98,8 +98,7 @@ class ChunkCoder:
         Raises `UnsupportedLayout`, `InvalidCache`, `GeometryMismatch`.
         """
         keys, values = _read(data, self._layout_of(data.shape))
-        if start is None:
-            start = find_start(keys, self.calibration, self._spacing or keys.shape[2], self._max_tokens)
+        start = _checked_start(keys, self.calibration, start, self._spacing, self._max_tokens)
         return self._codec.encode(keys, values, start)
 
     def decode(self, stream: bytes, data: Tensor) -> None:
@@ -140,10 +139,8 @@ class FixedChunkCoder:
 
     def encode(self, data: Tensor, start: int | None = None) -> bytes:
         """As `ChunkCoder.encode`, but `size` bytes."""
-        layout = self._layout_of(data.shape)
-        keys, values = _read(data, layout)
-        if start is None:
-            start = find_start(keys, self.calibration, self._spacing or keys.shape[2], self._max_tokens)
+        keys, values = _read(data, self._layout_of(data.shape))
+        start = _checked_start(keys, self.calibration, start, self._spacing, self._max_tokens)
         codec = self._codec if start else self._codec_of_first(keys.shape[2], data.dtype)
         geometry = self.calibration.geometry
         positions = torch.arange(start, start + keys.shape[2])
@@ -193,6 +190,16 @@ def _read(data: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
     if data.dtype.itemsize == 1:
         raise UnsupportedLayout(f"the cache is {data.dtype}, and nobody tells the scales of its numbers; use 16 bits")
     return layout.read(data)
+
+
+def _checked_start(
+    keys: Tensor, calibration: Calibration, start: int | None, spacing: int | None, max_tokens: int
+) -> int:
+    """Where a chunk stands: as told, or searched."""
+    if start is None:
+        start = find_start(keys, calibration, spacing or keys.shape[2], max_tokens)
+    check_fit(keys, calibration, start)
+    return start
 
 
 def _write(keys: Tensor, values: Tensor, data: Tensor, layout: PageLayout) -> None:

@@ -2,7 +2,8 @@
 
 Keys are coded as they were before rotation, so the coder must know how far each was turned. Where an engine does not say, the
 chunk's mean key is turned back by every offset that is possible, and the one nearest to the calibrated mean key is taken. Rotation
-is orthogonal and a stream records its offset: a wrong one costs bytes or accuracy, but never puts keys elsewhere than they were.
+is orthogonal and a stream records its offset, so that a wrong one puts no key elsewhere than it was. But keys turned by a wrong
+offset are not those that the basis was calibrated for, nor are those of another model or a wrong layout: such are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor
 
 from ..calibration import Calibration
-from ..coding.transform import cache_side_of
+from ..coding.transform import cache_side_of, rows_of
+from ..errors import UnsupportedLayout
+
+_SAMPLED_TOKENS = 8
+_LARGEST_DEVIATION = 2.0
+"""Keys of the calibrated model are at 1, keys turned by a wrong offset or read in a wrong layout at 3 and more."""
+_TYPICAL = 0.53
+"""Geometric mean of the size of a normally distributed number, in standard deviations."""
+_TINY = 1e-12
 
 
 def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int) -> int:
@@ -32,6 +41,26 @@ def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int)
         candidates = geometry.rope.turn_layer(layer, candidates, starts, 1, inverse=True)
         distance += (candidates - mean[layer]).square().sum(dim=(0, 2))
     return int(starts[distance.argmin()])
+
+
+def check_fit(keys: Tensor, calibration: Calibration, start: int) -> None:
+    """Raise `UnsupportedLayout` for keys [L, H, T, D] that are none of the calibrated model, or do not begin at start.
+
+    Measured on a few tokens: how far they are from the calibrated mean in each direction of the calibrated basis, over how far
+    keys were there at calibration; the geometric mean, so that a few outliers do not count.
+    """
+    geometry, basis = calibration.geometry, calibration.key.basis
+    every = max(1, keys.shape[2] // _SAMPLED_TOKENS)
+    positions = torch.arange(start + every // 2, start + keys.shape[2], every)
+    sample = geometry.rope.unrotate(keys[:, :, every // 2 :: every].cpu(), positions, 1)
+    coefficients = (rows_of(sample) - basis.mean.cpu()) @ basis.vectors.cpu().float()
+    relative = coefficients.abs() / basis.spectrum.cpu().clamp_min(_TINY).sqrt()
+    deviation = float(relative.clamp_min(_TINY).log().mean().exp()) / _TYPICAL
+    if deviation > _LARGEST_DEVIATION:
+        raise UnsupportedLayout(
+            f"these keys are {deviation:.1f} times as far from the calibrated mean as keys were at calibration; expected at most "
+            f"{_LARGEST_DEVIATION}: another model, another layout of pages, or not at position {start}"
+        )
 
 
 class KnownStarts:
