@@ -40,7 +40,7 @@ test-engines: $(ENGINES:%=test-engine-%)
 
 test-engine-%:
 	tests/engines/setup.sh $* $(VENV)-$*
-	$(VENV)-$*/bin/python tests/engines/$*_end_to_end.py
+	$(VENV)-$*/bin/python $(wildcard tests/engines/$*_end_to_end.py tests/engines/$*_round_trip.py)
 
 fuzz: $(VENV)/.test-ready
 	$(BIN)/python -m tests.fuzz --mutations 100000

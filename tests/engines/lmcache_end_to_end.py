@@ -2,6 +2,7 @@
 
     store     vLLM answers a prompt, uncached; LMCache's server stores its chunks in four places at once, in each through kvtc
     hit       for each place: a new server that has nothing but that place, a new vLLM: the chunks come back, the same tokens
+    process   LMCache's engine inside a process, without its server: caches go to kvtc's remote plugin and come back
     damaged   a stored chunk is damaged on disk; new processes load what comes before it, compute the rest: the same tokens
 
 Run in LMCache's environment: `make test-engines ENGINES=lmcache`. Prints what is stored, and exits with 1 where something differs.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +41,7 @@ from vllm_serve import model_directory
 RATIO = 8
 CHUNK_TOKENS, PAGE_TOKENS = 256, 32
 N_CHUNKS = 4
+ANSI = "\x1b\\[[0-9;]*m"
 
 
 def main() -> None:
@@ -63,6 +66,7 @@ def main() -> None:
             answer_again(scratch, place, prompt, tokens, cached=N_CHUNKS * CHUNK_TOKENS)
         print(f"  damaged: {damage(places[0])}")
         answer_again(scratch, places[0], prompt, tokens, cached=2 * CHUNK_TOKENS)
+        in_process(scratch)
     print("all as it must be")
 
 
@@ -118,7 +122,7 @@ def answer_again(scratch: Path, place: Place, prompt: list[int], tokens: list[in
     print(f"  hit: {place.name}: cached {answer['cached']} tokens; {len(tokens)} tokens compared")
     for line in log_path(scratch, f"server-{name}").read_text().splitlines():
         if "retained keys" in line or "kvtc, " in line:
-            print(f"       {line[line.index('LMCache') if 'LMCache' in line else 0 :].strip()}")
+            print(f"       {re.sub(r'.*INFO:|' + ANSI, '', line).strip()}")
     expect(f"cached tokens, {place.name}", answer["cached"], cached)
     expect(f"the same tokens, {place.name}", answer["tokens"], tokens)
 
@@ -139,6 +143,16 @@ def damage(place: Place) -> str:
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     return f"a byte of {file.name[:60]}.. is flipped"
+
+
+def in_process(scratch: Path) -> None:
+    """LMCache's engine inside a process, with kvtc as its remote storage plugin."""
+    log = log_path(scratch, "in-process")
+    with log.open("w") as output:
+        command = [sys.executable, HERE / "lmcache_in_process.py"]
+        process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment(), check=False)
+    print("\n".join(line for line in log.read_text().splitlines() if line.startswith("  in process:")))
+    expect("exit status of the engine in a process", process.returncode, 0)
 
 
 @contextmanager

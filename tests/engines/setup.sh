@@ -25,8 +25,8 @@ for line in lines:
     if requirement != line and "extra ==" not in line and not requirement.startswith("torch"):
         print(requirement)
 PYTHON
-    echo torch==2.13.0 > "$wheels/constraints.txt"
-    pip install --constraint "$wheels/constraints.txt" --requirement "$wheels/requirements.txt" numba tqdm
+    echo torch==2.13.0 > "$environment/constraints.txt"
+    pip install --constraint "$environment/constraints.txt" --requirement "$wheels/requirements.txt" numba tqdm
     pip install --no-deps "$wheels"/*.whl
     rm -r "$wheels"
 }
@@ -34,12 +34,19 @@ PYTHON
 install_lmcache() {
     # LMCache beside the vLLM that it serves; it needs an older numpy.
     install_vllm
-    "$environment/bin/python" -m pip freeze | grep -E '^(torch|transformers)==' > "$environment/constraints.txt"
+    "$environment/bin/python" -m pip freeze | grep '^transformers==' >> "$environment/constraints.txt"
     pip install --constraint "$environment/constraints.txt" lmcache==0.5.6
     # The servers that it stores in. moto needs other versions than LMCache.
     command -v redis-server > /dev/null || { apt-get update -qq && apt-get install -y -qq redis-server; }
     python3 -m venv "$environment/servers"
     "$environment/servers/bin/python" -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
+}
+
+install_sglang() {
+    # SGLang itself needs a GPU to install. What its memory pools and storage backends import is mostly what vLLM brings.
+    install_vllm
+    pip install --constraint "$environment/constraints.txt" gguf IPython orjson pybase64 traitlets
+    pip install --no-deps sglang==0.5.23
 }
 
 "install_$engine"
