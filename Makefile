@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Engines that `make test-engines` runs kvtc in, each in an environment of its own.
-ENGINES ?= vllm lmcache sglang
+ENGINES ?= vllm lmcache sglang transports
 
 .PHONY: demo test test-stores test-faults test-engines soak check fuzz bench clean
 

@@ -160,7 +160,10 @@ def lmcache_server(scratch: Path, name: str, places: list[Place]) -> Iterator[in
     """A new server with these places behind it -> its port."""
     port, http_port = free_port(), free_port()
     adapters = [part for place in places for part in ("--l2-adapter", json.dumps(place.adapter))]
-    command = [sys.executable, "-m", "kvtc.integrations.lmcache_server", "server"]
+    # Only the serde needs kvtc's launcher.
+    needs_launcher = any("serde" in place.adapter for place in places)
+    launcher = [sys.executable, "-m", "kvtc.integrations.lmcache_server"]
+    command = [*(launcher if needs_launcher else [str(Path(sys.prefix) / "bin" / "lmcache")]), "server"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--http-host", "127.0.0.1", "--http-port", str(http_port)]
     command += ["--l1-size-gb", "1", "--no-l1-use-lazy", "--eviction-policy", "LRU"]
     # The default mode moves pages on GPUs; metrics are off because nobody collects them, events are on.

@@ -49,6 +49,14 @@ install_sglang() {
     pip install --no-deps sglang==0.5.23
 }
 
+install_transports() {
+    # NIXL, Mooncake (its build without CUDA needs a library of Debian's), and what encodes a stream to send.
+    ldconfig -p | grep -q libibverbs.so.1 || { apt-get update -qq && apt-get install -y -qq libibverbs1; }
+    pip install torch==2.13.0
+    pip install torch==2.13.0 transformers==5.23.0 numba tqdm safetensors
+    pip install nixl==1.5.1 nixl-cu12==1.5.1 mooncake-transfer-engine-non-cuda==0.3.13.post1
+}
+
 "install_$engine"
 pip install --no-deps --editable .
 touch "$environment/.ready"
