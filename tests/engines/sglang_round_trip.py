@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +33,7 @@ N_TOKENS, N_NEW = 1024, 32
 def main() -> None:
     ids = torch.tensor([prompts()[0]])
     model, _ = reference_model("bfloat16")
-    without_torchvision()
+    sys.meta_path.insert(0, Torchvision())
     geometry = reference_calibration().geometry
     with torch.no_grad():
         cache = interop.from_transformers(model(ids[:, :N_TOKENS]).past_key_values, geometry)
@@ -66,6 +68,7 @@ def round_trip(layout: str, page_tokens: int, prefix: list[str] | None, cache: K
         pool.kv_buffer.zero_()
         second = backend(store, pool)
         expect("pages found", second.batch_exists([*keys, "another"]), n_pages)
+        expect("pages found by the newer call", second.batch_exists_v2(keys).kv_hit_pages, n_pages)
         expect("pages got", second.batch_get_v1(keys, indices, told), [True] * n_pages)
         second.close()
         stored = sum(file.stat().st_size for file in (store / "entries").rglob("*") if file.is_file())
@@ -174,10 +177,25 @@ def answer(model: Any, ids: torch.Tensor, cache: KVCache) -> list[int]:
     return tokens
 
 
-def without_torchvision() -> None:
-    """SGLang imports it, no text model uses it, and its builds for GPUs do not load here."""
-    for name in ("torchvision", "torchvision.transforms", "torchvision.io"):
-        sys.modules.setdefault(name, ModuleType(name))
+def _class_named(name: str) -> type:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), dict.fromkeys(("NEAREST", "BILINEAR", "BICUBIC", "LANCZOS")))
+
+
+class Torchvision(MetaPathFinder, Loader):
+    """SGLang imports it, no text model uses it, and its builds for GPUs do not load here: modules in which every name is a class."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = ModuleType(spec.name)
+        vars(module)["__getattr__"] = _class_named
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
 
 
 if __name__ == "__main__":

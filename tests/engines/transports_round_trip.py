@@ -31,7 +31,7 @@ SEGMENT_BYTES, BUFFER_BYTES = 64 << 20, 16 << 20
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        codec = Codec(reference_calibration(), "joint", ratio=RATIO)
+        codec = Codec(reference_calibration(), "joint", ratio=RATIO, window_tokens=0)
         stream = make_stream(codec)
         (scratch / "stream").write_bytes(stream)
         info = inspect(stream)
@@ -66,7 +66,9 @@ def through_mooncake(scratch: Path, n_bytes: int) -> bytes:
     command += [f"--http_metadata_server_port={http}"]
     with running(*command, port=rpc):
         # The bytes lie in the memory of the client that puts them, so it stays until they have been read.
-        putting = subprocess.Popen(command_of("mooncake-put", scratch, n_bytes, rpc, http), env=environment())
+        putting = subprocess.Popen(
+            command_of("mooncake-put", scratch, n_bytes, rpc, http), env=environment(), stderr=subprocess.DEVNULL
+        )
         try:
             deadline = time.monotonic() + 120
             while not (scratch / "mooncake.put").exists() and putting.poll() is None and time.monotonic() < deadline:
@@ -143,7 +145,7 @@ def child(role: str, scratch: Path, *numbers: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "MC_TCP_BIND_ADDRESS": "127.0.0.1"}
 
 
 def play(role: str, scratch: Path, n_bytes: int, rpc: int = 0, http: int = 0) -> None:
