@@ -172,7 +172,8 @@ def test_chunks_are_saved_once_and_loaded():
     assert chunks.save(0, keys[0], data[0], 0) == 0
     assert chunks.n_stored([*keys, chunks.key(0, "cc")]) == 2
     found = [torch.zeros(SHAPE, dtype=torch.bfloat16) for _ in range(3)]
-    assert chunks.load(0, [*keys, chunks.key(0, "cc")], found) == [True, True, False]
+    asked = [*keys, chunks.key(0, "cc")]
+    assert [chunks.load(0, key, item) for key, item in zip(asked, found, strict=True)] == [True, True, False]
     assert relative_error(torch.stack(found[:2]), torch.stack(data)) < 0.1
     counts = chunks.counts.read()
     assert (counts["chunks_saved"], counts["chunks_shared"], counts["starts_searched"]) == (2, 1, 1)
@@ -188,7 +189,7 @@ def test_an_entry_that_cannot_be_decoded_is_a_miss_and_deleted(caplog):
     stream = bytearray(store.get(key))
     stream[len(stream) // 2] ^= 1
     store.put(key, stream)
-    assert chunks.load(0, [key], [torch.zeros(SHAPE, dtype=torch.bfloat16)]) == [False]
+    assert not chunks.load(0, key, torch.zeros(SHAPE, dtype=torch.bfloat16))
     assert "is deleted" in caplog.text
     assert chunks.n_stored([key]) == 0
     assert chunks.counts.read()["entries_unusable"] == 1
@@ -198,14 +199,14 @@ def test_a_stream_of_other_tokens_than_asked_for_is_a_miss():
     store = open_store("memory:")
     chunks = stored(store)
     chunks.save(0, chunks.key(0, "aa"), chunk(0)[:, :, :128], 0)
-    assert chunks.load(0, [chunks.key(0, "aa")], [torch.zeros(SHAPE, dtype=torch.bfloat16)]) == [False]
+    assert not chunks.load(0, chunks.key(0, "aa"), torch.zeros(SHAPE, dtype=torch.bfloat16))
 
 
 def test_a_store_that_does_not_answer_makes_misses(caplog):
     chunks = stored(BrokenStore())
     assert chunks.save(0, "chunk/a", chunk(0), 0) is None
     assert chunks.n_stored(["chunk/a"]) == 0
-    assert chunks.load(0, ["chunk/a"], [torch.zeros(SHAPE)]) == [False]
+    assert not chunks.load(0, "chunk/a", torch.zeros(SHAPE))
     chunks.delete("chunk/a")
     counts = chunks.counts.read()
     assert (counts["save_errors"], counts["store_errors"], counts["misses"]) == (1, 3, 1)
@@ -222,7 +223,7 @@ def test_what_a_stream_depends_on_is_in_its_key():
 
 def test_a_task_that_raises_ends_as_failed(caplog):
     told = threading.Semaphore(0)
-    board = TaskBoard[str]("test", 1, told.release, itertools.count(5))
+    board = TaskBoard[str]("test", told.release, itertools.count(5))
     assert (board.submit(lambda: "done", "failed"), board.submit(lambda: 1 // 0, "failed")) == (5, 6)
     told.acquire(timeout=10)
     told.acquire(timeout=10)

@@ -191,9 +191,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.config = SimpleNamespace()
-        self.metadata = SimpleNamespace(
-            shapes=[torch.Size(SHAPE)], dtypes=[torch.bfloat16], chunk_size=T, use_mla=False
-        )
+        self.metadata = SimpleNamespace(shapes=[torch.Size(SHAPE)], dtypes=[torch.bfloat16], chunk_size=T, worker_id=0)
         self.given: list[MemoryObj] = []
 
     def allocate(self, shapes, dtypes, fmt):  # noqa: ARG002

@@ -184,7 +184,7 @@ def _class_named(name: str) -> type:
 
 
 class Torchvision(MetaPathFinder, Loader):
-    """SGLang imports it, no text model uses it, and its builds for GPUs do not load here: modules in which every name is a class."""
+    """SGLang imports it, no text model uses it, its builds for GPUs do not load here: modules in which every name is a class."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
         return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None

@@ -131,6 +131,8 @@ class FixedChunkCoder:
         self.calibration = calibration
         self._codec = PageCodec(calibration, replace(settings, profile="joint"), fixed_size=True).codec(False)
         self._layout_of, self._spacing, self._max_tokens = layout_of, spacing, max_tokens
+        self._sizes: dict[tuple[int, torch.dtype], int] = {}
+        self._firsts: dict[tuple[int, torch.dtype], Codec] = {}
 
     def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Bytes of every chunk of this shape. Raises `UnsupportedLayout`."""
@@ -159,19 +161,27 @@ class FixedChunkCoder:
 
     def _stream_size(self, n_tokens: int, dtype: torch.dtype) -> int:
         """Of a chunk inside a text, or what the first one takes at the least, where that is more."""
-        least = self._codec.with_ratio(_LARGEST_RATIO).stream_bytes(n_tokens, dtype)
-        return max(self._codec.stream_bytes(n_tokens, dtype, first_position=CHUNK_TOKENS), least)
+        if (n_tokens, dtype) not in self._sizes:
+            least = self._codec.with_ratio(_LARGEST_RATIO).stream_bytes(n_tokens, dtype)
+            inside = self._codec.stream_bytes(n_tokens, dtype, first_position=CHUNK_TOKENS)
+            self._sizes[n_tokens, dtype] = max(least, inside)
+        return self._sizes[n_tokens, dtype]
 
     def _codec_of_first(self, n_tokens: int, dtype: torch.dtype) -> Codec:
-        """The lowest ratio at which the first chunk of a text takes no more than any other."""
+        """For the first chunk of a text: the lowest ratio at which it takes no more than any other."""
+        if (n_tokens, dtype) not in self._firsts:
+            self._firsts[n_tokens, dtype] = self._codec.with_ratio(self._ratio_of_first(n_tokens, dtype))
+        return self._firsts[n_tokens, dtype]
+
+    def _ratio_of_first(self, n_tokens: int, dtype: torch.dtype) -> float:
         most, low, high = self._stream_size(n_tokens, dtype), self._ratio, _LARGEST_RATIO
         if self._codec.stream_bytes(n_tokens, dtype) <= most:
-            return self._codec
+            return low
         while high > low * _NEAR:
             middle = math.sqrt(low * high)
             fits = self._codec.with_ratio(middle).stream_bytes(n_tokens, dtype) <= most
             low, high = (low, middle) if fits else (middle, high)
-        return self._codec.with_ratio(high)
+        return high
 
     @property
     def _ratio(self) -> float:

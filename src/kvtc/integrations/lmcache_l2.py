@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lmcache.lmcache_native import Bitmap
@@ -49,9 +50,12 @@ class KvtcL2Adapter(L2AdapterInterface):
         self._sizes: dict[Any, int] = {}
         self._events = [create_event_notifier() for _ in range(3)]
         numbers, threads = itertools.count(), options.settings.threads
-        self._stores = TaskBoard[Any]("kvtc-store", threads, self._events[0].notify, numbers)
-        self._lookups = TaskBoard[Any]("kvtc-lookup", 1, self._events[1].notify, numbers)
-        self._loads = TaskBoard[Any]("kvtc-load", threads, self._events[2].notify, numbers)
+        self._stores = TaskBoard[Any]("kvtc-stores", self._events[0].notify, numbers)
+        self._lookups = TaskBoard[Any]("kvtc-lookups", self._events[1].notify, numbers)
+        self._loads = TaskBoard[Any]("kvtc-loads", self._events[2].notify, numbers)
+        # Apart: a request waits for a load, nothing waits for a store.
+        self._storing = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-store")
+        self._loading = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-load")
 
     def get_store_event_fd(self) -> int:
         return int(self._events[0].fileno())
@@ -94,16 +98,19 @@ class KvtcL2Adapter(L2AdapterInterface):
     def close(self) -> None:
         for board in (self._stores, self._lookups, self._loads):
             board.close()
+        for pool in (self._storing, self._loading):
+            pool.shutdown(wait=True)
         logger.info("kvtc, l2: %s", self._chunks.counts.read())
         self._chunks.close()
         for event in self._events:
             event.close()
 
     def _store_chunks(self, keys: Sequence[Any], objects: Sequence[Any]) -> Any:
-        sizes = [
-            self._chunks.save(worker_of(key.kv_rank), self._key(key), item.tensor, self._starts.get(key.chunk_hash))
-            for key, item in zip(keys, objects, strict=True)
-        ]
+        def save(key: Any, item: Any) -> int | None:
+            start = self._starts.get(key.chunk_hash)
+            return self._chunks.save(worker_of(key.kv_rank), self._key(key), item.tensor, start)
+
+        sizes = list(self._storing.map(save, keys, objects))
         stored = [(key, size) for key, size in zip(keys, sizes, strict=True) if size]
         self._sizes.update(stored)
         if stored:
@@ -112,20 +119,25 @@ class KvtcL2Adapter(L2AdapterInterface):
 
     def _look_up(self, keys: Sequence[Any]) -> Any:
         found = Bitmap(len(keys))
-        for worker in {worker_of(key.kv_rank) for key in keys}:
+        rows: dict[tuple[int, int], list[int]] = {}
+        for index, key in enumerate(keys):
+            rows.setdefault((key.kv_rank, key.object_group_id), []).append(index)
+        for row in rows.values():
             # In the order of the text: what follows the first that is missing is of no use.
-            of_worker = [index for index, key in enumerate(keys) if worker_of(key.kv_rank) == worker]
-            n_stored = self._chunks.n_stored([self._key(keys[index]) for index in of_worker])
-            for index in of_worker[:n_stored]:
+            n_stored = self._chunks.n_stored([self._key(keys[index]) for index in row])
+            for index in row[:n_stored]:
                 found.set(index)
         return found
 
     def _load_chunks(self, keys: Sequence[Any], objects: Sequence[Any]) -> Any:
+        def load(key: Any, item: Any) -> bool:
+            return self._chunks.load(worker_of(key.kv_rank), self._key(key), item.tensor)
+
         loaded = Bitmap(len(keys))
-        for index, (key, item) in enumerate(zip(keys, objects, strict=True)):
-            if self._chunks.load(worker_of(key.kv_rank), [self._key(key)], [item.tensor]) == [True]:
-                loaded.set(index)
-        self._notify_keys_accessed([key for index, key in enumerate(keys) if loaded.test(index)])
+        done = list(self._loading.map(load, keys, objects))
+        for index in (index for index, is_loaded in enumerate(done) if is_loaded):
+            loaded.set(index)
+        self._notify_keys_accessed([key for key, is_loaded in zip(keys, done, strict=True) if is_loaded])
         return loaded
 
     def _learn_starts(self, event: Any) -> None:

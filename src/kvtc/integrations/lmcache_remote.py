@@ -36,8 +36,9 @@ class KvtcRemoteConnector(RemoteConnector):
         super().__init__(local_cpu_backend.config, local_cpu_backend.metadata)
         self._memory = local_cpu_backend
         options = LmcacheOptions(config.extra_config or {})
-        spacing = int(local_cpu_backend.metadata.chunk_size)
-        options.coder(ChunkCoder, 0, spacing)  # what cannot work is told when LMCache starts
+        metadata = local_cpu_backend.metadata
+        spacing = int(metadata.chunk_size)
+        options.coder(ChunkCoder, metadata.worker_id, spacing)  # what cannot work is told when LMCache starts
         self._store = open_store(options.settings.store)
         self._chunks = StoredChunks(
             self._store,

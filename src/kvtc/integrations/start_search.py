@@ -19,7 +19,7 @@ from ..calibration import Calibration
 from ..coding.transform import cache_side_of, rows_of
 from ..errors import UnsupportedLayout
 
-_SAMPLED_TOKENS = 8
+_SAMPLED_TOKENS, _SAMPLED_DIRECTIONS = 8, 256
 _LARGEST_DEVIATION = 2.0
 """Keys of the calibrated model are at 1, keys turned by a wrong offset or read in a wrong layout at 3 and more."""
 _TYPICAL = 0.53
@@ -46,15 +46,16 @@ def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int)
 def check_fit(keys: Tensor, calibration: Calibration, start: int) -> None:
     """Raise `UnsupportedLayout` for keys [L, H, T, D] that are none of the calibrated model, or do not begin at start.
 
-    Measured on a few tokens: how far they are from the calibrated mean in each direction of the calibrated basis, over how far
-    keys were there at calibration; the geometric mean, so that a few outliers do not count.
+    Measured on a few tokens and directions of the calibrated basis: how far from the calibrated mean the keys are, over how far
+    keys were at calibration; the geometric mean, so that a few outliers do not count.
     """
     geometry, basis = calibration.geometry, calibration.key.basis
     every = max(1, keys.shape[2] // _SAMPLED_TOKENS)
     positions = torch.arange(start + every // 2, start + keys.shape[2], every)
     sample = geometry.rope.unrotate(keys[:, :, every // 2 :: every].cpu(), positions, 1)
-    coefficients = (rows_of(sample) - basis.mean.cpu()) @ basis.vectors.cpu().float()
-    relative = coefficients.abs() / basis.spectrum.cpu().clamp_min(_TINY).sqrt()
+    directions = slice(None, None, max(1, basis.rank // _SAMPLED_DIRECTIONS))
+    coefficients = (rows_of(sample) - basis.mean.cpu()) @ basis.vectors[:, directions].cpu().float()
+    relative = coefficients.abs() / basis.spectrum[directions].cpu().clamp_min(_TINY).sqrt()
     deviation = float(relative.clamp_min(_TINY).log().mean().exp()) / _TYPICAL
     if deviation > _LARGEST_DEVIATION:
         raise UnsupportedLayout(

@@ -53,13 +53,10 @@ class StoredChunks:
         self.counts.add(chunks_saved=1, bytes_saved=len(stream), original_bytes=original, starts_searched=start is None)
         return len(stream)
 
-    def load(self, rank: int, keys: Sequence[str], chunks: Sequence[Tensor]) -> list[bool]:
-        """Fill chunks from their streams; whether each was."""
-        streams = self.read(keys)
-        return [
-            stream is not None and self.fill(rank, key, stream, data)
-            for key, stream, data in zip(keys, streams, chunks, strict=True)
-        ]
+    def load(self, rank: int, key: str, data: Tensor) -> bool:
+        """Fill a chunk from its stream; whether it was there and sound."""
+        (stream,) = self.read([key])
+        return stream is not None and self.fill(rank, key, stream, data)
 
     def read(self, keys: Sequence[str]) -> list[bytes | None]:
         """Streams, None for what is not there."""

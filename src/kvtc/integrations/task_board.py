@@ -15,10 +15,10 @@ Result = TypeVar("Result")
 
 
 class TaskBoard(Generic[Result]):
-    """Tasks of one kind, on threads of their own. notify: called when a result is there. numbers: task ids, may be shared."""
+    """Tasks of one kind, one after another on a thread. notify: called when a result is there. numbers: task ids, may be shared."""
 
-    def __init__(self, name: str, threads: int, notify: Callable[[], object], numbers: itertools.count[int]) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    def __init__(self, name: str, notify: Callable[[], object], numbers: itertools.count[int]) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._notify, self._numbers = notify, numbers
         self._lock = threading.Lock()
         self._results: dict[int, Result] = {}
