@@ -20,8 +20,8 @@ from ..coding.transform import cache_side_of, rows_of
 from ..errors import UnsupportedLayout
 
 _SAMPLED_TOKENS, _SAMPLED_DIRECTIONS = 8, 256
-_LARGEST_DEVIATION = 2.0
-"""Keys of the calibrated model are at 1, keys turned by a wrong offset or read in a wrong layout at 3 and more."""
+_LARGEST_DEVIATION = 2.5
+"""Keys of the calibrated model are near 1, of texts unlike any calibrated on below 2; turned or read wrongly they are above 3."""
 _TYPICAL = 0.53
 """Geometric mean of the size of a normally distributed number, in standard deviations."""
 _TINY = 1e-12
