@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Engines that `make test-engines` runs kvtc in, each in an environment of its own.
-ENGINES ?= vllm
+ENGINES ?= vllm lmcache sglang transports
 
 .PHONY: demo test test-stores test-faults test-engines soak check fuzz bench clean
 
@@ -40,7 +40,7 @@ test-engines: $(ENGINES:%=test-engine-%)
 
 test-engine-%:
 	tests/engines/setup.sh $* $(VENV)-$*
-	$(VENV)-$*/bin/python tests/engines/$*_end_to_end.py
+	$(VENV)-$*/bin/python $(wildcard tests/engines/$*_end_to_end.py tests/engines/$*_round_trip.py)
 
 fuzz: $(VENV)/.test-ready
 	$(BIN)/python -m tests.fuzz --mutations 100000

@@ -256,3 +256,15 @@ def test_the_default_ratio_is_sixteen():
     codec = Codec(joint_calibration(), "joint", fixed_size=True)
     assert isinstance(codec.rate, StepRate)
     assert codec.rate.ratio == 16
+
+
+def test_another_ratio_of_the_same_codec():
+    codec = fixed_codec(window_tokens=0)
+    other = codec.with_ratio(4)
+    cache = told_cache(100)
+    assert len(other.encode(cache)) == other.stream_bytes(100, torch.float32) > codec.stream_bytes(100, torch.float32)
+    assert other.encode(cache) == fixed_codec(window_tokens=0, ratio=4).encode(cache)
+    with pytest.raises(InvalidArgument, match="fixed_size=True can be given"):
+        joint_codec("joint").with_ratio(4)
+    with pytest.raises(InvalidArgument, match="at least 1"):
+        codec.with_ratio(0.5)

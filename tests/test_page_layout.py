@@ -106,16 +106,26 @@ def test_lmcache_chunk_of_packed_pages_is_the_pages_slot_by_slot(packing):
     assert torch.equal(layout.write(keys, values).view_as(slots), slots)
 
 
-@pytest.mark.parametrize("name", ["layer_first", "page_first"])
-def test_sglang_host_pages(name):
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("layer_first", "LNHD"),
+        ("page_first", "NLHD"),
+        ("page_first_direct", "LNHD"),
+        ("page_head", "HNLD"),
+    ],
+)
+def test_sglang_host_pages(name, shape):
     keys, values = tokens(N)
     layout = sglang_layout(name, L, H, D, N)
-    data = layout.write(keys, values).view([2, L, N, H, D] if name == "layer_first" else [2, N, L, H, D])
+    sizes = {"L": L, "N": N, "H": H, "D": D}
+    data = layout.write(keys, values).view(2, *(sizes[axis] for axis in shape))
     for layer, head, token, feature in spots(N):
         if token < N:
-            at = (layer, token) if name == "layer_first" else (token, layer)
-            assert data[0][at][head, feature] == keys[layer, head, token, feature]
-            assert data[1][at][head, feature] == values[layer, head, token, feature]
+            place = {"L": layer, "N": token, "H": head, "D": feature}
+            at = tuple(place[axis] for axis in shape)
+            assert data[0][at] == keys[layer, head, token, feature]
+            assert data[1][at] == values[layer, head, token, feature]
     assert all(map(torch.equal, layout.read(data), (keys, values)))
 
 
@@ -147,7 +157,7 @@ def test_reading_undoes_writing(axes, packing, n_pages, page_tokens, head_dim):
         (lambda: lmcache_layout([2, L, N, H * 2 * D], L, H, D), "2, 3, 32, 64"),
         (lambda: lmcache_layout([N, H * D], L, H, D), "32, 32"),
         (lambda: lmcache_layout([2, L, N, H * D], L, H, D, packing="vec"), "vec"),
-        (lambda: sglang_layout("page_first_direct", L, H, D, N), "page_first_direct"),
+        (lambda: sglang_layout("page_unified", L, H, D, N), "page_unified"),
         (lambda: cache_dtype("int8_per_token_head"), "int8_per_token_head"),
         (lambda: PageLayout("LBHN", L, H, D, N), "LBHN"),
         (lambda: PageLayout("LBHNC", L, H, D, N).read(torch.zeros(5)), "5"),

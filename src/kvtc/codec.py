@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -161,6 +162,14 @@ class Codec:
             raise InvalidArgument(f"window_tokens {window_tokens} must not be negative")
         other = copy.copy(self)
         other.window_tokens = window_tokens
+        return other
+
+    def with_ratio(self, ratio: float) -> Codec:
+        """The same codec of fixed size, but for the ratio that its sizes follow from."""
+        if not self.settings.fixed_size or not isinstance(self.rate, StepRate):
+            raise InvalidArgument("only a codec made with fixed_size=True can be given another ratio")
+        other = copy.copy(self)
+        other.rate = replace(self.rate, ratio=ratio)
         return other
 
     def decode(

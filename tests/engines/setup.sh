@@ -25,10 +25,36 @@ for line in lines:
     if requirement != line and "extra ==" not in line and not requirement.startswith("torch"):
         print(requirement)
 PYTHON
-    echo torch==2.13.0 > "$wheels/constraints.txt"
-    pip install --constraint "$wheels/constraints.txt" --requirement "$wheels/requirements.txt" numba tqdm
+    echo torch==2.13.0 > "$environment/constraints.txt"
+    pip install --constraint "$environment/constraints.txt" --requirement "$wheels/requirements.txt" numba tqdm
     pip install --no-deps "$wheels"/*.whl
     rm -r "$wheels"
+}
+
+install_lmcache() {
+    # LMCache beside the vLLM that it serves; it needs an older numpy.
+    install_vllm
+    "$environment/bin/python" -m pip freeze | grep '^transformers==' >> "$environment/constraints.txt"
+    pip install --constraint "$environment/constraints.txt" lmcache==0.5.6
+    # The servers that it stores in. moto needs other versions than LMCache.
+    command -v redis-server > /dev/null || { apt-get update -qq && apt-get install -y -qq redis-server; }
+    python3 -m venv "$environment/servers"
+    "$environment/servers/bin/python" -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
+}
+
+install_sglang() {
+    # SGLang itself needs a GPU to install. What its memory pools and storage backends import is mostly what vLLM brings.
+    install_vllm
+    pip install --constraint "$environment/constraints.txt" gguf IPython orjson pybase64 traitlets
+    pip install --no-deps sglang==0.5.23
+}
+
+install_transports() {
+    # NIXL, Mooncake (its build without CUDA needs a library of Debian's), and what encodes a stream to send.
+    ldconfig -p | grep -q libibverbs.so.1 || { apt-get update -qq && apt-get install -y -qq libibverbs1; }
+    pip install torch==2.13.0
+    pip install torch==2.13.0 transformers==5.23.0 numba tqdm safetensors
+    pip install nixl==1.5.1 nixl-cu12==1.5.1 mooncake-transfer-engine-non-cuda==0.3.13.post1
 }
 
 "install_$engine"

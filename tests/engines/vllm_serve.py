@@ -27,7 +27,9 @@ def model_directory(scratch: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "task", type=Path, help="JSON: transfer_config, prompts (token ids), transfer_params, engine (of vllm.LLM)"
+        "task",
+        type=Path,
+        help="JSON: transfer_config, prompts (token ids), transfer_params, engine (of vllm.LLM), settle",
     )
     parser.add_argument("result", type=Path)
     arguments = parser.parse_args()
@@ -52,7 +54,7 @@ def main() -> None:
             (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling)
             answers.append({"tokens": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens})
             # Saving goes on in the background, in steps of the engine where it runs beside the scheduler.
-            time.sleep(1)
+            time.sleep(task.get("settle", 1))
         metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
         del llm
     kept = {

@@ -42,18 +42,21 @@ class EngineSettings:
     threads: int = 1
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> EngineSettings:
-        """From an engine's free-form options, of which those of others are left alone. Raises `InvalidArgument`."""
+    def from_config(cls, config: Mapping[str, Any], *, needs_store: bool = True) -> EngineSettings:
+        """From an engine's free-form options, of which those of others are left alone. Raises `InvalidArgument`.
+
+        needs_store: False where the engine itself stores the streams; then there is no kvtc.store.
+        """
         given = {key.removeprefix(PREFIX): value for key, value in config.items() if key.startswith(PREFIX)}
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in fields(cls) if needs_store or field.name != "store"]
         if unknown := sorted(set(given) - set(known)):
             raise InvalidArgument(
                 f"unknown option {PREFIX}{unknown[0]}; expected one of {', '.join(known)} after {PREFIX}"
             )
-        for name in ("calibration", "store"):
+        for name in ("calibration", "store") if needs_store else ("calibration",):
             if not isinstance(given.get(name), str) or not given[name]:
                 raise InvalidArgument(f"the engine's configuration must give {PREFIX}{name}")
-        settings = cls(**given)
+        settings = cls(**{"store": "", **given})
         if settings.profile not in PROFILE_CHOICES:
             raise InvalidArgument(
                 f"{PREFIX}profile is {settings.profile!r}; expected one of {', '.join(PROFILE_CHOICES)}"

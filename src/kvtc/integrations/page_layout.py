@@ -203,8 +203,13 @@ def lmcache_layout(
 
 
 def sglang_layout(name: str, n_layers: int, n_kv_heads: int, head_dim: int, page_tokens: int) -> PageLayout:
-    """A host page of SGLang: `layer_first` [2, L, N, H, D] or `page_first` [2, N, L, H, D]. Raises `UnsupportedLayout`."""
-    axes = {"layer_first": "SLBNHD", "page_first": "SBNLHD"}
+    """A host page of SGLang, of one of its host layouts. Raises `UnsupportedLayout`."""
+    axes = {
+        "layer_first": "SLBNHD",
+        "page_first": "SBNLHD",
+        "page_first_direct": "SBLNHD",
+        "page_head": "SBHNLD",
+    }
     if name not in axes:
         raise UnsupportedLayout(f"SGLang's host layout {name!r}; kvtc reads {', '.join(axes)}")
     return PageLayout(axes[name], n_layers, n_kv_heads, head_dim, page_tokens)

@@ -25,9 +25,12 @@ Ids = Sequence[int] | np.ndarray | Tensor
 
 
 class PageCodec:
-    """Keys and values of the tokens start .. stop - 1 -> one stream, and back. Safe to share between threads."""
+    """Keys and values of the tokens start .. stop - 1 -> one stream, and back. Safe to share between threads.
 
-    def __init__(self, calibration: Calibration, settings: EngineSettings) -> None:
+    fixed_size: as of `Codec`.
+    """
+
+    def __init__(self, calibration: Calibration, settings: EngineSettings, *, fixed_size: bool = False) -> None:
         if calibration.geometry.rope.depends_on_length:
             raise UnsupportedModel(
                 "the rotation of this model depends on the length of a sequence, which pages of an engine do not tell"
@@ -37,7 +40,8 @@ class PageCodec:
         best = "paper" if joint is None else "joint" if joint.tokens is None else "conditional"
         self._told = best if settings.profile == AUTO else settings.profile
         self._untold = "joint" if self._told == "conditional" and settings.profile == AUTO else self._told
-        self._codecs = {profile: _codec(calibration, profile, settings) for profile in {self._told, self._untold}}
+        profiles = {self._told, self._untold}
+        self._codecs = {profile: _codec(calibration, profile, settings, fixed_size) for profile in profiles}
 
     def serves(self, has_token_ids: bool) -> bool:
         """Whether there is a profile for chunks with, or without, token ids."""
@@ -66,18 +70,21 @@ class PageCodec:
         cache = KVCache(keys, values, positions, geometry.first_layer, geometry.first_kv_head)
         return self.codec(token_ids is not None).encode(cache, token_ids)
 
-    def decode(self, stream: bytes, start: int, n_tokens: int, token_ids: Ids | None = None) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, stream: bytes, start: int | None, n_tokens: int, token_ids: Ids | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A stream that begins at position start -> keys, values [L, H, n_tokens, D] of its first tokens, in its dtype.
 
-        token_ids: those of the whole stream, or of the tokens wanted. Raises what `Codec.decode` raises.
+        start None: wherever the stream says. token_ids: those of the whole stream, or of the tokens wanted.
+        Raises what `Codec.decode` raises.
         """
         cache = self.codec(token_ids is not None).decode_neutral(stream, token_ids, n_tokens)
-        if n_tokens and int(cache.resolved_positions()[0]) != start:
+        if n_tokens and start is not None and int(cache.resolved_positions()[0]) != start:
             raise CorruptStream(f"the stream begins at position {int(cache.resolved_positions()[0])}; expected {start}")
         return cache.keys, cache.values
 
 
-def _codec(calibration: Calibration, profile: str, settings: EngineSettings) -> Codec:
+def _codec(calibration: Calibration, profile: str, settings: EngineSettings, fixed_size: bool) -> Codec:
     return Codec(
         calibration,
         profile,
@@ -85,6 +92,7 @@ def _codec(calibration: Calibration, profile: str, settings: EngineSettings) -> 
         sink_tokens=SINK_TOKENS,
         window_tokens=0,
         step=settings.step,
+        fixed_size=fixed_size,
         chunk_tokens=CHUNK_TOKENS,
         device=settings.device,
     )

@@ -1,0 +1,129 @@
+"""kvtc as a remote storage plugin of LMCache's engine inside a process: real caches of the reference model out and back.
+
+The engine is LMCache's own, with its storage manager and event loop; where vLLM's pages would be, a tensor is. (vLLM's connector to
+this engine, LMCacheConnectorV1, does not run on CPUs.) Run by `lmcache_end_to_end.py`, in LMCache's environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["LMCACHE_TRACK_USAGE"] = "false"
+os.environ.setdefault("PYTHONHASHSEED", "0")
+
+import torch
+from lmcache.v1.cache_engine import LMCacheEngineBuilder
+from lmcache.v1.config import LMCacheEngineConfig
+from lmcache.v1.gpu_connector.gpu_connectors import GPUConnectorInterface
+from lmcache.v1.metadata import LMCacheMetadata
+from vllm_end_to_end import prompts
+
+from kvtc import interop
+from kvtc.integrations.page_layout import lmcache_layout
+from kvtc.reference import reference_calibration, reference_model
+
+RATIO = 8
+CHUNK_TOKENS = 256
+
+
+class TensorConnector(GPUConnectorInterface):
+    """Moves chunks between LMCache and a tensor [2, L, T, H * D]."""
+
+    def __init__(self, caches: torch.Tensor) -> None:
+        self.caches = self.kvcaches = caches
+        self.inited = True
+
+    def to_gpu(self, memory_obj: Any, start: int, end: int, **_: Any) -> None:
+        self.caches[:, :, start:end].copy_(memory_obj.tensor)
+
+    def from_gpu(self, memory_obj: Any, start: int, end: int, **_: Any) -> None:
+        memory_obj.tensor.copy_(self.caches[:, :, start:end])
+
+    def batched_to_gpu(self, memory_objs: Any, starts: Any, ends: Any, **_: Any) -> None:
+        for item, start, end in zip(memory_objs, starts, ends, strict=True):
+            self.to_gpu(item, start, end)
+
+    def batched_from_gpu(self, memory_objs: Any, starts: Any, ends: Any, **_: Any) -> None:
+        for item, start, end in zip(memory_objs, starts, ends, strict=True):
+            self.from_gpu(item, start, end)
+
+    def get_shape(self, num_tokens: int) -> torch.Size:
+        return torch.Size([2, self.caches.shape[1], num_tokens, self.caches.shape[3]])
+
+    def initialize_kvcaches_ptr(self, **_: Any) -> None:
+        pass
+
+
+def main() -> None:
+    ids = torch.tensor([prompts()[0]])
+    model, _ = reference_model("bfloat16")
+    geometry = reference_calibration().geometry
+    sizes = geometry.n_layers, geometry.n_kv_heads, geometry.head_dim
+    with torch.no_grad():
+        cache = interop.from_transformers(model(ids).past_key_values, geometry)
+    shape = (2, sizes[0], ids.shape[1], sizes[1] * sizes[2])
+    caches = lmcache_layout(shape, *sizes).write(cache.keys, cache.values).reshape(shape)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Path(scratch) / "store"
+        found, expected = round_trip(store, caches, ids[0])
+        stored = sum(file.stat().st_size for file in (store / "entries").rglob("*") if file.is_file())
+    original = caches.numel() * 2
+    error = float((caches.float() - expected.float()).norm() / expected.float().norm())
+    print(
+        f"  in process: {found} of {ids.shape[1]} tokens come back, relative error {error:.4f}; {stored} bytes for {original} at "
+        f"16 bits: total ratio {original / stored:.2f}"
+    )
+    # LMCache's threads do not end by themselves.
+    sys.stdout.flush()
+    os._exit(0 if found == ids.shape[1] and error < 0.1 else 1)
+
+
+def round_trip(store: Path, caches: torch.Tensor, ids: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """(tokens that came back, what they were): stored by LMCache's engine, erased, retrieved into `caches`."""
+    config = LMCacheEngineConfig.from_dict(
+        {
+            "chunk_size": CHUNK_TOKENS,
+            "local_cpu": False,
+            "max_local_cpu_size": 0.5,
+            "save_unfull_chunk": True,
+            "remote_storage_plugins": ["kvtc"],
+            "extra_config": {
+                "remote_storage_plugin.kvtc.module_path": "kvtc.integrations.lmcache_remote",
+                "remote_storage_plugin.kvtc.class_name": "KvtcRemoteConnector",
+                "kvtc.calibration": "reference",
+                "kvtc.store": f"file://{store}",
+                "kvtc.ratio": RATIO,
+            },
+        }
+    )
+    _, n_layers, n_tokens, _ = caches.shape
+    geometry = reference_calibration().geometry
+    metadata = LMCacheMetadata(
+        model_name="kvtc-6m",
+        world_size=1,
+        local_world_size=1,
+        worker_id=0,
+        local_worker_id=0,
+        kv_dtype=torch.bfloat16,
+        kv_shape=(n_layers, 2, CHUNK_TOKENS, geometry.n_kv_heads, geometry.head_dim),
+    )
+    engine = LMCacheEngineBuilder.get_or_create(
+        "kvtc", config, metadata, TensorConnector(caches), lambda tensor, _: tensor, lambda item, _: item
+    )
+    engine.post_init()
+    engine.store(ids)
+    deadline = time.monotonic() + 60
+    while engine.lookup(ids) < n_tokens and time.monotonic() < deadline:
+        time.sleep(0.5)
+    expected = caches.clone()
+    caches.zero_()
+    return int(engine.retrieve(ids).sum()), expected
+
+
+if __name__ == "__main__":
+    main()

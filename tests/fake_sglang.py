@@ -1,0 +1,112 @@
+"""The names of SGLang that kvtc's backend imports, with SGLang 0.5.23's signatures, and a host pool on the CPU.
+
+`make test` runs the backend on this; `make test-engines` runs it with SGLang's own factory and pools.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .fake_modules import fake_modules
+
+ADAPTERS = ("kvtc.integrations.sglang_hicache",)
+
+
+@dataclass
+class HiCacheStorageConfig:
+    extra_config: dict[str, Any]
+    model_name: str = "tiny"
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    attn_cp_size: int = 1
+    is_mla_model: bool = False
+
+
+@dataclass
+class HiCacheStorageExtraInfo:
+    prefix_keys: list[str] | None = None
+
+
+class PoolName(str, enum.Enum):  # noqa: UP042  as in SGLang
+    KV = "kv"
+    MAMBA = "mamba"
+
+
+@dataclass
+class PoolTransfer:
+    name: PoolName
+    host_indices: torch.Tensor | None = None
+    keys: list[str] | None = None
+
+
+@dataclass
+class PoolTransferResult:
+    kv_hit_pages: int
+    extra_pool_hit_pages: dict[str, int]
+
+
+class HiCacheStorage(ABC):
+    def register_mem_pool_host(self, mem_pool_host):
+        self.mem_pool_host = mem_pool_host
+
+    @abstractmethod
+    def get(self, key, target_location=None, target_sizes=None): ...
+
+    @abstractmethod
+    def batch_get(self, keys, target_locations=None, target_sizes=None): ...
+
+    @abstractmethod
+    def set(self, key, value=None, target_location=None, target_sizes=None): ...
+
+    @abstractmethod
+    def batch_set(self, keys, values=None, target_locations=None, target_sizes=None): ...
+
+    @abstractmethod
+    def exists(self, key): ...
+
+
+class HostPool:
+    """Pages of keys and values, in SGLang's host layouts."""
+
+    def __init__(self, layout: str, sizes: tuple[int, int, int], page_size: int, n_pages: int) -> None:
+        self.layout, self.page_size, self.dtype = layout, page_size, torch.bfloat16
+        self.layer_num, self.head_num, self.head_dim = sizes
+        tokens, (n_layers, n_heads, dim) = n_pages * page_size, sizes
+        first = (n_layers, tokens) if layout == "layer_first" else (tokens, n_layers)
+        self.kv_buffer = torch.zeros(2, *first, n_heads, dim, dtype=self.dtype)
+
+    def get_data_page(self, index, flat=True):
+        span = slice(index, index + self.page_size)
+        page = self.kv_buffer[:, :, span] if self.layout == "layer_first" else self.kv_buffer[:, span]
+        return page.flatten() if flat else page
+
+    def set_from_flat_data_page(self, index, data_page):
+        page = self.get_data_page(index, flat=False)
+        page.copy_(data_page.reshape(page.shape))
+
+    def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keys, values [L, H, T, D] of all slots."""
+        for side, tensor in enumerate((keys, values)):
+            rows = tensor.permute(0, 2, 1, 3)
+            self.kv_buffer[side] = rows if self.layout == "layer_first" else rows.transpose(0, 1)
+
+
+@contextmanager
+def fake_sglang() -> Iterator[None]:
+    """SGLang's module of storage backends for as long as the block runs."""
+    names = {
+        "HiCacheStorage": HiCacheStorage,
+        "PoolName": PoolName,
+        "PoolTransferResult": PoolTransferResult,
+    }
+    with fake_modules({"sglang.srt.mem_cache.hicache_storage": names}, ADAPTERS):
+        yield
