@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import KvtcError, StoreError
 from ..store import Store
 from .chunk_coder import ChunkCoder
-from .pages import Counts
+from .counts import Counts
 
 logger = logging.getLogger(__name__)
 
