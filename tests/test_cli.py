@@ -17,7 +17,7 @@ from kvtc.cli import main
 from kvtc.cli.calibrating import documents
 from kvtc.demo.run import CONVERSATION
 from kvtc.errors import InvalidCache
-from kvtc.reference import MODEL_DIRECTORY
+from kvtc.reference import CALIBRATION_FILE
 
 from .builders import random_cache
 
@@ -77,7 +77,7 @@ def test_encode_a_text_as_the_library_does(capsys, made, tmp_path):
 
 
 def test_encode_a_saved_cache(capsys, made, tmp_path):
-    calibration = MODEL_DIRECTORY / "calibration.safetensors"
+    calibration = CALIBRATION_FILE
     arguments = ["encode", made / "talk.safetensors", "-o", tmp_path / "a.kvtc", "--calibration", calibration]
     code, out, _ = run(capsys, *arguments, "--key-ratio", 8, "--value-ratio", 32)
     assert code == 0

@@ -21,11 +21,10 @@ from ..evaluate.provenance import Provenance
 from ..evaluate.quality import Quality, evaluate_continuation
 from ..inspection import inspect
 from ..integrations.continuation import prefill
-from ..reference import MODEL_DIRECTORY, MODEL_NAME, reference_calibration, reference_model
+from ..reference import CALIBRATION_FILE, MODEL_NAME, reference_calibration, reference_model
 from . import report
 
 CONVERSATION = Path(__file__).parent / "conversation.txt"
-CALIBRATION_FILE = MODEL_DIRECTORY / "calibration.safetensors"
 HELD_OUT = "\n=====\n"
 FACT = re.compile(r"The magic number for (\w+) is (\d+)\.")
 QUESTION = "\n\nThe magic number for {} is"

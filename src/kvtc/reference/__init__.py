@@ -13,6 +13,8 @@ from ..errors import MissingDependency
 
 MODEL_NAME = "kvtc-6m"
 MODEL_DIRECTORY = Path(__file__).parent / MODEL_NAME
+CALIBRATION_FILE = Path(__file__).parent / f"{MODEL_NAME}.calibration.safetensors"
+"""Beside the model's directory: engines take every safetensors file inside of it for weights."""
 
 
 def reference_model(dtype: str = "float32") -> tuple[Any, Any]:
@@ -38,4 +40,4 @@ def reference_model(dtype: str = "float32") -> tuple[Any, Any]:
 
 def reference_calibration() -> Calibration:
     """The calibration of the reference model, made from its training text only."""
-    return load_calibration(MODEL_DIRECTORY / "calibration.safetensors")
+    return load_calibration(CALIBRATION_FILE)
