@@ -31,10 +31,10 @@ calibration = kvtc.reference_calibration()
 geometry = calibration.geometry
 shape = (geometry.n_layers, geometry.n_kv_heads, 300, geometry.head_dim)
 cache = kvtc.KVCache(torch.randn(shape), torch.randn(shape))
-codec = kvtc.Codec(calibration, ratio=16)
+codec = kvtc.Codec(calibration, "paper", ratio=16)
 restored = codec.decode(codec.encode(cache))
 assert restored.keys.shape == shape
-coders = [lambda name=name: kvtc.Codec(calibration, lossless=name) for name in ("zstd", "lz4")]
+coders = [lambda name=name: kvtc.Codec(calibration, "paper", lossless=name) for name in ("zstd", "lz4")]
 urls = ("redis://localhost", "s3://bucket", "memory:?key_variable=KEY")
 stores = [lambda url=url: kvtc.store.open_store(url) for url in urls]
 for call in (*coders, *stores, kvtc.reference_model):

@@ -22,11 +22,11 @@ from .cache import CACHE_DTYPES, KVCache
 from .calibration.artifact import Calibration
 from .coding.prediction import token_triples
 from .coding.regions import ChunkSpan, split_regions
-from .coding.transform import cache_side_of
+from .coding.transform import cache_side_of, saturate
 from .container import Chunk, SectionType, parse_stream
 from .errors import InvalidArgument, InvalidCache
 from .fixed_size import fixed_stream_bytes
-from .opened_stream import ExactTokens, OpenedStream, TokenIds, open_stream
+from .opened_stream import ExactTokens, OpenedStream, TokenIds, open_stream, shift_to
 from .profiles import Allowance, BodyCoder, BodyRows, JointCoder
 from .profiles.step_rate import StepRate
 from .sealed_stream import chunks_of, draft_stream
@@ -204,7 +204,7 @@ class Codec:
         """The cache, and whether it was one of transformers."""
         opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), tokens)
         header = opened.header
-        shift = _shift_to(start_position, opened)
+        shift = shift_to(start_position, opened)
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
         keys = torch.empty(shape, dtype=header.dtype, device=self.device)
         values = torch.empty_like(keys)
@@ -371,8 +371,8 @@ class Codec:
                 keys = rope.turn_layer(layer, keys, positions, header.rope_length + shift)
                 shape = (header.n_kv_heads, opened.positions.numel(), header.head_dim)
                 both = [torch.empty(shape, dtype=header.dtype, device=self.device) for _ in range(2)]
-                both[0][:, body] = _saturate(keys, header.dtype)
-                both[1][:, body] = _saturate(values, header.dtype)
+                both[0][:, body] = saturate(keys, header.dtype)
+                both[1][:, body] = saturate(values, header.dtype)
                 for part in exact:
                     both[0][:, part.tokens] = part.keys[layer]
                     both[1][:, part.tokens] = part.values[layer]
@@ -387,7 +387,7 @@ class Codec:
             rope, length = self.calibration.geometry.rope, opened.header.rope_length
             positions = opened.positions[part.tokens]
             plain = rope.unrotate(keys, positions, length)
-            keys = _saturate(rope.rotate(plain, positions + shift, length + shift), keys.dtype)
+            keys = saturate(rope.rotate(plain, positions + shift, length + shift), keys.dtype)
         return ExactTokens(part.first, keys, values)
 
     def _coder_of(self, profile: str) -> BodyCoder:
@@ -396,19 +396,3 @@ class Codec:
             if profile not in self._coders:
                 self._coders[profile] = decoder(self.calibration, profile, self.device)
             return self._coders[profile]
-
-
-def _shift_to(start_position: int | None, opened: OpenedStream) -> int:
-    """How far tokens move so that the first stands at `start_position`."""
-    if start_position is None or not opened.n_tokens:
-        return 0
-    shift = start_position - int(opened.positions[0])
-    if start_position < 0 or int(opened.positions[-1]) + shift >= 1 << 31:
-        raise InvalidArgument(f"start_position {start_position} moves tokens outside of 0 .. 2**31 - 1")
-    return shift
-
-
-def _saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 -> dtype; what lies past its range becomes its largest value, not infinity or NaN."""
-    limit = torch.finfo(dtype).max
-    return values.clamp(-limit, limit).to(dtype)

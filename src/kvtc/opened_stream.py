@@ -193,3 +193,13 @@ def _read_exact(stream: Stream, index: int, section: SectionType, n: int, first:
         return ExactTokens(first, *decode_fp8(data, shape, header.dtype))
     data = stream.read(section, index, exact_bytes(2 * header.row_features * n, header.dtype))
     return ExactTokens(first, *decode_exact(data, shape, header.dtype))
+
+
+def shift_to(start_position: int | None, opened: OpenedStream) -> int:
+    """How far tokens move so that the first stands at `start_position`."""
+    if start_position is None or not opened.n_tokens:
+        return 0
+    shift = start_position - int(opened.positions[0])
+    if start_position < 0 or int(opened.positions[-1]) + shift >= 1 << 31:
+        raise InvalidArgument(f"start_position {start_position} moves tokens outside of 0 .. 2**31 - 1")
+    return shift

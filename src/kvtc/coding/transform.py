@@ -46,3 +46,9 @@ def project(rows: Tensor, mean: Tensor, vectors: Tensor) -> Tensor:
 def reconstruct(coefficients: Tensor, mean: Tensor, vectors: Tensor) -> Tensor:
     """Coefficients [T, n] -> rows [T, q]; `mean` [q] and `vectors` [q, n] may be the slice of a layer."""
     return torch.addmm(mean, coefficients, vectors.T)
+
+
+def saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 -> dtype; what lies past its range becomes its largest value, not infinity or NaN."""
+    limit = torch.finfo(dtype).max
+    return values.clamp(-limit, limit).to(dtype)
