@@ -121,7 +121,7 @@ def seeds(calibrations: Calibrations) -> Cases:
 
 def _both_profiles(calibrations: dict[str, kvtc.Calibration]) -> Cases:
     return {
-        f"{profile}, {name}, {ratio}x": kvtc.Codec(made, "paper", profile, ratio=ratio)
+        f"{profile}, {name}, {ratio}x": kvtc.Codec(made, profile, ratio=ratio)
         for profile in ("paper", "conditional")
         for ratio in (16, 64)
         for name, made in calibrations.items()
