@@ -739,7 +739,7 @@ def sides_of(cache) -> tuple[Tensor, Tensor]:
 
 
 def batch_codec(calibration, **options) -> Codec:
-    return Codec(calibration, **({"ratio": 3, "window_tokens": 8, "chunk_tokens": 16} | options))
+    return Codec(calibration, "paper", **({"ratio": 3, "window_tokens": 8, "chunk_tokens": 16} | options))
 
 
 def test_a_batch_encodes_like_its_sequences(model_calibration, batch):
