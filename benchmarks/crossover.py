@@ -100,6 +100,9 @@ def plot(rows: list[dict], path: str) -> None:
             axes.plot([r["tokens"] for r in here], [1e3 * r["load"] for r in here], "s-", label=f"load from {store}")
         axes.set(xlabel="Tokens of context", ylabel="Milliseconds", xscale="log", yscale="log")
         axes.set_xticks([r["tokens"] for r in first], [str(r["tokens"]) for r in first])
+        ticks = [10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.set_ylim(0.7e3 * min(r["load"] for r in rows), 1.4e3 * max(r["compute"] for r in rows))
         axes.minorticks_off()
         axes.legend(frameon=False)
         figure.savefig(path, dpi=140)
