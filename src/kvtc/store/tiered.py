@@ -82,7 +82,7 @@ class TieredStore(Store):
         self._tiers = [Tier(store, pause, lambda: self._counters.add(errors=1)) for store in tiers]
         self._stripes = [threading.Lock() for _ in range(N_STRIPES)]
         self._versions = [0] * N_STRIPES  # how often a key of that stripe has been written
-        self._write_back = WriteBack(self._put_below, self._delete_below, queue_bytes) if write == "back" else None
+        self._write_back = WriteBack(self._put_below, queue_bytes) if write == "back" else None
 
     def __repr__(self) -> str:
         return f"TieredStore({', '.join(repr(tier.store) for tier in self._tiers)})"

@@ -18,13 +18,12 @@ class WriteBack:
     A later value of a key takes the place of one that still waits. At most `max_bytes` wait; more makes `put` wait instead.
     """
 
-    def __init__(self, write: Callable[[str, bytes], None], delete: Callable[[str], None], max_bytes: int) -> None:
-        self._write, self._delete, self._max_bytes = write, delete, max_bytes
+    def __init__(self, write: Callable[[str, bytes], None], max_bytes: int) -> None:
+        self._write, self._max_bytes = write, max_bytes
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, bytes] = OrderedDict()
         self._bytes = 0
         self._in_flight: tuple[str, bytes] | None = None
-        self._is_deleted_in_flight = False
         self._is_stopping = False
         self._has_ended = False
         self._worker = threading.Thread(target=self._work, name="kvtc-write-back", daemon=True)
@@ -50,24 +49,22 @@ class WriteBack:
         with self._changed:
             if key in self._waiting:
                 return self._waiting[key]
-            if self._in_flight is not None and self._in_flight[0] == key and not self._is_deleted_in_flight:
+            if self._in_flight is not None and self._in_flight[0] == key:
                 return self._in_flight[1]
             return None
 
     def keys(self) -> Sequence[str]:
         with self._changed:
-            return [
-                *self._waiting,
-                *([self._in_flight[0]] if self._in_flight and not self._is_deleted_in_flight else ()),
-            ]
+            return [*self._waiting, *([self._in_flight[0]] if self._in_flight else ())]
 
     def delete(self, key: str) -> None:
-        """Forget what waits under that key; what is being written is deleted once it has been written."""
+        """Forget what waits under that key, and let what is being written arrive: nothing of it comes after this."""
         with self._changed:
             self._forget(key)
-            if self._in_flight is not None and self._in_flight[0] == key:
-                self._is_deleted_in_flight = True
             self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: self._has_ended or self._in_flight is None or self._in_flight[0] != key,
+            )
 
     def flush(self) -> None:
         """Wait until nothing is on its way."""
@@ -103,13 +100,9 @@ class WriteBack:
                     return
                 key, value = next(iter(self._waiting.items()))
                 self._forget(key)
-                self._in_flight, self._is_deleted_in_flight = (key, value), False
+                self._in_flight = (key, value)
                 self._changed.notify_all()
             self._write(key, value)
-            with self._changed:
-                is_deleted = self._is_deleted_in_flight
-            if is_deleted:
-                self._delete(key)
             with self._changed:
                 self._in_flight = None
                 self._changed.notify_all()
