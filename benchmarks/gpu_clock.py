@@ -1,0 +1,108 @@
+"""Clocks for `gpu.py`: medians of whole runs, and what each stage adds to a run, nested ones counted once."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """device: what runs are waited for. repeats: runs whose median counts, after warm_up others."""
+
+    device: torch.device
+    repeats: int = 5
+    warm_up: int = 2
+
+    def times(self, run: Callable[[], Any]) -> list[float]:
+        """Seconds of each run that counts, from a device that idles to one that idles again."""
+        found = []
+        for index in range(self.warm_up + self.repeats):
+            synchronize(self.device)
+            started = time.perf_counter()
+            result = run()
+            synchronize(self.device)
+            if index >= self.warm_up:
+                found.append(time.perf_counter() - started)
+            del result  # before the next run asks for as much memory
+        return found
+
+    def median(self, run: Callable[[], Any]) -> float:
+        return statistics.median(self.times(run))
+
+
+@dataclass
+class _Open:
+    name: str
+    start: Any
+    inner: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+class StageClock:
+    """Hooks around functions of the codec and its backend; a stage within another is not counted in the outer one.
+
+    On CUDA devices stages are bounded by events of the stream, so that nothing waits for the device in between: a stage is what it
+    adds to the stream's time, the host's preparation included where the device has to wait for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._open: list[_Open] = []
+        self._closed: dict[str, list[tuple[Any, Any, list[tuple[Any, Any]]]]] = defaultdict(list)
+
+    @contextmanager
+    def hooked(self, stages: dict[str, tuple[Any, str]]) -> Iterator[None]:
+        """stages: name -> an object, class or module, and the function of it that is the stage. Several may share a name."""
+        with ExitStack() as stack:
+            for name, (owner, function) in stages.items():
+                stage = name.partition("/")[0]
+                stack.enter_context(patch.object(owner, function, self._around(stage, getattr(owner, function))))
+            yield
+
+    def seconds(self) -> dict[str, float]:
+        """Of each stage since it was last asked, in all."""
+        synchronize(self._device)
+        found = {
+            name: sum(
+                self._between(start, stop) - sum(self._between(*pair) for pair in inner) for start, stop, inner in calls
+            )
+            for name, calls in self._closed.items()
+        }
+        self._closed.clear()
+        return found
+
+    def _around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._open.append(_Open(name, self._now()))
+            try:
+                return function(*args, **kwargs)
+            finally:
+                call, stop = self._open.pop(), self._now()
+                self._closed[name].append((call.start, stop, call.inner))
+                if self._open:
+                    self._open[-1].inner.append((call.start, stop))
+
+        return timed
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, stop: Any) -> float:
+        return stop - start if self._device.type != "cuda" else start.elapsed_time(stop) / 1e3
