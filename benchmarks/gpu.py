@@ -16,13 +16,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpu_ceilings import ceilings, lossless, rans
 from gpu_clock import Clock
 from gpu_coding import Case, Setting, gate, measure_case
+from gpu_model import measure_first_token
+from gpu_report import plot, print_report
 from kvtc.evaluate.provenance import RESULTS_DIRECTORY, Provenance, save_result
 from kvtc.evaluate.schema import read_result
 
@@ -32,11 +36,16 @@ CASES = [
     *(Case("nemo", profile, rank) for profile in ("joint", "conditional") for rank in (3000, 6000, 10000)),
     *(Case(shape, *rest) for shape in ("llama8", "llama70") for rest in (("paper", 6000), ("conditional", 3000))),
 ]
+PICTURE = Path("docs/images/gpu_decode.png")
+FIRST_TOKEN_CASES = [Case("nemo", "paper", 6000), Case("nemo", "conditional", 3000)]
 
 
 def pieces() -> dict[str, Callable[[Setting], dict[str, Any]]]:
     """What can be measured, in the order in which it is."""
-    return {case.name: (lambda setting, case=case: measure_case(case, setting)) for case in CASES}
+    first = {"ceilings": ceilings, "rans": rans}
+    coding = {case.name: partial(measure_case, case) for case in CASES}
+    tokens = {f"first-token-{case.name}": partial(measure_first_token, case) for case in FIRST_TOKEN_CASES}
+    return {**first, **coding, **tokens, "lossless": lossless}
 
 
 def saved(directory: Path, name: str) -> dict[str, Any]:
@@ -85,15 +94,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--small", action="store_true", help="models in miniature")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plot", type=Path, nargs="?", const=PICTURE, help=f"draw what is saved (to {PICTURE})")
     parser.add_argument("--directory", type=Path, default=RESULTS_DIRECTORY)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     setting = Setting(device, options.backend, Clock(device, options.repeats), options.small)
+    name = "gpu_small" if options.small else "gpu"
+    if options.plot:
+        plot(saved(options.directory, name), options.plot)
+        return
     if options.list:
-        found = saved(options.directory, "gpu_small" if options.small else "gpu")
-        print("\n".join(f"{name:32} {'saved' if name in found else '-'}" for name in pieces()))
+        found = saved(options.directory, name)
+        print("\n".join(f"{piece:40} {'saved' if piece in found else '-'}" for piece in pieces()))
         return
     left = run_pieces(options.pieces or list(pieces()), setting, options)
+    print_report(saved(options.directory, name))
     if left:
         print(f"time is up; call again for {' '.join(left)}", file=sys.stderr)
 

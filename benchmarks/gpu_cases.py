@@ -3,7 +3,8 @@
 Nothing is trained. Bases are random orthonormal columns. Deviations of coefficients are those measured for the calibration that
 ships with kvtc, stretched to the rank asked for by interpolation in log-log; probability tables are the shipped ones, for they
 belong to a ratio of deviation to step and not to a model. Caches are bases times coefficients drawn with these deviations (normal,
-each token's scale log-normal) around what prediction says, so that encoders meet symbols of realistic cost.
+each token's scale log-normal) around what prediction says: at the shipped rank and equal steps their symbols cost 2 to 12 % more
+bits than those of the texts it was calibrated on.
 """
 
 from collections.abc import Iterator
