@@ -235,6 +235,29 @@ def test_doctor(capsys):
     assert works["reference calibration"]
     assert works["coder deflate"]
     assert all(check["why_not"] for check in result["checks"] if not check["works"])
+    cpu = result["devices"][0]
+    assert (cpu["device"], cpu["backend"], cpu["reason"]) == ("cpu", "reference", "a device of type cpu")
+    assert cpu["works"]
+    assert result["reference_calibration"]["fingerprint"] == kvtc.reference_calibration().fingerprint.hex()
+    assert result["reference_calibration"]["fingerprint"] in out
+    assert {"triton", "redis", "transformers"} <= {entry["package"] for entry in result["packages"]}
+
+
+def test_doctor_says_what_a_device_ran_into(capsys, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("the device\nhas fallen off the bus")
+
+    monkeypatch.setattr("kvtc.codec.Codec.decode", broken)
+    code, out, _ = run(capsys, "doctor", "--json")
+    cpu = json.loads(out)["devices"][0]
+    assert (code, cpu["works"], cpu["why_not"]) == (0, False, "the device has fallen off the bus")
+
+
+def test_doctor_without_a_gpu_says_why(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cuda = json.loads(run(capsys, "doctor", "--json")[1])["devices"][1]
+    assert (cuda["device"], cuda["backend"], cuda["works"]) == ("cuda", None, False)
+    assert "https://pytorch.org" in cuda["why_not"]
 
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):

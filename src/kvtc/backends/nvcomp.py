@@ -65,7 +65,7 @@ class BlockCoder:
     def download(self, batch: Iterable[Any]) -> list[bytes]:
         """A batch -> its blocks, by one copy."""
         arrays = list(batch)
-        parts: list[Tensor] = [torch.from_dlpack(array).view(torch.uint8) for array in arrays]
+        parts: list[Tensor] = [torch.utils.dlpack.from_dlpack(array).view(torch.uint8) for array in arrays]
         joined = torch.cat(parts).cpu().numpy().tobytes()
         blocks, first = [], 0
         for part in parts:
