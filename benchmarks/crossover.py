@@ -184,7 +184,7 @@ def plot(rows: list[dict]) -> None:
         spent.invert_yaxis()
         spent.set_axisbelow(True)
         spent.set_xlabel(f"Milliseconds to load {lengths[-1]} tokens; the line: to compute them")
-        spent.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+        spent.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=4, fontsize=9, columnspacing=1.2)
         save_plot(drawn, NAME)
 
 
