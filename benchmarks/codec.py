@@ -19,31 +19,32 @@ import torch
 
 import kvtc
 import kvtc.codec
+from kvtc.backends import ReferenceBackend
 from kvtc.calibration import KindCalibration
 from kvtc.coding.distortion import measure_distortion
-from kvtc.coding.prediction import Predictor
 from kvtc.coding.rope import Rope, RopeTable
 from kvtc.coding.transform import Basis
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.table import format_table
 from kvtc.integrations.huggingface import capture
-from kvtc.profiles import joint, paper
+from kvtc.profiles import paper
+from kvtc.profiles.coefficients import JointTransform
 from kvtc.sealed_stream import StreamDraft
 
 # The stages of `kvtc.codec`, and those of a profile, by the names that call them.
-ENCODE_STAGES = {"validate": (kvtc.KVCache, "validate"), "un-rotate": (Rope, "unrotate"),
+ENCODE_STAGES = {"validate": (kvtc.KVCache, "validate"), "un-rotate": (ReferenceBackend, "gather"),
                  "exact tokens": (kvtc.codec, "draft_stream"), "container": (StreamDraft, "seal")}  # fmt: skip
-DECODE_STAGES = {"container, lossless decoding": (kvtc.codec, "open_stream"), "rotate": (Rope, "turn_layer")}
+DECODE_STAGES = {"container, lossless decoding": (kvtc.codec, "open_stream"), "rotate": (ReferenceBackend, "place")}
 PROFILE_STAGES = {
     "paper": (
-        {"transform": (paper, "project"), "quantize and pack": (paper, "encode_groups")},
-        {"unpack and dequantize": (paper, "decode_groups"), "inverse transform": (paper, "reconstruct")},
+        {"transform": (paper, "project"), "quantize and pack": (ReferenceBackend, "pack_groups")},
+        {"unpack and dequantize": (ReferenceBackend, "unpack_groups"), "inverse transform": (paper, "reconstruct")},
     ),
     "conditional": (
-        {"transform and prediction": (joint.JointCoder, "_coefficients"),
-         "quantize and entropy-code": (joint.JointCoder, "_encode")},
-        {"entropy decoding": (joint, "decode_symbols"), "dequantize": (joint, "dequantize"),
-         "prediction": (Predictor, "predict"), "inverse transform": (joint, "reconstruct")},
+        {"transform and prediction": (JointTransform, "choices"), "round by cost": (ReferenceBackend, "round"),
+         "entropy-code": (ReferenceBackend, "write_integers")},
+        {"entropy decoding": (ReferenceBackend, "read_integers"), "prediction": (JointTransform, "completed"),
+         "inverse transform": (JointTransform, "restore")},
     ),
 }  # fmt: skip
 

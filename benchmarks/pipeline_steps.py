@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 import kvtc
+import kvtc.backends.reference
 import kvtc.calibration.entropy
-import kvtc.profiles.coefficients
 from calibrating import RANKS, add_calibration_arguments, sequences
 from kvtc.calibration import Calibration
 from kvtc.calibration.artifact import KindCalibration
@@ -98,7 +98,7 @@ def rounded_plainly(coefficients, step, classes, tables) -> Rounded:
 def plain_rounding() -> Iterator[None]:
     """Inside, encoders round plainly and tables are fitted to that."""
     with (
-        patch.object(kvtc.profiles.coefficients, "round_coefficients", rounded_plainly),
+        patch.object(kvtc.backends.reference, "round_coefficients", rounded_plainly),
         patch.object(kvtc.calibration.entropy, "round_coefficients", rounded_plainly),
     ):
         yield

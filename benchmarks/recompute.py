@@ -26,26 +26,27 @@ from transformers import DynamicCache
 
 import kvtc
 from calibrating import add_calibration_arguments, sequences
+from kvtc.backends import ReferenceBackend
 from kvtc.calibration.entropy import fit_coefficients
 from kvtc.calibration.fit import CHUNK_TOKENS
 from kvtc.calibration.joint_fit import TABLE_ROWS, WeightedRows
 from kvtc.calibration.prediction_fit import REGRESSION_RIDGE
 from kvtc.coding.prediction import token_features, token_triples
-from kvtc.coding.rounding import round_coefficients
 from kvtc.coding.transform import cache_side_of, rows_of
-from kvtc.coding.uniform import column_classes, dequantize
+from kvtc.coding.uniform import column_classes
 from kvtc.evaluate.derived import FewerBytes, fewer_bytes
 from kvtc.evaluate.methods import Cost
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.schema import RECOMPUTE, QualityRecord, RecomputePoint
 from kvtc.evaluate.table import format_table
 from kvtc.integrations.continuation import prefill
-from kvtc.profiles.integers import read_integers, write_integers
+from kvtc.profiles.integers import join_integers, split_integers
 from pipeline_steps import SINK_TOKENS, Rows
 from quality import add_text_arguments, measure, print_qualities, stretches
 
 HEADER, LENGTH = struct.Struct("<If"), struct.Struct("<I")
 TIMED_RATIO = 64
+BACKEND = ReferenceBackend(torch.device("cpu"))
 
 
 class Moments:
@@ -163,8 +164,9 @@ class Recomputing:
         sinks = torch.stack([torch.stack(layer) for layer in layers[scheme.m :]])[:, :, :, :SINK_TOKENS].contiguous()
         parts = [HEADER.pack(len(token_ids), self.step), sinks.view(torch.uint8).numpy().tobytes()]
         for chunk in chunks(len(token_ids)):
-            rounded = round_coefficients(coefficients[chunk], float(np.float32(self.step)), self.classes, tables)
-            data = write_integers(rounded, self.classes, tables)
+            rounded = BACKEND.round(coefficients[chunk], float(np.float32(self.step)), self.classes, tables)
+            whole = [slice(0, len(rounded.activities))]
+            data = join_integers(BACKEND.write_integers(rounded, whole, self.classes, tables)[0])
             parts += [LENGTH.pack(len(data)), data]
         return b"".join(parts)
 
@@ -181,8 +183,9 @@ class Recomputing:
             data = stream[at + LENGTH.size : at + LENGTH.size + size]
             at += LENGTH.size + size
             tables = scheme.coefficients.tables
-            values, offsets = read_integers(data, chunk.stop - chunk.start, self.classes, tables)
-            weighted[chunk] += dequantize(values, offsets, step) @ scheme.vectors[:, : len(self.classes)].T
+            parts = split_integers(data, chunk.stop - chunk.start, self.classes, tables, step)
+            coefficients = BACKEND.read_integers([parts], len(self.classes))
+            weighted[chunk] += coefficients @ scheme.vectors[:, : len(self.classes)].T
         keys, values = (side.to(torch.bfloat16) for side in scheme.layers_of(weighted))
         shape = len(keys), 2, scheme.geometry.n_kv_heads, SINK_TOKENS, scheme.geometry.head_dim
         exact = sinks.reshape(shape)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import kvtc
+from kvtc.backends import reference
 from kvtc.cache import KVCache
 from kvtc.calibration import Calibration, load_calibration
 from kvtc.codec import Codec
@@ -501,8 +502,8 @@ def test_symbols_do_not_depend_on_the_prediction(monkeypatch):
     codec = joint_codec("conditional", step=0.5, window_tokens=0, chunk_tokens=64)
     stream = codec.encode(cache, ids)
     seen: list[Tensor] = []
-    dequantize = joint_profile.dequantize
-    monkeypatch.setattr(joint_profile, "dequantize", lambda v, *rest: [seen.append(v), dequantize(v, *rest)][1])
+    dequantize = reference.dequantize
+    monkeypatch.setattr(reference, "dequantize", lambda v, *rest: [seen.append(v), dequantize(v, *rest)][1])
     first = codec.decode(stream, ids)
     other = Codec(perturbed(codec.calibration, 1e-3), "conditional").decode(stream, ids)
     assert len(seen) == 2 * 4

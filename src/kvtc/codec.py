@@ -18,17 +18,18 @@ import torch
 from torch import Tensor
 
 from . import interop
+from .backends import Target, make_backend
 from .cache import CACHE_DTYPES, KVCache
 from .calibration.artifact import Calibration
-from .coding.prediction import token_triples
 from .coding.regions import ChunkSpan, split_regions
-from .coding.transform import cache_side_of, saturate
 from .container import Chunk, SectionType, parse_stream
 from .errors import InvalidArgument, InvalidCache
 from .fixed_size import fixed_stream_bytes
-from .opened_stream import ExactTokens, OpenedStream, TokenIds, open_stream, shift_to
-from .profiles import Allowance, BodyCoder, BodyRows, JointCoder
+from .gathering import coded_rows
+from .opened_stream import OpenedStream, TokenIds, open_stream, shift_to
+from .profiles import Allowance, BodyCoder, JointCoder
 from .profiles.step_rate import StepRate
+from .restoring import Restoration
 from .sealed_stream import chunks_of, draft_stream
 from .settings import (
     as_ids,
@@ -37,6 +38,7 @@ from .settings import (
     check_regions,
     coder_and_rate,
     decoder,
+    product_dtype,
     stream_settings,
     usable_device,
 )
@@ -56,6 +58,8 @@ class Codec:
     fixed_size: every stream of tokens at the same places has the same bytes, `stream_bytes` of them: the step is as fine as
     fits, and what is left is padded (`joint` and `conditional`, with a ratio).
     lossless: "deflate", "zstd", "lz4" or "none". chunk_tokens: unit of random access. device: where the arithmetic runs.
+    backend: "reference", "triton", or "auto": the latter on CUDA devices where it is installed (docs/gpu.md). precision: of the
+    inverse transform, "float32", "bfloat16", or "auto": the latter on CUDA devices.
 
     Of the profile `paper` alone: key_ratio, value_ratio: the ratio of one kind. max_error: instead of a ratio, the largest relative
     error (Frobenius norm over the centred calibration rows) of each kind. allocation: "dynamic" (the dynamic program) or
@@ -84,6 +88,8 @@ class Codec:
         fixed_size: bool = False,
         chunk_tokens: int = 256,
         device: str | torch.device = "cpu",
+        backend: str = "auto",
+        precision: str = "auto",
     ) -> None:
         check_calibration(calibration)
         check_regions(sink_tokens, window_tokens)
@@ -95,8 +101,11 @@ class Codec:
         self.window_tokens = window_tokens
         self.settings = stream_settings(profile, chunk_tokens, lossless, sink_format, window_format, fixed_size)
         self.device = usable_device(device)
+        self.backend = make_backend(self.device, backend)
+        self._product = product_dtype(precision, self.device)
         self._lock = threading.Lock()
-        self._coder, self.rate = coder_and_rate(calibration, self.device, self.settings, ratio, step, kl, of_paper)
+        made_for = calibration, self.backend, self._product
+        self._coder, self.rate = coder_and_rate(*made_for, self.settings, ratio, step, kl, of_paper)
         self._coders = {profile: self._coder}
 
     def with_step(self, step: float) -> Codec:
@@ -205,12 +214,12 @@ class Codec:
         opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), tokens)
         header = opened.header
         shift = shift_to(start_position, opened)
+        restoration = self._restoration([opened], [shift])
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
         keys = torch.empty(shape, dtype=header.dtype, device=self.device)
         values = torch.empty_like(keys)
-        for layer, layer_keys, layer_values in self._restore(opened, shift):
-            keys[layer - header.first_layer] = layer_keys
-            values[layer - header.first_layer] = layer_values
+        for layer in range(header.n_layers):
+            restoration.write_layer(layer, [(Target.of(keys[layer]), Target.of(values[layer]))])
         positions = opened.positions[: opened.n_tokens] + shift
         # 0: it was not recorded, for no frequency depends on it. Moved to the front, a length too short would be negative.
         rope_length = max(0, header.rope_length + shift) if header.rope_length else None
@@ -222,7 +231,41 @@ class Codec:
 
         Arguments and stream are checked, and coefficients decoded, before this returns.
         """
-        return self._restore(open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), None), shift=0)
+        opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), None)
+        return self._layers(opened, self._restoration([opened], [0]))
+
+    def _layers(self, opened: OpenedStream, restoration: Restoration) -> Iterator[tuple[int, Tensor, Tensor]]:
+        header = opened.header
+        shape = (header.n_kv_heads, opened.n_tokens, header.head_dim)
+        for layer in range(header.n_layers):
+            keys, values = (torch.empty(shape, dtype=header.dtype, device=self.device) for _ in range(2))
+            restoration.write_layer(layer, [(Target.of(keys), Target.of(values))])
+            yield header.first_layer + layer, keys, values
+
+    def decode_into(
+        self,
+        stream: bytes,
+        targets: Sequence[tuple[Target, Target]],
+        token_ids: Any = None,
+        tokens: int | None = None,
+        start_position: int | None = None,
+    ) -> None:
+        """A stream -> keys and values of an engine, each layer written where its targets say: in pages, say.
+
+        targets: of keys and of values, for each layer of the stream, with places for the tokens decoded, on the codec's device.
+        The others as in `decode`, which also says what is raised; what is read of the stream is checked before anything is
+        written.
+        """
+        opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), tokens)
+        places = {len(target.token_offsets) for sides in targets for target in sides}
+        if len(targets) != opened.header.n_layers or places != {opened.n_tokens}:
+            raise InvalidArgument(
+                f"targets for {len(targets)} layers and {sorted(places)} tokens; the stream holds {opened.header.n_layers} layers, "
+                f"and {opened.n_tokens} tokens are decoded"
+            )
+        restoration = self._restoration([opened], [shift_to(start_position, opened)])
+        for layer, sides in enumerate(targets):
+            restoration.write_layer(layer, [sides])
 
     def encode_batch(self, cache: Any, token_ids: Any, attention_mask: Any) -> list[bytes]:
         """A left-padded transformers cache of several sequences -> one stream each, padding left out.
@@ -264,23 +307,29 @@ class Codec:
                 f"token_ids {tuple(token_ids.shape)} must be {(len(streams), longest)}: the tokens of the longest stream "
                 "(to which the last token of an answer may not belong yet)"
             )
-        mask = torch.zeros(len(streams), longest, dtype=torch.int64, device=self.device)
-        sides: list[Tensor] = []
+        opened = []
         for index, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
             row = ids[index]
             row = row[longest - length :] if row is not None and is_padded else row
-            opened = open_stream(stream, self.calibration, self._coder_of, row, None)
-            header = opened.header
-            if not sides:
-                shape = (len(streams), header.n_layers, header.n_kv_heads, longest, header.head_dim)
-                sides = [torch.zeros(shape, dtype=header.dtype, device=self.device) for _ in range(2)]
-            elif header.dtype != sides[0].dtype:
-                raise InvalidArgument(f"stream {index} holds {header.dtype}, stream 0 {sides[0].dtype}")
-            for layer, keys, values in self._restore(opened, shift=0):
-                sides[0][index, layer - header.first_layer, :, longest - length :] = keys
-                sides[1][index, layer - header.first_layer, :, longest - length :] = values
+            opened.append(open_stream(stream, self.calibration, self._coder_of, row, None))
+            if opened[index].header.dtype != opened[0].header.dtype:
+                raise InvalidArgument(
+                    f"stream {index} holds {opened[index].header.dtype}, stream 0 {opened[0].header.dtype}"
+                )
+        header = opened[0].header
+        mask = torch.zeros(len(streams), longest, dtype=torch.int64, device=self.device)
+        shape = (len(streams), header.n_layers, header.n_kv_heads, longest, header.head_dim)
+        keys = torch.zeros(shape, dtype=header.dtype, device=self.device)
+        values = torch.zeros_like(keys)
+        for index, length in enumerate(lengths):
             mask[index, longest - length :] = 1
-        return interop.to_transformers(sides[0], sides[1], header.first_layer), mask
+        for coder in {id(stream.coder): stream.coder for stream in opened}.values():
+            mine = [index for index, stream in enumerate(opened) if stream.coder is coder]
+            restoration = self._restoration([opened[index] for index in mine], [0] * len(mine))
+            for layer in range(header.n_layers):
+                places = [(index, layer, slice(None), slice(longest - lengths[index], None)) for index in mine]
+                restoration.write_layer(layer, [(Target.of(keys[at]), Target.of(values[at])) for at in places])
+        return interop.to_transformers(keys, values, header.first_layer), mask
 
     def _encode(
         self,
@@ -290,14 +339,7 @@ class Codec:
         is_transformers: bool,
     ) -> bytes:
         if positions is not None:
-            cache = KVCache(
-                cache.keys,
-                cache.values,
-                torch.from_numpy(positions),
-                cache.first_layer,
-                cache.first_kv_head,
-                cache.rope_length,
-            )
+            cache = replace(cache, positions=torch.from_numpy(positions))
         cache.validate()
         self.calibration.geometry.check(cache)
         if token_ids is not None and len(token_ids) != cache.n_tokens:
@@ -309,8 +351,8 @@ class Codec:
         spans = self._spans(cache.resolved_positions())
         draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
-        bodies = [(index, span) for index, span in enumerate(spans) if span.n_body]
-        windows = [(index, spans[index]) for index, chunk in enumerate(draft.chunks) if chunk.coded_window]
+        bodies = [index for index, span in enumerate(spans) if span.n_body]
+        windows = [index for index, chunk in enumerate(draft.chunks) if chunk.coded_window]
         rate_bytes = self._coder.rate_bytes or 0
         allowance = Allowance(
             sum(span.n_body for span in spans),
@@ -318,16 +360,13 @@ class Codec:
             other_bytes=draft.body_bytes + rate_bytes,
             at_most=None if size is None else size - draft.n_bytes - rate_bytes,
         )
-        # Chunk by chunk, so that memory stays small and that the bytes of a chunk depend on nothing but the chunk.
+        here = cache, token_ids, self.calibration, self.backend
         coded = self._coder.encode_all(
-            lambda is_window: (
-                self._rows(cache, span, span.window if is_window else span.body, token_ids)
-                for _, span in (windows if is_window else bodies)
-            ),
+            lambda is_window: coded_rows(*here, [spans[i] for i in (windows if is_window else bodies)], is_window),
             allowance,
         )
-        sections = {(SectionType.BODY, index): data for (index, _), data in zip(bodies, coded.bodies, strict=True)}
-        sections |= {(SectionType.WINDOW, index): data for (index, _), data in zip(windows, coded.windows, strict=True)}
+        sections = {(SectionType.BODY, index): data for index, data in zip(bodies, coded.bodies, strict=True)}
+        sections |= {(SectionType.WINDOW, index): data for index, data in zip(windows, coded.windows, strict=True)}
         return draft.seal(coded.plan.to_bytes(), sections, self._coder.is_entropy_coded, size)
 
     def _spans(self, positions: Tensor) -> list[ChunkSpan]:
@@ -346,53 +385,12 @@ class Codec:
             self._coder.least_bytes,
         )
 
-    def _rows(self, cache: KVCache, span: ChunkSpan, tokens: slice, token_ids: TokenIds | None) -> BodyRows:
-        """Tokens of a chunk on the codec's device, keys un-rotated."""
-        positions = cache.resolved_positions()
-        keys, values = (side[:, :, tokens].to(self.device) for side in (cache.keys, cache.values))
-        unrotated = self.calibration.geometry.rope.unrotate(keys, positions[tokens], cache.resolved_rope_length())
-        triples = None
-        if token_ids is not None:
-            ids, here = token_ids[span.tokens], positions[span.tokens].numpy()
-            triples = token_triples(ids, here)[tokens.start - span.first : tokens.stop - span.first]
-        return BodyRows(unrotated, values.float(), triples)
-
-    def _restore(self, opened: OpenedStream, shift: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Check done, bytes read: decode all coefficients, then restore layer after layer in the stream's dtype."""
-        header, rope = opened.header, self.calibration.geometry.rope
-        coefficients = opened.coder.decode(opened.coded, opened.plan)
-        exact = [self._moved(part, opened, shift) for part in opened.exact]
-        body, positions = opened.body, opened.positions[opened.body] + shift
-
-        def restored() -> Iterator[tuple[int, Tensor, Tensor]]:
-            for layer in range(header.n_layers):
-                rows = opened.coder.restore(coefficients, layer)
-                keys, values = (cache_side_of(side, 1, header.n_kv_heads)[0] for side in rows)
-                keys = rope.turn_layer(layer, keys, positions, header.rope_length + shift)
-                shape = (header.n_kv_heads, opened.positions.numel(), header.head_dim)
-                both = [torch.empty(shape, dtype=header.dtype, device=self.device) for _ in range(2)]
-                both[0][:, body] = saturate(keys, header.dtype)
-                both[1][:, body] = saturate(values, header.dtype)
-                for part in exact:
-                    both[0][:, part.tokens] = part.keys[layer]
-                    both[1][:, part.tokens] = part.values[layer]
-                yield header.first_layer + layer, both[0][:, : opened.n_tokens], both[1][:, : opened.n_tokens]
-
-        return restored()
-
-    def _moved(self, part: ExactTokens, opened: OpenedStream, shift: int) -> ExactTokens:
-        """Exact tokens on the codec's device, their keys turned to new positions if there is a shift."""
-        keys, values = part.keys.to(self.device), part.values.to(self.device)
-        if shift:
-            rope, length = self.calibration.geometry.rope, opened.header.rope_length
-            positions = opened.positions[part.tokens]
-            plain = rope.unrotate(keys, positions, length)
-            keys = saturate(rope.rotate(plain, positions + shift, length + shift), keys.dtype)
-        return ExactTokens(part.first, keys, values)
+    def _restoration(self, opened: Sequence[OpenedStream], shifts: Sequence[int]) -> Restoration:
+        return Restoration(opened, shifts, self.calibration, self.backend)
 
     def _coder_of(self, profile: str) -> BodyCoder:
         """The coder of a stream's profile, whichever this codec writes."""
         with self._lock:
             if profile not in self._coders:
-                self._coders[profile] = decoder(self.calibration, profile, self.device)
+                self._coders[profile] = decoder(self.calibration, self.backend, self._product, profile)
             return self._coders[profile]

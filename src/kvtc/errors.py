@@ -58,6 +58,10 @@ class MissingDependency(KvtcError, ImportError):
     """An optional package is needed for this call; the message says which extra installs it."""
 
 
+class BackendUnavailable(KvtcError):
+    """The backend that was asked for cannot run on that device here; the message says why."""
+
+
 class StoreError(KvtcError):
     """A store could not do what was asked; the two classes below say why. No store returns wrong bytes instead."""
 

@@ -92,14 +92,14 @@ def open_stream(
             section = stream.read(SectionType.BODY, index, coder.body_bytes(plan, chunk.n_body))
             here = slice(chunk.n_sink, chunk.n_sink + chunk.n_body)
             triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
-            coded.append(CodedBody(section, chunk.n_body, triples))
+            coded.append(CodedBody(section, chunk.n_body, plan, triples))
         if chunk.n_window:
             start = first + chunk.n_sink + chunk.n_body
             if chunk.coded_window:
                 section = stream.read(SectionType.WINDOW, index, coder.body_bytes(plan, chunk.n_window))
                 here = slice(start - first, start - first + chunk.n_window)
                 triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
-                coded.append(CodedBody(section, chunk.n_window, triples, is_window=True))
+                coded.append(CodedBody(section, chunk.n_window, plan, triples, is_window=True))
             else:
                 exact.append(_read_exact(stream, index, SectionType.WINDOW, chunk.n_window, start, is_fp8=False))
         if chunk.is_padded and any(stream.read(SectionType.PADDING, index, None)):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .backends import Backend
 from .calibration.artifact import Calibration
 from .coding.lossless import require_coder
 from .container import MAX_CHUNK_TOKENS, PROFILES
@@ -20,6 +21,7 @@ from .sealed_stream import StreamSettings
 
 SINK_FORMATS = ("exact", "fp8")
 WINDOW_FORMATS = ("exact", "coded")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check_calibration(calibration: Calibration) -> None:
@@ -56,7 +58,8 @@ def stream_settings(
 
 def coder_and_rate(
     calibration: Calibration,
-    device: torch.device,
+    backend: Backend,
+    product: torch.dtype,
     settings: StreamSettings,
     ratio: float | None,
     step: float | None,
@@ -69,7 +72,7 @@ def coder_and_rate(
         if step is not None or kl is not None:
             raise InvalidArgument("the profile paper has no step, which step and kl decide; give a ratio")
         target = RateTarget(calibration, ratio, *of_paper)
-        return PaperCoder(calibration, device, target), target
+        return PaperCoder(calibration, backend, product, target), target
     if asks_for_paper(of_paper):
         raise InvalidArgument(
             f"key_ratio, value_ratio, max_error and allocation are of the profile paper, not {profile}"
@@ -81,7 +84,7 @@ def coder_and_rate(
     step = step if kl is None else _step_for(calibration, profile, kl)
     finer_window = FINER_WINDOW if settings.coded_window else None
     rate = StepRate(DEFAULT_RATIO if ratio is None else ratio, step, finer_window)
-    return JointCoder(calibration, device, profile == "conditional", rate), rate
+    return JointCoder(calibration, backend, product, profile == "conditional", rate), rate
 
 
 def asks_for_paper(of_paper: tuple[float | None, float | None, float | None, str]) -> bool:
@@ -99,11 +102,20 @@ def _step_for(calibration: Calibration, profile: str, kl: float) -> float:
     return calibration.quality[profile].step_for(kl)
 
 
-def decoder(calibration: Calibration, profile: str, device: torch.device) -> BodyCoder:
+def decoder(calibration: Calibration, backend: Backend, product: torch.dtype, profile: str) -> BodyCoder:
     """A coder of a profile that only decodes."""
     if profile == "paper":
-        return PaperCoder(calibration, device)
-    return JointCoder(calibration, device, profile == "conditional")
+        return PaperCoder(calibration, backend, product)
+    return JointCoder(calibration, backend, product, profile == "conditional")
+
+
+def product_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of the inverse transform."""
+    if precision != "auto" and precision not in PRECISIONS:
+        raise InvalidArgument(f"precision is {precision!r}; expected one of auto, {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return PRECISIONS[precision]
 
 
 def as_ids(values: Any) -> TokenIds | None:

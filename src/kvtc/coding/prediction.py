@@ -39,11 +39,14 @@ class Predictor:
     def predict(self, triples: Tensor) -> Tensor:
         """Triples [T, 3] int64 from `token_triples` -> coefficients [T, r] float32."""
         features = token_features(self.table, triples)
-        weights, hidden, outputs = (
-            part.to(features.device).float() for part in (self.weights, self.hidden, self.outputs)
-        )
+        weights, hidden, outputs = (part.float() for part in (self.weights, self.hidden, self.outputs))
         predicted: Tensor = features @ weights + (features @ hidden).relu() @ outputs
         return predicted
+
+    def to(self, device: torch.device) -> Predictor:
+        """The same on a device, its matrices float32 already."""
+        matrices = (part.to(device).float() for part in (self.weights, self.hidden, self.outputs))
+        return Predictor(self.table.to(device), *matrices)
 
 
 def token_triples(

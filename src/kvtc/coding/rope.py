@@ -75,6 +75,29 @@ class RopeTable:
         angles = positions.to(torch.float32)[:, None] * self.frequencies(length).to(positions.device)[None, :]
         return angles.cos(), angles.sin()
 
+    def turn(self, positions: Tensor, length: int, inverse: bool) -> Turn:
+        """The rotation at `positions` [T], on their device."""
+        cos, sin = self.cos_sin(positions, length)
+        if inverse:
+            return Turn(cos / self.attention_scaling, -sin / self.attention_scaling, self.interleaved)
+        return Turn(cos * self.attention_scaling, sin * self.attention_scaling, self.interleaved)
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One rotation at the positions of some tokens, or its inverse: cos and sin [T, m] float32, their factor in them.
+
+    Pairs are (i, i + m), or (2 i, 2 i + 1) where interleaved; features from 2 m on stay as they are.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+    def part(self, tokens: slice) -> Turn:
+        """Of some of the tokens."""
+        return Turn(self.cos[tokens], self.sin[tokens], self.interleaved)
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -105,14 +128,18 @@ class Rope:
         """Keys [L, H, T, D] before rotation -> float32 [L, H, T, D] as the model caches them at `positions`."""
         return self._turn(keys, positions, length, inverse=False)
 
+    def turns(self, positions: Tensor, length: int, inverse: bool = False) -> list[Turn | None]:
+        """The rotation of each layer at `positions` [T], on their device; None where there is none. Layers share them."""
+        made = [table.turn(positions, length, inverse) for table in self.tables]
+        return [None if index == NO_ROTATION else made[index] for index in self.layer_tables]
+
     def _turn(self, keys: Tensor, positions: Tensor, length: int, inverse: bool) -> Tensor:
         if keys.shape[0] != len(self.layer_tables):
             raise InvalidArgument(f"keys have {keys.shape[0]} layers, the rotation describes {len(self.layer_tables)}")
-        turned, positions = keys.to(torch.float32, copy=True), positions.to(keys.device)
-        cos_sin = [table.cos_sin(positions, length) for table in self.tables]
-        for layer, index in enumerate(self.layer_tables):
-            if index != NO_ROTATION:
-                _turn_in_place(turned[layer], self.tables[index], *cos_sin[index], inverse)
+        turned = keys.to(torch.float32, copy=True)
+        for layer, turn in zip(turned, self.turns(positions.to(keys.device), length, inverse), strict=True):
+            if turn is not None:
+                turn_in_place(layer, turn)
         return turned
 
     def turn_layer(self, layer: int, keys: Tensor, positions: Tensor, length: int, inverse: bool = False) -> Tensor:
@@ -120,8 +147,7 @@ class Rope:
         turned = keys.to(torch.float32, copy=True)
         index = self.layer_tables[layer]
         if index != NO_ROTATION:
-            table = self.tables[index]
-            _turn_in_place(turned, table, *table.cos_sin(positions.to(keys.device), length), inverse)
+            turn_in_place(turned, self.tables[index].turn(positions.to(keys.device), length, inverse))
         return turned
 
     def to_json(self) -> dict[str, Any]:
@@ -137,19 +163,15 @@ class Rope:
         return cls(tuple(_table_from_json(t) for t in fields["tables"]), tuple(int(i) for i in fields["layer_tables"]))
 
 
-def _turn_in_place(keys: Tensor, table: RopeTable, cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    """Turn keys [H, T, D] in place; cos and sin [T, rotated_dim / 2]."""
-    rotated = table.rotated_dim
-    if table.interleaved:
-        first, second = keys[..., 0:rotated:2], keys[..., 1:rotated:2]
+def turn_in_place(keys: Tensor, turn: Turn) -> None:
+    """Turn keys [H, T, D] in place."""
+    n_pairs = turn.cos.shape[1]
+    if turn.interleaved:
+        first, second = keys[..., 0 : 2 * n_pairs : 2], keys[..., 1 : 2 * n_pairs : 2]
     else:
-        first, second = keys[..., : rotated // 2], keys[..., rotated // 2 : rotated]
-    if inverse:
-        cos, sin = cos / table.attention_scaling, -sin / table.attention_scaling
-    else:
-        cos, sin = cos * table.attention_scaling, sin * table.attention_scaling
-    turned_first = first * cos - second * sin
-    turned_second = second * cos + first * sin
+        first, second = keys[..., :n_pairs], keys[..., n_pairs : 2 * n_pairs]
+    turned_first = first * turn.cos - second * turn.sin
+    turned_second = second * turn.cos + first * turn.sin
     first.copy_(turned_first)
     second.copy_(turned_second)
 

@@ -27,6 +27,8 @@ ROUNDING = 0.4
 """Added before rounding down: below one half, so that zero is wider than other intervals (a dead zone)."""
 N_ACTIVITIES = 4
 """Activity classes of a token."""
+ACTIVITY_BITS = 2
+"""In which each is stored."""
 MAX_MAGNITUDE = 1 << 30
 
 

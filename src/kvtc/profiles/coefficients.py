@@ -1,7 +1,8 @@
-"""Rows of a chunk as coefficients, with prediction and without: the encoder takes what is cheaper."""
+"""Rows of chunks as coefficients, with prediction and without: the encoder takes for each chunk what is cheaper."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..backends import Backend, IntegerBytes, Rounded
 from ..calibration.joint import CoefficientModel, JointCalibration, TokenCoding
-from ..coding.rounding import Rounded, round_coefficients
-from ..coding.transform import project, reconstruct, rows_of
+from ..coding.transform import project, reconstruct
 from ..coding.uniform import column_classes
 from ..errors import InvalidCache
 from .interface import BodyRows
@@ -19,60 +20,66 @@ from .interface import BodyRows
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Coefficients [n, r] float32 of a chunk, and their distribution. is_predicted: rotated, and prediction is taken off."""
+    """Coefficients [n, r] float32, and their distribution. is_predicted: rotated, and prediction is taken off."""
 
     values: Tensor
     model: CoefficientModel
     is_predicted: bool
 
-    def rounded(self, step: float) -> tuple[Rounded, npt.NDArray[np.uint8]]:
-        """Their integers, and the variance classes of the ones that are coded."""
+    def rounded(self, step: float, backend: Backend) -> RoundedRows:
+        """Their integers at a step."""
         classes = column_classes(self.model.deviations, step)
-        return round_coefficients(self.values, step, classes, self.model.tables), classes
+        return RoundedRows(self, backend.round(self.values, step, classes, self.model.tables), classes)
 
 
 @dataclass(frozen=True)
-class RoundedChunk:
-    """What of a chunk is written: the integers of some coefficients at a step, and the variance classes of those coded."""
+class RoundedRows:
+    """The integers of coefficients at a step, and the variance classes of those that are coded."""
 
     coefficients: Coefficients
     rounded: Rounded
     classes: npt.NDArray[np.uint8]
 
-    @property
-    def bits(self) -> float:
-        """Of all symbols, by the tables."""
-        return float(self.rounded.bits.sum(dtype=np.float64))
+    def bits(self, tokens: slice) -> float:
+        """Of the symbols of some tokens, by the tables."""
+        return float(self.rounded.bits[tokens].sum(dtype=np.float64))
+
+    def write(self, spans: Sequence[slice], backend: Backend) -> list[IntegerBytes]:
+        """The integers of the tokens of some chunks as bytes."""
+        return backend.write_integers(self.rounded, spans, self.classes, self.coefficients.model.tables)
 
 
-def cheapest(choices: list[Coefficients], step: float) -> RoundedChunk:
-    """The choice whose symbols take the fewest bits at this step, the first of equals."""
-    return min((RoundedChunk(choice, *choice.rounded(step)) for choice in choices), key=lambda chunk: chunk.bits)
+def cheapest(choices: Sequence[RoundedRows], tokens: slice) -> int:
+    """The index of the choice whose symbols take the fewest bits for these tokens, the first of equals."""
+    return min(range(len(choices)), key=lambda index: choices[index].bits(tokens))
 
 
 class JointTransform:
-    """The matrices of a calibration, float32 on a device: mean [2 p], analysis and synthesis [2 p, r] (they differ by the metric).
+    """The matrices of a calibration on a backend's device: mean [2 p] and analysis [2 p, r], float32; synthesis [2 p, r] in the
+    dtype of the product (it and analysis differ by the metric).
 
     Analysis gives plain coefficients. Synthesis takes them as they are without tokens; with tokens it takes them rotated [r, r],
     which is what prediction adds to.
     """
 
-    def __init__(self, joint: JointCalibration, tokens: TokenCoding | None, device: torch.device) -> None:
+    def __init__(
+        self, joint: JointCalibration, tokens: TokenCoding | None, backend: Backend, product: torch.dtype
+    ) -> None:
         basis, metric = joint.basis, joint.metric
         vectors = basis.vectors.float()
         rotation = None if tokens is None else tokens.rotation.float()
         turned = vectors if rotation is None else vectors @ rotation
-        self._device = device
+        device = backend.device
         self._joint, self._tokens = joint, tokens
         self._mean = metric.unweigh(basis.mean[None])[0].to(device)
         self._analysis = metric.weigh(vectors.T).T.contiguous().to(device)
-        self._synthesis = metric.unweigh(turned.T).T.contiguous().to(device)
+        self._synthesis = metric.unweigh(turned.T).T.contiguous().to(device, product)
         self._rotation = None if rotation is None else rotation.to(device)
+        self._predictor = None if tokens is None else tokens.predictor.to(device)
 
     def choices(self, rows: BodyRows) -> list[Coefficients]:
         """What may be coded of rows: with prediction, if there is any, and without. Raises `InvalidCache`."""
-        joined = torch.cat([rows_of(rows.keys), rows_of(rows.values)], dim=1)
-        plain = project(joined, self._mean, self._analysis)
+        plain = project(rows.rows, self._mean, self._analysis)
         found = [Coefficients(plain, self._joint.coefficients, is_predicted=False)]
         if self._tokens is not None and self._rotation is not None:
             residual = plain @ self._rotation - self._predict(rows.triples)
@@ -87,11 +94,17 @@ class JointTransform:
             return coefficients + self._predict(triples)
         return coefficients if self._rotation is None else coefficients @ self._rotation
 
+    @property
+    def rank_follows_coding(self) -> bool:
+        """Whether coefficients that are not coded are zero once completed, so that no product needs them."""
+        return self._rotation is None
+
     def restore(self, coefficients: Tensor, features: slice) -> Tensor:
-        """Completed coefficients [T, r] -> some of the features of joint rows, [T, q]."""
-        return reconstruct(coefficients, self._mean[features], self._synthesis[features])
+        """The first completed coefficients [T, n] -> some of the features of joint rows, [T, q], in the dtype of the product."""
+        synthesis = self._synthesis[features, : coefficients.shape[1]]
+        return reconstruct(coefficients.to(synthesis.dtype), self._mean[features].to(synthesis.dtype), synthesis)
 
     def _predict(self, triples: Tensor | None) -> Tensor:
-        if self._tokens is None or triples is None:
+        if self._predictor is None or triples is None:
             raise RuntimeError("prediction needs token ids")
-        return self._tokens.predictor.predict(triples).to(self._device)
+        return self._predictor.predict(triples)

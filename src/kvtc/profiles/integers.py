@@ -9,18 +9,13 @@ import struct
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from ..coding.bitpack import pack, packed_bytes, unpack
-from ..coding.escapes import decode_escapes, encode_escapes
+from ..backends import Bytes, CodedIntegers, IntegerBytes
+from ..coding.bitpack import packed_bytes
 from ..coding.probability import ProbabilityTables
-from ..coding.rans import decode_symbols, encode_symbols
-from ..coding.rounding import Rounded
-from ..coding.uniform import ESCAPE, from_symbols, to_symbols
+from ..coding.uniform import ACTIVITY_BITS
 from ..errors import CorruptStream
 
-ACTIVITY_BITS = 2
 _LENGTH = struct.Struct("<I")
 
 
@@ -29,29 +24,23 @@ def least_bytes(n: int) -> int:
     return packed_bytes(n, ACTIVITY_BITS) + _LENGTH.size
 
 
-def write_integers(rounded: Rounded, classes: npt.NDArray[np.uint8], tables: ProbabilityTables) -> bytes:
-    """Integers of coefficients of these variance classes -> bytes."""
-    symbols = tables.escape_unlikely(to_symbols(rounded.values), classes, rounded.activities)
-    coded = encode_symbols(symbols, classes, rounded.activities, tables.rans)
-    escapes = encode_escapes(rounded.values[symbols == ESCAPE])
-    side = pack(torch.from_numpy(rounded.activities), ACTIVITY_BITS).numpy().tobytes()
-    return side + _LENGTH.pack(len(coded)) + coded + escapes
+def join_integers(parts: IntegerBytes) -> bytes:
+    """The parts of a chunk -> its bytes."""
+    return parts.activities + _LENGTH.pack(len(parts.symbols)) + parts.symbols + parts.escapes
 
 
-def read_integers(
-    data: bytes, n: int, classes: npt.NDArray[np.uint8], tables: ProbabilityTables
-) -> tuple[Tensor, Tensor]:
-    """At least `least_bytes(n)` bytes -> integers [n, coded] and their offsets [n, coded, 2]; all bytes must be used."""
-    n_side = packed_bytes(n, ACTIVITY_BITS)
-    side = torch.frombuffer(bytearray(data[:n_side]), dtype=torch.uint8)
-    activities = unpack(side, n, ACTIVITY_BITS).numpy().astype(np.uint8)
-    start = least_bytes(n)
-    (n_coded,) = _LENGTH.unpack_from(data, n_side)
+def split_integers(
+    data: Bytes, n: int, classes: npt.NDArray[np.uint8], tables: ProbabilityTables, step: float
+) -> CodedIntegers:
+    """At least `least_bytes(n)` bytes -> the parts of a chunk of n tokens; they take all bytes."""
+    n_side, start = packed_bytes(n, ACTIVITY_BITS), least_bytes(n)
+    (n_coded,) = _LENGTH.unpack(host_bytes(data[n_side:start]))
     if n_coded > len(data) - start:
         raise CorruptStream(f"a chunk claims {n_coded} bytes of symbols; {len(data) - start} are left")
-    symbols = decode_symbols(data[start : start + n_coded], classes, activities, tables.rans)
-    escaped = decode_escapes(data[start + n_coded :], int((symbols == ESCAPE).sum()))
-    values = torch.from_numpy(from_symbols(symbols, escaped)).T
-    offsets = torch.from_numpy(tables.offsets)
-    # Rows by token, columns by coefficient: each pair of classes has its own.
-    return values, offsets[torch.from_numpy(activities.astype(np.int64))][:, torch.from_numpy(classes.astype(np.int64))]
+    stop = start + n_coded
+    return CodedIntegers(n, data[:n_side], data[start:stop], data[stop:], classes, tables, step)
+
+
+def host_bytes(data: Bytes) -> bytes:
+    """Bytes in the host's memory, wherever they lie."""
+    return data if isinstance(data, bytes) else data.cpu().numpy().tobytes()

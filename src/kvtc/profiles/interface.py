@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..backends import Bytes
+
 
 @dataclass(frozen=True)
 class BodyRows:
-    """Coded tokens of one chunk's body, or of its window.
+    """Coded tokens of the bodies, or of the windows, of some chunks that follow one another.
 
-    keys (before rotation), values: [L, H, n, D]; triples [n, 3] as `token_triples` makes them.
+    rows [n, 2 p] float32: keys before rotation, then values. triples [n, 3] as `token_triples` makes them, chunk by chunk. counts:
+    tokens of each chunk.
     """
 
-    keys: Tensor
-    values: Tensor
+    rows: Tensor
     triples: Tensor | None
+    counts: tuple[int, ...]
 
     @property
     def n_tokens(self) -> int:
-        return self.keys.shape[2]
+        return self.rows.shape[0]
 
-
-@dataclass(frozen=True)
-class CodedBody:
-    """The coded bytes of one chunk's body, or of its window, and what is known of its tokens."""
-
-    data: bytes
-    n_tokens: int
-    triples: Tensor | None
-    is_window: bool = False
+    @property
+    def spans(self) -> list[slice]:
+        """The tokens of each chunk."""
+        stops = list(accumulate(self.counts))
+        return [slice(stop - count, stop) for stop, count in zip(stops, self.counts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,17 @@ class Plan(Protocol):
     def to_bytes(self) -> bytes:
         """The section."""
         ...
+
+
+@dataclass(frozen=True)
+class CodedBody:
+    """The coded bytes of one chunk's body, or of its window, how its bits are spent, and what is known of its tokens."""
+
+    data: Bytes
+    n_tokens: int
+    plan: Any
+    triples: Tensor | None
+    is_window: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,11 @@ class BodyCoder(Protocol):
         ...
 
     def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
-        """Decide how bits are spent, and code every chunk; a chunk's bytes depend on nothing but it and the plan.
+        """Decide how bits are spent, and code every chunk; a chunk's bytes depend on nothing but it and the plan, as far as the
+        backend's products do.
 
-        chunks: gives the rows of all bodies, or with True of all windows that are to be coded, as often as it is called.
+        chunks: gives the rows of all bodies, or with True of all windows that are to be coded, as often as it is called, some
+        chunks at a time.
         """
         ...
 
@@ -95,10 +108,13 @@ class BodyCoder(Protocol):
         """Bytes of a chunk before lossless coding, if they follow from its tokens."""
         ...
 
-    def decode(self, bodies: Sequence[CodedBody], plan: Any) -> Any:
-        """Coefficients of all chunks, whatever `restore` wants them to be; `CorruptStream` for what cannot be decoded."""
+    def decode(self, bodies: Sequence[CodedBody]) -> Any:
+        """Coefficients of all chunks, of one stream or several, whatever `restore` wants them to be.
+
+        Raises `CorruptStream` for what cannot be decoded.
+        """
         ...
 
     def restore(self, coefficients: Any, layer: int) -> tuple[Tensor, Tensor]:
-        """Rows [T, H * D] float32 of one layer: keys before rotation, and values."""
+        """Rows [T, H * D] of one layer: keys before rotation, and values; in the dtype of the product."""
         ...

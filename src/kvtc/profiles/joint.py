@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..backends import Backend, CodedIntegers
 from ..calibration.artifact import Calibration
 from ..coding.rans import count_lanes
-from ..coding.uniform import column_classes, dequantize
+from ..coding.uniform import column_classes
 from ..errors import CorruptStream, InvalidArgument
-from .coefficients import Coefficients, JointTransform, RoundedChunk, cheapest
-from .integers import least_bytes, read_integers, write_integers
+from .coefficients import Coefficients, JointTransform, cheapest
+from .integers import host_bytes, join_integers, least_bytes, split_integers
 from .interface import Allowance, BodyRows, CodedBody, CodedRows
 from .step_rate import SEARCH_TOKENS, CostEstimate, Sample, StepRate, finest_step, nearest_step
 
@@ -54,12 +55,17 @@ class StepPlan:
 
 
 class JointCoder:
-    """with_tokens: `conditional`. rate: what may be spent; None to decode only."""
+    """with_tokens: `conditional`. product: dtype of the inverse transform. rate: what may be spent; None to decode only."""
 
     is_entropy_coded = True
 
     def __init__(
-        self, calibration: Calibration, device: torch.device, with_tokens: bool, rate: StepRate | None = None
+        self,
+        calibration: Calibration,
+        backend: Backend,
+        product: torch.dtype,
+        with_tokens: bool,
+        rate: StepRate | None = None,
     ) -> None:
         name = "conditional" if with_tokens else "joint"
         joint = calibration.joint
@@ -72,7 +78,7 @@ class JointCoder:
         self._joint = joint
         self._tokens = joint.tokens if with_tokens else None
         self._model = joint.coefficients if self._tokens is None else self._tokens.coefficients
-        self._device = device
+        self._backend, self._product = backend, product
         self._working: JointTransform | None = None
         self._lock = threading.Lock()
         if rate is not None and rate.step is not None:
@@ -144,20 +150,28 @@ class JointCoder:
         return CodedRows(plan, coded[:cut], coded[cut:])
 
     def _encode_rows(self, chunks: Iterable[BodyRows], step: float) -> list[bytes]:
-        return [self._encode(cheapest(self._transform().choices(rows), step)) for rows in chunks]
+        return [data for rows in chunks for data in self._encode(self._transform().choices(rows), rows.spans, step)]
 
     def _encode_windows(self, chunks: Callable[[bool], Iterable[BodyRows]], plan: StepPlan) -> list[bytes]:
         return [] if plan.window_step is None else self._encode_rows(chunks(True), plan.window_step)
 
-    def _encode(self, chunk: RoundedChunk) -> bytes:
-        coefficients = chunk.coefficients
-        flag = bytes([coefficients.is_predicted]) if self.needs_tokens else b""
-        return flag + write_integers(chunk.rounded, chunk.classes, coefficients.model.tables)
+    def _encode(self, choices: Sequence[Coefficients], spans: Sequence[slice], step: float) -> list[bytes]:
+        """The bytes of chunks, each made of the choice that is cheapest for it."""
+        rounded = [choice.rounded(step, self._backend) for choice in choices]
+        chosen = [cheapest(rounded, span) for span in spans]
+        coded = [b""] * len(spans)
+        for index, rows in enumerate(rounded):
+            mine = [chunk for chunk, choice in enumerate(chosen) if choice == index]
+            flag = bytes([rows.coefficients.is_predicted]) if self.needs_tokens else b""
+            for chunk, parts in zip(mine, rows.write([spans[chunk] for chunk in mine], self._backend), strict=True):
+                coded[chunk] = flag + join_integers(parts)
+        return coded
 
     def _encode_nothing(self, n_tokens: int) -> bytes:
         """A chunk whose coefficients are all zero at the largest step: it has the same bytes whatever the cache holds."""
-        zeros = torch.zeros(n_tokens, len(self._model.deviations), dtype=torch.float32, device="cpu")
-        return self._encode(cheapest([Coefficients(zeros, self._model, self.needs_tokens)], self._step_bounds()[1]))
+        zeros = torch.zeros(n_tokens, len(self._model.deviations), dtype=torch.float32, device=self._backend.device)
+        choice = Coefficients(zeros, self._model, self.needs_tokens)
+        return self._encode([choice], [slice(0, n_tokens)], self._step_bounds()[1])[0]
 
     def read_plan(self, data: bytes) -> StepPlan:
         if len(data) not in (_STEP.size, 2 * _STEP.size):
@@ -173,14 +187,26 @@ class JointCoder:
     def body_bytes(self, plan: StepPlan, n_tokens: int) -> None:  # noqa: ARG002  they depend on the tokens' values
         return None
 
-    def decode(self, bodies: Sequence[CodedBody], plan: StepPlan) -> Tensor:
-        """Coefficients [T, r] float32, prediction added."""
+    def decode(self, bodies: Sequence[CodedBody]) -> Tensor:
+        """Coefficients [T, n] float32 as the transform takes them, n <= r: no further ones are needed."""
+        flags, chunks = [], []
         for body in bodies:
-            self._check_length(body)
+            flag, integers = self._split(body)
+            flags.append(flag)
+            chunks.append(integers)
         transform = self._transform()
-        parts = [torch.zeros(0, len(self._model.deviations), dtype=torch.float32, device=self._device)]
-        parts += [self._decode_chunk(body, plan.step_of(body), transform) for body in bodies]
-        return torch.cat(parts)
+        widest = max((len(chunk.classes) for chunk in chunks), default=0)
+        rank = widest if transform.rank_follows_coding else len(self._model.deviations)
+        coefficients = self._backend.read_integers(chunks, rank)
+        if transform.rank_follows_coding:
+            return coefficients
+        tokens = torch.tensor([flag for flag, body in zip(flags, bodies, strict=True) for _ in range(body.n_tokens)])
+        for flag in sorted(set(flags)):
+            triples = [body.triples for body, its in zip(bodies, flags, strict=True) if its == flag]
+            joined = torch.cat([part for part in triples if part is not None])
+            here = slice(None) if len(set(flags)) == 1 else (tokens == flag).nonzero()[:, 0].to(coefficients.device)
+            coefficients[here] = transform.completed(coefficients[here], bool(flag), joined)
+        return coefficients
 
     def restore(self, coefficients: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         transform, geometry = self._transform(), self._geometry
@@ -191,17 +217,15 @@ class JointCoder:
         )
         return keys, values
 
-    def _decode_chunk(self, body: CodedBody, step: float, transform: JointTransform) -> Tensor:
-        """Coefficients [n, r] of one chunk, prediction added; all of its bytes must be used."""
-        flag, data = (body.data[0], body.data[1:]) if self.needs_tokens else (0, body.data)
+    def _split(self, body: CodedBody) -> tuple[int, CodedIntegers]:
+        """Whether a chunk is predicted, and the parts of its bytes."""
+        self._check_length(body)
+        flag, data = (host_bytes(body.data[:1])[0], body.data[1:]) if self.needs_tokens else (0, body.data)
         if flag > 1:
             raise CorruptStream(f"a chunk is predicted (1) or not (0); it says {flag}")
         model = self._model if flag else self._joint.coefficients
-        classes = column_classes(model.deviations, step)
-        values, offsets = read_integers(data, body.n_tokens, classes, model.tables)
-        coefficients = torch.zeros(body.n_tokens, len(model.deviations), dtype=torch.float32, device=self._device)
-        coefficients[:, : len(classes)] = dequantize(values.to(self._device), offsets.to(self._device), step)
-        return transform.completed(coefficients, bool(flag), body.triples)
+        step = body.plan.step_of(body)
+        return flag, split_integers(data, body.n_tokens, column_classes(model.deviations, step), model.tables, step)
 
     def _check_length(self, body: CodedBody) -> None:
         """`CorruptStream` for less than each token takes at least: no memory is asked for by a count of tokens alone."""
@@ -243,12 +267,14 @@ class JointCoder:
         finer = (self._rate().finer_window or 1.0) if is_window else 1.0
         parts: dict[bool, list[Coefficients]] = {}
         first, fixed = 0, 0.0
-        for rows in chunks:
+        for rows in (part for batch in chunks for part in single_chunks(batch)):
             # Not the first of each chunk: it has no predecessors to be predicted from, so it costs more than others.
             chosen = slice((stride // 2 - first) % stride, None, stride)
             triples = None if rows.triples is None else rows.triples[chosen]
-            picked = BodyRows(rows.keys[:, :, chosen], rows.values[:, :, chosen], triples)
-            coefficients = cheapest(self._transform().choices(picked), expected / finer).coefficients
+            picked = rows.rows[chosen]
+            choices = self._transform().choices(BodyRows(picked, triples, (len(picked),)))
+            rounded = [choice.rounded(expected / finer, self._backend) for choice in choices]
+            coefficients = choices[cheapest(rounded, slice(None))]
             parts.setdefault(coefficients.is_predicted, []).append(coefficients)
             first += rows.n_tokens
             n_lanes = count_lanes(coefficients.values.shape[1], rows.n_tokens)
@@ -260,5 +286,11 @@ class JointCoder:
     def _transform(self) -> JointTransform:
         with self._lock:
             if self._working is None:
-                self._working = JointTransform(self._joint, self._tokens, self._device)
+                self._working = JointTransform(self._joint, self._tokens, self._backend, self._product)
             return self._working
+
+
+def single_chunks(rows: BodyRows) -> Iterable[BodyRows]:
+    """The rows of each chunk."""
+    for span, count in zip(rows.spans, rows.counts, strict=True):
+        yield BodyRows(rows.rows[span], None if rows.triples is None else rows.triples[span], (count,))

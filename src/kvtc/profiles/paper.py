@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from ..backends import Backend
 from ..calibration.artifact import Calibration
 from ..coding.allocation import BitAllocation
-from ..coding.groups import chunk_bytes, decode_groups, encode_groups
-from ..coding.transform import project, reconstruct, rows_of
+from ..coding.groups import chunk_bytes
+from ..coding.transform import project, reconstruct
 from ..errors import CorruptStream, InvalidArgument, InvalidCache
 from .interface import Allowance, BodyRows, CodedBody, CodedRows
 from .paper_rate import RateTarget
@@ -30,44 +32,52 @@ class PaperPlan:
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind (keys or values) ready to compute with: mean [q] and the used columns of its basis [q, n], float32."""
+    """One kind (keys or values) ready to compute with: mean [p] and the used columns of its basis [p, n], in one dtype."""
 
     mean: Tensor
     vectors: Tensor
 
+    def first(self, n: int) -> _Kind:
+        """With the first n columns alone."""
+        return _Kind(self.mean, self.vectors[:, :n])
+
 
 class PaperCoder:
-    """rate: what may be spent; None to decode only."""
+    """product: dtype of the inverse transform. rate: what may be spent; None to decode only."""
 
     needs_tokens = False
     is_entropy_coded = False
     rate_bytes: int | None = None
 
-    def __init__(self, calibration: Calibration, device: torch.device, rate: RateTarget | None = None) -> None:
+    def __init__(
+        self, calibration: Calibration, backend: Backend, product: torch.dtype, rate: RateTarget | None = None
+    ) -> None:
         self.rate = rate
         self._calibration = calibration
-        self._device = device
-        self._working: dict[int, _Kind] = {}
+        self._backend, self._product = backend, product
+        self._working: dict[tuple[int, torch.dtype], _Kind] = {}
         self._lock = threading.Lock()
 
     def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
         if self.rate is None:
             raise RuntimeError("this coder only decodes")
         plan = PaperPlan(self.rate.allocations(allowance.original_bits))
-        return CodedRows(plan, [self.encode(rows, plan) for rows in chunks(False)])
+        return CodedRows(plan, [data for rows in chunks(False) for data in self.encode(rows, plan)])
 
     def least_bytes(self, n_tokens: int) -> int:  # noqa: ARG002  the profile has no such bound
         raise InvalidArgument("the profile paper cannot keep to a fixed size: use joint or conditional")
 
-    def encode(self, rows: BodyRows, plan: PaperPlan) -> bytes:
+    def encode(self, rows: BodyRows, plan: PaperPlan) -> list[bytes]:
+        """The bytes of each chunk."""
+        sides = rows.rows.tensor_split(2, dim=1)
         packed = []
-        kinds = self._kinds(plan)
-        for side, kind, allocation in zip((rows.keys, rows.values), kinds, plan.allocations, strict=True):
-            coefficients = project(rows_of(side), kind.mean, kind.vectors)
+        for index, (side, allocation) in enumerate(zip(sides, plan.allocations, strict=True)):
+            kind = self._kind(index, allocation.n_coefficients, torch.float32)
+            coefficients = project(side, kind.mean, kind.vectors)
             if not bool(coefficients.isfinite().all()):
                 raise InvalidCache("the cache holds values so large that the transform overflows float32")
-            packed.append(encode_groups(coefficients, allocation))
-        return b"".join(packed)
+            packed.append(self._backend.pack_groups(coefficients, rows.spans, allocation))
+        return [keys + values for keys, values in zip(*packed, strict=True)]
 
     def read_plan(self, data: bytes) -> PaperPlan:
         key, offset = BitAllocation.from_bytes(data, 0, self._calibration.key.basis.rank)
@@ -81,34 +91,39 @@ class PaperCoder:
     def body_bytes(self, plan: PaperPlan, n_tokens: int) -> int:
         return sum(chunk_bytes(allocation, n_tokens) for allocation in plan.allocations)
 
-    def decode(self, bodies: Sequence[CodedBody], plan: PaperPlan) -> list[tuple[Tensor, _Kind]]:
-        """Per kind: coefficients [T, n], and what leads back from them."""
-        found = []
-        for side, (kind, allocation) in enumerate(zip(self._kinds(plan), plan.allocations, strict=True)):
-            parts = [torch.zeros(0, allocation.n_coefficients, dtype=torch.float32, device=self._device)]
-            for body in bodies:
-                cut = chunk_bytes(plan.allocations[0], body.n_tokens)
-                data = body.data[cut:] if side else body.data[:cut]
-                parts.append(decode_groups(data, allocation, body.n_tokens, self._device))
-            found.append((torch.cat(parts), kind))
-        return found
+    def decode(self, bodies: Sequence[CodedBody]) -> list[tuple[Tensor, _Kind]]:
+        """Per kind: coefficients [T, n] float32, and what leads back from them."""
+        plans = [(plan, list(same)) for plan, same in groupby(bodies, key=lambda body: body.plan)]
+        return [self._decode_side(side, plans) for side in (0, 1)]
+
+    def _decode_side(self, side: int, plans: list[tuple[PaperPlan, list[CodedBody]]]) -> tuple[Tensor, _Kind]:
+        widest = max((plan.allocations[side].n_coefficients for plan, _ in plans), default=0)
+        parts = [torch.zeros(0, widest, dtype=torch.float32, device=self._backend.device)]
+        for plan, bodies in plans:
+            allocation = plan.allocations[side]
+            cuts = [chunk_bytes(plan.allocations[0], body.n_tokens) for body in bodies]
+            data = [body.data[cut:] if side else body.data[:cut] for body, cut in zip(bodies, cuts, strict=True)]
+            found = self._backend.unpack_groups(data, [body.n_tokens for body in bodies], allocation)
+            parts.append(torch.nn.functional.pad(found, (0, widest - allocation.n_coefficients)))
+        return torch.cat(parts), self._kind(side, widest, self._product)
 
     def restore(self, coefficients: list[tuple[Tensor, _Kind]], layer: int) -> tuple[Tensor, Tensor]:
         geometry = self._calibration.geometry
         size = geometry.n_kv_heads * geometry.head_dim
         features = slice(layer * size, (layer + 1) * size)
-        keys, values = (reconstruct(c, kind.mean[features], kind.vectors[features]) for c, kind in coefficients)
+        keys, values = (
+            reconstruct(c.to(kind.vectors.dtype), kind.mean[features], kind.vectors[features])
+            for c, kind in coefficients
+        )
         return keys, values
 
-    def _kinds(self, plan: PaperPlan) -> tuple[_Kind, _Kind]:
-        return self._kind(0, plan.allocations[0].n_coefficients), self._kind(1, plan.allocations[1].n_coefficients)
-
-    def _kind(self, index: int, n_coefficients: int) -> _Kind:
+    def _kind(self, index: int, n_coefficients: int, dtype: torch.dtype) -> _Kind:
         basis = (self._calibration.key, self._calibration.value)[index].basis
         with self._lock:
-            kind = self._working.get(index)
+            kind = self._working.get((index, dtype))
             # Columns are needed from the first on: the widest conversion so far serves every narrower stream.
             if kind is None or kind.vectors.shape[1] < n_coefficients:
-                vectors = basis.vectors[:, :n_coefficients].to(self._device).float()
-                kind = self._working[index] = _Kind(basis.mean.to(self._device), vectors)
-        return _Kind(kind.mean, kind.vectors[:, :n_coefficients])
+                device = self._backend.device
+                vectors = basis.vectors[:, :n_coefficients].to(device).to(dtype)
+                kind = self._working[index, dtype] = _Kind(basis.mean.to(device, dtype), vectors)
+        return kind.first(n_coefficients)

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..coding.escapes import escaped_bytes
 from ..coding.probability import ESCAPED_BITS
-from ..coding.uniform import MAX_SYMBOL
+from ..coding.rounding import round_coefficients
+from ..coding.uniform import MAX_SYMBOL, column_classes
 from ..errors import InvalidArgument
 from .coefficients import Coefficients
 from .paper_rate import DEFAULT_RATIO
@@ -108,7 +109,8 @@ class CostEstimate:
 
 def symbol_bits(coefficients: Coefficients, step: float) -> float:
     """Bits of the symbols of all tokens, escaped values included."""
-    rounded, _ = coefficients.rounded(step)
+    model = coefficients.model
+    rounded = round_coefficients(coefficients.values, step, column_classes(model.deviations, step), model.tables)
     large = rounded.values[np.abs(rounded.values) > MAX_SYMBOL]
     return float(rounded.bits.sum(dtype=np.float64)) + 8 * escaped_bytes(large) - ESCAPED_BITS * len(large)
 

@@ -1,0 +1,69 @@
+"""What narrower numbers in the inverse transform cost in quality: float32, bfloat16 and fp8 (e4m3) operands, sums in float32.
+
+python benchmarks/precision.py --text FILE... [--ratios 8 16 32 64]
+
+fp8 is emulated: a scale for each token's coefficients and for each feature's row of the basis, operands rounded to e4m3.
+"""
+
+import argparse
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import kvtc
+from kvtc.coding.transform import reconstruct
+from kvtc.evaluate.provenance import save_result
+from kvtc.profiles.coefficients import JointTransform
+from quality import add_text_arguments, measure, print_qualities
+
+E4M3_MAX = 448.0
+
+
+def in_fp8(rows: Tensor) -> Tensor:
+    """Rows rounded to e4m3 under a scale each."""
+    scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / E4M3_MAX
+    return (rows / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def fp8_restore(transform: JointTransform, coefficients: Tensor, features: slice) -> Tensor:
+    """`JointTransform.restore` with operands of fp8."""
+    synthesis = transform._synthesis[features, : coefficients.shape[1]]
+    return reconstruct(in_fp8(coefficients), transform._mean[features], in_fp8(synthesis))
+
+
+def codecs(calibration: kvtc.Calibration, profile: str, ratio: float, window: int) -> dict[str, kvtc.Codec]:
+    """One for each precision; they write the same bytes."""
+    made = {
+        f"{profile} {ratio:g}x {precision}": kvtc.Codec(
+            calibration, profile, ratio=ratio, window_tokens=window, precision=precision
+        )
+        for precision in ("float32", "bfloat16")
+    }
+    narrow = kvtc.Codec(calibration, profile, ratio=ratio, window_tokens=window)
+    transform = narrow._coder._transform()
+    transform.restore = partial(fp8_restore, transform)
+    return made | {f"{profile} {ratio:g}x fp8": narrow}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_arguments(parser)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--profiles", nargs="+", default=["joint", "conditional"])
+    parser.add_argument("--window", type=int, default=0)
+    options = parser.parse_args()
+    model, tokenizer = kvtc.reference_model(dtype="bfloat16")
+    calibration = kvtc.reference_calibration()
+    methods: dict[str, kvtc.Codec] = {}
+    for profile in options.profiles:
+        for ratio in options.ratios:
+            methods |= codecs(calibration, profile, ratio, options.window)
+    qualities = measure(model, tokenizer, methods, options)
+    print_qualities(qualities)
+    save_result("precision", {"window": options.window, "qualities": [asdict(quality) for quality in qualities]})
+
+
+if __name__ == "__main__":
+    main()
