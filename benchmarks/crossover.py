@@ -174,7 +174,7 @@ def plot(rows: list[dict]) -> None:
         faster.set(xlabel="Tokens of context", ylabel="Time to compute over time to load", xscale="log", ylim=(0, None))
         faster.set_xticks(lengths, [str(n) for n in lengths])
         faster.minorticks_off()
-        faster.legend(frameon=False)
+        faster.legend(frameon=False, loc="upper left")
         left = [0.0] * len(stores)
         for stage, color in zip([*STAGES, "rest"], SERIES, strict=False):
             widths = [1e3 * row[stage] for row in longest]
