@@ -40,7 +40,7 @@ class PageCodec:
         best = "paper" if joint is None else "joint" if joint.tokens is None else "conditional"
         self._told = best if settings.profile == AUTO else settings.profile
         self._untold = "joint" if self._told == "conditional" and settings.profile == AUTO else self._told
-        profiles = {self._told, self._untold}
+        profiles = dict.fromkeys((self._told, self._untold))
         self._codecs = {profile: _codec(calibration, profile, settings, fixed_size) for profile in profiles}
 
     def serves(self, has_token_ids: bool) -> bool:
@@ -92,6 +92,7 @@ def _codec(calibration: Calibration, profile: str, settings: EngineSettings, fix
         sink_tokens=SINK_TOKENS,
         window_tokens=0,
         step=settings.step,
+        kl=settings.kl,
         fixed_size=fixed_size,
         chunk_tokens=CHUNK_TOKENS,
         device=settings.device,
