@@ -22,6 +22,9 @@ torch.set_num_threads(1)
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 # Nothing is fetched: libraries that would ask a hub are told so before they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Kernels are interpreted where there is no GPU. Triton reads this when it is imported, with the first kernel.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
