@@ -45,7 +45,7 @@ class Fence:
             patch.setattr(torch, name, self._fenced(getattr(torch, name)))
 
     def _fenced(self, allocate):
-        def fenced(*shape, dtype=torch.float32, device=None):
+        def fenced(*shape, dtype=torch.float32, device=None, pin_memory=False):  # noqa: ARG001
             n, margin = int(np.prod(shape)), 256
             whole = torch.full((n + 2 * margin,), 77, dtype=dtype, device=device)
             inside = whole[margin : margin + n]
@@ -128,6 +128,7 @@ def test_nothing_at_all_decodes():
     found = TRITON.read_integers(uncoded, RANK)
     assert found.shape == (5, RANK)
     assert not found.any()
+    assert TRITON.read_integers([chunk(0, 0)], RANK).shape == (0, RANK)
 
 
 def test_bytes_may_be_on_the_device():

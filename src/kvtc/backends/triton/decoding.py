@@ -7,7 +7,7 @@ Escapes are rare: it leaves NaN in their place, and their values are filled in a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,20 @@ from ...coding.rans import LOWER_BOUND, check_ends, check_starts, count_lanes, c
 from ...coding.uniform import ACTIVITY_BITS, ESCAPE, MAX_SYMBOL, N_ACTIVITIES, N_CLASSES, N_SYMBOLS, dequantize
 from ...errors import CorruptStream, InvalidArgument
 from ..interface import Bytes, CodedIntegers
-from .decode_kernels import FIELDS, NODE, THREADS, decode_integers
+from .decode_kernels import NODE, THREADS, decode_integers
+
+_FIELDS = (
+    "lanes",
+    "tokens",
+    "columns",
+    "words",
+    "words_at",
+    "activities_at",
+    "classes_at",
+    "tables_at",
+    "output_at",
+)
+"""What the kernel is told of each chunk, in its order; *_at: elements from the beginning of a buffer."""
 
 
 class DecodeTables:
@@ -96,59 +109,60 @@ class _Batch:
     def __init__(
         self, chunks: Sequence[CodedIntegers], n_words: Sequence[int], tables: DecodeTables, device: torch.device
     ) -> None:
+        n = len(chunks)
         kinds = list({id(chunk.tables): chunk.tables for chunk in chunks}.values())
-        table_of = {id(kind): index * N_ACTIVITIES * N_CLASSES for index, kind in enumerate(kinds)}
+        tables_at = {id(kind): index * N_ACTIVITIES * N_CLASSES for index, kind in enumerate(kinds)}
         # Most chunks of a stream have the same classes, and what is the same is read from one place.
         classes = [chunk.classes.tobytes() for chunk in chunks]
         distinct = list(dict.fromkeys(classes))
         parts = [*(chunk.activities for chunk in chunks), *(chunk.symbols for chunk in chunks), *distinct]
         self._data, places = _joined(parts, device)
-        n = len(chunks)
-        class_places = dict(zip(distinct, places[2 * n :], strict=True))
-        lanes = [count_lanes(len(chunk.classes), chunk.n_tokens) for chunk in chunks]
-        fields = [
-            lanes,
+        classes_at = dict(zip(distinct, places[2 * n :], strict=True))
+        columns = (
+            [count_lanes(len(chunk.classes), chunk.n_tokens) for chunk in chunks],
             [chunk.n_tokens for chunk in chunks],
             [len(chunk.classes) for chunk in chunks],
             n_words,
             [place // 2 for place in places[n : 2 * n]],
             places[:n],
-            [class_places[each] for each in classes],
-            [table_of[id(chunk.tables)] for chunk in chunks],
+            [classes_at[each] for each in classes],
+            [tables_at[id(chunk.tables)] for chunk in chunks],
             list(accumulate((chunk.n_tokens for chunk in chunks), initial=0))[:n],
-        ]
-        self._host_fields = np.array(fields, np.int64).reshape(FIELDS.value, n).T.copy()
-        self._fields = torch.from_numpy(self._host_fields).to(device)
+        )
+        fields = np.array(columns, np.int64)
+        self._of_chunk = dict(zip(_FIELDS, fields, strict=True))
+        self._fields = torch.from_numpy(fields.T.copy()).to(device)
         self._steps = torch.tensor([chunk.step for chunk in chunks], dtype=torch.float32, device=device)
         self._trees, self._entries, self._offsets = tables.of(kinds)
-        self._chunk_of_thread = _share_out(self._host_fields)
+        self._chunk_of_thread = _share_out(self._of_chunk)
 
     def decode(self, output: Tensor) -> npt.NDArray[np.int64]:
         """Fill the coded columns of `output` [rank, T], NaN for escapes -> escapes of each chunk."""
         n_threads = len(self._chunk_of_thread)
         report = torch.empty(n_threads, 4, dtype=torch.int32, device=output.device)
         if n_threads:
-            decode_integers[(n_threads // THREADS.value,)](
-                self._data,
-                self._data.view(torch.uint16),
-                self._fields,
-                self._steps,
-                self._trees,
-                self._entries,
-                torch.from_numpy(self._chunk_of_thread).to(output.device),
-                output,
-                output.stride(0),
-                report,
-                num_warps=1,
-                enable_fp_fusion=False,
-            )
+            with torch.cuda.device_of(output):  # type: ignore[no-untyped-call]
+                decode_integers[(n_threads // THREADS.value,)](
+                    self._data,
+                    self._data.view(torch.uint16),
+                    self._fields,
+                    self._steps,
+                    self._trees.view(torch.uint32),
+                    self._entries,
+                    torch.from_numpy(self._chunk_of_thread).to(output.device),
+                    output,
+                    output.stride(0),
+                    report,
+                    num_warps=1,
+                    enable_fp_fusion=False,
+                )
         return self._checked_escapes(report.cpu().numpy())
 
     def _checked_escapes(self, report: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """What the threads report -> escapes of each chunk; `CorruptStream` for the first chunk that does not end as it should."""
         used = self._chunk_of_thread >= 0
         chunk_of, report = self._chunk_of_thread[used], report[used]
-        n_words = self._host_fields[:, 3]
+        n_words = self._of_chunk["words"]
         starts, ends = report[:, 0].view(np.uint32), report[:, 1].view(np.uint32)
         wrong = (starts < LOWER_BOUND) | (ends != LOWER_BOUND) | (report[:, 2] != n_words[chunk_of])
         if wrong.any():
@@ -162,15 +176,15 @@ class _Batch:
     def fill_escapes(self, output: Tensor, escaped: npt.NDArray[np.int32]) -> None:
         """Put escaped integers, ordered [chunk][column][token], where `output` is NaN."""
         column, token = output.isnan().nonzero(as_tuple=True)
-        chunk = torch.bucketize(token, self._fields[:, 8].contiguous(), right=True) - 1
-        order = chunk.argsort(stable=True)
-        column, token, fields = column[order], token[order], self._fields[chunk[order]]
-        local = token - fields[:, 8]
-        activity = (self._data[fields[:, 5] + local // 4].long() >> (2 * (local % 4))) & (N_ACTIVITIES - 1)
-        classes = self._data[fields[:, 6] + column].long()
-        values = torch.from_numpy(escaped).to(output.device)
-        offsets = self._offsets[fields[:, 7] + activity * N_CLASSES + classes]
-        output[column, token] = dequantize(values, offsets, self._steps[chunk[order]])
+        first_tokens = torch.from_numpy(self._of_chunk["output_at"]).to(output.device)
+        chunk, order = (torch.bucketize(token, first_tokens, right=True) - 1).sort(stable=True)
+        column, token = column[order], token[order]
+        here = dict(zip(_FIELDS, self._fields[chunk].T, strict=True))
+        local = token - here["output_at"]
+        activity = self._data[here["activities_at"] + local // 4].long() >> 2 * (local % 4) & (N_ACTIVITIES - 1)
+        classes = self._data[here["classes_at"] + column].long()
+        offsets = self._offsets[here["tables_at"] + activity * N_CLASSES + classes]
+        output[column, token] = dequantize(torch.from_numpy(escaped).to(output.device), offsets, self._steps[chunk])
 
 
 def _checked(index: int, chunk: CodedIntegers, rank: int) -> int:
@@ -187,14 +201,14 @@ def _checked(index: int, chunk: CodedIntegers, rank: int) -> int:
         return count_words(len(chunk.symbols), n_columns, chunk.n_tokens)
 
 
-def _share_out(fields: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+def _share_out(of_chunk: dict[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.int32]:
     """Fields of the chunks -> the chunk of each thread of whole warps, -1 for none.
 
     Lanes are powers of two up to a warp: in falling order they fill warps without gaps, each chunk's at a multiple of their number.
     Of as many lanes, chunks of like length are put together, the longest first.
     """
-    lanes = fields[:, 0]
-    steps = -(-fields[:, 1] // np.maximum(lanes, 1)) * fields[:, 2]
+    lanes = of_chunk["lanes"]
+    steps = -(-of_chunk["tokens"] // np.maximum(lanes, 1)) * of_chunk["columns"]
     order = np.lexsort((-steps, -lanes))
     threads = np.repeat(order, lanes[order])
     return np.pad(threads, (0, -len(threads) % THREADS.value), constant_values=-1).astype(np.int32)
@@ -202,36 +216,50 @@ def _share_out(fields: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
 
 def _joined(parts: Sequence[Bytes], device: torch.device) -> tuple[Tensor, list[int]]:
     """All parts in one buffer on the device, and where each begins: at even places, for words are read as uint16."""
-    places = list(accumulate((len(part) + len(part) % 2 for part in parts), initial=0))[:-1]
-    joined: list[Tensor] = []
-    on_host = bytearray()
-    for part in parts:
-        if isinstance(part, Tensor):
-            joined += [*_uploaded(on_host, device), part]
-            on_host = bytearray(len(part) % 2)
-        else:
-            on_host += part + bytes(len(part) % 2)
-    joined += _uploaded(on_host, device)
-    return torch.cat(joined) if len(joined) != 1 else joined[0], places
+    on_host = [part for part in parts if isinstance(part, bytes)]
+    on_device = [part for part in parts if isinstance(part, Tensor)]
+    host_places, n_host = _even_places(on_host, 0)
+    device_places, _ = _even_places(on_device, n_host)
+    buffer = torch.empty(n_host, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    view = buffer.numpy()
+    for place, part in zip(host_places, on_host, strict=True):
+        view[place : place + len(part)] = np.frombuffer(part, np.uint8)
+    data = buffer.to(device, non_blocking=True)
+    if on_device:
+        gap = torch.zeros(1, dtype=torch.uint8, device=device)
+        data = torch.cat([data, *(piece for part in on_device for piece in (part, gap[: len(part) % 2]))])
+    of_host, of_device = iter(host_places), iter(device_places)
+    return data, [next(of_device if isinstance(part, Tensor) else of_host) for part in parts]
 
 
-def _uploaded(data: bytearray, device: torch.device) -> list[Tensor]:
-    """As a tensor on the device; nothing for no bytes."""
-    return [torch.frombuffer(data, dtype=torch.uint8).to(device)] if data else []
+def _even_places(parts: Sequence[Bytes], first: int) -> tuple[list[int], int]:
+    """Where each part begins if each takes an even number of bytes, and where the last one ends."""
+    *places, end = accumulate((len(part) + len(part) % 2 for part in parts), initial=first)
+    return places, end
 
 
 def _escaped_values(chunks: Sequence[CodedIntegers], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     """Escaped integers of all chunks; `CorruptStream` unless each holds as many as were decoded."""
     on_device = [chunk.escapes for chunk in chunks if isinstance(chunk.escapes, Tensor)]
     fetched = torch.cat(on_device).cpu().numpy().tobytes() if on_device else b""
-    values, place = [np.zeros(0, np.int32)], 0
-    for index, (chunk, count) in enumerate(zip(chunks, counts.tolist(), strict=True)):
+    parts, place = [], 0
+    for chunk in chunks:
         data = chunk.escapes
         if isinstance(data, Tensor):
             place, data = place + len(data), fetched[place : place + len(data)]
-        if data or count:
-            with _naming(index):
-                values.append(decode_escapes(data, count))
+        parts.append(data)
+    joined = b"".join(parts)
+    # Value after value: where each chunk's last one stops, the chunk must.
+    stops = np.flatnonzero(np.frombuffer(joined, np.uint8) < 128) + 1
+    needed = np.cumsum(counts)
+    if len(stops) == needed[-1] and (np.append(0, stops)[needed] == np.cumsum([len(part) for part in parts])).all():
+        with suppress(CorruptStream):
+            return decode_escapes(joined, int(needed[-1]))
+    # Something is wrong: chunk by chunk, to say where.
+    values = []
+    for index, (part, count) in enumerate(zip(parts, counts.tolist(), strict=True)):
+        with _naming(index):
+            values.append(decode_escapes(part, count))
     return np.concatenate(values)
 
 

@@ -72,9 +72,10 @@ def place_side(
         cosine, sine = tl.load(cos + angle, mask=in_pair, other=0), tl.load(sin + angle, mask=in_pair, other=0)
         x = tl.where(in_pair, turned(x, partner, cosine, sine, is_first[None, :]), x)
     x = saturated(x, LIMIT)
-    offset = tl.load(token_offsets + token, mask=token < n_tokens, other=-1)
-    place = offset[:, None] + head * to_head + feature.to(tl.int64)[None, :] * to_feature
-    in_data = inside & (place >= 0) & (place < n_places)
+    offset = tl.load(token_offsets + token, mask=token < n_tokens, other=-1) + head * to_head
+    place = offset[:, None] + feature.to(tl.int64)[None, :] * to_feature
+    # As unsigned numbers negative ones are too large.
+    in_data = inside & (place.to(tl.uint64) < tl.cast(n_places, tl.uint64))
     if MANTISSA == 0:
         tl.store(data + place, x.to(data.dtype.element_ty), mask=in_data)
     elif BIAS == 127:

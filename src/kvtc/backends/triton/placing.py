@@ -41,23 +41,24 @@ def place(keys: Tensor, values: Tensor, turn: Turn | None, targets: tuple[Target
         raise InvalidArgument(f"{n_pairs} pairs of features are turned; a head has {n_features} features")
     keys, values = (side if side.stride(2) == 1 else side.contiguous() for side in (keys, values))
     stored, mantissa, bias = _ROUNDED.get(dtype, (dtype, 0, 0))
-    place_rows[(-(-n_tokens // _TOKENS), n_heads, 2)](
-        keys, keys.stride(0), keys.stride(1), cos, sin, cos.stride(0), n_pairs,
-        values, values.stride(0), values.stride(1),
-        *_arguments(targets[0], stored), *_arguments(targets[1], stored),
-        n_tokens, n_features,
-        TURNED=turn is not None,
-        INTERLEAVED=turn is not None and turn.interleaved,
-        LIMIT=torch.finfo(dtype).max,
-        MANTISSA=mantissa,
-        BIAS=bias,
-        TOKENS=_TOKENS,
-        FEATURES=1 << (n_features - 1).bit_length(),
-        num_warps=4,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(keys):  # type: ignore[no-untyped-call]
+        place_rows[(-(-n_tokens // _TOKENS), n_heads, 2)](
+            keys, keys.stride(0), keys.stride(1), cos, sin, cos.stride(0), n_pairs,
+            values, values.stride(0), values.stride(1),
+            *_arguments(targets[0], stored), *_arguments(targets[1], stored),
+            n_tokens, n_features,
+            TURNED=turn is not None,
+            INTERLEAVED=turn is not None and turn.interleaved,
+            LIMIT=torch.finfo(dtype).max,
+            MANTISSA=mantissa,
+            BIAS=bias,
+            TOKENS=_TOKENS,
+            FEATURES=1 << (n_features - 1).bit_length(),
+            num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _arguments(target: Target, stored: torch.dtype) -> tuple[Tensor, int, Tensor, int, int]:
     data = target.data.view(stored)
-    return data, data.numel(), target.token_offsets, target.head_stride, target.feature_stride
+    return data, data.numel(), target.token_offsets.contiguous(), target.head_stride, target.feature_stride
