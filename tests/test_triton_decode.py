@@ -23,6 +23,8 @@ from kvtc.errors import CorruptStream, InvalidArgument
 
 from .builders import DTYPES, NAMES, golden_frequencies, joint_codec, told_cache, told_ids
 
+pytest.importorskip("triton")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE, TRITON = ReferenceBackend(DEVICE), make_backend(DEVICE, "triton")
 FEW_SYMBOLS_A_LANE = 4
