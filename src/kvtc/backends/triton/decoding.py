@@ -175,7 +175,7 @@ class _Batch:
 
     def fill_escapes(self, output: Tensor, escaped: npt.NDArray[np.int32]) -> None:
         """Put escaped integers, ordered [chunk][column][token], where `output` is NaN."""
-        column, token = output.isnan().nonzero(as_tuple=True)
+        column, token = output[: int(self._of_chunk["columns"].max())].isnan().nonzero(as_tuple=True)
         first_tokens = torch.from_numpy(self._of_chunk["output_at"]).to(output.device)
         chunk, order = (torch.bucketize(token, first_tokens, right=True) - 1).sort(stable=True)
         column, token = column[order], token[order]
