@@ -23,7 +23,7 @@ from ...coding.rans import LOWER_BOUND, check_ends, check_starts, count_lanes, c
 from ...coding.uniform import ACTIVITY_BITS, ESCAPE, MAX_SYMBOL, N_ACTIVITIES, N_CLASSES, N_SYMBOLS, dequantize
 from ...errors import CorruptStream, InvalidArgument
 from ..interface import Bytes, CodedIntegers
-from .decode_kernels import NODE, THREADS, decode_integers
+from .decode_kernels import NEVER, NODE, THREADS, decode_integers
 
 _FIELDS = (
     "lanes",
@@ -69,6 +69,7 @@ class DecodeTables:
 def _trees(tables: ProbabilityTables) -> Tensor:
     leaves = tables.rans.first_slots.astype("<u2").reshape(-1, N_SYMBOLS // NODE.value, NODE.value)
     nodes = np.concatenate([leaves[:, None, :, 0], leaves], axis=1)
+    nodes[..., 0] = NEVER.value
     return torch.from_numpy(nodes.view("<i4"))
 
 
