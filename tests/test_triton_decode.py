@@ -24,6 +24,8 @@ from kvtc.errors import CorruptStream, InvalidArgument
 from .builders import DTYPES, NAMES, golden_frequencies, joint_codec, told_cache, told_ids
 
 pytest.importorskip("triton")
+from kvtc.backends.triton.decoding import share_out
+
 pytestmark = pytest.mark.usefixtures("guarded_kernels")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,7 +87,7 @@ def test_chunks_of_any_sizes_decode_in_one_call_as_the_reference_does():
         chunk(9, 4, seed=4, of=1, scale=30),
         chunk(0, 3),
         chunk(17, 4, seed=5),
-        chunk(6, 3, seed=6),
+        chunk(6, 4, seed=6),
         chunk(2, 5, seed=7),
     ]
     assert {count_lanes(len(each.classes), each.n_tokens) for each in chunks} == {0, 1, 2, 4, 8, 16, 32}
@@ -93,6 +95,18 @@ def test_chunks_of_any_sizes_decode_in_one_call_as_the_reference_does():
     found = TRITON.read_integers(chunks, RANK)
     some = [each for each in chunks if each.n_tokens]
     assert same_numbers(found, REFERENCE.read_integers(some, RANK))
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 4, 8, 16, 32]), st.integers(1, 40), st.integers(1, 3))))
+def test_every_warp_is_of_chunks_with_the_same_columns(sizes):
+    lanes, tokens, columns = np.array(sizes, np.int64).reshape(-1, 3).T
+    threads = share_out({"lanes": lanes, "tokens": tokens, "columns": columns})
+    assert len(threads) % 32 == 0
+    assert all(len({columns[each] for each in warp if each >= 0}) == 1 for warp in threads.reshape(-1, 32))
+    for index, n_lanes in enumerate(lanes):
+        places = np.flatnonzero(threads == index)
+        assert places[0] % n_lanes == 0
+        assert places.tolist() == list(range(places[0], places[0] + n_lanes))
 
 
 def test_nothing_at_all_decodes():
