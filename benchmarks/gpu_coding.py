@@ -54,6 +54,11 @@ class Setting:
     def rank(self, rank: int) -> int:
         return SMALL_RANKS[rank] if self.is_small else rank
 
+    @property
+    def gate_tokens(self) -> int:
+        """Tokens that the gate compares: more than a chunk, but where kernels are interpreted, which takes long."""
+        return 300 if self.device.type == "cuda" or self.backend != "triton" else 12
+
     def free(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -179,7 +184,7 @@ def encode_stages(codec: kvtc.Codec) -> dict[str, tuple[Any, str]]:
         "rest of the profile": (codec._coder, "encode_all"),
     }
     if codec.settings.profile == "paper":
-        return shared | {"transform": (paper, "project"), "quantize and pack": (codec.backend, "pack_groups")}
+        return shared | {"transform": (paper, "project_from"), "quantize and pack": (codec.backend, "pack_groups")}
     return shared | {
         "transform and prediction": (JointTransform, "choices"),
         "round by cost": (codec.backend, "round"),
@@ -242,10 +247,10 @@ def _same_integers(setting: Setting) -> dict[str, Any]:
     """One set of coefficients, coded by both: equal bytes, and each reads the other's."""
     calibration = calibration_for(setting.shape("nemo"), "joint", 40, setting.device)
     model = calibration.joint.coefficients
-    coefficients = drawn(model.deviations, 2 * CHUNK_TOKENS, torch.Generator(setting.device).manual_seed(3))
-    step = float(model.steps[len(model.steps) // 3])
+    n, step = setting.gate_tokens, float(model.steps[len(model.steps) // 3])
+    coefficients = drawn(model.deviations, n, torch.Generator(setting.device).manual_seed(3))
     classes = column_classes(model.deviations, step)
-    spans = [slice(0, CHUNK_TOKENS), slice(CHUNK_TOKENS, 2 * CHUNK_TOKENS)]
+    spans = [slice(0, n // 4), slice(n // 4, n)]
     coded, values = [], []
     backends = ReferenceBackend(setting.device), make_backend(setting.device, setting.backend)
     for backend in backends:
@@ -253,8 +258,8 @@ def _same_integers(setting: Setting) -> dict[str, Any]:
         coded.append(backend.write_integers(rounded, spans, classes, model.tables))
     for backend in backends:
         chunks = [
-            CodedIntegers(CHUNK_TOKENS, c.activities, c.symbols, c.escapes, classes, model.tables, step)
-            for c in coded[0]
+            CodedIntegers(t.stop - t.start, c.activities, c.symbols, c.escapes, classes, model.tables, step)
+            for t, c in zip(spans, coded[0], strict=True)
         ]
         values.append(backend.read_integers(chunks, len(classes)))
     off = float((values[0] - values[1]).abs().max()) / step
@@ -265,11 +270,13 @@ def _same_groups(setting: Setting) -> dict[str, Any]:
     kind = calibration_for(setting.shape("nemo"), "paper", 40, setting.device).key
     allocation = allocate_bits(kind.distortion, 160)
     deviations = kind.basis.spectrum.sqrt().numpy()
-    coefficients = drawn(deviations, 300, torch.Generator(setting.device).manual_seed(4))
-    spans = [slice(0, 256), slice(256, 300)]
+    n = setting.gate_tokens
+    coefficients = drawn(deviations, n, torch.Generator(setting.device).manual_seed(4))
+    counts = [n // 4, n - n // 4]
+    spans = [slice(0, counts[0]), slice(counts[0], n)]
     backends = ReferenceBackend(setting.device), make_backend(setting.device, setting.backend)
     packed = [backend.pack_groups(coefficients, spans, allocation) for backend in backends]
-    values = [backend.unpack_groups(packed[0], [256, 44], allocation) for backend in backends]
+    values = [backend.unpack_groups(packed[0], counts, allocation) for backend in backends]
     off = float((values[0] - values[1]).abs().max()) / float(values[0].abs().max())
     return {"passed": packed[0] == packed[1] and off < 1e-6, "equal_bytes": packed[0] == packed[1], "off": off}
 
@@ -277,7 +284,7 @@ def _same_groups(setting: Setting) -> dict[str, Any]:
 def _same_cache(case: Case, setting: Setting) -> dict[str, Any]:
     """One stream decoded by both, and encoded by either."""
     calibration = calibration_for(setting.shape(case.shape), case.profile, setting.rank(case.rank), setting.device)
-    (sequence,) = caches(calibration, case.profile, (1, 300), setting.device)
+    (sequence,) = caches(calibration, case.profile, (1, setting.gate_tokens), setting.device)
     reference = Setting(setting.device, "reference", setting.clock, is_small=True).codec(calibration, case)
     mine = setting.codec(calibration, case)
     stream = reference.encode(sequence.cache, sequence.token_ids)
