@@ -165,12 +165,14 @@ def stage_medians(run: Any, stages: dict[str, tuple[Any, str]], setting: Setting
     """Seconds of each stage, medians of runs of their own: hooks cost a little."""
     clock = StageClock(setting.device)
     runs = []
-    with clock.hooked(stages):
+
+    def hooked_run() -> None:
         run()
-        clock.seconds()
-        for _ in range(setting.clock.repeats):
-            run()
-            runs.append(clock.seconds())
+        runs.append(clock.seconds())
+
+    with clock.hooked(stages):
+        counted = len(setting.clock.times(hooked_run))
+    runs = runs[-counted:]
     return {name: statistics.median(found[name] for found in runs) for name in runs[0]}
 
 

@@ -109,6 +109,19 @@ def test_a_step_continues_a_prefill(gpu):
     assert torch.allclose(stepped.float(), model.prefill(ids).float(), rtol=0.1, atol=0.1)
 
 
+def test_slow_runs_are_repeated_less(gpu):
+    from gpu_clock import Clock
+
+    del gpu
+    calls = []
+    cpu = torch.device("cpu")
+    assert len(Clock(cpu, repeats=3, warm_up=2).times(lambda: calls.append(1))) == 3
+    assert len(calls) == 5
+    # Every run comes too late: one to warm up, one that counts.
+    assert len(Clock(cpu, repeats=3, warm_up=2, enough_seconds=0).times(lambda: calls.append(1))) == 1
+    assert len(calls) == 7
+
+
 def test_stages_within_others_count_once(gpu):
     from gpu_clock import StageClock
 
