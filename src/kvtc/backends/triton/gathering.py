@@ -1,0 +1,105 @@
+"""Gathering on a GPU: a cache, or the pages of an engine, to the joint rows that the transform takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...coding.rope import Turn
+from ...errors import InvalidArgument
+from ..interface import Target
+from .gather_kernels import gather_rows
+
+_TOKENS = 16
+_FP8_MANTISSA = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
+
+
+@dataclass(frozen=True, eq=False)
+class _Turns:
+    """Rotations of layers as the kernel takes them."""
+
+    cos: Tensor
+    sin: Tensor
+    fields: Tensor
+
+    @classmethod
+    def of(cls, turns: Sequence[Turn | None], n_tokens: int, n_features: int, device: torch.device) -> _Turns:
+        """turns: of each layer; those that layers share are taken once."""
+        distinct = list({id(turn): turn for turn in turns if turn is not None}.values())
+        for turn in distinct:
+            if len(turn.cos) != n_tokens or 2 * turn.cos.shape[1] > n_features:
+                raise InvalidArgument(
+                    f"a rotation of {turn.cos.shape[1]} pairs at {len(turn.cos)} positions, for {n_tokens} tokens of {n_features} features"
+                )
+        begins = np.cumsum([0, *(turn.cos.numel() for turn in distinct)]).tolist()
+        place = {id(turn): begin for turn, begin in zip(distinct, begins, strict=False)}
+        fields = [
+            (0, 0, 0) if turn is None else (place[id(turn)], turn.cos.shape[1], int(turn.interleaved)) for turn in turns
+        ]
+        nothing = torch.zeros(1, dtype=torch.float32, device=device)
+        cos, sin = (
+            torch.cat([nothing[:0], *(side.reshape(-1) for side in sides)]) if distinct else nothing
+            for sides in ([turn.cos for turn in distinct], [turn.sin for turn in distinct])
+        )
+        return cls(cos, sin, torch.tensor(fields, dtype=torch.int64).to(device))
+
+
+def gather(keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor:
+    """Keys and values [L, H, n, D] of any strides, as cached -> joint rows [n, 2 L H D] float32, keys first, turned back."""
+    if keys.shape != values.shape or keys.dtype != values.dtype or len(turns) != len(keys):
+        raise InvalidArgument(
+            f"keys {keys.dtype} {tuple(keys.shape)}, values {values.dtype} {tuple(values.shape)} and {len(turns)} rotations do not fit"
+        )
+    n_layers, n_heads, n_tokens, n_features = keys.shape
+    rows = torch.empty(n_tokens, 2 * n_layers * n_heads * n_features, dtype=torch.float32, device=keys.device)
+    if rows.numel():
+        sides = [(Target.of(side[0]), side.stride(0)) for side in (keys, values)]
+        _launch(sides, _Turns.of(turns, n_tokens, n_features, keys.device), rows, 0, (n_layers, n_heads, n_features))
+    return rows
+
+
+def gather_pages(
+    sources: Sequence[tuple[Target, Target]], turns: Sequence[Turn | None], n_heads: int, n_features: int
+) -> Tensor:
+    """Where keys and values of each layer lie -> joint rows, as `gather`; places outside of the data read as 0."""
+    if len(turns) != len(sources) or not sources:
+        raise InvalidArgument(f"{len(turns)} rotations for {len(sources)} layers")
+    counts = {len(side.token_offsets) for pair in sources for side in pair}
+    dtypes = {side.data.dtype for pair in sources for side in pair}
+    if len(counts) > 1 or len(dtypes) > 1:
+        raise InvalidArgument(f"layers of {sorted(counts)} tokens and {len(dtypes)} dtypes; expected one of each")
+    (n_tokens,), device = counts, sources[0][0].data.device
+    size = n_heads * n_features
+    rows = torch.empty(n_tokens, 2 * len(sources) * size, dtype=torch.float32, device=device)
+    if rows.numel():
+        turned = _Turns.of(turns, n_tokens, n_features, device)
+        for layer, (keys, values) in enumerate(sources):
+            own = _Turns(turned.cos, turned.sin, turned.fields[layer : layer + 1])
+            _launch([(keys, 0), (values, 0)], own, rows, layer * size, (1, n_heads, n_features))
+    return rows
+
+
+def _launch(
+    sides: Sequence[tuple[Target, int]], turns: _Turns, rows: Tensor, first_column: int, shape: tuple[int, int, int]
+) -> None:
+    """Some layers into the columns of rows from first_column on; sides: keys and values, and how far apart their layers are."""
+    n_layers, n_heads, n_features = shape
+    arguments: list[Tensor | int] = []
+    for side, layer_stride in sides:
+        data = side.data.view(torch.uint8) if side.data.dtype in _FP8_MANTISSA else side.data
+        offsets = side.token_offsets.contiguous()
+        arguments += [data, data.numel(), offsets, layer_stride, side.head_stride, side.feature_stride]
+    with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+        gather_rows[(-(-len(rows) // _TOKENS), n_layers * n_heads, 2)](
+            *arguments,
+            turns.cos, turns.sin, turns.fields, rows[:, first_column:], rows.stride(0), rows.shape[1] // 2, len(rows), n_heads, n_features,
+            MANTISSA=_FP8_MANTISSA.get(sides[0][0].data.dtype, 0),
+            TOKENS=_TOKENS,
+            FEATURES=1 << (n_features - 1).bit_length(),
+            num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
