@@ -51,7 +51,8 @@ def find_slot(node, slot):
     return ((tl.sum(reached, 1) * 0x10001) >> 29).to(tl.int32)
 
 
-@triton.jit
+# The stride is another number at each call: without this, kernels would be compiled for 1 and for multiples of 16.
+@triton.jit(do_not_specialize=["column_stride"])
 def decode_integers(data, words, fields, steps, trees, entries, chunk_of_thread, output, column_stride, report):
     """Coefficients of all chunks. A program is one warp; its threads are lanes of one chunk or of several.
 

@@ -135,7 +135,7 @@ class _Batch:
         self._fields = torch.from_numpy(fields.T.copy()).to(device)
         self._steps = torch.tensor([chunk.step for chunk in chunks], dtype=torch.float32, device=device)
         self._trees, self._entries, self._offsets = tables.of(kinds)
-        self._chunk_of_thread = _share_out(self._of_chunk)
+        self._chunk_of_thread = share_out(self._of_chunk)
 
     def decode(self, output: Tensor) -> npt.NDArray[np.int64]:
         """Fill the coded columns of `output` [rank, T], NaN for escapes -> escapes of each chunk."""
@@ -202,17 +202,22 @@ def _checked(index: int, chunk: CodedIntegers, rank: int) -> int:
         return count_words(len(chunk.symbols), n_columns, chunk.n_tokens)
 
 
-def _share_out(of_chunk: dict[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.int32]:
+def share_out(of_chunk: dict[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.int32]:
     """Fields of the chunks -> the chunk of each thread of whole warps, -1 for none.
 
     Lanes are powers of two up to a warp: in falling order they fill warps without gaps, each chunk's at a multiple of their number.
-    Of as many lanes, chunks of like length are put together, the longest first.
+    A warp takes as many steps as its most columns times its most blocks, so what shares one has the same columns.
     """
-    lanes = of_chunk["lanes"]
-    steps = -(-of_chunk["tokens"] // np.maximum(lanes, 1)) * of_chunk["columns"]
-    order = np.lexsort((-steps, -lanes))
-    threads = np.repeat(order, lanes[order])
-    return np.pad(threads, (0, -len(threads) % THREADS.value), constant_values=-1).astype(np.int32)
+    lanes, columns = of_chunk["lanes"], of_chunk["columns"]
+    blocks = -(-of_chunk["tokens"] // np.maximum(lanes, 1))
+    warps = [np.zeros(0, np.int64)]
+    # What takes longest begins first.
+    for n_columns in np.unique(columns)[::-1]:
+        chunks = np.flatnonzero(columns == n_columns)
+        chunks = chunks[np.lexsort((-blocks[chunks], -lanes[chunks]))]
+        threads = np.repeat(chunks, lanes[chunks])
+        warps.append(np.pad(threads, (0, -len(threads) % THREADS.value), constant_values=-1))
+    return np.concatenate(warps).astype(np.int32)
 
 
 def _joined(parts: Sequence[Bytes], device: torch.device) -> tuple[Tensor, list[int]]:

@@ -84,7 +84,11 @@ def place_side(
         tl.store(data + place, to_fp8(x, MANTISSA, BIAS), mask=in_data)
 
 
-@triton.jit
+# What changes from call to call and makes no better code. Kernels would be compiled for each kind of it, at a first call.
+_PLAIN = ["n_tokens", "key_offsets", "value_offsets", "n_key_places", "n_value_places", "key_to_head", "value_to_head"]
+
+
+@triton.jit(do_not_specialize=_PLAIN)
 def place_rows(
     keys, key_token_stride, key_head_stride, cos, sin, turn_stride, n_pairs,
     values, value_token_stride, value_head_stride,
