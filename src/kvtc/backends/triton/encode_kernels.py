@@ -25,7 +25,8 @@ COPIED_WORDS = tl.constexpr(4096)
 @triton.jit
 def quantized(scaled):
     """Coefficients over the step -> their integers when rounded by error alone, and the symbols of these."""
-    magnitude = tl.minimum(tl.floor(tl.abs(scaled) + ROUNDING), MAX_MAGNITUDE)
+    magnitude = tl.floor(tl.abs(scaled) + ROUNDING)
+    magnitude = tl.where(magnitude < MAX_MAGNITUDE, magnitude, MAX_MAGNITUDE)
     value = tl.where(scaled < 0, -magnitude, magnitude).to(tl.int32)
     return value, tl.where(magnitude <= MAX_SYMBOL, value + MAX_SYMBOL, ESCAPE)
 
@@ -59,12 +60,12 @@ def priced(error, bits, BIT_PRICE: tl.constexpr):
 def cheapest_integer(scaled, costs, offsets, activity, column_class, BIT_PRICE: tl.constexpr):
     """-> value, symbol, bits: of zero and the two integers next to each coefficient over the step, the cheapest.
 
-    What is beyond the symbols is rounded by error alone.
+    What is beyond the symbols is rounded by error alone; its cost takes the place of that of one.
     """
     value, symbol = quantized(scaled)
-    magnitude = tl.abs(scaled)
-    is_large = ~(magnitude < MAX_SYMBOL)
-    below = tl.where(is_large, 0, magnitude).to(tl.int32)
+    is_large = ~(tl.abs(scaled) < MAX_SYMBOL)
+    magnitude = tl.where(is_large, 0.0, tl.abs(scaled))
+    below = magnitude.to(tl.int32)
     sign = tl.where(scaled < 0, -1, 1)
     one = tl.maximum(below, 1)
     other = below + 1
@@ -85,26 +86,27 @@ def cheapest_integer(scaled, costs, offsets, activity, column_class, BIT_PRICE: 
 
     best = sign * tl.where(takes_other, other, tl.where(takes_one, one, 0))
     cost = tl.where(takes_other, other_cost, tl.where(takes_one | is_large, one_cost, zero_cost))
-    cost = tl.where(is_large, one_cost, cost)
     symbol = tl.where(is_large, symbol, best + MAX_SYMBOL)
     # A negative cost: the symbol has no room in its table.
     return tl.where(is_large, value, best), tl.where(cost < 0, ESCAPE, symbol), tl.abs(cost)
 
 
-@triton.jit
+# What changes from call to call and makes no better code. Kernels would be compiled for each kind of it, at a first call.
+@triton.jit(do_not_specialize=["column_stride", "n_tokens", "n_columns"])
 def round_tokens(
-    coefficients, token_stride, column_stride, n_tokens, n_columns, step, classes, costs, offsets, values, symbols, activities,
-    bits, BIT_PRICE: tl.constexpr,
+    coefficients, column_stride, n_tokens, n_columns, step, classes, costs, offsets, values, symbols, activities, bits,
+    BIT_PRICE: tl.constexpr,
 ):  # fmt: skip
     """Rounding by cost of THREADS tokens (`coding.rounding`).
 
-    coefficients: float32 of any strides. classes: uint8 [n_columns]. costs: float32 [classes, symbols, activities], negative where
-    the symbol escapes. offsets: float32 [classes, activities, 2]. values: int32 [n_columns, n_tokens], of escapes alone. symbols:
-    int64 [groups, n_tokens], 0 past the last column. activities: uint8, bits: float32 [n_tokens].
+    coefficients: float32 [n_columns, n_tokens], the tokens of a column side by side. classes: uint8 [n_columns]. costs: float32
+    [classes, symbols, activities], negative where the symbol escapes. offsets: float32 [classes, activities, 2]. values: int32
+    [n_columns, n_tokens], of escapes alone. symbols: int64 [groups, n_tokens], 0 past the last column. activities: uint8
+    [n_tokens]. bits: float32 [n_tokens].
     """
     token = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
     inside = token < n_tokens
-    first = coefficients + token.to(tl.int64) * token_stride
+    first = coefficients + token
     columns = tl.where(inside, n_columns, 0)
     activity = cheapest_activity(first, column_stride, columns, n_columns, step, classes, costs)
     tl.store(activities + token, activity.to(tl.uint8), mask=inside)
@@ -140,7 +142,7 @@ def byte_of(packed, PLACE: tl.constexpr):
     return (packed >> (8 * PLACE)).to(tl.int32) & 0xFF
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_all_tokens", "n_columns"])
 def encode_chunks(
     symbols, n_all_tokens, classes, n_columns, activities, entries, reciprocals, fields, words, report,
 ):  # fmt: skip

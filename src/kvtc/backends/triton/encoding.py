@@ -23,7 +23,8 @@ from ...coding.rounding import BIT_PRICE
 from ...coding.uniform import ACTIVITY_BITS, ESCAPE, N_ACTIVITIES, N_CLASSES, N_SYMBOLS
 from ...errors import InvalidArgument
 from ..interface import IntegerBytes
-from .encode_kernels import COPIED_WORDS, GROUP, THREADS, collect_words, encode_chunks, round_tokens
+from .decode_kernels import THREADS
+from .encode_kernels import COPIED_WORDS, GROUP, collect_words, encode_chunks, round_tokens
 
 _Uploaded = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -110,7 +111,7 @@ def round_coefficients(
     costs, offsets, _, _ = uploaded.of(tables)
     with torch.cuda.device_of(used):  # type: ignore[no-untyped-call]
         round_tokens[(-(-n_tokens // THREADS.value),)](
-            used, used.stride(0), used.stride(1), n_tokens, n_columns, step,
+            used, used.stride(1), n_tokens, n_columns, step,
             torch.from_numpy(classes.copy()).to(device), costs, offsets,
             rounded.values, rounded.symbols, rounded.activities, rounded.token_bits,
             BIT_PRICE=BIT_PRICE,
@@ -134,11 +135,10 @@ def write_integers(
     n_tokens = len(rounded.activities)
     bounds = [span.indices(n_tokens)[:2] for span in spans]
     symbols = _encode(rounded, bounds, classes, uploaded.of(tables))
-    escapes = _find_escapes(rounded)
+    column, token, value = _find_escapes(rounded)
     written = []
     for (start, stop), coded in zip(bounds, symbols, strict=True):
         activities = pack(torch.from_numpy(rounded.token_class[start:stop]), ACTIVITY_BITS).numpy().tobytes()
-        column, token, value = escapes
         mine = (token >= start) & (token < stop)
         order = np.lexsort((token[mine], column[mine]))
         written.append(IntegerBytes(activities, coded, encode_escapes(value[mine][order])))
@@ -153,6 +153,7 @@ def _encode(
     n_columns, n_tokens = rounded.values.shape
     if len(classes) != n_columns:
         raise InvalidArgument(f"classes of {len(classes)} columns for the integers of {n_columns}")
+    starts = np.array([start for start, _ in bounds], np.int64)
     counts = np.array([max(0, stop - start) for start, stop in bounds], np.int64)
     lanes = np.array([count_lanes(n_columns, count) for count in counts.tolist()], np.int64)
     coded = np.flatnonzero(lanes)
@@ -160,7 +161,7 @@ def _encode(
         return [b""] * len(bounds)
     device = rounded.symbols.device
     ends = np.cumsum(counts[coded] * n_columns + 2 * lanes[coded])
-    fields = np.stack([np.array([bounds[chunk][0] for chunk in coded]), counts[coded], lanes[coded], ends], axis=1)
+    fields = np.stack([starts[coded], counts[coded], lanes[coded], ends], axis=1)
     padded = np.pad(classes, (0, -n_columns % GROUP.value)).view("<i8")
     words = torch.empty(int(ends[-1]), dtype=torch.uint16, device=device)
     report = torch.empty(len(coded), 2, dtype=torch.int32, device=device)
@@ -192,13 +193,15 @@ def _collected(words: Tensor, ends: npt.NDArray[np.int64], counts: npt.NDArray[n
     return [data[stop - count : stop].tobytes() for stop, count in zip(stops.tolist(), counts.tolist(), strict=True)]
 
 
-def _find_escapes(rounded: RoundedOnDevice) -> tuple[npt.NDArray[np.int64], ...]:
+def _find_escapes(
+    rounded: RoundedOnDevice,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """Column, token and value of every escape."""
     n_tokens = len(rounded.activities)
-    found = (rounded.symbols.view(torch.uint8) == ESCAPE).view(-1, n_tokens, GROUP.value).nonzero()
+    found = (rounded.symbols.view(torch.uint8) == ESCAPE).view(len(rounded.symbols), n_tokens, GROUP.value).nonzero()
     column, token = found[:, 0] * GROUP.value + found[:, 2], found[:, 1]
     on_host = torch.stack([column, token, rounded.values[column, token].long()]).cpu().numpy()
-    return on_host[0], on_host[1], on_host[2]
+    return on_host[0], on_host[1], on_host[2].astype(np.int32)
 
 
 def _check_classes(classes: npt.NDArray[np.uint8]) -> None:

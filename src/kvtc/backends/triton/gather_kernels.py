@@ -65,7 +65,14 @@ def gather_side(
     tl.store(to, x, mask=inside)
 
 
-@triton.jit
+# What changes from call to call and makes no better code. Kernels would be compiled for each kind of it, at a first call.
+_PLAIN = [
+    "n_tokens", "key_offsets", "value_offsets", "n_key_places", "n_value_places", "key_layer_stride", "value_layer_stride",
+    "key_head_stride", "value_head_stride",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_PLAIN)
 def gather_rows(
     key_data, n_key_places, key_offsets, key_layer_stride, key_head_stride, key_feature_stride,
     value_data, n_value_places, value_offsets, value_layer_stride, value_head_stride, value_feature_stride,
@@ -76,8 +83,8 @@ def gather_rows(
 
     *_data: [n_places], uint8 for fp8; *_offsets: int64, of each token; places outside of the data read as 0. cos, sin: float32, of
     one rotation [tokens, pairs] after another. fields: int64 [layers, FIELDS], where the layer's rotation begins in them, its pairs
-    (0: none), whether they are interleaved. rows: float32, keys from column 0, values from value_column on, by layer, head, feature.
-    MANTISSA: of fp8; 0 otherwise.
+    (0: none), whether they are interleaved. rows: float32, keys from column 0, values from value_column on, by layer, head and
+    feature. MANTISSA: of fp8; 0 otherwise.
     """
     if tl.program_id(2) == 0:
         gather_side(
@@ -86,6 +93,6 @@ def gather_rows(
         )  # fmt: skip
     else:
         gather_side(
-            value_data, n_value_places, value_offsets, value_layer_stride, value_head_stride, value_feature_stride, cos, sin, fields,
-            rows + value_column, row_stride, n_tokens, n_heads, n_features, False, MANTISSA, TOKENS, FEATURES,
+            value_data, n_value_places, value_offsets, value_layer_stride, value_head_stride, value_feature_stride, cos, sin,
+            fields, rows + value_column, row_stride, n_tokens, n_heads, n_features, False, MANTISSA, TOKENS, FEATURES,
         )  # fmt: skip

@@ -33,7 +33,8 @@ class _Turns:
         for turn in distinct:
             if len(turn.cos) != n_tokens or 2 * turn.cos.shape[1] > n_features:
                 raise InvalidArgument(
-                    f"a rotation of {turn.cos.shape[1]} pairs at {len(turn.cos)} positions, for {n_tokens} tokens of {n_features} features"
+                    f"a rotation of {turn.cos.shape[1]} pairs at {len(turn.cos)} positions; "
+                    f"expected {n_tokens} positions and at most {n_features // 2} pairs"
                 )
         begins = np.cumsum([0, *(turn.cos.numel() for turn in distinct)]).tolist()
         place = {id(turn): begin for turn, begin in zip(distinct, begins, strict=False)}
@@ -52,7 +53,8 @@ def gather(keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor
     """Keys and values [L, H, n, D] of any strides, as cached -> joint rows [n, 2 L H D] float32, keys first, turned back."""
     if keys.shape != values.shape or keys.dtype != values.dtype or len(turns) != len(keys):
         raise InvalidArgument(
-            f"keys {keys.dtype} {tuple(keys.shape)}, values {values.dtype} {tuple(values.shape)} and {len(turns)} rotations do not fit"
+            f"keys {keys.dtype} {tuple(keys.shape)}, values {values.dtype} {tuple(values.shape)} and {len(turns)} rotations; "
+            "expected the same of both and a rotation a layer"
         )
     n_layers, n_heads, n_tokens, n_features = keys.shape
     rows = torch.empty(n_tokens, 2 * n_layers * n_heads * n_features, dtype=torch.float32, device=keys.device)
@@ -96,7 +98,8 @@ def _launch(
     with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
         gather_rows[(-(-len(rows) // _TOKENS), n_layers * n_heads, 2)](
             *arguments,
-            turns.cos, turns.sin, turns.fields, rows[:, first_column:], rows.stride(0), rows.shape[1] // 2, len(rows), n_heads, n_features,
+            turns.cos, turns.sin, turns.fields, rows[:, first_column:], rows.stride(0), rows.shape[1] // 2,
+            len(rows), n_heads, n_features,
             MANTISSA=_FP8_MANTISSA.get(sides[0][0].data.dtype, 0),
             TOKENS=_TOKENS,
             FEATURES=1 << (n_features - 1).bit_length(),

@@ -18,14 +18,22 @@ E4M3_MAX = tl.constexpr(448.0)
 _HALF_LOST = tl.constexpr(12582912.0)
 
 
+# What changes from call to call and makes no better code. Kernels would be compiled for each kind of it, at a first call.
+_PLAIN = ["n_blocks", "n_groups", "token_stride"]
+
+
 @triton.jit
 def load_piece(fields, n_blocks):
     """-> of this program's piece the first token, tokens, first coefficient, size and number of groups, index of the first group
-    among all, where its shifts and where its symbols begin in the bytes; and the places in it that are this program's."""
+    among all, where its shifts and where its symbols begin in the bytes; and the places in it that are this program's.
+
+    fields: int64 [pieces, FIELDS]; n_blocks: programs of a piece.
+    """
     field = fields + tl.program_id(0) // n_blocks * FIELDS
     at = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
-    n_tokens, size, count = tl.load(field + 1).to(tl.int32), tl.load(field + 3).to(tl.int32), tl.load(field + 4).to(tl.int32)
-    return tl.load(field), n_tokens, tl.load(field + 2), size, count, tl.load(field + 5), tl.load(field + 6), tl.load(field + 7), at
+    first_token, n_tokens, start = tl.load(field), tl.load(field + 1).to(tl.int32), tl.load(field + 2)
+    size, count, first_group = tl.load(field + 3).to(tl.int32), tl.load(field + 4).to(tl.int32), tl.load(field + 5)
+    return first_token, n_tokens, start, size, count, first_group, tl.load(field + 6), tl.load(field + 7), at
 
 
 @triton.jit
@@ -39,7 +47,7 @@ def shift_and_scale(low, high, BITS: tl.constexpr):
     return shift.to(tl.float16), tl.minimum(width, FLOAT16_MAX).to(tl.float16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN[:2])
 def pack_scales(lows, highs, n_groups, fields, n_blocks, output, BITS: tl.constexpr):
     """Shifts and scales of pieces: planes of low and of high bytes. lows, highs: float32 [tokens, n_groups]."""
     first_token, n_tokens, _, _, count, first_group, scales_at, _, at = load_piece(fields, n_blocks)
@@ -64,14 +72,15 @@ def quantized(x, low, high, BITS: tl.constexpr):
     shift, scale = shift.to(tl.float32), scale.to(tl.float32)
     levels: tl.constexpr = E4M3_MAX if BITS == 8 else (1 << BITS) - 1.0
     has_width = scale > 0
-    per_level = tl.where(has_width, tl.div_rn(tl.full(x.shape, levels, tl.float32), tl.where(has_width, scale, 1.0)), 0.0)
+    per_level = tl.div_rn(tl.full(x.shape, levels, tl.float32), tl.where(has_width, scale, 1.0))
+    per_level = tl.where(has_width, per_level, 0.0)
     offset = (x - shift) * per_level
     if BITS == 8:
         return to_fp8(tl.minimum(tl.maximum(offset, -E4M3_MAX), E4M3_MAX), 3, 7).to(tl.int32)
     return ((tl.minimum(tl.maximum(offset, 0.0), levels) + _HALF_LOST) - _HALF_LOST).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def pack_symbols(
     coefficients, token_stride, column_stride, lows, highs, n_groups, fields, n_blocks, output, BITS: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +115,7 @@ def load_float16(low_bytes, high_bytes, inside):
     return (low.to(tl.uint16) | (high.to(tl.uint16) << 8)).to(tl.float16, bitcast=True).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[_PLAIN[0], _PLAIN[2]])
 def unpack_symbols(data, fields, n_blocks, output, token_stride, BITS: tl.constexpr):
     """Coefficients of pieces. data: uint8. output: float32, the coefficients of a token side by side."""
     first_token, n_tokens, start, size, count, _, scales_at, symbols_at, at = load_piece(fields, n_blocks)
@@ -125,11 +134,10 @@ def unpack_symbols(data, fields, n_blocks, output, token_stride, BITS: tl.conste
         scales = data + scales_at + in_scales
         shift = load_float16(scales, scales + n, inside)
         scale = load_float16(scales + 2 * n, scales + 3 * n, inside)
+        levels: tl.constexpr = E4M3_MAX if BITS == 8 else (1 << BITS) - 1.0
         if BITS == 8:
-            levels: tl.constexpr = E4M3_MAX
             offset = from_fp8(code, 3)
         else:
-            levels: tl.constexpr = (1 << BITS) - 1.0
             offset = ((code.to(tl.int32) >> (BITS * (symbol_at % per_byte))) & ((1 << BITS) - 1)).to(tl.float32)
         x = shift + offset * tl.div_rn(scale, tl.full(scale.shape, levels, tl.float32))
     tl.store(output + (first_token + token) * token_stride + start + column, x, mask=inside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def pack_groups(coefficients: Tensor, spans: Sequence[slice], allocation: BitAll
                 pack_symbols[grid](coefficients, *coefficients.stride(), *ranges, fields, blocks, output, **options)
     whole = output.cpu().numpy().tobytes()
     stops = np.cumsum([0, *sizes]).tolist()
-    return [whole[begin:stop] for begin, stop in zip(stops[:-1], stops[1:], strict=True)]
+    return [whole[begin:stop] for begin, stop in pairwise(stops)]
 
 
 def unpack_groups(
@@ -74,7 +75,7 @@ def _extremes(coefficients: Tensor, allocation: BitAllocation) -> tuple[Tensor, 
     lows, highs = [coefficients[:, :0]], [coefficients[:, :0]]
     for run in allocation.runs:
         if run.symbol_type.has_scale:
-            low, high = coefficients[:, run.start : run.stop].unflatten(1, (run.count, run.size)).aminmax(dim=-1)
+            low, high = coefficients[:, run.start : run.stop].reshape(-1, run.count, run.size).aminmax(dim=-1)
             lows.append(low)
             highs.append(high)
     return torch.cat(lows, dim=1).contiguous(), torch.cat(highs, dim=1).contiguous()
