@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...coding.bitpack import pack
+from ...coding.bitpack import pack, packed_bytes
 from ...coding.escapes import encode_escapes
 from ...coding.probability import ProbabilityTables
 from ...coding.rans import count_lanes
@@ -132,17 +133,10 @@ def write_integers(
 
     Raises `InvalidArgument` for a symbol of frequency 0 where the escape has none either.
     """
-    n_tokens = len(rounded.activities)
-    bounds = [span.indices(n_tokens)[:2] for span in spans]
+    bounds = [(start, max(start, stop)) for start, stop, _ in (span.indices(len(rounded.activities)) for span in spans)]
     symbols = _encode(rounded, bounds, classes, uploaded.of(tables))
-    column, token, value = _find_escapes(rounded)
-    written = []
-    for (start, stop), coded in zip(bounds, symbols, strict=True):
-        activities = pack(torch.from_numpy(rounded.token_class[start:stop]), ACTIVITY_BITS).numpy().tobytes()
-        mine = (token >= start) & (token < stop)
-        order = np.lexsort((token[mine], column[mine]))
-        written.append(IntegerBytes(activities, coded, encode_escapes(value[mine][order])))
-    return written
+    activities = _pack_activities(rounded.token_class, bounds)
+    return [IntegerBytes(*parts) for parts in zip(activities, symbols, _write_escapes(rounded, bounds), strict=True)]
 
 
 def _encode(
@@ -154,7 +148,7 @@ def _encode(
     if len(classes) != n_columns:
         raise InvalidArgument(f"classes of {len(classes)} columns for the integers of {n_columns}")
     starts = np.array([start for start, _ in bounds], np.int64)
-    counts = np.array([max(0, stop - start) for start, stop in bounds], np.int64)
+    counts = np.array([stop - start for start, stop in bounds], np.int64)
     lanes = np.array([count_lanes(n_columns, count) for count in counts.tolist()], np.int64)
     coded = np.flatnonzero(lanes)
     if not len(coded):
@@ -187,21 +181,37 @@ def _collected(words: Tensor, ends: npt.NDArray[np.int64], counts: npt.NDArray[n
     joined = torch.empty(int(stops[-1]), dtype=torch.uint16, device=words.device)
     with torch.cuda.device_of(words):  # type: ignore[no-untyped-call]
         collect_words[(len(counts), -(-int(counts.max()) // COPIED_WORDS.value))](
-            words, torch.from_numpy(fields).to(words.device), joined, num_warps=4
+            words, torch.from_numpy(fields).to(words.device), joined, num_warps=8, enable_fp_fusion=False
         )
     data = joined.cpu().numpy().astype("<u2", copy=False)
     return [data[stop - count : stop].tobytes() for stop, count in zip(stops.tolist(), counts.tolist(), strict=True)]
 
 
-def _find_escapes(
-    rounded: RoundedOnDevice,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Column, token and value of every escape."""
+def _pack_activities(activities: npt.NDArray[np.uint8], bounds: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Activity classes of chunks, all packed at once."""
+    cuts = list(accumulate((packed_bytes(stop - start, ACTIVITY_BITS) for start, stop in bounds), initial=0))
+    per_byte = 8 // ACTIVITY_BITS
+    padded = np.zeros(per_byte * cuts[-1], np.uint8)
+    for cut, (start, stop) in zip(cuts, bounds, strict=False):
+        padded[per_byte * cut :][: stop - start] = activities[start:stop]
+    whole = pack(torch.from_numpy(padded), ACTIVITY_BITS).numpy().tobytes()
+    return [whole[begin:end] for begin, end in pairwise(cuts)]
+
+
+def _write_escapes(rounded: RoundedOnDevice, bounds: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Escaped values of chunks, in each by coefficient and token."""
     n_tokens = len(rounded.activities)
-    found = (rounded.symbols.view(torch.uint8) == ESCAPE).view(len(rounded.symbols), n_tokens, GROUP.value).nonzero()
-    column, token = found[:, 0] * GROUP.value + found[:, 2], found[:, 1]
-    on_host = torch.stack([column, token, rounded.values[column, token].long()]).cpu().numpy()
-    return on_host[0], on_host[1], on_host[2].astype(np.int32)
+    is_escape = (rounded.symbols.view(torch.uint8) == ESCAPE).view(len(rounded.symbols), n_tokens, GROUP.value)
+    group, token, place = is_escape.nonzero(as_tuple=True)
+    column = group * GROUP.value + place
+    found = torch.stack([token, column, rounded.values[column, token].long()]).cpu().numpy()
+    found = found[:, found[0].argsort(kind="stable")]
+    written = []
+    for start, stop in bounds:
+        first, last = found[0].searchsorted([start, stop])
+        of_token, of_column, value = found[:, first:last]
+        written.append(encode_escapes(value[np.lexsort((of_token, of_column))].astype(np.int32)))
+    return written
 
 
 def _check_classes(classes: npt.NDArray[np.uint8]) -> None:

@@ -59,8 +59,12 @@ def gather(keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor
     n_layers, n_heads, n_tokens, n_features = keys.shape
     rows = torch.empty(n_tokens, 2 * n_layers * n_heads * n_features, dtype=torch.float32, device=keys.device)
     if rows.numel():
-        sides = [(Target.of(side[0]), side.stride(0)) for side in (keys, values)]
-        _launch(sides, _Turns.of(turns, n_tokens, n_features, keys.device), rows, 0, (n_layers, n_heads, n_features))
+        sides: list[_Side] = []
+        for side in (keys, values):
+            layers, heads, tokens, features = side.stride()
+            sides.append((side, side.numel(), tokens, layers, heads, features))
+        turned = _Turns.of(turns, n_tokens, n_features, keys.device)
+        _launch(sides, turned, rows, 0, (n_layers, n_heads, n_features), is_paged=False)
     return rows
 
 
@@ -81,26 +85,39 @@ def gather_pages(
         turned = _Turns.of(turns, n_tokens, n_features, device)
         for layer, (keys, values) in enumerate(sources):
             own = _Turns(turned.cos, turned.sin, turned.fields[layer : layer + 1])
-            _launch([(keys, 0), (values, 0)], own, rows, layer * size, (1, n_heads, n_features))
+            sides = [_of_pages(keys), _of_pages(values)]
+            _launch(sides, own, rows, layer * size, (1, n_heads, n_features), is_paged=True)
     return rows
 
 
+_Side = tuple[Tensor, int, Tensor | int, int, int, int]
+"""Data, its size, where tokens are or how far apart, how far apart layers, heads and features are."""
+
+
+def _stored(data: Tensor) -> Tensor:
+    """fp8 as bytes: the kernel reads them itself."""
+    return data.view(torch.uint8) if data.dtype in _FP8_MANTISSA else data
+
+
+def _of_pages(side: Target) -> _Side:
+    data = side.data
+    return data, data.numel(), side.token_offsets.contiguous(), 0, side.head_stride, side.feature_stride
+
+
 def _launch(
-    sides: Sequence[tuple[Target, int]], turns: _Turns, rows: Tensor, first_column: int, shape: tuple[int, int, int]
+    sides: Sequence[_Side], turns: _Turns, rows: Tensor, first_column: int, shape: tuple[int, int, int], is_paged: bool
 ) -> None:
-    """Some layers into the columns of rows from first_column on; sides: keys and values, and how far apart their layers are."""
+    """Some layers' keys and values into the columns of rows from first_column on."""
     n_layers, n_heads, n_features = shape
-    arguments: list[Tensor | int] = []
-    for side, layer_stride in sides:
-        data = side.data.view(torch.uint8) if side.data.dtype in _FP8_MANTISSA else side.data
-        offsets = side.token_offsets.contiguous()
-        arguments += [data, data.numel(), offsets, layer_stride, side.head_stride, side.feature_stride]
+    mantissa = _FP8_MANTISSA.get(sides[0][0].dtype, 0)
+    arguments = [argument for data, *places in sides for argument in (_stored(data), *places)]
     with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
         gather_rows[(-(-len(rows) // _TOKENS), n_layers * n_heads, 2)](
             *arguments,
             turns.cos, turns.sin, turns.fields, rows[:, first_column:], rows.stride(0), rows.shape[1] // 2,
             len(rows), n_heads, n_features,
-            MANTISSA=_FP8_MANTISSA.get(sides[0][0].data.dtype, 0),
+            PAGED=is_paged,
+            MANTISSA=mantissa,
             TOKENS=_TOKENS,
             FEATURES=1 << (n_features - 1).bit_length(),
             num_warps=4,

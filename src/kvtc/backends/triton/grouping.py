@@ -33,7 +33,7 @@ def pack_groups(coefficients: Tensor, spans: Sequence[slice], allocation: BitAll
         launches = _launches([start for start, _ in bounds], counts, allocation, output.device)
         with torch.cuda.device_of(output):  # type: ignore[no-untyped-call]
             for kind, fields, n_scales, n_places in launches:
-                options: dict[str, Any] = {"BITS": int(kind), "num_warps": 4, "enable_fp_fusion": False}
+                options: dict[str, Any] = {"BITS": int(kind), "num_warps": 8, "enable_fp_fusion": False}
                 if kind.has_scale:
                     grid, blocks = _grid(fields, n_scales)
                     pack_scales[grid](*ranges, fields, blocks, output, **options)
@@ -65,7 +65,7 @@ def unpack_groups(
         for kind, fields, _, n_places in _launches(firsts, counts, allocation, device):
             grid, blocks = _grid(fields, n_places)
             unpack_symbols[grid](
-                data, fields, blocks, output, output.stride(0), BITS=int(kind), num_warps=4, enable_fp_fusion=False
+                data, fields, blocks, output, output.stride(0), BITS=int(kind), num_warps=8, enable_fp_fusion=False
             )
     return output
 
