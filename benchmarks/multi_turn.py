@@ -4,7 +4,8 @@
 
 Every turn adds held-out text and an answer that the model gives to the exact cache; all policies see the same tokens. Time to the
 first token is what a user waits for: computing or fetching the cache, and reading the new turn. Saving happens while the user
-types, so it is listed apart. Quality: KL of the answer's predictions against those from the recomputed cache.
+types, so it is listed apart. Quality: KL of the answer's predictions against those from the recomputed cache. `--redraw` draws the
+plot of the saved results again.
 """
 
 import argparse
@@ -14,9 +15,26 @@ from statistics import mean, median
 import torch
 
 import kvtc
+from kvtc.evaluate.plots import MUTED, SERIES
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.table import format_bytes, format_table
-from serving import add_codec_arguments, answer, divergence, first_token, follow, raw_bytes, start, timed, token_ids
+from serving import (
+    add_codec_arguments,
+    answer,
+    divergence,
+    figure,
+    first_token,
+    follow,
+    parse,
+    raw_bytes,
+    save_plot,
+    saved_result,
+    start,
+    timed,
+    token_ids,
+)
+
+NAME = "multi_turn_serving"
 
 
 def converse(model, codec, turns: list[torch.Tensor], n_answer: int, rows: dict) -> None:
@@ -72,7 +90,13 @@ def main() -> None:
     parser.add_argument("--turn-tokens", type=int, default=480)
     parser.add_argument("--answer-tokens", type=int, default=32)
     parser.add_argument("--conversations", type=int, default=2, help="per file")
-    options = parser.parse_args()
+    options = parse(parser)
+    if not options.redraw:
+        run(options)
+    plot(saved_result(NAME)["turns"])
+
+
+def run(options: argparse.Namespace) -> None:
     model, tokenizer, codec = start(options)
     rows: dict[int, list[dict]] = defaultdict(list)
     for path in options.text:
@@ -88,7 +112,7 @@ def main() -> None:
     ]
     print_summary(summary)
     settings = {"profile": options.profile, "ratio": options.ratio, "window_tokens": options.window}
-    save_result("multi_turn_serving", {"kind": "multi_turn_serving", **settings, "turns": summary})
+    save_result(NAME, {"kind": NAME, **settings, "turns": summary})
 
 
 def print_summary(summary: list[dict]) -> None:
@@ -119,6 +143,25 @@ def print_summary(summary: list[dict]) -> None:
         for row in summary
     ]
     print(format_table(header, table))
+
+
+def plot(turns: list[dict]) -> None:
+    """What a user waits for, and what the server keeps while the user is away, after each turn."""
+    tokens = [row["tokens"] for row in turns]
+    labels = {"recompute": "compute again", "hold": "hold the cache", "kvtc": "kvtc"}
+    colors = dict(zip(labels, (MUTED, SERIES[1], SERIES[0]), strict=True))
+    with figure(2, (10, 4)) as (drawn, (waiting, keeping)):
+        for name, label in labels.items():
+            seconds = [1e3 * row[f"{name}_seconds"] for row in turns]
+            waiting.plot(tokens, seconds, "o-", color=colors[name], label=label)
+        for name, found in (("hold", "raw_bytes"), ("kvtc", "stored_bytes")):
+            mebibytes = [row[found] / 2**20 for row in turns]
+            keeping.plot(tokens, mebibytes, "o-", color=colors[name], label=labels[name])
+        waiting.set(xlabel="Tokens of the conversation", ylabel="Milliseconds to the first token", ylim=(0, None))
+        keeping.set(xlabel="Tokens of the conversation", ylabel="MiB between turns", ylim=(0, None))
+        for axes in (waiting, keeping):
+            axes.legend(frameon=False)
+        save_plot(drawn, "multi_turn")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What the serving benchmarks share: conversations of held-out text, time to the first token, and what a cache weighs."""
+"""What the serving benchmarks share: held-out text, time to the first token, what a cache weighs, and how results are drawn."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,16 +15,28 @@ import torch
 from torch import Tensor
 
 import kvtc
+from kvtc.evaluate.plots import plot_style, require_matplotlib, save_figure
+from kvtc.evaluate.provenance import RESULTS_DIRECTORY
 
 Result = TypeVar("Result")
+IMAGES = Path("docs/images")
 
 
 def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="held-out text files")
+    parser.add_argument("--text", type=Path, nargs="+", help="held-out text files")
+    parser.add_argument("--redraw", action="store_true", help="only draw the saved results again")
     parser.add_argument("--profile", default="conditional")
     parser.add_argument("--ratio", type=float, default=32)
     parser.add_argument("--window", type=int, default=128, help="last tokens kept exactly")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as it takes by itself")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; --text may be left out only where nothing is measured."""
+    options = parser.parse_args()
+    if not options.text and not options.redraw:
+        parser.error("--text is needed")
+    return options
 
 
 def start(options: argparse.Namespace) -> tuple[Any, Any, kvtc.Codec]:
@@ -90,3 +104,23 @@ def timed(function: Callable[[], Result]) -> tuple[Result, float]:
     started = time.perf_counter()
     result = function()
     return result, time.perf_counter() - started
+
+
+def saved_result(name: str) -> dict[str, Any]:
+    """The result that a benchmark saved last."""
+    found: dict[str, Any] = json.loads((RESULTS_DIRECTORY / f"{name}.json").read_text(encoding="utf-8"))["result"]
+    return found
+
+
+@contextmanager
+def figure(n_panels: int, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
+    """A figure in the style of all plots, and its panels, side by side."""
+    plt = require_matplotlib()
+    with plt.rc_context(plot_style()):
+        drawn, panels = plt.subplots(1, n_panels, figsize=size, layout="constrained", squeeze=False)
+        yield drawn, panels[0]
+
+
+def save_plot(drawn: Any, name: str) -> None:
+    """Write docs/images/<name>.png."""
+    save_figure(require_matplotlib(), drawn, IMAGES / f"{name}.png")

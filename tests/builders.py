@@ -15,6 +15,7 @@ from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration, KindCalibration
 from kvtc.calibration.fit import fit
 from kvtc.calibration.joint import CoefficientModel, JointCalibration, TokenCoding
+from kvtc.calibration.quality import QualityCurve
 from kvtc.codec import Codec
 from kvtc.coding.distortion import DistortionTable
 from kvtc.coding.metric import Metric
@@ -132,6 +133,16 @@ def joint_calibration(seed: int = 0, with_tokens: bool = True) -> Calibration:
     outputs = (0.001 * torch.randn(3, calibration.joint.basis.rank, generator=generator)).half()
     predictor = replace(tokens.predictor, hidden=hidden, outputs=outputs)
     return replace(calibration, joint=replace(calibration.joint, tokens=replace(tokens, predictor=predictor)))
+
+
+@remember
+def measured_calibration() -> Calibration:
+    """`joint_calibration` with made-up curves: step 0.05 is at a KL of 0.001 with `joint` and 0.002 with `conditional`."""
+    curves = {
+        "joint": QualityCurve(np.array([0.05, 5.0]), np.array([1e-3, 1e-1])),
+        "conditional": QualityCurve(np.array([0.05, 5.0]), np.array([2e-3, 1e-1])),
+    }
+    return replace(joint_calibration(), quality=curves)
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

@@ -18,14 +18,17 @@ settings.register_profile("dev", deadline=None, suppress_health_check=[HealthChe
 settings.register_profile("ci", settings.get_profile("dev"), max_examples=200, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
-# Tests run side by side: one thread each is faster than many that wait for one another.
 torch.set_num_threads(1)
-os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 # Nothing is fetched: libraries that would ask a hub are told so before they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Kernels are interpreted where there is no GPU. Triton reads this when it is imported, with the first kernel.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Not in pyproject.toml: pytest would import numba for it, before `tests` has set its threads."""
+    config.addinivalue_line("filterwarnings", "ignore::numba.core.errors.NumbaDeprecationWarning")
 
 
 @pytest.fixture(scope="session")

@@ -28,4 +28,7 @@ def fake_modules(modules: Mapping[str, Mapping[str, Any]], adapters: Sequence[st
     finally:
         for name in (*added, *adapters):
             sys.modules.pop(name, None)
+            package, _, child = name.rpartition(".")
+            if package in sys.modules:  # `from package import child` finds it there too
+                vars(sys.modules[package]).pop(child, None)
         sys.modules.update(before)

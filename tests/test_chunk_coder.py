@@ -113,8 +113,9 @@ def test_what_cannot_be_coded_is_refused():
         coder().encode(torch.zeros(3, 5), 0)
     with pytest.raises(InvalidArgument, match="gives no token ids"):
         coder(profile="conditional")
-    with pytest.raises(InvalidArgument, match=r"fixed size need kvtc\.ratio"):
-        coder(FixedChunkCoder, ratio=None, step=0.1)
+    for name in ("step", "kl"):
+        with pytest.raises(InvalidArgument, match=rf"fixed size need kvtc\.ratio, not kvtc\.{name}"):
+            coder(FixedChunkCoder, **{"ratio": None, name: 0.01})
     with pytest.raises(InvalidArgument, match="of the profile joint"):
         coder(FixedChunkCoder, profile="paper")
 

@@ -18,7 +18,15 @@ from kvtc.integrations.store_lookups import StoreLookups
 from kvtc.reference import reference_calibration
 from kvtc.store import open_store
 
-from .builders import joint_calibration, relative_error, same_bits, tiny_calibration, told_cache, told_ids
+from .builders import (
+    joint_calibration,
+    measured_calibration,
+    relative_error,
+    same_bits,
+    tiny_calibration,
+    told_cache,
+    told_ids,
+)
 
 
 def settings(**changed) -> EngineSettings:
@@ -63,6 +71,41 @@ def test_the_profile_is_the_best_that_calibration_and_engine_allow():
     assert not only.serves(has_token_ids=False)
     with pytest.raises(InvalidArgument, match="gives no token ids"):
         only.profile(has_token_ids=False)
+
+
+def test_a_quality_takes_the_step_of_each_profiles_curve():
+    codec = PageCodec(measured_calibration(), settings(step=None, kl=2e-3))
+    assert codec.codec(has_token_ids=True).rate.step == pytest.approx(0.05)
+    assert codec.codec(has_token_ids=False).rate.step == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"kl": 2e-3, "step": 0.05}, "not several"),
+        ({"kl": 2e-3, "ratio": 8}, "not several"),
+        ({"ratio": 8, "step": 0.05}, "not several"),
+        ({"kl": 2e-3, "profile": "paper"}, "paper has no step"),
+        ({"kl": 0.5}, "outside of what was measured"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(changed, expected):
+    with pytest.raises(InvalidArgument, match=expected):
+        PageCodec(measured_calibration(), settings(**{"step": None} | changed))
+
+
+def test_a_quality_needs_a_curve():
+    with pytest.raises(InvalidArgument, match="no measured quality of the profile conditional"):
+        PageCodec(joint_calibration(), settings(step=None, kl=2e-3))
+
+
+@pytest.mark.parametrize("name", ["ratio", "step", "kl"])
+def test_rates_are_numbers(name):
+    given = {"kvtc.calibration": "reference", "kvtc.store": "memory:", f"kvtc.{name}": 2}
+    assert getattr(EngineSettings.from_config(given), name) == 2
+    for wrong in ("2", True, [2]):
+        with pytest.raises(InvalidArgument, match=rf"kvtc\.{name} is .*expected a number"):
+            EngineSettings.from_config(given | {f"kvtc.{name}": wrong})
 
 
 def test_rotations_that_depend_on_a_texts_length_are_refused():

@@ -16,7 +16,7 @@ from kvtc import inspect
 from kvtc.errors import InvalidArgument, UnsupportedLayout
 from kvtc.store import open_store
 
-from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error
+from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, measured_calibration, relative_error
 from .fake_lmcache import MemoryLayoutDesc, MemoryObj, ObjectKey, fake_lmcache
 from .test_chunk_coder import SHAPE, T, chunk
 
@@ -106,6 +106,22 @@ def test_chunks_go_to_the_store_and_come_back_to_another_adapter(lmcache, option
     other.close()
 
 
+def test_a_quality_in_place_of_a_ratio(lmcache, options):
+    measured_calibration().save(options["kvtc.calibration"])
+    del options["kvtc.ratio"]
+    for kl, expected in ((1e-3, [False]), (1e-3, [True]), (4e-3, [False])):
+        adapter = make_adapter(options | {"kvtc.kl": kl})
+        lookup = adapter.submit_lookup_and_lock_task([ObjectKey(HASHES[0])], {})
+        assert take(lambda number=lookup, asked=adapter: asked.query_lookup_and_lock_result(number)).bits() == expected
+        adapter.submit_store_task([ObjectKey(HASHES[0])], [MemoryObj(chunk(0))])
+        (result,) = take(adapter.pop_completed_store_tasks).values()
+        assert result.is_successful()
+        adapter.close()
+    importlib.import_module("kvtc.integrations.lmcache_serde")
+    with pytest.raises(InvalidArgument, match=r"fixed size need kvtc\.ratio, not kvtc\.kl"):
+        lmcache.serdes["kvtc"](serde_options(options) | {"kvtc.kl": 1e-3})
+
+
 def test_event_descriptors_differ_and_are_signalled(options):
     adapter = make_adapter(options)
     names = ("get_store_event_fd", "get_lookup_and_lock_event_fd", "get_load_event_fd")
@@ -152,6 +168,8 @@ def test_models_groups_and_tenants_do_not_share_chunks(options):
 def test_what_cannot_work_ends_the_start(options):
     with pytest.raises(InvalidArgument, match=r"unknown option kvtc\.ration"):
         make_adapter({**options, "kvtc.ration": 8})
+    with pytest.raises(InvalidArgument, match="either a ratio or a step or a kl"):
+        make_adapter({**options, "kvtc.kl": 0.001})
     with pytest.raises(FileNotFoundError):
         make_adapter({**options, "kvtc.calibration": "nowhere.safetensors"})
 

@@ -11,7 +11,7 @@ from kvtc import inspect
 from kvtc.errors import InvalidArgument, UnsupportedLayout, UnsupportedModel
 from kvtc.store import open_store
 
-from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache
+from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, measured_calibration, relative_error, told_cache
 from .fake_sglang import (
     HiCacheStorageConfig,
     HiCacheStorageExtraInfo,
@@ -73,6 +73,15 @@ def test_pages_leave_host_memory_and_come_back_to_another_process(make, layout, 
     assert relative_error(found, wanted) < 0.1
     assert not pool.get_data_page(kept).any()
     other.close()
+
+
+def test_a_quality_in_place_of_a_ratio(make, tmp_path):
+    measured_calibration().save(tmp_path / "tiny.safetensors")
+    for kl, expected in ((1e-3, 0), (1e-3, 2), (4e-3, 0)):
+        backend, _ = make(options={"kvtc.ratio": None, "kvtc.kl": kl})
+        assert backend.batch_exists(KEYS[:2]) == expected
+        assert backend.batch_set_v1(KEYS[:2], ALL[: 2 * PAGE], HiCacheStorageExtraInfo([])) == [True] * 2
+        backend.close()
 
 
 def test_positions_count_from_the_pages_before(make, tmp_path):
@@ -146,5 +155,7 @@ def test_what_cannot_work_is_refused(make):
         make(sizes=(5, N_HEADS, HEAD_DIM))
     with pytest.raises(UnsupportedLayout, match="host layout 'page_unified'"):
         make("page_unified")
+    with pytest.raises(InvalidArgument, match="either a ratio or a step or a kl"):
+        make(options={"kvtc.kl": 0.001})
     with pytest.raises(InvalidArgument, match=r"unknown option kvtc\.calibrations"):
         make(options={"kvtc.calibrations": "x"})

@@ -15,7 +15,16 @@ from kvtc.integrations.vllm_facts import engine_facts, layers_in_order
 from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 
-from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache, told_ids
+from .builders import (
+    HEAD_DIM,
+    N_HEADS,
+    N_LAYERS,
+    joint_calibration,
+    measured_calibration,
+    relative_error,
+    told_cache,
+    told_ids,
+)
 from .fake_engine import FakeEngine
 from .fake_vllm import KVConnectorRole, configs, fake_vllm
 
@@ -78,6 +87,18 @@ def test_another_process_loads_what_one_saved(connector, options, backend, kerne
     for start, stop in ((0, 512), (512, FOUND)):
         assert not torch.equal(found.keys[:, :, start:stop], truth.keys[:, :, start:stop])
     assert torch.equal(found.keys[:, :, FOUND:], truth.keys[:, :, FOUND:])
+
+
+def test_a_quality_in_place_of_a_step(connector, options):
+    measured_calibration().save(options["kvtc.calibration"])
+    del options["kvtc.step"]
+    ids, truth = prompt()
+    for kl, expected in ((2e-3, 0), (2e-3, FOUND), (4e-3, 0)):
+        engine = FakeEngine(connector, *configs(options | {"kvtc.kl": kl}, **SHAPE))
+        n_loaded, found = engine.run("a", ids, truth)
+        engine.finish()
+        assert n_loaded == expected
+        assert close_to(found, truth)
 
 
 def test_what_the_engine_has_itself_is_left_as_it_is(connector, options):
@@ -223,7 +244,7 @@ def test_errors_that_nobody_foresaw_stay_out_of_the_engine(connector, options):
     engine.run("a", ids, truth)
     engine.finish()
     engine = FakeEngine(connector, *configs(options, **SHAPE))
-    engine.worker._mover._pages.write = fails
+    engine.worker._mover._pages.settle = fails
     n_loaded, found = engine.run("b", ids, truth)
     assert n_loaded == 0
     assert torch.equal(found.keys, truth.keys)
@@ -392,6 +413,8 @@ def test_what_cannot_work_is_refused_at_start(connector, options):
         start(changed={"kvtc.store": None})
     with pytest.raises(InvalidArgument, match=r"kvtc.profile"):
         start(changed={"kvtc.profile": "best"})
+    with pytest.raises(InvalidArgument, match="either a ratio or a step or a kl"):
+        start(changed={"kvtc.kl": 0.001})
     with pytest.raises(InvalidArgument, match="divisor of 256"):
         start(KVConnectorRole.SCHEDULER, block_size=48)
     with pytest.raises(GeometryMismatch, match="head_dim 8"):

@@ -16,7 +16,16 @@ from kvtc.integrations.pages import PageCodec
 from kvtc.integrations.tier_jobs import RowPart, TierChunk, TierJobs
 from kvtc.store import open_store
 
-from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache, told_ids
+from .builders import (
+    HEAD_DIM,
+    N_HEADS,
+    N_LAYERS,
+    joint_calibration,
+    measured_calibration,
+    relative_error,
+    told_cache,
+    told_ids,
+)
 from .fake_vllm import LookupResult, ReqContext, TransferJob, fake_vllm
 
 PAGE, CHUNK = 32, 256
@@ -150,6 +159,18 @@ def test_chunks_leave_host_memory_and_come_back(tier_class, options, axes, tells
     other.tier.shutdown()
 
 
+def test_a_quality_in_place_of_a_step(tier_class, options):
+    measured_calibration().save(options["kvtc.calibration"])
+    del options["kvtc.step"]
+    for kl, expected in ((2e-3, LookupResult.MISS), (2e-3, LookupResult.HIT), (4e-3, LookupResult.MISS)):
+        host = Host(tier_class, options | {"kvtc.kl": kl})
+        context, keys = request(host.tier, "a")
+        assert host.look(keys[0], context) is expected
+        host.fill(0, truth(), 0)
+        assert host.job(keys[:1], [0], context, is_load=False).success
+        host.tier.shutdown()
+
+
 def test_streams_made_with_token_ids_are_found_only_with_token_ids(tier_class, options):
     cache, host = truth(), Host(tier_class, options)
     context, keys = request(host.tier, "a", token_ids=told_ids(600).tolist())
@@ -266,6 +287,8 @@ def test_what_cannot_work_is_refused_at_start(tier_class, options):
     parallel = SimpleNamespace(tp_size=1, pp_size=2, pcp_size=1, dcp_size=1)
     with pytest.raises(UnsupportedLayout, match=r"kvtc\.attention_backend"):
         start(options={name: value for name, value in options.items() if name != "kvtc.attention_backend"})
+    with pytest.raises(InvalidArgument, match="either a ratio or a step or a kl"):
+        start({"kvtc.kl": 0.001})
     with pytest.raises(InvalidArgument, match="unknown option root_dir"):
         start({"root_dir": "/"})
     with pytest.raises(UnsupportedModel, match="pp_size"):

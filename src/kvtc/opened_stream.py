@@ -82,27 +82,29 @@ def open_stream(
             f"the profile {header.profile} predicts from token ids; give token_ids to decode this stream"
         )
     plan = coder.read_plan(stream.read(SectionType.RATE, STREAM_WIDE, stream.find(SectionType.RATE).raw_bytes))
+    keys = [(kind, index) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
+    sizes = [_raw_bytes(kind, chunks[index], header, coder, plan) for kind, index in keys]
+    read = dict(zip(keys, stream.read_all([(*key, size) for key, size in zip(keys, sizes, strict=True)]), strict=True))
     positions, coded, exact = [], [], []
     first = 0
     for index, chunk in enumerate(chunks):
-        positions.append(_read_positions(stream, index, chunk))
+        positions.append(_positions(read.get((SectionType.POSITIONS, index)), header, index, chunk))
         if chunk.n_sink:
-            exact.append(_read_exact(stream, index, SectionType.SINK, chunk.n_sink, first, chunk.fp8_sinks))
+            sinks = read[SectionType.SINK, index]
+            exact.append(_exact(sinks, header, chunk.n_sink, first, chunk.fp8_sinks))
         if chunk.n_body:
-            section = stream.read(SectionType.BODY, index, coder.body_bytes(plan, chunk.n_body))
             here = slice(chunk.n_sink, chunk.n_sink + chunk.n_body)
             triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
-            coded.append(CodedBody(section, chunk.n_body, plan, triples))
+            coded.append(CodedBody(read[SectionType.BODY, index], chunk.n_body, plan, triples))
         if chunk.n_window:
-            start = first + chunk.n_sink + chunk.n_body
+            here = slice(chunk.n_tokens - chunk.n_window, chunk.n_tokens)
+            window = read[SectionType.WINDOW, index]
             if chunk.coded_window:
-                section = stream.read(SectionType.WINDOW, index, coder.body_bytes(plan, chunk.n_window))
-                here = slice(start - first, start - first + chunk.n_window)
                 triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
-                coded.append(CodedBody(section, chunk.n_window, plan, triples, is_window=True))
+                coded.append(CodedBody(window, chunk.n_window, plan, triples, is_window=True))
             else:
-                exact.append(_read_exact(stream, index, SectionType.WINDOW, chunk.n_window, start, is_fp8=False))
-        if chunk.is_padded and any(stream.read(SectionType.PADDING, index, None)):
+                exact.append(_exact(window, header, chunk.n_window, first + here.start, is_fp8=False))
+        if chunk.is_padded and any(read[SectionType.PADDING, index]):
             raise CorruptStream(f"the padding of chunk {index} holds other bytes than zeros")
         first += chunk.n_tokens
     # Regions follow one another over the whole stream, so the coded tokens are one range.
@@ -112,10 +114,13 @@ def open_stream(
     return OpenedStream(header, chunks, n_tokens, coder, plan, whole, body, coded, exact)
 
 
-def positions_of(data: bytes) -> Tensor:
+def positions_of(stream_bytes: bytes) -> Tensor:
     """Where the tokens of a stream stand, [T] int64: with gaps, it says whose token ids decoding needs."""
-    stream = parse_stream(data)
-    positions = [_read_positions(stream, index, chunk) for index, chunk in enumerate(stream.chunks)]
+    stream = parse_stream(stream_bytes)
+    positions = []
+    for index, chunk in enumerate(stream.chunks):
+        data = stream.read(SectionType.POSITIONS, index, 2 * chunk.n_tokens) if chunk.explicit_positions else None
+        positions.append(_positions(data, stream.header, index, chunk))
     return torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
@@ -172,27 +177,37 @@ def _triples(
     return torch.cat([known, missing])[here]
 
 
-def _read_positions(stream: Stream, index: int, chunk: Chunk) -> Tensor:
-    if not chunk.explicit_positions:
+def _raw_bytes(kind: SectionType, chunk: Chunk, header: Header, coder: BodyCoder, plan: Plan) -> int | None:
+    """What a section of a chunk holds; None where that does not follow from its tokens."""
+    if kind is SectionType.POSITIONS:
+        return 2 * chunk.n_tokens
+    if kind is SectionType.BODY:
+        return coder.body_bytes(plan, chunk.n_body)
+    if kind is SectionType.SINK and chunk.fp8_sinks:
+        return fp8_bytes(2 * header.row_features // header.head_dim * chunk.n_sink, header.head_dim)
+    if kind is SectionType.SINK:
+        return exact_bytes(2 * header.row_features * chunk.n_sink, header.dtype)
+    if kind is SectionType.WINDOW and not chunk.coded_window:
+        return exact_bytes(2 * header.row_features * chunk.n_window, header.dtype)
+    return coder.body_bytes(plan, chunk.n_window) if kind is SectionType.WINDOW else None
+
+
+def _positions(data: bytes | None, header: Header, index: int, chunk: Chunk) -> Tensor:
+    """Those of a chunk, from its section where it has one."""
+    if data is None:
         return torch.arange(chunk.first_position, chunk.first_position + chunk.n_tokens, device="cpu")
-    data = stream.read(SectionType.POSITIONS, index, 2 * chunk.n_tokens)
-    size = stream.header.chunk_tokens
-    start = chunk.first_position // size * size
+    start = chunk.first_position // header.chunk_tokens * header.chunk_tokens
     positions = np.frombuffer(data, dtype="<u2").astype(np.int64) + start
-    stop = min(start + size, MAX_POSITION)
+    stop = min(start + header.chunk_tokens, MAX_POSITION)
     if positions[0] != chunk.first_position or positions[-1] >= stop or bool((positions[1:] <= positions[:-1]).any()):
         raise CorruptStream(f"the positions of chunk {index} do not ascend from {chunk.first_position} within its cell")
     return torch.from_numpy(positions)
 
 
-def _read_exact(stream: Stream, index: int, section: SectionType, n: int, first: int, is_fp8: bool) -> ExactTokens:
-    header = stream.header
+def _exact(data: bytes, header: Header, n: int, first: int, is_fp8: bool) -> ExactTokens:
     shape = (header.n_layers, header.n_kv_heads, n, header.head_dim)
-    if is_fp8:
-        data = stream.read(section, index, fp8_bytes(2 * header.row_features // header.head_dim * n, header.head_dim))
-        return ExactTokens(first, *decode_fp8(data, shape, header.dtype))
-    data = stream.read(section, index, exact_bytes(2 * header.row_features * n, header.dtype))
-    return ExactTokens(first, *decode_exact(data, shape, header.dtype))
+    decode = decode_fp8 if is_fp8 else decode_exact
+    return ExactTokens(first, *decode(data, shape, header.dtype))
 
 
 def shift_to(start_position: int | None, opened: OpenedStream) -> int:

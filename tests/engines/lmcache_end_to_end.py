@@ -1,6 +1,6 @@
 """kvtc in LMCache, for real: LMCache's server beside vLLM, the reference model, and vLLM's own account of hits.
 
-    store     vLLM answers a prompt, uncached; LMCache's server stores its chunks in four places at once, in each through kvtc
+    store     vLLM answers a prompt, uncached; LMCache's server stores its chunks in six places at once, in each through kvtc
     hit       for each place: a new server that has nothing but that place, a new vLLM: the chunks come back, the same tokens
     process   LMCache's engine inside a process, without its server: caches go to kvtc's remote plugin and come back
     damaged   a stored chunk is damaged on disk; new processes load what comes before it, compute the rest: the same tokens
@@ -27,6 +27,8 @@ from lmcache_places import (
     FilePlace,
     Place,
     PluginPlace,
+    PluginRedisPlace,
+    PluginS3Place,
     RedisPlace,
     S3Place,
     bucket_host,
@@ -36,7 +38,6 @@ from lmcache_places import (
     s3_server,
 )
 from vllm_end_to_end import HERE, Failure, expect, prompts
-from vllm_serve import model_directory
 
 RATIO = 8
 CHUNK_TOKENS, PAGE_TOKENS = 256, 32
@@ -47,15 +48,16 @@ ANSI = "\x1b\\[[0-9;]*m"
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory, ExitStack() as servers:
         scratch = Path(directory)
-        (scratch / "kvtc-6m").mkdir()
-        model_directory(str(scratch / "kvtc-6m"))
         servers.enter_context(bucket_host())
         options = chunk_options()
+        redis_port, s3_port = servers.enter_context(redis_server(scratch)), servers.enter_context(s3_server())
         places: list[Place] = [
             PluginPlace(scratch, options),
+            PluginRedisPlace(redis_port, options),
+            PluginS3Place(s3_port, options),
             FilePlace(scratch, options),
-            RedisPlace(servers.enter_context(redis_server(scratch)), options),
-            S3Place(servers.enter_context(s3_server()), options),
+            RedisPlace(redis_port, options),
+            S3Place(s3_port, options),
         ]
         prompt = prompts()[0]
         print(f"lmcache: kvtc-6m in bfloat16, ratio {RATIO}, a prompt of {len(prompt)} tokens, pages {options}")
@@ -116,7 +118,7 @@ def report(place: Place) -> None:
 
 
 def answer_again(scratch: Path, place: Place, prompt: list[int], tokens: list[int], cached: int) -> None:
-    name = f"hit-{place.adapter['type']}-{cached}"
+    name = f"hit-{re.sub('[^a-z0-9]+', '-', place.name.lower())}-{cached}"
     with lmcache_server(scratch, name, [place]) as port:
         answer = ask(scratch, name, port, prompt)
     print(f"  hit: {place.name}: cached {answer['cached']} tokens; {len(tokens)} tokens compared")
@@ -184,9 +186,13 @@ def ask(scratch: Path, name: str, port: int, prompt: list[int]) -> dict[str, Any
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
     }
-    # LMCache's keys hold the model's path, so it is the same for all processes.
-    engine = {"model": str(scratch / "kvtc-6m"), "dtype": "bfloat16"}
-    work = {"transfer_config": config, "engine": engine, "prompts": [prompt], "transfer_params": [None], "settle": 5}
+    work = {
+        "transfer_config": config,
+        "engine": {"dtype": "bfloat16"},
+        "prompts": [prompt],
+        "transfer_params": [None],
+        "settle": 5,
+    }
     task.write_text(json.dumps(work))
     log = log_path(scratch, f"vllm-{name}")
     with log.open("w") as output:

@@ -37,18 +37,43 @@ class PluginPlace(Place):
 
     def __init__(self, scratch: Path, options: dict[str, Any]) -> None:
         self.directory = scratch / "plugin"
-        self.adapter = {
-            "type": "plugin",
-            "module_path": "kvtc.integrations.lmcache_l2",
-            "class_name": "KvtcL2Adapter",
-            "adapter_params": {**options, "kvtc.store": f"file://{self.directory}"},
-        }
+        self.adapter = plugin(f"file://{self.directory}", options)
 
     def files(self) -> list[Path]:
         return [file for file in (self.directory / "entries").rglob("*") if file.is_file()]
 
     def sizes(self) -> list[int]:
         return [file.stat().st_size for file in self.files()]
+
+
+class PluginRedisPlace(Place):
+    """kvtc's own adapter with its store in Redis, in a database of its own."""
+
+    name = "plugin, Redis store"
+
+    def __init__(self, port: int, options: dict[str, Any]) -> None:
+        self._port = port
+        self.adapter = plugin(f"redis://127.0.0.1:{port}/1", options)
+
+    def sizes(self) -> list[int]:
+        return redis_sizes(self._port, 1)
+
+
+class PluginS3Place(Place):
+    """kvtc's own adapter with its store in S3, in a bucket of its own."""
+
+    name = "plugin, S3 store (moto)"
+
+    def __init__(self, port: int, options: dict[str, Any]) -> None:
+        endpoint = f"http://127.0.0.1:{port}"
+        self._bucket = f"{endpoint}/kvtc-plugin"
+        # Large values on a busy machine: moto answers one request after the other.
+        query = f"endpoint={endpoint}&region=us-east-1&access_key_id=x&secret_access_key=y&timeout=60"
+        self.adapter = plugin(f"s3://kvtc-plugin/chunks?{query}", options)
+        make_bucket(self._bucket)
+
+    def sizes(self) -> list[int]:
+        return s3_sizes(self._bucket)
 
 
 class FilePlace(Place):
@@ -74,10 +99,7 @@ class RedisPlace(Place):
         self.adapter = {"type": "resp", "host": "127.0.0.1", "port": port, "serde": {"type": "kvtc", **options}}
 
     def sizes(self) -> list[int]:
-        import redis
-
-        with redis.Redis(port=self._port) as client:
-            return [int(client.strlen(key)) for key in client.keys("*")]
+        return redis_sizes(self._port, 0)
 
 
 class S3Place(Place):
@@ -97,12 +119,39 @@ class S3Place(Place):
             "aws_secret_access_key": "y",
             "serde": {"type": "kvtc", **options},
         }
-        urllib.request.urlopen(urllib.request.Request(self._url, method="PUT")).close()  # noqa: S310
+        make_bucket(self._url)
 
     def sizes(self) -> list[int]:
-        with urllib.request.urlopen(f"{self._url}?list-type=2") as answer:  # noqa: S310
-            tree = ElementTree.fromstring(answer.read())  # noqa: S314
-        return [int(element.text or 0) for element in tree.iter() if element.tag.endswith("Size")]
+        return s3_sizes(self._url)
+
+
+def plugin(store: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Configuration of kvtc's own adapter with a store at a URL."""
+    return {
+        "type": "plugin",
+        "module_path": "kvtc.integrations.lmcache_l2",
+        "class_name": "KvtcL2Adapter",
+        "adapter_params": {**options, "kvtc.store": store},
+    }
+
+
+def redis_sizes(port: int, database: int) -> list[int]:
+    """Bytes of every value of a database."""
+    import redis
+
+    with redis.Redis(port=port, db=database) as client:
+        return [int(client.strlen(key)) for key in client.keys("*")]
+
+
+def make_bucket(url: str) -> None:
+    urllib.request.urlopen(urllib.request.Request(url, method="PUT")).close()  # noqa: S310
+
+
+def s3_sizes(url: str) -> list[int]:
+    """Bytes of every object of a bucket."""
+    with urllib.request.urlopen(f"{url}?list-type=2") as answer:  # noqa: S310
+        tree = ElementTree.fromstring(answer.read())  # noqa: S314
+    return [int(element.text or 0) for element in tree.iter() if element.tag.endswith("Size")]
 
 
 def free_port() -> int:

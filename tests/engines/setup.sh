@@ -35,7 +35,7 @@ install_lmcache() {
     # LMCache beside the vLLM that it serves; it needs an older numpy.
     install_vllm
     "$environment/bin/python" -m pip freeze | grep '^transformers==' >> "$environment/constraints.txt"
-    pip install --constraint "$environment/constraints.txt" lmcache==0.5.6
+    pip install --constraint "$environment/constraints.txt" lmcache==0.5.6 obstore==0.12.1
     # The servers that it stores in. moto needs other versions than LMCache.
     command -v redis-server > /dev/null || { apt-get update -qq && apt-get install -y -qq redis-server; }
     python3 -m venv "$environment/servers"

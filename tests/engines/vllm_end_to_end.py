@@ -6,9 +6,10 @@ For each way into vLLM, the connector and the tier:
     hit      another process answers them from the store: the same tokens
     damaged  one stored chunk is damaged on disk; another process loads what comes before it, computes the rest: the same tokens
 
-Then `parallel`: the connector with two tensor-parallel workers, each with a calibration of its own; `store` and `hit`.
+Then `store` and `hit` of two more: `quality`, the connector asked for a KL instead of a ratio, and `parallel`, the connector with
+two tensor-parallel workers, each with a calibration of its own.
 
-Run in vLLM's environment: `make test-engines`, or this script with some of connector, tier, parallel.
+Run in vLLM's environment: `make test-engines`, or this script with some of connector, tier, quality, parallel.
 Prints what was stored and loaded, and exits with 1 where something differs.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 
 import parallel_model
 
+KL = 0.001
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
@@ -73,12 +75,15 @@ class Failure(Exception):
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or [*(way.name for way in WAYS), "parallel"]
+    chosen = sys.argv[1:] or [*(way.name for way in WAYS), "quality", "parallel"]
     long, short, other = prompts()
     for way in WAYS:
         if way.name in chosen:
             with tempfile.TemporaryDirectory() as scratch:
                 run_way(way, Path(scratch), long, short, other)
+    if "quality" in chosen:
+        with tempfile.TemporaryDirectory() as scratch:
+            run_quality(Path(scratch), long)
     if "parallel" in chosen:
         with tempfile.TemporaryDirectory() as scratch:
             run_parallel(Path(scratch), long)
@@ -122,6 +127,23 @@ def run_way(way: Way, scratch: Path, long: list[int], short: list[int], other: l
     print(f"  damaged: {', '.join(f'vllm:kvtc_{name} {count}' for name, count in counted.items())}")
     compare(way, "damaged", found, [tokens[len(long)]])
     expect("what vLLM's metrics say of the damage", counted, way.counted)
+
+
+def run_quality(scratch: Path, prompt: list[int]) -> None:
+    """`kvtc.kl` in place of the guide's ratio: how many bytes that takes follows from the calibration's curve."""
+    print(f"\nquality: kvtc-6m in bfloat16, {KL} nats, a prompt of {len(prompt)} tokens")
+    config = transfer_config("connector", f"file://{scratch}/store")
+    options = config["kv_connector_extra_config"]
+    del options["kvtc.ratio"]
+    options["kvtc.kl"] = KL
+    engine = {"dtype": "bfloat16"}
+    first, second = (serve(scratch, "quality", engine, config, [prompt], name) for name in ("store", "hit"))
+    expect("nothing is cached at first", first["answers"][0]["cached"], 0)
+    report_disk(scratch / "store", 5, len(prompt))
+    found = second["answers"][0]
+    print(f"  hit: cached {found['cached']} tokens; 32 tokens compared")
+    expect("cached tokens", found["cached"], 1248)
+    expect("the same tokens", found["tokens"], first["answers"][0]["tokens"])
 
 
 def run_parallel(scratch: Path, prompt: list[int]) -> None:

@@ -5,23 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-# The reference model without its calibration: vLLM takes every safetensors file of a directory for weights.
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
-def model_directory(scratch: str) -> str:
-    """The reference model, for vLLM."""
-    from kvtc.reference import MODEL_DIRECTORY
-
-    for name in MODEL_FILES:
-        (Path(scratch) / name).symlink_to(MODEL_DIRECTORY / name)
-    return scratch
 
 
 def main() -> None:
@@ -37,26 +24,27 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
+    from kvtc.reference import MODEL_DIRECTORY
+
     answers = []
-    with tempfile.TemporaryDirectory() as scratch:
-        llm = LLM(
-            **({"model": model_directory(scratch)} | task["engine"]),
-            max_model_len=2048,
-            enforce_eager=True,
-            max_num_seqs=4,
-            block_size=32,
-            disable_log_stats=False,
-            kv_transfer_config=KVTransferConfig(**task["transfer_config"]),
-        )
-        for prompt, params in zip(task["prompts"], task["transfer_params"], strict=True):
-            extra = {"kv_transfer_params": params} if params else None
-            sampling = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args=extra)
-            (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling)
-            answers.append({"tokens": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens})
-            # Saving goes on in the background, in steps of the engine where it runs beside the scheduler.
-            time.sleep(task.get("settle", 1))
-        metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-        del llm
+    llm = LLM(
+        **({"model": str(MODEL_DIRECTORY)} | task["engine"]),
+        max_model_len=2048,
+        enforce_eager=True,
+        max_num_seqs=4,
+        block_size=32,
+        disable_log_stats=False,
+        kv_transfer_config=KVTransferConfig(**task["transfer_config"]),
+    )
+    for prompt, params in zip(task["prompts"], task["transfer_params"], strict=True):
+        extra = {"kv_transfer_params": params} if params else None
+        sampling = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args=extra)
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling)
+        answers.append({"tokens": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens})
+        # Saving goes on in the background, in steps of the engine where it runs beside the scheduler.
+        time.sleep(task.get("settle", 1))
+    metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    del llm
     kept = {
         name: value
         for name, value in metrics.items()

@@ -1,5 +1,6 @@
 """What can go wrong with servers. In every case: a counted miss or a clear error, never wrong bytes and never a hang."""
 
+import http.client
 import os
 import signal
 import socket
@@ -11,7 +12,9 @@ import pytest
 from kvtc.errors import StoreUnavailable
 from kvtc.store import open_store
 
-from .servers import free_port, redis_server
+from .contract import tamper
+from .servers import free_port, redis_server, s3_server
+from .writer import value_of
 
 CREDENTIALS = {"access_key_id": "name", "secret_access_key": "secret", "region": "us-east-1"}
 
@@ -93,6 +96,46 @@ def test_a_dead_redis_under_tiers_costs_nothing_but_a_count(server, tmp_path):
         server.start()
         store.put("d", b"4")
         assert store.tiers[2].get("d") == b"4"
+
+
+# Objects that somebody has changed on a server.
+
+
+@contextmanager
+def url_of(place, path):
+    """A server that was just started."""
+    if place == "redis":
+        with redis_server(path) as server:
+            yield f"redis://127.0.0.1:{server.port}?timeout=20", {}
+    else:
+        with s3_server() as server:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port)
+            connection.request("PUT", "/bucket")
+            connection.getresponse().close()
+            connection.close()
+            yield f"s3://bucket/deep?endpoint=http://127.0.0.1:{server.port}&timeout=60", CREDENTIALS
+
+
+@pytest.mark.parametrize("place", ["redis", "s3"])
+def test_objects_damaged_or_exchanged_on_a_server_are_misses(tmp_path, place):
+    keys = [str(i) for i in range(6)]
+    with (
+        url_of(place, tmp_path) as (url, options),
+        open_store(url, **options) as store,
+        open_store(url, **options) as other,
+    ):
+        store.put_many((key, value_of(key)) for key in keys)
+        tamper(other, "0", lambda frame: frame[:60] + bytes([frame[60] ^ 4]) + frame[61:])
+        tamper(other, "1", lambda frame: frame[:10])
+        tamper(other, "2", lambda frame: frame + b"more")
+        frames = {}
+        for key in ("3", "4"):
+            tamper(other, key, lambda frame, key=key: frames.setdefault(key, frame))
+        tamper(other, "3", lambda _: frames["4"])
+        tamper(other, "4", lambda _: frames["3"])
+        assert store.get_many(keys) == [None] * 5 + [value_of("5")]
+        assert store.statistics().damaged == 5
+        assert list(store.keys()) == ["5"]
 
 
 # S3, played by a few lines that misbehave in one way each.

@@ -41,6 +41,9 @@ from .tables import (
     parse_sections,
 )
 
+_WORTH_THREADS = 1 << 20
+"""Stored bytes from which checksums and lossless coders are worth starting threads for; they release the interpreter lock."""
+
 
 @dataclass(frozen=True)
 class Payload:
@@ -98,9 +101,20 @@ class Stream:
         except CorruptStream as error:
             raise CorruptStream(f"{where}: {error}") from error
 
+    def read_all(self, wanted: Sequence[tuple[SectionType, int, int | None]]) -> list[bytes]:
+        """`read` of several sections: type, chunk and raw bytes of each. Side by side where they are large."""
+        if sum(self.find(kind, chunk).stored_bytes for kind, chunk, _ in wanted) < _WORTH_THREADS:
+            return [self.read(*one) for one in wanted]
+        with ThreadPoolExecutor(max_workers=_threads()) as pool:
+            return list(pool.map(lambda one: self.read(*one), wanted))
+
     @cached_property
     def _index(self) -> dict[tuple[SectionType, int], Section]:
         return {(section.type, section.chunk): section for section in self.sections}
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)
 
 
 def token_digest(token_ids: npt.NDArray[np.int64]) -> bytes:
@@ -116,7 +130,7 @@ def code_payloads(payloads: Sequence[Payload], coder: str) -> list[CodedSection]
                 f"a section of {len(payload.raw)} bytes; 4 GiB is the limit: use a smaller chunk_tokens"
             )
     # The coders release the interpreter lock: sections are coded side by side.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=_threads()) as pool:
         coded = list(pool.map(lambda p: p.raw if p.is_final else compress(p.raw, coder), payloads))
     sections = []
     for payload, data in zip(payloads, coded, strict=True):

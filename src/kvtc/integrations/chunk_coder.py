@@ -82,6 +82,8 @@ class ChunkCoder:
         max_tokens: int,
     ) -> None:
         self.calibration = calibration
+        if settings.profile == AUTO:
+            settings = replace(settings, profile="paper" if calibration.joint is None else "joint")
         self._codec = PageCodec(calibration, settings)
         self._codec.profile(has_token_ids=False)  # refuses conditional
         self._layout_of, self._spacing, self._max_tokens = layout_of, spacing, max_tokens
@@ -122,8 +124,9 @@ class FixedChunkCoder:
         spacing: int | None,
         max_tokens: int,
     ) -> None:
-        if settings.step is not None:
-            raise InvalidArgument(f"streams of a fixed size need {PREFIX}ratio, not {PREFIX}step")
+        for name in ("step", "kl"):
+            if getattr(settings, name) is not None:
+                raise InvalidArgument(f"streams of a fixed size need {PREFIX}ratio, not {PREFIX}{name}")
         if settings.profile not in (AUTO, "joint"):
             raise InvalidArgument(
                 f"streams of a fixed size are of the profile joint; {PREFIX}profile is {settings.profile}"

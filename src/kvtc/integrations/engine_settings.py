@@ -1,7 +1,7 @@
 """What an engine's configuration says to kvtc, and which part of the model's cache a worker holds.
 
-All adapters take the same keys: kvtc.calibration, kvtc.store, kvtc.profile, kvtc.ratio, kvtc.step, kvtc.namespace, kvtc.device,
-kvtc.threads (docs/guides/vllm.md).
+All adapters take the same keys: kvtc.calibration, kvtc.store, kvtc.profile, kvtc.ratio, kvtc.step, kvtc.kl, kvtc.namespace,
+kvtc.device, kvtc.threads (docs/guides/vllm.md).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ PREFIX = "kvtc."
 REFERENCE = "reference"
 AUTO = "auto"
 PROFILE_CHOICES = (AUTO, "paper", "joint", "conditional")
+RATES = ("ratio", "step", "kl")
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class EngineSettings:
     """The keys that begin with `kvtc.`, checked.
 
     calibration: path of the file, with `{tp_rank}` and `{pp_rank}` where every rank has its own, or `reference`. store: URL for
-    `kvtc.store.open_store`. profile: `auto` is the best that the calibration serves and the engine's knowledge allows. ratio, step:
-    as of `kvtc.Codec`. namespace: separates what must not be shared; the engine's name of the model by default. device: where
-    the codec computes. threads: coding at a time.
+    `kvtc.store.open_store`. profile: `auto` is the best that the calibration serves and the engine's knowledge allows. ratio, step,
+    kl: one of them, as of `kvtc.Codec`. namespace: separates what must not be shared; the engine's name of the model by default.
+    device: where the codec computes. threads: coding at a time.
     """
 
     calibration: str
@@ -37,6 +38,7 @@ class EngineSettings:
     profile: str = AUTO
     ratio: float | None = None
     step: float | None = None
+    kl: float | None = None
     namespace: str | None = None
     device: str = "cpu"
     threads: int = 1
@@ -61,6 +63,10 @@ class EngineSettings:
             raise InvalidArgument(
                 f"{PREFIX}profile is {settings.profile!r}; expected one of {', '.join(PROFILE_CHOICES)}"
             )
+        for name in RATES:
+            value = getattr(settings, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise InvalidArgument(f"{PREFIX}{name} is {value!r}; expected a number")
         if not isinstance(settings.threads, int) or settings.threads < 1:
             raise InvalidArgument(f"{PREFIX}threads is {settings.threads!r}; expected at least 1")
         return settings
