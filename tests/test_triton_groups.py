@@ -84,6 +84,16 @@ def test_any_bytes_decode_as_the_references(data):
     assert same_bits(found.nan_to_num(0.0), expected.nan_to_num(0.0))
 
 
+@pytest.mark.parametrize(("kind", "top"), [(INT2, 3.0), (INT4, 15.0), (FP8, 448.0)])
+def test_halves_between_symbols_go_to_the_even_one(kind, top):
+    """With a step of 1, or between neighbours of fp8."""
+    low, halves = (-top, torch.arange(32) - 15.5) if kind is FP8 else (0.0, torch.arange(32) * 0.5 % top)
+    coefficients = torch.cat([torch.tensor([low, top]), halves])[None]
+    allocation = BitAllocation((Run(0, 34, 1, kind),))
+    expected = REFERENCE.pack_groups(coefficients, [slice(0, 1)], allocation)
+    assert TRITON.pack_groups(coefficients.to(DEVICE), [slice(0, 1)], allocation) == expected
+
+
 def test_some_chunks_alone_in_any_order():
     coefficients, spans = coefficients_of(30), [slice(20, 29), slice(3, 6)]
     assert TRITON.pack_groups(coefficients.to(DEVICE), spans, MIXED) == REFERENCE.pack_groups(

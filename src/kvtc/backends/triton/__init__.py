@@ -1,6 +1,6 @@
 """Kernels in Triton: for CUDA devices, and for the CPU where Triton interprets them (TRITON_INTERPRET=1).
 
-What no kernel does better than torch is done as the reference does it.
+What no kernel does better is left to torch, as the extremes of groups are.
 """
 
 from __future__ import annotations
