@@ -21,7 +21,6 @@ from .builders import golden_frequencies
 from .triton_launches import compiled, recorded
 
 pytest.importorskip("triton")
-from kvtc.backends.triton.gathering import gather_pages
 
 CAPABILITIES = [80, 90, 100]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,8 +49,6 @@ def launch_gathering():
     for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         side = torch.zeros(2, 2, 3, 128, device=DEVICE).to(dtype)
         TRITON.gather(side, side, [turn, None])
-        target = Target.of(side[0])
-        gather_pages([(target, target)], [turn], 2, 128)
 
 
 def launch_grouping():

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtc.backends import CodedIntegers, ReferenceBackend, Target, make_backend
+from kvtc.backends import CodedIntegers, ReferenceBackend, make_backend
 from kvtc.coding import rans
 from kvtc.coding.bitpack import unpack
 from kvtc.coding.escapes import decode_escapes
@@ -26,7 +26,6 @@ from kvtc.errors import InvalidArgument
 from .builders import DTYPES, NAMES, golden_frequencies, joint_codec, told_cache, told_ids
 
 pytest.importorskip("triton")
-from kvtc.backends.triton.gathering import gather_pages
 
 pytestmark = pytest.mark.usefixtures("guarded_kernels", "poisoned_memory")
 
@@ -265,39 +264,6 @@ def test_a_part_of_a_cache_without_rotation_and_none_at_all():
     assert TRITON.gather(keys[:, :, :0], values[:, :, :0], [None] * 3).shape == (0, 2 * 3 * H * D)
 
 
-@pytest.mark.parametrize("axes", ["BHNC", "BNHC", "BCHN"])
-def test_rows_of_pages_are_those_of_the_cache(axes):
-    """Pages of 8 tokens, keys and values side by side, in the middle of a tensor of other pages."""
-    keys, values = cache_sides(torch.bfloat16)
-    sizes = {"B": 9, "H": H, "N": 8, "C": 2 * D}
-    page, slot = torch.tensor([5, 1, 6])[torch.arange(N) // 8], torch.arange(N) % 8
-    sources = []
-    for layer in range(L):
-        pages = torch.full([sizes[axis] for axis in axes], 7.0, dtype=torch.bfloat16, device=DEVICE)
-        logical = pages.permute([axes.index(axis) for axis in "BHNC"])
-        for kind, side in enumerate((keys, values)):
-            logical[page, :, slot, kind * D : (kind + 1) * D] = side[layer].transpose(0, 1).to(DEVICE)
-        strides = dict(zip("BHNC", logical.stride(), strict=True))
-        offsets = (page * strides["B"] + slot * strides["N"]).to(DEVICE)
-        key_side, value_side = (
-            Target(pages.view(-1), offsets + kind * D * strides["C"], strides["H"], strides["C"]) for kind in range(2)
-        )
-        sources.append((key_side, value_side))
-    expected = REFERENCE.gather(keys, values, turns_of(ROPE, CPU))
-    assert same_bits(gather_pages(sources, turns_of(ROPE, DEVICE), H, D), expected)
-
-
-def test_places_outside_of_the_data_read_as_nothing():
-    data = torch.full((64 + H * 4 * D,), 7.0, device=DEVICE)
-    inside = data[32:-32]
-    offsets = torch.arange(4, device=DEVICE) * D
-    offsets[1], offsets[2] = -(1 << 40), 1 << 40
-    source = Target(inside, offsets, 4 * D, 1)
-    rows = gather_pages([(source, source)], [None], H, D).cpu().view(4, 2, H, D)
-    assert bool((rows[[0, 3]] == 7).all())
-    assert not rows[1:3].any()
-
-
 def test_sides_that_do_not_fit_are_refused():
     keys, values = (side.to(DEVICE) for side in cache_sides(torch.float32))
     turns = turns_of(ROPE, DEVICE)
@@ -307,11 +273,6 @@ def test_sides_that_do_not_fit_are_refused():
         TRITON.gather(keys, values, turns[:3])
     with pytest.raises(InvalidArgument, match="expected 18 positions"):
         TRITON.gather(keys[:, :, 1:], values[:, :, 1:], turns)
-    source, half = Target.of(keys[0]), Target.of(keys[0].half())
-    with pytest.raises(InvalidArgument, match="2 dtypes"):
-        gather_pages([(source, half)], [None], H, D)
-    with pytest.raises(InvalidArgument, match="0 layers"):
-        gather_pages([], [], H, D)
 
 
 # The codec.

@@ -1,4 +1,4 @@
-"""The kernel that reads a cache, or an engine's pages, as joint rows: keys turned back, values beside them."""
+"""The kernel that reads a cache as joint rows: keys turned back, values beside them."""
 
 import triton
 import triton.language as tl
@@ -21,11 +21,8 @@ def from_fp8(code, MANTISSA: tl.constexpr):
 
 
 @triton.jit
-def load_numbers(data, n_places, place, inside, PAGED: tl.constexpr, MANTISSA: tl.constexpr):
+def load_numbers(data, place, inside, MANTISSA: tl.constexpr):
     """As float32, 0 where there is nothing."""
-    if PAGED:
-        # As unsigned numbers negative ones are too large.
-        inside = inside & (place.to(tl.uint64) < tl.cast(n_places, tl.uint64))
     x = tl.load(data + place, mask=inside, other=0)
     if MANTISSA == 0:
         return x.to(tl.float32)
@@ -34,18 +31,21 @@ def load_numbers(data, n_places, place, inside, PAGED: tl.constexpr, MANTISSA: t
 
 @triton.jit
 def gather_side(
-    data, n_places, tokens, layer_stride, head_stride, feature_stride, cos, sin, fields, rows, row_stride, n_tokens, n_heads,
-    n_features, TURNED: tl.constexpr, PAGED: tl.constexpr, MANTISSA: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
+    data, token_stride, layer_stride, head_stride, feature_stride, cos, sin, fields, rows, row_stride, n_tokens, n_heads,
+    n_features, TURNED: tl.constexpr, MANTISSA: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of one head; see `gather_rows`."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     feature = tl.arange(0, FEATURES)
     layer, head = tl.program_id(1) // n_heads, tl.program_id(1) % n_heads
     inside = (token < n_tokens)[:, None] & (feature < n_features)[None, :]
-    offset = tl.load(tokens + token, mask=token < n_tokens, other=-1) if PAGED else token.to(tl.int64) * tokens
-    offset = (offset + tl.cast(layer, tl.int64) * layer_stride + tl.cast(head, tl.int64) * head_stride)[:, None]
+    offset = (
+        token.to(tl.int64) * token_stride
+        + tl.cast(layer, tl.int64) * layer_stride
+        + tl.cast(head, tl.int64) * head_stride
+    )[:, None]
     place = offset + feature.to(tl.int64)[None, :] * feature_stride
-    x = load_numbers(data, n_places, place, inside, PAGED, MANTISSA)
+    x = load_numbers(data, place, inside, MANTISSA)
     if TURNED:
         field = fields + layer * FIELDS
         table, n_pairs, is_interleaved = tl.load(field), tl.load(field + 1).to(tl.int32), tl.load(field + 2)
@@ -56,7 +56,7 @@ def gather_side(
             pair = tl.where(is_interleaved != 0, feature // 2, tl.minimum(feature, other))
             in_pair = inside & (feature < 2 * n_pairs)[None, :]
             place = offset + other.to(tl.int64)[None, :] * feature_stride
-            partner = load_numbers(data, n_places, place, in_pair, PAGED, MANTISSA)
+            partner = load_numbers(data, place, in_pair, MANTISSA)
             angle = table + token.to(tl.int64)[:, None] * n_pairs + pair[None, :]
             along = x * tl.load(cos + angle, mask=in_pair, other=0.0)
             across = partner * tl.load(sin + angle, mask=in_pair, other=0.0)
@@ -65,31 +65,27 @@ def gather_side(
     tl.store(to, x, mask=inside)
 
 
-# What changes from call to call and makes no better code. Kernels would be compiled for each kind of it, at a first call.
-_PLAIN = ["n_tokens", "n_key_places", "n_value_places"]
-
-
-@triton.jit(do_not_specialize=_PLAIN)
+# It changes from call to call and makes no better code: the kernel would be compiled for each kind of it, at a first call.
+@triton.jit(do_not_specialize=["n_tokens"])
 def gather_rows(
-    key_data, n_key_places, key_tokens, key_layer_stride, key_head_stride, key_feature_stride,
-    value_data, n_value_places, value_tokens, value_layer_stride, value_head_stride, value_feature_stride,
+    key_data, key_token_stride, key_layer_stride, key_head_stride, key_feature_stride,
+    value_data, value_token_stride, value_layer_stride, value_head_stride, value_feature_stride,
     cos, sin, fields, rows, row_stride, value_column, n_tokens, n_heads, n_features,
-    PAGED: tl.constexpr, MANTISSA: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
+    MANTISSA: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Programs: [tokens / TOKENS, layers * heads, 2], keys and then values.
 
-    *_data: [n_places], uint8 for fp8. *_tokens: how far apart tokens are; if PAGED int64 [n_tokens], where each one is, and places
-    outside of the data read as 0. cos, sin: float32, of one rotation [tokens, pairs] after another. fields: int64 [layers, FIELDS],
-    where the layer's rotation begins in them, its pairs (0: none), whether they are interleaved. rows: float32, by layer, head and
-    feature, keys from column 0, values from value_column on. MANTISSA: of fp8; 0 otherwise.
+    *_data: of any strides, uint8 for fp8. cos, sin: float32, of one rotation [tokens, pairs] after another. fields: int64 [layers,
+    FIELDS], where the layer's rotation begins in them, its pairs (0: none), whether they are interleaved. rows: float32, by layer,
+    head and feature, keys from column 0, values from value_column on. MANTISSA: of fp8; 0 otherwise.
     """
     if tl.program_id(2) == 0:
         gather_side(
-            key_data, n_key_places, key_tokens, key_layer_stride, key_head_stride, key_feature_stride, cos, sin, fields, rows,
-            row_stride, n_tokens, n_heads, n_features, True, PAGED, MANTISSA, TOKENS, FEATURES,
+            key_data, key_token_stride, key_layer_stride, key_head_stride, key_feature_stride, cos, sin, fields, rows,
+            row_stride, n_tokens, n_heads, n_features, True, MANTISSA, TOKENS, FEATURES,
         )  # fmt: skip
     else:
         gather_side(
-            value_data, n_value_places, value_tokens, value_layer_stride, value_head_stride, value_feature_stride, cos, sin,
-            fields, rows + value_column, row_stride, n_tokens, n_heads, n_features, False, PAGED, MANTISSA, TOKENS, FEATURES,
+            value_data, value_token_stride, value_layer_stride, value_head_stride, value_feature_stride, cos, sin,
+            fields, rows + value_column, row_stride, n_tokens, n_heads, n_features, False, MANTISSA, TOKENS, FEATURES,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Gathering on a GPU: a cache, or the pages of an engine, to the joint rows that the transform takes."""
+"""Gathering on a GPU: a cache to the joint rows that the transform takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...coding.rope import Turn
 from ...errors import InvalidArgument
-from ..interface import Target
 from .gather_kernels import gather_rows
 
 _TOKENS = 16
@@ -59,39 +58,8 @@ def gather(keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor
     n_layers, n_heads, n_tokens, n_features = keys.shape
     rows = torch.empty(n_tokens, 2 * n_layers * n_heads * n_features, dtype=torch.float32, device=keys.device)
     if rows.numel():
-        sides: list[_Side] = []
-        for side in (keys, values):
-            layers, heads, tokens, features = side.stride()
-            sides.append((side, side.numel(), tokens, layers, heads, features))
-        turned = _Turns.of(turns, n_tokens, n_features, keys.device)
-        _launch(sides, turned, rows, 0, (n_layers, n_heads, n_features), is_paged=False)
+        _launch(keys, values, _Turns.of(turns, n_tokens, n_features, keys.device), rows)
     return rows
-
-
-def gather_pages(
-    sources: Sequence[tuple[Target, Target]], turns: Sequence[Turn | None], n_heads: int, n_features: int
-) -> Tensor:
-    """Where keys and values of each layer lie -> joint rows, as `gather`; places outside of the data read as 0."""
-    if len(turns) != len(sources) or not sources:
-        raise InvalidArgument(f"{len(turns)} rotations for {len(sources)} layers")
-    counts = {len(side.token_offsets) for pair in sources for side in pair}
-    dtypes = {side.data.dtype for pair in sources for side in pair}
-    if len(counts) > 1 or len(dtypes) > 1:
-        raise InvalidArgument(f"layers of {sorted(counts)} tokens and {len(dtypes)} dtypes; expected one of each")
-    (n_tokens,), device = counts, sources[0][0].data.device
-    size = n_heads * n_features
-    rows = torch.empty(n_tokens, 2 * len(sources) * size, dtype=torch.float32, device=device)
-    if rows.numel():
-        turned = _Turns.of(turns, n_tokens, n_features, device)
-        for layer, (keys, values) in enumerate(sources):
-            own = _Turns(turned.cos, turned.sin, turned.fields[layer : layer + 1])
-            sides = [_of_pages(keys), _of_pages(values)]
-            _launch(sides, own, rows, layer * size, (1, n_heads, n_features), is_paged=True)
-    return rows
-
-
-_Side = tuple[Tensor, int, Tensor | int, int, int, int]
-"""Data, its size, where tokens are or how far apart, how far apart layers, heads and features are."""
 
 
 def _stored(data: Tensor) -> Tensor:
@@ -99,25 +67,18 @@ def _stored(data: Tensor) -> Tensor:
     return data.view(torch.uint8) if data.dtype in _FP8_MANTISSA else data
 
 
-def _of_pages(side: Target) -> _Side:
-    data = side.data
-    return data, data.numel(), side.token_offsets.contiguous(), 0, side.head_stride, side.feature_stride
-
-
-def _launch(
-    sides: Sequence[_Side], turns: _Turns, rows: Tensor, first_column: int, shape: tuple[int, int, int], is_paged: bool
-) -> None:
-    """Some layers' keys and values into the columns of rows from first_column on."""
-    n_layers, n_heads, n_features = shape
-    mantissa = _FP8_MANTISSA.get(sides[0][0].dtype, 0)
-    arguments = [argument for data, *places in sides for argument in (_stored(data), *places)]
+def _launch(keys: Tensor, values: Tensor, turns: _Turns, rows: Tensor) -> None:
+    n_layers, n_heads, n_tokens, n_features = keys.shape
+    sides = []
+    for side in (keys, values):
+        layers, heads, tokens, features = side.stride()
+        sides += [_stored(side), tokens, layers, heads, features]
     with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
-        gather_rows[(-(-len(rows) // _TOKENS), n_layers * n_heads, 2)](
-            *arguments,
-            turns.cos, turns.sin, turns.fields, rows[:, first_column:], rows.stride(0), rows.shape[1] // 2,
-            len(rows), n_heads, n_features,
-            PAGED=is_paged,
-            MANTISSA=mantissa,
+        gather_rows[(-(-n_tokens // _TOKENS), n_layers * n_heads, 2)](
+            *sides,
+            turns.cos, turns.sin, turns.fields, rows, rows.stride(0), rows.shape[1] // 2,
+            n_tokens, n_heads, n_features,
+            MANTISSA=_FP8_MANTISSA.get(keys.dtype, 0),
             TOKENS=_TOKENS,
             FEATURES=1 << (n_features - 1).bit_length(),
             num_warps=4,
