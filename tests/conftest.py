@@ -45,3 +45,10 @@ def guarded_kernels():
     else:
         with only_arguments():
             yield
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Memory that is asked for uninitialised holds what is no result: what a kernel leaves out shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(77))

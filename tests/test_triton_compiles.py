@@ -12,7 +12,9 @@ import torch
 import kvtc
 from kvtc.backends import ReferenceBackend, Target, make_backend
 from kvtc.backends.interface import CodedIntegers
+from kvtc.coding.allocation import BitAllocation, Run
 from kvtc.coding.probability import ProbabilityTables
+from kvtc.coding.quantizer import SymbolType
 from kvtc.coding.rope import RopeTable
 
 from .builders import golden_frequencies
@@ -35,6 +37,28 @@ def launch_decoding():
     TRITON.read_integers([chunk], 2)
 
 
+def launch_encoding():
+    coefficients = torch.ones(4, 9, device=DEVICE)
+    classes = np.repeat(CLASSES, [4, 5])
+    rounded = TRITON.round(coefficients, 0.3, classes, TABLES)
+    TRITON.write_integers(rounded, [slice(0, 1), slice(1, 4)], classes, TABLES)
+
+
+def launch_gathering():
+    turn = RopeTable((1.0,) * 64).turn(torch.arange(3, device=DEVICE), 0, inverse=True)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        side = torch.zeros(2, 2, 3, 128, device=DEVICE).to(dtype)
+        TRITON.gather(side, side, [turn, None])
+
+
+def launch_grouping():
+    kinds = list(SymbolType)
+    allocation = BitAllocation(tuple(Run(12 * index, 3, 4, kind) for index, kind in enumerate(kinds)))
+    coefficients = torch.ones(3, 50, device=DEVICE)
+    packed = TRITON.pack_groups(coefficients, [slice(0, 1), slice(1, 3)], allocation)
+    TRITON.unpack_groups(packed, [1, 2], allocation)
+
+
 def launch_placing():
     turn = RopeTable((1.0,) * 64).turn(torch.arange(3, device=DEVICE), 0, inverse=False)
     for rows, dtype in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float8_e4m3fn)):
@@ -43,7 +67,7 @@ def launch_placing():
         TRITON.place(keys, keys, turn, (Target.of(side), Target.of(side)))
 
 
-LAUNCHES = [launch_decoding, launch_placing]
+LAUNCHES = [launch_decoding, launch_encoding, launch_gathering, launch_grouping, launch_placing]
 """Each calls the backend so that a kernel is launched as users launch it, on as little data as does."""
 
 
@@ -74,9 +98,10 @@ def test_no_kernel_keeps_arrays_in_memory_of_its_own(facts):
     assert [kernel for kernel in facts if kernel["local_memory"]] == []
 
 
-def test_a_warp_decodes_without_shared_memory(facts):
+def test_a_warp_codes_without_shared_memory(facts):
     """All that its threads tell one another goes through registers."""
-    assert {kernel["shared_bytes"] for kernel in facts if kernel["kernel"] == "decode_integers"} == {0}
+    coding = {"decode_integers", "encode_chunks", "round_tokens"}
+    assert {kernel["shared_bytes"] for kernel in facts if kernel["kernel"] in coding} == {0}
 
 
 def test_no_kernel_is_left_out(launches):

@@ -45,11 +45,13 @@ class EnginePages:
         self._dtype = dtype
         self._per_engine_page = engine_page_tokens // layout.page_tokens
 
-    def read(self, page_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """keys, values [L, H, T, D] of whole pages, copies on the CPU."""
+    def read(self, page_ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """keys, values [L, H, T, D] of whole pages, copies on a device: the engine may use the pages again."""
         index = self._index(page_ids)
         gathered = torch.stack([layer[index] for layer in self._layers])
-        return self._layout.read(gathered.cpu())
+        keys, values = self._layout.read(gathered.to(device))
+        self.settle()
+        return keys, values
 
     def write(self, page_ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Fill whole pages; done when this returns."""
@@ -132,7 +134,7 @@ class PageMover:
             return
         try:
             n_tokens = len(order.piece.token_ids)
-            keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids))
+            keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids, self._codec.device))
             self._saving.submit(self._save, order, keys, values)
         except Exception:  # a cache that cannot be saved is no reason to end the engine's step
             logger.exception("tokens %d .. %d are not saved", order.piece.start, order.piece.stop - 1)
