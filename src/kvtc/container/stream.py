@@ -118,12 +118,14 @@ class Stream:
         also says what is wrong with a section.
         """
         ahead = {} if block_coder is None else self._read_with(block_coder, wanted)
-        if ahead:
-            return [ahead.get(one[:2]) or self.read(*one) for one in wanted]
-        if sum(self.find(kind, chunk).stored_bytes for kind, chunk, _ in wanted) < _WORTH_THREADS:
-            return [self.read(*one) for one in wanted]
-        with ThreadPoolExecutor(max_workers=_threads()) as pool:
-            return list(pool.map(lambda one: self.read(*one), wanted))
+        left = [one for one in wanted if one[:2] not in ahead]
+        if sum(self.find(kind, chunk).stored_bytes for kind, chunk, _ in left) < _WORTH_THREADS:
+            read = [self.read(*one) for one in left]
+        else:
+            with ThreadPoolExecutor(max_workers=_threads()) as pool:
+                read = list(pool.map(lambda one: self.read(*one), left))
+        ahead |= zip([one[:2] for one in left], read, strict=True)
+        return [ahead[one[:2]] for one in wanted]
 
     def _read_with(
         self, block_coder: BlockCoder, wanted: Sequence[tuple[SectionType, int, int | None]]
