@@ -60,8 +60,10 @@ def choose(device: torch.device, wanted: str = "auto") -> Choice:
 
 def make_backend(device: torch.device, wanted: str = "auto") -> Backend:
     """The backend that `choose` names; on a CUDA device with nvCOMP for the lossless stage, where that is installed."""
-    backend = ReferenceBackend(device)
-    if choose(device, wanted).name == "triton":
+    backend: Backend
+    if choose(device, wanted).name == "reference":
+        backend = ReferenceBackend(device)
+    else:
         from .triton import TritonBackend
 
         backend = TritonBackend(device)
