@@ -211,7 +211,7 @@ class Codec:
         self, stream: bytes, token_ids: Any, tokens: int | None, start_position: int | None
     ) -> tuple[KVCache, bool]:
         """The cache, and whether it was one of transformers."""
-        opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), tokens)
+        opened = self._open(stream, as_ids(token_ids), tokens)
         header = opened.header
         shift = shift_to(start_position, opened)
         restoration = self._restoration([opened], [shift])
@@ -231,7 +231,7 @@ class Codec:
 
         Arguments and stream are checked, and coefficients decoded, before this returns.
         """
-        opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), None)
+        opened = self._open(stream, as_ids(token_ids), None)
         return self._layers(opened, self._restoration([opened], [0]))
 
     def _layers(self, opened: OpenedStream, restoration: Restoration) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -256,7 +256,7 @@ class Codec:
         The others as in `decode`, which also says what is raised; what is read of the stream is checked before anything is
         written.
         """
-        opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), tokens)
+        opened = self._open(stream, as_ids(token_ids), tokens)
         places = {len(target.token_offsets) for sides in targets for target in sides}
         if len(targets) != opened.header.n_layers or places != {opened.n_tokens}:
             raise InvalidArgument(
@@ -311,7 +311,7 @@ class Codec:
         for index, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
             row = ids[index]
             row = row[longest - length :] if row is not None and is_padded else row
-            opened.append(open_stream(stream, self.calibration, self._coder_of, row, None))
+            opened.append(self._open(stream, row, None))
             if opened[index].header.dtype != opened[0].header.dtype:
                 raise InvalidArgument(
                     f"stream {index} holds {opened[index].header.dtype}, stream 0 {opened[0].header.dtype}"
@@ -349,7 +349,8 @@ class Codec:
                 f"the profile {self.settings.profile} predicts from token ids; give token_ids, or use joint"
             )
         spans = self._spans(cache.resolved_positions())
-        draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans)
+        blocks = self.backend.block_coder
+        draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans, blocks)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
         bodies = [index for index, span in enumerate(spans) if span.n_body]
         windows = [index for index, chunk in enumerate(draft.chunks) if chunk.coded_window]
@@ -384,6 +385,9 @@ class Codec:
             self._coder.rate_bytes,
             self._coder.least_bytes,
         )
+
+    def _open(self, stream: bytes, token_ids: TokenIds | None, tokens: int | None) -> OpenedStream:
+        return open_stream(stream, self.calibration, self._coder_of, token_ids, tokens, self.backend.block_coder)
 
     def _restoration(self, opened: Sequence[OpenedStream], shifts: Sequence[int]) -> Restoration:
         return Restoration(opened, shifts, self.calibration, self.backend)

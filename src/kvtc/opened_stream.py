@@ -13,6 +13,7 @@ from torch import Tensor
 from .cache import describe_range
 from .calibration.artifact import Calibration
 from .coding.exact import decode_exact, decode_fp8, exact_bytes, fp8_bytes
+from .coding.lossless import BlockCoder
 from .coding.prediction import NO_TOKEN, token_triples
 from .container import MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType, Stream, parse_stream, token_digest
 from .errors import CalibrationMismatch, CorruptStream, GeometryMismatch, InvalidArgument, TokenMismatch
@@ -62,10 +63,11 @@ def open_stream(
     coder_of: Callable[[str], BodyCoder],
     token_ids: TokenIds | None,
     tokens: int | None,
+    block_coder: BlockCoder | None = None,
 ) -> OpenedStream:
     """Parse, check against calibration and token ids, and read the sections of the first `tokens` tokens (all by default).
 
-    coder_of: profile -> its coder.
+    coder_of: profile -> its coder. block_coder: decodes blocks of lossless coders, where it takes them.
     """
     stream = parse_stream(data)
     header = stream.header
@@ -84,7 +86,8 @@ def open_stream(
     plan = coder.read_plan(stream.read(SectionType.RATE, STREAM_WIDE, stream.find(SectionType.RATE).raw_bytes))
     keys = [(kind, index) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
     sizes = [_raw_bytes(kind, chunks[index], header, coder, plan) for kind, index in keys]
-    read = dict(zip(keys, stream.read_all([(*key, size) for key, size in zip(keys, sizes, strict=True)]), strict=True))
+    wanted = [(*key, size) for key, size in zip(keys, sizes, strict=True)]
+    read = dict(zip(keys, stream.read_all(wanted, block_coder), strict=True))
     positions, coded, exact = [], [], []
     first = 0
     for index, chunk in enumerate(chunks):

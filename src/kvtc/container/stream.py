@@ -7,6 +7,7 @@ the last section ends exactly where the stream ends. No length in a stream alloc
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import struct
 import zlib
@@ -19,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from ..coding.lossless import compress, decompress
+from ..coding.lossless import BlockCoder, compress, compress_all, decompress, decompress_all
 from ..errors import CorruptStream, InvalidArgument
 from .tables import (
     CHUNK_BYTES,
@@ -40,6 +41,8 @@ from .tables import (
     parse_header,
     parse_sections,
 )
+
+logger = logging.getLogger(__name__)
 
 _WORTH_THREADS = 1 << 20
 """Stored bytes from which checksums and lossless coders are worth starting threads for; they release the interpreter lock."""
@@ -87,8 +90,16 @@ class Stream:
 
     def read(self, section_type: SectionType, chunk: int, raw_bytes: int | None) -> bytes:
         """Verify and decode a section that must hold `raw_bytes` bytes; None for a final one, whose length is its own."""
+        stored = self._stored(section_type, chunk, raw_bytes)
         section = self.find(section_type, chunk)
-        where = f"section {section_type.name.lower()}" + ("" if chunk == STREAM_WIDE else f" of chunk {chunk}")
+        try:
+            return decompress(stored, section.raw_bytes, section.coder)
+        except CorruptStream as error:
+            raise CorruptStream(f"{_name(section_type, chunk)}: {error}") from error
+
+    def _stored(self, section_type: SectionType, chunk: int, raw_bytes: int | None) -> memoryview:
+        """A section as it is stored, its claims and its checksum verified."""
+        section, where = self.find(section_type, chunk), _name(section_type, chunk)
         if raw_bytes is None and (section.coder != "none" or section.raw_bytes != section.stored_bytes):
             raise CorruptStream(f"{where} is coded twice (coder {section.coder}); it must be stored as it is")
         if raw_bytes is not None and section.raw_bytes != raw_bytes:
@@ -96,21 +107,52 @@ class Stream:
         stored = self.data[section.offset : section.offset + section.stored_bytes]
         if zlib.crc32(stored) != section.checksum:
             raise CorruptStream(f"{where} fails its checksum")
-        try:
-            return decompress(stored, section.raw_bytes, section.coder)
-        except CorruptStream as error:
-            raise CorruptStream(f"{where}: {error}") from error
+        return stored
 
-    def read_all(self, wanted: Sequence[tuple[SectionType, int, int | None]]) -> list[bytes]:
-        """`read` of several sections: type, chunk and raw bytes of each. Side by side where they are large."""
-        if sum(self.find(kind, chunk).stored_bytes for kind, chunk, _ in wanted) < _WORTH_THREADS:
-            return [self.read(*one) for one in wanted]
-        with ThreadPoolExecutor(max_workers=_threads()) as pool:
-            return list(pool.map(lambda one: self.read(*one), wanted))
+    def read_all(
+        self, wanted: Sequence[tuple[SectionType, int, int | None]], block_coder: BlockCoder | None = None
+    ) -> list[bytes]:
+        """`read` of several sections: type, chunk and raw bytes of each. Side by side where they are large.
+
+        block_coder: decodes the blocks of all of them at once, where it takes them. What it refuses is read without it, which
+        also says what is wrong with a section.
+        """
+        ahead = {} if block_coder is None else self._read_with(block_coder, wanted)
+        left = [one for one in wanted if one[:2] not in ahead]
+        if sum(self.find(kind, chunk).stored_bytes for kind, chunk, _ in left) < _WORTH_THREADS:
+            read = [self.read(*one) for one in left]
+        else:
+            with ThreadPoolExecutor(max_workers=_threads()) as pool:
+                read = list(pool.map(lambda one: self.read(*one), left))
+        ahead |= zip([one[:2] for one in left], read, strict=True)
+        return [ahead[one[:2]] for one in wanted]
+
+    def _read_with(
+        self, block_coder: BlockCoder, wanted: Sequence[tuple[SectionType, int, int | None]]
+    ) -> dict[tuple[SectionType, int], bytes]:
+        """Those sections that a block coder decodes, by type and chunk."""
+        read: dict[tuple[SectionType, int], bytes] = {}
+        for coder in sorted({self.find(*one[:2]).coder for one in wanted} - {"none"}):
+            mine = [one for one in wanted if self.find(*one[:2]).coder == coder]
+            sizes = [self.find(*one[:2]).raw_bytes for one in mine]
+            if not block_coder.reads(coder, sum(sizes)):
+                continue
+            stored = [self._stored(*one) for one in mine]
+            try:
+                decoded = decompress_all(list(zip(stored, sizes, strict=True)), coder, block_coder)
+            except CorruptStream as refusal:
+                logger.warning("%d sections are read without a device: %s", len(mine), refusal)
+                continue
+            read |= zip([one[:2] for one in mine], decoded, strict=True)
+        return read
 
     @cached_property
     def _index(self) -> dict[tuple[SectionType, int], Section]:
         return {(section.type, section.chunk): section for section in self.sections}
+
+
+def _name(section_type: SectionType, chunk: int) -> str:
+    return f"section {section_type.name.lower()}" + ("" if chunk == STREAM_WIDE else f" of chunk {chunk}")
 
 
 def _threads() -> int:
@@ -122,23 +164,33 @@ def token_digest(token_ids: npt.NDArray[np.int64]) -> bytes:
     return hashlib.sha256(token_ids.astype("<i8").tobytes()).digest()[:DIGEST_BYTES]
 
 
-def code_payloads(payloads: Sequence[Payload], coder: str) -> list[CodedSection]:
-    """Each payload as it will be stored; one that coding would lengthen is stored as it is."""
+def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCoder | None = None) -> list[CodedSection]:
+    """Each payload as it will be stored; one that coding would lengthen is stored as it is.
+
+    block_coder: codes the blocks of all of them at once, where it takes them.
+    """
     for payload in payloads:
         if len(payload.raw) >= 1 << 32:
             raise InvalidArgument(
                 f"a section of {len(payload.raw)} bytes; 4 GiB is the limit: use a smaller chunk_tokens"
             )
-    # The coders release the interpreter lock: sections are coded side by side.
-    with ThreadPoolExecutor(max_workers=_threads()) as pool:
-        coded = list(pool.map(lambda p: p.raw if p.is_final else compress(p.raw, coder), payloads))
+    coded = iter(_compressed([payload.raw for payload in payloads if not payload.is_final], coder, block_coder))
     sections = []
-    for payload, data in zip(payloads, coded, strict=True):
+    for payload in payloads:
+        data = payload.raw if payload.is_final else next(coded)
         is_shorter = len(data) < len(payload.raw)
         stored, used = (data, coder) if is_shorter else (payload.raw, "none")
         entry = Section(payload.type, used, payload.chunk, len(payload.raw), len(stored), zlib.crc32(stored), 0)
         sections.append(CodedSection(entry, stored))
     return sections
+
+
+def _compressed(parts: Sequence[bytes], coder: str, block_coder: BlockCoder | None) -> list[bytes]:
+    if block_coder is not None and block_coder.writes(coder, sum(map(len, parts))):
+        return compress_all(parts, coder, block_coder)
+    # The coders release the interpreter lock: sections are coded side by side.
+    with ThreadPoolExecutor(max_workers=_threads()) as pool:
+        return list(pool.map(lambda part: compress(part, coder), parts))
 
 
 def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[CodedSection]) -> bytes:
