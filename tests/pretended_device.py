@@ -6,6 +6,8 @@ forgotten on the CPU, or goes to numpy without a copy, raises as it would on a r
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -39,12 +41,16 @@ class Elsewhere(Tensor):
 class PretendedDevice(TorchDispatchMode):
     """Within it `DEVICE` can be used.
 
-    largest: numbers of the largest tensor that was on it. operations: names of what ran there.
+    largest: numbers of the largest tensor that was on it. most_bytes: of all that were there at one time, less what an operation
+    takes for itself. operations: names of what ran there.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.largest = 0
+        self.most_bytes = 0
+        self._held_bytes = 0
+        self._holders: Counter[int] = Counter()
         self.operations: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,7 +79,20 @@ class PretendedDevice(TorchDispatchMode):
         if not isinstance(value, Tensor):
             return value
         self.largest = max(self.largest, value.numel())
-        return Elsewhere(value)
+        found, storage = Elsewhere(value), value.untyped_storage()
+        address, n_bytes = storage.data_ptr(), storage.nbytes()
+        # Views share what they view.
+        if not self._holders[address]:
+            self._held_bytes += n_bytes
+            self.most_bytes = max(self.most_bytes, self._held_bytes)
+        self._holders[address] += 1
+        weakref.finalize(found, self._release, address, n_bytes)
+        return found
+
+    def _release(self, address: int, n_bytes: int) -> None:
+        self._holders[address] -= 1
+        if not self._holders[address]:
+            self._held_bytes -= n_bytes
 
 
 def _held(value: Any) -> Any:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvtc.cache import CacheGeometry
 from kvtc.calibration import Calibration, principal
 from kvtc.calibration.fit import fit
+from kvtc.calibration.joint_fit import fit_joint
+from kvtc.calibration.row_spool import RowSpool
 from kvtc.coding.metric import Metric
+from kvtc.coding.rope import NO_ROTATION, Rope
 from kvtc.errors import InvalidArgument
 
 from .builders import same_bits, tiny_embeddings, tiny_geometry, tiny_sensitivities, told_cache, told_ids
@@ -48,7 +52,12 @@ def tensors_of(calibration: Calibration) -> dict[str, torch.Tensor]:
 def as_a_large_model(monkeypatch):
     monkeypatch.setattr(principal, "EXACT_FEATURES", 0)
     monkeypatch.setattr(principal, "OVERSAMPLING", 4)
-    # Blocks of 64 rows: the fewest there are.
+    monkeypatch.setattr("kvtc.calibration.row_spool.BLOCK_VALUES", 900 * tiny_geometry().row_features)
+
+
+@pytest.fixture
+def in_small_blocks(monkeypatch):
+    """Of 64 rows, the fewest there are."""
     monkeypatch.setattr("kvtc.calibration.row_spool.BLOCK_VALUES", 1)
 
 
@@ -62,6 +71,7 @@ def test_the_fit_runs_on_the_device_and_finds_the_same():
         assert same_bits(tensor, tensors_of(expected)[name]), name
 
 
+@pytest.mark.usefixtures("in_small_blocks")
 def test_nothing_on_the_device_is_as_large_as_the_rows_or_a_covariance():
     with PretendedDevice() as device:
         fitted(DEVICE, n_caches=1)
@@ -73,6 +83,30 @@ def test_of_all_rows_only_what_the_hidden_layer_learns_from_is_on_the_device():
     with PretendedDevice() as device:
         fitted(DEVICE)
     assert device.largest == ENOUGH * N_TOKENS * 12
+
+
+@pytest.mark.usefixtures("in_small_blocks")
+def test_memory_on_the_device_is_what_is_said_of_it():
+    """16 P l + 36 l^2 bytes and some blocks: a covariance of the 3840 features would take 14 times as much."""
+    layers, heads, dim, n_rows, rank = 15, 4, 32, 400, 60
+    geometry = CacheGeometry(0, layers, 0, heads, dim, Rope((), (NO_ROTATION,) * layers))
+    half, features = geometry.row_features, 2 * geometry.row_features
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(n_rows, 40, generator=generator) @ torch.randn(40, features, generator=generator)
+    triples = torch.randint(50, (n_rows, 3), generator=generator)
+    table = torch.randint(-100, 100, (50, 8), generator=generator).to(torch.int8)
+    factors = torch.randn(2, layers, heads, dim, 2 * dim, generator=generator)
+    metric = Metric.from_sensitivity(*(factors @ factors.mT), power=0.75, ridge=0.01)
+    with (
+        PretendedDevice() as device,
+        RowSpool(half, n_rows, 0, None, DEVICE) as keys,
+        RowSpool(half, n_rows, 0, None, DEVICE) as values,
+    ):
+        values.append(rows[:, half:], keys.append(rows[:, :half]))
+        fit_joint(geometry, keys, values, metric, rank, 0, table, triples)
+    width, block, roots = rank + 4, 64 * features * 4, features * dim * 4
+    said = 16 * features * width + 36 * width**2
+    assert said / 2 < device.most_bytes < said + 5 * block + 2 * roots < features**2
 
 
 def test_what_is_forgotten_on_the_cpu_shows():
