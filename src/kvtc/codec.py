@@ -21,6 +21,7 @@ from . import interop
 from .backends import Target, make_backend
 from .cache import CACHE_DTYPES, KVCache
 from .calibration.artifact import Calibration
+from .coding.device import usable_device
 from .coding.regions import ChunkSpan, split_regions
 from .container import Chunk, SectionType, parse_stream
 from .errors import InvalidArgument, InvalidCache
@@ -40,7 +41,6 @@ from .settings import (
     decoder,
     product_dtype,
     stream_settings,
-    usable_device,
 )
 
 
