@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import interop
-from .backends import Target, make_backend
+from .backends import Bytes, Target, make_backend
 from .cache import CACHE_DTYPES, KVCache
 from .calibration.artifact import Calibration
 from .coding.regions import ChunkSpan, split_regions
@@ -182,14 +182,15 @@ class Codec:
         return other
 
     def decode(
-        self, stream: bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
+        self, stream: Bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
     ) -> Any:
         """A stream -> cache of the kind that was encoded, ready for `generate`.
 
+        stream: bytes, or uint8 [bytes] on a device, where coded bodies stay and are not held against their checksums again.
         token_ids: the ids the stream was made from, or those of its first `tokens`; the last chunk of a prefix is compared only
-        if the ids of all its tokens are given. tokens: decode only so many tokens from
-        the beginning; only the chunks that hold them are read. start_position: place the first token there instead of where it
-        stood, keys rotated to match (then sinks and window are exact up to rounding).
+        if the ids of all its tokens are given. tokens: decode only so many tokens from the beginning; only the chunks that hold
+        them are read. start_position: place the first token there instead of where it stood, keys rotated to match (then sinks
+        and window are exact up to rounding).
 
         Raises `TruncatedStream`, `CorruptStream`, `UnsupportedVersion`, `CalibrationMismatch`, `GeometryMismatch`,
         `TokenMismatch`, `InvalidArgument`.
@@ -202,13 +203,13 @@ class Codec:
         )
 
     def decode_neutral(
-        self, stream: bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
+        self, stream: Bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
     ) -> KVCache:
         """As `decode`, but a `KVCache` whatever was encoded: with positions, and without transformers."""
         return self._decode(stream, token_ids, tokens, start_position)[0]
 
     def _decode(
-        self, stream: bytes, token_ids: Any, tokens: int | None, start_position: int | None
+        self, stream: Bytes, token_ids: Any, tokens: int | None, start_position: int | None
     ) -> tuple[KVCache, bool]:
         """The cache, and whether it was one of transformers."""
         opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), tokens)
@@ -226,7 +227,7 @@ class Codec:
         cache = KVCache(keys, values, positions, header.first_layer, header.first_kv_head, rope_length)
         return cache, header.is_transformers
 
-    def decode_layers(self, stream: bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def decode_layers(self, stream: Bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (layer, keys [H, T, D], values [H, T, D]), first layer first, each as soon as it is restored.
 
         Arguments and stream are checked, and coefficients decoded, before this returns.
@@ -244,7 +245,7 @@ class Codec:
 
     def decode_into(
         self,
-        stream: bytes,
+        stream: Bytes,
         targets: Sequence[tuple[Target, Target]],
         token_ids: Any = None,
         tokens: int | None = None,
@@ -289,7 +290,7 @@ class Codec:
             streams.append(self._encode(part, as_ids(ids[index][mask[index]]), None, is_transformers=True))
         return streams
 
-    def decode_batch(self, streams: Sequence[bytes], token_ids: Any = None) -> tuple[Any, Tensor]:
+    def decode_batch(self, streams: Sequence[Bytes], token_ids: Any = None) -> tuple[Any, Tensor]:
         """Streams of transformers caches -> (one left-padded cache, attention_mask [B, T] int64).
 
         token_ids: one sequence of ids per stream, or a tensor [B, T] padded on the left. Padded places hold zeros.

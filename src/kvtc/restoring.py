@@ -25,7 +25,7 @@ class Restoration:
         self._backend = backend
         self._n_heads, self._head_dim = calibration.geometry.n_kv_heads, calibration.geometry.head_dim
         self._coder = opened[0].coder
-        self._coefficients = self._coder.decode([body for stream in opened for body in stream.coded])
+        self._coefficients = self._coder.decode([body.on(backend.device) for stream in opened for body in stream.coded])
         rope = calibration.geometry.rope
         self._turns, self._exact = [], []
         for stream, shift in zip(opened, shifts, strict=True):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..backends import Bytes
@@ -66,6 +67,10 @@ class CodedBody:
     plan: Any
     triples: Tensor | None
     is_window: bool = False
+
+    def on(self, device: torch.device) -> CodedBody:
+        """The same, its bytes on that device if they are on any."""
+        return replace(self, data=self.data.to(device)) if isinstance(self.data, Tensor) else self
 
 
 @dataclass(frozen=True)
