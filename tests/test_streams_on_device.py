@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache as remember
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kvtc.backends import reference
 from kvtc.codec import Codec
 from kvtc.container import SectionType, parse_stream, stream_data
 from kvtc.device_store import DeviceStore
-from kvtc.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedVersion
+from kvtc.errors import CorruptStream, InvalidArgument, KvtcError, TruncatedStream, UnsupportedVersion
 from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 
@@ -167,6 +171,32 @@ def test_bodies_that_lie_about_their_parts_are_corrupt():
     stream[offset + n_side : offset + n_side + 4] = b"\xff" * 4
     with pytest.raises(CorruptStream, match="claims"):
         made.decode_neutral(on_device(reseal(stream)))
+
+
+@remember
+def stream_of_options(number: int) -> bytes:
+    return stream_of(codec(**OPTIONS[number]))
+
+
+@settings(max_examples=60)
+@given(
+    number=st.integers(0, len(OPTIONS) - 1),
+    places=st.lists(st.integers(0, 10**6), min_size=1, max_size=4),
+    value=st.binary(min_size=1, max_size=8),
+)
+def test_bodies_of_any_bytes_decode_or_are_corrupt(number, places, value):
+    """No checksum stands before them on the device."""
+    stream = bytearray(stream_of_options(number))
+    spans = [s.span for s in parse_stream(bytes(stream)).sections if s.type is SectionType.BODY]
+    for place in places:
+        span = spans[place % len(spans)]
+        at = span.start + place // len(spans) % (span.stop - span.start - len(value))
+        stream[at : at + len(value)] = value
+    try:
+        found = codec(**OPTIONS[number]).decode_neutral(on_device(stream), told_ids(N))
+    except KvtcError:
+        return
+    assert found.n_tokens == N
 
 
 @pytest.mark.parametrize(

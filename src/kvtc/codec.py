@@ -196,11 +196,9 @@ class Codec:
         `TokenMismatch`, `InvalidArgument`.
         """
         cache, is_transformers = self._decode(stream, token_ids, tokens, start_position)
-        return (
-            interop.to_transformers(cache.keys[None], cache.values[None], cache.first_layer)
-            if is_transformers
-            else cache
-        )
+        if not is_transformers:
+            return cache
+        return interop.to_transformers(cache.keys[None], cache.values[None], cache.first_layer)
 
     def decode_neutral(
         self, stream: Bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
@@ -233,15 +231,18 @@ class Codec:
         Arguments and stream are checked, and coefficients decoded, before this returns.
         """
         opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), None)
-        return self._layers(opened, self._restoration([opened], [0]))
+        header, restoration = opened.header, self._restoration([opened], [0])
+        return ((header.first_layer + layer, *restoration.new_layer(layer)) for layer in range(header.n_layers))
 
-    def _layers(self, opened: OpenedStream, restoration: Restoration) -> Iterator[tuple[int, Tensor, Tensor]]:
-        header = opened.header
-        shape = (header.n_kv_heads, opened.n_tokens, header.head_dim)
-        for layer in range(header.n_layers):
-            keys, values = (torch.empty(shape, dtype=header.dtype, device=self.device) for _ in range(2))
-            restoration.write_layer(layer, [(Target.of(keys), Target.of(values))])
-            yield header.first_layer + layer, keys, values
+    def decode_lazily(self, stream: Bytes, token_ids: Any = None, tokens: int | None = None) -> Any:
+        """As `decode`, but always a `DynamicCache`, whose layers are restored when the model first comes to them.
+
+        Arguments and stream are checked, and coefficients decoded, before this returns. On CUDA each layer is restored beside the
+        computations of the one before it.
+        """
+        opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), tokens)
+        restoration = self._restoration([opened], [0])
+        return interop.lazy_cache(restoration.new_layer, opened.n_tokens, opened.header, self.device)
 
     def decode_into(
         self,

@@ -69,8 +69,14 @@ class CodedBody:
     is_window: bool = False
 
     def on(self, device: torch.device) -> CodedBody:
-        """The same, its bytes on that device if they are on any."""
-        return replace(self, data=self.data.to(device)) if isinstance(self.data, Tensor) else self
+        """The same, its bytes on that device if they are on any; to be read on the current stream."""
+        if not isinstance(self.data, Tensor):
+            return self
+        data = self.data.to(device)
+        if data.is_cuda:
+            # A store may evict them before they are read, and give their memory to others on another stream.
+            data.record_stream(torch.cuda.current_stream(device))
+        return replace(self, data=data)
 
 
 @dataclass(frozen=True)
