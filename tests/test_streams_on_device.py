@@ -17,6 +17,7 @@ from kvtc.container import SectionType, parse_stream, stream_data
 from kvtc.device_store import DeviceStore
 from kvtc.errors import CorruptStream, InvalidArgument, KvtcError, TruncatedStream, UnsupportedVersion
 from kvtc.prefix_cache import PrefixCache
+from kvtc.profiles.integers import heads_of
 from kvtc.store import open_store
 
 from .builders import joint_calibration, reseal, same_cache, sections_of, told_cache, told_ids
@@ -140,6 +141,12 @@ def test_what_is_read_here_is_verified_and_bodies_are_not_again():
     assert not same_cache(found, made.decode_neutral(stream))
 
 
+def test_the_lengths_of_bodies_come_over_together():
+    chunks = [b"abcdef", on_device(b"ghijkl"), b"mn", on_device(b"opq")]
+    assert heads_of(chunks, [3, 2, 0, 3]) == [b"abc", b"gh", b"", b"opq"]
+    assert heads_of([], []) == []
+
+
 def test_damaged_tables_are_found():
     made = codec("joint")
     stream = stream_of(made)
@@ -157,9 +164,9 @@ def test_damaged_tables_are_found():
         (b"", TruncatedStream),
         (b"other bytes", CorruptStream),
     ):
-        for given in (bytes(data), on_device(data) if data else torch.empty(0, dtype=torch.uint8)):
+        for form in (bytes(data), on_device(data) if data else torch.empty(0, dtype=torch.uint8)):
             with pytest.raises(error):
-                made.decode_neutral(given)
+                made.decode_neutral(form)
 
 
 def test_bodies_that_lie_about_their_parts_are_corrupt():
