@@ -200,7 +200,7 @@ class JointCoder:
         rank = widest if transform.rank_follows_coding else len(self._model.deviations)
         coefficients = self._backend.read_integers(chunks, rank)
         if transform.rank_follows_coding:
-            return coefficients.to(self._product)
+            return _without_zeros(coefficients).to(self._product)
         tokens = torch.tensor([flag for flag, body in zip(flags, bodies, strict=True) for _ in range(body.n_tokens)])
         for flag in sorted(set(flags)):
             triples = [body.triples for body, its in zip(bodies, flags, strict=True) if its == flag]
@@ -290,6 +290,12 @@ class JointCoder:
             if self._working is None:
                 self._working = JointTransform(self._joint, self._tokens, self._backend, self._product)
             return self._working
+
+
+def _without_zeros(coefficients: Tensor) -> Tensor:
+    """Up to the last column that holds anything: at high ratios many that may be coded are zero throughout."""
+    used = coefficients.any(dim=0).nonzero()
+    return coefficients[:, : int(used[-1]) + 1 if len(used) else 0]
 
 
 def single_chunks(rows: BodyRows) -> Iterable[BodyRows]:
