@@ -356,6 +356,7 @@ def test_values_that_cannot_be(capsys, made, tmp_path):
     assert "nowhere" in fails(capsys, *encode, "--device", "nowhere")
     assert "cannot keep to a fixed size" in fails(capsys, *encode, "--profile", "paper", "--fixed-size")
     calibrate = ["calibrate", "--model", "reference", "--text", made / "corpus.txt", *out]
+    assert "nowhere" in fails(capsys, *calibrate, "--fit-device", "nowhere")
     assert "layers" in fails(capsys, *calibrate, "--layers", "4:2")
     assert "kv_heads" in fails(capsys, *calibrate, "--kv-heads", "0:9")
     assert "at least 2" in fails(capsys, *calibrate, "--tokens-per-sequence", 1)

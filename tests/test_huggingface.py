@@ -238,6 +238,8 @@ def test_calibrate_passes_every_usable_sequence_once(llama: Any, fitted: Fitted)
     parameters = sum(parameter.numel() for parameter in llama.parameters())
     where = torch.device("cpu")
     assert fitted.options == {"sink_tokens": 4, "model_parameters": parameters, "rank": 7, "device": where}
+    calibrate(llama, sequences[1:2], profiles=("paper",), device="elsewhere")
+    assert fitted.options["device"] == "elsewhere"
 
 
 @pytest.mark.usefixtures("fitted")

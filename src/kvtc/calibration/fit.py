@@ -73,9 +73,11 @@ def fit(
 
     device: where bases and prediction are found; tables are counted on the CPU. Rows come to it block by block, and at most
     16 P l + 36 l^2 bytes of its memory, 2 kB a row for prediction, and about 1 GB for blocks are held at once: l = 64 + the rank,
-    P = p features, with `metric` 2 p. Calibrations of one device are the same byte for byte; those of two differ by rounding.
+    P = p features, with `metric` 2 p. On the CPU a calibration is the same
+    byte for byte every time; that of another device differs by rounding.
 
-    Raises `InvalidArgument` where no rows or no disk are left, `InvalidCache` and `GeometryMismatch` for unusable caches.
+    Raises `InvalidArgument` where no rows or no disk are left, or the device cannot be used; `InvalidCache` and `GeometryMismatch`
+    for unusable caches.
     """
     if sink_tokens < 0 or max_rows < 2 or rank < 1:
         raise InvalidArgument(f"sink_tokens {sink_tokens}, max_rows {max_rows}, rank {rank}: expected >= 0, >= 2, >= 1")
