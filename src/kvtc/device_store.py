@@ -1,6 +1,6 @@
-"""`cuda:` entries on a device, up to a byte budget: what is decoded there never leaves it.
+"""`cuda:` entries on a device, up to a byte budget: what is decoded there need not leave it.
 
-An entry is the stream alone, a twentieth of the cache, so that many idle conversations fit where one cache does.
+An entry is the stream alone, so that idle conversations take a fraction of the device's memory that their caches would.
 """
 
 from __future__ import annotations
