@@ -1,8 +1,8 @@
-"""What narrower numbers in the inverse transform cost in quality: float32, bfloat16 and fp8 (e4m3) operands, sums in float32.
+"""What narrower numbers in the transforms cost in quality: float32, bfloat16 and, inverse alone, fp8 (e4m3) operands.
 
 python benchmarks/precision.py --text FILE... [--ratios 8 16 32 64]
 
-fp8 is emulated: a scale for each token's coefficients and for each feature's row of the basis, operands rounded to e4m3.
+Sums are float32. fp8 is emulated: a scale for each token's coefficients and for each feature's row of the basis, rounded to e4m3.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def fp8_restore(transform: JointTransform, coefficients: Tensor, features: slice
 
 
 def codecs(calibration: kvtc.Calibration, profile: str, ratio: float, window: int) -> dict[str, kvtc.Codec]:
-    """One for each precision; they write the same bytes."""
+    """One for each precision."""
     made = {
         f"{profile} {ratio:g}x {precision}": kvtc.Codec(
             calibration, profile, ratio=ratio, window_tokens=window, precision=precision

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from kvtc.calibration import Calibration
 
 from .builders import tiny_calibration
+from .triton_memory import only_arguments
 
 # A slow or busy machine is no failure, so nothing here has a deadline; ci draws the same examples on every run.
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -20,6 +21,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 torch.set_num_threads(1)
 # Nothing is fetched: libraries that would ask a hub are told so before they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Kernels are interpreted where there is no GPU. Triton reads this when it is imported, with the first kernel.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,3 +35,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def calibration() -> Calibration:
     """3 layers, 2 heads of 8 features, rotated in halves; fitted to low-rank caches."""
     return tiny_calibration()
+
+
+@pytest.fixture
+def guarded_kernels():
+    """Kernels fail that read or write outside of the tensors they are given; where there is a GPU, nothing is looked at."""
+    if torch.cuda.is_available():
+        yield
+    else:
+        with only_arguments():
+            yield
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Memory that is asked for uninitialised holds what is no result: what a kernel leaves out shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(77))

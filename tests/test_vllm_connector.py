@@ -244,7 +244,7 @@ def test_errors_that_nobody_foresaw_stay_out_of_the_engine(connector, options):
     engine.run("a", ids, truth)
     engine.finish()
     engine = FakeEngine(connector, *configs(options, **SHAPE))
-    engine.worker._mover._pages.write = fails
+    engine.worker._mover._pages.settle = fails
     n_loaded, found = engine.run("b", ids, truth)
     assert n_loaded == 0
     assert torch.equal(found.keys, truth.keys)

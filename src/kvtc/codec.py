@@ -58,8 +58,8 @@ class Codec:
     fixed_size: every stream of tokens at the same places has the same bytes, `stream_bytes` of them: the step is as fine as
     fits, and what is left is padded (`joint` and `conditional`, with a ratio).
     lossless: "deflate", "zstd", "lz4" or "none". chunk_tokens: unit of random access. device: where the arithmetic runs.
-    backend: "reference", "triton", or "auto": the latter on CUDA devices where it is installed (docs/gpu.md). precision: of the
-    inverse transform, "float32", "bfloat16", or "auto": the latter on CUDA devices.
+    backend: "reference", "triton", or "auto": the latter on CUDA devices where it is installed (docs/gpu.md). precision: of what
+    transforms multiply, "float32", "bfloat16", or "auto": the latter on CUDA devices. Sums are float32.
 
     Of the profile `paper` alone: key_ratio, value_ratio: the ratio of one kind. max_error: instead of a ratio, the largest relative
     error (Frobenius norm over the centred calibration rows) of each kind. allocation: "dynamic" (the dynamic program) or

@@ -110,7 +110,7 @@ def decoder(calibration: Calibration, backend: Backend, product: torch.dtype, pr
 
 
 def product_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the inverse transform."""
+    """The dtype of what the transforms multiply."""
     if precision != "auto" and precision not in PRECISIONS:
         raise InvalidArgument(f"precision is {precision!r}; expected one of auto, {', '.join(PRECISIONS)}")
     if precision == "auto":

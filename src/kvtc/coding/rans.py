@@ -184,16 +184,11 @@ def decode_symbols(
     columns, tokens = _check_classes(column_class, token_class, tables, CorruptStream)
     symbols = np.empty((len(columns), len(tokens)), np.uint8)
     n_lanes = count_lanes(*symbols.shape)
-    n_words = (len(data) - 4 * n_lanes) // 2
-    if len(data) < 4 * n_lanes or len(data) % 2 or len(data) > 4 * n_lanes + 2 * symbols.size:
-        raise CorruptStream(
-            f"{len(data)} bytes of coded symbols; expected an even number from {4 * n_lanes} to {4 * n_lanes + 2 * symbols.size}"
-        )
+    n_words = count_words(len(data), *symbols.shape)
     if not symbols.size:
         return symbols
     states = np.frombuffer(data, "<u4", n_lanes).astype(np.uint32)
-    if int(states.min()) < LOWER_BOUND:
-        raise CorruptStream(f"a coder's state starts at {states.min()}; expected at least {LOWER_BOUND}")
+    check_starts(states)
     from .rans_kernels import decode_lanes
 
     # The kernel looks for the end once a column, up to one word a lane too late.
@@ -202,13 +197,33 @@ def decode_symbols(
     n_read = decode_lanes(
         words, n_words, states, columns, tokens, tables.slots, tables.entries, tables.n_classes, symbols
     )
+    check_ends(states, int(n_read), n_words)
+    return symbols
+
+
+def count_words(n_bytes: int, n_columns: int, n_tokens: int) -> int:
+    """Words after the states in `n_bytes` coded bytes; `CorruptStream` if no such symbols take as many bytes."""
+    least = 4 * count_lanes(n_columns, n_tokens)
+    most = least + 2 * n_columns * n_tokens
+    if n_bytes % 2 or not least <= n_bytes <= most:
+        raise CorruptStream(f"{n_bytes} bytes of coded symbols; expected an even number from {least} to {most}")
+    return (n_bytes - least) // 2
+
+
+def check_starts(states: npt.NDArray[np.uint32]) -> None:
+    """`CorruptStream` unless lanes may start decoding at these states [n_lanes]."""
+    if int(states.min()) < LOWER_BOUND:
+        raise CorruptStream(f"a coder's state starts at {states.min()}; expected at least {LOWER_BOUND}")
+
+
+def check_ends(states: npt.NDArray[np.uint32], n_read: int, n_words: int) -> None:
+    """`CorruptStream` unless all words are read and the states [n_lanes] are back where encoding started."""
     if n_read != n_words:
         found = f"only {n_read}" if n_read < n_words else "more"
         raise CorruptStream(f"{n_words} words of coded symbols are stored; decoding read {found}")
     wrong = np.flatnonzero(states != LOWER_BOUND)
     if len(wrong):
         raise CorruptStream(f"the coder of lane {wrong[0]} ends at state {states[wrong[0]]}; expected {LOWER_BOUND}")
-    return symbols
 
 
 def cost_bits(

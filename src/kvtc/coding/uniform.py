@@ -61,8 +61,8 @@ def from_symbols(symbols: npt.NDArray[np.uint8], escaped: npt.NDArray[np.int32])
     return values
 
 
-def dequantize(values: Tensor, offsets: Tensor, step: float) -> Tensor:
-    """Integers [T, n] -> coefficients float32.
+def dequantize(values: Tensor, offsets: Tensor, step: float | Tensor) -> Tensor:
+    """Integers [T, n] -> coefficients float32. step: of all, or a float32 tensor [T, n] of each.
 
     offsets [T, n, 2]: how far from its multiple of the step, in steps and towards zero, the mean of all lies that were rounded to
     +-1, and to more.

@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ..backends import Target
 from ..errors import KvtcError, StoreError
 from ..prefix_cache.tail import Tail
 from ..store import Store
 from .counts import Counts
-from .page_layout import PageLayout
+from .page_layout import SPLIT, PageLayout
 from .pages import PageCodec
 from .prefix_planner import LoadOrder, Piece, SaveOrder
 
@@ -44,11 +45,13 @@ class EnginePages:
         self._dtype = dtype
         self._per_engine_page = engine_page_tokens // layout.page_tokens
 
-    def read(self, page_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """keys, values [L, H, T, D] of whole pages, copies on the CPU."""
+    def read(self, page_ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """keys, values [L, H, T, D] of whole pages, copies on a device: the engine may use the pages again."""
         index = self._index(page_ids)
         gathered = torch.stack([layer[index] for layer in self._layers])
-        return self._layout.read(gathered.cpu())
+        keys, values = self._layout.read(gathered.to(device))
+        self.settle()
+        return keys, values
 
     def write(self, page_ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Fill whole pages; done when this returns."""
@@ -57,8 +60,33 @@ class EnginePages:
         for layer, pages in zip(self._layers, data, strict=True):
             # By bytes: not every device assigns fp8 by index.
             layer.view(torch.uint8)[index] = pages.view(torch.uint8)
-        if index.is_cuda:
-            torch.cuda.current_stream(index.device).synchronize()
+        self.settle()
+
+    def targets(self, page_ids: Sequence[int], n_tokens: int) -> list[tuple[Target, Target]] | None:
+        """Places of the first tokens of these pages in each layer, keys and values; None where pages pack them otherwise."""
+        if self._layout.packing != SPLIT:
+            return None
+        index, size = self._index(page_ids), self._layout.page_tokens
+        token = torch.arange(n_tokens, device=index.device)
+        page, slot = index[token // size], token % size
+        found = []
+        for layer in self._layers:
+            whole = layer.as_strided((layer.untyped_storage().nbytes() // layer.element_size(),), (1,), 0)
+            offsets = int(layer.storage_offset()) + page * layer.stride(0) + slot * layer.stride(2)
+            beside = self._layout.head_dim * layer.stride(3)
+            sides = (Target(whole, offsets + at, layer.stride(1), layer.stride(3)) for at in (0, beside))
+            found.append((next(sides), next(sides)))
+        return found
+
+    def settle(self) -> None:
+        """Wait until what was written is there."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self._layers[0].device
 
     def bytes(self, n_tokens: int) -> int:
         """What they take in the engine."""
@@ -106,7 +134,7 @@ class PageMover:
             return
         try:
             n_tokens = len(order.piece.token_ids)
-            keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids))
+            keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids, self._codec.device))
             self._saving.submit(self._save, order, keys, values)
         except Exception:  # a cache that cannot be saved is no reason to end the engine's step
             logger.exception("tokens %d .. %d are not saved", order.piece.start, order.piece.stop - 1)
@@ -136,13 +164,12 @@ class PageMover:
         for first in range(0, len(order.pieces), _FETCHED_AT_ONCE):
             pieces = order.pieces[first : first + _FETCHED_AT_ONCE]
             for piece, entry in zip(pieces, self._fetch(pieces), strict=True):
-                decoded = None if entry is None else self._decode(piece, entry)
-                if decoded is None:
-                    return n_filled
                 # What the engine has already stays as it is.
-                keys, values = (side[:, :, max(0, order.start - piece.start) :] for side in decoded)
-                at, n_tokens = n_filled // self._page_tokens, keys.shape[2]
-                self._pages.write(order.page_ids[at : at + n_tokens // self._page_tokens], keys, values)
+                skipped = max(0, order.start - piece.start)
+                at, n_tokens = n_filled // self._page_tokens, len(piece.token_ids) - skipped
+                page_ids = order.page_ids[at : at + n_tokens // self._page_tokens]
+                if entry is None or not self._decode(piece, entry, page_ids, skipped):
+                    return n_filled
                 n_filled += n_tokens
         return n_filled
 
@@ -156,22 +183,31 @@ class PageMover:
         self.counts.add(bytes_read=sum(len(entry) for entry in fetched if entry is not None))
         return fetched
 
-    def _decode(self, piece: Piece, entry: bytes) -> tuple[Tensor, Tensor] | None:
-        """keys, values [L, H, T, D]; None, counted, where the entry is none of this piece."""
+    def _decode(self, piece: Piece, entry: bytes, page_ids: list[int], skipped: int) -> bool:
+        """An entry into pages, but for its first tokens; False, counted, where the entry is none of this piece."""
         key, n_tokens = piece.keys[self._rank], len(piece.token_ids)
         try:
             if piece.nodes is not None:
                 tail = Tail.from_bytes(entry)
                 if tail.n_common(piece.nodes[self._rank], piece.token_ids) < n_tokens:
                     # Another text's tail has taken its place meanwhile.
-                    return None
+                    return False
                 entry = tail.stream
-            return self._codec.decode(entry, piece.start, n_tokens, piece.token_ids)
+            targets = None
+            if not skipped and self._pages.device == self._codec.device:
+                targets = self._pages.targets(page_ids, n_tokens)
+            if targets is not None:
+                self._codec.decode_into(entry, piece.start, targets, piece.token_ids)
+                self._pages.settle()
+            else:
+                keys, values = self._codec.decode(entry, piece.start, n_tokens, piece.token_ids)
+                self._pages.write(page_ids, keys[:, :, skipped:], values[:, :, skipped:])
         except KvtcError as error:
             logger.warning("entry %s cannot be used and is deleted: %s", key, error)
             self.counts.add(entries_unusable=1)
             self._forget(key)
-            return None
+            return False
+        return True
 
     def _forget(self, key: str) -> None:
         """Delete an entry that is of no use."""

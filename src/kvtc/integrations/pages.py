@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..backends import Target
 from ..cache import KVCache
 from ..calibration import Calibration
 from ..codec import Codec
 from ..errors import CorruptStream, InvalidArgument, UnsupportedModel
+from ..inspection import inspect
 from .engine_settings import AUTO, PREFIX, EngineSettings
 
 CHUNK_TOKENS = 256
@@ -79,9 +81,30 @@ class PageCodec:
         Raises what `Codec.decode` raises.
         """
         cache = self.codec(token_ids is not None).decode_neutral(stream, token_ids, n_tokens)
-        if n_tokens and start is not None and int(cache.resolved_positions()[0]) != start:
-            raise CorruptStream(f"the stream begins at position {int(cache.resolved_positions()[0])}; expected {start}")
+        if n_tokens and start is not None:
+            _check_start(int(cache.resolved_positions()[0]), start)
         return cache.keys, cache.values
+
+    def decode_into(
+        self, stream: bytes, start: int, targets: Sequence[tuple[Target, Target]], token_ids: Ids | None = None
+    ) -> None:
+        """A stream that begins at position start -> its first tokens, as many as the targets have places for, layer by layer.
+
+        targets, on the codec's device, and token_ids as in `Codec.decode_into`, which says what is raised.
+        """
+        _check_start(inspect(stream).first_position, start)
+        n_tokens = len(targets[0][0].token_offsets)
+        self.codec(token_ids is not None).decode_into(stream, targets, token_ids, n_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where streams are decoded."""
+        return next(iter(self._codecs.values())).device
+
+
+def _check_start(found: int | None, expected: int) -> None:
+    if found != expected:
+        raise CorruptStream(f"the stream begins at position {found}; expected {expected}")
 
 
 def _codec(calibration: Calibration, profile: str, settings: EngineSettings, fixed_size: bool) -> Codec:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import Backend, IntegerBytes, Rounded
 from ..calibration.joint import CoefficientModel, JointCalibration, TokenCoding
-from ..coding.transform import project, reconstruct
+from ..coding.transform import project_from, reconstruct
 from ..coding.uniform import column_classes
 from ..errors import InvalidCache
 from .interface import BodyRows
@@ -55,8 +55,8 @@ def cheapest(choices: Sequence[RoundedRows], tokens: slice) -> int:
 
 
 class JointTransform:
-    """The matrices of a calibration on a backend's device: mean [2 p] and analysis [2 p, r], float32; synthesis [2 p, r] in the
-    dtype of the product (it and analysis differ by the metric).
+    """The matrices of a calibration on a backend's device: mean [2 p] float32; analysis and synthesis [2 p, r] in the dtype of
+    products (they differ by the metric).
 
     Analysis gives plain coefficients. Synthesis takes them as they are without tokens; with tokens it takes them rotated [r, r],
     which is what prediction adds to.
@@ -72,14 +72,16 @@ class JointTransform:
         device = backend.device
         self._joint, self._tokens = joint, tokens
         self._mean = metric.unweigh(basis.mean[None])[0].to(device)
-        self._analysis = metric.weigh(vectors.T).T.contiguous().to(device)
+        analysis = metric.weigh(vectors.T).T.contiguous().to(device)
+        self._origin = self._mean @ analysis
+        self._analysis = analysis.to(product)
         self._synthesis = metric.unweigh(turned.T).T.contiguous().to(device, product)
         self._rotation = None if rotation is None else rotation.to(device)
         self._predictor = None if tokens is None else tokens.predictor.to(device)
 
     def choices(self, rows: BodyRows) -> list[Coefficients]:
         """What may be coded of rows: with prediction, if there is any, and without. Raises `InvalidCache`."""
-        plain = project(rows.rows, self._mean, self._analysis)
+        plain = project_from(rows.rows, self._origin, self._analysis)
         found = [Coefficients(plain, self._joint.coefficients, is_predicted=False)]
         if self._tokens is not None and self._rotation is not None:
             residual = plain @ self._rotation - self._predict(rows.triples)
@@ -89,7 +91,7 @@ class JointTransform:
         return found
 
     def completed(self, coefficients: Tensor, is_predicted: bool, triples: Tensor | None) -> Tensor:
-        """Decoded coefficients [n, r] as `restore` takes them."""
+        """Decoded coefficients [n, r] float32, with what prediction adds to them."""
         if is_predicted:
             return coefficients + self._predict(triples)
         return coefficients if self._rotation is None else coefficients @ self._rotation
@@ -100,9 +102,9 @@ class JointTransform:
         return self._rotation is None
 
     def restore(self, coefficients: Tensor, features: slice) -> Tensor:
-        """The first completed coefficients [T, n] -> some of the features of joint rows, [T, q], in the dtype of the product."""
+        """The first completed coefficients [T, n], in the dtype of products -> some of the features of joint rows, [T, q]."""
         synthesis = self._synthesis[features, : coefficients.shape[1]]
-        return reconstruct(coefficients.to(synthesis.dtype), self._mean[features].to(synthesis.dtype), synthesis)
+        return reconstruct(coefficients, self._mean[features].to(synthesis.dtype), synthesis)
 
     def _predict(self, triples: Tensor | None) -> Tensor:
         if self._predictor is None or triples is None:

@@ -55,7 +55,7 @@ class StepPlan:
 
 
 class JointCoder:
-    """with_tokens: `conditional`. product: dtype of the inverse transform. rate: what may be spent; None to decode only."""
+    """with_tokens: `conditional`. product: dtype of products. rate: what may be spent; None to decode only."""
 
     is_entropy_coded = True
 
@@ -188,7 +188,7 @@ class JointCoder:
         return None
 
     def decode(self, bodies: Sequence[CodedBody]) -> Tensor:
-        """Coefficients [T, n] float32 as the transform takes them, n <= r: no further ones are needed."""
+        """Coefficients [T, n] as the transform restores rows from them, n <= r: no further ones are needed."""
         flags, chunks = [], []
         for body in bodies:
             flag, integers = self._split(body)
@@ -199,14 +199,14 @@ class JointCoder:
         rank = widest if transform.rank_follows_coding else len(self._model.deviations)
         coefficients = self._backend.read_integers(chunks, rank)
         if transform.rank_follows_coding:
-            return coefficients
+            return coefficients.to(self._product)
         tokens = torch.tensor([flag for flag, body in zip(flags, bodies, strict=True) for _ in range(body.n_tokens)])
         for flag in sorted(set(flags)):
             triples = [body.triples for body, its in zip(bodies, flags, strict=True) if its == flag]
             joined = torch.cat([part for part in triples if part is not None])
             here = slice(None) if len(set(flags)) == 1 else (tokens == flag).nonzero()[:, 0].to(coefficients.device)
             coefficients[here] = transform.completed(coefficients[here], bool(flag), joined)
-        return coefficients
+        return coefficients.to(self._product)
 
     def restore(self, coefficients: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         transform, geometry = self._transform(), self._geometry

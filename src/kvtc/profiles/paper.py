@@ -14,7 +14,7 @@ from ..backends import Backend
 from ..calibration.artifact import Calibration
 from ..coding.allocation import BitAllocation
 from ..coding.groups import chunk_bytes
-from ..coding.transform import project, reconstruct
+from ..coding.transform import project_from, reconstruct
 from ..errors import CorruptStream, InvalidArgument, InvalidCache
 from .interface import Allowance, BodyRows, CodedBody, CodedRows
 from .paper_rate import RateTarget
@@ -32,18 +32,20 @@ class PaperPlan:
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind (keys or values) ready to compute with: mean [p] and the used columns of its basis [p, n], in one dtype."""
+    """One kind (keys or values) ready to compute with: mean [p] float32, its coefficients [n] float32, and the used columns of its
+    basis [p, n] in the dtype of products."""
 
     mean: Tensor
+    origin: Tensor
     vectors: Tensor
 
     def first(self, n: int) -> _Kind:
         """With the first n columns alone."""
-        return _Kind(self.mean, self.vectors[:, :n])
+        return _Kind(self.mean, self.origin[:n], self.vectors[:, :n])
 
 
 class PaperCoder:
-    """product: dtype of the inverse transform. rate: what may be spent; None to decode only."""
+    """product: dtype of products. rate: what may be spent; None to decode only."""
 
     needs_tokens = False
     is_entropy_coded = False
@@ -55,7 +57,7 @@ class PaperCoder:
         self.rate = rate
         self._calibration = calibration
         self._backend, self._product = backend, product
-        self._working: dict[tuple[int, torch.dtype], _Kind] = {}
+        self._working: dict[int, _Kind] = {}
         self._lock = threading.Lock()
 
     def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
@@ -72,8 +74,8 @@ class PaperCoder:
         sides = rows.rows.tensor_split(2, dim=1)
         packed = []
         for index, (side, allocation) in enumerate(zip(sides, plan.allocations, strict=True)):
-            kind = self._kind(index, allocation.n_coefficients, torch.float32)
-            coefficients = project(side, kind.mean, kind.vectors)
+            kind = self._kind(index, allocation.n_coefficients)
+            coefficients = project_from(side, kind.origin, kind.vectors)
             if not bool(coefficients.isfinite().all()):
                 raise InvalidCache("the cache holds values so large that the transform overflows float32")
             packed.append(self._backend.pack_groups(coefficients, rows.spans, allocation))
@@ -92,7 +94,7 @@ class PaperCoder:
         return sum(chunk_bytes(allocation, n_tokens) for allocation in plan.allocations)
 
     def decode(self, bodies: Sequence[CodedBody]) -> list[tuple[Tensor, _Kind]]:
-        """Per kind: coefficients [T, n] float32, and what leads back from them."""
+        """Per kind: coefficients [T, n] in the dtype of products, and what leads back from them."""
         plans = [(plan, list(same)) for plan, same in groupby(bodies, key=lambda body: body.plan)]
         return [self._decode_side(side, plans) for side in (0, 1)]
 
@@ -105,25 +107,24 @@ class PaperCoder:
             data = [body.data[cut:] if side else body.data[:cut] for body, cut in zip(bodies, cuts, strict=True)]
             found = self._backend.unpack_groups(data, [body.n_tokens for body in bodies], allocation)
             parts.append(torch.nn.functional.pad(found, (0, widest - allocation.n_coefficients)))
-        return torch.cat(parts), self._kind(side, widest, self._product)
+        return torch.cat(parts).to(self._product), self._kind(side, widest)
 
     def restore(self, coefficients: list[tuple[Tensor, _Kind]], layer: int) -> tuple[Tensor, Tensor]:
         geometry = self._calibration.geometry
         size = geometry.n_kv_heads * geometry.head_dim
         features = slice(layer * size, (layer + 1) * size)
         keys, values = (
-            reconstruct(c.to(kind.vectors.dtype), kind.mean[features], kind.vectors[features])
-            for c, kind in coefficients
+            reconstruct(c, kind.mean[features].to(c.dtype), kind.vectors[features]) for c, kind in coefficients
         )
         return keys, values
 
-    def _kind(self, index: int, n_coefficients: int, dtype: torch.dtype) -> _Kind:
+    def _kind(self, index: int, n_coefficients: int) -> _Kind:
         basis = (self._calibration.key, self._calibration.value)[index].basis
         with self._lock:
-            kind = self._working.get((index, dtype))
+            kind = self._working.get(index)
             # Columns are needed from the first on: the widest conversion so far serves every narrower stream.
             if kind is None or kind.vectors.shape[1] < n_coefficients:
                 device = self._backend.device
-                vectors = basis.vectors[:, :n_coefficients].to(device).to(dtype)
-                kind = self._working[index, dtype] = _Kind(basis.mean.to(device, dtype), vectors)
+                vectors, mean = basis.vectors[:, :n_coefficients].to(device).float(), basis.mean.to(device)
+                kind = self._working[index] = _Kind(mean, mean @ vectors, vectors.to(self._product))
         return kind.first(n_coefficients)

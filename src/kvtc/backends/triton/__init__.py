@@ -1,15 +1,61 @@
 """Kernels in Triton: for CUDA devices, and for the CPU where Triton interprets them (TRITON_INTERPRET=1).
 
-What no kernel does better than torch is done as the reference does it.
+What no kernel does better is left to torch, as the extremes of groups are.
 """
 
 from __future__ import annotations
 
-from ..reference import ReferenceBackend
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...coding.allocation import BitAllocation
+from ...coding.probability import ProbabilityTables
+from ...coding.rope import Turn
+from ..interface import Bytes, CodedIntegers, IntegerBytes, Rounded, Target
+from . import grouping
+from .decoding import DecodeTables, read_integers
+from .encoding import EncodeTables, round_coefficients, write_integers
+from .gathering import gather
+from .placing import place
 
 
-class TritonBackend(ReferenceBackend):
+class TritonBackend:
     """device: a CUDA device; the CPU in the interpreter."""
 
     name = "triton"
     batch_tokens = 8192
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._decode_tables = DecodeTables(device)
+        self._encode_tables = EncodeTables(device)
+
+    def gather(self, keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor:
+        return gather(keys, values, turns)
+
+    def place(self, keys: Tensor, values: Tensor, turn: Turn | None, targets: tuple[Target, Target]) -> None:
+        place(keys, values, turn, targets)
+
+    def round(
+        self, coefficients: Tensor, step: float, classes: npt.NDArray[np.uint8], tables: ProbabilityTables
+    ) -> Rounded:
+        return round_coefficients(coefficients, step, classes, tables, self._encode_tables)
+
+    def write_integers(
+        self, rounded: Any, spans: Sequence[slice], classes: npt.NDArray[np.uint8], tables: ProbabilityTables
+    ) -> list[IntegerBytes]:
+        return write_integers(rounded, spans, classes, tables, self._encode_tables)
+
+    def read_integers(self, chunks: Sequence[CodedIntegers], rank: int) -> Tensor:
+        return read_integers(chunks, rank, self._decode_tables, self.device)
+
+    def pack_groups(self, coefficients: Tensor, spans: Sequence[slice], allocation: BitAllocation) -> list[bytes]:
+        return grouping.pack_groups(coefficients, spans, allocation)
+
+    def unpack_groups(self, chunks: Sequence[Bytes], counts: Sequence[int], allocation: BitAllocation) -> Tensor:
+        return grouping.unpack_groups(chunks, counts, allocation, self.device)
