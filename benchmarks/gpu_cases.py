@@ -161,7 +161,7 @@ def coded_widths(plan: object, calibration: kvtc.Calibration, profile: str) -> I
 
 
 def _basis(features: int, spectrum: np.ndarray, generator: torch.Generator) -> Basis:
-    vectors = orthonormal(features, len(spectrum), generator).to(torch.float16).cpu()
+    vectors = orthonormal(features, len(spectrum), generator).to(torch.float16).cpu().contiguous()
     return Basis(torch.zeros(features), vectors, torch.from_numpy(spectrum))
 
 

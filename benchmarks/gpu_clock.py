@@ -89,7 +89,7 @@ def encode_stages(codec: kvtc.Codec) -> Stages:
         "container": (StreamDraft, "seal"),
     }
     if codec.settings.profile == "paper":
-        return stages | {"transform": (paper, "project"), "quantize and pack": (codec.backend, "pack_groups")}
+        return stages | {"transform": (paper, "project_from"), "quantize and pack": (codec.backend, "pack_groups")}
     return stages | {
         "transform and prediction": (codec._coder._transform(), "choices"),
         "round by cost": (codec.backend, "round"),
