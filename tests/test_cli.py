@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import kvtc
+from kvtc.backends import ReferenceBackend, choose
 from kvtc.cache_file import load_cache, save_cache
 from kvtc.cli import main
 from kvtc.cli.calibrating import documents
@@ -235,6 +236,33 @@ def test_doctor(capsys):
     assert works["reference calibration"]
     assert works["coder deflate"]
     assert all(check["why_not"] for check in result["checks"] if not check["works"])
+    assert all(check["purpose"] for check in result["checks"])
+    assert {"python", "torch", "numba", "triton"} <= set(result["versions"])
+    fingerprint = kvtc.reference_calibration().fingerprint.hex()
+    assert fingerprint in out
+    assert any(fingerprint in (check["found"] or "") for check in result["checks"])
+
+
+def test_doctor_says_which_backend_computes_on_each_device_and_why(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    devices = json.loads(run(capsys, "doctor", "--json")[1])["devices"]
+    cpu = devices[0]
+    assert (cpu["device"], cpu["backend"], cpu["works"]) == ("cpu", "reference", True)
+    assert cpu["reason"] == choose(torch.device("cpu")).reason
+    if not torch.cuda.is_available():
+        assert [device["device"] for device in devices] == ["cpu", "cuda"]
+        assert devices[1]["why_not"]
+    assert f"backend reference ({cpu['reason']})" in run(capsys, "doctor")[1]
+
+
+def test_doctor_codes_a_cache_on_every_device(capsys, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no arithmetic\ntoday")
+
+    monkeypatch.setattr(ReferenceBackend, "write_integers", fail)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "fails: no arithmetic today" in out
 
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import KvtcError
-from . import calibrating, coding, demonstrating, describing, evaluating, planning, reporting
+from . import calibrating, coding, demonstrating, describing, doctoring, evaluating, planning, reporting
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -66,6 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print the result as one JSON object")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module in (demonstrating, calibrating, coding, describing, evaluating, reporting, planning):
+    for module in (demonstrating, calibrating, coding, describing, doctoring, evaluating, reporting, planning):
         module.add_verbs(verbs, common)
     return parser

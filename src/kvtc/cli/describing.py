@@ -1,28 +1,20 @@
-"""The verbs `inspect` and `doctor`."""
+"""The verb `inspect`."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import platform
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Outcome, add_verb, describe_basis, joint_fields, quality_fields, quality_of, quiet_transformers
+from .arguments import Outcome, add_verb, describe_basis, joint_fields, quality_fields, quality_of
 
 if TYPE_CHECKING:
     from ..inspection import StreamInfo
 
-PACKAGES = ("torch", "numpy", "numba", "safetensors", "tqdm", "transformers", "zstandard", "lz4", "matplotlib")
-STORE_PACKAGES = ("redis", "obstore", "cryptography")
-STORES = {"stores in Redis": "redis_store", "stores in S3": "object_store", "encrypted stores": "encryption"}
-
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
-    """Add `inspect` and `doctor`."""
+    """Add `inspect`."""
     parser = add_verb(
         verbs,
         common,
@@ -32,7 +24,6 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("file", type=Path)
     parser.add_argument("--sections", action="store_true", help="list every section of a stream")
-    add_verb(verbs, common, "doctor", doctor, "say what works on this machine, and why the rest does not")
 
 
 def inspect_file(options: argparse.Namespace) -> Outcome:
@@ -49,38 +40,6 @@ def inspect_file(options: argparse.Namespace) -> Outcome:
     if not options.sections:
         del result["sections"]
     return result, _describe_stream(info, options.sections)
-
-
-def doctor(options: argparse.Namespace) -> Outcome:  # noqa: ARG001  every verb is called alike
-    """`kvtc doctor`: everything is tried, nothing is fatal."""
-    from ..evaluate.table import format_fields
-
-    versions = {
-        "python": platform.python_version(),
-        "kvtc": _version("kvtc"),
-        **{p: _version(p) for p in PACKAGES + STORE_PACKAGES},
-    }
-    checks: list[tuple[str, Callable[[], object]]] = [
-        *((f"coder {name}", check) for name, check in _coder_checks().items()),
-        ("device cpu", lambda: None),
-        ("device cuda", _check_cuda),
-        ("transformers caches and models", _check_transformers),
-        ("pictures of the demo", _check_matplotlib),
-        *((name, partial(importlib.import_module, f"kvtc.store.{module}")) for name, module in STORES.items()),
-        ("reference model", _check_reference_model),
-        ("reference calibration", _check_reference_calibration),
-    ]
-    found = [{"what": what, "why_not": _reason(check)} for what, check in checks]
-    result = {"versions": versions, "checks": [{**entry, "works": entry["why_not"] is None} for entry in found]}
-    text = "\n\n".join(
-        [
-            format_fields([(name, version or "not installed") for name, version in versions.items()]),
-            format_fields(
-                [(str(e["what"]), "works" if e["why_not"] is None else f"no: {e['why_not']}") for e in found]
-            ),
-        ]
-    )
-    return result, text
 
 
 def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
@@ -174,73 +133,3 @@ def _describe_calibration(path: Path) -> Outcome:
 
 def _range(half_open: tuple[int, int]) -> str:
     return f"{half_open[0]}..{half_open[1] - 1}"
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    from .. import __version__
-
-    if package == "kvtc":
-        return __version__
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _reason(check: Callable[[], object]) -> str | None:
-    """Why a check fails, in one line; None if it passes."""
-    try:
-        check()
-    except Exception as error:  # noqa: BLE001  a doctor reports whatever is wrong
-        return " ".join(str(error).split()) or type(error).__name__
-    return None
-
-
-def _coder_checks() -> dict[str, Callable[[], object]]:
-    from ..coding.lossless import CODER_IDS, compress, decompress
-
-    def round_trip(name: str) -> None:
-        if decompress(compress(bytes(1000), name), 1000, name) != bytes(1000):
-            raise RuntimeError("it does not give back what went in")
-
-    return {name: lambda name=name: round_trip(name) for name in CODER_IDS}  # type: ignore[misc]
-
-
-def _check_cuda() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        built = "no NVIDIA GPU is visible" if torch.version.cuda else "this torch is built without CUDA"
-        raise RuntimeError(f"{built}; see https://pytorch.org/get-started/locally")
-    torch.zeros(1, device="cuda")
-
-
-def _check_transformers() -> None:
-    from ..integrations.rope_discovery import require_transformers
-
-    require_transformers()
-
-
-def _check_matplotlib() -> None:
-    from ..evaluate.plots import require_matplotlib
-
-    require_matplotlib()
-
-
-def _check_reference_model() -> None:
-    from ..errors import MissingDependency
-    from ..reference import reference_model
-
-    try:
-        quiet_transformers()
-    except ImportError as error:
-        raise MissingDependency('it needs transformers; pip install "kvtc[hf]"') from error
-    reference_model()
-
-
-def _check_reference_calibration() -> None:
-    from ..reference import reference_calibration
-
-    reference_calibration()
