@@ -37,7 +37,7 @@ ENCODE_STAGES = {"validate": (kvtc.KVCache, "validate"), "un-rotate": (Reference
 DECODE_STAGES = {"container, lossless decoding": (kvtc.codec, "open_stream"), "rotate": (ReferenceBackend, "place")}
 PROFILE_STAGES = {
     "paper": (
-        {"transform": (paper, "project"), "quantize and pack": (ReferenceBackend, "pack_groups")},
+        {"transform": (paper, "project_from"), "quantize and pack": (ReferenceBackend, "pack_groups")},
         {"unpack and dequantize": (ReferenceBackend, "unpack_groups"), "inverse transform": (paper, "reconstruct")},
     ),
     "conditional": (

@@ -1,113 +1,116 @@
-"""kvtc on a CUDA device, stage by stage, at the geometries of large models; in pieces of a few minutes.
+"""Time of kvtc on a CUDA device by stage, and what bounds it; in pieces, each saved when it is done.
 
-    python benchmarks/gpu.py [--device cuda] [--pieces NAME...] [--limit-seconds 600]
+    python benchmarks/gpu.py                         # every piece that the result file does not hold yet
     python benchmarks/gpu.py --list
-    python benchmarks/gpu.py --device cpu --small      the same code in tiny sizes, to see that it runs
-    python benchmarks/gpu.py --plot
+    python benchmarks/gpu.py --pieces ceilings nemo-conditional-3000 --limit-seconds 300
+    python benchmarks/gpu.py --device cpu --small    # everything in miniature, to see that it runs
+    python benchmarks/gpu.py --plot                  # the picture, from what was saved
 
-Each piece is saved as soon as it is finished, and one that is there is not measured again (`--again` does). Before anything is
-timed the device's integers and caches are compared with the reference backend's; where they differ, nothing is reported. Models,
-caches and calibrations are made up (`gpu_cases`, `gpu_model`): speed is measured here, quality is not. Times are medians after a
-warm-up, between moments at which the device is idle. docs/gpu.md says what the pieces are and what is aimed at.
+Before anything is timed, the backend is compared with the reference backend on the same device; where they differ nothing is
+timed. Times are medians after warm-up, of a device that idles before and after; stages are bounded by CUDA events. Weights, bases
+and caches are random with measured deviations (`gpu_cases`), which is enough for time and says nothing of quality.
 """
 
 import argparse
-import gc
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import gpu_gate
-from gpu_pieces import Options, pieces
+from gpu_ceilings import ceilings, lossless, rans
+from gpu_clock import Clock
+from gpu_coding import Case, Setting, gate, measure_case
+from gpu_model import measure_first_token
 from gpu_report import plot, print_report
-from kvtc.backends import choose
 from kvtc.evaluate.provenance import RESULTS_DIRECTORY, Provenance, save_result
 from kvtc.evaluate.schema import read_result
 
+CASES = [
+    *(Case("nemo", "paper", rank) for rank in (6000, 10000)),
+    Case("nemo", "paper", 6000, "deflate"),
+    *(Case("nemo", profile, rank) for profile in ("joint", "conditional") for rank in (3000, 6000, 10000)),
+    *(Case(shape, *rest) for shape in ("llama8", "llama70") for rest in (("paper", 6000), ("conditional", 3000))),
+]
+PICTURE = Path("docs/images/gpu_decode.png")
+FIRST_TOKEN_CASES = [Case("nemo", "paper", 6000), Case("nemo", "conditional", 3000)]
 
-def main() -> None:
+
+def pieces() -> dict[str, Callable[[Setting], dict[str, Any]]]:
+    """What can be measured, in the order in which it is."""
+    first = {"ceilings": ceilings, "rans": rans}
+    coding = {case.name: partial(measure_case, case) for case in CASES}
+    tokens = {f"first-token-{case.name}": partial(measure_first_token, case) for case in FIRST_TOKEN_CASES}
+    return {**first, **coding, **tokens, "lossless": lossless}
+
+
+def saved(directory: Path, name: str) -> dict[str, Any]:
+    """Pieces of an earlier call, by name."""
+    path = directory / f"{name}.json"
+    return dict(read_result(path).result["pieces"]) if path.is_file() else {}
+
+
+def run_pieces(chosen: list[str], setting: Setting, options: argparse.Namespace) -> list[str]:
+    """Measure and save one piece after another; the names of those that time was not left for."""
+    name = "gpu_small" if setting.is_small else "gpu"
+    done = {} if options.again else saved(options.directory, name)
+    left = [piece for piece in chosen if piece not in done]
+    if not left:
+        return []
+    checked = gate(setting)
+    if not checked["passed"]:
+        raise SystemExit(
+            f"the backend {checked['backend']} differs from the reference, nothing is timed: {checked['checks']}"
+        )
+    started = time.monotonic()
+    while left and (options.limit_seconds is None or time.monotonic() - started < options.limit_seconds):
+        piece, began = left.pop(0), time.monotonic()
+        result = pieces()[piece](setting)
+        done = (saved(options.directory, name)) | {
+            piece: {
+                "provenance": asdict(Provenance.now()),
+                "device": str(setting.device),
+                "seconds": round(time.monotonic() - began, 1),
+                "gate": checked,
+                "result": result,
+            }
+        }
+        save_result(name, {"kind": "gpu", "pieces": done}, options.directory)
+        setting.free()
+    return left
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pieces", nargs="+", choices=list(pieces()), metavar="PIECE", help="default: all")
+    parser.add_argument("--list", action="store_true", help="name the pieces, and which are saved")
+    parser.add_argument("--again", action="store_true", help="measure pieces that are saved, too")
+    parser.add_argument("--limit-seconds", type=float, help="begin no further piece after so long")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--small", action="store_true", help="tiny sizes: no figure means anything")
-    parser.add_argument("--pieces", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="begin no piece after so long")
+    parser.add_argument("--small", action="store_true", help="models in miniature")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--again", action="store_true", help="measure pieces that are there, too")
-    parser.add_argument("--list", action="store_true", help="name the pieces, and which are there")
-    parser.add_argument("--plot", action="store_true", help="draw what was saved, and stop")
-    parser.add_argument("--directory", type=Path, default=RESULTS_DIRECTORY, help="where results are kept")
-    options = parser.parse_args()
-    started = time.monotonic()
+    parser.add_argument("--plot", type=Path, nargs="?", const=PICTURE, help=f"draw what is saved (to {PICTURE})")
+    parser.add_argument("--directory", type=Path, default=RESULTS_DIRECTORY)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    setting = Setting(device, options.backend, Clock(device, options.repeats), options.small)
     name = "gpu_small" if options.small else "gpu"
-    found, all_pieces = saved(options.directory / f"{name}.json"), pieces(options.small)
-    if options.list:
-        for piece in all_pieces:
-            print(f"{piece}{'  (there)' if piece in found else ''}")
-        return
     if options.plot:
-        plot(found, name)
+        plot(saved(options.directory, name), options.plot)
         return
-    unknown = set(options.pieces or ()) - set(all_pieces)
-    if unknown:
-        parser.error(f"no such pieces: {', '.join(sorted(unknown))}; --list names them")
-    wanted = [piece for piece in all_pieces if not options.pieces or piece in options.pieces]
-    missing = [piece for piece in wanted if options.again or piece not in found]
-    if missing:
-        run = Options(torch.device(options.device), options.small, options.backend, options.repeats)
-        hardware = describe(run)
-        require_same_hardware(found, hardware)
-        require_correct(run)
-        for piece in missing:
-            if time.monotonic() - started > options.limit_seconds:
-                print(f"time is up before {piece}; call again to go on")
-                break
-            print(f"{piece} ...", flush=True)
-            begun = time.monotonic()
-            measured = all_pieces[piece](run)
-            stamped = {"provenance": vars(Provenance.now()), "hardware": hardware, "repeats": run.repeats}
-            found[piece] = {**measured, **stamped, "seconds": round(time.monotonic() - begun, 1)}
-            save_result(name, {"kind": "gpu", "small": options.small, "pieces": found}, options.directory)
-            gc.collect()
-            if run.device.type == "cuda":
-                torch.cuda.empty_cache()
-    print_report({piece: found[piece] for piece in all_pieces if piece in found})
-
-
-def saved(path: Path) -> dict[str, dict[str, Any]]:
-    """The pieces that are there, by name."""
-    return read_result(path).result["pieces"] if path.is_file() else {}
-
-
-def describe(options: Options) -> dict[str, Any]:
-    """What is measured."""
-    choice = choose(options.device, options.backend)
-    found: dict[str, Any] = {"device": options.device.type, "backend": choice.name, "why": choice.reason}
-    if options.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(options.device)
-        found |= {"name": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-    return found
-
-
-def require_same_hardware(found: dict[str, dict[str, Any]], hardware: dict[str, Any]) -> None:
-    for piece, result in found.items():
-        if result["hardware"] != hardware:
-            raise SystemExit(
-                f"the piece {piece} was measured on {result['hardware']}; this is {hardware}: give another --directory"
-            )
-
-
-def require_correct(options: Options) -> None:
-    compared = gpu_gate.check(options.of_codec, options.device)
-    wrong = [what for what, is_same in compared.items() if not is_same]
-    if wrong:
-        raise SystemExit(
-            f"this device does not compute what the reference does, so nothing is timed: {', '.join(wrong)}"
-        )
-    print(f"{len(compared)} comparisons with the reference agree", file=sys.stderr)
+    if options.list:
+        found = saved(options.directory, name)
+        print("\n".join(f"{piece:40} {'saved' if piece in found else '-'}" for piece in pieces()))
+        return
+    left = run_pieces(options.pieces or list(pieces()), setting, options)
+    print_report(saved(options.directory, name))
+    if left:
+        print(f"time is up; call again for {' '.join(left)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,191 +1,230 @@
-"""Geometries of large models, with calibrations and caches made up for them, for `gpu.py`.
+"""What `gpu.py` measures on: caches in the geometry of large models, and calibrations that give them realistic symbols.
 
-A calibration's bases are random Gaussian columns made orthonormal, its metric is the identity. How coefficients fall, and the
-tables that code them, are those of the reference model's calibration, stretched to the rank by interpolation in log-log. A cache is
-drawn from that: Gaussian coefficients of these deviations (with `conditional`, plus what token ids predict) times the basis, so the
-encoder meets the symbols that the tables are for. Bytes say what such a spectrum takes, not what the model named takes.
+Nothing is trained. Bases are random orthonormal columns. Deviations of coefficients are those measured for the calibration that
+ships with kvtc, stretched to the rank asked for by interpolation in log-log; probability tables are the shipped ones, for they
+belong to a ratio of deviation to step and not to a model. Caches are bases times coefficients drawn with these deviations (normal,
+each token's scale log-normal) around what prediction says: at the shipped rank and equal steps their symbols cost 2 to 12 % more
+bits than those of the texts it was calibrated on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import kvtc
-from kvtc.calibration import KindCalibration
+from kvtc.cache import CacheGeometry, KVCache
+from kvtc.calibration import Calibration, KindCalibration
 from kvtc.calibration.joint import CoefficientModel, JointCalibration, TokenCoding
 from kvtc.coding.distortion import measure_distortion
 from kvtc.coding.metric import Metric
-from kvtc.coding.prediction import FEATURE_UNIT, N_TOKENS_SEEN, Predictor, token_triples
-from kvtc.coding.rope import Rope, RopeTable
+from kvtc.coding.prediction import N_TOKENS_SEEN, Predictor, token_triples
+from kvtc.coding.rope import Rope, RopeTable, turn_in_place
+from kvtc.coding.rounding import round_coefficients
 from kvtc.coding.transform import Basis
+from kvtc.coding.uniform import N_ACTIVITIES, column_classes
 
-CHUNK = 256
-SLICE_TOKENS = 2048
-"""Tokens whose rows exist in float32 at once while a cache is drawn."""
-EMBEDDING_FEATURES, HIDDEN_FEATURES = 192, 384
-PREDICTED = 0.5
-"""Deviation of each part of a prediction over that of what it leaves."""
-DISTORTION_ROWS = 256
+CHUNK_TOKENS = 256
+TURNED_TOGETHER = 50
+"""Neighbouring coefficients that the rotation of `conditional` mixes: as in fitted ones, deviations stay nearly in order."""
+TOKEN_SPREAD = 0.3
+"""Standard deviation of the logarithm of a token's scale."""
+DISTORTION_ROWS, CURVE_ROWS = 128, 64
+STEPS = 28
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """A decoder, as far as its caches and its speed go. head_dim is that of queries too."""
+class Shape:
+    """A model's sizes, or those of one of its ranks."""
 
     name: str
     n_layers: int
     n_kv_heads: int
     head_dim: int
-    hidden: int
     n_heads: int
+    hidden: int
     mlp: int
     vocabulary: int
-    rope_base: float
+    batches: tuple[tuple[int, int], ...] = ((8, 8192), (2, 16384))
 
     @property
-    def features(self) -> int:
-        """p: of the keys, or the values, of a token."""
-        return self.n_layers * self.n_kv_heads * self.head_dim
+    def geometry(self) -> CacheGeometry:
+        frequencies = 1e6 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
+        rope = Rope((RopeTable(tuple(frequencies.tolist())),), (0,) * self.n_layers)
+        return CacheGeometry(0, self.n_layers, 0, self.n_kv_heads, self.head_dim, rope)
 
-    def of_cache(self) -> kvtc.CacheGeometry:
-        pairs = range(0, self.head_dim, 2)
-        table = RopeTable(tuple(float(np.float32(self.rope_base ** (-i / self.head_dim))) for i in pairs))
-        rope = Rope((table,), (0,) * self.n_layers)
-        return kvtc.CacheGeometry(0, self.n_layers, 0, self.n_kv_heads, self.head_dim, rope)
-
-
-NEMO = Geometry("Mistral NeMo 12B", 40, 8, 128, 5120, 32, 14336, 131072, 1e6)
-LLAMA_8B = Geometry("Llama 3.1 8B", 32, 8, 128, 4096, 32, 14336, 128256, 5e5)
-# Of a layer the rank holds an eighth: 8 of 64 query heads, 3584 of 28672 features of the MLP.
-LLAMA_70B_RANK = Geometry("Llama 3.3 70B, one of 8 tensor-parallel ranks", 80, 1, 128, 8192, 8, 3584, 128256, 5e5)
-TINY = Geometry("tiny", 3, 2, 16, 64, 4, 96, 512, 1e4)
+    def small(self) -> "Shape":
+        """A model of the same form on which a CPU can run everything."""
+        return Shape(f"{self.name} (small)", 3, min(2, self.n_kv_heads), 16, 4, 64, 128, 512, ((2, 300), (1, 520)))
 
 
-def stretched(falling: np.ndarray, rank: int) -> np.ndarray:
-    """Values [n] -> [rank], the same shape over the relative index: interpolated in log-log."""
-    at = (np.arange(rank) + 0.5) * len(falling) / rank
-    known = np.log(np.maximum(falling, np.finfo(np.float32).tiny).astype(np.float64))
-    return np.exp(np.interp(np.log(at), np.log(np.arange(len(falling)) + 0.5), known)).astype(np.float32)
+SHAPES = {
+    "nemo": Shape("Mistral NeMo 12B", 40, 8, 128, 32, 5120, 14336, 131072),
+    "llama8": Shape("Llama 3.1 8B", 32, 8, 128, 32, 4096, 14336, 128256, ((8, 8192),)),
+    "llama70": Shape("Llama 3.3 70B, one of 8 ranks", 80, 1, 128, 8, 8192, 3584, 128256, ((8, 8192),)),
+}
 
 
-def stretched_model(model: CoefficientModel, rank: int) -> CoefficientModel:
-    """A stretched spectrum costs, at any step, as many times the bits as it has coefficients."""
-    factor = rank / len(model.deviations)
-    return CoefficientModel(stretched(model.deviations, rank), model.tables, model.steps, model.bits * factor)
+@cache
+def shipped() -> Calibration:
+    return kvtc.reference_calibration()
 
 
-def orthonormal(features: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Random Gaussian columns [features, rank], made orthonormal by Cholesky, float32 on the generator's device."""
-    columns = torch.randn(features, rank, generator=generator, device=generator.device) / features**0.5
-    factor = torch.linalg.cholesky(columns.T @ columns)
-    return torch.linalg.solve_triangular(factor, columns.T, upper=False).T
+def stretched(deviations: np.ndarray, rank: int) -> np.ndarray:
+    """Deviations [r0], falling -> [rank], from the same first to the same last one; float32."""
+    places = np.log(np.linspace(1, len(deviations), rank))
+    known = np.log(np.arange(1, len(deviations) + 1))
+    return np.exp(np.interp(places, known, np.log(deviations.astype(np.float64)))).astype(np.float32)
 
 
-class MadeUp:
-    """A geometry with a calibration for one profile, and caches of it on a device.
-
-    rank: of each kind with `paper`, of joint rows with the others.
-    """
-
-    def __init__(self, geometry: Geometry, profile: str, rank: int, device: torch.device) -> None:
-        self.geometry, self.profile, self.rank, self.device = geometry, profile, rank, device
-        generator = torch.Generator(device).manual_seed(0)
-        cache_geometry, reference = geometry.of_cache(), kvtc.reference_calibration()
-        joint = reference.joint
-        if profile == "paper" or joint is None or joint.tokens is None:
-            made = [_kind(kind, geometry.features, rank, generator) for kind in (reference.key, reference.value)]
-            self.calibration = kvtc.Calibration(cache_geometry, *made)
-            self._bases = [kind.basis.vectors.to(device) for kind in made]
-            self._deviations = [kind.basis.spectrum.sqrt().to(device) for kind in made]
-            return
-        model = stretched_model(joint.coefficients, rank)
-        basis = _basis(2 * geometry.features, np.square(model.deviations), generator)
-        blocks = 2 * geometry.n_layers * geometry.n_kv_heads
-        metric = Metric.from_roots(torch.eye(geometry.head_dim).expand(blocks, -1, -1).contiguous())
-        tokens = _tokens(joint.tokens, geometry, rank, generator) if profile == "conditional" else None
-        unused = _kind(reference.key, geometry.features, 1, generator)
-        self.calibration = kvtc.Calibration(
-            cache_geometry, unused, unused, joint=JointCalibration(basis, metric, model, tokens)
-        )
-        coded = model if tokens is None else tokens.coefficients
-        self._bases = [basis.vectors.to(device)]
-        self._deviations = [torch.from_numpy(coded.deviations).to(device)]
-
-    def draw(self, n_tokens: int, seed: int) -> tuple[kvtc.KVCache, np.ndarray]:
-        """A bfloat16 cache on the device, and its token ids [n_tokens]."""
-        generator = torch.Generator(self.device).manual_seed(1000 + seed)
-        ids = np.random.default_rng(seed).integers(self.geometry.vocabulary, size=n_tokens)
-        shape = (self.geometry.n_layers, self.geometry.n_kv_heads, n_tokens, self.geometry.head_dim)
-        keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=self.device) for _ in range(2))
-        rope = self.calibration.geometry.rope
-        for start in range(0, n_tokens, SLICE_TOKENS):
-            here = slice(start, min(start + SLICE_TOKENS, n_tokens))
-            places = torch.arange(here.start, here.stop)
-            rows = self._rows(ids, places, generator).view(len(places), 2, *shape[:2], shape[3])
-            for layer in range(shape[0]):
-                keys[layer, :, here] = rope.turn_layer(layer, rows[:, 0, layer].transpose(0, 1), places, n_tokens).to(
-                    torch.bfloat16
-                )
-                values[layer, :, here] = rows[:, 1, layer].transpose(0, 1).to(torch.bfloat16)
-        return kvtc.KVCache(keys, values), ids
-
-    def _rows(self, ids: np.ndarray, places: Tensor, generator: torch.Generator) -> Tensor:
-        """Joint rows [n, 2 p] float32 before rotation."""
-        sides = []
-        for basis, deviations in zip(self._bases, self._deviations, strict=True):
-            drawn = torch.randn(len(places), len(deviations), generator=generator, device=self.device) * deviations
-            tokens = self.calibration.joint.tokens if self.calibration.joint else None
-            if tokens is not None:
-                triples = token_triples(ids[places.numpy()], places.numpy(), CHUNK)
-                drawn += tokens.predictor.to(self.device).predict(triples)
-                drawn = drawn @ tokens.rotation.to(self.device).float().T
-            sides.append(drawn @ basis.float().T)
-        return torch.cat(sides, dim=1)
+def drawn(deviations: np.ndarray, n_tokens: int, generator: torch.Generator) -> Tensor:
+    """Coefficients [n_tokens, r] float32 on the generator's device."""
+    device = generator.device
+    scales = (TOKEN_SPREAD * torch.randn(n_tokens, 1, generator=generator, device=device)).exp()
+    noise = torch.randn(n_tokens, len(deviations), generator=generator, device=device)
+    return noise * scales * torch.from_numpy(deviations).to(device)
 
 
-def coded_widths(plan: object, calibration: kvtc.Calibration, profile: str) -> Iterator[int]:
-    """Coefficients that a stream really codes: of keys and of values, or of joint rows."""
-    from kvtc.coding.uniform import column_classes
+def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """[rows, columns] float16 on the generator's device; by Cholesky, as a QR decomposition of this size takes long."""
+    random = torch.randn(rows, columns, generator=generator, device=generator.device)
+    if rows < 4 * columns:
+        return torch.linalg.qr(random).Q.half()
+    factor = torch.linalg.cholesky(random.T @ random)
+    return torch.linalg.solve_triangular(factor, random.T, upper=False).T.half()
 
+
+def turning(rank: int, generator: torch.Generator) -> Tensor:
+    """A rotation [rank, rank] float16 within blocks of neighbouring coefficients."""
+    sizes = [min(TURNED_TOGETHER, rank - start) for start in range(0, rank, TURNED_TOGETHER)]
+    blocks = [
+        torch.linalg.qr(torch.randn(size, size, generator=generator, device=generator.device)).Q for size in sizes
+    ]
+    return torch.block_diag(*blocks).half()
+
+
+def coefficient_model(measured: CoefficientModel, rank: int) -> CoefficientModel:
+    """The shipped model stretched to a rank; its curve is measured again, on coefficients drawn for it."""
+    deviations = stretched(measured.deviations, rank)
+    sample = drawn(deviations, CURVE_ROWS, torch.Generator().manual_seed(0))
+    steps, bits = [], []
+    for step in float(deviations[0]) * np.exp2(1 - np.arange(STEPS) / 2):
+        classes = column_classes(deviations, float(step))
+        if len(classes):
+            steps.append(float(step))
+            rounded = round_coefficients(sample, float(step), classes, measured.tables)
+            bits.append(float(rounded.bits.mean()) + np.log2(N_ACTIVITIES))
+    return CoefficientModel(deviations, measured.tables, np.array(steps), np.maximum.accumulate(bits))
+
+
+def calibration_for(shape: Shape, profile: str, rank: int, device: torch.device) -> Calibration:
+    """A calibration that serves a profile at a rank, its large tensors on the device."""
+    generator = torch.Generator(device).manual_seed(rank)
+    geometry = shape.geometry
+    kind_rank = min(rank, geometry.row_features) if profile == "paper" else min(16, geometry.row_features)
+    key, value = (_kind(geometry.row_features, kind_rank, generator) for _ in range(2))
+    calibration = Calibration(geometry, key, value, {})
     if profile == "paper":
-        yield from (allocation.n_coefficients for allocation in plan.allocations)
-        return
+        return calibration
+    return replace(calibration, joint=_joint(shape, min(rank, 2 * geometry.row_features), profile, generator))
+
+
+def _kind(features: int, rank: int, generator: torch.Generator) -> KindCalibration:
+    deviations = stretched(shipped().key.basis.spectrum.clamp_min(1e-12).sqrt().numpy(), rank)
+    sample = drawn(deviations, DISTORTION_ROWS, torch.Generator().manual_seed(0))
+    spectrum = torch.from_numpy(deviations).square()
+    basis = Basis(_mean(features, generator), orthonormal(features, rank, generator), spectrum)
+    return KindCalibration(basis, measure_distortion(sample.numpy()), float(spectrum.sum()))
+
+
+def _mean(features: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(features, generator=generator, device=generator.device)
+
+
+def _joint(shape: Shape, rank: int, profile: str, generator: torch.Generator) -> JointCalibration:
+    geometry, measured = shape.geometry, shipped().joint
+    device = generator.device
+    blocks = 2 * geometry.n_layers * geometry.n_kv_heads
+    roots = torch.eye(geometry.head_dim, device=device).repeat(blocks, 1, 1)
+    plain = coefficient_model(measured.coefficients, rank)
+    spectrum = torch.from_numpy(plain.deviations).square()
+    features = 2 * geometry.row_features
+    basis = Basis(_mean(features, generator), orthonormal(features, rank, generator), spectrum)
+    tokens = None
+    if profile == "conditional":
+        left = coefficient_model(measured.tokens.coefficients, rank)
+        explained = torch.zeros(geometry.n_layers, 2)
+        predictor = _predictor(shape.vocabulary, plain.deviations, left.deviations, generator)
+        tokens = TokenCoding(predictor, turning(rank, generator), left, explained)
+    return JointCalibration(basis, Metric.from_roots(roots), plain, tokens)
+
+
+def _predictor(vocabulary: int, plain: np.ndarray, left: np.ndarray, generator: torch.Generator) -> Predictor:
+    """Of the sizes that calibration gives it by default; it explains what the shipped one does of each coefficient."""
+    n_embedding, n_hidden, device = 256, 384, generator.device
+    n_features = N_TOKENS_SEEN * n_embedding + 1
+    said = torch.from_numpy(np.sqrt(np.maximum(plain**2 - left**2, 1e-4 * plain**2))).to(device)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=device)
+
+    table = (32 * random(vocabulary, n_embedding)).clamp(-127, 127).to(torch.int8)
+    weights = random(n_features, len(plain)) * said / n_features**0.5
+    hidden = random(n_features, n_hidden) / n_features**0.5
+    outputs = 0.2 * random(n_hidden, len(plain)) * said / n_hidden**0.5
+    return Predictor(table, weights.half(), hidden.half(), outputs.half())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A cache and the token ids [T] it goes with."""
+
+    cache: KVCache
+    token_ids: Tensor
+
+
+def caches(calibration: Calibration, profile: str, batch: tuple[int, int], device: torch.device) -> Iterator[Drawn]:
+    """Sequences of a batch, bfloat16 on the device, one by one."""
+    geometry = calibration.geometry
+    generator = torch.Generator(device).manual_seed(1)
+    positions = torch.arange(batch[1], device=device)
+    turn = geometry.rope.turns(positions, batch[1])[0]
     joint = calibration.joint
-    model = joint.tokens.coefficients if profile == "conditional" else joint.coefficients
-    yield len(column_classes(model.deviations, plan.step))
+    vocabulary = joint.tokens.predictor.table.shape[0] if joint is not None and joint.tokens is not None else 512
+    for index in range(batch[0]):
+        ids = torch.randint(vocabulary, (batch[1],), generator=torch.Generator().manual_seed(index))
+        sides = []
+        for kind, (coefficients, mean, vectors) in enumerate(_sources(calibration, profile, ids, generator)):
+            shape = (geometry.n_layers, geometry.n_kv_heads, batch[1], geometry.head_dim)
+            side = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            size = geometry.n_kv_heads * geometry.head_dim
+            for layer in range(geometry.n_layers):
+                here = slice(layer * size, (layer + 1) * size)
+                rows = torch.addmm(mean[here], coefficients, vectors[here].float().T)
+                heads = rows.reshape(batch[1], geometry.n_kv_heads, geometry.head_dim).transpose(0, 1)
+                if kind == 0 and turn is not None:
+                    turn_in_place(heads, turn)
+                side[layer] = heads
+            sides.append(side)
+        yield Drawn(KVCache(*sides), ids)
 
 
-def _basis(features: int, spectrum: np.ndarray, generator: torch.Generator) -> Basis:
-    vectors = orthonormal(features, len(spectrum), generator).to(torch.float16).cpu().contiguous()
-    return Basis(torch.zeros(features), vectors, torch.from_numpy(spectrum))
-
-
-def _kind(reference: KindCalibration, features: int, rank: int, generator: torch.Generator) -> KindCalibration:
-    spectrum = stretched(reference.basis.spectrum.numpy(), rank)
-    sample = np.random.default_rng(0).standard_normal((DISTORTION_ROWS, rank), dtype=np.float32) * np.sqrt(spectrum)
-    basis = _basis(features, spectrum, generator)
-    return KindCalibration(basis, measure_distortion(sample), float(spectrum.sum(dtype=np.float64)))
-
-
-def _tokens(reference: TokenCoding, geometry: Geometry, rank: int, generator: torch.Generator) -> TokenCoding:
-    """Prediction of chance; the rotation is a reflection, which is orthonormal and has no zeros."""
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device).cpu()
-
-    model = stretched_model(reference.coefficients, rank)
-    deviations = PREDICTED * torch.from_numpy(model.deviations)
-    n_features = N_TOKENS_SEEN * EMBEDDING_FEATURES + 1
-    table = (FEATURE_UNIT * drawn(geometry.vocabulary, EMBEDDING_FEATURES)).round().clamp(-127, 127).to(torch.int8)
-    weights = drawn(n_features, rank) * deviations / n_features**0.5
-    hidden = drawn(n_features, HIDDEN_FEATURES) / n_features**0.5
-    outputs = drawn(HIDDEN_FEATURES, rank) * deviations / HIDDEN_FEATURES**0.5
-    normal = torch.nn.functional.normalize(drawn(rank), dim=0)
-    reflection = torch.eye(rank) - 2 * torch.outer(normal, normal)
-    predictor = Predictor(table, weights.half(), hidden.half(), outputs.half())
-    return TokenCoding(predictor, reflection.half(), model, torch.zeros(geometry.n_layers, 2))
+def _sources(calibration: Calibration, profile: str, ids: Tensor, generator: torch.Generator):
+    """Of keys and of values: plain coefficients, and the mean and columns that lead to rows."""
+    joint, p, n = calibration.joint, calibration.geometry.row_features, len(ids)
+    if profile == "paper" or joint is None:
+        for kind in (calibration.key, calibration.value):
+            deviations = kind.basis.spectrum.sqrt().numpy()
+            yield drawn(deviations, n, generator), kind.basis.mean, kind.basis.vectors
+        return
+    coefficients = drawn(joint.coefficients.deviations, n, generator)
+    if joint.tokens is not None:
+        triples = token_triples(ids.numpy(), np.arange(n), CHUNK_TOKENS)
+        said = joint.tokens.predictor.predict(triples)
+        turned = said + drawn(joint.tokens.coefficients.deviations, n, generator)
+        coefficients = turned @ joint.tokens.rotation.float().T
+    for here in (slice(0, p), slice(p, 2 * p)):
+        yield coefficients, joint.basis.mean[here], joint.basis.vectors[here]

@@ -1,81 +1,144 @@
-"""The benchmark of devices in its tiny sizes, on the CPU: all pieces run, are saved, and are not measured twice."""
-
-from __future__ import annotations
+"""The benchmark of CUDA devices, in miniature on the CPU: pieces, resuming, and the gate before anything is timed."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvtc.backends import ReferenceBackend
 
-pytest.importorskip("transformers")
-
-PROGRAM = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-OPTIONS = ("--device", "cpu", "--backend", "reference", "--small", "--repeats", "1")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """The benchmark with more options in this process: what it printed, to stdout and to stderr."""
-    monkeypatch.syspath_prepend(PROGRAM.parent)
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
 
-    def called(*options: str) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", [str(PROGRAM), "--directory", str(tmp_path), *OPTIONS, *options])
-        runpy.run_path(str(PROGRAM), run_name="__main__")
-        return capsys.readouterr()
-
-    return called
+    return gpu
 
 
-def saved(directory: Path) -> dict[str, dict]:
+def call(gpu, directory, *arguments):
+    gpu.main(["--device", "cpu", "--small", "--repeats", "1", "--directory", str(directory), *arguments])
+
+
+def saved(directory):
     return json.loads((directory / "gpu_small.json").read_text())["result"]["pieces"]
 
 
-def test_all_pieces_run_once(run, tmp_path):
-    _, progress = run("--pieces", "rans", "tiny-conditional-32")
-    assert "14 comparisons with the reference agree" in progress
-    before = saved(tmp_path)
-    assert set(before) == {"rans", "tiny-conditional-32"}
-
-    printed, _ = run()
-    after = saved(tmp_path)
-    assert {name: after[name] for name in before} == before
-    for name in ("ceilings", "tiny-paper-32", "tiny-joint-32", "tiny-first-token", "rivals"):
-        assert f"{name} ..." in printed
-        assert after[name]["hardware"]["backend"] == "reference"
-        assert after[name]["provenance"]["date"]
-    (case,) = after["tiny-joint-32"]["cases"]
-    assert case["stream_bytes"] < case["raw_bytes"]
-    assert case["symbols"] == case["coded"][0] * case["batch"] * (case["tokens"] - 4)
-    assert case["decode_stages_ms"].keys() >= {"host: open streams", "inverse product", "rotate and scatter"}
-
-    printed, progress = run()
-    assert "..." not in printed
-    assert "agree" not in progress
-    assert "tiny-first-token" in printed
+def test_pieces_are_saved_and_not_measured_again(gpu, tmp_path, capsys):
+    call(gpu, tmp_path, "--pieces", "nemo-conditional-3000")
+    first = saved(tmp_path)
+    call(gpu, tmp_path, "--pieces", "nemo-conditional-3000", "ceilings", "rans")
+    pieces = saved(tmp_path)
+    assert list(pieces) == ["nemo-conditional-3000", "ceilings", "rans"]
+    assert pieces["nemo-conditional-3000"] == first["nemo-conditional-3000"]
+    piece = pieces["nemo-conditional-3000"]
+    assert piece["gate"]["passed"]
+    assert piece["provenance"]["command"]
+    assert [(one["sequences"], one["tokens"]) for one in piece["result"]["batches"]] == [(2, 300), (1, 520)]
+    # A codec that lost its way would decode to something else.
+    assert all(one["relative_error"] < 0.05 for one in piece["result"]["batches"])
+    assert 8 < piece["result"]["batches"][0]["body_ratio"] < 32
+    assert "20 G/s" in capsys.readouterr().out
+    call(gpu, tmp_path, "--list")
+    assert "nemo-paper-6000                          -" in capsys.readouterr().out
 
 
-def test_no_speed_of_a_device_that_computes_something_else(run, tmp_path, monkeypatch):
-    right = ReferenceBackend.read_integers
-    monkeypatch.setattr(ReferenceBackend, "read_integers", lambda *given: right(*given) * (1 + is_first_call()))
+def test_no_piece_begins_after_its_time(gpu, tmp_path, capsys):
+    call(gpu, tmp_path, "--limit-seconds", "0", "--pieces", "ceilings", "rans")
+    assert not (tmp_path / "gpu_small.json").exists()
+    assert "call again for ceilings rans" in capsys.readouterr().err
+
+
+def test_nothing_is_timed_on_a_red_gate(gpu, tmp_path, monkeypatch):
+    import gpu_coding
+
+    class Wrong(ReferenceBackend):
+        name = "wrong"
+
+        def read_integers(self, chunks, rank):
+            return super().read_integers(chunks, rank) + 1e-2
+
+    monkeypatch.setattr(gpu_coding, "make_backend", lambda device, _: Wrong(device))
+    with pytest.raises(SystemExit, match="the backend wrong differs from the reference, nothing is timed"):
+        call(gpu, tmp_path, "--pieces", "ceilings")
+    assert not (tmp_path / "gpu_small.json").exists()
+
+
+def test_layers_ahead_of_the_model_give_the_same_token(gpu):
+    import gpu_model
+    from gpu_cases import SHAPES, caches, calibration_for
+    from gpu_clock import Clock
+    from gpu_coding import Case, Setting, decode_all
+
+    del gpu
+    cpu = torch.device("cpu")
+    setting = Setting(cpu, "auto", Clock(cpu), is_small=True)
+    case, shape = Case("nemo", "conditional", 3000), SHAPES["nemo"].small()
+    calibration = calibration_for(shape, "conditional", 24, cpu)
+    codec, model = setting.codec(calibration, case), gpu_model.Decoder(shape, cpu)
+    drawn = list(caches(calibration, "conditional", (2, 300), cpu))
+    streams, ids = [codec.encode(one.cache, one.token_ids) for one in drawn], [one.token_ids for one in drawn]
+    following = torch.stack(ids)[:, 0]
+    whole = model.step(following, 300, zip(*decode_all(codec, streams, ids), strict=True))
+    ahead = model.step(following, 300, gpu_model.layer_by_layer(codec, streams, ids, cpu))
+    assert torch.allclose(whole.float(), ahead.float(), rtol=0.05, atol=0.05)
+
+
+def test_a_step_continues_a_prefill(gpu):
+    import gpu_model
+    from gpu_cases import SHAPES
+
+    del gpu
+    model = gpu_model.Decoder(SHAPES["nemo"].small(), torch.device("cpu"))
+    ids = torch.randint(512, (2, 40), generator=torch.Generator().manual_seed(0))
+    kept = []
+
+    def remember(*args):
+        heads = real(*args)
+        kept.append(heads[1:])
+        return heads
+
+    real = model._heads
+    model._heads = remember
+    model.prefill(ids[:, :-1])
+    model._heads = real
+    stepped = model.step(ids[:, -1], 39, iter(kept))
+    assert torch.allclose(stepped.float(), model.prefill(ids).float(), rtol=0.1, atol=0.1)
+
+
+def test_slow_runs_are_repeated_less(gpu):
+    from gpu_clock import Clock
+
+    del gpu
     calls = []
-
-    def is_first_call() -> int:
-        calls.append(None)
-        return len(calls) == 1
-
-    with pytest.raises(SystemExit, match="does not compute what the reference does"):
-        run("--pieces", "rans")
-    assert not list(tmp_path.iterdir())
+    cpu = torch.device("cpu")
+    assert len(Clock(cpu, repeats=3, warm_up=2).times(lambda: calls.append(1))) == 3
+    assert len(calls) == 5
+    # Every run comes too late: one to warm up, one that counts.
+    assert len(Clock(cpu, repeats=3, warm_up=2, enough_seconds=0).times(lambda: calls.append(1))) == 1
+    assert len(calls) == 7
 
 
-def test_pieces_are_listed_and_unknown_ones_refused(run, tmp_path, capsys):
-    listed = run("--list")[0].split()
-    assert {"rans", "tiny-paper-32", "rivals"} <= set(listed)
-    with pytest.raises(SystemExit):
-        run("--pieces", "rnas")
-    assert "no such pieces: rnas" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_stages_within_others_count_once(gpu):
+    from gpu_clock import StageClock
+
+    del gpu
+
+    class Work:
+        def outer(self):
+            return self.inner() + self.inner()
+
+        def inner(self):
+            return 1
+
+    work, clock = Work(), StageClock(torch.device("cpu"))
+    ticks = iter(range(6))
+    clock._now = lambda: next(ticks)
+    with clock.hooked({"outer": (work, "outer"), "inner": (work, "inner")}):
+        assert work.outer() == 2
+    # From tick 0 to 5, of which 1 to 2 and 3 to 4 are the inner stage's.
+    assert clock.seconds() == {"inner": 2, "outer": 3}
+    assert clock.seconds() == {}

@@ -1,4 +1,4 @@
-"""The verb `doctor`: what this installation can do, found by trying it. Nothing is downloaded, and nothing is fatal."""
+"""The verb `doctor`: what this installation can do, and why it cannot do the rest. Nothing of it needs a network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import importlib
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,40 +15,33 @@ from .arguments import Outcome, add_verb, quiet_transformers
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = (
-    "torch",
-    "numpy",
-    "numba",
-    "triton",
-    "safetensors",
-    "tqdm",
-    "transformers",
-    "zstandard",
-    "lz4",
-    "matplotlib",
-)
-STORE_PACKAGES = ("redis", "obstore", "cryptography")
-CODED_TOKENS = 12
-"""Of the cache that is coded on every device."""
+CORE = ("torch", "numpy", "numba", "safetensors", "tqdm")
+OPTIONAL = {
+    "triton": "kernels for CUDA devices",
+    "nvidia-nvcomp-cu12": "lossless coding on CUDA 12 devices, so far in a benchmark alone",
+    "nvidia-nvcomp-cu13": "the same with CUDA 13",
+    "transformers": "calibrating models of transformers, coding their caches",
+    "zstandard": "the lossless coder zstd",
+    "lz4": "the lossless coder lz4",
+    "redis": "stores at redis:// and rediss://",
+    "obstore": "stores at s3://",
+    "cryptography": "stores encrypted at rest",
+    "matplotlib": "pictures of the demo",
+    "lm_eval": "tasks of lm-evaluation-harness",
+}
+STORES = {"stores in Redis": "redis_store", "stores in S3": "object_store", "encrypted stores": "encryption"}
+_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Check:
-    """Something that works or does not. purpose: what it is for. run: raises where it does not work; may give a description."""
+class DeviceReport:
+    """A device, the backend that `auto` takes for it and why; why_not: what a cache coded and decoded there ran into."""
 
-    what: str
-    purpose: str
-    run: Callable[[], str | None]
-
-    def outcome(self) -> dict[str, Any]:
-        """Whether it works, and what was found or why not, in one line."""
-        found, why_not = None, None
-        try:
-            found = self.run()
-        except Exception as error:  # noqa: BLE001  a doctor reports whatever is wrong
-            why_not = " ".join(str(error).split()) or type(error).__name__
-        works = why_not is None
-        return {"what": self.what, "purpose": self.purpose, "works": works, "found": found, "why_not": why_not}
+    device: str
+    name: str
+    backend: str | None
+    reason: str | None
+    why_not: str | None
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -58,93 +51,95 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def doctor(options: argparse.Namespace) -> Outcome:  # noqa: ARG001  every verb is called alike
     """`kvtc doctor`: everything is tried, nothing is fatal."""
-    from ..evaluate.table import format_fields
-
-    versions = {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("kvtc", *PACKAGES, *STORE_PACKAGES)},
-    }
+    versions = {"python": platform.python_version(), "kvtc": _version("kvtc"), **{p: _version(p) for p in CORE}}
+    packages = [{"package": p, "version": _version(p), "for": purpose} for p, purpose in OPTIONAL.items()]
     devices = _devices()
-    found = [check.outcome() for check in _checks()]
-    blocks = [
-        format_fields([(name, version or "not installed") for name, version in versions.items()]),
-        format_fields([(f"device {device['device']}", _describe_device(device)) for device in devices]),
-        format_fields([(str(entry["what"]), _describe_check(entry)) for entry in found]),
-    ]
-    return {"versions": versions, "devices": devices, "checks": found}, "\n\n".join(blocks)
+    checks = [{"what": what, "why_not": _reason(check)} for what, check in _checks().items()]
+    result = {
+        "versions": versions | {str(entry["package"]): entry["version"] for entry in packages},
+        "packages": packages,
+        "devices": [{**asdict(device), "works": device.why_not is None} for device in devices],
+        "checks": [{**entry, "works": entry["why_not"] is None} for entry in checks],
+        "reference_calibration": _reference_facts(),
+    }
+    return result, _describe(result)
 
 
-def _describe_check(entry: dict[str, Any]) -> str:
-    if not entry["works"]:
-        return f"no: {entry['why_not']} ({entry['purpose']})"
-    return f"works: {entry['found'] or entry['purpose']}"
+def _describe(result: dict[str, Any]) -> str:
+    from ..evaluate.table import format_fields, format_table
+
+    facts = result["reference_calibration"]
+    required = [(name, version) for name, version in result["versions"].items() if name not in OPTIONAL]
+    packages = [[entry["package"], entry["version"] or "not installed", entry["for"]] for entry in result["packages"]]
+    devices = [[d["device"], d["name"], d["backend"] or "-", d["reason"] or "-", _state(d)] for d in result["devices"]]
+    checks = [(check["what"], _state(check)) for check in result["checks"]]
+    if facts is not None:
+        checks.append(("its fingerprint", f"{facts['fingerprint']}, for {', '.join(facts['profiles'])}"))
+    return "\n\n".join(
+        [
+            format_fields([(name, version or "not installed") for name, version in required]),
+            format_table(["optional package", "version", "for"], packages),
+            format_table(["device", "name", "backend", "because", "a cache coded there"], devices),
+            format_fields(checks),
+        ]
+    )
 
 
-def _describe_device(entry: dict[str, Any]) -> str:
-    if entry["backend"] is None:
-        return f"no: {entry['why_not']}"
-    state = "works" if entry["works"] else f"fails: {entry['why_not']}"
-    return f"{state}: {entry['name']}; backend {entry['backend']} ({entry['reason']})"
+def _state(entry: dict[str, Any]) -> str:
+    return "works" if entry["why_not"] is None else f"no: {entry['why_not']}"
 
 
-def _devices() -> list[dict[str, Any]]:
-    """Each device of torch: its name, the backend that `auto` chooses there and why, and whether a cache can be coded with it."""
+def _devices() -> list[DeviceReport]:
     import torch
 
-    from ..backends import choose
-
-    names = {"cpu": platform.processor() or platform.machine()}
-    names |= {f"cuda:{index}": torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    found = []
-    for device, name in names.items():
-        choice = choose(torch.device(device))
-        tried = Check(device, "", partial(_code_a_cache, torch.device(device))).outcome()
-        found.append({"device": device, "name": name, "backend": choice.name, "reason": choice.reason,
-                      "works": tried["works"], "why_not": tried["why_not"]})  # fmt: skip
-    if len(names) == 1:
+    processor = platform.processor() or platform.machine()
+    found = [_device_report(torch.device("cpu"), processor)]
+    if not torch.cuda.is_available():
         built = "no NVIDIA GPU is visible" if torch.version.cuda else "this torch is built without CUDA"
-        why_not = f"{built}; see https://pytorch.org/get-started/locally"
-        found.append(
-            {"device": "cuda", "name": None, "backend": None, "reason": None, "works": False, "why_not": why_not}
-        )
+        return [*found, DeviceReport("cuda", "-", None, None, f"{built}; see https://pytorch.org/get-started/locally")]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        name = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}"
+        found.append(_device_report(torch.device("cuda", index), name))
     return found
 
 
+def _device_report(device: torch.device, name: str) -> DeviceReport:
+    from ..backends import choose
+
+    choice = choose(device)
+    return DeviceReport(str(device), name, choice.name, choice.reason, _reason(partial(_code_a_cache, device)))
+
+
 def _code_a_cache(device: torch.device) -> None:
-    """A small cache through the codec and back."""
+    """Encode a few random tokens on a device, and decode them."""
     import torch
 
-    from ..cache import KVCache
-    from ..codec import Codec
+    from .. import Codec, KVCache
     from ..reference import reference_calibration
 
     calibration = reference_calibration()
     geometry = calibration.geometry
-    shape = (2, geometry.n_layers, geometry.n_kv_heads, CODED_TOKENS, geometry.head_dim)
-    keys, values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-    codec = Codec(calibration, "joint", sink_tokens=0, window_tokens=0, device=device)
-    restored = codec.decode_neutral(codec.encode(KVCache(keys, values)))
-    if restored.keys.shape != keys.shape or not bool(restored.keys.isfinite().all()):
-        raise RuntimeError("a cache does not come back from the codec")
+    shape = (geometry.n_layers, geometry.n_kv_heads, _TOKENS, geometry.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    codec = Codec(calibration, "joint", ratio=4, sink_tokens=1, window_tokens=1, device=device)
+    cache = codec.decode(codec.encode(KVCache(keys, values)))
+    kept = cache.keys[:, :, 0].equal(keys[:, :, 0]) and cache.values[:, :, -1].equal(values[:, :, -1])
+    if not kept or not bool((cache.keys.isfinite() & cache.values.isfinite()).all()):
+        raise RuntimeError("a cache does not come back as it was stored")
 
 
-def _checks() -> list[Check]:
-    from ..coding.lossless import CODER_IDS
-
-    def store(module: str) -> Callable[[], None]:
-        return lambda: _imports(f"kvtc.store.{module}")
-
-    return [
-        *(Check(f"coder {name}", "lossless coding of sections", partial(_check_coder, name)) for name in CODER_IDS),
-        Check("transformers caches and models", "generate with coded caches, calibrate a model", _check_transformers),
-        Check("pictures of the demo", "plots of kvtc demo and of benchmarks", _check_matplotlib),
-        Check("stores in Redis", "caches at redis:// and rediss://", store("redis_store")),
-        Check("stores in S3", "caches at s3://", store("object_store")),
-        Check("encrypted stores", "AES-GCM for stores at rest", store("encryption")),
-        Check("nvCOMP", "a rival that the benchmark of GPUs measures; coding does not need it", _check_nvcomp),
-        Check("reference model", "demo and figures, nothing downloaded", _check_reference_model),
-        Check("reference calibration", "coding caches of the reference model", _check_reference_calibration),
-    ]
+def _checks() -> dict[str, Callable[[], object]]:
+    return {
+        **{f"coder {name}": check for name, check in _coder_checks().items()},
+        "transformers caches and models": _check_transformers,
+        "pictures of the demo": _check_matplotlib,
+        **{name: partial(importlib.import_module, f"kvtc.store.{module}") for name, module in STORES.items()},
+        "lossless coding by nvCOMP": _check_nvcomp,
+        "reference model": _check_reference_model,
+        "reference calibration": _check_reference_calibration,
+    }
 
 
 def _version(package: str) -> str | None:
@@ -160,15 +155,23 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _imports(module: str) -> None:
-    importlib.import_module(module)
+def _reason(check: Callable[[], object]) -> str | None:
+    """Why a check fails, in one line; None if it passes."""
+    try:
+        check()
+    except Exception as error:  # noqa: BLE001  a doctor reports whatever is wrong
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
-def _check_coder(name: str) -> None:
-    from ..coding.lossless import compress, decompress
+def _coder_checks() -> dict[str, Callable[[], object]]:
+    from ..coding.lossless import CODER_IDS, compress, decompress
 
-    if decompress(compress(bytes(1000), name), 1000, name) != bytes(1000):
-        raise RuntimeError("it does not give back what went in")
+    def round_trip(name: str) -> None:
+        if decompress(compress(bytes(1000), name), 1000, name) != bytes(1000):
+            raise RuntimeError("it does not give back what went in")
+
+    return {name: partial(round_trip, name) for name in CODER_IDS}
 
 
 def _check_transformers() -> None:
@@ -184,28 +187,33 @@ def _check_matplotlib() -> None:
 
 
 def _check_nvcomp() -> None:
+    from ..backends.nvcomp import require_nvcomp
+
+    require_nvcomp()
+
+
+def _check_reference_model() -> None:
     from ..errors import MissingDependency
-
-    try:
-        importlib.import_module("nvidia.nvcomp")
-    except ImportError as error:
-        raise MissingDependency("it is not installed; pip install nvidia-nvcomp-cu12") from error
-
-
-def _check_reference_model() -> str:
-    from ..errors import MissingDependency
-    from ..reference import MODEL_NAME, reference_model
+    from ..reference import reference_model
 
     try:
         quiet_transformers()
     except ImportError as error:
         raise MissingDependency('it needs transformers; pip install "kvtc[hf]"') from error
-    model, _ = reference_model()
-    return f"{MODEL_NAME}, {sum(part.numel() for part in model.parameters()):,} parameters"
+    reference_model()
 
 
-def _check_reference_calibration() -> str:
+def _check_reference_calibration() -> None:
     from ..reference import reference_calibration
 
+    reference_calibration()
+
+
+def _reference_facts() -> dict[str, Any] | None:
+    """The fingerprint of the calibration that ships, and its profiles; None where it cannot be read."""
+    from ..reference import reference_calibration
+
+    if _reason(reference_calibration) is not None:
+        return None
     calibration = reference_calibration()
-    return f"fingerprint {calibration.fingerprint.hex()}, {calibration.geometry.describe()}; {', '.join(calibration.profiles)}"
+    return {"fingerprint": calibration.fingerprint.hex(), "profiles": list(calibration.profiles)}
