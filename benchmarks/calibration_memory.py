@@ -1,6 +1,6 @@
 """Peak memory of fitting `joint` and `conditional` at the size of a real model: metric, basis, prediction and tables.
 
-python benchmarks/calibration_memory.py [--layers 32] [--heads 8] [--head-dim 128] [--rows 4096] [--rank 256]
+python benchmarks/calibration_memory.py [--layers 32] [--heads 8] [--head-dim 128] [--rows 4096] [--rank 256] [--device cuda]
 
 Rows are synthetic. Memory is what the process came to hold beyond its libraries. `estimate` adds up what each step holds at once;
 it is printed beside the measured peak, and for a basis that is too large to be fitted here.
@@ -17,8 +17,10 @@ from kvtc.cache import CacheGeometry
 from kvtc.calibration.entropy import N_STEPS
 from kvtc.calibration.fit import EMBEDDING_RANK, MAX_ROWS, RANK_CAP
 from kvtc.calibration.joint_fit import TABLE_ROWS, fit_joint
+from kvtc.calibration.prediction_fit import TRAINED_COEFFICIENTS
 from kvtc.calibration.principal import OVERSAMPLING
 from kvtc.calibration.row_spool import BLOCK_VALUES, FLOAT16_BYTES, RowSpool
+from kvtc.coding.device import usable_device
 from kvtc.coding.metric import Metric
 from kvtc.coding.prediction import N_TOKENS_SEEN, reduce_embeddings
 from kvtc.coding.rope import NO_ROTATION, Rope
@@ -33,7 +35,10 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Estimate:
-    """GiB held at once: in power iteration, in prediction, in counting tables; and on disk. features: 2 p, keys and values."""
+    """GiB held at once: in power iteration, in prediction, in counting tables; on disk; and of a device, if the fit runs on one.
+
+    features: 2 p, keys and values.
+    """
 
     features: int
     rank: int
@@ -42,6 +47,7 @@ class Estimate:
     prediction: float
     tables: float
     disk: float
+    device: float
 
     @classmethod
     def of(cls, features: int, rank: int, rows: int) -> "Estimate":
@@ -62,6 +68,8 @@ class Estimate:
             # Coefficients, a byte for each symbol at each step, and one step's magnitudes, integers and masks.
             tables=(vectors + sample * (2 * 4 + N_STEPS + 4 * 4) + roots + table) / GIB,
             disk=rows * features * FLOAT16_BYTES / GIB,
+            # As `fit_joint` says.
+            device=(16 * features * width + 36 * width**2 + rows * TRAINED_COEFFICIENTS * 2 + block + roots) / GIB,
         )
 
 
@@ -96,7 +104,9 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=256)
+    parser.add_argument("--device", default="cpu", help="where the fit runs")
     options = parser.parse_args()
+    device = usable_device(options.device)
     rope = Rope((), (NO_ROTATION,) * options.layers)
     geometry = CacheGeometry(0, options.layers, 0, options.heads, options.head_dim, rope)
     features = 2 * geometry.row_features
@@ -105,11 +115,11 @@ def main() -> None:
     embeddings = torch.randn(VOCABULARY, HIDDEN, generator=generator)
     triples = torch.randint(VOCABULARY, (options.rows, N_TOKENS_SEEN), generator=generator)
     started = time.perf_counter()
-    table = reduce_embeddings(embeddings, EMBEDDING_RANK)
+    table = reduce_embeddings(embeddings, EMBEDDING_RANK, device).cpu()
     metric = random_metric(geometry)
     with (
-        RowSpool(geometry.row_features, options.rows, 0) as keys,
-        RowSpool(geometry.row_features, options.rows, 0) as values,
+        RowSpool(geometry.row_features, options.rows, 0, device=device) as keys,
+        RowSpool(geometry.row_features, options.rows, 0, device=device) as values,
     ):
         spool_rows(keys, values, table, triples)
         spooled = time.perf_counter()
@@ -127,11 +137,14 @@ def main() -> None:
         "libraries_gib": round(libraries / GIB, 2),
         "peak_memory_gib": round((peak_memory() - libraries) / GIB, 2),
         "covariance_gib": round(4 * features**2 / GIB, 2),
+        "device": device.type,
     }
+    if device.type == "cuda":
+        result["device_peak_gib"] = round(torch.cuda.max_memory_allocated(device) / GIB, 2)
     print(format_fields(list(result.items())))
     estimates = [predicted, Estimate.of(features, RANK_CAP, MAX_ROWS)]
     print()
-    header = ["features", "rank", "rows", "basis", "prediction", "tables", "disk (GiB)"]
+    header = ["features", "rank", "rows", "basis", "prediction", "tables", "disk", "device (GiB)"]
     print(format_table(header, [[_cell(value) for value in asdict(line).values()] for line in estimates]))
     save_result("calibration_memory", {**result, "estimates": [asdict(line) for line in estimates]})
 

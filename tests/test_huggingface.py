@@ -236,7 +236,8 @@ def test_calibrate_passes_every_usable_sequence_once(llama: Any, fitted: Fitted)
     assert [cache.n_tokens for cache in fitted.caches] == [30, 9, 5]
     assert torch.equal(fitted.caches[1].keys, capture(llama, IDS[:9], fitted.geometry).keys)
     parameters = sum(parameter.numel() for parameter in llama.parameters())
-    assert fitted.options == {"sink_tokens": 4, "model_parameters": parameters, "rank": 7}
+    where = torch.device("cpu")
+    assert fitted.options == {"sink_tokens": 4, "model_parameters": parameters, "rank": 7, "device": where}
 
 
 @pytest.mark.usefixtures("fitted")

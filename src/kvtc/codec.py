@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from . import interop
-from .backends import Target, make_backend
+from .backends import Bytes, Target, make_backend
 from .cache import CACHE_DTYPES, KVCache
 from .calibration.artifact import Calibration
+from .coding.device import usable_device
 from .coding.regions import ChunkSpan, split_regions
 from .container import Chunk, SectionType, parse_stream
 from .errors import InvalidArgument, InvalidCache
@@ -40,7 +41,6 @@ from .settings import (
     decoder,
     product_dtype,
     stream_settings,
-    usable_device,
 )
 
 
@@ -182,39 +182,38 @@ class Codec:
         return other
 
     def decode(
-        self, stream: bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
+        self, stream: Bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
     ) -> Any:
         """A stream -> cache of the kind that was encoded, ready for `generate`.
 
+        stream: bytes, or uint8 [bytes] on a device, where coded bodies stay and are not held against their checksums again.
         token_ids: the ids the stream was made from, or those of its first `tokens`; the last chunk of a prefix is compared only
-        if the ids of all its tokens are given. tokens: decode only so many tokens from
-        the beginning; only the chunks that hold them are read. start_position: place the first token there instead of where it
-        stood, keys rotated to match (then sinks and window are exact up to rounding).
+        if the ids of all its tokens are given. tokens: decode only so many tokens from the beginning; only the chunks that hold
+        them are read. start_position: place the first token there instead of where it stood, keys rotated to match (then sinks
+        and window are exact up to rounding).
 
         Raises `TruncatedStream`, `CorruptStream`, `UnsupportedVersion`, `CalibrationMismatch`, `GeometryMismatch`,
         `TokenMismatch`, `InvalidArgument`.
         """
         cache, is_transformers = self._decode(stream, token_ids, tokens, start_position)
-        return (
-            interop.to_transformers(cache.keys[None], cache.values[None], cache.first_layer)
-            if is_transformers
-            else cache
-        )
+        if not is_transformers:
+            return cache
+        return interop.to_transformers(cache.keys[None], cache.values[None], cache.first_layer)
 
     def decode_neutral(
-        self, stream: bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
+        self, stream: Bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
     ) -> KVCache:
         """As `decode`, but a `KVCache` whatever was encoded: with positions, and without transformers."""
         return self._decode(stream, token_ids, tokens, start_position)[0]
 
     def _decode(
-        self, stream: bytes, token_ids: Any, tokens: int | None, start_position: int | None
+        self, stream: Bytes, token_ids: Any, tokens: int | None, start_position: int | None
     ) -> tuple[KVCache, bool]:
         """The cache, and whether it was one of transformers."""
-        opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), tokens)
+        opened = self._open(stream, as_ids(token_ids), tokens)
         header = opened.header
         shift = shift_to(start_position, opened)
-        restoration = self._restoration([opened], [shift])
+        restoration = Restoration([opened], [shift], self.calibration, self.backend)
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
         keys = torch.empty(shape, dtype=header.dtype, device=self.device)
         values = torch.empty_like(keys)
@@ -226,25 +225,28 @@ class Codec:
         cache = KVCache(keys, values, positions, header.first_layer, header.first_kv_head, rope_length)
         return cache, header.is_transformers
 
-    def decode_layers(self, stream: bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def decode_layers(self, stream: Bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (layer, keys [H, T, D], values [H, T, D]), first layer first, each as soon as it is restored.
 
         Arguments and stream are checked, and coefficients decoded, before this returns.
         """
-        opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), None)
-        return self._layers(opened, self._restoration([opened], [0]))
+        opened = self._open(stream, as_ids(token_ids), None)
+        header, restoration = opened.header, Restoration([opened], [0], self.calibration, self.backend)
+        return ((header.first_layer + layer, *restoration.new_layer(layer)) for layer in range(header.n_layers))
 
-    def _layers(self, opened: OpenedStream, restoration: Restoration) -> Iterator[tuple[int, Tensor, Tensor]]:
-        header = opened.header
-        shape = (header.n_kv_heads, opened.n_tokens, header.head_dim)
-        for layer in range(header.n_layers):
-            keys, values = (torch.empty(shape, dtype=header.dtype, device=self.device) for _ in range(2))
-            restoration.write_layer(layer, [(Target.of(keys), Target.of(values))])
-            yield header.first_layer + layer, keys, values
+    def decode_lazily(self, stream: Bytes, token_ids: Any = None, tokens: int | None = None) -> Any:
+        """As `decode`, but always a `DynamicCache`, whose layers are restored when the model first comes to them.
+
+        Arguments and stream are checked, and coefficients decoded, before this returns. On CUDA each layer is restored beside the
+        computations of the one before it.
+        """
+        opened = self._open(stream, as_ids(token_ids), tokens)
+        restoration = Restoration([opened], [0], self.calibration, self.backend)
+        return interop.lazy_cache(restoration.new_layer, opened.n_tokens, opened.header, self.device)
 
     def decode_into(
         self,
-        stream: bytes,
+        stream: Bytes,
         targets: Sequence[tuple[Target, Target]],
         token_ids: Any = None,
         tokens: int | None = None,
@@ -256,14 +258,14 @@ class Codec:
         The others as in `decode`, which also says what is raised; what is read of the stream is checked before anything is
         written.
         """
-        opened = open_stream(stream, self.calibration, self._coder_of, as_ids(token_ids), tokens)
+        opened = self._open(stream, as_ids(token_ids), tokens)
         places = {len(target.token_offsets) for sides in targets for target in sides}
         if len(targets) != opened.header.n_layers or places != {opened.n_tokens}:
             raise InvalidArgument(
                 f"targets for {len(targets)} layers and {sorted(places)} tokens; the stream holds {opened.header.n_layers} layers, "
                 f"and {opened.n_tokens} tokens are decoded"
             )
-        restoration = self._restoration([opened], [shift_to(start_position, opened)])
+        restoration = Restoration([opened], [shift_to(start_position, opened)], self.calibration, self.backend)
         for layer, sides in enumerate(targets):
             restoration.write_layer(layer, [sides])
 
@@ -289,7 +291,7 @@ class Codec:
             streams.append(self._encode(part, as_ids(ids[index][mask[index]]), None, is_transformers=True))
         return streams
 
-    def decode_batch(self, streams: Sequence[bytes], token_ids: Any = None) -> tuple[Any, Tensor]:
+    def decode_batch(self, streams: Sequence[Bytes], token_ids: Any = None) -> tuple[Any, Tensor]:
         """Streams of transformers caches -> (one left-padded cache, attention_mask [B, T] int64).
 
         token_ids: one sequence of ids per stream, or a tensor [B, T] padded on the left. Padded places hold zeros.
@@ -311,7 +313,7 @@ class Codec:
         for index, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
             row = ids[index]
             row = row[longest - length :] if row is not None and is_padded else row
-            opened.append(open_stream(stream, self.calibration, self._coder_of, row, None))
+            opened.append(self._open(stream, row, None))
             if opened[index].header.dtype != opened[0].header.dtype:
                 raise InvalidArgument(
                     f"stream {index} holds {opened[index].header.dtype}, stream 0 {opened[0].header.dtype}"
@@ -325,7 +327,8 @@ class Codec:
             mask[index, longest - length :] = 1
         for coder in {id(stream.coder): stream.coder for stream in opened}.values():
             mine = [index for index, stream in enumerate(opened) if stream.coder is coder]
-            restoration = self._restoration([opened[index] for index in mine], [0] * len(mine))
+            parts = [opened[index] for index in mine]
+            restoration = Restoration(parts, [0] * len(mine), self.calibration, self.backend)
             for layer in range(header.n_layers):
                 places = [(index, layer, slice(None), slice(longest - lengths[index], None)) for index in mine]
                 restoration.write_layer(layer, [(Target.of(keys[at]), Target.of(values[at])) for at in places])
@@ -349,7 +352,8 @@ class Codec:
                 f"the profile {self.settings.profile} predicts from token ids; give token_ids, or use joint"
             )
         spans = self._spans(cache.resolved_positions())
-        draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans)
+        blocks = self.backend.block_coder
+        draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans, blocks)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
         bodies = [index for index, span in enumerate(spans) if span.n_body]
         windows = [index for index, chunk in enumerate(draft.chunks) if chunk.coded_window]
@@ -385,8 +389,8 @@ class Codec:
             self._coder.least_bytes,
         )
 
-    def _restoration(self, opened: Sequence[OpenedStream], shifts: Sequence[int]) -> Restoration:
-        return Restoration(opened, shifts, self.calibration, self.backend)
+    def _open(self, stream: Bytes, token_ids: TokenIds | None, tokens: int | None) -> OpenedStream:
+        return open_stream(stream, self.calibration, self._coder_of, token_ids, tokens, self.backend.block_coder)
 
     def _coder_of(self, profile: str) -> BodyCoder:
         """The coder of a stream's profile, whichever this codec writes."""

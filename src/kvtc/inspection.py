@@ -65,7 +65,7 @@ def describe(stream: Stream) -> StreamInfo:
     header, chunks = stream.header, stream.chunks
     token_bytes = 2 * header.row_features * header.original_bits // 8
     exact = [s for s in stream.sections if s.type in (SectionType.SINK, SectionType.WINDOW)]
-    total = len(stream.data)
+    total = stream.n_bytes
     body_tokens = sum(chunk.n_body for chunk in chunks)
     body_bytes = total - sum(s.stored_bytes + SECTION_BYTES for s in exact) if body_tokens else 0
     return StreamInfo(

@@ -5,15 +5,19 @@ The model library is imported only to build a cache of its kind; reading one nee
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import CacheGeometry, KVCache
+from .container import Header
 from .errors import InvalidCache, MissingDependency, UnsupportedModel
+from .layer_queue import Layer, LayerQueue
 
 EMPTY_DTYPE = torch.bfloat16
+_WHOLE_LAYERS = ("DynamicLayer", "LazyLayer")
 
 
 def is_transformers_cache(cache: object) -> bool:
@@ -32,7 +36,7 @@ def from_transformers(
     values: list[Tensor] = []
     first_layer = 0
     for index, layer in enumerate(cache.layers):
-        if type(layer).__name__ != "DynamicLayer":
+        if type(layer).__name__ not in _WHOLE_LAYERS:
             raise UnsupportedModel(
                 f"layer {index} is a {type(layer).__name__}; kvtc codes layers that keep every token (DynamicLayer)"
             )
@@ -71,6 +75,20 @@ def to_transformers(keys: Tensor, values: Tensor, first_layer: int) -> Any:
     cache = new_transformers_cache()
     for layer in range(keys.shape[1]):
         cache.update(keys[:, layer], values[:, layer], first_layer + layer)
+    return cache
+
+
+def lazy_cache(restore: Callable[[int], Layer], n_tokens: int, header: Header, device: torch.device) -> Any:
+    """A `DynamicCache` of n_tokens tokens whose layers are restored when they are first looked at; raises `MissingDependency`.
+
+    restore: index of a layer -> its keys and values [H, T, D] on the device.
+    """
+    cache = new_transformers_cache()
+    from .lazy_layers import LazyLayer
+
+    queue = LayerQueue(restore, header.n_layers, device)
+    cache.layers += [cache.layer_class_to_replicate() for _ in range(header.first_layer)]
+    cache.layers += [LazyLayer(queue, index, n_tokens, header.dtype, device) for index in range(header.n_layers)]
     return cache
 
 

@@ -10,9 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .backends import Bytes
 from .cache import describe_range
 from .calibration.artifact import Calibration
 from .coding.exact import decode_exact, decode_fp8, exact_bytes, fp8_bytes
+from .coding.lossless import BlockCoder
 from .coding.prediction import NO_TOKEN, token_triples
 from .container import MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType, Stream, parse_stream, token_digest
 from .errors import CalibrationMismatch, CorruptStream, GeometryMismatch, InvalidArgument, TokenMismatch
@@ -57,15 +59,17 @@ class OpenedStream:
 
 
 def open_stream(
-    data: bytes,
+    data: Bytes,
     calibration: Calibration,
     coder_of: Callable[[str], BodyCoder],
     token_ids: TokenIds | None,
     tokens: int | None,
+    block_coder: BlockCoder | None = None,
 ) -> OpenedStream:
     """Parse, check against calibration and token ids, and read the sections of the first `tokens` tokens (all by default).
 
-    coder_of: profile -> its coder.
+    data: bytes, or uint8 [bytes] on a device, where bodies that no lossless coder was applied to stay; their checksums are not
+    verified then. coder_of: profile -> its coder. block_coder: decodes blocks of lossless coders, where it takes them.
     """
     stream = parse_stream(data)
     header = stream.header
@@ -83,8 +87,11 @@ def open_stream(
         )
     plan = coder.read_plan(stream.read(SectionType.RATE, STREAM_WIDE, stream.find(SectionType.RATE).raw_bytes))
     keys = [(kind, index) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
-    sizes = [_raw_bytes(kind, chunks[index], header, coder, plan) for kind, index in keys]
-    read = dict(zip(keys, stream.read_all([(*key, size) for key, size in zip(keys, sizes, strict=True)]), strict=True))
+    wanted = [(kind, index, _raw_bytes(kind, chunks[index], header, coder, plan)) for kind, index in keys]
+    left = stream.leave([one for one in wanted if _is_coded(one[0], chunks[one[1]])])
+    others = [one for one in wanted if one[:2] not in left]
+    read = {one[:2]: raw for one, raw in zip(others, stream.read_all(others, block_coder), strict=True)}
+    coded_bytes: dict[tuple[SectionType, int], Bytes] = {**read, **left}
     positions, coded, exact = [], [], []
     first = 0
     for index, chunk in enumerate(chunks):
@@ -95,15 +102,17 @@ def open_stream(
         if chunk.n_body:
             here = slice(chunk.n_sink, chunk.n_sink + chunk.n_body)
             triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
-            coded.append(CodedBody(read[SectionType.BODY, index], chunk.n_body, plan, triples))
+            coded.append(CodedBody(coded_bytes[SectionType.BODY, index], chunk.n_body, plan, triples))
         if chunk.n_window:
             here = slice(chunk.n_tokens - chunk.n_window, chunk.n_tokens)
-            window = read[SectionType.WINDOW, index]
             if chunk.coded_window:
+                window = coded_bytes[SectionType.WINDOW, index]
                 triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
                 coded.append(CodedBody(window, chunk.n_window, plan, triples, is_window=True))
             else:
-                exact.append(_exact(window, header, chunk.n_window, first + here.start, is_fp8=False))
+                exact.append(
+                    _exact(read[SectionType.WINDOW, index], header, chunk.n_window, first + here.start, is_fp8=False)
+                )
         if chunk.is_padded and any(read[SectionType.PADDING, index]):
             raise CorruptStream(f"the padding of chunk {index} holds other bytes than zeros")
         first += chunk.n_tokens
@@ -175,6 +184,11 @@ def _triples(
     known = token_triples(ids, positions[: len(ids)].numpy())
     missing = torch.full((chunk.n_tokens - len(ids), known.shape[1]), NO_TOKEN)
     return torch.cat([known, missing])[here]
+
+
+def _is_coded(kind: SectionType, chunk: Chunk) -> bool:
+    """Whether a section holds coded tokens, rather than exact ones or none."""
+    return kind is SectionType.BODY or (kind is SectionType.WINDOW and chunk.coded_window)
 
 
 def _raw_bytes(kind: SectionType, chunk: Chunk, header: Header, coder: BodyCoder, plan: Plan) -> int | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from .backends import Backend, Target
 from .calibration.artifact import Calibration
 from .coding.transform import saturate
@@ -25,7 +28,7 @@ class Restoration:
         self._backend = backend
         self._n_heads, self._head_dim = calibration.geometry.n_kv_heads, calibration.geometry.head_dim
         self._coder = opened[0].coder
-        self._coefficients = self._coder.decode([body for stream in opened for body in stream.coded])
+        self._coefficients = self._coder.decode([body.on(backend.device) for stream in opened for body in stream.coded])
         rope = calibration.geometry.rope
         self._turns, self._exact = [], []
         for stream, shift in zip(opened, shifts, strict=True):
@@ -51,6 +54,16 @@ class Restoration:
                 for target, side in zip(targets, (part.keys, part.values), strict=True):
                     target.part(slice(part.first, part.first + n)).write(side[layer][:, :n])
             first += stream.body.stop - start
+
+    def new_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer of the first stream as keys and values [H, T, D] of their own, in its dtype, on the backend's device."""
+        stream = self._opened[0]
+        shape = (self._n_heads, stream.n_tokens, self._head_dim)
+        keys, values = (
+            torch.empty(shape, dtype=stream.header.dtype, device=self._backend.device) for _ in ("keys", "values")
+        )
+        self.write_layer(layer, [(Target.of(keys), Target.of(values))])
+        return keys, values
 
     def _moved(self, part: ExactTokens, stream: OpenedStream, shift: int, calibration: Calibration) -> ExactTokens:
         """Exact tokens on the backend's device, their keys turned to new positions if there is a shift."""

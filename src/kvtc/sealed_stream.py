@@ -15,6 +15,7 @@ from torch import Tensor
 from .cache import KVCache
 from .calibration.artifact import Calibration
 from .coding.exact import encode_exact, encode_fp8
+from .coding.lossless import BlockCoder
 from .coding.regions import ChunkSpan
 from .container import (
     DIGEST_BYTES,
@@ -48,12 +49,16 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class StreamDraft:
-    """A stream but for its rate and its coded rows. sections: those that are finished, by type and chunk."""
+    """A stream but for its rate and its coded rows. sections: those that are finished, by type and chunk.
+
+    block_coder: codes blocks of lossless coders, where it takes them.
+    """
 
     settings: StreamSettings
     header: Header
     chunks: tuple[Chunk, ...]
     sections: dict[tuple[SectionType, int], CodedSection]
+    block_coder: BlockCoder | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -72,7 +77,8 @@ class StreamDraft:
         payloads = [Payload(SectionType.RATE, STREAM_WIDE, rate)]
         payloads += [Payload(kind, chunk, data, is_final) for (kind, chunk), data in coded.items()]
         sections = dict(self.sections)
-        for payload, section in zip(payloads, code_payloads(payloads, self.settings.lossless), strict=True):
+        finished = code_payloads(payloads, self.settings.lossless, self.block_coder)
+        for payload, section in zip(payloads, finished, strict=True):
             sections[payload.type, payload.chunk] = section
         if size is not None and self.chunks:
             # The entry of the padding is part of the tables already.
@@ -91,8 +97,9 @@ def draft_stream(
     is_transformers: bool,
     token_ids: npt.NDArray[int64] | None,
     spans: list[ChunkSpan],
+    block_coder: BlockCoder | None = None,
 ) -> StreamDraft:
-    """All of a stream that does not depend on how bits are spent."""
+    """All of a stream that does not depend on how bits are spent. block_coder: see `StreamDraft`."""
     positions = cache.resolved_positions()
     chunks = chunks_of(settings, spans, positions, token_ids)
     payloads = []
@@ -123,9 +130,9 @@ def draft_stream(
         has_digests=token_ids is not None,
         is_transformers=is_transformers,
     )
-    coded = code_payloads(payloads, settings.lossless)
+    coded = code_payloads(payloads, settings.lossless, block_coder)
     sections = {(payload.type, payload.chunk): section for payload, section in zip(payloads, coded, strict=True)}
-    return StreamDraft(settings, header, tuple(chunks), sections)
+    return StreamDraft(settings, header, tuple(chunks), sections, block_coder)
 
 
 def chunks_of(

@@ -130,11 +130,3 @@ def as_ids(values: Any) -> TokenIds | None:
             f"token ids and positions are integers [tokens]; got {array.dtype} of shape {array.shape}"
         )
     return array.astype(np.int64)
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device, if this torch can compute on it."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidArgument(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error

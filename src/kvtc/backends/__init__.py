@@ -2,6 +2,8 @@
 
 reference   torch and numba, on any device of torch: the definition
 triton      kernels for CUDA devices, on the CPU too where Triton interprets them
+
+Lossless coding is the host's with either, but for what `nvcomp` takes.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import BackendUnavailable, InvalidArgument
+from . import nvcomp
 from .interface import Backend, Bytes, CodedIntegers, IntegerBytes, Rounded, Target
 from .reference import ReferenceBackend
 
@@ -56,12 +59,17 @@ def choose(device: torch.device, wanted: str = "auto") -> Choice:
 
 
 def make_backend(device: torch.device, wanted: str = "auto") -> Backend:
-    """The backend that `choose` names."""
+    """The backend that `choose` names; on a CUDA device with nvCOMP for the lossless stage, where that is installed."""
+    backend: Backend
     if choose(device, wanted).name == "reference":
-        return ReferenceBackend(device)
-    from .triton import TritonBackend
+        backend = ReferenceBackend(device)
+    else:
+        from .triton import TritonBackend
 
-    return TritonBackend(device)
+        backend = TritonBackend(device)
+    if nvcomp.obstacle(device) is None:
+        backend.block_coder = nvcomp.NvcompBlockCoder(device)
+    return backend
 
 
 def _triton_obstacle(device: torch.device) -> str | None:

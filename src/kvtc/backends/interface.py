@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..coding.allocation import BitAllocation
+from ..coding.lossless import BlockCoder
 from ..coding.probability import ProbabilityTables
 from ..coding.rope import Turn
 
@@ -107,6 +108,8 @@ class Backend(Protocol):
     """Where its tensors live."""
     batch_tokens: int
     """How many tokens are best encoded at once; a chunk at least is."""
+    block_coder: BlockCoder | None
+    """Codes the blocks of lossless coders, in place of the host."""
 
     def gather(self, keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor:
         """Keys and values [L, H, n, D] of tokens, as cached -> their joint rows [n, 2 p] float32, keys first, turned back.

@@ -16,6 +16,7 @@ from ..coding.allocation import BitAllocation
 from ..coding.bitpack import pack, unpack
 from ..coding.escapes import decode_escapes, encode_escapes
 from ..coding.groups import decode_groups, encode_groups
+from ..coding.lossless import BlockCoder
 from ..coding.probability import ProbabilityTables
 from ..coding.rans import decode_symbols, encode_symbols
 from ..coding.rope import Turn, turn_in_place
@@ -31,6 +32,8 @@ class ReferenceBackend:
     name = "reference"
     batch_tokens = 1
     """A chunk by itself: its bytes then depend on nothing but the chunk, to the last bit of a product."""
+
+    block_coder: BlockCoder | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cache import CacheGeometry, KVCache
+from ..coding.device import usable_device
 from ..coding.distortion import MAX_SAMPLE_ROWS, measure_distortion
 from ..coding.metric import Metric
 from ..coding.prediction import N_TOKENS_SEEN, NO_TOKEN, reduce_embeddings, token_triples
@@ -54,6 +55,7 @@ def fit(
     hidden_features: int = HIDDEN_FEATURES,
     spool_directory: str | Path | None = None,
     seed: int = 0,
+    device: str | torch.device = "cpu",
     model_parameters: int | None = None,
     progress: bool = True,
 ) -> Calibration:
@@ -69,6 +71,10 @@ def fit(
     components. token_ids, in step with the caches, and embeddings [vocabulary, hidden], the model's input embeddings, which are
     reduced to embedding_rank features: with them `conditional`, too. hidden_features: of its prediction; 0 for a linear one.
 
+    device: where bases and prediction are found; tables are counted on the CPU. Rows come to it block by block, and at most
+    16 P l + 36 l^2 bytes of its memory, 2 kB a row for prediction, and about 1 GB for blocks are held at once: l = 64 + the rank,
+    P = p features, with `metric` 2 p. Calibrations of one device are the same byte for byte; those of two differ by rounding.
+
     Raises `InvalidArgument` where no rows or no disk are left, `InvalidCache` and `GeometryMismatch` for unusable caches.
     """
     if sink_tokens < 0 or max_rows < 2 or rank < 1:
@@ -80,12 +86,16 @@ def fit(
         raise InvalidArgument(f"layers_per_basis must lie in 1 .. {geometry.n_layers}; got {layers_per_basis}")
     if (token_ids is None) != (embeddings is None):
         raise InvalidArgument("token_ids and embeddings go together: prediction needs both")
+    place = usable_device(device)
     directory = Path(spool_directory) if spool_directory is not None else None
     p = geometry.row_features
     disk = require_disk(2 * max_rows * p * FLOAT16_BYTES, directory)
     if progress:
         print(f"calibration rows: {disk} for at most {max_rows} rows of 2 x {p} features", file=sys.stderr)
-    with RowSpool(p, max_rows, seed, directory) as keys, RowSpool(p, max_rows, seed, directory) as values:
+    with (
+        RowSpool(p, max_rows, seed, directory, place) as keys,
+        RowSpool(p, max_rows, seed, directory, place) as values,
+    ):
         triples = torch.full((max_rows, N_TOKENS_SEEN), NO_TOKEN) if token_ids is not None else None
         ids = iter(token_ids) if token_ids is not None else None
         n_sequences = _spool_rows(geometry, caches, sink_tokens, keys, values, ids, triples, max_tokens, progress)
@@ -97,7 +107,7 @@ def fit(
                  for name, spool in (("key", keys), ("value", values))]  # fmt: skip
         joint: JointCalibration | None = None
         if metric is not None:
-            table = reduce_embeddings(embeddings, embedding_rank) if embeddings is not None else None
+            table = reduce_embeddings(embeddings, embedding_rank, place) if embeddings is not None else None
             joint = fit_joint(geometry, keys, values, metric(), joint_rank, seed, table, triples, hidden_features)
         info = {
             "n_sequences": n_sequences,
@@ -179,9 +189,9 @@ def _fit_kind(
     with tqdm(total=len(ranges) * (POWER_ITERATIONS + 1), desc=f"{name} basis", **_quiet(progress)) as bar:
         parts = [principal_components(spool, rank, columns, seed, lambda: bar.update() and None) for columns in ranges]
     components = parts[0] if len(parts) == 1 else block_diagonal(parts, rank)
-    vectors = components.basis.vectors.float()
+    mean, vectors = components.basis.matrices(spool.device)
     blocks = _bar(spool.sample(MAX_SAMPLE_ROWS, seed), f"{name} distortion", progress)
-    table = measure_distortion(project(block, components.basis.mean, vectors).numpy() for block in blocks)
+    table = measure_distortion(project(block, mean, vectors).cpu().numpy() for block in blocks)
     return KindCalibration(components.basis, table, components.total_variance)
 
 

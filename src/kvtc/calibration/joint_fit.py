@@ -27,12 +27,13 @@ TABLE_ROWS = 4096
 
 
 class WeightedRows:
-    """Joint rows of two paired spools in the metric, as `principal_components` reads them."""
+    """Joint rows of two paired spools in the metric, on their device, as `principal_components` reads them."""
 
     def __init__(self, keys: RowSpool, values: RowSpool, metric: Metric) -> None:
         self._spools = keys, values
-        self._metric = metric
+        self._metric = metric.to(keys.device)
         self.n_rows = keys.n_rows
+        self.device = keys.device
 
     def blocks(self, columns: slice = slice(None)) -> Iterator[Tensor]:
         """The rows in order, float32 [n, 2 p] blocks of bounded size."""
@@ -51,8 +52,10 @@ def fit_joint(
     triples: Tensor | None = None,
     n_hidden: int = 0,
 ) -> JointCalibration:
-    """Fit to paired spools of un-rotated keys and of values.
+    """Fit to paired spools of un-rotated keys and of values, on their device; the calibration is on the CPU.
 
+    Memory there at most 16 P l + 36 l^2 bytes, with P = 2 p features and l = rank + `OVERSAMPLING`, `TRAINED_COEFFICIENTS` float16
+    numbers a row, and a block of rows with its intermediate results. Nothing is [P, P] or [rows, P].
     table [vocabulary, k] and triples [n, 3], each row's token and its predecessors: for `conditional`; without them it is left out.
     n_hidden: units of the predictor's hidden layer.
     """
@@ -60,22 +63,27 @@ def fit_joint(
         raise InvalidArgument(f"joint_rank must be at least 1; got {rank}")
     rows = WeightedRows(keys, values, metric)
     basis = principal_components(rows, rank, seed=seed).basis
-    vectors = basis.vectors.float()
     sample = np.sort(np.random.default_rng(seed).permutation(rows.n_rows)[:TABLE_ROWS])
-    coefficients = _sampled(rows, basis, vectors, sample)
+    coefficients = _sampled(rows, basis, sample)
     tokens = None
     if table is not None and triples is not None:
         tokens = _fit_tokens(geometry, rows, basis, metric, table, triples, n_hidden, seed, sample)
     return JointCalibration(basis, metric, fit_coefficients(coefficients), tokens)
 
 
-def _sampled(rows: WeightedRows, basis: Basis, vectors: Tensor, sample: np.ndarray) -> Tensor:
+def _sampled(rows: WeightedRows, basis: Basis, sample: np.ndarray) -> Tensor:
+    mean, vectors = basis.matrices(rows.device)
     found, start = [], 0
     for block in rows.blocks():
-        inside = sample[(sample >= start) & (sample < start + len(block))] - start
-        found.append(project(block[torch.from_numpy(inside)], basis.mean, vectors))
+        found.append(project(_chosen(block, sample, start), mean, vectors).cpu())
         start += len(block)
     return torch.cat(found)
+
+
+def _chosen(block: Tensor, sample: np.ndarray, start: int) -> Tensor:
+    """Those rows of a block that are in the sample; the block's first row is number `start`."""
+    inside = sample[(sample >= start) & (sample < start + len(block))] - start
+    return block[torch.from_numpy(inside).to(block.device)]
 
 
 def _fit_tokens(
@@ -90,29 +98,28 @@ def _fit_tokens(
     sample: np.ndarray,
 ) -> TokenCoding:
     """Prediction, then the principal directions of what it leaves over: memory of a few matrices [r, r]."""
-    vectors = basis.vectors.float()
+    mean, vectors = basis.matrices(rows.device)
 
     def coefficients() -> Iterator[Tensor]:
-        return (project(block, basis.mean, vectors) for block in rows.blocks())
+        return (project(block, mean, vectors) for block in rows.blocks())
 
-    triples = triples[: rows.n_rows]
+    table, triples = table.to(rows.device), triples[: rows.n_rows].to(rows.device)
     plain = fit_predictor(table, triples, coefficients, n_hidden, seed)
-    before, after = (torch.zeros(basis.rank, basis.rank, dtype=torch.float64) for _ in range(2))
+    before, after = (torch.zeros(basis.rank, basis.rank, dtype=torch.float64, device=rows.device) for _ in range(2))
     sampled, start = [], 0
     for block in coefficients():
         residual = block - plain.predict(triples[start : start + len(block)])
         before += (block.T @ block).double()
         after += (residual.T @ residual).double()
-        inside = sample[(sample >= start) & (sample < start + len(block))] - start
-        sampled.append(residual[torch.from_numpy(inside)])
+        sampled.append(_chosen(residual, sample, start).cpu())
         start += len(block)
     rotation = torch.linalg.eigh(after).eigenvectors.flip(1).float().to(torch.float16)
     turn = rotation.float()
-    predictor = Predictor(
-        table, (plain.weights @ turn).half(), plain.hidden.half().contiguous(), (plain.outputs @ turn).half()
-    )
-    explained = _explained(geometry, vectors, metric, before, after)
-    return TokenCoding(predictor, rotation, fit_coefficients(torch.cat(sampled) @ turn), explained)
+    matrices = (plain.weights @ turn).half(), plain.hidden.half().contiguous(), (plain.outputs @ turn).half()
+    predictor = Predictor(table.cpu(), *(matrix.cpu() for matrix in matrices))
+    explained = _explained(geometry, vectors, metric.to(rows.device), before, after)
+    left = torch.cat(sampled) @ turn.cpu()
+    return TokenCoding(predictor, rotation.cpu(), fit_coefficients(left), explained)
 
 
 def _explained(geometry: CacheGeometry, vectors: Tensor, metric: Metric, before: Tensor, after: Tensor) -> Tensor:

@@ -31,13 +31,13 @@ Blocks = Callable[[], Iterator[Tensor]]
 
 
 def fit_predictor(table: Tensor, triples: Tensor, coefficients: Blocks, n_hidden: int, seed: int) -> Predictor:
-    """The predictor of rows whose tokens are `triples` [n, 3].
+    """The predictor of rows whose tokens are `triples` [n, 3], on the device of these and of `table`.
 
-    coefficients: blocks [m, r] float32 of these rows in order, as often as asked. n_hidden: 0 for a regression alone.
+    coefficients: blocks [m, r] float32 of these rows on that device in order, as often as asked. n_hidden: 0 for a mere regression.
     """
     weights, left = _regression(table, triples, coefficients)
     n_features, rank = weights.shape
-    hidden, outputs = torch.zeros(n_features, 0), torch.zeros(0, rank)
+    hidden, outputs = weights.new_zeros(n_features, 0), weights.new_zeros(0, rank)
     trained = min(rank, TRAINED_COEFFICIENTS)
     if n_hidden and len(triples) >= HELD_OUT * BATCH_ROWS:
         residual = torch.cat(
@@ -63,14 +63,14 @@ def _paired(table: Tensor, triples: Tensor, coefficients: Blocks) -> Iterator[tu
 def _regression(table: Tensor, triples: Tensor, coefficients: Blocks) -> tuple[Tensor, Tensor]:
     """Weights [3 k + 1, r] by normal equations in one pass, and the mean square [r] of what they leave."""
     n_features = N_TOKENS_SEEN * table.shape[1] + 1
-    of_features = torch.zeros(n_features, n_features, dtype=torch.float64)
+    of_features = torch.zeros(n_features, n_features, dtype=torch.float64, device=table.device)
     across: Tensor | float = 0.0
     energy: Tensor | float = 0.0
     for features, block in _paired(table, triples, coefficients):
         of_features += (features.T @ features).double()
         across = across + (features.T @ block).double()
         energy = energy + block.double().square().sum(dim=0)
-    ridge = REGRESSION_RIDGE * len(triples) * torch.eye(n_features, dtype=torch.float64)
+    ridge = REGRESSION_RIDGE * len(triples) * torch.eye(n_features, dtype=torch.float64, device=table.device)
     weights = torch.linalg.solve(of_features + ridge, across)
     left = energy - (2 * across * weights - weights * (of_features @ weights)).sum(dim=0)
     return weights.float(), (left / len(triples)).clamp_min(0).float()
@@ -83,11 +83,11 @@ def _train(
     least = LEAST_VARIANCE * total
     scales = (left + least).sqrt()
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(triples), generator=generator)
+    order = torch.randperm(len(triples), generator=generator).to(table.device)
     held_out, training = order[: len(order) // HELD_OUT], order[len(order) // HELD_OUT :]
     n_features = N_TOKENS_SEEN * table.shape[1] + 1
-    hidden = torch.randn(n_features, n_hidden, generator=generator) / math.sqrt(n_features)
-    outputs = torch.zeros(n_hidden, residual.shape[1])
+    hidden = torch.randn(n_features, n_hidden, generator=generator).to(table.device) / math.sqrt(n_features)
+    outputs = torch.zeros(n_hidden, residual.shape[1], device=table.device)
     parameters = [hidden.requires_grad_(), outputs.requires_grad_()]
 
     def bits(rows: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _train(
         n_steps = EPOCHS * (len(training) // BATCH_ROWS)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / n_steps)
         for _ in range(EPOCHS):
-            shuffled = training[torch.randperm(len(training), generator=generator)]
+            shuffled = training[torch.randperm(len(training), generator=generator).to(table.device)]
             for batch in torch.split(shuffled, BATCH_ROWS)[: len(training) // BATCH_ROWS]:
                 optimizer.zero_grad()
                 loss: Tensor = bits(batch)

@@ -21,9 +21,10 @@ from ..coding.transform import Basis
 
 
 class Rows(Protocol):
-    """Rows that can be read again and again, block by block."""
+    """Rows that can be read again and again, block by block, on one device."""
 
     n_rows: int
+    device: torch.device
 
     def blocks(self, columns: slice = ...) -> Iterator[Tensor]:
         """The chosen columns of the rows in order, float32 blocks of bounded size that the reader may change."""
@@ -54,8 +55,10 @@ def principal_components(
 ) -> PrincipalComponents:
     """The leading `rank` components (fewer if rows or features are fewer) of the spooled rows' `columns`.
 
-    Time 4 * n * p * l operations a pass, nine passes, and memory a few matrices [p, l] and one block of rows; up to
-    `EXACT_FEATURES` features 2 * n * p * p operations and a matrix [p, p].
+    The arithmetic runs where the rows are; the components are on the CPU. Time 4 * n * p * l operations a pass, nine passes, with
+    l = rank + `OVERSAMPLING`. Memory at most 12 p l + 4 l^2 bytes (a guess's image, its factors and their copy), or 4 p l + 40 l^2
+    (a guess and the eigenvectors of its Gram matrix in float64), and a block of rows with its intermediate results; up to
+    `EXACT_FEATURES` features 2 * n * p * p operations and 40 p^2 bytes.
     """
     mean = _mean(spool, columns)
     features = mean.numel()
@@ -64,9 +67,12 @@ def principal_components(
     guess: Tensor | None = None
     if width < features and features > EXACT_FEATURES:
         generator = torch.Generator().manual_seed(seed)
-        guess = _orthonormalize(torch.randn(features, width, generator=generator, dtype=torch.float32))
+        # Drawn on the CPU: every device begins with the same guess.
+        drawn = torch.randn(features, width, generator=generator, dtype=torch.float32)
+        guess = _orthonormalize(drawn.to(spool.device))
+        del drawn
         for _ in range(POWER_ITERATIONS):
-            image = torch.zeros(features, width, dtype=torch.float32)
+            image = torch.zeros(features, width, dtype=torch.float32, device=spool.device)
             for block in spool.blocks(columns):
                 block -= mean
                 image.addmm_(block.T, block @ guess)
@@ -75,7 +81,7 @@ def principal_components(
             if on_pass:
                 on_pass()
     n_directions = features if guess is None else width
-    gram = torch.zeros(n_directions, n_directions, dtype=torch.float64)
+    gram = torch.zeros(n_directions, n_directions, dtype=torch.float64, device=spool.device)
     energy = 0.0
     for block in spool.blocks(columns):
         block -= mean
@@ -88,7 +94,7 @@ def principal_components(
     leading = directions.flip(1)[:, :rank].float()
     spectrum = values.flip(0)[:rank].clamp_min(0).float() / spool.n_rows
     vectors = _fix_signs(leading if guess is None else guess @ leading).to(torch.float16)
-    return PrincipalComponents(Basis(mean, vectors, spectrum), energy / spool.n_rows)
+    return PrincipalComponents(Basis(mean.cpu(), vectors.cpu(), spectrum.cpu()), energy / spool.n_rows)
 
 
 def block_diagonal(parts: list[PrincipalComponents], rank: int) -> PrincipalComponents:

@@ -73,7 +73,8 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers-per-basis", type=int, metavar="N", help="bases over groups of N layers, not over all")
     parser.add_argument("--sink-tokens", type=int, default=4, metavar="N", help="first tokens left out (default: 4)")
     parser.add_argument("--spool-directory", type=Path, metavar="DIR", help="for the rows (default: the system's)")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="where the model runs and bases are found (default: cpu)")
+    parser.add_argument("--fit-device", metavar="DEVICE", help="where bases are found, if elsewhere")
 
     parser = add_verb(
         verbs,
@@ -97,6 +98,8 @@ def calibrate(options: argparse.Namespace) -> Outcome:
 
     check_output(options.output, options.force)
     check_device(options.device)
+    if options.fit_device is not None:
+        check_device(options.fit_device)
     for path in options.text:
         # A file that is missing shows now and not when the files before it are done.
         path.open("rb").close()
@@ -115,6 +118,7 @@ def calibrate(options: argparse.Namespace) -> Outcome:
         kv_heads=options.kv_heads,
         layers_per_basis=options.layers_per_basis,
         spool_directory=options.spool_directory,
+        device=options.fit_device,
         **given,
     )
     calibration.save(options.output)

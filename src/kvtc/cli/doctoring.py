@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CORE = ("torch", "numpy", "numba", "safetensors", "tqdm")
 OPTIONAL = {
     "triton": "kernels for CUDA devices",
-    "nvidia-nvcomp-cu12": "lossless coding on CUDA 12 devices, so far in a benchmark alone",
+    "nvidia-nvcomp-cu12": "DEFLATE of streams written on CUDA devices",
     "nvidia-nvcomp-cu13": "the same with CUDA 13",
     "transformers": "calibrating models of transformers, coding their caches",
     "zstandard": "the lossless coder zstd",
@@ -187,9 +187,14 @@ def _check_matplotlib() -> None:
 
 
 def _check_nvcomp() -> None:
-    from ..backends.nvcomp import require_nvcomp
+    import torch
 
-    require_nvcomp()
+    from ..backends.nvcomp import obstacle
+    from ..errors import MissingDependency
+
+    reason = obstacle(torch.device("cuda"))
+    if reason is not None:
+        raise MissingDependency(reason)
 
 
 def _check_reference_model() -> None:

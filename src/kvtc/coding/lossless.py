@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import struct
 import zlib
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
 from ..errors import CorruptStream, InvalidArgument, MissingDependency
 
@@ -18,6 +20,30 @@ CODER_IDS = {"none": 0, "deflate": 1, "zstd": 2, "lz4": 3}
 CODER_NAMES = {number: name for name, number in CODER_IDS.items()}
 _DEFLATE_LEVEL = 6
 _ZSTD_LEVEL = 19
+
+
+class BlockCoder(Protocol):
+    """Codes the blocks of many sections in one call, on a device; what it does not take is coded here.
+
+    Safe to share between threads.
+    coder: of `CODER_IDS`; n_bytes: before coding.
+    """
+
+    def writes(self, coder: str, n_bytes: int) -> bool:
+        """Whether it is to code so many bytes."""
+        ...
+
+    def reads(self, coder: str, n_bytes: int) -> bool:
+        """Whether it is to decode them."""
+        ...
+
+    def compress_blocks(self, blocks: Sequence[bytes], coder: str) -> list[bytes]:
+        """Each block, of 1 .. BLOCK_BYTES bytes, as docs/format.md has it."""
+        ...
+
+    def decompress_blocks(self, blocks: Sequence[bytes], sizes: Sequence[int], coder: str) -> list[bytes]:
+        """Blocks of exactly these sizes, or `CorruptStream`."""
+        ...
 
 
 def require_coder(name: str) -> None:
@@ -34,8 +60,14 @@ def compress(data: bytes, coder: str) -> bytes:
     """Code `data` block by block; the result of `none` is `data` itself."""
     if coder == "none":
         return data
-    blocks = [_compress_block(data[start : start + BLOCK_BYTES], coder) for start in range(0, len(data), BLOCK_BYTES)]
-    return struct.pack(f"<{len(blocks)}I", *map(len, blocks)) + b"".join(blocks)
+    return _joined([_compress_block(block, coder) for block in _cut(data)])
+
+
+def compress_all(parts: Sequence[bytes], coder: str, block_coder: BlockCoder) -> list[bytes]:
+    """`compress` of each part, the blocks of all of them in one call of a block coder."""
+    cut = [_cut(part) for part in parts]
+    coded = iter(block_coder.compress_blocks([block for blocks in cut for block in blocks], coder))
+    return [_joined([next(coded) for _ in blocks]) for blocks in cut]
 
 
 def decompress(stored: bytes | memoryview, raw_bytes: int, coder: str) -> bytes:
@@ -47,21 +79,42 @@ def decompress(stored: bytes | memoryview, raw_bytes: int, coder: str) -> bytes:
         if len(stored) != raw_bytes:
             raise CorruptStream(f"{raw_bytes} bytes expected, {len(stored)} stored without a coder")
         return bytes(stored)
+    parts = []
+    for index, (block, expected) in enumerate(zip(*_split(stored, raw_bytes), strict=True)):
+        part = _decompress_block(block, expected, coder)
+        if len(part) != expected:
+            raise CorruptStream(f"block {index} decodes to {len(part)} bytes, {expected} expected")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def decompress_all(parts: Sequence[tuple[bytes | memoryview, int]], coder: str, block_coder: BlockCoder) -> list[bytes]:
+    """`decompress` of parts (stored, raw bytes), the blocks of all of them in one call of a block coder."""
+    split = [_split(stored, raw_bytes) for stored, raw_bytes in parts]
+    blocks, sizes = [block for part in split for block in part[0]], [size for part in split for size in part[1]]
+    decoded = iter(block_coder.decompress_blocks(blocks, sizes, coder))
+    return [b"".join([next(decoded) for _ in part[0]]) for part in split]
+
+
+def _cut(data: bytes) -> list[bytes]:
+    return [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
+
+
+def _joined(blocks: Sequence[bytes]) -> bytes:
+    return struct.pack(f"<{len(blocks)}I", *map(len, blocks)) + b"".join(blocks)
+
+
+def _split(stored: bytes | memoryview, raw_bytes: int) -> tuple[list[bytes], list[int]]:
+    """The coded blocks of a section, and what each decodes to."""
     n_blocks = -(-raw_bytes // BLOCK_BYTES)
     if 4 * n_blocks > len(stored):
         raise CorruptStream(f"{n_blocks} coded blocks are claimed in {len(stored)} bytes")
     lengths = struct.unpack_from(f"<{n_blocks}I", stored)
     if 4 * n_blocks + sum(lengths) != len(stored):
         raise CorruptStream(f"coded blocks of {sum(lengths)} bytes in a section of {len(stored)}")
-    parts, offset = [], 4 * n_blocks
-    for index, length in enumerate(lengths):
-        expected = min(BLOCK_BYTES, raw_bytes - index * BLOCK_BYTES)
-        part = _decompress_block(bytes(stored[offset : offset + length]), expected, coder)
-        if len(part) != expected:
-            raise CorruptStream(f"block {index} decodes to {len(part)} bytes, {expected} expected")
-        parts.append(part)
-        offset += length
-    return b"".join(parts)
+    stops = list(accumulate(lengths, initial=4 * n_blocks))
+    blocks = [bytes(stored[start:stop]) for start, stop in pairwise(stops)]
+    return blocks, [min(BLOCK_BYTES, raw_bytes - start) for start in range(0, raw_bytes, BLOCK_BYTES)]
 
 
 def _compress_block(block: bytes, coder: str) -> bytes:

@@ -51,6 +51,10 @@ class Metric:
         """The metric of stored roots."""
         return cls(roots.float(), torch.linalg.inv(roots.double()).float())
 
+    def to(self, device: torch.device) -> Metric:
+        """The same on a device."""
+        return Metric(self.roots.to(device), self.inverses.to(device))
+
     def weigh(self, rows: Tensor) -> Tensor:
         """Joint rows [T, 2 p] -> rows times the roots."""
         return _times_blocks(rows, self.roots)

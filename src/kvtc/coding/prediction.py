@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .device import CPU
+
 N_TOKENS_SEEN = 3
 NO_TOKEN = -1
 """Stands for the predecessor of the first tokens."""
@@ -74,25 +76,27 @@ def token_features(table: Tensor, triples: Tensor) -> Tensor:
     return torch.cat([rows.flatten(1), torch.ones(len(triples), 1, device=table.device)], dim=1)
 
 
-def reduce_embeddings(embeddings: Tensor, rank: int) -> Tensor:
+def reduce_embeddings(embeddings: Tensor, rank: int, device: torch.device = CPU) -> Tensor:
     """Input embeddings [vocabulary, hidden] -> a table [vocabulary, min(rank, hidden)] int8 of their leading directions.
+
+    It is computed, and stays, on `device`.
 
     Each token's embedding is taken at unit length, as the normalization before the first attention takes it: keys and values of
     the first layer are then linear in it. Each column has its own scale, which the weights behind it take up.
     """
     # Block by block: in float32 a large vocabulary takes gigabytes.
     blocks = torch.split(embeddings.detach(), _EMBEDDINGS_AT_ONCE)
-    mean = torch.stack([_at_unit_length(block).sum(dim=0) for block in blocks]).sum(dim=0) / len(embeddings)
-    moments = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    mean = torch.stack([_at_unit_length(block, device).sum(dim=0) for block in blocks]).sum(dim=0) / len(embeddings)
+    moments = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
     for block in blocks:
-        rows = _at_unit_length(block) - mean
+        rows = _at_unit_length(block, device) - mean
         moments += rows.T @ rows
     leading = torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :rank].float()
-    reduced = torch.cat([(_at_unit_length(block) - mean) @ leading for block in blocks])
+    reduced = torch.cat([(_at_unit_length(block, device) - mean) @ leading for block in blocks])
     largest = reduced.abs().amax(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
     table: Tensor = (reduced * (_LARGEST / largest)).round().to(torch.int8)
     return table
 
 
-def _at_unit_length(embeddings: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(embeddings.float().cpu(), dim=1)
+def _at_unit_length(embeddings: Tensor, device: torch.device) -> Tensor:
+    return torch.nn.functional.normalize(embeddings.to(device).float(), dim=1)

@@ -36,6 +36,10 @@ class Basis:
         """r: coefficients the basis can express."""
         return self.vectors.shape[1]
 
+    def matrices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and vectors as `project` takes them, float32 on a device."""
+        return self.mean.to(device), self.vectors.to(device).float()
+
 
 def project(rows: Tensor, mean: Tensor, vectors: Tensor) -> Tensor:
     """Rows [T, p] -> coefficients [T, n] float32 in the columns of `vectors` [p, n] float32."""

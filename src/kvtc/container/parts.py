@@ -16,7 +16,7 @@ def split_stream(data: bytes | memoryview) -> list[bytes]:
     parts = []
     for index, chunk in enumerate(stream.chunks):
         chosen = [stream.find(SectionType.RATE), *(stream.find(section, index) for section in chunk.sections())]
-        stored = [bytes(stream.data[s.offset : s.offset + s.stored_bytes]) for s in chosen]
+        stored = [bytes(stream.stored(s)) for s in chosen]
         entries = [s if s.chunk == STREAM_WIDE else replace(s, chunk=0) for s in chosen]
         parts.append(assemble(stream.header, [chunk], entries, stored))
     return parts
@@ -43,7 +43,7 @@ def join_streams(parts: Sequence[bytes | memoryview]) -> bytes:
             if section.chunk != STREAM_WIDE or index == 0:
                 chunk = section.chunk if section.chunk == STREAM_WIDE else section.chunk + len(chunks)
                 entries.append(replace(section, chunk=chunk))
-                stored.append(bytes(stream.data[section.offset : section.offset + section.stored_bytes]))
+                stored.append(bytes(stream.stored(section)))
         chunks += stream.chunks
     try:
         check_order(chunks, first.header)
@@ -53,6 +53,4 @@ def join_streams(parts: Sequence[bytes | memoryview]) -> bytes:
 
 
 def _rate_bytes(stream: Stream) -> bytes:
-    return b"".join(
-        bytes(stream.data[s.offset : s.offset + s.stored_bytes]) for s in stream.sections if s.chunk == STREAM_WIDE
-    )
+    return b"".join(stream.stored(s) for s in stream.sections if s.chunk == STREAM_WIDE)

@@ -7,6 +7,7 @@ the last section ends exactly where the stream ends. No length in a stream alloc
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import struct
 import zlib
@@ -18,9 +19,11 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from ..coding.lossless import compress, decompress
+from ..coding.lossless import BlockCoder, compress, compress_all, decompress, decompress_all
 from ..errors import CorruptStream, InvalidArgument
+from .stream_data import StreamData, open_data
 from .tables import (
     CHUNK_BYTES,
     DIGEST_BYTES,
@@ -36,10 +39,14 @@ from .tables import (
     pack_header,
     pack_section,
     parse_chunk,
-    parse_counts,
     parse_header,
     parse_sections,
 )
+
+logger = logging.getLogger(__name__)
+
+Wanted = tuple[SectionType, int, int | None]
+"""A section that is to be read: type, chunk, and how many bytes it must hold; None for a final one, whose length is its own."""
 
 _WORTH_THREADS = 1 << 20
 """Stored bytes from which checksums and lossless coders are worth starting threads for; they release the interpreter lock."""
@@ -70,12 +77,16 @@ class CodedSection:
 
 @dataclass(frozen=True)
 class Stream:
-    """A parsed stream: tables checked, sections not yet read."""
+    """A parsed stream: tables checked, sections not yet read. data: its bytes, which may lie on a device."""
 
     header: Header
     chunks: tuple[Chunk, ...]
     sections: tuple[Section, ...]
-    data: memoryview
+    data: StreamData
+
+    @property
+    def n_bytes(self) -> int:
+        return self.data.n_bytes
 
     @property
     def n_tokens(self) -> int:
@@ -85,28 +96,62 @@ class Stream:
         """The section of a type and chunk; the parser guarantees those that `Chunk.sections` names."""
         return self._index[section_type, chunk]
 
+    def stored(self, section: Section) -> memoryview:
+        """The bytes of a section as they are stored."""
+        return self.data.on_host([section.span])[0]
+
     def read(self, section_type: SectionType, chunk: int, raw_bytes: int | None) -> bytes:
         """Verify and decode a section that must hold `raw_bytes` bytes; None for a final one, whose length is its own."""
-        section = self.find(section_type, chunk)
-        where = f"section {section_type.name.lower()}" + ("" if chunk == STREAM_WIDE else f" of chunk {chunk}")
-        if raw_bytes is None and (section.coder != "none" or section.raw_bytes != section.stored_bytes):
-            raise CorruptStream(f"{where} is coded twice (coder {section.coder}); it must be stored as it is")
-        if raw_bytes is not None and section.raw_bytes != raw_bytes:
-            raise CorruptStream(f"{where} claims {section.raw_bytes} bytes; its tokens need {raw_bytes}")
-        stored = self.data[section.offset : section.offset + section.stored_bytes]
-        if zlib.crc32(stored) != section.checksum:
-            raise CorruptStream(f"{where} fails its checksum")
-        try:
-            return decompress(stored, section.raw_bytes, section.coder)
-        except CorruptStream as error:
-            raise CorruptStream(f"{where}: {error}") from error
+        return self.read_all([(section_type, chunk, raw_bytes)])[0]
 
-    def read_all(self, wanted: Sequence[tuple[SectionType, int, int | None]]) -> list[bytes]:
-        """`read` of several sections: type, chunk and raw bytes of each. Side by side where they are large."""
-        if sum(self.find(kind, chunk).stored_bytes for kind, chunk, _ in wanted) < _WORTH_THREADS:
-            return [self.read(*one) for one in wanted]
-        with ThreadPoolExecutor(max_workers=_threads()) as pool:
-            return list(pool.map(lambda one: self.read(*one), wanted))
+    def read_all(self, wanted: Sequence[Wanted], block_coder: BlockCoder | None = None) -> list[bytes]:
+        """`read` of several sections. Side by side where they are large.
+
+        block_coder: decodes the blocks of all of them at once, where it takes them. What it refuses is read without it, which
+        also says what is wrong with a section.
+        """
+        sections = [self._checked(*one) for one in wanted]
+        stored = self.data.on_host([section.span for section in sections])
+        read = {} if block_coder is None else _decoded_with(block_coder, sections, stored)
+        left = [index for index in range(len(sections)) if index not in read]
+        its_sections, its_bytes = [sections[index] for index in left], [stored[index] for index in left]
+        if sum(map(len, its_bytes)) < _WORTH_THREADS:
+            rest = list(map(_decoded, its_sections, its_bytes))
+        else:
+            with ThreadPoolExecutor(max_workers=_threads()) as pool:
+                rest = list(pool.map(_decoded, its_sections, its_bytes))
+        read |= zip(left, rest, strict=True)
+        return [read[index] for index in range(len(sections))]
+
+    def leave(self, wanted: Sequence[Wanted]) -> dict[tuple[SectionType, int], Tensor]:
+        """Those of the sections that can be used where they lie: on a device, and without a lossless coder.
+
+        Their checksums are not verified there: that was done, if at all, before the stream came to the device.
+        """
+        sections = [] if self.data.whole is None else [self._checked(*one) for one in wanted]
+        plain = [section for section in sections if section.coder == "none"]
+        found = [(section, self.data.on_device(section.span)) for section in plain]
+        return {(section.type, section.chunk): data for section, data in found if data is not None}
+
+    def verify(self) -> None:
+        """Raise `CorruptStream` unless every section has the bytes that its checksum was made of."""
+        for section in self.sections:
+            _verify(section, self.stored(section))
+
+    def _checked(self, section_type: SectionType, chunk: int, raw_bytes: int | None) -> Section:
+        """A section whose entry says what it must."""
+        section = self.find(section_type, chunk)
+        if raw_bytes is None and (section.coder != "none" or section.raw_bytes != section.stored_bytes):
+            raise CorruptStream(
+                f"{section.describe()} is coded twice (coder {section.coder}); it must be stored as it is"
+            )
+        if raw_bytes is not None and section.raw_bytes != raw_bytes:
+            raise CorruptStream(f"{section.describe()} claims {section.raw_bytes} bytes; its tokens need {raw_bytes}")
+        if section.coder == "none" and section.raw_bytes != section.stored_bytes:
+            raise CorruptStream(
+                f"{section.describe()}: {section.raw_bytes} bytes expected, {section.stored_bytes} stored without a coder"
+            )
+        return section
 
     @cached_property
     def _index(self) -> dict[tuple[SectionType, int], Section]:
@@ -117,28 +162,72 @@ def _threads() -> int:
     return min(8, os.cpu_count() or 1)
 
 
+def _decoded_with(
+    block_coder: BlockCoder, sections: Sequence[Section], stored: Sequence[memoryview]
+) -> dict[int, bytes]:
+    """What a block coder decodes of sections, by their index; their checksums are verified first."""
+    read: dict[int, bytes] = {}
+    for coder in sorted({section.coder for section in sections} - {"none"}):
+        mine = [index for index, section in enumerate(sections) if section.coder == coder]
+        sizes = [sections[index].raw_bytes for index in mine]
+        if not block_coder.reads(coder, sum(sizes)):
+            continue
+        for index in mine:
+            _verify(sections[index], stored[index])
+        coded = [(stored[index], size) for index, size in zip(mine, sizes, strict=True)]
+        try:
+            read |= zip(mine, decompress_all(coded, coder, block_coder), strict=True)
+        except CorruptStream as refusal:
+            logger.warning("%d sections are read without a device: %s", len(mine), refusal)
+    return read
+
+
+def _decoded(section: Section, stored: memoryview) -> bytes:
+    """The bytes behind a section's own, verified."""
+    _verify(section, stored)
+    try:
+        return decompress(stored, section.raw_bytes, section.coder)
+    except CorruptStream as error:
+        raise CorruptStream(f"{section.describe()}: {error}") from error
+
+
+def _verify(section: Section, stored: memoryview) -> None:
+    if zlib.crc32(stored) != section.checksum:
+        raise CorruptStream(f"{section.describe()} fails its checksum")
+
+
 def token_digest(token_ids: npt.NDArray[np.int64]) -> bytes:
     """Names the token ids of a chunk: first 8 bytes of the SHA-256 of them as little-endian int64."""
     return hashlib.sha256(token_ids.astype("<i8").tobytes()).digest()[:DIGEST_BYTES]
 
 
-def code_payloads(payloads: Sequence[Payload], coder: str) -> list[CodedSection]:
-    """Each payload as it will be stored; one that coding would lengthen is stored as it is."""
+def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCoder | None = None) -> list[CodedSection]:
+    """Each payload as it will be stored; one that coding would lengthen is stored as it is.
+
+    block_coder: codes the blocks of all of them at once, where it takes them.
+    """
     for payload in payloads:
         if len(payload.raw) >= 1 << 32:
             raise InvalidArgument(
                 f"a section of {len(payload.raw)} bytes; 4 GiB is the limit: use a smaller chunk_tokens"
             )
-    # The coders release the interpreter lock: sections are coded side by side.
-    with ThreadPoolExecutor(max_workers=_threads()) as pool:
-        coded = list(pool.map(lambda p: p.raw if p.is_final else compress(p.raw, coder), payloads))
+    coded = iter(_compressed([payload.raw for payload in payloads if not payload.is_final], coder, block_coder))
     sections = []
-    for payload, data in zip(payloads, coded, strict=True):
+    for payload in payloads:
+        data = payload.raw if payload.is_final else next(coded)
         is_shorter = len(data) < len(payload.raw)
         stored, used = (data, coder) if is_shorter else (payload.raw, "none")
         entry = Section(payload.type, used, payload.chunk, len(payload.raw), len(stored), zlib.crc32(stored), 0)
         sections.append(CodedSection(entry, stored))
     return sections
+
+
+def _compressed(parts: Sequence[bytes], coder: str, block_coder: BlockCoder | None) -> list[bytes]:
+    if block_coder is not None and block_coder.writes(coder, sum(map(len, parts))):
+        return compress_all(parts, coder, block_coder)
+    # The coders release the interpreter lock: sections are coded side by side.
+    with ThreadPoolExecutor(max_workers=_threads()) as pool:
+        return list(pool.map(lambda part: compress(part, coder), parts))
 
 
 def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[CodedSection]) -> bytes:
@@ -150,20 +239,20 @@ def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[Cod
     return assemble(replace(header, has_gaps=has_gaps), chunks, entries, stored)
 
 
-def parse_stream(data: bytes | bytearray | memoryview) -> Stream:
-    """Read and check the tables of a stream. Raises `TruncatedStream`, `CorruptStream` or `UnsupportedVersion`."""
-    if not isinstance(data, (bytes, bytearray, memoryview)):
-        raise InvalidArgument(f"a stream is bytes; got {type(data).__name__}")
-    view = memoryview(data).cast("B")
-    counts = parse_counts(view)
+def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
+    """Read and check the tables of a stream: bytes, or uint8 [bytes] on a device, where sections then stay until they are read.
+
+    Raises `TruncatedStream`, `CorruptStream` or `UnsupportedVersion`.
+    """
+    opened, counts = open_data(data)
+    view = opened.head
     if zlib.crc32(view[HEADER_BYTES : counts.tables_end], zlib.crc32(view[: HEADER_BYTES - 4])) != counts.checksum:
         raise CorruptStream("header and tables fail their checksum")
     header = parse_header(view)
     starts = range(HEADER_BYTES, counts.chunks_end, CHUNK_BYTES)
     chunks = tuple(parse_chunk(view, offset, index, header) for index, offset in enumerate(starts))
     check_order(chunks, header)
-    sections = parse_sections(view, counts.chunks_end, counts.n_sections, counts.tables_end, chunks)
-    return Stream(header, chunks, sections, view)
+    return Stream(header, chunks, parse_sections(view, counts, chunks, opened.n_bytes), opened)
 
 
 def assemble(header: Header, chunks: Sequence[Chunk], entries: Sequence[Section], stored: Sequence[bytes]) -> bytes:

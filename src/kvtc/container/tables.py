@@ -121,6 +121,15 @@ class Section:
     checksum: int
     offset: int
 
+    @property
+    def span(self) -> slice:
+        """Where it stands in the stream."""
+        return slice(self.offset, self.offset + self.stored_bytes)
+
+    def describe(self) -> str:
+        """Which one it is, for messages."""
+        return f"section {self.type.name.lower()}" + ("" if self.chunk == STREAM_WIDE else f" of chunk {self.chunk}")
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -165,8 +174,11 @@ def pack_header(header: Header, n_chunks: int, n_sections: int) -> bytes:
     )[:-4]
 
 
-def parse_counts(view: memoryview) -> Counts:
-    """Check magic, version and the size of the tables, before anything of them is believed."""
+def parse_counts(view: memoryview, n_bytes: int) -> Counts:
+    """Check magic, version and the size of the tables, before anything of them is believed.
+
+    view: the header at least, of a stream of n_bytes bytes.
+    """
     if len(view) < HEADER_BYTES:
         if bytes(view[: len(MAGIC)]) != MAGIC[: len(view)]:
             raise CorruptStream("this is not a kvtc stream: it does not begin with KVTC")
@@ -186,8 +198,8 @@ def parse_counts(view: memoryview) -> Counts:
             "a chunk are possible"
         )
     counts = Counts(n_chunks, n_sections, checksum)
-    if len(view) < counts.tables_end:
-        raise TruncatedStream(f"header and tables take {counts.tables_end} bytes; only {len(view)} bytes are here")
+    if n_bytes < counts.tables_end:
+        raise TruncatedStream(f"header and tables take {counts.tables_end} bytes; only {n_bytes} bytes are here")
     return counts
 
 
@@ -291,17 +303,16 @@ def check_order(chunks: Sequence[Chunk], header: Header) -> None:
             region = max(region, number) if count else region
 
 
-def parse_sections(
-    view: memoryview, offset: int, count: int, data_start: int, chunks: Sequence[Chunk]
-) -> tuple[Section, ...]:
+def parse_sections(view: memoryview, counts: Counts, chunks: Sequence[Chunk], n_bytes: int) -> tuple[Section, ...]:
+    """The section table in view, of a stream of n_bytes bytes."""
     wanted = [(SectionType.RATE, STREAM_WIDE)]
     wanted += [(section, index) for index, chunk in enumerate(chunks) for section in chunk.sections()]
-    if len(wanted) != count:
-        raise CorruptStream(f"the chunks need {len(wanted)} sections; {count} are in the table")
-    sections, start = [], data_start
+    if len(wanted) != counts.n_sections:
+        raise CorruptStream(f"the chunks need {len(wanted)} sections; {counts.n_sections} are in the table")
+    sections, start = [], counts.tables_end
     for number, (section_type, chunk) in enumerate(wanted):
         kind, coder, reserved, owner, raw, stored, checksum = _SECTION.unpack_from(
-            view, offset + number * SECTION_BYTES
+            view, counts.chunks_end + number * SECTION_BYTES
         )
         if (kind, owner) != (section_type, chunk) or coder not in CODER_NAMES or reserved:
             raise CorruptStream(
@@ -309,8 +320,8 @@ def parse_sections(
             )
         sections.append(Section(section_type, CODER_NAMES[coder], chunk, raw, stored, checksum, start))
         start += stored
-    if len(view) < start:
-        raise TruncatedStream(f"the tables describe {start} bytes; only {len(view)} bytes are here")
-    if len(view) > start:
-        raise CorruptStream(f"{len(view) - start} bytes follow the last section")
+    if n_bytes < start:
+        raise TruncatedStream(f"the tables describe {start} bytes; only {n_bytes} bytes are here")
+    if n_bytes > start:
+        raise CorruptStream(f"{n_bytes - start} bytes follow the last section")
     return tuple(sections)

@@ -187,15 +187,17 @@ def calibrate(
     profiles: Sequence[str] = tuple(PROFILES),
     metric_power: float = METRIC_POWER,
     metric_ridge: float = METRIC_RIDGE,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> Calibration:
     """Calibrate on the caches of `token_sequences` (any iterable, read once); the first also verifies the rotation.
 
     Sequences of at most `sink_tokens` tokens hold nothing to learn from and are skipped. `layers` and `kv_heads` are
     as in `geometry_of`; `options` go to `kvtc.calibration.fit.fit`. profiles: what the calibration shall serve; `paper` always
-    does. metric_power, metric_ridge: as in `Metric.from_sensitivity`. Of a whole model, every 16th sequence of at least 384 tokens,
-    up to 8, is not fitted to: quality is measured on them (`measure_quality`). Errors as of `geometry_of`, `capture`,
-    `verify_rope` and `fit`; `InvalidArgument` if no sequence is long enough, or an unknown profile.
+    does. metric_power, metric_ridge: as in `Metric.from_sensitivity`. device: where it is fitted; None: where the embeddings are.
+    Of a whole model, every 16th sequence of at least 384 tokens, up to 8, is not fitted to: quality is measured on them
+    (`measure_quality`). Errors as of `geometry_of`, `capture`, `verify_rope` and `fit`; `InvalidArgument` if no sequence is long
+    enough, or an unknown profile.
     """
     from ..calibration.fit import fit
 
@@ -215,12 +217,14 @@ def calibrate(
     to_capture, to_predict = itertools.tee(itertools.chain([first], usable))
     # A parameter shared by several modules is listed once.
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = model.get_input_embeddings().weight
     options |= {"sink_tokens": sink_tokens, "model_parameters": parameters}
+    options["device"] = embeddings.device if device is None else device
     if set(profiles) <= {"paper"}:
         return fit(geometry, (capture(model, ids, geometry) for ids in to_capture), **options)
     recorder = SensitivityRecorder(model, geometry, sink_tokens)
     if "conditional" in profiles:
-        options |= {"token_ids": to_predict, "embeddings": model.get_input_embeddings().weight}
+        options |= {"token_ids": to_predict, "embeddings": embeddings}
     calibration = fit(
         geometry,
         _recorded(model, geometry, to_capture, recorder),

@@ -8,7 +8,7 @@ grows codes only its new chunks: tokens that leave the window become part of one
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import interop
+from ..backends import Bytes
 from ..cache import KVCache
 from ..codec import Codec
 from ..errors import InvalidArgument, KvtcError, StoreError
@@ -224,7 +225,7 @@ class PrefixCache:
         for index in range(len(nodes) - 1, max(-1, len(nodes) - 3), -1):
             start = index * self.chain.chunk_tokens
             key = self._tail_key(ids, nodes, index)
-            entry = self._get([key])[0] if key else None
+            entry = self._get([key], self.store.get_many)[0] if key else None
             if key is None or entry is None:
                 continue
             try:
@@ -243,19 +244,19 @@ class PrefixCache:
     def _tail_key(self, ids: TokenIds, nodes: list[bytes], index: int) -> str | None:
         return self.chain.tail_key(nodes[index], ids[index * self.chain.chunk_tokens :])
 
-    def _fetch(self, keys: list[str] | None) -> Future[list[bytes | None]] | None:
-        return None if keys is None else self._fetcher.submit(self._get, keys)
+    def _fetch(self, keys: list[str] | None) -> Future[list[Any]] | None:
+        return None if keys is None else self._fetcher.submit(self._get, keys, self.store.resident_many)
 
-    def _get(self, keys: list[str]) -> list[bytes | None]:
+    def _get(self, keys: list[str], read: Callable[[list[str]], list[Any]]) -> list[Any]:
         try:
-            entries = self.store.get_many(keys)
+            entries = read(keys)
         except StoreError:
             self._counters.add(store_errors=1)
             return [None] * len(keys)
         self._counters.add(bytes_read=sum(len(entry) for entry in entries if entry is not None))
         return entries
 
-    def _decode(self, key: str, stream: bytes | None, ids: TokenIds, n_tokens: int) -> KVCache | None:
+    def _decode(self, key: str, stream: Bytes | None, ids: TokenIds, n_tokens: int) -> KVCache | None:
         """The first n_tokens of a stream; None, counted, where there is none or it cannot be used."""
         if stream is None:
             return None

@@ -6,9 +6,12 @@ Activity classes of its tokens, two bits each; the length of the rANS data; the 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from ..backends import Bytes, CodedIntegers, IntegerBytes
 from ..coding.bitpack import packed_bytes
@@ -30,17 +33,27 @@ def join_integers(parts: IntegerBytes) -> bytes:
 
 
 def split_integers(
-    data: Bytes, n: int, classes: npt.NDArray[np.uint8], tables: ProbabilityTables, step: float
+    data: Bytes, head: bytes, n: int, classes: npt.NDArray[np.uint8], tables: ProbabilityTables, step: float
 ) -> CodedIntegers:
-    """At least `least_bytes(n)` bytes -> the parts of a chunk of n tokens; they take all bytes."""
+    """The parts of a chunk of n tokens, which take all bytes of data; head: the first `least_bytes(n)` of them."""
     n_side, start = packed_bytes(n, ACTIVITY_BITS), least_bytes(n)
-    (n_coded,) = _LENGTH.unpack(host_bytes(data[n_side:start]))
+    (n_coded,) = _LENGTH.unpack(head[n_side:start])
     if n_coded > len(data) - start:
         raise CorruptStream(f"a chunk claims {n_coded} bytes of symbols; {len(data) - start} are left")
     stop = start + n_coded
     return CodedIntegers(n, data[:n_side], data[start:stop], data[stop:], classes, tables, step)
 
 
-def host_bytes(data: Bytes) -> bytes:
-    """Bytes in the host's memory, wherever they lie."""
-    return data if isinstance(data, bytes) else data.cpu().numpy().tobytes()
+def heads_of(chunks: Sequence[Bytes], counts: Sequence[int]) -> list[bytes]:
+    """The first bytes of chunks in the host's memory, so many of each; from a device they come over in one copy."""
+    firsts = [chunk[:count] for chunk, count in zip(chunks, counts, strict=True)]
+    tensors = [first for first in firsts if isinstance(first, Tensor)]
+    copied = torch.cat(tensors).cpu().numpy().tobytes() if tensors else b""
+    heads, start = [], 0
+    for first in firsts:
+        if isinstance(first, Tensor):
+            heads.append(copied[start : start + len(first)])
+            start += len(first)
+        else:
+            heads.append(first)
+    return heads

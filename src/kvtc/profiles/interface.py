@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..backends import Bytes
@@ -66,6 +67,16 @@ class CodedBody:
     plan: Any
     triples: Tensor | None
     is_window: bool = False
+
+    def on(self, device: torch.device) -> CodedBody:
+        """The same, its bytes on that device if they are on any; to be read on the current stream."""
+        if not isinstance(self.data, Tensor):
+            return self
+        data = self.data.to(device)
+        if data.is_cuda:
+            # A store may evict them before they are read, and give their memory to others on another stream.
+            data.record_stream(torch.cuda.current_stream(device))
+        return replace(self, data=data)
 
 
 @dataclass(frozen=True)

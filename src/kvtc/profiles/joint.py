@@ -23,7 +23,7 @@ from ..coding.rans import count_lanes
 from ..coding.uniform import column_classes
 from ..errors import CorruptStream, InvalidArgument
 from .coefficients import Coefficients, JointTransform, cheapest
-from .integers import host_bytes, join_integers, least_bytes, split_integers
+from .integers import heads_of, join_integers, least_bytes, split_integers
 from .interface import Allowance, BodyRows, CodedBody, CodedRows
 from .step_rate import SEARCH_TOKENS, CostEstimate, Sample, StepRate, finest_step, nearest_step
 
@@ -190,8 +190,9 @@ class JointCoder:
     def decode(self, bodies: Sequence[CodedBody]) -> Tensor:
         """Coefficients [T, n] as the transform restores rows from them, n <= r: no further ones are needed."""
         flags, chunks = [], []
-        for body in bodies:
-            flag, integers = self._split(body)
+        least = [self._least(body) for body in bodies]
+        for body, head in zip(bodies, heads_of([body.data for body in bodies], least), strict=True):
+            flag, integers = self._split(body, head)
             flags.append(flag)
             chunks.append(integers)
         transform = self._transform()
@@ -217,23 +218,24 @@ class JointCoder:
         )
         return keys, values
 
-    def _split(self, body: CodedBody) -> tuple[int, CodedIntegers]:
-        """Whether a chunk is predicted, and the parts of its bytes."""
-        self._check_length(body)
-        flag, data = (host_bytes(body.data[:1])[0], body.data[1:]) if self.needs_tokens else (0, body.data)
+    def _split(self, body: CodedBody, head: bytes) -> tuple[int, CodedIntegers]:
+        """Whether a chunk is predicted, and the parts of its bytes; head: its least bytes."""
+        flag, data = (head[0], body.data[1:]) if self.needs_tokens else (0, body.data)
         if flag > 1:
             raise CorruptStream(f"a chunk is predicted (1) or not (0); it says {flag}")
         model = self._model if flag else self._joint.coefficients
         step = body.plan.step_of(body)
-        return flag, split_integers(data, body.n_tokens, column_classes(model.deviations, step), model.tables, step)
+        classes, head = column_classes(model.deviations, step), head[int(self.needs_tokens) :]
+        return flag, split_integers(data, head, body.n_tokens, classes, model.tables, step)
 
-    def _check_length(self, body: CodedBody) -> None:
-        """`CorruptStream` for less than each token takes at least: no memory is asked for by a count of tokens alone."""
+    def _least(self, body: CodedBody) -> int:
+        """What its tokens take at least; `CorruptStream` for less: no memory is asked for by a count of tokens alone."""
         least = least_bytes(body.n_tokens) + self.needs_tokens
         if len(body.data) < least:
             raise CorruptStream(
                 f"a chunk of {body.n_tokens} tokens needs at least {least} bytes; it has {len(body.data)}"
             )
+        return least
 
     def _require_served(self, step: float) -> None:
         if not self._serves(step):

@@ -13,12 +13,15 @@ from .urls import StoreUrl, parse_bytes, parse_seconds
 
 __all__ = ["Store", "StoreStatistics", "encrypted", "open_store"]
 
+# Imported when one is opened: a package may be missing, and what lies on devices is a room above.
 _SCHEMES = {
-    "memory": "memory:MemoryStore",
-    "file": "file:FileStore",
-    "redis": "redis_store:RedisStore",
-    "rediss": "redis_store:RedisStore",
-    "s3": "object_store:ObjectStore",
+    "memory": ".memory:MemoryStore",
+    "file": ".file:FileStore",
+    "redis": ".redis_store:RedisStore",
+    "rediss": ".redis_store:RedisStore",
+    "s3": ".object_store:ObjectStore",
+    "cuda": "..device_store:DeviceStore",
+    "device": "..device_store:DeviceStore",
 }
 _TIERED = "tiered:"
 
@@ -26,8 +29,9 @@ _TIERED = "tiered:"
 def open_store(url: str | Sequence[str | Store], **options: Any) -> Store:
     """Open the store that a URL names, or several as tiers; options win over those in the URL's query.
 
-    `memory:?bytes=1GB`, `file:///path?bytes=100GB`, `redis://host`, `rediss://host`, `s3://bucket/prefix?endpoint=...`; and
-    `tiered:memory:|file:///path`, the same as a list of URLs, whose own options come first: `tiered:?write=back|memory:|...`.
+    `memory:?bytes=1GB`, `cuda:0?bytes=8GB` (`device:` for any device of torch), `file:///path?bytes=100GB`, `redis://host`,
+    `rediss://host`, `s3://bucket/prefix?endpoint=...`; and `tiered:memory:|file:///path`, the same as a list of URLs, whose own
+    options come first: `tiered:?write=back|memory:|...`.
     Options of every single store: `namespace`, `on_error` (`raise` or `miss`), `key_file` or `key_variable` for encryption.
 
     Raises `InvalidArgument` for a URL or option that means nothing, `MissingDependency` for a store whose package is not installed,
@@ -54,7 +58,7 @@ def _open_one(url: StoreUrl) -> Store:
         raise InvalidArgument(f"store URL {str(url)!r}: expected a scheme of tiered, {', '.join(sorted(_SCHEMES))}")
     module, _, name = _SCHEMES[url.scheme].partition(":")
     keys = _take_keys(url)
-    opener = getattr(importlib.import_module(f".{module}", __name__), name)
+    opener = getattr(importlib.import_module(module, __name__), name)
     store: Store = opener.from_url(url)
     return encrypted(store, *keys) if keys else store
 

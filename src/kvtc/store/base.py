@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from ..errors import InvalidArgument, StoreUnavailable
 
@@ -81,6 +81,10 @@ class Store(ABC):
     @abstractmethod
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """One value or None for each key. Keys of a chain come first to last: its head is then evicted last."""
+
+    def resident_many(self, keys: Sequence[str]) -> list[Any]:
+        """As `get_many`, but values that lie on a device may be given as they lie there: uint8 tensors, read without a copy."""
+        return self.get_many(keys)
 
     def put(self, key: str, value: Value) -> None:
         """Keep a value, in place of an older one; `StoreFull` where it has no room."""

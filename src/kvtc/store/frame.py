@@ -49,17 +49,22 @@ def promised_bytes(head: bytes) -> int | None:
 
 def unseal(name: str, frame: bytes) -> bytes:
     """The value of a frame; `DamagedEntry` or `ForeignEntry` where there is none to be had."""
-    if len(frame) >= _HEADER.size and frame[:4] == MAGIC and frame[4] > VERSION:
-        raise ForeignEntry(f"frame version {frame[4]}; this library reads up to {VERSION}")
-    if len(frame) < FRAME_BYTES:
-        raise DamagedEntry(f"{len(frame)} bytes; a frame has at least {FRAME_BYTES}")
+    check_head(name, frame, len(frame))
     view = memoryview(frame)
     header, content = view[: _HEADER.size], view[FRAME_BYTES:]
-    if bytes(header) != _HEADER.pack(MAGIC, VERSION, content.nbytes, _digest(name.encode())):
-        raise DamagedEntry("magic, length or name do not fit")
     if bytes(view[_HEADER.size : FRAME_BYTES]) != _digest(header, content):
         raise DamagedEntry("checksum does not fit")
     return bytes(content)
+
+
+def check_head(name: str, head: bytes, n_bytes: int) -> None:
+    """Check what a frame of n_bytes bytes says in its first `FRAME_BYTES`, but for the checksum; errors as of `unseal`."""
+    if len(head) >= _HEADER.size and head[:4] == MAGIC and head[4] > VERSION:
+        raise ForeignEntry(f"frame version {head[4]}; this library reads up to {VERSION}")
+    if len(head) < FRAME_BYTES:
+        raise DamagedEntry(f"{len(head)} bytes; a frame has at least {FRAME_BYTES}")
+    if head[: _HEADER.size] != _HEADER.pack(MAGIC, VERSION, n_bytes - FRAME_BYTES, _digest(name.encode())):
+        raise DamagedEntry("magic, length or name do not fit")
 
 
 def _digest(*parts: bytes | memoryview) -> bytes:

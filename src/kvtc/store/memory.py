@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..errors import InvalidArgument, StoreFull
 from .base import StoreStatistics
@@ -24,7 +25,7 @@ class MemoryStore(FramedStore):
             raise InvalidArgument(f"bytes is {max_bytes}; expected a positive byte budget")
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._frames: OrderedDict[str, bytes] = OrderedDict()  # used longest ago comes first
+        self._frames: OrderedDict[str, Any] = OrderedDict()  # as `_hold` gives them; used longest ago comes first
         self._bytes = 0
 
     @classmethod
@@ -34,7 +35,7 @@ class MemoryStore(FramedStore):
         return cls(max_bytes, **url.take_common())
 
     def __repr__(self) -> str:
-        return f"MemoryStore({self._max_bytes} bytes)"
+        return f"{type(self).__name__}({self._max_bytes} bytes)"
 
     def statistics(self) -> StoreStatistics:
         with self._lock:
@@ -49,7 +50,8 @@ class MemoryStore(FramedStore):
     def _read(self, names: Sequence[str]) -> list[bytes | None]:
         with self._lock:
             self._mark_used(names)
-            return [self._frames.get(name) for name in names]
+            held = [self._frames.get(name) for name in names]
+        return [None if one is None else self._frame(one) for one in held]
 
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
         for name, frame in zip(names, frames, strict=True):
@@ -67,16 +69,38 @@ class MemoryStore(FramedStore):
         size = len(frame) + ENTRY_BYTES
         if size > self._max_bytes:
             raise StoreFull(f"an entry of {size} bytes exceeds the byte budget of {self!r}")
-        with self._lock:
-            self._drop(name)
-            evictions = 0
-            while self._bytes + size > self._max_bytes:
-                self._drop(next(iter(self._frames)))
-                evictions += 1
-            self._frames[name] = frame
-            self._bytes += size
+        evictions = self._reserve(name, size)
         if evictions:
             self._counters.add(evictions=evictions)
+        try:
+            held = self._hold(frame)
+        except BaseException:
+            with self._lock:
+                self._bytes -= size
+            raise
+        with self._lock:
+            self._drop(name)  # another thread's
+            self._frames[name] = held
+
+    def _reserve(self, name: str, size: int) -> int:
+        """Make room for an entry before it is held; entries evicted for it."""
+        evictions = 0
+        with self._lock:
+            self._drop(name)
+            while self._frames and self._bytes + size > self._max_bytes:
+                self._drop(next(iter(self._frames)))
+                evictions += 1
+            self._bytes += size
+        return evictions
+
+    def _hold(self, frame: bytes) -> Any:
+        """What stands for a frame here, of the same length."""
+        return frame
+
+    def _frame(self, held: Any) -> bytes:
+        """The frame that something stands for."""
+        frame: bytes = held
+        return frame
 
     def _drop(self, name: str) -> None:
         frame = self._frames.pop(name, None)
@@ -93,7 +117,8 @@ class MemoryStore(FramedStore):
 
     def _discard(self, name: str, frame: bytes) -> None:
         with self._lock:
-            if self._frames.get(name) is frame:
+            held = self._frames.get(name)
+            if held is not None and self._frame(held) == frame:
                 self._drop(name)
 
     def _list(self) -> Iterator[str]:

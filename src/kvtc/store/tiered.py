@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import InvalidArgument, StoreError, StoreFull, StoreUnavailable
 from .base import Store, StoreStatistics, Value, check_key, check_value
 from .write_back import WriteBack
 
 T = TypeVar("T")
+Read = Callable[[Store, Sequence[str]], list[Any]]
 WRITE = ("through", "back")
 DEFAULT_QUEUE_BYTES = 256 << 20
 DEFAULT_PAUSE_SECONDS = 5.0
@@ -93,15 +94,23 @@ class TieredStore(Store):
         return tuple(tier.store for tier in self._tiers)
 
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        return self._get(keys, _get_many)
+
+    def resident_many(self, keys: Sequence[str]) -> list[Any]:
+        """What the first tier holds on a device comes as it lies there; what lies below comes as bytes."""
+        return self._get(keys, lambda store, absent: store.resident_many(absent))
+
+    def _get(self, keys: Sequence[str], read_first: Read) -> list[Any]:
         self._check_open()
         keys = [check_key(key) for key in keys]
         versions = [self._versions[_stripe(key)] for key in keys]
-        values: list[bytes | None] = [None] * len(keys)
+        values: list[Any] = [None] * len(keys)
         absent = list(range(len(keys)))
         for depth, tier in enumerate(self._tiers):
             if not absent:
                 break
-            found = self._ask(depth, tier, [keys[i] for i in absent])
+            wanted = [keys[i] for i in absent]
+            found = self._ask(depth, tier, wanted, _get_many if depth else read_first)
             hits = [i for i, value in zip(absent, found, strict=True) if value is not None]
             for i, value in zip(absent, found, strict=True):
                 values[i] = value
@@ -182,9 +191,9 @@ class TieredStore(Store):
         for store in self.tiers:
             store.close()
 
-    def _ask(self, depth: int, tier: Tier, keys: Sequence[str]) -> list[bytes | None]:
-        nothing: list[bytes | None] = [None] * len(keys)
-        found = tier.attempt(lambda store: store.get_many(keys), nothing)
+    def _ask(self, depth: int, tier: Tier, keys: Sequence[str], read: Read) -> list[Any]:
+        nothing: list[Any] = [None] * len(keys)
+        found = tier.attempt(lambda store: read(store, keys), nothing)
         if depth == 0 and self._write_back is not None:
             waiting = self._write_back
             return [waiting.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
@@ -248,3 +257,7 @@ def _stripe(key: str) -> int:
 def _own(value: Value) -> bytes:
     """Bytes that the caller cannot change while they wait."""
     return value if isinstance(value, bytes) else bytes(memoryview(value).cast("B"))
+
+
+def _get_many(store: Store, keys: Sequence[str]) -> list[Any]:
+    return list(store.get_many(keys))

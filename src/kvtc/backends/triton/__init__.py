@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...coding.allocation import BitAllocation
+from ...coding.lossless import BlockCoder
 from ...coding.probability import ProbabilityTables
 from ...coding.rope import Turn
 from ..interface import Bytes, CodedIntegers, IntegerBytes, Rounded, Target
@@ -29,6 +30,7 @@ class TritonBackend:
 
     name = "triton"
     batch_tokens = 8192
+    block_coder: BlockCoder | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

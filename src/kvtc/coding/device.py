@@ -1,0 +1,17 @@
+"""Devices that arithmetic is asked to run on."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import InvalidArgument
+
+CPU = torch.device("cpu")
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, if this torch can compute on it; `InvalidArgument` if not."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgument(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,123 @@
+"""`cuda:` entries on a device, up to a byte budget: what is decoded there never leaves it.
+
+An entry is the stream alone, a twentieth of the cache, so that many idle conversations fit where one cache does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import Bytes
+from .container import MAGIC, parse_stream
+from .errors import CorruptStream, InvalidArgument, StoreFull, StoreUnavailable, TruncatedStream, UnsupportedVersion
+from .store.frame import FRAME_BYTES, DamagedEntry, ForeignEntry, check_head
+from .store.memory import DEFAULT_BYTES, MemoryStore
+from .store.urls import StoreUrl, parse_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceEntry:
+    """A frame: its head in the host's memory, its value [n] uint8 on the device.
+
+    is_sound: the value is a stream of which every checksum held when it was put.
+    """
+
+    head: bytes
+    value: Tensor
+    is_sound: bool
+
+    def __len__(self) -> int:
+        return len(self.head) + len(self.value)
+
+
+class DeviceStore(MemoryStore):
+    """Entries on a device, at most `max_bytes` of them, overhead included; those used longest ago go first.
+
+    Checksums are verified in the host's memory. `get` brings an entry there and verifies its frame, as every store does.
+    `resident_many` gives values as tensors without looking at them again: those that were sound streams when they were put, every
+    section's checksum included; other values it gives as `get_many` does, so that decoding them finds what is wrong. What
+    happens to the device's own memory afterwards, only its error correction can tell.
+
+    device: of torch, "cpu" too. Safe to share between threads, as every store is; a tensor that was given out stays as it is when
+    its entry is evicted, and is no part of the budget then.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device,
+        max_bytes: int = DEFAULT_BYTES,
+        namespace: str | None = None,
+        on_error: str = "raise",
+    ) -> None:
+        super().__init__(max_bytes, namespace, on_error)
+        try:
+            self.device = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise StoreUnavailable(f"device {device} cannot be used as a store: {reason}") from error
+
+    @classmethod
+    def from_url(cls, url: StoreUrl) -> DeviceStore:
+        """`cuda:`, `cuda:0`, or `device:` with the name of any device of torch."""
+        if url.host or (url.scheme == "device" and not url.path):
+            raise InvalidArgument(f"{url}: expected a device after the colon, as in cuda:0 or device:cpu")
+        is_cuda = url.scheme == "cuda"
+        device = (f"cuda:{url.path}" if url.path else "cuda") if is_cuda else url.path
+        max_bytes = url.take("bytes", parse_bytes, DEFAULT_BYTES)
+        return cls(device, max_bytes, **url.take_common())
+
+    def __repr__(self) -> str:
+        return f"DeviceStore({self.device}, {self._max_bytes} bytes)"
+
+    def resident_many(self, keys: Sequence[str]) -> list[Bytes | None]:
+        """Values of sound streams as uint8 [bytes] on the device, not to be written to; any other as bytes, or None for a miss."""
+        self._check_open()
+        names = [self._names.name(key) for key in keys]
+        with self._lock:
+            self._mark_used(names)
+            held: list[DeviceEntry | None] = [self._frames.get(name) for name in names]
+        values = [self._given(name, entry) for name, entry in zip(names, held, strict=True)]
+        found = [value for value in values if value is not None]
+        self._counters.add(
+            hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
+        )
+        return values
+
+    def _given(self, name: str, entry: DeviceEntry | None) -> Bytes | None:
+        if entry is None:
+            return None
+        if entry.is_sound:
+            try:
+                check_head(name, entry.head, FRAME_BYTES + len(entry.value))
+            except (DamagedEntry, ForeignEntry):
+                pass  # counted and removed as any other
+            else:
+                return entry.value
+        return self._open(name, self._frame(entry))
+
+    def _hold(self, frame: bytes) -> DeviceEntry:
+        head, value = frame[:FRAME_BYTES], frame[FRAME_BYTES:]
+        try:
+            # A copy: torch shares memory with what it makes a tensor of, and a frame is not to be written to.
+            here = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
+            return DeviceEntry(head, here.to(self.device), _is_sound_stream(value))
+        except torch.OutOfMemoryError as error:
+            raise StoreFull(f"{self.device} has no memory for an entry of {len(value)} bytes") from error
+
+    def _frame(self, held: DeviceEntry) -> bytes:
+        return held.head + held.value.cpu().numpy().tobytes()
+
+
+def _is_sound_stream(value: bytes) -> bool:
+    """Whether a value is a stream whose checksums hold, all of them."""
+    if not value.startswith(MAGIC):
+        return False
+    try:
+        parse_stream(value).verify()
+    except (CorruptStream, TruncatedStream, UnsupportedVersion):
+        return False
+    return True
