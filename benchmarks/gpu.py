@@ -24,7 +24,8 @@ import torch
 
 from gpu_ceilings import ceilings, lossless, rans
 from gpu_clock import Clock
-from gpu_coding import Case, Setting, gate, measure_case
+from gpu_coding import Case, Setting, measure_case
+from gpu_gate import gate
 from gpu_model import measure_first_token
 from gpu_report import plot, print_report
 from kvtc.evaluate.provenance import RESULTS_DIRECTORY, Provenance, save_result

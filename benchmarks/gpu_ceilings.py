@@ -1,6 +1,7 @@
 """What bounds a codec on a device, for `gpu.py`: copies, products, rANS by chunks, and lossless coders on the same bytes."""
 
 import zlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -68,7 +69,10 @@ def _rate(n_tokens: int, rank: int, features: int, setting: Setting) -> float:
 
 
 def rans(setting: Setting) -> dict[str, Any]:
-    """Symbols a second of reading integers (entropy decoding and dequantizing) by chunks in a call; copies included."""
+    """Symbols a second of reading integers (entropy decoding and dequantizing) by chunks in a call: with copies, and without.
+
+    seconds: of bytes in the host's memory, as streams bring them; device_seconds: of bytes that lie on the device already.
+    """
     rank, backend = setting.rank(3000), make_backend(setting.device, setting.backend)
     model = coefficient_model(shipped().joint.tokens.coefficients, rank)
     step = model.step_for(BITS_A_COEFFICIENT * rank)
@@ -82,15 +86,36 @@ def rans(setting: Setting) -> dict[str, Any]:
         parts = coded.activities, coded.symbols, coded.escapes
         chunks.append(CodedIntegers(CHUNK_TOKENS, *parts, classes, model.tables, step))
     n_bytes = sum(len(chunk.symbols) for chunk in chunks)
+    n_escape_bytes = sum(len(chunk.escapes) for chunk in chunks)
+    there = [on_device(chunk, setting.device) for chunk in chunks]
     rows = []
     for count in counts:
-        seconds = setting.clock.median(lambda count=count: backend.read_integers(chunks[:count], rank))
         n_symbols = count * CHUNK_TOKENS * len(classes)
-        rows.append(
-            {"chunks": count, "symbols": n_symbols, "seconds": seconds, "symbols_a_second": n_symbols / seconds}
-        )
-    per_symbol = 8 * n_bytes / (counts[-1] * CHUNK_TOKENS * len(classes))
-    return {"backend": backend.name, "rank": rank, "coded": len(classes), "bits_a_symbol": per_symbol, "rows": rows}
+        row: dict[str, Any] = {"chunks": count, "symbols": n_symbols}
+        for prefix, some in (("", chunks[:count]), ("device_", there[:count])):
+            seconds = setting.clock.median(partial(backend.read_integers, some, rank))
+            row |= {f"{prefix}seconds": seconds, f"{prefix}symbols_a_second": n_symbols / seconds}
+        rows.append(row)
+    n_symbols = counts[-1] * CHUNK_TOKENS * len(classes)
+    return {
+        "backend": backend.name,
+        "rank": rank,
+        "coded": len(classes),
+        "bits_a_symbol": 8 * n_bytes / n_symbols,
+        "escape_bits_a_symbol": 8 * n_escape_bytes / n_symbols,
+        "rows": rows,
+    }
+
+
+def on_device(chunk: CodedIntegers, device: torch.device) -> CodedIntegers:
+    """The same chunk, its bytes on the device."""
+
+    def moved(data: bytes) -> torch.Tensor:
+        host = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return host.to(device)
+
+    parts = moved(chunk.activities), moved(chunk.symbols), moved(chunk.escapes)
+    return replace(chunk, activities=parts[0], symbols=parts[1], escapes=parts[2])
 
 
 def lossless(setting: Setting) -> dict[str, Any]:

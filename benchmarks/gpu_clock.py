@@ -18,6 +18,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def begin_peak(device: torch.device) -> None:
+    """Forget how much memory was taken at once so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Memory taken at once since `begin_peak`, what was there before included; None where that is not counted."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 @dataclass(frozen=True)
 class Clock:
     """device: what runs are waited for. repeats: runs whose median counts, after warm_up others; fewer of slow ones, but one each.

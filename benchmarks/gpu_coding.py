@@ -1,4 +1,4 @@
-"""Encoding and decoding for `gpu.py`: whole, by stage, against the product alone; and the gate before anything is timed."""
+"""Encoding and decoding for `gpu.py`: whole, by stage, against the product alone."""
 
 import statistics
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from torch import Tensor
 
 import kvtc
 import kvtc.codec
-from gpu_cases import CHUNK_TOKENS, SHAPES, Drawn, Shape, caches, calibration_for, drawn
-from gpu_clock import Clock, StageClock
-from kvtc.backends import CodedIntegers, ReferenceBackend, make_backend
+from gpu_cases import CHUNK_TOKENS, SHAPES, Drawn, Shape, caches, calibration_for
+from gpu_clock import Clock, StageClock, begin_peak, peak_bytes
 from kvtc.calibration import Calibration
-from kvtc.coding.allocation import allocate_bits
+from kvtc.calibration.joint import CoefficientModel
 from kvtc.coding.uniform import column_classes
 from kvtc.profiles import paper
 from kvtc.profiles.coefficients import JointTransform
 from kvtc.sealed_stream import StreamDraft
 
-RATIOS = {"paper": {6000: 16, 10000: 16}, "joint": {3000: 128, 6000: 64, 10000: 32}}
-RATIOS["conditional"] = RATIOS["joint"]
-"""About 3 to 4 bits a coefficient; `paper` at the ratio that is published with it."""
+PAPER_RATIO = 16
+"""At which the profile is published."""
+RATIOS = {3000: 128, 6000: 64, 10000: 32}
+"""Of `joint` and `conditional` by rank, for NeMo: about 3 to 4 bits a coefficient."""
 SMALL_RANKS = {3000: 24, 6000: 32, 10000: 40}
 
 
@@ -64,26 +64,39 @@ class Setting:
             torch.cuda.empty_cache()
 
     def codec(self, calibration: Calibration, case: Case) -> kvtc.Codec:
-        """No window: every token past the sinks is coded, as engines with prefix caching need it. The step is fixed."""
+        """At the step that the calibration expects to give the ratio, so that encoding searches none; `paper` has no step."""
+        return self.at_expected_step(self.searching_codec(calibration, case), case)
+
+    def searching_codec(self, calibration: Calibration, case: Case) -> kvtc.Codec:
+        """No window: every token past the sinks is coded, as engines with prefix caching need it."""
         options: dict[str, Any] = {"window_tokens": 0, "lossless": case.lossless, "chunk_tokens": CHUNK_TOKENS}
-        ratio = 16 if self.is_small else RATIOS[case.profile][case.rank]
+        options |= {"device": self.device, "backend": self.backend, "ratio": self.ratio(case)}
+        return kvtc.Codec(calibration, case.profile, **options)
+
+    def at_expected_step(self, codec: kvtc.Codec, case: Case) -> kvtc.Codec:
+        """The same codec, with the matrices of the one that searches."""
         if case.profile == "paper":
-            options["ratio"] = ratio
-        else:
-            joint = calibration.joint
-            model = joint.coefficients if case.profile == "joint" else joint.tokens.coefficients
-            options["step"] = model.step_for(32 * calibration.geometry.row_features / ratio)
-        return kvtc.Codec(calibration, case.profile, device=self.device, backend=self.backend, **options)
+            return codec
+        features = codec.calibration.geometry.row_features
+        return codec.with_step(coded_model(codec).step_for(32 * features / self.ratio(case)))
+
+    def ratio(self, case: Case) -> float:
+        """With `joint` and `conditional` what takes as many bits a coefficient of this shape as of NeMo."""
+        if self.is_small or case.profile == "paper":
+            return PAPER_RATIO
+        features, of_nemo = (SHAPES[name].geometry.row_features for name in (case.shape, "nemo"))
+        return RATIOS[case.rank] * features / of_nemo
 
 
 def measure_case(case: Case, setting: Setting) -> dict[str, Any]:
     """Encode and decode of every batch of the shape."""
     calibration = calibration_for(setting.shape(case.shape), case.profile, setting.rank(case.rank), setting.device)
-    codec = setting.codec(calibration, case)
+    searching = setting.searching_codec(calibration, case)
+    codec = setting.at_expected_step(searching, case)
     found = []
     for batch in setting.shape(case.shape).batches:
         drawn_caches = list(caches(calibration, case.profile, batch, setting.device))
-        found.append(measure_batch(codec, drawn_caches, batch, setting))
+        found.append(measure_batch(codec, searching, drawn_caches, batch, setting))
         del drawn_caches
         setting.free()
     geometry = calibration.geometry
@@ -97,15 +110,19 @@ def measure_case(case: Case, setting: Setting) -> dict[str, Any]:
 
 
 def measure_batch(
-    codec: kvtc.Codec, sequences: list[Drawn], batch: tuple[int, int], setting: Setting
+    codec: kvtc.Codec, searching: kvtc.Codec, sequences: list[Drawn], batch: tuple[int, int], setting: Setting
 ) -> dict[str, Any]:
+    """searching: the same codec, but it is given the ratio and has to find the step."""
     clock, ids = setting.clock, [part.token_ids for part in sequences]
 
-    def encode() -> list[bytes]:
-        return [codec.encode(part.cache, part.token_ids) for part in sequences]
+    def encode(with_codec: kvtc.Codec = codec) -> list[bytes]:
+        return [with_codec.encode(part.cache, part.token_ids) for part in sequences]
 
+    begin_peak(setting.device)
     streams = encode()
+    peaks = {"encode": peak_bytes(setting.device)}
     encode_seconds = clock.median(encode)
+    search_seconds = None if searching is codec else clock.median(lambda: encode(searching))
     stages = {"encode": stage_medians(encode, encode_stages(codec), setting)}
     information = [kvtc.inspect(stream) for stream in streams]
     error = relative_error(codec.decode(streams[0], ids[0]), sequences[0].cache)
@@ -116,7 +133,9 @@ def measure_batch(
     def decode() -> Any:
         return decode_all(codec, streams, ids)
 
+    begin_peak(setting.device)
     decode_seconds = clock.median(decode)
+    peaks["decode"] = peak_bytes(setting.device)
     stages["decode"] = stage_medians(decode, decode_stages(codec), setting)
     product = product_seconds(codec, batch[0] * batch[1], coefficients[0], setting)
     coded = sum(map(len, streams))
@@ -134,13 +153,24 @@ def measure_batch(
         "conversations_per_gib": {"raw": batch[0] * 2**30 / original, "coded": batch[0] * 2**30 / coded},
         "relative_error": error,
         "encode_seconds": encode_seconds,
+        "encode_to_ratio_seconds": search_seconds,
         "decode_seconds": decode_seconds,
         "copy_to_device_alone_seconds": copy,
         "product_alone_seconds": product,
         "decode_over_product": decode_seconds / product,
         "coefficients": coefficients[0],
+        "coded": coefficients[0]
+        if searching is codec
+        else len(column_classes(coded_model(codec).deviations, codec.rate.step)),
+        "peak_bytes": peaks,
         "stages": stages,
     }
+
+
+def coded_model(codec: kvtc.Codec) -> CoefficientModel:
+    """The distribution of what `joint` or `conditional` codes."""
+    joint = codec.calibration.joint
+    return joint.coefficients if codec.settings.profile == "joint" else joint.tokens.coefficients
 
 
 def decode_all(codec: kvtc.Codec, streams: list[bytes], ids: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -233,71 +263,3 @@ def product_seconds(codec: kvtc.Codec, n_tokens: int, widths: list[int], setting
                 torch.addmm(mean, rows, columns.T)
 
     return setting.clock.median(run)
-
-
-def gate(setting: Setting) -> dict[str, Any]:
-    """Whether the backend does what the reference does on this device; `passed` is False where anything differs."""
-    small = Setting(setting.device, setting.backend, setting.clock, is_small=True)
-    checks = {"entropy coding": _same_integers(small), "groups": _same_groups(small)}
-    for profile in ("paper", "joint", "conditional"):
-        checks[f"decoded, {profile}"] = _same_cache(Case("nemo", profile, 6000), small)
-    backend = make_backend(setting.device, setting.backend)
-    return {"backend": backend.name, "checks": checks, "passed": all(check["passed"] for check in checks.values())}
-
-
-def _same_integers(setting: Setting) -> dict[str, Any]:
-    """One set of coefficients, coded by both: equal bytes, and each reads the other's."""
-    calibration = calibration_for(setting.shape("nemo"), "joint", 40, setting.device)
-    model = calibration.joint.coefficients
-    n, step = setting.gate_tokens, float(model.steps[len(model.steps) // 3])
-    coefficients = drawn(model.deviations, n, torch.Generator(setting.device).manual_seed(3))
-    classes = column_classes(model.deviations, step)
-    spans = [slice(0, n // 4), slice(n // 4, n)]
-    coded, values = [], []
-    backends = ReferenceBackend(setting.device), make_backend(setting.device, setting.backend)
-    for backend in backends:
-        rounded = backend.round(coefficients, step, classes, model.tables)
-        coded.append(backend.write_integers(rounded, spans, classes, model.tables))
-    for backend in backends:
-        chunks = [
-            CodedIntegers(t.stop - t.start, c.activities, c.symbols, c.escapes, classes, model.tables, step)
-            for t, c in zip(spans, coded[0], strict=True)
-        ]
-        values.append(backend.read_integers(chunks, len(classes)))
-    off = float((values[0] - values[1]).abs().max()) / step
-    return {"passed": coded[0] == coded[1] and off < 1e-3, "equal_bytes": coded[0] == coded[1], "off_in_steps": off}
-
-
-def _same_groups(setting: Setting) -> dict[str, Any]:
-    kind = calibration_for(setting.shape("nemo"), "paper", 40, setting.device).key
-    allocation = allocate_bits(kind.distortion, 160)
-    deviations = kind.basis.spectrum.sqrt().numpy()
-    n = setting.gate_tokens
-    coefficients = drawn(deviations, n, torch.Generator(setting.device).manual_seed(4))
-    counts = [n // 4, n - n // 4]
-    spans = [slice(0, counts[0]), slice(counts[0], n)]
-    backends = ReferenceBackend(setting.device), make_backend(setting.device, setting.backend)
-    packed = [backend.pack_groups(coefficients, spans, allocation) for backend in backends]
-    values = [backend.unpack_groups(packed[0], counts, allocation) for backend in backends]
-    off = float((values[0] - values[1]).abs().max()) / float(values[0].abs().max())
-    return {"passed": packed[0] == packed[1] and off < 1e-6, "equal_bytes": packed[0] == packed[1], "off": off}
-
-
-def _same_cache(case: Case, setting: Setting) -> dict[str, Any]:
-    """One stream decoded by both, and encoded by either."""
-    calibration = calibration_for(setting.shape(case.shape), case.profile, setting.rank(case.rank), setting.device)
-    (sequence,) = caches(calibration, case.profile, (1, setting.gate_tokens), setting.device)
-    reference = Setting(setting.device, "reference", setting.clock, is_small=True).codec(calibration, case)
-    mine = setting.codec(calibration, case)
-    stream = reference.encode(sequence.cache, sequence.token_ids)
-    expected = reference.decode(stream, sequence.token_ids)
-    off = relative_error(mine.decode(stream, sequence.token_ids), expected)
-    own = mine.decode(mine.encode(sequence.cache, sequence.token_ids), sequence.token_ids)
-    kept, lost = relative_error(own, sequence.cache), relative_error(expected, sequence.cache)
-    # bfloat16 resolves 2 ** -8; products of other shapes round otherwise, an integer here and there differs.
-    return {
-        "passed": off < 4e-3 and abs(kept - lost) < 0.02 * lost + 1e-4,
-        "off": off,
-        "error": kept,
-        "reference": lost,
-    }

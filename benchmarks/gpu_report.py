@@ -65,20 +65,23 @@ def _coding(pieces: Pieces) -> str:
     for name, _, batch in _of_cases(pieces):
         is_nemo = name.startswith("nemo")
         encode, decode, over = batch["encode_seconds"], batch["decode_seconds"], batch["decode_over_product"]
-        per_gib = batch["conversations_per_gib"]
+        per_gib, searching, coded = batch["conversations_per_gib"], batch["encode_to_ratio_seconds"], batch["coded"]
         rows.append(
             [
                 name,
                 f"{batch['sequences']} x {batch['tokens']}",
+                " + ".join(map(str, coded)) if isinstance(coded, list) else str(coded),
                 f"{batch['body_ratio']:.1f}x",
                 _judged(encode, _ms(encode), ENCODE if is_nemo else None, batch),
+                "-" if searching is None else _ms(searching),
                 _judged(decode, _ms(decode), DECODE.get(name), batch),
                 _ms(batch["product_alone_seconds"]),
                 _judged(over, f"{over:.2f}", PRODUCT if is_nemo else None, batch),
                 f"{per_gib['raw']:.1f} -> {per_gib['coded']:.0f}",
             ]
         )
-    heads = ["case", "tokens", "body_ratio", "encode", "decode", "product alone", "decode / product", "per GiB"]
+    heads = ["case", "tokens", "coded", "body_ratio", "encode", "to a ratio", "decode"]
+    heads += ["product alone", "decode / product", "per GiB"]
     return format_table(heads, rows) if rows else ""
 
 
@@ -140,9 +143,13 @@ def _rans(pieces: Pieces) -> str:
     if "rans" not in pieces:
         return ""
     found = pieces["rans"]["result"]
-    rows = [[row["chunks"], _ms(row["seconds"]), f"{row['symbols_a_second'] / 1e9:.2f} G/s"] for row in found["rows"]]
+    rows = [
+        [row["chunks"]]
+        + [f"{_ms(row[f'{of}seconds'])}, {row[f'{of}symbols_a_second'] / 1e9:.2f} G/s" for of in ("", "device_")]
+        for row in found["rows"]
+    ]
     title = f"rANS of {found['coded']} coefficients, {found['bits_a_symbol']:.2f} bits each; wanted {RANS.wanted}"
-    return f"{title}\n" + format_table(["chunks of 256 tokens", "time", "symbols"], rows)
+    return f"{title}\n" + format_table(["chunks of 256 tokens", "bytes on the host", "on the device"], rows)
 
 
 def _ceilings(pieces: Pieces) -> str:

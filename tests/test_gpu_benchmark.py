@@ -41,9 +41,53 @@ def test_pieces_are_saved_and_not_measured_again(gpu, tmp_path, capsys):
     # A codec that lost its way would decode to something else.
     assert all(one["relative_error"] < 0.05 for one in piece["result"]["batches"])
     assert 8 < piece["result"]["batches"][0]["body_ratio"] < 32
+    # Prediction makes every coefficient count, of which fewer are coded.
+    assert 0 < piece["result"]["batches"][0]["coded"] <= piece["result"]["batches"][0]["coefficients"][0] == 24
+    assert piece["result"]["batches"][0]["encode_to_ratio_seconds"] > 0
     assert "20 G/s" in capsys.readouterr().out
     call(gpu, tmp_path, "--list")
     assert "nemo-paper-6000                          -" in capsys.readouterr().out
+
+
+def test_rans_reads_the_same_from_bytes_on_the_device(gpu):
+    import gpu_ceilings
+    from gpu_clock import Clock
+    from gpu_coding import Setting
+
+    del gpu
+
+    cpu, read = torch.device("cpu"), []
+    right = ReferenceBackend.read_integers
+
+    class Remembering(ReferenceBackend):
+        def read_integers(self, chunks, rank):
+            read.append((type(chunks[0].symbols), right(self, chunks, rank)))
+            return read[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_ceilings, "make_backend", lambda device, _: Remembering(device))
+        found = gpu_ceilings.rans(Setting(cpu, "auto", Clock(cpu, repeats=1, warm_up=1), is_small=True))
+    assert {kind for kind, _ in read} == {bytes, torch.Tensor}
+    one_chunk = [values for _, values in read if len(values) == gpu_ceilings.CHUNK_TOKENS]
+    assert len(one_chunk) == 4
+    assert all(torch.equal(values, one_chunk[0]) for values in one_chunk)
+    assert all(row["device_symbols_a_second"] > 0 for row in found["rows"])
+
+
+def test_a_coefficient_takes_as_many_bits_of_every_model(gpu):
+    from gpu_cases import SHAPES
+    from gpu_clock import Clock
+    from gpu_coding import Case, Setting
+
+    del gpu
+    setting = Setting(torch.device("cpu"), "auto", Clock(torch.device("cpu")), is_small=False)
+    bits = {
+        name: 32 * shape.geometry.row_features / setting.ratio(Case(name, "conditional", 3000)) / 3000
+        for name, shape in SHAPES.items()
+    }
+    assert bits["nemo"] == pytest.approx(3.41, abs=0.01)
+    assert bits["llama8"] == bits["llama70"] == pytest.approx(bits["nemo"])
+    assert setting.ratio(Case("llama70", "paper", 6000)) == 16
 
 
 def test_no_piece_begins_after_its_time(gpu, tmp_path, capsys):
@@ -53,7 +97,7 @@ def test_no_piece_begins_after_its_time(gpu, tmp_path, capsys):
 
 
 def test_nothing_is_timed_on_a_red_gate(gpu, tmp_path, monkeypatch):
-    import gpu_coding
+    import gpu_gate
 
     class Wrong(ReferenceBackend):
         name = "wrong"
@@ -61,7 +105,7 @@ def test_nothing_is_timed_on_a_red_gate(gpu, tmp_path, monkeypatch):
         def read_integers(self, chunks, rank):
             return super().read_integers(chunks, rank) + 1e-2
 
-    monkeypatch.setattr(gpu_coding, "make_backend", lambda device, _: Wrong(device))
+    monkeypatch.setattr(gpu_gate, "make_backend", lambda device, _: Wrong(device))
     with pytest.raises(SystemExit, match="the backend wrong differs from the reference, nothing is timed"):
         call(gpu, tmp_path, "--pieces", "ceilings")
     assert not (tmp_path / "gpu_small.json").exists()
