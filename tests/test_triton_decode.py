@@ -21,7 +21,7 @@ from kvtc.coding.rans import count_lanes
 from kvtc.coding.rope import RopeTable
 from kvtc.errors import CorruptStream, InvalidArgument
 
-from .builders import DTYPES, NAMES, golden_frequencies, joint_codec, told_cache, told_ids
+from .builders import DTYPES, NAMES, golden_frequencies, joint_codec, same_cache, told_cache, told_ids
 
 pytest.importorskip("triton")
 from kvtc.backends.triton.decoding import share_out
@@ -295,6 +295,9 @@ def test_a_stream_decodes_as_with_the_reference(profile):
     reference = joint_codec(profile, **options)
     stream = reference.encode(cache, ids)
     expected = reference.decode(stream, ids)
-    found = joint_codec(profile, backend="triton", device=DEVICE, **options).decode(stream, ids)
+    kernels = joint_codec(profile, backend="triton", device=DEVICE, **options)
+    found = kernels.decode(stream, ids)
+    lying_there = torch.frombuffer(bytearray(stream), dtype=torch.uint8).to(DEVICE)
+    assert same_cache(kernels.decode(lying_there, ids), found)
     for side, of_reference in ((found.keys, expected.keys), (found.values, expected.values)):
         assert torch.allclose(side.cpu().float(), of_reference.float(), rtol=1e-3, atol=1e-3)
