@@ -65,18 +65,17 @@ class JointTransform:
     def __init__(
         self, joint: JointCalibration, tokens: TokenCoding | None, backend: Backend, product: torch.dtype
     ) -> None:
-        basis, metric = joint.basis, joint.metric
-        vectors = basis.vectors.float()
-        rotation = None if tokens is None else tokens.rotation.float()
-        turned = vectors if rotation is None else vectors @ rotation
         device = backend.device
+        basis, metric = joint.basis, joint.metric.to(device)
+        vectors = basis.vectors.to(device).float()
+        self._rotation = None if tokens is None else tokens.rotation.to(device).float()
+        turned = vectors if self._rotation is None else vectors @ self._rotation
         self._joint, self._tokens = joint, tokens
-        self._mean = metric.unweigh(basis.mean[None])[0].to(device)
-        analysis = metric.weigh(vectors.T).T.contiguous().to(device)
+        self._mean = metric.unweigh(basis.mean[None].to(device))[0]
+        analysis = metric.weigh(vectors.T).T.contiguous()
         self._origin = self._mean @ analysis
         self._analysis = analysis.to(product)
-        self._synthesis = metric.unweigh(turned.T).T.contiguous().to(device, product)
-        self._rotation = None if rotation is None else rotation.to(device)
+        self._synthesis = metric.unweigh(turned.T).T.contiguous().to(product)
         self._predictor = None if tokens is None else tokens.predictor.to(device)
 
     def choices(self, rows: BodyRows) -> list[Coefficients]:
