@@ -15,6 +15,7 @@ class LazyLayer(DynamicLayer):
     """A layer that says at once how many tokens it has, and restores them when keys or values are first looked at.
 
     From then on it is a `DynamicLayer` like any other. Copying or pickling it restores it.
+    Like any cache of transformers it is for one thread at a time.
     """
 
     def __init__(self, queue: LayerQueue, index: int, n_tokens: int, dtype: torch.dtype, device: torch.device) -> None:

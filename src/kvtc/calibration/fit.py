@@ -73,8 +73,8 @@ def fit(
 
     device: where bases and prediction are found; tables are counted on the CPU. Rows come to it block by block, and at most
     16 P l + 36 l^2 bytes of its memory, 2 kB a row for prediction, and about 1 GB for blocks are held at once: l = 64 + the rank,
-    P = p features, with `metric` 2 p. On the CPU a calibration is the same
-    byte for byte every time; that of another device differs by rounding.
+    P = p features, with `metric` 2 p. On the CPU a calibration has the same
+    tensors and fingerprint every time; that of another device differs by rounding.
 
     Raises `InvalidArgument` where no rows or no disk are left, or the device cannot be used; `InvalidCache` and `GeometryMismatch`
     for unusable caches.
