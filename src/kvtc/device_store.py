@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import Bytes
+from .coding.device import usable_device
 from .container import MAGIC, parse_stream
 from .errors import CorruptStream, InvalidArgument, StoreFull, StoreUnavailable, TruncatedStream, UnsupportedVersion
 from .store.frame import FRAME_BYTES, DamagedEntry, ForeignEntry, check_head
@@ -55,10 +56,9 @@ class DeviceStore(MemoryStore):
     ) -> None:
         super().__init__(max_bytes, namespace, on_error)
         try:
-            self.device = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise StoreUnavailable(f"device {device} cannot be used as a store: {reason}") from error
+            self.device = usable_device(device)
+        except InvalidArgument as error:
+            raise StoreUnavailable(f"no store can be there: {error}") from error
 
     @classmethod
     def from_url(cls, url: StoreUrl) -> DeviceStore:

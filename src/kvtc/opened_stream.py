@@ -44,14 +44,12 @@ class OpenedStream:
     """The first `n_tokens` tokens of a stream, read but not yet transformed.
 
     positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: the coded ones among them, with a window
-    that is coded. coder: of the stream's profile. plan: how its bits are spent. coded: bodies and coded windows, in order.
+    that is coded. coder: of the stream's profile. coded: bodies and coded windows, in order.
     """
 
     header: Header
-    chunks: tuple[Chunk, ...]
     n_tokens: int
     coder: BodyCoder
-    plan: Plan
     positions: Tensor
     body: slice
     coded: list[CodedBody]
@@ -120,7 +118,7 @@ def open_stream(
     n_sink = sum(chunk.n_sink for chunk in chunks)
     body = slice(n_sink, n_sink + sum(rows.n_tokens for rows in coded))
     whole = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
-    return OpenedStream(header, chunks, n_tokens, coder, plan, whole, body, coded, exact)
+    return OpenedStream(header, n_tokens, coder, whole, body, coded, exact)
 
 
 def positions_of(stream_bytes: bytes) -> Tensor:
