@@ -2,12 +2,7 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "src" / "kvtc").rglob("*.py"))
 OPTIONAL = ("transformers", "tokenizers", "matplotlib", "zstandard", "lz4", "redis", "obstore", "cryptography")
 
 BLOCK_OPTIONAL = f"""
@@ -72,8 +67,3 @@ def test_every_public_name_loads():
         "import kvtc; print(all(getattr(kvtc, name) is not None for name in kvtc.__all__), set(kvtc.__all__) == set(dir(kvtc)))"
     )
     assert done.stdout.split() == ["True", "True"], done.stderr
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_can_be_read_at_a_sitting(source):
-    assert len(source.read_text(encoding="utf-8").splitlines()) <= 400
