@@ -1,0 +1,36 @@
+"""What a child process does first after `os.fork`: objects with locks, threads or connections make themselves new ones.
+
+A lock that another thread held at the moment of the fork stays locked in the child for ever, and threads are not there at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+_renewals: dict[int, weakref.WeakMethod[Callable[[], Any]]] = {}
+_numbers = itertools.count()
+
+
+def in_child(renew: Callable[[], Any]) -> None:
+    """Call this bound method in every forked child, as long as its object lives; objects that are older are renewed first.
+
+    The method finds the child with one thread, and with whatever state the parent's other threads left half-changed. It must not
+    take a lock that it has not just made, and starts no thread.
+    """
+    number = next(_numbers)
+    _renewals[number] = weakref.WeakMethod(renew, lambda _: _renewals.pop(number, None))
+
+
+def _renew_all() -> None:
+    for reference in list(_renewals.values()):
+        renew = reference()
+        if renew is not None:
+            renew()
+
+
+if hasattr(os, "register_at_fork"):  # where there is no fork, there is nothing to do
+    os.register_at_fork(after_in_child=_renew_all)
