@@ -17,7 +17,7 @@ def in_forked_child(call, seconds=30):
         try:
             try:
                 text = repr(call())
-            except BaseException:
+            except BaseException:  # noqa: BLE001  whatever it is, the parent is told
                 text = traceback.format_exc()
             os.write(writing, text.encode()[:60_000])
         finally:
