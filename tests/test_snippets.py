@@ -94,7 +94,7 @@ def place(tmp_path, monkeypatch) -> Path:
 def names_of(page: str) -> dict[str, Any]:
     """What a page takes for granted."""
     if page == "stores.md":
-        return {"stream": b"stream", "key": bytes(32)}
+        return {"stream": b"stream", "key": bytes(range(32))}
     generator = torch.Generator().manual_seed(0)
     sequences = [torch.randint(4, 4096, (80,), generator=generator) for _ in range(6)]
     if page in ("vllm.md", "calibration.md"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,6 +24,14 @@ def tamper(store: FramedStore, key: str, change: Callable[[bytes], bytes]) -> No
     name = store._names.name(key)
     (frame,) = store._read([name])
     store._write([name], iter([change(frame)]))
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for something that happens in the background."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} seconds"
+        time.sleep(0.02)
 
 
 class StoreContract:
@@ -214,18 +222,6 @@ class StoreContract:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))
         assert store.statistics().damaged == 0
-
-    def test_async_variants_do_the_same(self, store):
-        async def work():
-            await store.aput("a", b"1")
-            await store.aput_many([("b", b"2")])
-            assert await store.aget("a") == b"1"
-            assert await store.aget_many(["a", "b", "c"]) == [b"1", b"2", None]
-            assert await store.acontains_prefix(["a", "b", "c"]) == 2
-            await store.adelete("a")
-            assert not await store.acontains("a")
-
-        asyncio.run(work())
 
     # URLs and namespaces.
 

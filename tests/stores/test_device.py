@@ -130,7 +130,7 @@ def test_over_another_tier_only_what_lies_on_the_device_is_a_tensor():
 
 
 def test_encrypted_it_gives_bytes(store):
-    hidden = encrypted(store, bytes(32))
+    hidden = encrypted(store, bytes(range(32)))
     hidden.put("k", a_stream())
     assert hidden.resident_many(["k"]) == [a_stream()]
 

@@ -87,7 +87,7 @@ def test_no_redis_at_all_and_misses_asked_for():
 
 def test_a_dead_redis_under_tiers_costs_nothing_but_a_count(server, tmp_path):
     tiers = ["memory:?bytes=1MB", f"file://{tmp_path}/store", f"redis://127.0.0.1:{server.port}?timeout=2"]
-    with open_store(tiers, pause=1e-6) as store:
+    with open_store(tiers) as store:
         store.put("a", b"1")
         server.kill()
         store.put("b", b"2")
