@@ -3,9 +3,7 @@
 import http.client
 import os
 import signal
-import socket
-import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
 
@@ -13,7 +11,7 @@ from kvtc.errors import StoreUnavailable
 from kvtc.store import open_store
 
 from .contract import tamper
-from .servers import free_port, redis_server, s3_server
+from .servers import answer_nothing, free_port, redis_server, s3_server, socket_server
 from .writer import value_of
 
 CREDENTIALS = {"access_key_id": "name", "secret_access_key": "secret", "region": "us-east-1"}
@@ -141,35 +139,6 @@ def test_objects_damaged_or_exchanged_on_a_server_are_misses(tmp_path, place):
 # S3, played by a few lines that misbehave in one way each.
 
 
-@contextmanager
-def http_server(answer):
-    """A server that gives every connection to `answer(connection)` in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    ends = threading.Event()
-
-    def serve():
-        while not ends.is_set():
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=handle, args=(connection,), daemon=True).start()
-
-    def handle(connection):
-        with connection, suppress(OSError):
-            answer(connection, ends)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        ends.set()
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10)
-
-
 def read_request(connection) -> bytes:
     request = b""
     while b"\r\n\r\n" not in request:
@@ -184,10 +153,6 @@ def answer_500(connection, _):
     while read_request(connection):
         connection.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 4\r\nConnection: close\r\n\r\nhelp")
         return
-
-
-def answer_nothing(_, ends):
-    ends.wait(60)
 
 
 def answer_half(connection, ends):
@@ -212,8 +177,8 @@ def close_at_once(connection, _):
 
 @pytest.mark.parametrize("answer", [answer_500, answer_nothing, close_at_once])
 def test_s3_that_fails(answer):
-    with http_server(answer) as endpoint:
-        url = f"s3://bucket/prefix?endpoint={endpoint}&timeout=0.4"
+    with socket_server(answer) as place:
+        url = f"s3://bucket/prefix?endpoint=http://{place}&timeout=0.4"
         with open_store(url, **CREDENTIALS) as store:
             expect_unavailable(store)
         with open_store(url, on_error="miss", **CREDENTIALS) as store:
@@ -222,8 +187,8 @@ def test_s3_that_fails(answer):
 
 def test_s3_that_falls_silent_in_the_middle_of_an_object():
     with (
-        http_server(answer_half) as endpoint,
-        open_store(f"s3://bucket?endpoint={endpoint}&timeout=0.4", **CREDENTIALS) as store,
+        socket_server(answer_half) as place,
+        open_store(f"s3://bucket?endpoint=http://{place}&timeout=0.4", **CREDENTIALS) as store,
     ):
         with pytest.raises(StoreUnavailable):
             store.get("k")
@@ -232,8 +197,8 @@ def test_s3_that_falls_silent_in_the_middle_of_an_object():
 
 def test_a_proxy_that_answers_with_a_page_of_its_own_is_a_miss():
     with (
-        http_server(answer_with_another_object) as endpoint,
-        open_store(f"s3://bucket?endpoint={endpoint}&timeout=5", **CREDENTIALS) as store,
+        socket_server(answer_with_another_object) as place,
+        open_store(f"s3://bucket?endpoint=http://{place}&timeout=5", **CREDENTIALS) as store,
     ):
         assert store.get("k") is None
         assert store.statistics().damaged == 1

@@ -139,16 +139,16 @@ class TestErrorsOfAnyKind:
     """What a store of somebody else's may raise hinders no other tier, and is logged with its cause, once."""
 
     class Broken(Gate):
-        def get_many(self, keys):
+        def get_many(self, _):
             raise self.fault
 
-        def put_many(self, entries):
+        def put_many(self, _):
             raise self.fault
 
-        def contains_prefix(self, keys):
+        def contains_prefix(self, _):
             raise self.fault
 
-        def delete(self, key):
+        def delete(self, _):
             raise self.fault
 
         def statistics(self):
@@ -182,7 +182,7 @@ class TestErrorsOfAnyKind:
         assert caplog.messages == [f"tier Broken: {kind.__name__}: the cause"]
         assert caplog.records[0].exc_info[1] is broken.fault
 
-    def test_in_a_lower_tier_in_the_background(self, broken, kind):
+    def test_in_a_lower_tier_in_the_background(self, broken):
         upper, lowest = MemoryStore(), MemoryStore()
         with TieredStore([upper, broken, lowest], write="back") as store:
             for number in range(20):
@@ -191,7 +191,7 @@ class TestErrorsOfAnyKind:
             assert lowest.contains_prefix([str(number) for number in range(20)]) == 20
             assert store.get("absent") is None
 
-    def test_where_there_is_no_other_tier(self, broken, kind):
+    def test_where_there_is_no_other_tier(self, broken):
         store = TieredStore([broken])
         assert store.get("k") is None
         with pytest.raises(StoreUnavailable, match="no tier"):
@@ -208,10 +208,10 @@ def test_interrupts_are_the_callers(signal):
 
 def test_a_store_that_breaks_the_contract_is_a_tier_that_failed():
     class Odd(MemoryStore):
-        def get_many(self, keys):
+        def get_many(self, _):
             return []
 
-        def contains_prefix(self, keys):
+        def contains_prefix(self, _):
             return -1
 
     with TieredStore([Odd(), MemoryStore()]) as store:

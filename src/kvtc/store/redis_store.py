@@ -97,7 +97,6 @@ class RedisStore(FramedStore):
 
     def close(self) -> None:
         super().close()
-        self._client.close()
         self._client.connection_pool.disconnect()
 
     def _connect(self) -> None:
@@ -108,6 +107,9 @@ class RedisStore(FramedStore):
             socket_connect_timeout=self._timeout,
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             **self._connection,
+        )
+        self._client.auto_close_connection_pool = (
+            False  # else a child, forgetting its parent's client, waits for that one's locks
         )
 
     def _read(self, names: Sequence[str]) -> list[Frame | None]:
