@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvtc.errors import InvalidArgument, StoreUnavailable
+from kvtc.errors import InvalidArgument, StoreFull, StoreUnavailable
 from kvtc.store import Store, open_store
 from kvtc.store.framed import FramedStore
 
@@ -191,6 +191,23 @@ class StoreContract:
         assert store.get("k") is None
         assert place.statistics().foreign == 1
         assert store.contains("k")
+
+    def test_a_longer_entry_than_is_read_is_left_alone(self, store):
+        """Somebody else may have put it, who reads longer ones."""
+        place = self.place(store)
+        place.put_many([("k", bytes(5000)), ("small", b"v")])
+        place._entry_bytes = 4999
+        assert place.get_many(["k", "small"]) == [None, b"v"]
+        assert (place.statistics().foreign, place.statistics().damaged) == (1, 0)
+        tamper(place, "small", lambda frame: frame + bytes(5000))
+        assert place.get("small") is None
+        assert (place.statistics().foreign, place.statistics().damaged) == (1, 1), "as long, and no frame"
+        assert (place.contains("k"), place.contains("small")) == (True, False)
+        with pytest.raises(StoreFull, match="entry_bytes"):
+            place.put_many([("before", b"v"), ("k", bytes(5000)), ("after", b"v")])
+        assert (place.contains("before"), place.contains("after")) == (True, False)
+        place._entry_bytes = 5000
+        assert place.get("k") == bytes(5000)
 
     # Counting, closing, threads.
 

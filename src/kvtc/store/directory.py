@@ -84,22 +84,23 @@ class Directory:
             descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
-        with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123  a descriptor
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 return Head(b"", 0)
-            head = file.read(FRAME_BYTES)
+            head = os.read(descriptor, FRAME_BYTES)
             if tick is not None:
                 with suppress(OSError):  # a reader without the right to do so leaves recency as it is
                     os.utime(descriptor, ns=(tick, tick))
             if not is_worth_reading(head, status.st_size, entry_bytes):
                 return Head(head, status.st_size)
             frame = bytearray(status.st_size)
-            frame[:FRAME_BYTES] = head
-            n_read = FRAME_BYTES
-            while n_read < len(frame) and (step := file.readinto(memoryview(frame)[n_read:])):
+            n_read = 0
+            while n_read < len(frame) and (step := os.preadv(descriptor, [memoryview(frame)[n_read:]], n_read)):
                 n_read += step
             return bytes(frame[:n_read])
+        finally:
+            os.close(descriptor)
 
     def begin(self, size: int) -> tuple[int, Path]:
         """A new locked partial file of that length, so that a scan counts it in full. The ledger must be locked."""

@@ -62,7 +62,7 @@ class Ledger:
         with self._mutex:
             start = max(time.time_ns(), self._last_tick + 1)
             try:
-                descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             except OSError:  # a store that can only be read keeps no recency
                 return range(start, start + count)
             try:
@@ -78,7 +78,7 @@ class Ledger:
     def read(self) -> tuple[int | None, int | None]:
         """The last tick and the bytes in use, None where unknown."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             return None, None
         try:

@@ -16,7 +16,7 @@ SHORTEST_TO_CUT = 4  # a shorter one may stand in any text by chance
 def user_info(url: str) -> list[str]:
     """User and password of a URL, as written there. Whatever stands before the last `@` counts, however malformed."""
     before, found, _ = url.partition("?")[0].rpartition("@")
-    written = before.rpartition("//")[2] if "//" in before else before
+    written = before.rpartition("//")[2] if "//" in before else before.partition(":")[2] or before
     return [written, *written.split(":", 1)] if found else []
 
 
@@ -26,15 +26,17 @@ class Redactor:
     def __init__(self, secrets: Iterable[object]) -> None:
         texts = {str(secret) for secret in secrets if secret not in (None, "")}
         forms = {form for text in texts for form in (text, unquote(text), quote(text, safe=""), quote_plus(text))}
-        self._forms = sorted(forms, key=len, reverse=True)  # the longest first: one may be part of another
+        lines = {" ".join(form.split()) for form in forms} - {""}  # as they stand in a message
+        self._forms = sorted(lines, key=len, reverse=True)  # the longest first: one may be part of another
 
     def cut(self, text: str) -> str:
         """The text with `***` in place of each secret, on one line and not long."""
+        text = " ".join(text.split())
         for form in self._forms:
-            if form in text and len(form) < SHORTEST_TO_CUT:
+            if len(form) < SHORTEST_TO_CUT and form in text:
                 return HIDDEN
             text = text.replace(form, HIDDEN)
-        return " ".join(text.split())[:MESSAGE_LENGTH]
+        return text[:MESSAGE_LENGTH]
 
     def message(self, error: BaseException) -> str:
         """What kind of error it was, and its text without secrets."""
