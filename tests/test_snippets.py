@@ -84,8 +84,8 @@ def test_there_are_snippets_of_every_page():
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """An empty directory, in which places that snippets name lie too. Calibrating is cut short: one profile on a few texts."""
-    (tmp_path / "kvtc.key").write_text("00" * 32)
-    monkeypatch.setenv("KVTC_STORE_KEY", "11" * 32)
+    (tmp_path / "kvtc.key").write_text("0123456789abcdef" * 4)
+    monkeypatch.setenv("KVTC_STORE_KEY", "fedcba9876543210" * 4)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kvtc, "calibrate", partial(kvtc.calibrate, profiles=("paper",), progress=False), raising=False)
     return tmp_path

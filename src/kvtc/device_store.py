@@ -5,8 +5,9 @@ An entry is the stream alone, so that idle conversations take a fraction of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from .forks import in_child
 from .store.frame import DEFAULT_ENTRY_BYTES, FRAME_BYTES, DamagedEntry, ForeignEntry, check_head
 from .store.memory import DEFAULT_BYTES, MemoryStore
 from .store.urls import StoreUrl, parse_bytes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +101,11 @@ class DeviceStore(MemoryStore):
     def _leave_behind(self) -> None:
         self._is_left_behind = self.device.type != "cpu"
 
-    def _check_open(self) -> None:
-        super()._check_open()
-        if self._is_left_behind:
-            raise StoreUnavailable(f"{self!r}: a forked process cannot use its parent's device; start it with spawn")
+    def _attempt(self, call: Callable[[], T], otherwise: T) -> T:
+        return super()._attempt(self._refuse if self._is_left_behind else call, otherwise)
+
+    def _refuse(self) -> NoReturn:
+        raise StoreUnavailable(f"{self!r}: a forked process cannot use its parent's device; start it with spawn")
 
     def _given(self, name: str, entry: DeviceEntry | None) -> Bytes | None:
         if entry is None:

@@ -111,31 +111,33 @@ class FileStore(FramedStore):
         return calls.run(translated)
 
     def _read(self, names: Sequence[str]) -> list[Frame | None]:
-        # The head of a chain gets the latest stamp: without it the rest is of no use.
-        ticks = list(reversed(self._run(self._reading, partial(self._directory.ledger.ticks, len(names)))))
         frames: list[Frame | None] = []
+        ticks: list[int] = []
         for start in range(0, len(names), BATCH_NAMES):
-            batch = slice(start, start + BATCH_NAMES)
-            frames += self._run(self._reading, partial(self._read_batch, names[batch], ticks[batch]))
+            frames += self._run(self._reading, partial(self._read_batch, names, start, ticks))
         return frames
 
-    def _read_batch(self, names: Sequence[str], ticks: Sequence[int]) -> list[Frame | None]:
-        return [self._directory.load(name, tick, self._entry_bytes) for name, tick in zip(names, ticks, strict=True)]
+    def _read_batch(self, names: Sequence[str], start: int, ticks: list[int]) -> list[Frame | None]:
+        if start == 0:
+            # The head of a chain gets the latest stamp: without it the rest is of no use.
+            ticks += reversed(self._directory.ledger.ticks(len(names)))
+        batch = slice(start, start + BATCH_NAMES)
+        return [
+            self._directory.load(name, tick, self._entry_bytes)
+            for name, tick in zip(names[batch], ticks[batch], strict=True)
+        ]
 
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
-        ticks = list(reversed(self._run(self._writing, partial(self._begin, len(names)))))
+        ticks: list[int] = []
         for start in range(0, len(names), BATCH_NAMES):
-            batch = slice(start, start + BATCH_NAMES)
-            self._run(
-                self._writing, partial(self._write_batch, names[batch], islice(frames, BATCH_NAMES), ticks[batch])
-            )
+            self._run(self._writing, partial(self._write_batch, names, start, ticks, frames))
 
-    def _begin(self, count: int) -> range:
-        self._directory.create()  # again, where somebody has emptied it
-        return self._directory.ledger.ticks(count)
-
-    def _write_batch(self, names: Sequence[str], frames: Iterator[bytes], ticks: Sequence[int]) -> None:
-        for name, frame, tick in zip(names, frames, ticks, strict=True):
+    def _write_batch(self, names: Sequence[str], start: int, ticks: list[int], frames: Iterator[bytes]) -> None:
+        if start == 0:
+            self._directory.create()  # again, where somebody has emptied it
+            ticks += reversed(self._directory.ledger.ticks(len(names)))
+        batch = slice(start, start + BATCH_NAMES)
+        for name, frame, tick in zip(names[batch], islice(frames, BATCH_NAMES), ticks[batch], strict=True):
             self._write_one(name, frame, tick)
 
     def _write_one(self, name: str, frame: bytes, tick: int) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from ..errors import InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
+from ..log_limits import log_once
 from .base import Names, Store, Value, check_value
 from .frame import DEFAULT_ENTRY_BYTES, DamagedEntry, ForeignEntry, Frame, seal, unseal
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 ON_ERROR = ("raise", "miss")
 PROBE_NAME = "kvtc-probe"  # of no entry; to ask whether a place answers
 
@@ -130,10 +133,12 @@ class FramedStore(Store):
     def _attempt(self, call: Callable[[], T], otherwise: T) -> T:
         try:
             return self._translated(call)
-        except StoreError:
+        except StoreError as error:
             self._counters.add(errors=1)
             if self._on_error == "raise":
                 raise
+            kind = f"{type(self).__name__} {type(error).__name__}"
+            log_once(logger, kind, "counted as a miss: %s: %s", type(error).__name__, error)
             return otherwise
 
     def _translated(self, call: Callable[[], T]) -> T:
