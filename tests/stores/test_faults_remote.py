@@ -3,6 +3,8 @@
 import http.client
 import os
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from kvtc.errors import StoreUnavailable
 from kvtc.store import open_store
 
-from .contract import tamper
+from .contract import tamper, wait_until
 from .servers import answer_nothing, free_port, redis_server, s3_server, socket_server
 from .writer import value_of
 
@@ -76,6 +78,26 @@ def test_redis_that_never_answers(server):
         os.kill(server.process.pid, signal.SIGCONT)
         with open_store(url, timeout=20) as patient:
             assert patient.get("k") in (b"value", None)  # a delete may have waited in the socket
+
+
+def test_redis_that_stops_and_goes_on_under_callers_side_by_side(server, tmp_path):
+    """One deadline for all of them together, no wait afterwards, and used again soon after it answers again."""
+    deadline = 1
+    with (
+        open_store([f"file://{tmp_path}/store", f"redis://127.0.0.1:{server.port}?timeout={deadline}"]) as store,
+        ThreadPoolExecutor(8) as callers,
+    ):
+        lower = store.tiers[1]
+        lower.put("k", b"value")
+        os.kill(server.process.pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        assert list(callers.map(store.get, [f"absent/{i}" for i in range(8)])) == [None] * 8
+        assert deadline <= time.monotonic() - begin < 4 * deadline
+        begin = time.monotonic()
+        assert [store.get("k") for _ in range(8)] == [None] * 8
+        assert time.monotonic() - begin < deadline
+        os.kill(server.process.pid, signal.SIGCONT)
+        wait_until(lambda: store.get("k") == b"value")
 
 
 def test_no_redis_at_all_and_misses_asked_for():

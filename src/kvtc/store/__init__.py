@@ -40,7 +40,7 @@ def open_store(url: str | Sequence[str | Store], **options: Any) -> Store:
     """
     store = _open(url, dict(options))
     if isinstance(url, str) or all(isinstance(tier, str) for tier in url):
-        store._opened_by = (url, options)
+        store._opened_by = (url if isinstance(url, str) else tuple(url), options)
     return store
 
 
