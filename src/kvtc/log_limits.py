@@ -1,0 +1,59 @@
+"""Warnings about what may go wrong thousands of times a second: one a minute of each kind."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+
+from .forks import in_child
+
+SECONDS = 60.0
+MAX_KINDS = 1024  # remembered; kinds are few, but nobody's texts may fill the memory
+
+
+class LogLimits:
+    """When each kind was logged last, and how many of it were left out since. Safe to share between threads, and after forks."""
+
+    def __init__(self) -> None:
+        self._kinds: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
+        self._renew()
+        in_child(self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+    def pass_one(self, name: str, kind: str) -> int | None:
+        """None: this one is to be left out. Else how many of its kind were left out before it."""
+        now, key = time.monotonic(), (name, kind)
+        with self._lock:
+            last, n_left_out = self._kinds.get(key, (None, 0))
+            if last is not None and now - last < SECONDS:
+                self._kinds[key] = (last, n_left_out + 1)
+                return None
+            self._kinds[key] = (now, 0)
+            self._kinds.move_to_end(key)
+            if len(self._kinds) > MAX_KINDS:
+                self._kinds.popitem(last=False)
+            return n_left_out
+
+
+_limits = LogLimits()
+
+
+def log_once(
+    logger: logging.Logger, kind: str, message: str, *arguments: object, exc_info: BaseException | None = None
+) -> None:
+    """Log a warning, unless one of the same logger and kind was logged within the last minute.
+
+    kind: what repeats, such as an operation and the class of its error; never a key or a text, of which there are any number.
+    message, arguments: as of `logging.Logger.warning`. How many were left out since the last one is added.
+    exc_info: an error whose traceback is of use, where it was not expected.
+    """
+    n_left_out = _limits.pass_one(logger.name, kind)
+    if n_left_out is None:
+        return
+    if n_left_out:
+        message, arguments = f"{message} (and %d more of this kind before)", (*arguments, n_left_out)
+    logger.warning(message, *arguments, exc_info=exc_info)
