@@ -21,7 +21,7 @@ from ..errors import CorruptCalibration
 
 Named = Iterator[tuple[str, Tensor]]
 
-LARGEST = 2.0**60
+LARGEST = 2.0**40
 """Of numbers in a calibration file; caches hold far smaller ones, and what is computed from such numbers stays finite."""
 LARGEST_SQUARE = LARGEST**2
 ORTHONORMAL = 1 + 2.0**-7
