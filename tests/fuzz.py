@@ -1,8 +1,10 @@
-"""Random damage to small streams: only errors of the package may come of it, quickly and in little memory.
+"""Random damage to streams and files: only errors of the package may come of it, quickly and in little memory.
 
     python -m tests.fuzz --mutations 100000 --seed 0
 
-Half of the mutated streams get right checksums again, so that the parser and the decoders behind it are reached.
+Most inputs are small streams with damage; half of them get right checksums again, so that the parser and the decoders behind it are
+reached. Some are streams of few bytes that claim much (`claims`), some are calibration and cache files with odd numbers and
+metadata (`fuzz_files`), all under right checksums. What each may take in memory and time follows from its bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +20,12 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,7 +36,9 @@ from kvtc.codec import Codec
 from kvtc.coding.lossless import CODER_IDS, compress
 from kvtc.container import SectionType, parse_stream
 from kvtc.errors import KvtcError
+from kvtc.opened_stream import positions_of
 
+from . import claims, fuzz_files
 from .builders import (
     CHUNK_BYTES,
     GOLDEN_TOKEN_IDS,
@@ -41,6 +49,7 @@ from .builders import (
     golden_cache,
     golden_codec,
     golden_joint_codec,
+    joint_calibration,
     joint_codec,
     random_cache,
     reseal,
@@ -52,7 +61,12 @@ from .builders import (
     with_section,
 )
 
-SECONDS_EACH = 10
+# What one input may take: so much, and so much more for each of its bytes. Time is the processor's; memory is what is resident.
+SECONDS, SECONDS_A_BYTE = 2.0, 4e-6
+MEMORY, MEMORY_A_BYTE = 40 << 20, 24
+MAX_TOKENS = 2048
+"""That a stream may make a codec decode."""
+SECONDS_UNTIL_STUCK = 60
 MEMORY_GROWTH_BYTES = 64 << 20
 WARM_UP = 1000
 SEVERAL_LANES_TOKENS = 700
@@ -126,7 +140,9 @@ def make_targets() -> list[Target]:
         codec = tiny_codec(**(small | options))
         made.append((codec, codec.encode(cache, ids), None))
     targets = []
-    for codec, stream, needed in made:
+    for whole, stream, needed in made:
+        codec = copy(whole)
+        codec.max_tokens = MAX_TOKENS
         parsed = parse_stream(stream)
         raw = tuple(parsed.read(s.type, s.chunk, s.raw_bytes) for s in parsed.sections)
         is_final = parsed.header.profile != "paper"
@@ -293,6 +309,26 @@ def mutate(draw: random.Random, targets: list[Target]) -> tuple[Target, bytes]:
     return target, reseal(data) if draw.random() < 0.5 and counts_of_fit(data) else bytes(data)
 
 
+def draw_claim(draw: random.Random) -> bytes:
+    """A stream of few bytes that claims much."""
+    calibration, coder = joint_calibration(), draw.choice(list(claims.BLOCKS))
+    n_tokens, n_chunks = draw.choice([1, 3, 256, 2048, 2049, 32768]), int(10 ** draw.uniform(0, 4))
+    n_bytes = int(2 ** draw.uniform(8, 27))
+    makers: list[Callable[[], bytes]] = [
+        lambda: claims.inflated_rate(calibration, n_bytes, coder, draw.choice([claims.PAPER, claims.JOINT])),
+        lambda: claims.many_tokens(calibration, 1 + n_chunks // 4, n_tokens, coder),
+        lambda: claims.many_chunks(calibration, n_chunks, draw.choice([claims.PAPER, claims.JOINT])),
+        lambda: claims.large_rate_of_many_parts(calibration, n_chunks, n_bytes >> 8),
+        lambda: claims.uncoded_columns(calibration, 1 + n_chunks // 100, n_tokens),
+        lambda: claims.states_alone(calibration, n_tokens),
+        lambda: claims.exact_zeros(calibration, n_tokens, coder),
+        lambda: claims.padded(calibration, n_bytes >> 6, draw.choice([None, 0, 1 << 31, 2**32 - 1])),
+        lambda: claims.padded(calibration, n_bytes, coder=coder),
+        lambda: claims.oversized_block(calibration, n_bytes >> 3, coder),
+    ]
+    return draw.choice(makers)()
+
+
 def counts_of_fit(data: bytearray) -> bool:
     """Whether the tables may be there at all: making millions of checksums right is no test."""
     return len(data) >= HEADER_BYTES and max(counts_of(data)) < 10_000
@@ -308,6 +344,9 @@ def try_to_decode(draw: random.Random, target: Target, data: bytes) -> None:
     if draw.random() < 0.2:
         arguments["start_position"] = draw.choice([0, 5, 2**31 - 100])
     info = kvtc.inspect(data)
+    with suppress(KvtcError):
+        parse_stream(data).verify()
+        assert len(positions_of(data)) == info.n_tokens
     parts = kvtc.split_stream(data)
     assert not parts or kvtc.join_streams(parts) == data, "split and joined, the stream is another one"
     decoded = target.decode(data, **arguments)
@@ -333,13 +372,89 @@ def limited_seconds(seconds: float):
 
 
 @dataclass(frozen=True)
-class Report:
-    """What came of a run."""
+class Attempt:
+    """One input, and what reads it."""
 
-    outcomes: Counter[str]
-    failures: list[str]
-    seconds: float
-    memory_growth: int
+    kind: str
+    n_bytes: int
+    use: Callable[[], None]
+
+    @property
+    def seconds(self) -> float:
+        """That it may take of the processor."""
+        return SECONDS + SECONDS_A_BYTE * self.n_bytes
+
+    @property
+    def memory(self) -> float:
+        """Bytes that it may take."""
+        return MEMORY + MEMORY_A_BYTE * self.n_bytes
+
+
+def draw_attempt(draw: random.Random, targets: list[Target], directory: Path) -> Attempt:
+    """What to try: everything about it follows from the draw. directory: for files."""
+    kind = draw.random()
+    if kind < 0.04:
+        damaged = fuzz_files.draw_file(draw)
+        return Attempt("file", len(damaged.data), partial(fuzz_files.try_to_use, draw, damaged, directory))
+    if kind < 0.08:
+        target, claim = draw.choice(targets_of_claims(targets)), draw_claim(draw)
+        return Attempt("claim", len(claim), partial(try_to_decode, draw, target, claim))
+    target, data = mutate(draw, targets)
+    return Attempt("stream", len(data), partial(try_to_decode, draw, target, data))
+
+
+def targets_of_claims(targets: list[Target]) -> list[Target]:
+    """Those whose codec is of the calibration that claims are made with."""
+    return [target for target in targets if target.codec.calibration is joint_calibration()]
+
+
+@contextmanager
+def watched(attempt: Attempt, most: dict[str, float]):
+    """Raises AssertionError behind the block if it took more memory or time than it may. most: the largest shares of that."""
+    forget_peak()
+    before, started = resident_bytes("VmRSS"), time.process_time()
+    yield
+    seconds, memory = time.process_time() - started, resident_bytes("VmHWM") - before
+    for name, taken, allowed in (("time", seconds, attempt.seconds), ("memory", memory, attempt.memory)):
+        most[name] = max(most.get(name, 0.0), taken / allowed)
+    assert seconds <= attempt.seconds, (
+        f"{seconds:.1f} s for {attempt.n_bytes} bytes; {attempt.seconds:.1f} were allowed"
+    )
+    assert memory <= attempt.memory, (
+        f"{memory / 2**20:.0f} MiB for {attempt.n_bytes} bytes; {attempt.memory / 2**20:.0f} were allowed"
+    )
+
+
+def forget_peak() -> None:
+    """From here on the peak is that of what follows (Linux; elsewhere it is that of the whole run)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_bytes(name: str) -> int:
+    """VmRSS: resident now; VmHWM: at most since `forget_peak`."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) << 10
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Resident at most, over the whole run."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@dataclass
+class Report:
+    """What came of a run. most: the largest shares of the time and of the memory allowed that one input took."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    most: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    memory_growth: int = 0
 
 
 def run(mutations: int, seed: int, first: int = 0, verbose: bool = False) -> Report:
@@ -347,32 +462,38 @@ def run(mutations: int, seed: int, first: int = 0, verbose: bool = False) -> Rep
     targets = make_targets()
     for target in targets:
         target.decode(target.stream)
-    outcomes: Counter[str] = Counter()
-    failures: list[str] = []
-    started, floor = time.monotonic(), 0
-    with warnings.catch_warnings():
+    report, started, floor = Report(), time.monotonic(), resident_bytes("VmRSS")
+    with warnings.catch_warnings(), TemporaryDirectory() as directory:
         warnings.simplefilter("error")
         for number in range(first, first + mutations):
             if number - first == min(WARM_UP, mutations // 2):
-                floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            draw = draw_of(seed, number)
-            target, data = mutate(draw, targets)
+                floor = resident_bytes("VmRSS")
+            attempt = draw_attempt(draw_of(seed, number), targets, Path(directory))
+            report.kinds[attempt.kind] += 1
             try:
-                with limited_seconds(SECONDS_EACH):
-                    try_to_decode(draw, target, data)
-                outcomes["decoded"] += 1
-            except KvtcError as error:
-                outcomes[type(error).__name__] += 1
+                with limited_seconds(SECONDS_UNTIL_STUCK), watched(attempt, report.most):
+                    outcome = outcome_of(attempt)
+                report.outcomes[outcome] += 1
             except Exception as error:  # noqa: BLE001 - any other error at all is what is looked for
-                outcomes["FAILURE"] += 1
-                failures.append(
-                    f"{type(error).__name__}: {error}; reproduce: python -m tests.fuzz --seed {seed} --first {number} --mutations 1"
+                report.outcomes["FAILURE"] += 1
+                report.failures.append(
+                    f"{attempt.kind}: {type(error).__name__}: {error}; "
+                    f"reproduce: python -m tests.fuzz --seed {seed} --first {number} --mutations 1"
                 )
                 if verbose:
                     traceback.print_exc()
-                    print(failures[-1], file=sys.stderr)
-    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - floor) * (1 if sys.platform == "darwin" else 1024)
-    return Report(outcomes, failures, time.monotonic() - started, growth)
+                    print(report.failures[-1], file=sys.stderr)
+    report.seconds, report.memory_growth = time.monotonic() - started, resident_bytes("VmRSS") - floor
+    return report
+
+
+def outcome_of(attempt: Attempt) -> str:
+    """The name of the package's error that came of it, or "used" where it is sound."""
+    try:
+        attempt.use()
+    except KvtcError as error:
+        return type(error).__name__
+    return "used"
 
 
 def main() -> int:
@@ -384,9 +505,13 @@ def main() -> int:
     torch.set_num_threads(1)
     report = run(options.mutations, options.seed, options.first, verbose=True)
     print(f"{options.mutations} mutations in {report.seconds:.0f} s, {options.mutations / report.seconds:.0f} a second")
-    for name, count in report.outcomes.most_common():
-        print(f"{count:9d}  {name}")
-    print(f"peak memory grew by {report.memory_growth / 2**20:.1f} MiB")
+    for counter in (report.kinds, report.outcomes):
+        print(*(f"{count:9d}  {name}" for name, count in counter.most_common()), "", sep="\n")
+    print(
+        *(f"one input took at most {share:.0%} of the {name} it was allowed" for name, share in report.most.items()),
+        sep="\n",
+    )
+    print(f"memory grew by {report.memory_growth / 2**20:.1f} MiB over the run")
     too_much = report.memory_growth > MEMORY_GROWTH_BYTES
     if too_much:
         print(f"FAILURE: at most {MEMORY_GROWTH_BYTES >> 20} MiB were allowed", file=sys.stderr)

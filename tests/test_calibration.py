@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import re
 import shutil
 import struct
@@ -35,7 +35,16 @@ from kvtc.errors import (
     UnsupportedVersion,
 )
 
-from .builders import golden_calibration, random_cache, relative_error, same_bits, tiny_calibration, tiny_geometry
+from .builders import (
+    golden_calibration,
+    measured_calibration,
+    random_cache,
+    relative_error,
+    rewritten,
+    same_bits,
+    tiny_calibration,
+    tiny_geometry,
+)
 
 SOURCES = Path(kvtc.__file__).parent
 
@@ -139,20 +148,6 @@ def test_a_file_cut_short(path):
             load_calibration(path)
 
 
-def rewritten(path: Path, change) -> Path:
-    """The file with `change(metadata, tensors)` done to it, and its checksum made right again."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = dict(file.metadata())
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    del metadata["checksum"]
-    change(metadata, tensors)
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    safetensors.torch.save_file(tensors, path, {**metadata, "checksum": digest.hexdigest()})
-    return path
-
-
 def test_rewriting_alone_changes_nothing(calibration, path):
     assert same_calibration(load_calibration(rewritten(path, lambda metadata, tensors: None)), calibration)  # noqa: ARG005
 
@@ -247,6 +242,24 @@ def test_a_file_without_its_checksum(path):
         ('"head_dim": 8', '"head_dim": 6'),
         ('"layer_tables": [0, 0, 0]', '"layer_tables": [0, 0, 1]'),
         ('"rope": {', '"rope": [], "other": {'),
+        ('"first_layer": 0', '"first_layer": -1'),
+        ('"first_layer": 0', '"first_layer": 65536'),
+        ('"first_layer": 0', '"first_layer": "0"'),
+        ('"first_layer": 0', '"first_layer": 0.0'),
+        ('"first_layer": 0', '"first_layer": false'),
+        ('"first_layer": 0', '"first_layer": 1' + 4000 * "0"),
+        ('"n_kv_heads": 2', '"n_kv_heads": 9223372036854775808'),
+        ('"attention_scaling": 1.0', '"attention_scaling": 0'),
+        ('"attention_scaling": 1.0', '"attention_scaling": NaN'),
+        ('"attention_scaling": 1.0', '"attention_scaling": 1e999'),
+        ('"attention_scaling": 1.0', '"attention_scaling": "1"'),
+        ('"interleaved": false', '"interleaved": 0'),
+        ('"interleaved": false', '"interleaved": false, "dynamic": []'),
+        ('"interleaved": false', '"interleaved": false, "dynamic": {"base": 1e4, "factor": 0, "max_length": 8}'),
+        ('"interleaved": false', '"interleaved": false, "long": {"inverse_frequencies": [1], "original_length": 8}'),
+        ('"inverse_frequencies": [1.0', '"inverse_frequencies": [1e300'),
+        ('"layer_tables": [0, 0, 0]', '"layer_tables": [0, 0, 0.0]'),
+        ('"layer_tables": [0, 0, 0]', '"layer_tables": "000"'),
     ],
 )
 def test_a_geometry_that_contradicts_itself(path, old, new):
@@ -264,6 +277,107 @@ def test_impossible_block_sizes(path, first):
         load_calibration(
             rewritten(path, lambda metadata, _: metadata.update(block_sizes=f"[{first}, 16, 64, 256, 1024]"))
         )
+
+
+@pytest.fixture
+def whole_path(tmp_path) -> Path:
+    """Of a calibration with every tensor that a file may hold."""
+    measured_calibration().save(tmp_path / "whole.safetensors")
+    return tmp_path / "whole.safetensors"
+
+
+FLOATS = [
+    *(f"{kind}.{part}" for kind in ("key", "value") for part in ("mean", "vectors", "spectrum", "energy", "errors")),
+    *(f"joint.{part}" for part in ("mean", "vectors", "spectrum", "roots", "deviations", "offsets", "curve")),
+    *(
+        f"tokens.{part}"
+        for part in ("weights", "hidden", "outputs", "rotation", "explained", "deviations", "offsets", "curve")
+    ),
+    "quality.joint",
+    "quality.conditional",
+]
+NEVER_NEGATIVE = ("spectrum", "energy", "errors", "deviations", "curve", "joint", "conditional")
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_every_number_is_finite_and_in_range(whole_path, name):
+    """NaN and both infinities anywhere; what is too large to be true; and what is negative where nothing can be."""
+    data = whole_path.read_bytes()
+    wrong = [math.nan, math.inf, -math.inf]
+    if not name.startswith(("tokens.weights", "tokens.hidden", "tokens.outputs", "tokens.explained")):
+        wrong.append(1.5 if name.endswith(("vectors", "rotation", "offsets")) else 1e38)
+    if name.split(".")[1] in NEVER_NEGATIVE:
+        wrong.append(-1e-3)
+    for value in wrong:
+        whole_path.write_bytes(data)
+
+        def change(_, tensors, value=value):
+            tensors[name] = tensors[name].clone()
+            tensors[name].view(-1)[0 if name.endswith("errors") else -1] = value
+
+        with pytest.raises(CorruptCalibration, match=re.escape(name)):
+            load_calibration(rewritten(whole_path, change))
+
+
+def test_a_group_past_the_last_coefficient_has_no_error(whole_path):
+    """The dynamic program would take it for a group that can be had."""
+
+    def change(_, tensors):
+        tensors["key.errors"] = tensors["key.errors"].clone()
+        tensors["key.errors"][0, 1, -1] = 0
+
+    with pytest.raises(CorruptCalibration, match=r"key\.errors gives groups of 16 an error past the last of 48"):
+        load_calibration(rewritten(whole_path, change))
+
+
+@pytest.mark.parametrize(
+    ("variances", "expected"),
+    [("[1, 1]", "explains more"), ("[1e999, 1]", "too large"), ("[NaN, 1]", "NaN is no number"), ("[-1, 1]", "number of 0"),
+     ("[true, 1]", "found True"), ('["1", 1]', "found '1'"), ("[1]", "holds 1 numbers"), ('{"a": 1, "b": 2}', "must be a list"),
+     ("[" + "9" * 400 + ", 1]", "a number of 1329 bits")],
+)  # fmt: skip
+def test_total_variances_are_two_numbers(whole_path, variances, expected):
+    with pytest.raises(CorruptCalibration, match=expected):
+        load_calibration(rewritten(whole_path, lambda metadata, _: metadata.update(total_variance=variances)))
+
+
+ODD_JSON = {
+    "endless lists": "[" * 100_000,
+    "endless lists that end": "[" * 500 + "]" * 500,
+    "endless objects": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "deep, but not endless": '{"a":' + "[" * 32 + "]" * 32 + "}",
+    "a list": "[1]",
+    "text": '"text"',
+    "a number": "1",
+    "nothing": "null",
+    "NaN": '{"n": NaN}',
+    "infinity": '{"n": -Infinity}',
+    "infinity in digits": '{"n": 1e999}',
+    "ten thousand digits": '{"n": ' + "1" * 10_000 + "}",
+    "a name twice": '{"n": 1, "n": 2}',
+}
+
+
+@pytest.mark.parametrize("name", ["geometry", "total_variance", "block_sizes", "info"])
+@pytest.mark.parametrize("case", ODD_JSON)
+def test_odd_json_is_refused_by_name_of_the_file(whole_path, name, case):
+    with pytest.raises(CorruptCalibration, match=re.escape(str(whole_path))):
+        load_calibration(rewritten(whole_path, lambda metadata, _: metadata.update({name: ODD_JSON[case]})))
+
+
+@pytest.mark.parametrize("version", ["1.0", "-1", "0", "01", "true", "[1]", "1" * 5000, "\u0661", " "])
+def test_a_version_is_a_whole_number(path, version):
+    with pytest.raises(CorruptCalibration):
+        load_calibration(rewritten(path, lambda metadata, _: metadata.update(version=version)))
+
+
+def test_a_calibration_that_could_not_be_read_is_not_written(calibration, tmp_path):
+    mean = calibration.key.basis.mean.clone()
+    mean[3] = math.nan
+    wrong = replace(calibration, key=replace(calibration.key, basis=replace(calibration.key.basis, mean=mean)))
+    with pytest.raises(CorruptCalibration, match=r"key\.mean holds numbers that are not finite"):
+        wrong.save(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_fingerprint_than_that_of_the_contents(path):

@@ -487,6 +487,14 @@ def test_cache_files_that_hold_no_cache(tmp_path):
         ({"keys": keys, "values": values, "token_ids": torch.zeros(4, dtype=torch.int64)}, None),
         ({"keys": keys, "values": values}, {"first_layer": "many"}),
         ({"keys": keys, "values": values}, {"first_layer": "-1"}),
+        ({"keys": keys, "values": values}, {"first_layer": "65536"}),
+        ({"keys": keys, "values": values}, {"first_kv_head": "1_0"}),
+        ({"keys": keys, "values": values}, {"first_kv_head": "[" * 100_000}),
+        ({"keys": keys, "values": values}, {"rope_length": str(1 << 31)}),
+        ({"keys": keys, "values": values}, {"rope_length": "9" * 5000}),
+        ({"keys": torch.full_like(keys, torch.nan), "values": values}, None),
+        # No value in either, and the positions of 2**40 tokens would take 8 TiB.
+        (dict.fromkeys(("keys", "values"), torch.zeros(3, 0, 1 << 40, 8)), None),
     ):
         save_file(tensors, path, metadata)
         with pytest.raises(InvalidCache):

@@ -26,6 +26,7 @@ from kvtc.errors import (
     InvalidCache,
     KvtcError,
     MissingDependency,
+    StreamTooLarge,
     TokenMismatch,
 )
 
@@ -634,6 +635,35 @@ def test_a_ratio_that_only_8_bit_caches_cannot_have_is_refused_for_them(calibrat
 def test_only_tokens_that_are_there_decode(tokens):
     with pytest.raises(InvalidArgument, match=rf"0 \.\. 20, what the stream holds; got {tokens}"):
         tiny_codec().decode(tiny_codec().encode(random_cache(20)), tokens=tokens)
+
+
+def test_no_more_tokens_are_decoded_than_agreed_to():
+    """The limit counts tokens beyond those that are named, in whole chunks: 20 tokens are 5 chunks of 4."""
+    cache, ids = random_cache(20, torch.bfloat16), range(20)
+    stream = tiny_codec().encode(cache, ids)
+    codec = fresh_codec(max_tokens=19)
+    for named in ({}, {"tokens": None}):
+        with pytest.raises(
+            StreamTooLarge, match=r"20 tokens .* 19 are allowed: name as many by tokens= .* max_tokens="
+        ):
+            codec.decode(stream, **named)
+    for named in ({"tokens": 20}, {"tokens": 1}, {"token_ids": ids}):
+        assert codec.decode(stream, **named).n_tokens == named.get("tokens", 20)
+    assert fresh_codec(max_tokens=20).decode(stream).n_tokens == 20
+    # Three tokens past the first are the rest of its chunk.
+    assert fresh_codec(max_tokens=3).decode(stream, tokens=1).n_tokens == 1
+    with pytest.raises(StreamTooLarge, match="4 tokens would have to be decoded; 3 are allowed"):
+        fresh_codec(max_tokens=2).decode(stream, tokens=1)
+    with pytest.raises(StreamTooLarge, match=r"20 tokens .* 18 are allowed"):
+        fresh_codec(max_tokens=1).decode(stream, tokens=17)
+    with pytest.raises(StreamTooLarge):
+        codec.decode_batch([stream])
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, None])
+def test_a_limit_is_a_number_of_tokens(limit):
+    with pytest.raises(InvalidArgument, match="max_tokens must be a whole number of at least 1"):
+        fresh_codec(max_tokens=limit)
 
 
 @pytest.mark.parametrize("start", [-1, -(2**40), 2**31 - 19, 2**40])

@@ -152,6 +152,8 @@ def test_a_window_without_a_step_is_corrupt():
     with pytest.raises(CorruptStream, match="no step for it"):
         window_codec().decode(with_section(stream, 0, stream[sections_of(stream)[0][1] :][:4], raw_bytes=4))
     with pytest.raises(CorruptStream, match="one step or two"):
+        window_codec().decode(with_section(stream, 0, bytes(5), raw_bytes=5))
+    with pytest.raises(CorruptStream, match="claims 12 bytes; expected 8 at most"):
         window_codec().decode(with_section(stream, 0, bytes(12), raw_bytes=12))
     with pytest.raises(CorruptStream, match="outside of what"):
         window_codec().decode(with_section(stream, 0, struct.pack("<2f", 1, np.nan)))

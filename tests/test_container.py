@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from kvtc.cache import KVCache
 from kvtc.codec import Codec
 from kvtc.coding.lossless import CODER_IDS, compress, decompress
 from kvtc.container import Payload, SectionType, code_payloads, join_streams, parse_stream, split_stream, write_stream
-from kvtc.errors import CorruptStream, InvalidArgument, KvtcError, TruncatedStream, UnsupportedVersion
+from kvtc.errors import CorruptStream, InvalidArgument, KvtcError, StreamTooLarge, TruncatedStream, UnsupportedVersion
+from kvtc.opened_stream import positions_of
 
+from . import claims
 from .builders import (
     CHUNK_BYTES,
     HEADER_BYTES,
@@ -56,7 +59,7 @@ READERS = [kvtc.inspect, lambda stream: tiny_codec().decode(stream)]
 
 
 @contextmanager
-def little_memory():
+def little_memory(mib: int = 4):
     """Fails if the block allocates more than a few MiB, in Python or outside of it."""
     tracemalloc.start()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -65,7 +68,7 @@ def little_memory():
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 4 * MIB
+    assert peak < mib * MIB
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 32 * MIB
 
 
@@ -286,6 +289,77 @@ def test_a_block_that_decodes_to_far_too_much_is_refused_in_little_memory(kind):
         codec.decode(bomb)
     small = BOMBS[kind](bytes(due))
     codec.decode(with_section(stream, number, pack("<I", len(small)) + small, CODER_IDS[coder]))
+
+
+@pytest.mark.parametrize("coder", ["deflate", "zstd", "lz4"])
+@pytest.mark.parametrize(("profile", "most"), [(claims.PAPER, 868), (claims.JOINT, 8)])
+def test_a_rate_is_not_inflated_before_its_size_is_checked(coder, profile, most):
+    """64 MiB in some ten KiB; 868 bytes are 48 runs of keys and as many of values, a coefficient each."""
+    bomb = claims.inflated_rate(joint_calibration(), 64 * MIB, coder, profile)
+    assert len(bomb) < 300_000
+    with (
+        little_memory(),
+        pytest.raises(CorruptStream, match=f"section rate claims 67108864 bytes; expected {most} at most"),
+    ):
+        joint_codec().decode(bomb)
+
+
+def test_a_million_chunks_are_parsed_by_the_bytes_they_take():
+    """Eleven seconds once; what is measured here is the processor's time, and the bytes are 44 million."""
+    stream = claims.many_chunks(joint_calibration(), 1 << 20)
+    started = time.process_time()
+    tracemalloc.start()
+    parsed = parse_stream(stream)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - started < 2
+    assert peak < 4 * len(stream)
+    assert (parsed.n_tokens, len(parsed.chunks), len(parsed.sections)) == (1 << 20, 1 << 20, (1 << 20) + 1)
+    assert (parsed.chunks[-1].first_position, parsed.chunks[-1].n_body) == ((1 << 20) - 1, 1)
+    last = parsed.find(SectionType.BODY, (1 << 20) - 1)
+    assert (last, last.span) == (parsed.sections[-1], slice(len(stream) - 2, len(stream)))
+
+
+@pytest.mark.parametrize("read", [kvtc.inspect, lambda s: parse_stream(s).verify(), split_stream])
+def test_reading_tables_takes_time_and_memory_by_their_bytes(read):
+    stream = claims.many_chunks(joint_calibration(), 1 << 16)
+    started = time.process_time()
+    tracemalloc.start()
+    read(stream)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - started < 4
+    assert peak < 16 * len(stream)
+
+
+def test_parts_do_not_repeat_a_large_rate_without_end():
+    """A megabyte of rate and 300 chunks in 1.1 MB would be 315 MB of parts."""
+    stream = claims.large_rate_of_many_parts(joint_calibration(), 300, MIB)
+    with (
+        little_memory(),
+        pytest.raises(StreamTooLarge, match="300 parts would each repeat the 1048576 bytes of the rate"),
+    ):
+        split_stream(stream)
+    assert len(split_stream(claims.large_rate_of_many_parts(joint_calibration(), 60, MIB))) == 60
+
+
+def test_more_chunks_than_a_reader_takes_are_not_written():
+    part = claims.many_chunks(joint_calibration(), 1 << 20)
+    more = patched(claims.many_chunks(joint_calibration(), 1), HEADER_BYTES, "I", 1 << 20)
+    with pytest.raises(InvalidArgument, match="1048577 chunks; a stream holds 1048576 at most"):
+        join_streams([part, more])
+
+
+def test_claims_past_the_tokens_agreed_to_are_refused_in_little_memory():
+    """Each chunk of 32768 tokens is sound and takes some hundred bytes; two thousand million tokens fit into 8 MB."""
+    codec, calibration = Codec(joint_calibration(), "joint", step=4.0), joint_calibration()
+    stream = claims.many_tokens(calibration, 65_535)
+    assert (len(stream), kvtc.inspect(stream).n_tokens) == (7_995_359, 65_535 * 32_768)
+    for read in (codec.decode, positions_of, codec.decode_layers, lambda s: codec.decode_batch([s])):
+        with little_memory(16), pytest.raises(StreamTooLarge, match=r"2147450880 tokens .* 1048576 are allowed"):
+            read(stream)
+    with little_memory(16):
+        assert codec.decode(stream, tokens=10).n_tokens == 10
 
 
 @pytest.mark.parametrize("coder", CODER_IDS)
@@ -550,10 +624,14 @@ def test_oversized_claims_of_bodies_are_refused_in_little_memory(claim):
 
 
 def test_tokens_of_many_chunks_are_not_believed_before_their_bodies():
-    """Thirty thousand million coefficients by the chunk table, and not a byte for any of them."""
-    stream = many_chunks("joint", 10_000)
-    with pytest.raises(CorruptStream, match="needs at least 8196 bytes; it has 1"):
-        joint_codec("joint").decode_layers(stream)
+    """Fifteen thousand million coefficients by the chunk table, and not a byte for any of them, even where they are allowed."""
+    stream = many_chunks("joint", 5_000)
+    codec = Codec(joint_calibration(), "joint", max_tokens=1 << 40)
+    with (
+        little_memory(),
+        pytest.raises(CorruptStream, match="of chunk 0: 32768 tokens need at least 8196 bytes; it has 1"),
+    ):
+        codec.decode_layers(stream)
 
 
 def test_a_body_of_a_few_bytes_may_hold_many_tokens():

@@ -10,7 +10,15 @@ import torch
 
 from kvtc import inspect
 from kvtc.cache import CacheGeometry
-from kvtc.errors import CorruptStream, InvalidArgument, StoreUnavailable, TokenMismatch, UnsupportedModel
+from kvtc.codec import Codec
+from kvtc.errors import (
+    CorruptStream,
+    InvalidArgument,
+    StoreUnavailable,
+    StreamTooLarge,
+    TokenMismatch,
+    UnsupportedModel,
+)
 from kvtc.integrations.counts import Counts
 from kvtc.integrations.engine_settings import CachePart, EngineSettings, tensor_parallel_parts
 from kvtc.integrations.pages import PageCodec
@@ -18,6 +26,7 @@ from kvtc.integrations.store_lookups import StoreLookups
 from kvtc.reference import reference_calibration
 from kvtc.store import open_store
 
+from . import claims
 from .builders import (
     joint_calibration,
     measured_calibration,
@@ -48,6 +57,20 @@ def test_a_chunk_is_coded_alone_wherever_it_stands():
         codec.decode(stream, 0, 256, ids[span])
     with pytest.raises(TokenMismatch):
         codec.decode(stream, 256, 256, ids[:256])
+
+
+def test_a_page_costs_no_more_than_a_chunk_past_its_tokens():
+    """Who writes to the store could have put a chunk of 32768 tokens there: a few hundred bytes, and far more work."""
+    codec = PageCodec(joint_calibration(), settings())
+    foreign = Codec(joint_calibration(), "joint", step=4.0, window_tokens=0, chunk_tokens=32768)
+    stream = foreign.encode(told_cache(600), told_ids(600))
+    assert codec.decode(stream, 0, 344)[0].shape[2] == 344
+    for read in (
+        lambda: codec.decode(stream, 0, 343),
+        lambda: codec.decode(claims.many_tokens(joint_calibration(), 1), 0, 256),
+    ):
+        with pytest.raises(StreamTooLarge, match="would have to be decoded"):
+            read()
 
 
 def test_sinks_are_exact_at_the_beginning_of_a_text_only():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import time
 
 import pytest
 
+import kvtc
 from kvtc.codec import Codec
 from kvtc.coding import rans
 from kvtc.coding.rans import count_lanes
@@ -20,8 +23,17 @@ def test_random_damage_raises_only_errors_of_the_package():
     assert report.memory_growth < fuzz.MEMORY_GROWTH_BYTES
     assert sum(report.outcomes.values()) == 2000
     # The mutations reach all depths: tables, sections, and sound streams that are just different ones.
-    for outcome in ("CorruptStream", "TruncatedStream", "UnsupportedVersion", "CalibrationMismatch", "decoded"):
+    for outcome in (
+        "CorruptStream",
+        "TruncatedStream",
+        "UnsupportedVersion",
+        "CalibrationMismatch",
+        "StreamTooLarge",
+        "used",
+    ):
         assert report.outcomes[outcome] > 2
+    assert min(report.kinds[kind] for kind in ("stream", "claim", "file")) > 40
+    assert report.outcomes["CorruptCalibration"] + report.outcomes["InvalidCache"] > 20
 
 
 def test_the_fuzzer_notices_other_errors(monkeypatch):
@@ -35,6 +47,27 @@ def test_the_fuzzer_notices_other_errors(monkeypatch):
     report = fuzz.run(200, seed=0)
     assert report.outcomes["FAILURE"] == len(report.failures) > 10
     assert "IndexError: list index out of range; reproduce: python -m tests.fuzz --seed 0 --first" in report.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"), [("memory", r"\d+ MiB for \d+ bytes; \d+ were allowed"), ("time", r"s for \d+ bytes")]
+)
+def test_the_fuzzer_notices_memory_and_time(monkeypatch, what, expected):
+    """Of each input by itself: it is given back before the next one."""
+
+    def careless(*_, **__):
+        if what == "memory":
+            bytearray(200 << 20)
+        else:
+            until = time.process_time() + 0.4
+            while time.process_time() < until:
+                pass
+
+    monkeypatch.setattr(fuzz, "SECONDS", 0.3)
+    monkeypatch.setattr(kvtc, "inspect", careless)
+    report = fuzz.run(6, seed=0)
+    assert len(report.failures) > 3
+    assert all(re.search(expected, failure) for failure in report.failures if "stream: AssertionError" in failure)
 
 
 def test_a_mutation_is_the_same_again():

@@ -43,6 +43,7 @@ from kvtc.integrations.sensitivity import SensitivityRecorder
 from .builders import (
     joint_calibration,
     relative_error,
+    rewritten,
     same_bits,
     tiny_embeddings,
     tiny_geometry,
@@ -50,7 +51,6 @@ from .builders import (
     told_cache,
     told_ids,
 )
-from .test_calibration import rewritten
 
 # Metric.
 
@@ -559,7 +559,9 @@ SENSELESS = {
     "roots that are not finite": ("joint.roots", lambda t: with_entry(t, (3, 1, 1), np.nan), "not finite"),
     "steps that are not positive": ("joint.curve", lambda t: with_entry(t, (0, 4), 0), "positive steps"),
     "bits that fall": ("tokens.curve", lambda t: with_entry(t, (1, 4), 1e9), "rising bits"),
-    "bits that are not finite": ("tokens.curve", lambda t: with_entry(t, (1, -1), np.inf), "rising bits"),
+    "bits that are not finite": ("tokens.curve", lambda t: with_entry(t, (1, -1), np.inf), "not finite"),
+    "bits of nothing": ("joint.curve", lambda t: with_entry(t, (1, 0), 0), "rising bits above 0"),
+    "steps that rise": ("joint.curve", lambda t: with_entry(t, (0, 1), 1e9), "falling, positive steps"),
 }
 
 

@@ -15,7 +15,10 @@ UNIT = 2.0**-24
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """Every product by torch's own library and in another order, as on a GPU; gives the sums of magnitudes of those that restore rows."""
+    """Every product by torch's own library and in another order, as on a GPU.
+
+    Gives the sums of magnitudes of those that restore rows.
+    """
     sums: list[float] = []
 
     def times(self, rows, start=None, n_columns=None):
@@ -59,7 +62,8 @@ def test_values_on_another_machine_differ_by_roundings_within_the_bound(profile,
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_stream_of_another_machine_holds_the_same_tables_and_lengths(profile, elsewhere, monkeypatch):
+@pytest.mark.usefixtures("elsewhere")
+def test_a_stream_of_another_machine_is_read_here(profile, monkeypatch):
     """What entropy decoding needs is in the stream: integers alone, none of which follows from a product."""
     cache, ids = told_cache(300, torch.bfloat16), told_ids(300)
     stream = Codec(joint_calibration(), profile, 6).encode(cache, ids)

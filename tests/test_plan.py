@@ -585,3 +585,35 @@ def test_a_geometry_is_enough():
         model.calibration_parameters(10),
         model.calibration_parameters(99),
     ) == (24, 96, 480, 1152)
+
+
+ODD_JSON = {
+    "NaN": ('{"n": NaN}', "NaN is no number"),
+    "infinity in digits": ('{"n": 1e999}', "too large"),
+    "endless lists": ("[" * 100_000, "nested too deeply"),
+    "a name twice": ('{"n": 1, "n": 2}', "a name twice"),
+    "ten thousand digits": ('{"n": ' + "1" * 10_000 + "}", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_JSON)
+def test_odd_json_is_no_plan(tmp_path, case):
+    text, expected = ODD_JSON[case]
+    for name in ("plan.json", "measurements.json"):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InvalidPlan, match=expected):
+            (load_plan if name == "plan.json" else load_measurements)(tmp_path / name)
+    (tmp_path / "trace.jsonl").write_text(text)
+    with pytest.raises(InvalidPlan, match=f"trace.jsonl:1.*{expected}"):
+        read_workload(Fields({"kind": "trace", "file": "trace.jsonl"}, "w"), tmp_path)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1 << 53 | 1, math.nan, True, "1", 1.5])
+def test_numbers_no_plan_can_use(value):
+    with pytest.raises(
+        InvalidPlan, match=r"f\.n: expected a whole number of at least 1 and at most 2\*\*53, found .{,90}$"
+    ):
+        Fields({"n": value}, "f").whole("n")
+    if value not in (1 << 53 | 1, 1.5):
+        with pytest.raises(InvalidPlan, match=r"f\.n: expected a number above 0, found .{,90}$"):
+            Fields({"n": value}, "f").number("n")

@@ -21,6 +21,7 @@ from kvtc.integrations.quality import LEAST_TOKENS, SetAside, measure_quality
 from .builders import (
     joint_calibration,
     joint_codec,
+    rewritten,
     same_cache,
     tiny_calibration,
     tiny_codec,
@@ -92,12 +93,16 @@ def test_the_curve_is_kept_in_the_file_and_not_in_the_fingerprint(with_curve, tm
 @pytest.mark.parametrize(
     ("steps", "kl"),
     [([1.0], [1.0]), ([1.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [2.0, 1.0]), ([-1.0, 2.0], [1.0, 2.0]), ([1.0, 2.0], [0.0, 1.0]),
-     ([1.0, np.inf], [1.0, 2.0])],
+     ([1.0, np.inf], [1.0, 2.0]), ([1.0, 2.0], [1.0, np.nan])],
 )  # fmt: skip
-def test_files_with_no_curve_are_refused(with_curve, tmp_path, steps, kl):
-    wrong = replace(with_curve, quality={"joint": QualityCurve(np.array(steps), np.array(kl))})
-    wrong.save(tmp_path / "c")
-    with pytest.raises(CorruptCalibration, match=r"quality\.joint must hold"):
+def test_what_is_no_curve_is_neither_read_nor_written(with_curve, tmp_path, steps, kl):
+    curve = QualityCurve(np.array(steps), np.array(kl))
+    with pytest.raises(CorruptCalibration, match=r"quality\.joint (must hold|holds)"):
+        replace(with_curve, quality={"joint": curve}).save(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    with_curve.save(tmp_path / "c")
+    rewritten(tmp_path / "c", lambda _, tensors: tensors.update({"quality.joint": curve.tensor()}))
+    with pytest.raises(CorruptCalibration, match=r"quality\.joint (must hold|holds)"):
         load_calibration(tmp_path / "c")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -384,14 +385,14 @@ def test_rope_arguments_are_checked() -> None:
         Rope((), (NO_ROTATION,)).rotate(torch.zeros(2, 1, 3, 4), torch.arange(3), 3)
 
 
-frequencies = st.lists(st.floats(0.0, 4.0, width=32), min_size=1, max_size=4)
-tables = st.builds(
-    RopeTable,
-    frequencies.map(tuple),
-    st.floats(0.5, 2.0),
-    st.booleans(),
-    st.none() | st.builds(DynamicScaling, st.just(1e4), st.floats(1.0, 8.0), st.just(2**31)),
-)
+def tables_of(least: int, scaling: st.SearchStrategy) -> st.SearchStrategy:
+    """Tables of so many pairs or more."""
+    frequencies = st.lists(st.floats(0.0, 4.0, width=32), min_size=least, max_size=4)
+    return st.builds(RopeTable, frequencies.map(tuple), st.floats(0.5, 2.0), st.booleans(), scaling)
+
+
+dynamic = st.builds(DynamicScaling, st.just(1e4), st.floats(1.0, 8.0), st.just(2**31))
+tables = tables_of(1, st.none()) | tables_of(2, dynamic)
 
 
 @settings(max_examples=60, deadline=None)
@@ -417,3 +418,26 @@ def test_rotation_is_undone_exactly_and_touches_only_its_features(
     assert torch.equal(rope.turn_layer(0, keys[0], at, length), turned[0])
     norms = [part[0, ..., : table.rotated_dim].norm(dim=-1) for part in (turned, keys)]
     torch.testing.assert_close(norms[0], norms[1] * table.attention_scaling, rtol=1e-5, atol=1e-6)
+
+
+IMPOSSIBLE = {
+    "a frequency of NaN": lambda: RopeTable((1.0, math.nan)),
+    "an infinite frequency": lambda: RopeTable((math.inf,)),
+    "a huge frequency": lambda: RopeTable((2.0**21,)),
+    "no scaling of cosines": lambda: RopeTable((1.0,), 0.0),
+    "NaN times cosines": lambda: RopeTable((1.0,), math.nan),
+    "a base below 1": lambda: DynamicScaling(0.5, 2.0, 64),
+    "an infinite base": lambda: DynamicScaling(math.inf, 2.0, 64),
+    "a factor of 0": lambda: DynamicScaling(1e4, 0.0, 64),
+    "a length of 0": lambda: DynamicScaling(1e4, 2.0, 0),
+    "one pair with an exponent of d / (d - 2)": lambda: RopeTable((1.0,), scaling=DynamicScaling(1e4, 2.0, 64)),
+    "more frequencies for long sequences": lambda: RopeTable((1.0,), scaling=LongScaling((1.0, 0.5), 64)),
+    "a negative length": lambda: LongScaling((1.0,), -1),
+    "an infinite frequency of long sequences": lambda: LongScaling((math.inf,), 64),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_rotations_are_refused(case):
+    with pytest.raises(InvalidArgument):
+        IMPOSSIBLE[case]()

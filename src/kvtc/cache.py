@@ -13,6 +13,8 @@ from torch import Tensor
 from .coding.rope import Rope
 from .errors import GeometryMismatch, InvalidArgument, InvalidCache
 
+MAX_EXTENT = (1 << 16) - 1
+"""Of layers, heads and features of a head: what a stream's header can say."""
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -38,6 +40,11 @@ class CacheGeometry:
     def __post_init__(self) -> None:
         if min(self.n_layers, self.n_kv_heads, self.head_dim) < 1 or min(self.first_layer, self.first_kv_head) < 0:
             raise InvalidArgument(f"a cache geometry needs at least one layer, head and feature; got {self.describe()}")
+        extents = self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim
+        if max(extents) > MAX_EXTENT:
+            raise InvalidArgument(
+                f"{self.describe()}: {max(extents)} is more than the {MAX_EXTENT} that streams can say"
+            )
         if len(self.rope.layer_tables) != self.n_layers:
             raise InvalidArgument(f"{self.n_layers} layers, but rotations for {len(self.rope.layer_tables)}")
         for table in self.rope.tables:
@@ -131,6 +138,9 @@ class KVCache:
                 "keys and values must both be [layers, kv_heads, tokens, head_dim]; "
                 f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
             )
+        # An axis of no length makes the others free: a file of no values could claim any number of tokens.
+        if 0 in (self.n_layers, self.n_kv_heads, self.head_dim):
+            raise InvalidCache(f"keys and values {tuple(self.keys.shape)} hold no layer, head or feature")
         if self.keys.dtype != self.values.dtype or self.keys.dtype not in CACHE_DTYPES:
             names = ", ".join(str(d).removeprefix("torch.") for d in CACHE_DTYPES)
             raise InvalidCache(f"keys are {self.keys.dtype}, values {self.values.dtype}; expected one dtype of {names}")

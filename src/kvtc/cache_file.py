@@ -13,11 +13,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .cache import KVCache
+from . import strict_json
+from .cache import MAX_EXTENT, KVCache
 from .errors import InvalidCache
 from .files import write_atomically
 
 KNOWN_TENSORS = {"keys", "values", "positions", "token_ids"}
+KNOWN_NUMBERS = {"first_layer": MAX_EXTENT, "first_kv_head": MAX_EXTENT, "rope_length": (1 << 31) - 1}
+"""Of the metadata, and the largest that each may be."""
 
 
 def save_cache(path: str | Path, cache: KVCache, token_ids: Tensor | None = None) -> None:
@@ -57,7 +60,9 @@ def load_cache(path: str | Path) -> tuple[KVCache, Tensor | None]:
             tensors = {name: file.get_tensor(name) for name in file.keys() if name in KNOWN_TENSORS}  # noqa: SIM118
             found = sorted(file.keys())
         numbers = {
-            name: int(metadata[name]) for name in ("first_layer", "first_kv_head", "rope_length") if name in metadata
+            name: strict_json.whole(strict_json.loads(metadata[name]), name, 0, most)
+            for name, most in KNOWN_NUMBERS.items()
+            if name in metadata
         }
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
         raise InvalidCache(f"{path} is not a readable cache file: {type(error).__name__}: {error}") from error

@@ -27,7 +27,7 @@ from .container import Chunk, SectionType, parse_stream
 from .errors import InvalidArgument, InvalidCache
 from .fixed_size import fixed_stream_bytes
 from .gathering import coded_rows
-from .opened_stream import OpenedStream, TokenIds, open_stream, shift_to
+from .opened_stream import MAX_TOKENS, OpenedStream, TokenIds, open_stream, shift_to
 from .profiles import Allowance, BodyCoder, JointCoder
 from .profiles.step_rate import StepRate
 from .restoring import Restoration
@@ -36,6 +36,7 @@ from .settings import (
     as_ids,
     asks_for_paper,
     check_calibration,
+    check_limit,
     check_regions,
     coder_and_rate,
     decoder,
@@ -60,6 +61,8 @@ class Codec:
     lossless: "deflate", "zstd", "lz4" or "none". chunk_tokens: unit of random access. device: where the arithmetic runs.
     backend: "reference", "triton", or "auto": the latter on CUDA devices where it is installed (docs/gpu.md). precision: of what
     transforms multiply, "float32", "bfloat16", or "auto": the latter on CUDA devices. Sums are float32.
+    max_tokens: how many tokens a stream may make decode restore beyond those that `tokens` or `token_ids` name, since a few bytes
+    may stand for many tokens; past it decode raises `StreamTooLarge`.
 
     Of the profile `paper` alone: key_ratio, value_ratio: the ratio of one kind. max_error: instead of a ratio, the largest relative
     error (Frobenius norm over the centred calibration rows) of each kind. allocation: "dynamic" (the dynamic program) or
@@ -87,18 +90,21 @@ class Codec:
         window_format: str = "exact",
         fixed_size: bool = False,
         chunk_tokens: int = 256,
+        max_tokens: int = MAX_TOKENS,
         device: str | torch.device = "cpu",
         backend: str = "auto",
         precision: str = "auto",
     ) -> None:
         check_calibration(calibration)
         check_regions(sink_tokens, window_tokens)
+        check_limit(max_tokens)
         of_paper = key_ratio, value_ratio, max_error, allocation
         if profile is None:
             profile = "paper" if asks_for_paper(of_paper) else calibration.profiles[-1]
         self.calibration = calibration
         self.sink_tokens = sink_tokens
         self.window_tokens = window_tokens
+        self.max_tokens = max_tokens
         self.settings = stream_settings(profile, chunk_tokens, lossless, sink_format, window_format, fixed_size)
         self.device = usable_device(device)
         self.backend = make_backend(self.device, backend)
@@ -189,11 +195,11 @@ class Codec:
         stream: bytes, or uint8 [bytes] on a device, where coded bodies stay and are not held against their checksums again.
         token_ids: the ids the stream was made from, or those of its first `tokens`; the last chunk of a prefix is compared only
         if the ids of all its tokens are given. tokens: decode only so many tokens from the beginning; only the chunks that hold
-        them are read. start_position: place the first token there instead of where it stood, keys rotated to match (then sinks
-        and window are exact up to rounding).
+        them are read, as wholes. start_position: place the first token there instead of where it stood, keys rotated to match
+        (then sinks and window are exact up to rounding).
 
         Raises `TruncatedStream`, `CorruptStream`, `UnsupportedVersion`, `CalibrationMismatch`, `GeometryMismatch`,
-        `TokenMismatch`, `InvalidArgument`.
+        `TokenMismatch`, `StreamTooLarge`, `InvalidArgument`.
         """
         cache, is_transformers = self._decode(stream, token_ids, tokens, start_position)
         if not is_transformers:
@@ -318,6 +324,13 @@ class Codec:
                 raise InvalidArgument(
                     f"stream {index} holds {opened[index].header.dtype}, stream 0 {opened[0].header.dtype}"
                 )
+        coders = {id(stream.coder): stream.coder for stream in opened}.values()
+        groups = [[index for index, stream in enumerate(opened) if stream.coder is coder] for coder in coders]
+        # Coefficients come first: memory for the batch is asked for once all streams have proved sound.
+        restorations = [
+            Restoration([opened[index] for index in group], [0] * len(group), self.calibration, self.backend)
+            for group in groups
+        ]
         header = opened[0].header
         mask = torch.zeros(len(streams), longest, dtype=torch.int64, device=self.device)
         shape = (len(streams), header.n_layers, header.n_kv_heads, longest, header.head_dim)
@@ -325,12 +338,9 @@ class Codec:
         values = torch.zeros_like(keys)
         for index, length in enumerate(lengths):
             mask[index, longest - length :] = 1
-        for coder in {id(stream.coder): stream.coder for stream in opened}.values():
-            mine = [index for index, stream in enumerate(opened) if stream.coder is coder]
-            parts = [opened[index] for index in mine]
-            restoration = Restoration(parts, [0] * len(mine), self.calibration, self.backend)
+        for group, restoration in zip(groups, restorations, strict=True):
             for layer in range(header.n_layers):
-                places = [(index, layer, slice(None), slice(longest - lengths[index], None)) for index in mine]
+                places = [(index, layer, slice(None), slice(longest - lengths[index], None)) for index in group]
                 restoration.write_layer(layer, [(Target.of(keys[at]), Target.of(values[at])) for at in places])
         return interop.to_transformers(keys, values, header.first_layer), mask
 
@@ -390,7 +400,8 @@ class Codec:
         )
 
     def _open(self, stream: Bytes, token_ids: TokenIds | None, tokens: int | None) -> OpenedStream:
-        return open_stream(stream, self.calibration, self._coder_of, token_ids, tokens, self.backend.block_coder)
+        limits = token_ids, tokens, self.max_tokens
+        return open_stream(stream, self.calibration, self._coder_of, *limits, self.backend.block_coder)
 
     def _coder_of(self, profile: str) -> BodyCoder:
         """The coder of a stream's profile, whichever this codec writes."""

@@ -38,6 +38,10 @@ class CorruptStream(KvtcError):
     """The stream contradicts itself or fails a checksum."""
 
 
+class StreamTooLarge(KvtcError):
+    """A sound stream asks for more than the caller has agreed to; the message names what allows more."""
+
+
 class CorruptCalibration(KvtcError):
     """The calibration file is damaged or is not a calibration file."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .coding.lossless import CODER_NAMES
 from .container import FORMAT_VERSION, SECTION_BYTES, SectionType, Stream, parse_stream
 
 
@@ -64,10 +65,11 @@ def describe(stream: Stream) -> StreamInfo:
     """Describe a parsed stream."""
     header, chunks = stream.header, stream.chunks
     token_bytes = 2 * header.row_features * header.original_bits // 8
-    exact = [s for s in stream.sections if s.type in (SectionType.SINK, SectionType.WINDOW)]
+    n_exact, exact_bytes = stream.sections.stored_bytes(SectionType.SINK, SectionType.WINDOW)
     total = stream.n_bytes
-    body_tokens = sum(chunk.n_body for chunk in chunks)
-    body_bytes = total - sum(s.stored_bytes + SECTION_BYTES for s in exact) if body_tokens else 0
+    sink_tokens, body_tokens, window_tokens = chunks.region_tokens()
+    n_tokens = sink_tokens + body_tokens + window_tokens
+    body_bytes = total - exact_bytes - SECTION_BYTES * n_exact if body_tokens else 0
     return StreamInfo(
         format_version=FORMAT_VERSION,
         profile=header.profile,
@@ -78,29 +80,30 @@ def describe(stream: Stream) -> StreamInfo:
         head_dim=header.head_dim,
         first_position=chunks[0].first_position if chunks else None,
         last_chunk_position=chunks[-1].first_position if chunks else None,
-        n_tokens=stream.n_tokens,
-        sink_tokens=sum(chunk.n_sink for chunk in chunks),
+        n_tokens=n_tokens,
+        sink_tokens=sink_tokens,
         body_tokens=body_tokens,
-        window_tokens=sum(chunk.n_window for chunk in chunks),
+        window_tokens=window_tokens,
         chunk_tokens=header.chunk_tokens,
         n_chunks=len(chunks),
         has_token_digests=header.has_digests,
-        window_format="coded" if any(chunk.coded_window for chunk in chunks) else "exact",
-        sink_format="fp8" if any(chunk.fp8_sinks for chunk in chunks) else "exact",
-        padding_bytes=sum(s.stored_bytes for s in stream.sections if s.type is SectionType.PADDING),
-        original_bytes=stream.n_tokens * token_bytes,
+        window_format="coded" if chunks.coded_window else "exact",
+        sink_format="fp8" if chunks.fp8_sinks else "exact",
+        padding_bytes=stream.sections.stored_bytes(SectionType.PADDING)[1],
+        original_bytes=n_tokens * token_bytes,
         body_bytes=body_bytes,
         total_bytes=total,
         body_ratio=body_tokens * token_bytes / body_bytes if body_tokens else None,
-        total_ratio=stream.n_tokens * token_bytes / total if stream.n_tokens else None,
-        sections=tuple(
-            SectionInfo(
-                s.type.name.lower(),
-                None if s.type is SectionType.RATE else s.chunk,
-                s.coder,
-                s.raw_bytes,
-                s.stored_bytes,
-            )
-            for s in stream.sections
-        ),
+        total_ratio=n_tokens * token_bytes / total if n_tokens else None,
+        sections=_sections(stream),
     )
+
+
+def _sections(stream: Stream) -> tuple[SectionInfo, ...]:
+    """All of them: a stream may have millions, so that they are made column by column."""
+    entries = stream.sections.entries
+    names = {kind.value: kind.name.lower() for kind in SectionType}
+    kinds = map(names.__getitem__, entries["type"].tolist())
+    chunks = [None, *entries["chunk"][1:].tolist()]
+    coders = map(CODER_NAMES.__getitem__, entries["coder"].tolist())
+    return tuple(map(SectionInfo, kinds, chunks, coders, entries["raw"].tolist(), entries["stored"].tolist()))

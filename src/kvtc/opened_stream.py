@@ -1,4 +1,7 @@
-"""A stream held against a calibration: everything checked, every section read, before memory is asked for by token count."""
+"""A stream held against a calibration: everything checked, every section read, before memory is asked for by token count.
+
+What is asked for by token count is bounded by what the caller has agreed to: a few bytes may soundly stand for many tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,21 @@ from .calibration.artifact import Calibration
 from .coding.exact import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from .coding.lossless import BlockCoder
 from .coding.prediction import NO_TOKEN, token_triples
-from .container import MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType, Stream, parse_stream, token_digest
-from .errors import CalibrationMismatch, CorruptStream, GeometryMismatch, InvalidArgument, TokenMismatch
+from .container import MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType, Stream, Wanted, parse_stream, token_digest
+from .errors import (
+    CalibrationMismatch,
+    CorruptStream,
+    GeometryMismatch,
+    InvalidArgument,
+    StreamTooLarge,
+    TokenMismatch,
+)
 from .profiles.interface import BodyCoder, CodedBody, Plan
 
 TokenIds = npt.NDArray[np.int64]
+
+MAX_TOKENS = 1 << 20
+"""Tokens that are decoded at most unless the caller names more."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,13 @@ def open_stream(
     coder_of: Callable[[str], BodyCoder],
     token_ids: TokenIds | None,
     tokens: int | None,
+    max_tokens: int,
     block_coder: BlockCoder | None = None,
 ) -> OpenedStream:
     """Parse, check against calibration and token ids, and read the sections of the first `tokens` tokens (all by default).
+
+    max_tokens: how many tokens past those that `tokens`, or else token_ids, name may have to be decoded; `StreamTooLarge`
+    where it is more.
 
     data: bytes, or uint8 [bytes] on a device, where bodies that no lossless coder was applied to stay; their checksums are not
     verified then. coder_of: profile -> its coder. block_coder: decodes blocks of lossless coders, where it takes them.
@@ -75,7 +92,8 @@ def open_stream(
     n_tokens = stream.n_tokens if tokens is None else tokens
     if not isinstance(n_tokens, int) or not 0 <= n_tokens <= stream.n_tokens:
         raise InvalidArgument(f"tokens must lie in 0 .. {stream.n_tokens}, what the stream holds; got {tokens}")
-    chunks = _chunks_of(stream, n_tokens)
+    named = tokens if tokens is not None else 0 if token_ids is None else len(token_ids)
+    chunks = _chunks_of(stream, n_tokens, named + max_tokens)
     if token_ids is not None:
         _check_tokens(header, chunks, token_ids, n_tokens)
     coder = coder_of(header.profile)
@@ -83,9 +101,10 @@ def open_stream(
         raise InvalidArgument(
             f"the profile {header.profile} predicts from token ids; give token_ids to decode this stream"
         )
-    plan = coder.read_plan(stream.read(SectionType.RATE, STREAM_WIDE, stream.find(SectionType.RATE).raw_bytes))
+    plan = coder.read_plan(_rate(stream, coder))
     keys = [(kind, index) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
     wanted = [(kind, index, _raw_bytes(kind, chunks[index], header, coder, plan)) for kind, index in keys]
+    _check_lengths(stream, chunks, wanted, coder)
     left = stream.leave([one for one in wanted if _is_coded(one[0], chunks[one[1]])])
     others = [one for one in wanted if one[:2] not in left]
     read = {one[:2]: raw for one, raw in zip(others, stream.read_all(others, block_coder), strict=True)}
@@ -111,7 +130,7 @@ def open_stream(
                 exact.append(
                     _exact(read[SectionType.WINDOW, index], header, chunk.n_window, first + here.start, is_fp8=False)
                 )
-        if chunk.is_padded and any(read[SectionType.PADDING, index]):
+        if chunk.is_padded and read[SectionType.PADDING, index].strip(b"\0"):
             raise CorruptStream(f"the padding of chunk {index} holds other bytes than zeros")
         first += chunk.n_tokens
     # Regions follow one another over the whole stream, so the coded tokens are one range.
@@ -121,11 +140,20 @@ def open_stream(
     return OpenedStream(header, n_tokens, coder, whole, body, coded, exact)
 
 
-def positions_of(stream_bytes: bytes) -> Tensor:
-    """Where the tokens of a stream stand, [T] int64: with gaps, it says whose token ids decoding needs."""
+def first_position(stream_bytes: bytes) -> int | None:
+    """Where the first token of a stream stands; None without tokens."""
+    chunks = parse_stream(stream_bytes).chunks
+    return chunks[0].first_position if chunks else None
+
+
+def positions_of(stream_bytes: bytes, max_tokens: int = MAX_TOKENS) -> Tensor:
+    """Where the tokens of a stream stand, [T] int64: with gaps, it says whose token ids decoding needs.
+
+    Raises `StreamTooLarge` for more than max_tokens.
+    """
     stream = parse_stream(stream_bytes)
     positions = []
-    for index, chunk in enumerate(stream.chunks):
+    for index, chunk in enumerate(_chunks_of(stream, stream.n_tokens, max_tokens)):
         data = stream.read(SectionType.POSITIONS, index, 2 * chunk.n_tokens) if chunk.explicit_positions else None
         positions.append(_positions(data, stream.header, index, chunk))
     return torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
@@ -145,16 +173,39 @@ def _check_calibration(header: Header, calibration: Calibration) -> None:
         )
 
 
-def _chunks_of(stream: Stream, n_tokens: int) -> tuple[Chunk, ...]:
-    """The leading chunks that hold the first `n_tokens` tokens."""
-    count, covered = 0, 0
-    while covered < n_tokens:
-        covered += stream.chunks[count].n_tokens
-        count += 1
-    return stream.chunks[:count]
+def _chunks_of(stream: Stream, n_tokens: int, most: int) -> list[Chunk]:
+    """The leading chunks that hold the first `n_tokens` tokens; `StreamTooLarge` where they hold more than `most`."""
+    stops = stream.chunks.tokens.cumsum()
+    count = int(np.searchsorted(stops, n_tokens)) + 1 if n_tokens else 0
+    if count and stops[count - 1] > most:
+        raise StreamTooLarge(
+            f"{stops[count - 1]} tokens would have to be decoded; {most} are allowed: name as many by tokens= or token_ids=, "
+            "or give the codec more max_tokens="
+        )
+    return list(stream.chunks[:count])
 
 
-def _check_tokens(header: Header, chunks: tuple[Chunk, ...], token_ids: TokenIds, n_tokens: int) -> None:
+def _rate(stream: Stream, coder: BodyCoder) -> bytes:
+    """The bytes that say how bits are spent, no more than the profile can use."""
+    raw_bytes = stream.find(SectionType.RATE).raw_bytes
+    if raw_bytes > coder.most_rate_bytes:
+        raise CorruptStream(f"section rate claims {raw_bytes} bytes; expected {coder.most_rate_bytes} at most")
+    return stream.read(SectionType.RATE, STREAM_WIDE, raw_bytes)
+
+
+def _check_lengths(stream: Stream, chunks: list[Chunk], wanted: list[Wanted], coder: BodyCoder) -> None:
+    """Raise `CorruptStream` for coded tokens in fewer bytes than they take at least, whatever they are."""
+    for kind, index, raw_bytes in wanted:
+        if raw_bytes is None and kind is not SectionType.PADDING:
+            n_tokens = chunks[index].n_window if kind is SectionType.WINDOW else chunks[index].n_body
+            section, least = stream.find(kind, index), coder.fewest_bytes(n_tokens)
+            if section.stored_bytes < least:
+                raise CorruptStream(
+                    f"{section.describe()}: {n_tokens} tokens need at least {least} bytes; it has {section.stored_bytes}"
+                )
+
+
+def _check_tokens(header: Header, chunks: list[Chunk], token_ids: TokenIds, n_tokens: int) -> None:
     if not header.has_digests:
         raise TokenMismatch("token ids are given, but the stream was encoded without any to compare with")
     if len(token_ids) < n_tokens:

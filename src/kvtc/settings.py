@@ -36,6 +36,12 @@ def check_regions(sink_tokens: int, window_tokens: int) -> None:
         raise InvalidArgument(f"sink_tokens {sink_tokens} and window_tokens {window_tokens} must not be negative")
 
 
+def check_limit(max_tokens: int) -> None:
+    """Raise `InvalidArgument` unless it is a number of tokens."""
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise InvalidArgument(f"max_tokens must be a whole number of at least 1; got {max_tokens!r}")
+
+
 def stream_settings(
     profile: str, chunk_tokens: int, lossless: str, sink_format: str, window_format: str, fixed_size: bool
 ) -> StreamSettings:

@@ -20,13 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..cache import CacheGeometry
+from .. import strict_json
+from ..cache import MAX_EXTENT, CacheGeometry
 from ..coding.distortion import SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
 from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
 from ..files import write_atomically
-from .joint import JointCalibration, expect
+from .joint import LARGEST_SQUARE, JointCalibration, expect, expect_basis
 from .quality import QualityCurve
 
 CALIBRATION_VERSION = 1
@@ -34,6 +35,8 @@ FINGERPRINT_BYTES = 16
 MAX_GROUP_SIZE = 0xFFFF
 KINDS = ("key", "value")
 PROFILES_WITH_STEP = ("joint", "conditional")
+_MOST_EXPLAINED = 1.01
+"""Of the total variance, for both are sums of rounded numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +94,7 @@ class Calibration:
         return paper + (sum(tensor.numel() for _, tensor in self.joint.tensors()) if self.joint else 0)
 
     def save(self, path: str | Path) -> None:
-        """Write the file; a reader never sees half of it."""
+        """Write the file; a reader never sees half of it. `CorruptCalibration` for what `load_calibration` would refuse."""
         metadata = {
             "format": "kvtc calibration",
             "version": str(CALIBRATION_VERSION),
@@ -111,6 +114,7 @@ class Calibration:
         tensors.update(self.joint.tensors() if self.joint else ())
         tensors.update({f"quality.{profile}": curve.tensor() for profile, curve in self.quality.items()})
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        _parse(metadata, tensors)
         data = safetensors.torch.save(tensors, {**metadata, "checksum": _checksum(metadata, tensors)})
         write_atomically(path, data)
 
@@ -126,60 +130,77 @@ def load_calibration(path: str | Path) -> Calibration:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "kvtc calibration":
-                raise CorruptCalibration(f"{path} is a safetensors file but not a kvtc calibration")
-            if int(metadata["version"]) != CALIBRATION_VERSION:
-                raise UnsupportedVersion(
-                    f"{path} is calibration version {metadata['version']}; "
-                    f"this kvtc reads version {CALIBRATION_VERSION}: upgrade kvtc"
-                )
+            _check_kind(metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checksum = metadata.pop("checksum")
         if checksum != _checksum(metadata, tensors):
-            raise CorruptCalibration(f"{path} is damaged: its contents do not give its checksum")
+            raise CorruptCalibration("damaged: its contents do not give its checksum")
         calibration = _parse(metadata, tensors)
-    except (CorruptCalibration, UnsupportedVersion):
-        raise
-    except (
-        safetensors.SafetensorError,
-        KvtcError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-    ) as error:
+        if calibration.fingerprint.hex() != metadata["fingerprint"]:
+            raise CorruptCalibration(
+                f"it says its fingerprint is {metadata['fingerprint'][:64]}, its contents give {calibration.fingerprint.hex()}"
+            )
+    except UnsupportedVersion as error:
+        raise UnsupportedVersion(f"{path} is {error}") from error
+    except KvtcError as error:
+        raise CorruptCalibration(f"{path}: {error}") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CorruptCalibration(f"{path} is not a readable calibration: {type(error).__name__}: {error}") from error
-    if calibration.fingerprint.hex() != metadata.get("fingerprint"):
-        raise CorruptCalibration(
-            f"{path} says its fingerprint is {metadata.get('fingerprint')}, its contents give {calibration.fingerprint.hex()}"
-        )
     return calibration
 
 
-def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Calibration:
-    geometry = _geometry_from_json(json.loads(metadata["geometry"]))
-    variances = json.loads(metadata["total_variance"])
-    sizes = tuple(int(size) for size in json.loads(metadata["block_sizes"]))
-    if not sizes or any(after <= before for before, after in pairwise((0, *sizes, MAX_GROUP_SIZE + 1))):
+def _check_kind(metadata: Mapping[str, str]) -> None:
+    """Raise `CorruptCalibration` for another kind of file, `UnsupportedVersion` for another version of this one."""
+    if metadata.get("format") != "kvtc calibration":
+        raise CorruptCalibration("a safetensors file, but not a kvtc calibration")
+    version = strict_json.whole(strict_json.loads(metadata["version"]), "version", 1, 1 << 32)
+    if version != CALIBRATION_VERSION:
+        raise UnsupportedVersion(
+            f"calibration version {version}; this kvtc reads version {CALIBRATION_VERSION}: upgrade kvtc"
+        )
+
+
+def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Calibration:
+    """What a file holds, every number in a range that coding can use; KeyError, ValueError or `KvtcError` where one is not."""
+    read = {name: strict_json.loads(metadata[name]) for name in ("geometry", "total_variance", "block_sizes", "info")}
+    geometry = _geometry_from_json(strict_json.fields(read["geometry"], "geometry"))
+    found = strict_json.items(read["block_sizes"], "block_sizes")
+    sizes = tuple(strict_json.whole(size, "block_sizes", 1, MAX_GROUP_SIZE) for size in found)
+    if not sizes or any(after <= before for before, after in pairwise(sizes)):
         raise CorruptCalibration(f"block sizes {sizes}; expected ascending ones of 1 to {MAX_GROUP_SIZE}")
     kinds = []
-    for name, variance in zip(KINDS, variances, strict=True):
+    variances = strict_json.items(read["total_variance"], "total_variance")
+    if len(variances) != len(KINDS):
+        raise CorruptCalibration(
+            f"total_variance holds {len(variances)} numbers; expected one of keys and one of values"
+        )
+    for name, given in zip(KINDS, variances, strict=True):
         basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
-        energy, errors = tensors[f"{name}.energy"], tensors[f"{name}.errors"]
-        rank = basis.spectrum.numel()
-        p = geometry.row_features
-        expect(f"{name}.mean", basis.mean, (p,), torch.float32)
-        expect(f"{name}.vectors", basis.vectors, (p, rank), torch.float16)
-        expect(f"{name}.spectrum", basis.spectrum, (rank,), torch.float32)
-        expect(f"{name}.energy", energy, (rank,), torch.float32)
-        expect(f"{name}.errors", errors, (len(SYMBOL_TYPES), len(sizes), rank), torch.float32)
-        table = DistortionTable(np.asarray(energy), np.asarray(errors), sizes)
-        kinds.append(KindCalibration(basis, table, float(variance)))
+        expect_basis(name, basis, geometry.row_features)
+        variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * geometry.row_features)
+        if float(basis.spectrum.double().sum()) > _MOST_EXPLAINED * variance:
+            raise CorruptCalibration(f"{name}.spectrum explains more than the total variance, {variance:g}")
+        kinds.append(KindCalibration(basis, _distortion(name, tensors, sizes), variance))
     joint = JointCalibration.from_tensors(tensors, geometry)
     names = (f"quality.{profile}" for profile in PROFILES_WITH_STEP)
     curves = {name.split(".")[1]: QualityCurve.from_tensor(name, tensors[name]) for name in names if name in tensors}
-    return Calibration(geometry, kinds[0], kinds[1], json.loads(metadata["info"]), joint, curves)
+    return Calibration(geometry, kinds[0], kinds[1], strict_json.fields(read["info"], "info"), joint, curves)
+
+
+def _distortion(name: str, tensors: dict[str, Tensor], sizes: tuple[int, ...]) -> DistortionTable:
+    """The table of a kind: an error where a group fits between its start and the last coefficient, infinity where it does not."""
+    energy, errors = tensors[f"{name}.energy"], tensors[f"{name}.errors"]
+    rank = tensors[f"{name}.spectrum"].numel()
+    expect(f"{name}.energy", energy, (rank,), torch.float32, 0, LARGEST_SQUARE)
+    expect(f"{name}.errors", errors, (len(SYMBOL_TYPES), len(sizes), rank), torch.float32)
+    for index, size in enumerate(sizes):
+        fitting, others = errors[:, index, : max(0, rank - size + 1)], errors[:, index, max(0, rank - size + 1) :]
+        expect(f"{name}.errors", fitting, tuple(fitting.shape), torch.float32, 0, LARGEST_SQUARE)
+        if not bool((others == torch.inf).all()):
+            raise CorruptCalibration(
+                f"{name}.errors gives groups of {size} an error past the last of {rank} coefficients"
+            )
+    return DistortionTable(np.asarray(energy), np.asarray(errors), sizes)
 
 
 def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
@@ -204,5 +225,8 @@ def _geometry_json(geometry: CacheGeometry) -> dict[str, Any]:
 
 def _geometry_from_json(fields: dict[str, Any]) -> CacheGeometry:
     names = ("first_layer", "n_layers", "first_kv_head", "n_kv_heads", "head_dim")
-    first_layer, n_layers, first_kv_head, n_kv_heads, head_dim = (int(fields[name]) for name in names)
-    return CacheGeometry(first_layer, n_layers, first_kv_head, n_kv_heads, head_dim, Rope.from_json(fields["rope"]))
+    first_layer, n_layers, first_kv_head, n_kv_heads, head_dim = (
+        strict_json.whole(fields[name], name, 0, MAX_EXTENT) for name in names
+    )
+    rope = Rope.from_json(strict_json.fields(fields["rope"], "rope"))
+    return CacheGeometry(first_layer, n_layers, first_kv_head, n_kv_heads, head_dim, rope)

@@ -21,6 +21,15 @@ from ..errors import CorruptCalibration, InvalidArgument
 
 Named = Iterator[tuple[str, Tensor]]
 
+LARGEST = 2.0**40
+"""Of numbers in a calibration file; caches hold far smaller ones, and what is computed from such numbers stays finite."""
+LARGEST_SQUARE = LARGEST**2
+ORTHONORMAL = 1 + 2.0**-7
+"""Of an entry of an orthonormal matrix, rounded to 16 bits."""
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+_LARGEST_SINGLE = float(np.finfo(np.float32).max)
+_LEAST_STEP = 1 / LARGEST
+
 
 @dataclass(frozen=True, eq=False)
 class CoefficientModel:
@@ -51,10 +60,10 @@ class CoefficientModel:
         deviations = tensors[f"{prefix}.deviations"]
         frequencies, offsets = tensors[f"{prefix}.frequencies"], tensors[f"{prefix}.offsets"]
         curve = tensors[f"{prefix}.curve"]
-        expect(f"{prefix}.deviations", deviations, (rank,), torch.float32)
+        expect(f"{prefix}.deviations", deviations, (rank,), torch.float32, 0, LARGEST)
         expect(f"{prefix}.frequencies", frequencies, (N_ACTIVITIES, N_CLASSES, N_SYMBOLS), torch.uint16)
-        expect(f"{prefix}.offsets", offsets, (N_ACTIVITIES, N_CLASSES, 2), torch.float32)
-        expect(f"{prefix}.curve", curve, (2, curve.numel() // 2), torch.float64)
+        expect(f"{prefix}.offsets", offsets, (N_ACTIVITIES, N_CLASSES, 2), torch.float32, -1, 1)
+        expect(f"{prefix}.curve", curve, (2, curve.numel() // 2), torch.float64, 0, LARGEST)
         tables = ProbabilityTables(frequencies.numpy(), offsets.numpy())
         room = tables.frequencies[..., ESCAPE]
         if (
@@ -66,13 +75,9 @@ class CoefficientModel:
                 f"a row of {prefix}.frequencies does not sum to {TOTAL} or leaves no room for escapes or for all else"
             )
         steps, bits = curve.numpy()
-        if (
-            not len(steps)
-            or not np.isfinite(curve.numpy()).all()
-            or steps.min() <= 0
-            or bool((np.diff(bits) < 0).any())
-        ):
-            raise CorruptCalibration(f"{prefix}.curve must hold positive steps and rising bits")
+        falls, rises = bool((np.diff(steps) <= 0).all()), bool((np.diff(bits) >= 0).all())
+        if not len(steps) or not (falls and rises) or steps.min() < _LEAST_STEP or bits[0] <= 0:
+            raise CorruptCalibration(f"{prefix}.curve must hold falling, positive steps and rising bits above 0")
         return cls(deviations.numpy(), tables, steps, bits)
 
 
@@ -110,14 +115,16 @@ class TokenCoding:
             raise CorruptCalibration(f"tokens.outputs is {tuple(outputs.shape)}; expected hidden features and rank")
         n_features = N_TOKENS_SEEN * table.shape[1] + 1
         expect("tokens.table", table, tuple(table.shape), torch.int8)
-        expect("tokens.weights", weights, (n_features, rank), torch.float16)
-        expect("tokens.hidden", hidden, (n_features, outputs.shape[0]), torch.float16)
-        expect("tokens.outputs", outputs, (outputs.shape[0], rank), torch.float16)
-        expect("tokens.rotation", tensors["tokens.rotation"], (rank, rank), torch.float16)
-        expect("tokens.explained", tensors["tokens.explained"], (n_layers, 2), torch.float32)
+        halves = torch.float16, -_LARGEST_HALF, _LARGEST_HALF
+        expect("tokens.weights", weights, (n_features, rank), *halves)
+        expect("tokens.hidden", hidden, (n_features, outputs.shape[0]), *halves)
+        expect("tokens.outputs", outputs, (outputs.shape[0], rank), *halves)
+        rotation, explained = tensors["tokens.rotation"], tensors["tokens.explained"]
+        expect("tokens.rotation", rotation, (rank, rank), torch.float16, -ORTHONORMAL, ORTHONORMAL)
+        expect("tokens.explained", explained, (n_layers, 2), torch.float32, -_LARGEST_SINGLE, ORTHONORMAL)
         coefficients = CoefficientModel.from_tensors(tensors, "tokens", rank)
         predictor = Predictor(table, weights, hidden, outputs)
-        return cls(predictor, tensors["tokens.rotation"], coefficients, tensors["tokens.explained"])
+        return cls(predictor, rotation, coefficients, explained)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,22 +168,45 @@ class JointCalibration:
         roots = tensors["joint.roots"]
         rank, features = basis.spectrum.numel(), 2 * geometry.row_features
         n_blocks = 2 * geometry.n_layers * geometry.n_kv_heads
-        expect("joint.mean", basis.mean, (features,), torch.float32)
-        expect("joint.vectors", basis.vectors, (features, rank), torch.float16)
-        expect("joint.spectrum", basis.spectrum, (rank,), torch.float32)
-        expect("joint.roots", roots, (n_blocks, geometry.head_dim, geometry.head_dim), torch.float32)
+        expect_basis("joint", basis, features)
+        shape = n_blocks, geometry.head_dim, geometry.head_dim
+        expect("joint.roots", roots, shape, torch.float32, -LARGEST, LARGEST)
         coefficients = CoefficientModel.from_tensors(tensors, "joint", rank)
         tokens = TokenCoding.from_tensors(tensors, geometry.n_layers, rank) if "tokens.table" in tensors else None
-        if not bool(roots.isfinite().all()):
-            raise CorruptCalibration("joint.roots holds numbers that are not finite")
         try:
             metric = Metric.from_roots(roots)
         except InvalidArgument as error:
             raise CorruptCalibration(f"joint.roots: {error}") from error
+        expect("the inverse of joint.roots", metric.inverses, shape, torch.float32, -LARGEST, LARGEST)
         return cls(basis, metric, coefficients, tokens)
 
 
-def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise `CorruptCalibration` unless a tensor of the file has this shape and dtype."""
+def expect_basis(name: str, basis: Basis, features: int) -> None:
+    """Raise `CorruptCalibration` unless a basis of rows of so many features can be one."""
+    rank = basis.spectrum.numel()
+    if not 1 <= rank <= features:
+        raise CorruptCalibration(f"{name}.spectrum holds {rank} variances; expected 1 .. {features}, one a coefficient")
+    expect(f"{name}.mean", basis.mean, (features,), torch.float32, -LARGEST, LARGEST)
+    expect(f"{name}.vectors", basis.vectors, (features, rank), torch.float16, -ORTHONORMAL, ORTHONORMAL)
+    expect(f"{name}.spectrum", basis.spectrum, (rank,), torch.float32, 0, LARGEST_SQUARE)
+
+
+def expect(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    low: float | None = None,
+    high: float | None = None,
+) -> None:
+    """Raise `CorruptCalibration` unless a tensor of the file has this shape and dtype, and numbers of low .. high alone."""
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise CorruptCalibration(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {dtype}")
+    if low is None or high is None or not tensor.numel():
+        return
+    # NaN is the least and the largest number of what holds one.
+    least, largest = (float(end) for end in tensor.aminmax())
+    if not (low <= least and largest <= high):
+        raise CorruptCalibration(
+            f"{name} holds numbers that are not finite or out of range: {least:g} .. {largest:g}; expected {low:g} .. {high:g}"
+        )

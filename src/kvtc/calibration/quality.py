@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptCalibration, InvalidArgument
-from .joint import expect
+from .joint import LARGEST, expect
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +51,9 @@ class QualityCurve:
     @classmethod
     def from_tensor(cls, name: str, tensor: Tensor) -> QualityCurve:
         """Inverse of `tensor`; `CorruptCalibration` for what is no curve."""
-        expect(name, tensor, (2, tensor.numel() // 2), torch.float64)
+        expect(name, tensor, (2, tensor.numel() // 2), torch.float64, 0, LARGEST)
         steps, kl = tensor.numpy()
-        if len(steps) < 2 or not np.isfinite(tensor.numpy()).all() or min(steps[0], kl[0]) <= 0:
+        if len(steps) < 2 or min(steps[0], kl[0]) <= 0:
             raise CorruptCalibration(f"{name} must hold two or more positive steps and KLs")
         if bool((np.diff(steps) <= 0).any() or (np.diff(kl) < 0).any()):
             raise CorruptCalibration(f"{name} must hold rising steps and rising KLs")

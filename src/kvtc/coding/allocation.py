@@ -20,6 +20,8 @@ from ..errors import CorruptStream, InvalidArgument
 from .distortion import SYMBOL_TYPES, DistortionTable
 from .quantizer import SymbolType
 
+_COUNT, _RUN = struct.Struct("<H"), struct.Struct("<IHHB")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -66,23 +68,23 @@ class BitAllocation:
 
     def to_bytes(self) -> bytes:
         """uint16 count of runs, then per run uint32 start, uint16 size, uint16 count, uint8 symbol bits (little-endian)."""
-        parts = [struct.pack("<H", len(self.runs))]
-        parts += [struct.pack("<IHHB", run.start, run.size, run.count, run.symbol_type) for run in self.runs]
+        parts = [_COUNT.pack(len(self.runs))]
+        parts += [_RUN.pack(run.start, run.size, run.count, run.symbol_type) for run in self.runs]
         return b"".join(parts)
 
     @classmethod
     def from_bytes(cls, data: bytes, offset: int, rank: int) -> tuple[BitAllocation, int]:
         """Parse at `offset`, checking order and bounds against `rank`; returns the allocation and where it ends."""
-        if offset + 2 > len(data):
+        if offset + _COUNT.size > len(data):
             raise CorruptStream("the bit allocation ends early")
-        (n_runs,) = struct.unpack_from("<H", data, offset)
-        offset += 2
-        if offset + 9 * n_runs > len(data):
+        (n_runs,) = _COUNT.unpack_from(data, offset)
+        offset += _COUNT.size
+        if offset + _RUN.size * n_runs > len(data):
             raise CorruptStream(f"the bit allocation claims {n_runs} runs in {len(data) - offset} bytes")
         runs, covered = [], 0
         for _ in range(n_runs):
-            start, size, count, bits = struct.unpack_from("<IHHB", data, offset)
-            offset += 9
+            start, size, count, bits = _RUN.unpack_from(data, offset)
+            offset += _RUN.size
             if bits not in (2, 4, 8, 16) or size == 0 or count == 0 or start < covered or start + size * count > rank:
                 raise CorruptStream(
                     f"the bit allocation holds a run of {count} x {size} coefficients at {start} with {bits} bits; "
@@ -91,6 +93,11 @@ class BitAllocation:
             runs.append(Run(start, size, count, SymbolType(bits)))
             covered = runs[-1].stop
         return cls(tuple(runs)), offset
+
+
+def most_bytes(rank: int) -> int:
+    """Bytes that no allocation over `rank` coefficients exceeds: each run holds one of them at least."""
+    return _COUNT.size + _RUN.size * min(rank, 0xFFFF)
 
 
 def allocate_bits(table: DistortionTable, budget_bits: int) -> BitAllocation:

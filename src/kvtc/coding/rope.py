@@ -13,6 +13,7 @@ Frequencies may depend on the length of the sequence the model saw (`dynamic`, `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import strict_json
 from ..errors import InvalidArgument
 
 NO_ROTATION = -1
+LARGEST_FREQUENCY = 2.0**20
+LARGEST_SCALING = 2.0**20
+LARGEST_LENGTH = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,15 @@ class DynamicScaling:
     factor: float
     max_length: int
 
+    def __post_init__(self) -> None:
+        if not (1 <= self.base < math.inf and 0 < self.factor <= LARGEST_SCALING):
+            raise InvalidArgument(
+                f"dynamic scaling by a factor of {self.factor} on a base of {self.base}: expected a base of at least 1, and a "
+                f"factor above 0 and at most {LARGEST_SCALING:g}"
+            )
+        if not 1 <= self.max_length <= LARGEST_LENGTH:
+            raise InvalidArgument(f"a max_length of {self.max_length}; expected 1 .. {LARGEST_LENGTH}")
+
 
 @dataclass(frozen=True)
 class LongScaling:
@@ -40,6 +54,11 @@ class LongScaling:
 
     inverse_frequencies: tuple[float, ...]
     original_length: int
+
+    def __post_init__(self) -> None:
+        _check_frequencies(self.inverse_frequencies)
+        if not 0 <= self.original_length <= LARGEST_LENGTH:
+            raise InvalidArgument(f"an original_length of {self.original_length}; expected 0 .. {LARGEST_LENGTH}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,19 @@ class RopeTable:
     attention_scaling: float = 1.0
     interleaved: bool = False
     scaling: DynamicScaling | LongScaling | None = None
+
+    def __post_init__(self) -> None:
+        _check_frequencies(self.inverse_frequencies)
+        if not 1 / LARGEST_SCALING <= self.attention_scaling <= LARGEST_SCALING:
+            raise InvalidArgument(
+                f"cosines and sines times {self.attention_scaling}; expected {1 / LARGEST_SCALING:g} .. {LARGEST_SCALING:g}"
+            )
+        if isinstance(self.scaling, DynamicScaling) and self.rotated_dim < 4:
+            raise InvalidArgument(f"dynamic scaling of {self.rotated_dim} rotated features; expected 4 or more")
+        if isinstance(self.scaling, LongScaling):
+            n_long = len(self.scaling.inverse_frequencies)
+            if n_long != len(self.inverse_frequencies):
+                raise InvalidArgument(f"{len(self.inverse_frequencies)} frequencies, but {n_long} for long sequences")
 
     @property
     def rotated_dim(self) -> int:
@@ -169,8 +201,10 @@ class Rope:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Rope:
-        """Inverse of `to_json`; KeyError, TypeError or ValueError on anything else."""
-        return cls(tuple(_table_from_json(t) for t in fields["tables"]), tuple(int(i) for i in fields["layer_tables"]))
+        """Inverse of `to_json`; KeyError, ValueError or `InvalidArgument` for anything else."""
+        tables = tuple(_table_from_json(table) for table in strict_json.items(fields["tables"], "tables"))
+        layers = strict_json.items(fields["layer_tables"], "layer_tables")
+        return cls(tables, tuple(strict_json.whole(i, "layer_tables", NO_ROTATION, len(tables)) for i in layers))
 
 
 def turn_in_place(keys: Tensor, turn: Turn) -> None:
@@ -206,17 +240,32 @@ def _table_to_json(table: RopeTable) -> dict[str, Any]:
     return fields
 
 
-def _table_from_json(fields: dict[str, Any]) -> RopeTable:
+def _table_from_json(value: Any) -> RopeTable:
+    fields = strict_json.fields(value, "a rotation table")
     scaling: DynamicScaling | LongScaling | None = None
     if "dynamic" in fields:
-        dynamic = fields["dynamic"]
-        scaling = DynamicScaling(float(dynamic["base"]), float(dynamic["factor"]), int(dynamic["max_length"]))
+        dynamic = strict_json.fields(fields["dynamic"], "dynamic")
+        length = strict_json.whole(dynamic["max_length"], "max_length", 1, LARGEST_LENGTH)
+        scaling = DynamicScaling(_number(dynamic, "base"), _number(dynamic, "factor"), length)
     elif "long" in fields:
-        long = fields["long"]
-        scaling = LongScaling(tuple(float(f) for f in long["inverse_frequencies"]), int(long["original_length"]))
-    return RopeTable(
-        tuple(float(f) for f in fields["inverse_frequencies"]),
-        float(fields["attention_scaling"]),
-        bool(fields["interleaved"]),
-        scaling,
-    )
+        long = strict_json.fields(fields["long"], "long")
+        length = strict_json.whole(long["original_length"], "original_length", 0, LARGEST_LENGTH)
+        scaling = LongScaling(_frequencies(long), length)
+    if not isinstance(fields["interleaved"], bool):
+        raise InvalidArgument("interleaved must be true or false")
+    return RopeTable(_frequencies(fields), _number(fields, "attention_scaling"), fields["interleaved"], scaling)
+
+
+def _number(fields: dict[str, Any], name: str) -> float:
+    return strict_json.number(fields[name], name, -math.inf, math.inf)
+
+
+def _frequencies(fields: dict[str, Any]) -> tuple[float, ...]:
+    name = "inverse_frequencies"
+    found = strict_json.items(fields[name], name)
+    return tuple(strict_json.number(value, name, -LARGEST_FREQUENCY, LARGEST_FREQUENCY) for value in found)
+
+
+def _check_frequencies(values: tuple[float, ...]) -> None:
+    if not all(abs(value) <= LARGEST_FREQUENCY for value in values):
+        raise InvalidArgument(f"an inverse frequency is not finite, or larger than {LARGEST_FREQUENCY:g}")

@@ -1,7 +1,7 @@
 """The container: what a stream consists of (`tables`), writing and parsing it (`stream`), cutting and joining it (`parts`)."""
 
 from .parts import join_streams, split_stream
-from .stream import CodedSection, Payload, Stream, code_payloads, parse_stream, token_digest, write_stream
+from .stream import CodedSection, Payload, Stream, Wanted, code_payloads, parse_stream, token_digest, write_stream
 from .tables import (
     CHUNK_BYTES,
     DIGEST_BYTES,
@@ -38,6 +38,7 @@ __all__ = [
     "Section",
     "SectionType",
     "Stream",
+    "Wanted",
     "code_payloads",
     "join_streams",
     "parse_stream",

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from ..errors import CorruptStream, InvalidArgument
+import numpy as np
+
+from ..errors import CorruptStream, InvalidArgument, StreamTooLarge
 from .stream import Stream, assemble, parse_stream
-from .tables import STREAM_WIDE, Chunk, Section, SectionType, check_order
+from .tables import CHUNK_BYTES, SECTION_BYTES, ChunkTable, SectionType, check_order
+
+_LARGEST_GROWTH = 64
+"""How many times the stream the rates of all its parts may take: every part repeats it."""
 
 
 def split_stream(data: bytes | memoryview) -> list[bytes]:
-    """One self-contained stream per chunk, nothing recoded: section bytes are copied as they are."""
+    """One self-contained stream per chunk, nothing recoded: section bytes are copied as they are.
+
+    Raises `StreamTooLarge` where the parts would take far more than the stream, because each repeats a large rate.
+    """
     stream = parse_stream(data)
-    parts = []
-    for index, chunk in enumerate(stream.chunks):
-        chosen = [stream.find(SectionType.RATE), *(stream.find(section, index) for section in chunk.sections())]
-        stored = [bytes(stream.stored(s)) for s in chosen]
-        entries = [s if s.chunk == STREAM_WIDE else replace(s, chunk=0) for s in chosen]
-        parts.append(assemble(stream.header, [chunk], entries, stored))
-    return parts
+    rate_entry, rate = stream.sections.entries[:1].tobytes(), stream.stored(stream.find(SectionType.RATE))
+    if len(rate) * len(stream.chunks) > _LARGEST_GROWTH * stream.n_bytes:
+        raise StreamTooLarge(
+            f"{len(stream.chunks)} parts would each repeat the {len(rate)} bytes of the rate; a stream of {stream.n_bytes} bytes "
+            f"may be split into parts whose rates take {_LARGEST_GROWTH} times as much"
+        )
+    sections = stream.sections.entries.copy()
+    sections["chunk"] = 0
+    chunk_table, section_table = stream.chunks.entries.tobytes(), sections.tobytes()
+    firsts = stream.sections.firsts
+    spans = map(slice, stream.sections.offsets[firsts[:-1]].tolist(), stream.sections.offsets[firsts[1:]].tolist())
+    rows = map(slice, (SECTION_BYTES * firsts[:-1]).tolist(), (SECTION_BYTES * firsts[1:]).tolist())
+    starts = range(0, len(chunk_table), CHUNK_BYTES)
+    return [
+        assemble(
+            stream.header,
+            chunk_table[start : start + CHUNK_BYTES],
+            rate_entry + section_table[row],
+            [rate, *stream.data.on_host([span])],
+        )
+        for start, row, span in zip(starts, rows, spans, strict=True)
+    ]
 
 
 def join_streams(parts: Sequence[bytes | memoryview]) -> bytes:
@@ -31,26 +53,27 @@ def join_streams(parts: Sequence[bytes | memoryview]) -> bytes:
         raise InvalidArgument("there are no streams to join")
     streams = [parse_stream(part) for part in parts]
     first = streams[0]
-    chunks: list[Chunk] = []
-    entries: list[Section] = []
-    stored: list[bytes] = []
+    rate = _rate_bytes(first)
+    n_chunks = 0
+    sections = [first.sections.entries[:1]]
+    stored = [rate]
     for index, stream in enumerate(streams):
-        if stream.header != first.header or _rate_bytes(stream) != _rate_bytes(first):
+        if stream.header != first.header or _rate_bytes(stream) != rate:
             raise InvalidArgument(
                 f"stream {index} was not made by the encoding of stream 0: their headers or rates differ"
             )
-        for section in stream.sections:
-            if section.chunk != STREAM_WIDE or index == 0:
-                chunk = section.chunk if section.chunk == STREAM_WIDE else section.chunk + len(chunks)
-                entries.append(replace(section, chunk=chunk))
-                stored.append(bytes(stream.stored(section)))
-        chunks += stream.chunks
+        its_own = stream.sections.entries[1:].copy()
+        its_own["chunk"] += n_chunks
+        sections.append(its_own)
+        stored += stream.data.on_host([slice(int(stream.sections.offsets[1]), stream.n_bytes)])
+        n_chunks += len(stream.chunks)
+    chunks = np.concatenate([stream.chunks.entries for stream in streams])
     try:
-        check_order(chunks, first.header)
+        check_order(ChunkTable(chunks), first.header)
     except CorruptStream as error:
         raise InvalidArgument(f"the streams do not follow one another: {error}") from error
-    return assemble(first.header, chunks, entries, stored)
+    return assemble(first.header, chunks.tobytes(), np.concatenate(sections).tobytes(), stored)
 
 
-def _rate_bytes(stream: Stream) -> bytes:
-    return b"".join(stream.stored(s) for s in stream.sections if s.chunk == STREAM_WIDE)
+def _rate_bytes(stream: Stream) -> memoryview:
+    return stream.stored(stream.find(SectionType.RATE))

@@ -1,7 +1,8 @@
 """The stream: writer and parser, side by side.
 
 The parser trusts nothing: it reads lengths, checks them against caps and against each other, and only then looks at sections;
-the last section ends exactly where the stream ends. No length in a stream allocates memory by itself.
+the last section ends exactly where the stream ends. No length in a stream allocates memory by itself; parsing takes time and
+memory by the bytes that are there (docs/format.md, "Bounds").
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -28,17 +28,19 @@ from .tables import (
     CHUNK_BYTES,
     DIGEST_BYTES,
     HEADER_BYTES,
+    MAX_CHUNKS,
     SECTION_BYTES,
     STREAM_WIDE,
     Chunk,
+    ChunkTable,
     Header,
     Section,
+    SectionTable,
     SectionType,
-    check_order,
     pack_chunk,
     pack_header,
     pack_section,
-    parse_chunk,
+    parse_chunks,
     parse_header,
     parse_sections,
 )
@@ -80,8 +82,8 @@ class Stream:
     """A parsed stream: tables checked, sections not yet read. data: its bytes, which may lie on a device."""
 
     header: Header
-    chunks: tuple[Chunk, ...]
-    sections: tuple[Section, ...]
+    chunks: ChunkTable
+    sections: SectionTable
     data: StreamData
 
     @property
@@ -90,11 +92,11 @@ class Stream:
 
     @property
     def n_tokens(self) -> int:
-        return sum(chunk.n_tokens for chunk in self.chunks)
+        return sum(self.chunks.region_tokens())
 
     def find(self, section_type: SectionType, chunk: int = STREAM_WIDE) -> Section:
         """The section of a type and chunk; the parser guarantees those that `Chunk.sections` names."""
-        return self._index[section_type, chunk]
+        return self.sections.find(section_type, chunk)
 
     def stored(self, section: Section) -> memoryview:
         """The bytes of a section as they are stored."""
@@ -135,8 +137,12 @@ class Stream:
 
     def verify(self) -> None:
         """Raise `CorruptStream` unless every section has the bytes that its checksum was made of."""
-        for section in self.sections:
-            _verify(section, self.stored(section))
+        offsets = self.sections.offsets.tolist()
+        for number, (span, checksum) in enumerate(
+            zip(map(slice, offsets, offsets[1:]), self.sections.entries["checksum"].tolist(), strict=False)
+        ):
+            if zlib.crc32(self.data.on_host([span])[0]) != checksum:
+                raise CorruptStream(f"{self.sections[number].describe()} fails its checksum")
 
     def _checked(self, section_type: SectionType, chunk: int, raw_bytes: int | None) -> Section:
         """A section whose entry says what it must."""
@@ -152,10 +158,6 @@ class Stream:
                 f"{section.describe()}: {section.raw_bytes} bytes expected, {section.stored_bytes} stored without a coder"
             )
         return section
-
-    @cached_property
-    def _index(self) -> dict[tuple[SectionType, int], Section]:
-        return {(section.type, section.chunk): section for section in self.sections}
 
 
 def _threads() -> int:
@@ -235,8 +237,8 @@ def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[Cod
     has_gaps = any(chunk.explicit_positions for chunk in chunks) or any(
         after.first_position != before.first_position + before.n_tokens for before, after in pairwise(chunks)
     )
-    entries, stored = [section.entry for section in sections], [section.stored for section in sections]
-    return assemble(replace(header, has_gaps=has_gaps), chunks, entries, stored)
+    tables = b"".join(map(pack_chunk, chunks)), b"".join(pack_section(section.entry) for section in sections)
+    return assemble(replace(header, has_gaps=has_gaps), *tables, [section.stored for section in sections])
 
 
 def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
@@ -249,15 +251,15 @@ def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
     if zlib.crc32(view[HEADER_BYTES : counts.tables_end], zlib.crc32(view[: HEADER_BYTES - 4])) != counts.checksum:
         raise CorruptStream("header and tables fail their checksum")
     header = parse_header(view)
-    starts = range(HEADER_BYTES, counts.chunks_end, CHUNK_BYTES)
-    chunks = tuple(parse_chunk(view, offset, index, header) for index, offset in enumerate(starts))
-    check_order(chunks, header)
+    chunks = parse_chunks(view, counts, header)
     return Stream(header, chunks, parse_sections(view, counts, chunks, opened.n_bytes), opened)
 
 
-def assemble(header: Header, chunks: Sequence[Chunk], entries: Sequence[Section], stored: Sequence[bytes]) -> bytes:
-    """Header, tables and the stored bytes of the sections, in the order of `entries`."""
-    head = pack_header(header, len(chunks), len(entries))
-    tables = b"".join([*map(pack_chunk, chunks), *map(pack_section, entries)])
-    checksum = zlib.crc32(tables, zlib.crc32(head))
-    return b"".join([head, struct.pack("<I", checksum), tables, *stored])
+def assemble(header: Header, chunks: bytes, sections: bytes, stored: Iterable[bytes | memoryview]) -> bytes:
+    """Header, the bytes of both tables, and the stored bytes of the sections in the order of their table."""
+    n_chunks, n_sections = len(chunks) // CHUNK_BYTES, len(sections) // SECTION_BYTES
+    if n_chunks > MAX_CHUNKS:
+        raise InvalidArgument(f"{n_chunks} chunks; a stream holds {MAX_CHUNKS} at most: use a larger chunk_tokens")
+    head = pack_header(header, n_chunks, n_sections)
+    checksum = zlib.crc32(sections, zlib.crc32(chunks, zlib.crc32(head)))
+    return b"".join([head, struct.pack("<I", checksum), chunks, sections, *stored])

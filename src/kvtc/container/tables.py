@@ -1,6 +1,7 @@
 """The tables of a stream: header, chunk table, section table; how each is written and what each may say.
 
-docs/format.md is the specification. Nothing here looks into a section.
+docs/format.md is the specification. Nothing here looks into a section. Tables are checked as arrays over their bytes, all entries
+at once, and an entry becomes an object when it is looked at: a table of a million entries costs little more than its bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..coding.lossless import CODER_IDS, CODER_NAMES
@@ -27,6 +31,21 @@ _HEADER = struct.Struct("<4sBBBB16sHHHHHHIIIII")
 _CHUNK = struct.Struct("<IHHHH8s")
 _SECTION = struct.Struct("<BBHIIII")
 HEADER_BYTES, CHUNK_BYTES, SECTION_BYTES = _HEADER.size, _CHUNK.size, _SECTION.size
+# The same layouts for many entries at once.
+_CHUNKS = np.dtype(
+    [("position", "<u4"), ("sink", "<u2"), ("body", "<u2"), ("window", "<u2"), ("flags", "<u2"), ("digest", "<u8")]
+)
+_SECTIONS = np.dtype(
+    [
+        ("type", "u1"),
+        ("coder", "u1"),
+        ("reserved", "<u2"),
+        ("chunk", "<u4"),
+        ("raw", "<u4"),
+        ("stored", "<u4"),
+        ("checksum", "<u4"),
+    ]
+)
 
 PROFILES = {"paper": 1, "joint": 2, "conditional": 3}
 PROFILE_NAMES = {number: name for name, number in PROFILES.items()}
@@ -35,6 +54,7 @@ DTYPE_OF = {number: dtype for dtype, number in DTYPES.items()}
 
 _HAS_DIGESTS, _IS_TRANSFORMERS, _HAS_GAPS = 1, 2, 4
 _EXPLICIT_POSITIONS, _FP8_SINKS, _PADDED, _CODED_WINDOW = 1, 2, 4, 8
+_ALL_CHUNK_FLAGS = 15
 SECTIONS_OF_A_CHUNK = 5
 
 
@@ -129,6 +149,110 @@ class Section:
     def describe(self) -> str:
         """Which one it is, for messages."""
         return f"section {self.type.name.lower()}" + ("" if self.chunk == STREAM_WIDE else f" of chunk {self.chunk}")
+
+
+class ChunkTable(Sequence[Chunk]):
+    """The chunk table, an entry made when it is looked at. entries: its bytes as an array, checked."""
+
+    def __init__(self, entries: npt.NDArray[np.void]) -> None:
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> ChunkTable: ...
+    def __getitem__(self, index: int | slice) -> Chunk | ChunkTable:
+        if isinstance(index, slice):
+            return ChunkTable(self.entries[index])
+        position, n_sink, n_body, n_window, flags, digest = self.entries[index].item()
+        return Chunk(
+            position,
+            n_sink,
+            n_body,
+            n_window,
+            bool(flags & _EXPLICIT_POSITIONS),
+            bool(flags & _FP8_SINKS),
+            digest.to_bytes(DIGEST_BYTES, "little"),
+            bool(flags & _PADDED),
+            bool(flags & _CODED_WINDOW),
+        )
+
+    def region_tokens(self) -> tuple[int, int, int]:
+        """Sink, body and window tokens of all chunks."""
+        sink, body, window = (int(self.entries[name].sum(dtype=np.int64)) for name in ("sink", "body", "window"))
+        return sink, body, window
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """[n] tokens of each chunk."""
+        regions = (self.entries[name] for name in ("sink", "body", "window"))
+        return sum(regions, start=np.zeros(len(self), np.int64))
+
+    def has(self, flag: int) -> npt.NDArray[np.bool_]:
+        """[n] whether a flag is set."""
+        found: npt.NDArray[np.bool_] = (self.entries["flags"] & flag) != 0
+        return found
+
+    @property
+    def fp8_sinks(self) -> bool:
+        """Whether any sinks are fp8."""
+        return bool(self.has(_FP8_SINKS).any())
+
+    @property
+    def coded_window(self) -> bool:
+        """Whether any window is coded."""
+        return bool(self.has(_CODED_WINDOW).any())
+
+    def present(self) -> npt.NDArray[np.bool_]:
+        """[n, 5] which sections each chunk must have, in order: positions, sink, body, window, padding."""
+        found = np.empty((len(self), SECTIONS_OF_A_CHUNK), np.bool_)
+        found[:, 0], found[:, 4] = self.has(_EXPLICIT_POSITIONS), self.has(_PADDED)
+        for column, name in enumerate(("sink", "body", "window"), 1):
+            found[:, column] = self.entries[name] > 0
+        return found
+
+
+class SectionTable(Sequence[Section]):
+    """The section table, an entry made when it is looked at.
+
+    entries: its bytes as an array, checked. offsets int64 [n + 1]: where each section's bytes begin, and where the last one's end.
+    firsts int64 [chunks + 1]: the number of each chunk's first section, and how many there are.
+    """
+
+    def __init__(
+        self, entries: npt.NDArray[np.void], offsets: npt.NDArray[np.int64], firsts: npt.NDArray[np.int64]
+    ) -> None:
+        self.entries, self.offsets, self.firsts = entries, offsets, firsts
+        self._types = entries["type"].tobytes()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Section: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Section, ...]: ...
+    def __getitem__(self, index: int | slice) -> Section | tuple[Section, ...]:
+        if isinstance(index, slice):
+            return tuple(self[number] for number in range(*index.indices(len(self))))
+        kind, coder, _, chunk, raw, stored, checksum = self.entries[index].item()
+        return Section(
+            SectionType(kind), CODER_NAMES[coder], chunk, raw, stored, checksum, int(self.offsets[:-1][index])
+        )
+
+    def find(self, section_type: SectionType, chunk: int) -> Section:
+        """The section of a type and chunk; ValueError where the chunk has none."""
+        if chunk == STREAM_WIDE:
+            return self[self._types.index(section_type)]
+        return self[self._types.index(section_type, self.firsts[chunk], self.firsts[chunk + 1])]
+
+    def stored_bytes(self, *types: SectionType) -> tuple[int, int]:
+        """How many sections are of these types, and their stored bytes."""
+        mine = [self.entries["stored"][self.entries["type"] == kind] for kind in types]
+        return sum(map(len, mine)), sum(int(stored.sum(dtype=np.int64)) for stored in mine)
 
 
 @dataclass(frozen=True)
@@ -259,69 +383,79 @@ def table_bytes(chunks: Sequence[Chunk]) -> int:
     return HEADER_BYTES + CHUNK_BYTES * len(chunks) + SECTION_BYTES * n_sections
 
 
-def parse_chunk(view: memoryview, offset: int, index: int, header: Header) -> Chunk:
-    first_position, n_sink, n_body, n_window, flags, digest = _CHUNK.unpack_from(view, offset)
-    n_tokens = n_sink + n_body + n_window
-    room = min(header.chunk_tokens - first_position % header.chunk_tokens, MAX_POSITION - first_position)
-    if flags > 15 or not 1 <= n_tokens <= room or (not header.has_digests and any(digest)):
+def parse_chunks(view: memoryview, counts: Counts, header: Header) -> ChunkTable:
+    """The chunk table in view."""
+    chunks = ChunkTable(np.frombuffer(view, _CHUNKS, counts.n_chunks, HEADER_BYTES))
+    entries, tokens = chunks.entries, chunks.tokens
+    position = entries["position"].astype(np.int64)
+    room = np.minimum(header.chunk_tokens - position % header.chunk_tokens, MAX_POSITION - position)
+    wrong = (entries["flags"] > _ALL_CHUNK_FLAGS) | (tokens < 1) | (tokens > room)
+    if not header.has_digests:
+        wrong |= entries["digest"] != 0
+    for index in _first(wrong):
         raise CorruptStream(
-            f"chunk {index} claims {n_tokens} tokens from position {first_position} (flags {flags}); 1 .. {room} fit its cell"
+            f"chunk {index} claims {tokens[index]} tokens from position {position[index]} "
+            f"(flags {entries['flags'][index]}); 1 .. {room[index]} fit its cell"
         )
-    return Chunk(
-        first_position,
-        n_sink,
-        n_body,
-        n_window,
-        bool(flags & _EXPLICIT_POSITIONS),
-        bool(flags & _FP8_SINKS),
-        digest,
-        bool(flags & _PADDED),
-        bool(flags & _CODED_WINDOW),
-    )
+    check_order(chunks, header)
+    return chunks
 
 
-def check_order(chunks: Sequence[Chunk], header: Header) -> None:
+def check_order(chunks: ChunkTable, header: Header) -> None:
     """Cells ascend, without gaps chunks adjoin, and the regions follow one another: sinks first, then body, then window."""
-    size, region = header.chunk_tokens, 0
-    formats = {chunk.coded_window for chunk in chunks if chunk.n_window}
-    if len(formats) > 1 or (True in formats and header.profile == "paper"):
+    entries, tokens = chunks.entries, chunks.tokens
+    coded = chunks.has(_CODED_WINDOW)[entries["window"] > 0]
+    if coded.any() and (header.profile == "paper" or not coded.all()):
         raise CorruptStream(f"windows of the profile {header.profile} are coded in some chunks: expected all or none")
-    for index, chunk in enumerate(chunks):
-        if index:
-            before = chunks[index - 1]
-            adjoins = chunk.first_position == before.first_position + before.n_tokens
-            if chunk.first_position // size <= before.first_position // size or not (adjoins or header.has_gaps):
-                raise CorruptStream(
-                    f"chunk {index} at position {chunk.first_position} does not follow the chunk before it, "
-                    f"{before.n_tokens} tokens from position {before.first_position}"
-                )
-        if chunk.explicit_positions and not header.has_gaps:
-            raise CorruptStream(f"chunk {index} lists its positions in a stream without gaps")
-        for number, count in enumerate((chunk.n_sink, chunk.n_body, chunk.n_window)):
-            if count and number < region:
-                raise CorruptStream(f"chunk {index} holds an earlier region than the chunks before it")
-            region = max(region, number) if count else region
-
-
-def parse_sections(view: memoryview, counts: Counts, chunks: Sequence[Chunk], n_bytes: int) -> tuple[Section, ...]:
-    """The section table in view, of a stream of n_bytes bytes."""
-    wanted = [(SectionType.RATE, STREAM_WIDE)]
-    wanted += [(section, index) for index, chunk in enumerate(chunks) for section in chunk.sections()]
-    if len(wanted) != counts.n_sections:
-        raise CorruptStream(f"the chunks need {len(wanted)} sections; {counts.n_sections} are in the table")
-    sections, start = [], counts.tables_end
-    for number, (section_type, chunk) in enumerate(wanted):
-        kind, coder, reserved, owner, raw, stored, checksum = _SECTION.unpack_from(
-            view, counts.chunks_end + number * SECTION_BYTES
+    position = entries["position"].astype(np.int64)
+    cell = position // header.chunk_tokens
+    follows = cell[1:] > cell[:-1]
+    if not header.has_gaps:
+        follows &= position[1:] == position[:-1] + tokens[:-1]
+    for before in _first(~follows):
+        raise CorruptStream(
+            f"chunk {before + 1} at position {position[before + 1]} does not follow the chunk before it, "
+            f"{tokens[before]} tokens from position {position[before]}"
         )
-        if (kind, owner) != (section_type, chunk) or coder not in CODER_NAMES or reserved:
-            raise CorruptStream(
-                f"section {number} is type {kind} of chunk {owner} (coder {coder}); expected {section_type.name} of chunk {chunk}"
-            )
-        sections.append(Section(section_type, CODER_NAMES[coder], chunk, raw, stored, checksum, start))
-        start += stored
-    if n_bytes < start:
-        raise TruncatedStream(f"the tables describe {start} bytes; only {n_bytes} bytes are here")
-    if n_bytes > start:
-        raise CorruptStream(f"{n_bytes - start} bytes follow the last section")
-    return tuple(sections)
+    if not header.has_gaps:
+        for index in _first(chunks.has(_EXPLICIT_POSITIONS)):
+            raise CorruptStream(f"chunk {index} lists its positions in a stream without gaps")
+    regions = chunks.present()[:, 1:4]
+    # The first and the last region of each chunk: 0 sinks, 1 body, 2 window.
+    first, last = regions.argmax(axis=1), 2 - regions[:, ::-1].argmax(axis=1)
+    for before in _first(first[1:] < np.maximum.accumulate(last)[:-1]):
+        raise CorruptStream(f"chunk {before + 1} holds an earlier region than the chunks before it")
+
+
+def parse_sections(view: memoryview, counts: Counts, chunks: ChunkTable, n_bytes: int) -> SectionTable:
+    """The section table in view, of a stream of n_bytes bytes."""
+    present = chunks.present()
+    firsts = np.ones(len(chunks) + 1, np.int64)
+    firsts[1:] += present.sum(axis=1).cumsum()
+    if firsts[-1] != counts.n_sections:
+        raise CorruptStream(f"the chunks need {firsts[-1]} sections; {counts.n_sections} are in the table")
+    entries = np.frombuffer(view, _SECTIONS, counts.n_sections, counts.chunks_end)
+    owners, kinds = np.nonzero(present)
+    types = np.concatenate([[SectionType.RATE], kinds + SectionType.POSITIONS])
+    owners = np.concatenate([[STREAM_WIDE], owners])
+    wrong = (entries["type"] != types) | (entries["chunk"] != owners) | (entries["reserved"] != 0)
+    wrong |= entries["coder"] > max(CODER_NAMES)
+    for number in _first(wrong):
+        found = entries[number]
+        raise CorruptStream(
+            f"section {number} is type {found['type']} of chunk {found['chunk']} (coder {found['coder']}); "
+            f"expected {SectionType(types[number]).name} of chunk {owners[number]}"
+        )
+    offsets = np.full(len(entries) + 1, counts.tables_end, np.int64)
+    offsets[1:] += entries["stored"].cumsum(dtype=np.int64)
+    end = int(offsets[-1])
+    if n_bytes < end:
+        raise TruncatedStream(f"the tables describe {end} bytes; only {n_bytes} bytes are here")
+    if n_bytes > end:
+        raise CorruptStream(f"{n_bytes - end} bytes follow the last section")
+    return SectionTable(entries, offsets, firsts)
+
+
+def _first(wrong: npt.NDArray[np.bool_]) -> list[int]:
+    """The index of the first that is, if any."""
+    return [int(wrong.argmax())] if wrong.any() else []

@@ -17,7 +17,7 @@ from ..cache import KVCache
 from ..calibration import Calibration
 from ..codec import Codec
 from ..errors import CorruptStream, InvalidArgument, UnsupportedModel
-from ..inspection import inspect
+from ..opened_stream import first_position
 from .engine_settings import AUTO, PREFIX, EngineSettings
 
 CHUNK_TOKENS = 256
@@ -92,7 +92,7 @@ class PageCodec:
 
         targets, on the codec's device, and token_ids as in `Codec.decode_into`, which says what is raised.
         """
-        _check_start(inspect(stream).first_position, start)
+        _check_start(first_position(stream), start)
         n_tokens = len(targets[0][0].token_offsets)
         self.codec(token_ids is not None).decode_into(stream, targets, token_ids, n_tokens)
 
@@ -118,5 +118,7 @@ def _codec(calibration: Calibration, profile: str, settings: EngineSettings, fix
         kl=settings.kl,
         fixed_size=fixed_size,
         chunk_tokens=CHUNK_TOKENS,
+        # Whoever decodes pages names their tokens; past them lies at most the rest of a chunk.
+        max_tokens=CHUNK_TOKENS,
         device=settings.device,
     )

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import strict_json
 from ..errors import InvalidPlan
 
 REQUIRED: Any = object()
+LARGEST_WHOLE = 1 << 53
+"""Of whole numbers: float64 has all of them up to this one."""
+_SHOWN_CHARACTERS = 80
+_LARGEST = sys.float_info.max
 
 
 def read_json(path: Path) -> Any:
     """A JSON file; `InvalidPlan` where it is none. OSError where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict_json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InvalidPlan(f"{path} is not JSON: {error}") from error
 
@@ -60,8 +64,10 @@ class Fields:
         value = self.get(name, default)
         if name not in self:
             return value
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InvalidPlan(f"{self.where}.{name}: expected a whole number of at least {low}, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= LARGEST_WHOLE:
+            raise InvalidPlan(
+                f"{self.where}.{name}: expected a whole number of at least {low} and at most 2**53, found {_shown(value)}"
+            )
         return value
 
     def text(self, name: str, default: Any = REQUIRED) -> Any:
@@ -104,12 +110,18 @@ class Fields:
 
 def check_number(value: Any, where: str, above: float = 0, inclusive: bool = False) -> float:
     """A finite number above a bound, or at it if `inclusive`."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
     if not is_number or not (value > above or (inclusive and value == above)):
         raise InvalidPlan(
-            f"{where}: expected a number {'of at least' if inclusive else 'above'} {above:g}, found {value!r}"
+            f"{where}: expected a number {'of at least' if inclusive else 'above'} {above:g}, found {_shown(value)}"
         )
     return float(value)
+
+
+def _shown(value: Any) -> str:
+    """A value as messages show it: the beginning of what may be long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " .."
 
 
 def _kind(value: Any) -> str:

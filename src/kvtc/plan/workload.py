@@ -7,7 +7,6 @@ has been answered.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import strict_json
 from ..errors import InvalidPlan
 from .fields import Fields, check_number
 
@@ -176,7 +176,7 @@ def _trace(fields: Fields, _: Random, directory: Path) -> list[Conversation]:
             continue
         where = f"{path}:{number}"
         try:
-            entry = Fields(json.loads(line), where)
+            entry = Fields(strict_json.loads(line), where)
         except ValueError as error:
             raise InvalidPlan(f"{where} is not JSON: {error}") from error
         name, seconds = str(entry.get("conversation")), entry.number("seconds", inclusive=True)

@@ -97,9 +97,15 @@ class BodyCoder(Protocol):
     """Whether bodies are finished bytes, to which no lossless coder is applied."""
     rate_bytes: int | None
     """Bytes of a plan, if they are always as many."""
+    most_rate_bytes: int
+    """Bytes that no plan of the calibration exceeds."""
 
     def least_bytes(self, n_tokens: int) -> int:
         """Bytes that suffice for a chunk of n_tokens, whatever it holds; `InvalidArgument` where none do."""
+        ...
+
+    def fewest_bytes(self, n_tokens: int) -> int:
+        """Bytes that a chunk of n_tokens takes at the least, whatever it holds, where `body_bytes` does not say how many."""
         ...
 
     def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:

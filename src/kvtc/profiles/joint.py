@@ -59,6 +59,7 @@ class JointCoder:
     """with_tokens: `conditional`. product: dtype of products. rate: what may be spent; None to decode only."""
 
     is_entropy_coded = True
+    most_rate_bytes = 2 * _STEP.size
 
     def __init__(
         self,
@@ -113,6 +114,9 @@ class JointCoder:
 
     def least_bytes(self, n_tokens: int) -> int:
         return len(self._encode_nothing(n_tokens))
+
+    def fewest_bytes(self, n_tokens: int) -> int:
+        return least_bytes(n_tokens) + self.needs_tokens
 
     def _meet(
         self, rows: Iterable[BodyRows], encode: Callable[[float], list[bytes]], allowance: Allowance
@@ -191,7 +195,7 @@ class JointCoder:
     def decode(self, bodies: Sequence[CodedBody]) -> PackedRows:
         """Coefficients [T, n] as the transform restores rows from them, n <= r: no further ones are needed."""
         flags, chunks = [], []
-        least = [self._least(body) for body in bodies]
+        least = [self.fewest_bytes(body.n_tokens) for body in bodies]
         for body, head in zip(bodies, heads_of([body.data for body in bodies], least), strict=True):
             flag, integers = self._split(body, head)
             flags.append(flag)
@@ -222,15 +226,6 @@ class JointCoder:
         step = body.plan.step_of(body)
         classes, head = column_classes(model.deviations, step), head[int(self.needs_tokens) :]
         return flag, split_integers(data, head, body.n_tokens, classes, model.tables, step)
-
-    def _least(self, body: CodedBody) -> int:
-        """What its tokens take at least; `CorruptStream` for less: no memory is asked for by a count of tokens alone."""
-        least = least_bytes(body.n_tokens) + self.needs_tokens
-        if len(body.data) < least:
-            raise CorruptStream(
-                f"a chunk of {body.n_tokens} tokens needs at least {least} bytes; it has {len(body.data)}"
-            )
-        return least
 
     def _require_served(self, step: float) -> None:
         if not self._serves(step):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends import Backend
 from ..calibration.artifact import Calibration
-from ..coding.allocation import BitAllocation
+from ..coding.allocation import BitAllocation, most_bytes
 from ..coding.groups import chunk_bytes
 from ..coding.product import Columns, PackedRows
 from ..coding.transform import Basis
@@ -73,6 +73,7 @@ class PaperCoder:
         self, calibration: Calibration, backend: Backend, product: torch.dtype, rate: RateTarget | None = None
     ) -> None:
         self.rate = rate
+        self.most_rate_bytes = sum(most_bytes(kind.basis.rank) for kind in (calibration.key, calibration.value))
         self._calibration = calibration
         self._backend, self._product = backend, product
         self._working: dict[int, BasisSide] = {}
@@ -86,6 +87,9 @@ class PaperCoder:
 
     def least_bytes(self, n_tokens: int) -> int:  # noqa: ARG002  the profile has no such bound
         raise InvalidArgument("the profile paper cannot keep to a fixed size: use joint or conditional")
+
+    def fewest_bytes(self, n_tokens: int) -> int:  # noqa: ARG002  `body_bytes` says how many
+        return 0
 
     def encode(self, rows: BodyRows, plan: PaperPlan) -> list[bytes]:
         """The bytes of each chunk."""
