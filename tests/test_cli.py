@@ -416,7 +416,7 @@ def test_full_disk(capsys, made, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "x.safetensors")
 
-    monkeypatch.setattr("kvtc.cache_file.Path.write_bytes", full)
+    monkeypatch.setattr("kvtc.files.os.fsync", full)
     decode = ["decode", made / "talk.kvtc", "-o", tmp_path / "x.safetensors", "--model", "reference"]
     assert "No space left on device" in fails(capsys, *decode)
     assert list(tmp_path.iterdir()) == []

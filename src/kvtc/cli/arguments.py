@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,8 +61,17 @@ def check_output(path: Path, force: bool) -> None:
         raise InvalidArgument(f"{path} is a directory; give a file name")
     if not path.parent.is_dir():
         raise InvalidArgument(f"the directory {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        raise InvalidArgument(f"{path} is no file that could be replaced")
     if path.exists() and not force:
         raise InvalidArgument(f"{path} exists; give --force to replace it")
+
+
+def check_directory(path: Path) -> None:
+    """Raise `InvalidArgument` before any work is done if a directory cannot be used or made there. None is made yet."""
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InvalidArgument(f"{nearest} is no directory that could be written to")
 
 
 def check_device(name: str) -> None:

@@ -29,7 +29,7 @@ def report(options: argparse.Namespace) -> Outcome:
     from ..evaluate.page import render_page
     from ..evaluate.schema import read_result
     from ..evaluate.sections import Chart, render_text, sections_of
-    from ..files import write_atomically
+    from ..files import SHARED, write_atomically
 
     if options.output is not None:
         check_output(options.output, options.force)
@@ -44,5 +44,5 @@ def report(options: argparse.Namespace) -> Outcome:
             if not isinstance(part, Chart)
         ]
         return result, "\n\n".join(render_text(sections_of(file)) for file in files)
-    write_atomically(options.output, render_page(options.title, files).encode())
+    write_atomically(options.output, render_page(options.title, files).encode(), SHARED)
     return {**result, "path": str(options.output)}, f"saved {options.output}"
