@@ -20,6 +20,7 @@ from kvtc.errors import InvalidCache
 from kvtc.reference import CALIBRATION_FILE
 
 from .builders import random_cache
+from .test_calibration import rewritten
 
 ROOT = Path(__file__).parents[1]
 
@@ -498,3 +499,57 @@ def test_cache_files_that_hold_no_cache(tmp_path):
         save_cache(path, cache, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(FileNotFoundError):
         load_cache(tmp_path / "gone")
+
+
+# Files that somebody else wrote
+
+
+@pytest.mark.parametrize(
+    ("info", "found"),
+    [
+        ('{"note": "\\u001b[2Jgone\\u202e", "a\\u001b]0;title\\u0007": ["x\\ny"]}', "\\x1b[2Jgone\\u202e"),
+        ("[1, 2]", None),
+        ("5", None),
+        ("null", None),
+        ("[" * 100_000, None),
+        ('{"a": ' * 900 + "1" + "}" * 900, None),
+        ('{"seed": NaN}', None),
+        ('{"seed": 1e999}', None),
+        ('{"seed": ' + "1" * 5000 + "}", None),
+    ],
+)
+def test_inspect_shows_odd_metadata_as_text_or_says_that_it_is_none(capsys, tmp_path, calibration, info, found):
+    path = tmp_path / "a\x1b[7m.safetensors"
+    calibration.save(path)
+    rewritten(path, lambda metadata, _: metadata.update(info=info))
+    if found is None:
+        assert "\\x1b[7m" in fails(capsys, "inspect", path)
+        return
+    code, out, _ = run(capsys, "inspect", path)
+    assert code == 0
+    assert found in out
+    assert out.replace("\n", "").isprintable()
+    code, out, _ = run(capsys, "inspect", path, "--json")
+    assert json.loads(out)["info"] == json.loads(info)
+    assert out.replace("\n", "").isprintable()
+
+
+def test_names_of_files_and_models_steer_no_terminal(capsys, made, tmp_path):
+    odd = tmp_path / "x\x1b[2J\udcff.kvtc"
+    assert "x\\x1b[2J\\udcff.kvtc" in fails(capsys, "inspect", odd)
+    assert "\\x1b[2J" in fails(capsys, "inspect", "--odd\x1b[2J", odd, code=2)
+    code, _, err = run(capsys, "inspect", odd, "--debug")
+    assert code == 1
+    assert err.replace("\n", "").isprintable()
+    encode = ["encode", made / "talk.txt", "--model", "a\x1b[2J", "-o", tmp_path / "y"]
+    assert "\\x1b[2J" in fails(capsys, *encode, "--calibration", CALIBRATION_FILE)
+    code, out, _ = run(capsys, "encode", made / "talk.txt", "--model", "reference", "-o", odd)
+    assert code == 0
+    assert "x\\x1b[2J\\udcff.kvtc" in out
+
+
+def test_outputs_are_files(capsys, made, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    encode = ["encode", made / "talk.txt", "--model", "reference", "--force", "-o"]
+    assert "no file that could be replaced" in fails(capsys, *encode, tmp_path / "pipe")
+    assert "no file that could be replaced" in fails(capsys, *encode, "/dev/null")

@@ -12,7 +12,7 @@ _CREDENTIALS = re.compile(r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)[^/?#\s]*@", r
 
 
 def shown(text: object) -> str:
-    r"""A text as one line of printable characters; others (controls, line ends, marks of direction) as Python writes them: "\x1b"."""
+    r"""A text as one line of printable characters; controls, line ends and marks of direction as Python writes them: \x1b."""
     text = str(text)
     if text.isprintable():
         return text

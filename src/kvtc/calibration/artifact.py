@@ -26,6 +26,7 @@ from ..coding.rope import Rope
 from ..coding.transform import Basis
 from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
 from ..files import write_atomically
+from ..strict_json import loads
 from .joint import JointCalibration, expect
 from .quality import QualityCurve
 
@@ -158,9 +159,9 @@ def load_calibration(path: str | Path) -> Calibration:
 
 
 def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Calibration:
-    geometry = _geometry_from_json(json.loads(metadata["geometry"]))
-    variances = json.loads(metadata["total_variance"])
-    sizes = tuple(int(size) for size in json.loads(metadata["block_sizes"]))
+    geometry = _geometry_from_json(loads(metadata["geometry"]))
+    variances = loads(metadata["total_variance"])
+    sizes = tuple(int(size) for size in loads(metadata["block_sizes"]))
     if not sizes or any(after <= before for before, after in pairwise((0, *sizes, MAX_GROUP_SIZE + 1))):
         raise CorruptCalibration(f"block sizes {sizes}; expected ascending ones of 1 to {MAX_GROUP_SIZE}")
     kinds = []
@@ -176,10 +177,13 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Calibration:
         expect(f"{name}.errors", errors, (len(SYMBOL_TYPES), len(sizes), rank), torch.float32)
         table = DistortionTable(np.asarray(energy), np.asarray(errors), sizes)
         kinds.append(KindCalibration(basis, table, float(variance)))
+    info = loads(metadata["info"])
+    if not isinstance(info, dict):
+        raise TypeError(f"info is a {type(info).__name__}; expected a JSON object")
     joint = JointCalibration.from_tensors(tensors, geometry)
     names = (f"quality.{profile}" for profile in PROFILES_WITH_STEP)
     curves = {name.split(".")[1]: QualityCurve.from_tensor(name, tensors[name]) for name in names if name in tensors}
-    return Calibration(geometry, kinds[0], kinds[1], json.loads(metadata["info"]), joint, curves)
+    return Calibration(geometry, kinds[0], kinds[1], info, joint, curves)
 
 
 def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
