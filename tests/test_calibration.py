@@ -508,7 +508,25 @@ def test_progress_is_told_and_can_be_silenced(capfd):
     quick_fit(caches())
     assert capfd.readouterr().err == ""
     quick_fit(caches(), progress=True)
-    assert "calibration rows" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "calibration rows" in told
+    assert "key basis: 9 passes" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "n_rows"),
+    [({"max_tokens": 500}, 500), ({"max_rows": 300, "max_tokens": 500}, 300), ({"max_rows": 400}, 400)],
+)
+def test_the_room_that_is_asked_for_is_that_of_the_rows_that_were_asked_for(capfd, monkeypatch, options, n_rows):
+    p = tiny_geometry().row_features
+    n_bytes = 2 * n_rows * p * 2
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(n_bytes))
+    fitted = fit(tiny_geometry(), caches(), progress=True, **options)
+    assert f"up to {n_bytes / 2**30:.2f} GiB in " in capfd.readouterr().err.partition(f" for at most {n_rows} rows")[0]
+    assert fitted.info["n_rows"] <= n_rows
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(n_bytes - 1))
+    with pytest.raises(InvalidArgument, match="calibration rows may need"):
+        fit(tiny_geometry(), caches(), progress=False, **options)
 
 
 # The basis.

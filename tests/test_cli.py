@@ -37,10 +37,13 @@ def fails(capsys, *arguments, code: int = 1) -> str:
     found, out, err = run(capsys, *arguments)
     assert found == code, err
     assert out == ""
-    if code == 1:
-        assert err.startswith("kvtc: error: ")
-        assert err.count("\n") == 1
-    return err
+    if code != 1:
+        return err
+    # Progress may have been shown before it.
+    last = err.splitlines()[-1]
+    assert last.startswith("kvtc: error: ")
+    assert err.count("kvtc: error: ") == 1
+    return last
 
 
 @pytest.fixture(scope="module")
@@ -499,6 +502,65 @@ def test_cache_files_that_hold_no_cache(tmp_path):
         save_cache(path, cache, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(FileNotFoundError):
         load_cache(tmp_path / "gone")
+
+
+# Texts longer than a model reads
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("long") / "long.txt"
+    path.write_text(CONVERSATION.read_text(encoding="utf-8") * 3, encoding="utf-8")
+    return path
+
+
+def test_a_text_longer_than_the_context_is_an_error_before_any_work(capsys, long_text, tmp_path, monkeypatch):
+    _, tokenizer = kvtc.reference_model()
+    n_tokens = 1 + len(tokenizer(long_text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids)
+    monkeypatch.setattr("kvtc.cli.coding.load_model", lambda *_: pytest.fail("a model was loaded"))
+    error = fails(capsys, "encode", long_text, "--model", "reference", "-o", tmp_path / "x")
+    assert f"{n_tokens:,} tokens, more than the context of reference, 4,096" in error
+    assert "--truncate" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_beginning_of_a_long_text_can_be_encoded_and_decoded(capsys, long_text, tmp_path):
+    stream, cache = tmp_path / "a.kvtc", tmp_path / "a.safetensors"
+    encode = ["encode", long_text, "--model", "reference", "--truncate", "-o", stream, "--ratio", 64, "--json"]
+    code, out, err = run(capsys, *encode)
+    assert (code, json.loads(out)["n_tokens"]) == (0, 4096)
+    assert "the first 4,096 of " in err
+    assert "prefill: 4,096 tokens\n" in err
+    decode = ["decode", stream, "--model", "reference", "--text", long_text]
+    assert "--truncate" in fails(capsys, *decode, "-o", cache)
+    code, out, _ = run(capsys, *decode, "-o", cache, "--truncate", "--json")
+    assert (code, json.loads(out)["n_tokens"]) == (0, 4096)
+    assert "4,101 tokens; the context" in fails(capsys, *decode, "--truncate", "--generate", 5)
+
+
+def test_sequences_longer_than_the_context_are_refused(capsys, made, tmp_path):
+    for verb in ("calibrate", "measure"):
+        arguments = [verb, "--model", "reference", "--text", made / "corpus.txt", "-o", tmp_path / "x"]
+        assert "5,000 tokens; the context" in fails(capsys, *arguments, "--tokens-per-sequence", 5000)
+
+
+def test_calibrate_names_the_room_that_it_asks_for(capsys, made, tmp_path):
+    arguments = ["calibrate", "--model", "reference", "--text", made / "corpus.txt", "-o", tmp_path / "x", "--rank", 16]
+    code, out, err = run(capsys, *arguments, "--profiles", "paper", "--tokens", 600, "--json")
+    p = kvtc.reference_calibration().geometry.row_features
+    assert code == 0
+    assert f"up to {600 * p * 4 / 2**30:.2f} GiB in " in err
+    assert f" for at most 600 rows of 2 x {p} features" in err
+    assert json.loads(out)["n_rows"] == 600
+
+
+def test_progress_can_be_silenced(capsys, made, tmp_path):
+    quiet = ["--model", "reference", "--quiet"]
+    assert run(capsys, "encode", made / "talk.txt", "-o", tmp_path / "a", *quiet)[2] == ""
+    assert run(capsys, "decode", tmp_path / "a", "--text", made / "talk.txt", "--generate", 3, *quiet)[2] == ""
+    arguments = ["--text", made / "corpus.txt", "--profiles", "paper", "--rank", 16, "-o", tmp_path / "b"]
+    assert run(capsys, "calibrate", *arguments, *quiet)[2] == ""
+    assert run(capsys, "doctor", "--quiet")[2] == ""
 
 
 # Files that somebody else wrote

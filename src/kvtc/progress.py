@@ -1,16 +1,17 @@
 """What a long task does, how far it is and how long it will still take, on stderr: a bar on a terminal, few lines elsewhere.
 
 Functions that may take long name their tasks with `task` or `track`. Nothing is shown unless the caller asks with `reporting`, as
-the command line does.
+the command line does; of tasks within a task only the outer one is.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TypeVar
 
 from .display import shown
@@ -23,47 +24,74 @@ LINE_SECONDS = 10.0
 LONG_SECONDS = 2.0
 """A task that took so long says when it is done."""
 
-_reporting: ContextVar[bool] = ContextVar("kvtc_reporting", default=False)
+
+@dataclass
+class _Listener:
+    """Somebody who wants to see tasks. is_told: of one, now."""
+
+    is_told: bool = False
+
+
+_listener: ContextVar[_Listener | None] = ContextVar("kvtc_progress", default=None)
 
 
 @contextmanager
 def reporting(enabled: bool = True) -> Iterator[None]:
     """Inside, tasks of this thread are shown, or not."""
-    token = _reporting.set(enabled)
+    token = _listener.set(_Listener() if enabled else None)
     try:
         yield
     finally:
-        _reporting.reset(token)
+        _listener.reset(token)
 
 
 def note(text: str) -> None:
     """One line, beside the tasks."""
-    if _reporting.get():
+    if _listener.get() is not None:
         print(shown(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def task(what: str, total: int | None = None, unit: str = "steps") -> Iterator[Advance]:
     """A task of `total` units, None where nobody knows; gives the function to call with the number of units that were just done."""
-    if not _reporting.get():
-        yield lambda _: None
-    elif sys.stderr.isatty():
-        from tqdm import tqdm
+    listener = _listener.get()
+    if listener is None or listener.is_told:
+        yield nobody
+        return
+    listener.is_told = True
+    try:
+        with (_bar if sys.stderr.isatty() else _lines)(shown(what), total, unit) as advance:
+            yield advance
+    finally:
+        listener.is_told = False
 
-        with tqdm(desc=shown(what), total=total, unit=f" {unit}", leave=False, file=sys.stderr) as bar:
-            yield bar.update
-    else:
-        lines = _Lines(shown(what), total, unit)
-        yield lines.advance
-        lines.finish()
+
+def nobody(_: int) -> None:
+    """An `Advance` for those who need not know."""
 
 
-def track(items: Iterable[Item], what: str, total: int | None = None, unit: str = "steps") -> Iterator[Item]:
+def track(items: Iterable[Item], what: str, unit: str = "steps") -> Iterator[Item]:
     """The items, each a unit of a task that is done when the next is asked for."""
-    with task(what, total, unit) as advance:
+    with task(what, len(items) if isinstance(items, Sized) else None, unit) as advance:
         for item in items:
             yield item
             advance(1)
+
+
+@contextmanager
+def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
+    """A task on a terminal: a bar that goes away when it is done."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, total=total, unit=f" {unit}", leave=False, file=sys.stderr) as bar:
+        yield bar.update
+
+
+@contextmanager
+def _lines(what: str, total: int | None, unit: str) -> Iterator[Advance]:
+    lines = _Lines(what, total, unit)
+    yield lines.advance
+    lines.finish()
 
 
 class _Lines:

@@ -17,10 +17,11 @@ from ..coding.metric import Metric
 from ..coding.prediction import Predictor
 from ..coding.transform import Basis, project
 from ..errors import InvalidArgument
+from ..progress import task, track
 from .entropy import fit_coefficients
 from .joint import JointCalibration, TokenCoding
 from .prediction_fit import fit_predictor
-from .principal import principal_components
+from .principal import POWER_ITERATIONS, principal_components
 from .row_spool import RowSpool
 
 TABLE_ROWS = 4096
@@ -62,7 +63,8 @@ def fit_joint(
     if rank < 1:
         raise InvalidArgument(f"joint_rank must be at least 1; got {rank}")
     rows = WeightedRows(keys, values, metric)
-    basis = principal_components(rows, rank, seed=seed).basis
+    with task("joint basis", POWER_ITERATIONS + 1, "passes") as advance:
+        basis = principal_components(rows, rank, seed=seed, on_pass=lambda: advance(1)).basis
     sample = np.sort(np.random.default_rng(seed).permutation(rows.n_rows)[:TABLE_ROWS])
     coefficients = _sampled(rows, basis, sample)
     tokens = None
@@ -107,7 +109,7 @@ def _fit_tokens(
     plain = fit_predictor(table, triples, coefficients, n_hidden, seed)
     before, after = (torch.zeros(basis.rank, basis.rank, dtype=torch.float64, device=rows.device) for _ in range(2))
     sampled, start = [], 0
-    for block in coefficients():
+    for block in track(coefficients(), "what prediction leaves", "blocks"):
         residual = block - plain.predict(triples[start : start + len(block)])
         before += (block.T @ block).double()
         after += (residual.T @ residual).double()

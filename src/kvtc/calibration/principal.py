@@ -51,7 +51,7 @@ class PrincipalComponents:
 
 
 def principal_components(
-    spool: Rows, rank: int, columns: slice = slice(None), seed: int = 0, on_pass: Callable[[], None] | None = None
+    spool: Rows, rank: int, columns: slice = slice(None), seed: int = 0, on_pass: Callable[[], object] | None = None
 ) -> PrincipalComponents:
     """The leading `rank` components (fewer if rows or features are fewer) of the spooled rows' `columns`.
 

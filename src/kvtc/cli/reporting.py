@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..progress import track
 from .arguments import Outcome, add_output, add_verb, check_output
 
 
@@ -33,7 +34,7 @@ def report(options: argparse.Namespace) -> Outcome:
 
     if options.output is not None:
         check_output(options.output, options.force)
-    files = [read_result(path) for path in options.results]
+    files = [read_result(path) for path in track(options.results, "reading results", "files")]
     result: dict[str, Any] = {"results": [{"name": file.name, "kind": file.kind} for file in files]}
     if options.output is None:
         result["tables"] = [
