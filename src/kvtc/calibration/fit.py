@@ -21,7 +21,7 @@ from ..progress import note, reporting, task, track
 from .artifact import Calibration, KindCalibration
 from .joint import JointCalibration
 from .joint_fit import fit_joint
-from .principal import POWER_ITERATIONS, block_diagonal, principal_components
+from .principal import block_diagonal, principal_components
 from .row_spool import FLOAT16_BYTES, RowSpool, require_disk
 
 MAX_ROWS = 160_000
@@ -184,8 +184,8 @@ def _fit_kind(
         slice(start * layer_features, min(start + group, geometry.n_layers) * layer_features)
         for start in range(0, geometry.n_layers, group)
     ]
-    with task(f"{name} basis", len(ranges) * (POWER_ITERATIONS + 1), "passes") as advance:
-        parts = [principal_components(spool, rank, columns, seed, lambda: advance(1)) for columns in ranges]
+    told = ranges if len(ranges) == 1 else track(ranges, f"{name} bases", "groups of layers")
+    parts = [principal_components(spool, rank, columns, seed, f"{name} basis") for columns in told]
     components = parts[0] if len(parts) == 1 else block_diagonal(parts, rank)
     mean, vectors = components.basis.matrices(spool.device)
     blocks = track(spool.sample(MAX_SAMPLE_ROWS, seed), f"{name} distortion", "blocks")

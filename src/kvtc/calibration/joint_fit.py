@@ -17,11 +17,11 @@ from ..coding.metric import Metric
 from ..coding.prediction import Predictor
 from ..coding.transform import Basis, project
 from ..errors import InvalidArgument
-from ..progress import task, track
+from ..progress import track
 from .entropy import fit_coefficients
 from .joint import JointCalibration, TokenCoding
 from .prediction_fit import fit_predictor
-from .principal import POWER_ITERATIONS, principal_components
+from .principal import principal_components
 from .row_spool import RowSpool
 
 TABLE_ROWS = 4096
@@ -63,8 +63,7 @@ def fit_joint(
     if rank < 1:
         raise InvalidArgument(f"joint_rank must be at least 1; got {rank}")
     rows = WeightedRows(keys, values, metric)
-    with task("joint basis", POWER_ITERATIONS + 1, "passes") as advance:
-        basis = principal_components(rows, rank, seed=seed, on_pass=lambda: advance(1)).basis
+    basis = principal_components(rows, rank, seed=seed, name="joint basis").basis
     sample = np.sort(np.random.default_rng(seed).permutation(rows.n_rows)[:TABLE_ROWS])
     coefficients = _sampled(rows, basis, sample)
     tokens = None

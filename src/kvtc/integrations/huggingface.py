@@ -234,7 +234,8 @@ def calibrate(
     first = next(usable, None)
     if first is None:
         raise InvalidArgument(f"expected at least one sequence of more than {sink_tokens} tokens, found none")
-    verify_rope(model, geometry, first[:_VERIFICATION_TOKENS])
+    with task("checking the rotation"):
+        verify_rope(model, geometry, first[:_VERIFICATION_TOKENS])
     to_capture, to_predict = itertools.tee(itertools.chain([first], usable))
     # A parameter shared by several modules is listed once.
     parameters = sum(parameter.numel() for parameter in model.parameters())
