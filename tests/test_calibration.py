@@ -332,9 +332,9 @@ def test_a_group_past_the_last_coefficient_has_no_error(whole_path):
 
 @pytest.mark.parametrize(
     ("variances", "expected"),
-    [("[1, 1]", "explains more"), ("[1e999, 1]", "too large"), ("[NaN, 1]", "NaN is no number"), ("[-1, 1]", "number of 0"),
+    [("[1, 1]", "explains more"), ("[1e999, 1]", "1e999 is not finite"), ("[NaN, 1]", "NaN is not finite"), ("[-1, 1]", "number of 0"),
      ("[true, 1]", "found True"), ('["1", 1]', "found '1'"), ("[1]", "holds 1 numbers"), ('{"a": 1, "b": 2}', "must be a list"),
-     ("[" + "9" * 400 + ", 1]", "a number of 1329 bits")],
+     ("[" + "9" * 400 + ", 1]", "out of all range")],
 )  # fmt: skip
 def test_total_variances_are_two_numbers(whole_path, variances, expected):
     with pytest.raises(CorruptCalibration, match=expected):
@@ -622,7 +622,25 @@ def test_progress_is_told_and_can_be_silenced(capfd):
     quick_fit(caches())
     assert capfd.readouterr().err == ""
     quick_fit(caches(), progress=True)
-    assert "calibration rows" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "calibration rows" in told
+    assert "key basis: 168 rows" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "n_rows"),
+    [({"max_tokens": 500}, 500), ({"max_rows": 300, "max_tokens": 500}, 300), ({"max_rows": 400}, 400)],
+)
+def test_the_room_that_is_asked_for_is_that_of_the_rows_that_were_asked_for(capfd, monkeypatch, options, n_rows):
+    p = tiny_geometry().row_features
+    n_bytes = 2 * n_rows * p * 2
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(n_bytes))
+    fitted = fit(tiny_geometry(), caches(), progress=True, **options)
+    assert f"up to {n_bytes / 2**30:.2f} GiB in " in capfd.readouterr().err.partition(f" for at most {n_rows} rows")[0]
+    assert fitted.info["n_rows"] <= n_rows
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(n_bytes - 1))
+    with pytest.raises(InvalidArgument, match="calibration rows may need"):
+        fit(tiny_geometry(), caches(), progress=False, **options)
 
 
 # The basis.

@@ -20,6 +20,7 @@ from kvtc.errors import InvalidCache
 from kvtc.reference import CALIBRATION_FILE
 
 from .builders import random_cache
+from .test_calibration import rewritten
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,10 +37,13 @@ def fails(capsys, *arguments, code: int = 1) -> str:
     found, out, err = run(capsys, *arguments)
     assert found == code, err
     assert out == ""
-    if code == 1:
-        assert err.startswith("kvtc: error: ")
-        assert err.count("\n") == 1
-    return err
+    if code != 1:
+        return err
+    # Progress may have been shown before it.
+    last = err.splitlines()[-1]
+    assert last.startswith("kvtc: error: ")
+    assert err.count("kvtc: error: ") == 1
+    return last
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +420,7 @@ def test_full_disk(capsys, made, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "x.safetensors")
 
-    monkeypatch.setattr("kvtc.cache_file.Path.write_bytes", full)
+    monkeypatch.setattr("kvtc.files.os.fsync", full)
     decode = ["decode", made / "talk.kvtc", "-o", tmp_path / "x.safetensors", "--model", "reference"]
     assert "No space left on device" in fails(capsys, *decode)
     assert list(tmp_path.iterdir()) == []
@@ -506,3 +510,116 @@ def test_cache_files_that_hold_no_cache(tmp_path):
         save_cache(path, cache, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(FileNotFoundError):
         load_cache(tmp_path / "gone")
+
+
+# Texts longer than a model reads
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("long") / "long.txt"
+    path.write_text(CONVERSATION.read_text(encoding="utf-8") * 3, encoding="utf-8")
+    return path
+
+
+def test_a_text_longer_than_the_context_is_an_error_before_any_work(capsys, long_text, tmp_path, monkeypatch):
+    _, tokenizer = kvtc.reference_model()
+    n_tokens = 1 + len(tokenizer(long_text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids)
+    monkeypatch.setattr("kvtc.cli.coding.load_model", lambda *_: pytest.fail("a model was loaded"))
+    error = fails(capsys, "encode", long_text, "--model", "reference", "-o", tmp_path / "x")
+    assert f"{n_tokens:,} tokens, more than the context of reference, 4,096" in error
+    assert "--truncate" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_beginning_of_a_long_text_can_be_encoded_and_decoded(capsys, long_text, tmp_path):
+    stream, cache = tmp_path / "a.kvtc", tmp_path / "a.safetensors"
+    encode = ["encode", long_text, "--model", "reference", "--truncate", "-o", stream, "--ratio", 64, "--json"]
+    code, out, err = run(capsys, *encode)
+    assert (code, json.loads(out)["n_tokens"]) == (0, 4096)
+    assert "the first 4,096 of " in err
+    assert "prefill: 4,096 tokens\n" in err
+    decode = ["decode", stream, "--model", "reference", "--text", long_text]
+    assert "--truncate" in fails(capsys, *decode, "-o", cache)
+    code, out, _ = run(capsys, *decode, "-o", cache, "--truncate", "--json")
+    assert (code, json.loads(out)["n_tokens"]) == (0, 4096)
+    assert "4,101 tokens; the context" in fails(capsys, *decode, "--truncate", "--generate", 5)
+
+
+def test_sequences_longer_than_the_context_are_refused(capsys, made, tmp_path):
+    for verb in ("calibrate", "measure"):
+        arguments = [verb, "--model", "reference", "--text", made / "corpus.txt", "-o", tmp_path / "x"]
+        assert "5,000 tokens; the context" in fails(capsys, *arguments, "--tokens-per-sequence", 5000)
+
+
+def test_calibrate_names_the_room_that_it_asks_for(capsys, made, tmp_path):
+    arguments = ["calibrate", "--model", "reference", "--text", made / "corpus.txt", "-o", tmp_path / "x", "--rank", 16]
+    code, out, err = run(capsys, *arguments, "--profiles", "paper", "--tokens", 600, "--json")
+    p = kvtc.reference_calibration().geometry.row_features
+    assert code == 0
+    assert f"up to {600 * p * 4 / 2**30:.2f} GiB in " in err
+    assert f" for at most 600 rows of 2 x {p} features" in err
+    assert json.loads(out)["n_rows"] == 600
+
+
+def test_progress_can_be_silenced(capsys, made, tmp_path):
+    quiet = ["--model", "reference", "--quiet"]
+    assert run(capsys, "encode", made / "talk.txt", "-o", tmp_path / "a", *quiet)[2] == ""
+    assert run(capsys, "decode", tmp_path / "a", "--text", made / "talk.txt", "--generate", 3, *quiet)[2] == ""
+    arguments = ["--text", made / "corpus.txt", "--profiles", "paper", "--rank", 16, "-o", tmp_path / "b"]
+    assert run(capsys, "calibrate", *arguments, *quiet)[2] == ""
+    assert run(capsys, "doctor", "--quiet")[2] == ""
+
+
+# Files that somebody else wrote
+
+
+@pytest.mark.parametrize(
+    ("info", "found"),
+    [
+        ('{"note": "\\u001b[2Jgone\\u202e", "a\\u001b]0;title\\u0007": ["x\\ny"]}', "\\x1b[2Jgone\\u202e"),
+        ("[1, 2]", None),
+        ("5", None),
+        ("null", None),
+        ("[" * 100_000, None),
+        ('{"a": ' * 900 + "1" + "}" * 900, None),
+        ('{"seed": NaN}', None),
+        ('{"seed": 1e999}', None),
+        ('{"seed": ' + "1" * 5000 + "}", None),
+    ],
+)
+def test_inspect_shows_odd_metadata_as_text_or_says_that_it_is_none(capsys, tmp_path, calibration, info, found):
+    path = tmp_path / "a\x1b[7m.safetensors"
+    calibration.save(path)
+    rewritten(path, lambda metadata, _: metadata.update(info=info))
+    if found is None:
+        assert "\\x1b[7m" in fails(capsys, "inspect", path)
+        return
+    code, out, _ = run(capsys, "inspect", path)
+    assert code == 0
+    assert found in out
+    assert out.replace("\n", "").isprintable()
+    code, out, _ = run(capsys, "inspect", path, "--json")
+    assert json.loads(out)["info"] == json.loads(info)
+    assert out.replace("\n", "").isprintable()
+
+
+def test_names_of_files_and_models_steer_no_terminal(capsys, made, tmp_path):
+    odd = tmp_path / "x\x1b[2J\udcff.kvtc"
+    assert "x\\x1b[2J\\udcff.kvtc" in fails(capsys, "inspect", odd)
+    assert "\\x1b[2J" in fails(capsys, "inspect", "--odd\x1b[2J", odd, code=2)
+    code, _, err = run(capsys, "inspect", odd, "--debug")
+    assert code == 1
+    assert err.replace("\n", "").isprintable()
+    encode = ["encode", made / "talk.txt", "--model", "a\x1b[2J", "-o", tmp_path / "y"]
+    assert "\\x1b[2J" in fails(capsys, *encode, "--calibration", CALIBRATION_FILE)
+    code, out, _ = run(capsys, "encode", made / "talk.txt", "--model", "reference", "-o", odd)
+    assert code == 0
+    assert "x\\x1b[2J\\udcff.kvtc" in out
+
+
+def test_outputs_are_files(capsys, made, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    encode = ["encode", made / "talk.txt", "--model", "reference", "--force", "-o"]
+    assert "no file that could be replaced" in fails(capsys, *encode, tmp_path / "pipe")
+    assert "no file that could be replaced" in fails(capsys, *encode, "/dev/null")

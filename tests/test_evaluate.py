@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,28 @@ def test_provenance_says_where_a_number_comes_from(tmp_path):
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert saved["result"] == {"seconds": 1.5}
     assert saved["provenance"]["kvtc"] == kvtc.__version__
+
+
+def test_a_recorded_command_holds_no_secrets_and_no_places(monkeypatch):
+    command = [
+        "/opt/x/kvtc",
+        "evaluate",
+        "--text",
+        "/home/me/a b.txt",
+        "c/d.txt",
+        "--calibration=/home/me/c.safetensors",
+    ]
+    command += ["--model_args", "pretrained=/models/m,ratio=8", "redis://user:pass@host:1/0"]
+    monkeypatch.setattr("sys.argv", command)
+    assert shlex.split(Provenance.now().command) == [
+        "kvtc", "evaluate", "--text", "a b.txt", "c/d.txt", "--calibration=c.safetensors", "--model_args",
+        "pretrained=m,ratio=8", "redis://host:1/0",
+    ]  # fmt: skip
+
+
+def test_figures_that_are_not_finite_are_written_as_none(tmp_path):
+    path = save_result("broken", {"kl": float("nan"), "rows": [{"perplexity": float("inf"), "n": (1, 2)}]}, tmp_path)
+    assert json.loads(path.read_text())["result"] == {"kl": None, "rows": [{"perplexity": None, "n": [1, 2]}]}
 
 
 def test_plots_are_drawn(tmp_path, calibration, qualities):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.errors import GeometryMismatch, InvalidArgument, MissingDependency, UnsupportedModel
 from kvtc.integrations.huggingface import calibrate, capture, check_supported, geometry_of
-from kvtc.integrations.rope_discovery import rope_from_config
+from kvtc.integrations.rope_discovery import context_length, rope_from_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -146,6 +146,48 @@ def test_a_rank_is_a_slice_of_the_whole(llama: Any, layers: Any, heads: Any) -> 
     assert torch.equal(part.keys, whole.keys[rows, columns])
     assert torch.equal(part.values, whole.values[rows, columns])
     assert part.keys.is_contiguous()
+
+
+def test_a_text_read_in_pieces_gives_the_same_cache(llama: Any) -> None:
+    whole = capture(llama, IDS)
+    for piece_tokens in (1, 7, 30, 100):
+        pieces = capture(llama, IDS, piece_tokens=piece_tokens)
+        torch.testing.assert_close(pieces.keys, whole.keys, rtol=0, atol=2e-6)
+        torch.testing.assert_close(pieces.values, whole.values, rtol=0, atol=2e-6)
+
+
+def test_a_rotation_that_depends_on_the_length_reads_the_text_at_once() -> None:
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    model = transformers.LlamaForCausalLM(config("Llama", max_position_embeddings=16, rope_parameters=rope)).eval()
+    whole = capture(model, IDS)
+    pieces = capture(model, IDS, piece_tokens=7)
+    assert torch.equal(pieces.keys, whole.keys)
+    assert pieces.rope_length == whole.rope_length
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "length"),
+    [
+        ("Llama", {}, 256),
+        ("GPT2", {"n_positions": 300, "max_position_embeddings": 300}, 300),
+        ("Bloom", {"max_position_embeddings": None}, None),
+        ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 1024),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 512),
+        (
+            "Llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "rope_theta": 1e4,
+                    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                }
+            },
+            256,
+        ),
+    ],
+)  # fmt: skip
+def test_the_context_is_what_a_model_was_made_to_read(name: str, changes: dict[str, Any], length: int | None) -> None:
+    assert context_length(config(name, **changes)) == length
 
 
 def test_capture_computes_one_row_of_logits_without_dropout_and_restores_training(llama: Any) -> None:

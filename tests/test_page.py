@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvtc.cli import main
 from kvtc.errors import InvalidArgument
@@ -93,6 +97,22 @@ def files(tmp_path):
     return [schema.ResultFile(file.name, PROVENANCE, file.result) for file in map(schema.read_result, paths)]
 
 
+def drawn(chart):
+    return draw(chart).source
+
+
+# All that a page is made of: nothing of it runs, nothing fetches.
+TAGS = {
+    "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "dl", "dt", "dd", "nav", "ol", "ul", "li", "a", "section",
+    "figure", "figcaption", "b", "span", "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "details", "summary",
+    "footer", "code", "svg", "line", "text", "polyline", "circle", "polygon",
+}  # fmt: skip
+ATTRIBUTES = {
+    "lang", "charset", "http-equiv", "content", "name", "class", "id", "href", "style", "viewbox", "role", "aria-label", "x", "y",
+    "x1", "x2", "y1", "y2", "cx", "cy", "r", "points", "fill", "stroke", "stroke-width", "text-anchor", "transform",
+}  # fmt: skip
+
+
 class Checker(HTMLParser):
     """Collects text and targets, and the tags that are open."""
 
@@ -104,8 +124,9 @@ class Checker(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
-        assert not values.keys() & {"src", "onload", "onclick"}
-        assert tag not in ("script", "link", "img", "iframe")
+        assert values.keys() <= ATTRIBUTES
+        assert tag in TAGS
+        assert values.get("href", "#").startswith("#")
         self.ids += [values["id"]] if "id" in values else []
         self.links += [values["href"]] if "href" in values else []
         if tag != "meta":
@@ -135,7 +156,7 @@ def test_the_page_is_whole_and_holds_every_figure(files):
         "deep", "1, 2", "8.0x", "accuracy by place", "75 %", "1,000",
     ):  # fmt: skip
         assert expected in text, expected
-    assert "http" not in page
+    assert "://" not in page
     assert "url(" not in page
     assert "prefers-color-scheme: dark" in page
 
@@ -148,6 +169,143 @@ def test_what_falls_short_is_marked_and_what_is_worse_is_shaded(files):
     assert 'style="--s:0.00">0.00100' in page
 
 
+PAYLOADS = (
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "'><svg onload=alert(1)>", "</title><script>alert(1)</script>",
+    "</style><script>alert(1)</script>", "javascript:alert(1)", "<!--", "]]>", "&lt;script&gt;",
+)  # fmt: skip
+
+
+def infected(value, payload):
+    """With a payload in every text of it, names of fields that are not of a record included."""
+    if isinstance(value, str):
+        return value + payload
+    if isinstance(value, dict):
+        kept = "kind", "codec"  # what decides how the rest is shown
+        return {
+            name: inner if name in kept and isinstance(inner, str) else infected(inner, payload)
+            for name, inner in [*value.items(), (f"more{payload}", 0.5)]
+        }
+    return [infected(inner, payload) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_no_text_of_a_file_becomes_markup(payload):
+    provenance = {name: f"{value}{payload}" for name, value in PROVENANCE.items()}
+    results = [infected(result, payload) for result in RESULTS.values()]
+    page = render_page(payload, [schema.ResultFile(f"file{payload}", provenance, result) for result in results])
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    text = "\0".join(checker.words)
+    shown = [
+        "commit 0123456789ab",
+        "2 of 2 cores",
+        "kvtc evaluate --text a & b",
+        "paper 16x",
+        "joint 64x",
+        "needle",
+        "Why sinks.",
+    ]
+    for words in (*shown, "code", "more", "file: something_new"):
+        assert words in text.replace(payload, ""), words
+    assert text.count(payload) > 100
+    assert not re.search(r"<(script|img|iframe|object|svg on)", page, re.IGNORECASE)
+
+
+def test_the_page_asks_the_browser_to_run_and_fetch_nothing(files):
+    policy = re.search('<meta http-equiv="Content-Security-Policy" content="([^"]*)">', render_page("t", files))
+    rules = dict(rule.split(" ", 1) for rule in unescape(policy[1]).split("; "))
+    assert rules == {
+        "default-src": "'none'", "style-src": "'unsafe-inline'", "base-uri": "'none'", "form-action": "'none'"
+    }  # fmt: skip
+    assert render_page("t", files).index("Content-Security-Policy") < render_page("t", files).index("<title>")
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-(10**9), 10**9), st.floats(allow_nan=False), st.sampled_from(["", "x", "exact cache"]),
+    st.lists(st.integers(0, 3), max_size=2), st.dictionaries(st.sampled_from(["name", "kl"]), st.integers(0, 3), max_size=2),
+)  # fmt: skip
+
+
+def places(value, way=()):
+    """Every place in a JSON value."""
+    yield way
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*way, key))
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(RESULTS)))
+def test_whatever_a_file_holds_there_is_a_page_or_one_error(tmp_path_factory, data, name):
+    stored = json.loads(json.dumps({"schema": 1, "provenance": PROVENANCE, "result": RESULTS[name]}))
+    for _ in range(data.draw(st.integers(1, 3))):
+        way = data.draw(st.sampled_from([way for way in places(stored) if len(way) > 1]))
+        target = stored
+        for key in way[:-1]:
+            target = target[key]
+        if data.draw(st.booleans()):
+            target[way[-1]] = data.draw(JUNK)
+        elif isinstance(target, dict):
+            del target[way[-1]]
+    path = tmp_path_factory.mktemp("junk") / "x.json"
+    path.write_text(json.dumps(stored))
+    try:
+        file = schema.read_result(path)
+    except InvalidArgument:
+        return
+    Checker().feed(render_page("t", [file]))
+    render_text(sections_of(file))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("kl", "0.1", "qualities[1].kl: expected numbers"),
+        ("kl", -1.0, "qualities[1].kl: expected numbers"),
+        ("top1_agreement", 1.5, "qualities[1].top1_agreement: expected numbers of 0 to 1"),
+        ("total_ratio", 0, "qualities[1].total_ratio: expected numbers"),
+        ("body_ratio", True, "qualities[1].body_ratio: expected numbers"),
+        ("n_documents", 1.5, "qualities[1].n_documents: expected whole numbers"),
+        ("name", 5, "qualities[1].name: expected text"),
+        ("kl", float("nan"), "not JSON: the number NaN"),
+        ("kl", float("inf"), "not JSON: the number Infinity"),
+        ("kl", 1e300, "not JSON: the number 1e+300"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_where_they_stand(tmp_path, capsys, field, value, expected):
+    path = tmp_path / "x.json"
+    result = {"qualities": [quality("a", 2.0, 1e-3), {**quality("b", 4.0, 1e-3), field: value}]}
+    path.write_text(json.dumps({"provenance": PROVENANCE, "result": result}))
+    assert main(["report", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"result": ' * 50 + "1" + "}" * 50, "1" * 10_000, "\xff"])
+def test_texts_that_would_wear_a_parser_out_are_refused(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(InvalidArgument, match=r"x\.json is not JSON"):
+        schema.read_result(path)
+
+
+def test_a_record_that_lacks_a_figure_is_listed_and_the_others_are_drawn():
+    broken = {**quality("joint 8x", 8.0, 1e-4), "kl": None}
+    found = sections_of(schema.ResultFile("x", PROVENANCE, {"qualities": [*QUALITIES, broken]}))
+    text = render_text(found)
+    assert "x: rate and distortion" in text
+    assert "joint 8x" in text
+    lines = next(part for part in found[0].parts if isinstance(part, Chart)).lines
+    assert [x for x, _, _ in lines["joint"]] == [16.0, 64.0]
+
+
+def test_every_result_of_this_project_can_be_shown():
+    paths = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))
+    page = render_page("all", [schema.read_result(path) for path in paths])
+    Checker().feed(page)
+    assert len(paths) > 20
+
+
 def section(files, title):
     return next(found for file in files for found in sections_of(file) if title in found.title)
 
@@ -157,7 +315,7 @@ def test_curves_are_drawn_by_series_and_lossless_points_are_left_out(files):
     assert [chart.x_title for chart in charts] == ["body_ratio", "total_ratio"]
     assert set(charts[0].lines) == {"paper", "joint", "KIVI", "TOVA 1/4 + joint"}
     assert [x for x, _, _ in charts[0].lines["joint"]] == [16.0, 64.0]
-    assert len(re.findall("<polyline", draw(charts[0]))) == 4
+    assert len(re.findall("<polyline", drawn(charts[0]))) == 4
     assert [family for family, _ in legend(charts[0])] == ["quantization", "eviction and kvtc"]
 
 
@@ -217,7 +375,7 @@ def test_names_lie_on_the_chart_and_not_on_each_other():
     lines = {
         f"method {letter} long": [(4.0, 1e-3, "a"), (8.0 + n / 50, 2e-3, "b")] for n, letter in enumerate("abcdefghij")
     }
-    svg = draw(Chart("c", lines, "x", "y"))
+    svg = drawn(Chart("c", lines, "x", "y"))
     placed = boxes(svg)
     assert len(placed) == 10
     for index, (left, top, right, bottom) in enumerate(placed):
@@ -232,16 +390,19 @@ def test_names_lie_on_the_chart_and_not_on_each_other():
 def test_of_two_lines_that_end_side_by_side_the_upper_one_has_the_upper_name():
     for order in (("first", "second"), ("second", "first")):
         lines = {name: [(4.0, 1e-2, "a"), (16.0, {"first": 0.21, "second": 0.19}[name], "b")] for name in order}
-        svg = draw(Chart("c", {**lines, "far": [(4.0, 1e-3, "a")]}, "x", "y"))
+        svg = drawn(Chart("c", {**lines, "far": [(4.0, 1e-3, "a")]}, "x", "y"))
         heights = {name: float(y) for y, name in re.findall(r' y="([\d.]+)"[^>]*style="[^"]*">([^<]*)<', svg)}
         assert heights["first"] < heights["second"]
 
 
 @pytest.mark.parametrize("is_log", [True, False])
-@pytest.mark.parametrize("values", [[3.0], [1.0, 1000.0], [0.2, 0.21], [5.0, 5.0]])
+@pytest.mark.parametrize(
+    "values",
+    [[3.0], [1.0, 1000.0], [0.2, 0.21], [5.0, 5.0], [0.9, 0.9 + 1e-16], [1e29, 1e30], [1e-30, 1e30]],
+)
 def test_axes_take_any_range(is_log, values):
     line = [(value, value, "p") for value in values]
-    svg = draw(Chart("c", {"a": line}, "x", "y", x_log=is_log, y_log=is_log))
+    svg = drawn(Chart("c", {"a": line}, "x", "y", x_log=is_log, y_log=is_log))
     numbers = [float(n) for n in re.findall(r'(?:cx|cy)="([-\d.]+)"', svg)]
     assert len(numbers) == 2 * len(values)
     assert all(0 <= n <= WIDTH for n in numbers)
@@ -249,8 +410,8 @@ def test_axes_take_any_range(is_log, values):
 
 
 def test_a_chart_without_points_is_nothing():
-    assert draw(Chart("c", {"a": [(0.0, 1.0, "p")]}, "x", "y")) == ""
-    assert draw(Chart("c", {}, "x", "y")) == ""
+    assert draw(Chart("c", {"a": [(0.0, 1.0, "p")]}, "x", "y")) is None
+    assert draw(Chart("c", {}, "x", "y")) is None
 
 
 def test_families():

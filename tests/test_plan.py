@@ -561,7 +561,7 @@ def test_a_plan_that_cannot_be(capsys, tmp_path, plan, numbers, message):
     assert main(["plan", "--config", str(plan_files(tmp_path, plan, numbers))]) == 1
     error = capsys.readouterr().err
     assert message in error
-    assert error.count("\n") == 1
+    assert error.count("kvtc: error: ") == 1
 
 
 def test_shipped_measurement_files_are_sound():
@@ -589,7 +589,7 @@ def test_a_geometry_is_enough():
 
 ODD_JSON = {
     "NaN": ('{"n": NaN}', "NaN is no number"),
-    "infinity in digits": ('{"n": 1e999}', "too large"),
+    "infinity in digits": ('{"n": 1e999}', "out of all range"),
     "endless lists": ("[" * 100_000, "nested too deeply"),
     "a name twice": ('{"n": 1, "n": 2}', "a name twice"),
     "ten thousand digits": ('{"n": ' + "1" * 10_000 + "}", "not JSON"),

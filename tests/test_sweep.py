@@ -92,7 +92,9 @@ def test_progress_and_result_go_apart(text_file, capsys):
     assert stamped["schema"] == 1
     assert "provenance" in stamped
     assert len(stamped["result"]["qualities"]) == 1
-    assert "quality: window 128, text 2 of 2" in err
+    assert "quality: window 128, 2 texts of 180 tokens: 2 caches\n" in err
+    assert main(["evaluate", "--text", str(text_file), *SMALL, "--json", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_exact_cache_alone_needs_no_calibration(text_file, capsys, tmp_path):
@@ -129,7 +131,9 @@ def test_the_exact_cache_alone_needs_no_calibration(text_file, capsys, tmp_path)
         (["--rivals", "gzip"], "unknown rivals: gzip"),
         (["--rivals", "CacheGen"], "CacheGen needs text"),
         (["--tasks", "chess"], "unknown tasks: chess"),
-        (["--tokens", "900000"], "expected 900000"),
+        (["--tokens", "4096"], "expected 4096"),
+        (["--tokens", "900000"], "900,000 tokens; the context of reference is 4,096"),
+        (["--tasks", "--contexts", "1024", "5000"], "5,000 tokens; the context of reference is 4,096"),
         (["-o", "result.txt"], "must end in .json"),
         (["--text", "no such file"], "No such file"),
     ],
@@ -159,7 +163,7 @@ def test_all_rivals_are_known_by_series():
 
 def test_a_sweep_of_nothing_is_a_result_too():
     model, tokenizer = kvtc.reference_model()
-    found = run_sweep(model, tokenizer, None, Sweep(), say=lambda _: None, model_name="m")
+    found = run_sweep(model, tokenizer, None, Sweep(), model_name="m")
     assert found == {"kind": "evaluation", "model": "m", "n_layers": 12, "cache_dtype": "float32"}
 
 

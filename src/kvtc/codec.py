@@ -30,6 +30,7 @@ from .gathering import coded_rows
 from .opened_stream import MAX_TOKENS, OpenedStream, TokenIds, open_stream, shift_to
 from .profiles import Allowance, BodyCoder, JointCoder
 from .profiles.step_rate import StepRate
+from .progress import track
 from .restoring import Restoration
 from .sealed_stream import chunks_of, draft_stream
 from .settings import (
@@ -223,7 +224,7 @@ class Codec:
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
         keys = torch.empty(shape, dtype=header.dtype, device=self.device)
         values = torch.empty_like(keys)
-        for layer in range(header.n_layers):
+        for layer in track(range(header.n_layers), "decoding", "layers"):
             restoration.write_layer(layer, [(Target.of(keys[layer]), Target.of(values[layer]))])
         positions = opened.positions[: opened.n_tokens] + shift
         # 0: it was not recorded, for no frequency depends on it. Moved to the front, a length too short would be negative.

@@ -5,9 +5,14 @@ A message says what was expected, what was found, and where. Callers catch the c
 
 from __future__ import annotations
 
+from .display import shown_lines, without_credentials
+
 
 class KvtcError(Exception):
-    """Root of all errors of this package."""
+    """Root of all errors of this package. What a message quotes is shown as text, and passwords of addresses are left out."""
+
+    def __str__(self) -> str:
+        return without_credentials(shown_lines(super().__str__()))
 
 
 class InvalidArgument(KvtcError, ValueError):

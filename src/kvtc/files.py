@@ -1,18 +1,58 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and that are their owner's unless they are made to be shown around."""
 
 from __future__ import annotations
 
 import os
-import threading
+import secrets
+import stat
+from contextlib import suppress
 from pathlib import Path
 
+PRIVATE, SHARED = 0o600, 0o666
+"""Modes of new files, before the umask: what holds a cache, or what was learnt from texts; and figures, pages and pictures."""
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader, or a failure on the way, never leaves half of it; OSError where it cannot be written."""
+
+def write_atomically(path: str | Path, data: bytes | memoryview, mode: int = PRIVATE) -> None:
+    """Write a file so that a reader, or a failure or interruption on the way, never leaves half of it.
+
+    mode: of a new file, less what the umask takes away. A file that is replaced hands its permissions on; a symbolic link is itself
+    replaced. When this returns the bytes are on the disk. Raises OSError where the file cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    # A name that nobody can know, and never a file or link that is there already.
+    temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.part")
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                _hand_on_permissions(path, descriptor)
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = str(path)  # the one that the caller knows
+        raise
+    _sync_directory(path.parent)
+
+
+def _hand_on_permissions(path: Path, descriptor: int) -> None:
+    """Give an open file the permissions of the regular file at a path, if one is there."""
+    try:
+        found = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(found) and stat.S_IMODE(found) != stat.S_IMODE(os.fstat(descriptor).st_mode):
+        os.fchmod(descriptor, found & 0o777)
+
+
+def _sync_directory(directory: Path) -> None:
+    """So that the file's name outlives a power cut too; some file systems cannot."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -14,6 +14,7 @@ from .coding.prediction import token_triples
 from .coding.regions import ChunkSpan
 from .opened_stream import TokenIds
 from .profiles import BodyRows
+from .progress import track
 
 
 def coded_rows(
@@ -26,7 +27,7 @@ def coded_rows(
 ) -> Iterator[BodyRows]:
     """The bodies, or the windows, of chunks that follow one another and have one."""
     positions, length = cache.resolved_positions(), cache.resolved_rope_length()
-    for batch in _batches(spans, is_window, backend.batch_tokens):
+    for batch in track(list(_batches(spans, is_window, backend.batch_tokens)), "encoding", "batches"):
         parts = [span.window if is_window else span.body for span in batch]
         tokens = slice(parts[0].start, parts[-1].stop)
         keys, values = (side[:, :, tokens].to(backend.device) for side in (cache.keys, cache.values))

@@ -10,14 +10,24 @@ MAX_DEPTH = 32
 """Of objects and lists in one another."""
 
 
-def loads(text: str) -> Any:
-    """What a text holds; ValueError for what is no JSON, for NaN, infinities, a name twice in an object, and endless nesting."""
+MAX_MAGNITUDE, MIN_MAGNITUDE = 1e30, 1e-30
+"""Of numbers that are not 0: none that kvtc writes comes near, and arithmetic with these does not overflow."""
+
+
+def loads(text: str | bytes) -> Any:
+    """What a text holds; ValueError for what is no JSON, for NaN and numbers out of all range, a name twice in an object, and
+    endless nesting."""
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_float, parse_int=_int, object_pairs_hook=_once)
     except RecursionError as error:
         raise ValueError("its lists and objects are nested too deeply") from error
     _check_depth(value, MAX_DEPTH)
     return value
+
+
+def dumps(value: Any) -> str:
+    """A value as indented JSON in ASCII; numbers that are not finite become null, for JSON has none."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
 def whole(value: Any, name: str, low: int, high: int) -> int:
@@ -49,21 +59,33 @@ def fields(value: Any, name: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A value as messages show it: not all of it, and no number of thousands of digits, which Python refuses to write."""
-    if isinstance(value, int) and abs(value) >= 1 << 64:
-        return f"a number of {value.bit_length()} bits"
+    """A value as messages show it: not all of it."""
     return repr(value)[:80] if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
 
 
 def _refuse(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"the number {name} is not finite, or out of all range")
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large for a number")
-    return value
+def _float(text: str) -> float:
+    number = float(text)
+    if number and not MIN_MAGNITUDE <= abs(number) <= MAX_MAGNITUDE:
+        raise ValueError(f"the number {text[:40]} is not finite, or out of all range")
+    return number
+
+
+def _int(text: str) -> int:
+    if len(text) > len(str(int(MAX_MAGNITUDE))):
+        raise ValueError(f"the number {text[:40]} is out of all range")
+    return int(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ..coding.uniform import (
     to_symbols,
 )
 from ..errors import InvalidArgument
+from ..progress import track
 from .joint import CoefficientModel
 
 N_STEPS = 28
@@ -66,7 +67,7 @@ def fit_coefficients(coefficients: Tensor) -> CoefficientModel:
             found.activities = tables.token_costs(found.symbols, found.classes).argmin(axis=0).astype(np.uint8)
         frequencies = tables_from_counts(_counts(at_steps))
         tables = ProbabilityTables(frequencies, tables.offsets)
-    for _ in range(ROUNDING_TURNS):
+    for _ in track(range(ROUNDING_TURNS), "counting symbols", "turns"):
         tables = ProbabilityTables(frequencies, _offsets(coefficients, at_steps))
         for found in at_steps:
             rounded = round_coefficients(coefficients, found.step, found.classes, tables)

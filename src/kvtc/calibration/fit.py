@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..cache import CacheGeometry, KVCache
 from ..coding.device import usable_device
@@ -20,13 +17,12 @@ from ..coding.metric import Metric
 from ..coding.prediction import N_TOKENS_SEEN, NO_TOKEN, reduce_embeddings, token_triples
 from ..coding.transform import project, rows_of
 from ..errors import InvalidArgument
+from ..progress import note, reporting, task, track
 from .artifact import Calibration, KindCalibration
 from .joint import JointCalibration
 from .joint_fit import fit_joint
-from .principal import POWER_ITERATIONS, block_diagonal, principal_components
+from .principal import block_diagonal, principal_components
 from .row_spool import FLOAT16_BYTES, RowSpool, require_disk
-
-Item = TypeVar("Item")
 
 MAX_ROWS = 160_000
 RANK_CAP = 10_000
@@ -63,7 +59,7 @@ def fit(
 
     sink_tokens: rows at positions below this are left out, for sinks look like nothing else.
     max_rows: rows kept, on disk in 16 bits, keys and values. max_tokens: no cache is asked for once so many tokens past the sinks
-    were seen; None: max_rows, so that every one is kept. Of more, the rows are drawn uniformly from all.
+    were seen, and no more rows are kept; None: max_rows. Of more, the rows are drawn uniformly from all.
     rank: most components a basis may have. layers_per_basis: bases over groups of so many layers instead of over all
     (the paper's tables 16 and 17). model_parameters: the model's size, to report the calibration's against.
 
@@ -91,21 +87,23 @@ def fit(
     place = usable_device(device)
     directory = Path(spool_directory) if spool_directory is not None else None
     p = geometry.row_features
+    max_rows = min(max_rows, max_tokens)
     disk = require_disk(2 * max_rows * p * FLOAT16_BYTES, directory)
-    if progress:
-        print(f"calibration rows: {disk} for at most {max_rows} rows of 2 x {p} features", file=sys.stderr)
+    with reporting(progress):
+        note(f"calibration rows: {disk} for at most {max_rows} rows of 2 x {p} features")
     with (
+        reporting(progress),
         RowSpool(p, max_rows, seed, directory, place) as keys,
         RowSpool(p, max_rows, seed, directory, place) as values,
     ):
         triples = torch.full((max_rows, N_TOKENS_SEEN), NO_TOKEN) if token_ids is not None else None
         ids = iter(token_ids) if token_ids is not None else None
-        n_sequences = _spool_rows(geometry, caches, sink_tokens, keys, values, ids, triples, max_tokens, progress)
+        n_sequences = _spool_rows(geometry, caches, sink_tokens, keys, values, ids, triples, max_tokens)
         if keys.n_rows < 2:
             raise InvalidArgument(
                 f"calibration needs at least 2 tokens past the {sink_tokens} sinks; got {keys.n_rows}"
             )
-        kinds = [_fit_kind(name, spool, geometry, rank, layers_per_basis, seed, progress)
+        kinds = [_fit_kind(name, spool, geometry, rank, layers_per_basis, seed)
                  for name, spool in (("key", keys), ("value", values))]  # fmt: skip
         joint: JointCalibration | None = None
         if metric is not None:
@@ -132,11 +130,10 @@ def _spool_rows(
     token_ids: Iterator[Tensor] | None,
     triples: Tensor | None,
     max_tokens: int,
-    progress: bool,
 ) -> int:
     """Keep a sample of the rows of the first max_tokens tokens; `triples` gets what prediction sees of each kept row."""
     n_sequences = 0
-    for cache in _bar(caches, "caches", progress):
+    for cache in _counted(caches, max_tokens):
         cache.validate()
         geometry.check(cache)
         positions = cache.resolved_positions()
@@ -180,7 +177,6 @@ def _fit_kind(
     rank: int,
     layers_per_basis: int | None,
     seed: int,
-    progress: bool,
 ) -> KindCalibration:
     group = layers_per_basis or geometry.n_layers
     layer_features = geometry.row_features // geometry.n_layers
@@ -188,20 +184,18 @@ def _fit_kind(
         slice(start * layer_features, min(start + group, geometry.n_layers) * layer_features)
         for start in range(0, geometry.n_layers, group)
     ]
-    with tqdm(total=len(ranges) * (POWER_ITERATIONS + 1), desc=f"{name} basis", **_quiet(progress)) as bar:
-        parts = [principal_components(spool, rank, columns, seed, lambda: bar.update() and None) for columns in ranges]
+    told = ranges if len(ranges) == 1 else track(ranges, f"{name} bases", "groups of layers")
+    parts = [principal_components(spool, rank, columns, seed, f"{name} basis") for columns in told]
     components = parts[0] if len(parts) == 1 else block_diagonal(parts, rank)
     mean, vectors = components.basis.matrices(spool.device)
-    blocks = _bar(spool.sample(MAX_SAMPLE_ROWS, seed), f"{name} distortion", progress)
+    blocks = track(spool.sample(MAX_SAMPLE_ROWS, seed), f"{name} distortion", "blocks")
     table = measure_distortion(project(block, mean, vectors).cpu().numpy() for block in blocks)
     return KindCalibration(components.basis, table, components.total_variance)
 
 
-def _bar(items: Iterable[Item], description: str, progress: bool) -> Iterable[Item]:
-    bar: Iterable[Item] = tqdm(items, desc=description, **_quiet(progress))
-    return bar
-
-
-def _quiet(progress: bool) -> dict[str, Any]:
-    # None lets tqdm draw only on a terminal.
-    return {"disable": None if progress else True, "file": sys.stderr, "leave": False}
+def _counted(caches: Iterable[KVCache], max_tokens: int) -> Iterator[KVCache]:
+    """The caches, their tokens told."""
+    with task("reading text", max_tokens, "tokens at most") as advance:
+        for cache in caches:
+            yield cache
+            advance(cache.n_tokens)

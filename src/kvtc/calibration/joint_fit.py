@@ -17,6 +17,7 @@ from ..coding.metric import Metric
 from ..coding.prediction import Predictor
 from ..coding.transform import Basis, project
 from ..errors import InvalidArgument
+from ..progress import track
 from .entropy import fit_coefficients
 from .joint import JointCalibration, TokenCoding
 from .prediction_fit import fit_predictor
@@ -62,7 +63,7 @@ def fit_joint(
     if rank < 1:
         raise InvalidArgument(f"joint_rank must be at least 1; got {rank}")
     rows = WeightedRows(keys, values, metric)
-    basis = principal_components(rows, rank, seed=seed).basis
+    basis = principal_components(rows, rank, seed=seed, name="joint basis").basis
     sample = np.sort(np.random.default_rng(seed).permutation(rows.n_rows)[:TABLE_ROWS])
     coefficients = _sampled(rows, basis, sample)
     tokens = None
@@ -107,7 +108,7 @@ def _fit_tokens(
     plain = fit_predictor(table, triples, coefficients, n_hidden, seed)
     before, after = (torch.zeros(basis.rank, basis.rank, dtype=torch.float64, device=rows.device) for _ in range(2))
     sampled, start = [], 0
-    for block in coefficients():
+    for block in track(coefficients(), "what prediction leaves", "blocks"):
         residual = block - plain.predict(triples[start : start + len(block)])
         before += (block.T @ block).double()
         after += (residual.T @ residual).double()

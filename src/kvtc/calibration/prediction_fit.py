@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..coding.prediction import N_TOKENS_SEEN, Predictor, token_features
+from ..progress import track
 
 REGRESSION_RIDGE = 1e-4
 """Times the number of rows: added to the features' mean squares, which are about one."""
@@ -66,7 +67,7 @@ def _regression(table: Tensor, triples: Tensor, coefficients: Blocks) -> tuple[T
     of_features = torch.zeros(n_features, n_features, dtype=torch.float64, device=table.device)
     across: Tensor | float = 0.0
     energy: Tensor | float = 0.0
-    for features, block in _paired(table, triples, coefficients):
+    for features, block in track(_paired(table, triples, coefficients), "regression", "blocks"):
         of_features += (features.T @ features).double()
         across = across + (features.T @ block).double()
         energy = energy + block.double().square().sum(dim=0)
@@ -99,7 +100,7 @@ def _train(
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         n_steps = EPOCHS * (len(training) // BATCH_ROWS)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / n_steps)
-        for _ in range(EPOCHS):
+        for _ in track(range(EPOCHS), "training prediction", "epochs"):
             shuffled = training[torch.randperm(len(training), generator=generator).to(table.device)]
             for batch in torch.split(shuffled, BATCH_ROWS)[: len(training) // BATCH_ROWS]:
                 optimizer.zero_grad()

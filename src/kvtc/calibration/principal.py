@@ -10,7 +10,7 @@ For few features the guess is the whole space, and the last step alone is the ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..coding.transform import Basis
+from ..progress import Advance, task
 
 
 class Rows(Protocol):
@@ -51,9 +52,9 @@ class PrincipalComponents:
 
 
 def principal_components(
-    spool: Rows, rank: int, columns: slice = slice(None), seed: int = 0, on_pass: Callable[[], None] | None = None
+    spool: Rows, rank: int, columns: slice = slice(None), seed: int = 0, name: str = "basis"
 ) -> PrincipalComponents:
-    """The leading `rank` components (fewer if rows or features are fewer) of the spooled rows' `columns`.
+    """The leading `rank` components (fewer if rows or features are fewer) of the spooled rows' `columns`. name: for progress.
 
     The arithmetic runs where the rows are; the components are on the CPU. Time 4 * n * p * l operations a pass, nine passes, with
     l = rank + `OVERSAMPLING`. Memory at most 12 p l + 4 l^2 bytes (a guess's image, its factors and their copy), or 4 p l + 40 l^2
@@ -64,22 +65,30 @@ def principal_components(
     features = mean.numel()
     rank = min(rank, features, spool.n_rows)
     width = min(rank + OVERSAMPLING, features)
+    n_passes = POWER_ITERATIONS + 1 if width < features and features > EXACT_FEATURES else 1
+    with task(name, n_passes * spool.n_rows, "rows") as advance:
+        return _components(spool, mean, rank, columns, width, seed, n_passes - 1, advance)
+
+
+def _components(
+    spool: Rows, mean: Tensor, rank: int, columns: slice, width: int, seed: int, n_iterations: int, advance: Advance
+) -> PrincipalComponents:
+    features = mean.numel()
     guess: Tensor | None = None
-    if width < features and features > EXACT_FEATURES:
+    if n_iterations:
         generator = torch.Generator().manual_seed(seed)
         # Drawn on the CPU: every device begins with the same guess.
         drawn = torch.randn(features, width, generator=generator, dtype=torch.float32)
         guess = _orthonormalize(drawn.to(spool.device))
         del drawn
-        for _ in range(POWER_ITERATIONS):
+        for _ in range(n_iterations):
             image = torch.zeros(features, width, dtype=torch.float32, device=spool.device)
             for block in spool.blocks(columns):
                 block -= mean
                 image.addmm_(block.T, block @ guess)
+                advance(len(block))
             del guess  # one matrix fewer while the next one is found
             guess = _orthonormalize(image)
-            if on_pass:
-                on_pass()
     n_directions = features if guess is None else width
     gram = torch.zeros(n_directions, n_directions, dtype=torch.float64, device=spool.device)
     energy = 0.0
@@ -88,8 +97,7 @@ def principal_components(
         energy += float(block.square().sum(dtype=torch.float64))
         image = block if guess is None else block @ guess
         gram += image.T @ image
-    if on_pass:
-        on_pass()
+        advance(len(block))
     values, directions = torch.linalg.eigh(gram)
     leading = directions.flip(1)[:, :rank].float()
     spectrum = values.flip(0)[:rank].clamp_min(0).float() / spool.n_rows

@@ -1,20 +1,23 @@
 """The command `kvtc`: verbs, and how they end.
 
-Results go to stdout, as text or with --json as one JSON object; progress and logs go to stderr. Exit codes: 0 done, 1 failed (one
-line on stderr says why), 2 wrong usage. Importing this package costs nothing: what a verb needs is imported when it runs.
+Results go to stdout, as text or with --json as one JSON object; progress and logs go to stderr. Exit codes: 0 done, 1 failed (the
+last line on stderr says why), 2 wrong usage, 130 interrupted. Importing this package costs nothing: what a verb needs is imported
+when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
-from .. import __version__
+from .. import __version__, progress
+from ..display import shown, shown_lines, without_credentials
 from ..errors import KvtcError
+from ..strict_json import dumps
 from . import calibrating, coding, demonstrating, describing, doctoring, evaluating, planning, reporting
 
 FAILED, INTERRUPTED = 1, 130
@@ -31,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        result, text = options.run(options)
-        output = json.dumps(result, indent=2) if options.json else text
+        with progress.reporting(not options.quiet):
+            result, text = options.run(options)
+        output = dumps(result) if options.json else shown_lines(text)
         if output:
             print(output)
         sys.stdout.flush()
@@ -45,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
         return INTERRUPTED
     except (KvtcError, OSError) as error:
         if options.debug:
-            traceback.print_exc()
+            print(shown_lines(traceback.format_exc()), file=sys.stderr, end="")
         print(f"kvtc: error: {_one_line(error)}", file=sys.stderr)
         return FAILED
     return 0
@@ -53,17 +57,25 @@ def _run(options: argparse.Namespace) -> int:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return shown(f"{error.strerror}: {error.filename}")
+    return without_credentials(shown(" ".join(str(error).split()))) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that shows what it was given as text."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kvtc", description="LLM key-value caches as small streams of bytes, and back.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"kvtc {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    common.add_argument("--quiet", action="store_true", help="show no progress")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for module in (demonstrating, calibrating, coding, describing, doctoring, evaluating, reporting, planning):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument, KvtcError, MissingDependency
+from ..progress import task
 
 if TYPE_CHECKING:
     from ..calibration import Calibration, KindCalibration
@@ -60,8 +62,17 @@ def check_output(path: Path, force: bool) -> None:
         raise InvalidArgument(f"{path} is a directory; give a file name")
     if not path.parent.is_dir():
         raise InvalidArgument(f"the directory {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        raise InvalidArgument(f"{path} is no file that could be replaced")
     if path.exists() and not force:
         raise InvalidArgument(f"{path} exists; give --force to replace it")
+
+
+def check_directory(path: Path) -> None:
+    """Raise `InvalidArgument` before any work is done if a directory cannot be used or made there. None is made yet."""
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InvalidArgument(f"{nearest} is no directory that could be written to")
 
 
 def check_device(name: str) -> None:
@@ -78,7 +89,22 @@ def load_model(name: str, device: str, dtype: str = "auto") -> Any:
     """A causal language model on a device, in evaluation mode. dtype: "auto" is the precision of its weights."""
     check_device(device)
     classes = _transformers()
-    return _load(classes.AutoModelForCausalLM, name, dtype=dtype).to(device).eval()
+    with task(f"loading {name}"):
+        return _load(classes.AutoModelForCausalLM, name, dtype=dtype).to(device).eval()
+
+
+def context_of(name: str) -> int | None:
+    """Tokens that a model reads at most, from its config alone; None where that does not say."""
+    from ..integrations.rope_discovery import context_length
+
+    return context_length(_load(_transformers().AutoConfig, name))
+
+
+def check_context(name: str, n_tokens: int, what: str) -> None:
+    """Raise `InvalidArgument` before any work is done for more tokens than a model reads."""
+    context = context_of(name)
+    if context is not None and n_tokens > context:
+        raise InvalidArgument(f"{what} {n_tokens:,} tokens; the context of {name} is {context:,}")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -90,7 +116,9 @@ def token_ids_of(path: Path, tokenizer: Any) -> Any:
     """A text file as one sequence: ids [T] int64, the tokenizer's first token (bos) included if it has one."""
     import torch
 
-    ids = tokenizer(read_text(path), add_special_tokens=False).input_ids
+    text = read_text(path)
+    with task(f"reading {path}: {len(text):,} characters"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         raise InvalidArgument(f"{path} holds no text")
     return torch.tensor([*beginning(tokenizer), *ids])

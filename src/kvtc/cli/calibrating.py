@@ -15,6 +15,7 @@ from .arguments import (
     add_output,
     add_verb,
     beginning,
+    check_context,
     check_device,
     check_output,
     describe_basis,
@@ -103,6 +104,7 @@ def calibrate(options: argparse.Namespace) -> Outcome:
     for path in options.text:
         # A file that is missing shows now and not when the files before it are done.
         path.open("rb").close()
+    check_context(options.model, options.tokens_per_sequence, "a sequence would have")
     started = time.perf_counter()
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, options.device)
@@ -119,6 +121,7 @@ def calibrate(options: argparse.Namespace) -> Outcome:
         layers_per_basis=options.layers_per_basis,
         spool_directory=options.spool_directory,
         device=options.fit_device,
+        progress=not options.quiet,
         **given,
     )
     calibration.save(options.output)
@@ -132,6 +135,7 @@ def measure(options: argparse.Namespace) -> Outcome:
 
     check_output(options.output, options.force)
     check_device(options.device)
+    check_context(options.model, options.tokens_per_sequence, "a sequence would have")
     calibration = find_calibration(options)
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, options.device)

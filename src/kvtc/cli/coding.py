@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument
+from ..progress import Advance, note, task
 from .arguments import (
     MODEL_HELP,
     Outcome,
     add_output,
     add_verb,
+    check_context,
     check_device,
     check_output,
+    context_of,
     find_calibration,
     load_model,
     load_tokenizer,
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from ..calibration import Calibration
 
 CACHE_SUFFIX = ".safetensors"
+PIECE_TOKENS = 512
+"""Of a prefill: progress shows after each piece."""
 CODEC_OPTIONS = (
     "profile", "ratio", "step", "kl", "key_ratio", "value_ratio", "max_error", "sink_tokens", "window_tokens",
     "sink_format", "window_format", "fixed_size", "allocation", "lossless", "chunk_tokens", "device",
@@ -184,7 +189,9 @@ def decode(options: argparse.Namespace) -> Outcome:
     stream = options.stream.read_bytes()
     calibration = find_calibration(options)
     tokenizer = load_tokenizer(options.model) if options.text is not None else None
-    token_ids = token_ids_of(options.text, tokenizer) if options.text is not None else None
+    token_ids = _text_ids(options, options.text, tokenizer) if options.text is not None else None
+    if options.generate is not None and token_ids is not None:
+        check_context(options.model, len(token_ids) + options.generate, "text and continuation have")
     codec = Codec(calibration, device=options.device)
     started = time.perf_counter()
     cache = codec.decode_neutral(stream, token_ids, options.tokens, options.start_position)
@@ -206,7 +213,25 @@ def decode(options: argparse.Namespace) -> Outcome:
     return result, "\n\n".join(texts)
 
 
+def _text_ids(options: argparse.Namespace, path: Path, tokenizer: Any) -> Tensor:
+    """The ids of a text's tokens: all of them or, with --truncate, as many as the model reads."""
+    token_ids: Tensor = token_ids_of(path, tokenizer)
+    context = context_of(options.model)
+    if context is None or len(token_ids) <= context:
+        return token_ids
+    if not options.truncate:
+        raise InvalidArgument(
+            f"{path} has {len(token_ids):,} tokens, more than the context of {options.model}, {context:,}; "
+            f"--truncate takes the first {context:,} of them"
+        )
+    note(f"{path}: the first {context:,} of {len(token_ids):,} tokens")
+    return token_ids[:context]
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--truncate", action="store_true", help="of a text longer than the model's context, the beginning"
+    )
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="default with --model reference: its own")
     parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--device", default="cpu", help="where model and codec run (default: cpu)")
@@ -216,10 +241,10 @@ def _prefill(options: argparse.Namespace, calibration: Calibration) -> tuple[KVC
     """The cache of a text, the ids of its tokens, and seconds."""
     from ..integrations.huggingface import capture
 
-    token_ids = token_ids_of(options.input, load_tokenizer(options.model))
+    token_ids = _text_ids(options, options.input, load_tokenizer(options.model))
     model = load_model(options.model, options.device)
     started = time.perf_counter()
-    cache = capture(model, token_ids, calibration.geometry)
+    cache = capture(model, token_ids, calibration.geometry, PIECE_TOKENS)
     return cache, token_ids, time.perf_counter() - started
 
 
@@ -239,12 +264,30 @@ def _generate(options: argparse.Namespace, cache: KVCache, token_ids: Any, token
     # The model needs the last token as input to predict the one after it; what the cache knows of it would count twice.
     past = to_transformers(cache.keys[None, :, :, :-1], cache.values[None, :, :, :-1], cache.first_layer)
     ids = token_ids[None].to(options.device)
-    with torch.no_grad():
+    with torch.no_grad(), task("generating", options.generate, "tokens") as advance:
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=past,
             max_new_tokens=options.generate,
             do_sample=False,
+            streamer=_Teller(advance),
         )
     return str(tokenizer.decode(output[0, ids.shape[1] :]))
+
+
+class _Teller:
+    """Hears of every token that `generate` has found, as a streamer of transformers does."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self._has_begun = False
+
+    def put(self, _: Any) -> None:
+        """The prompt comes first."""
+        if self._has_begun:
+            self._advance(1)
+        self._has_begun = True
+
+    def end(self) -> None:
+        """Nothing is left to say."""

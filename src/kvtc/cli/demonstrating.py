@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .arguments import Outcome, add_verb, check_output, quiet_transformers
+from ..display import shown_lines
+from .arguments import Outcome, add_verb, check_directory, check_output, quiet_transformers
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -31,8 +31,7 @@ def run_demo(options: argparse.Namespace) -> Outcome:
     from ..demo.run import run_demo as demonstrate
     from ..errors import MissingDependency
 
-    # Whatever keeps the pictures from being written shows before the work, not after.
-    options.output.mkdir(parents=True, exist_ok=True)
+    check_directory(options.output)
     for name in PICTURES:
         if (options.output / name).exists():
             check_output(options.output / name, options.force)
@@ -40,5 +39,8 @@ def run_demo(options: argparse.Namespace) -> Outcome:
         quiet_transformers()
     except ImportError as error:
         raise MissingDependency('the demo needs transformers; pip install "kvtc[demo]"') from error
-    say = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    def say(block: str) -> None:
+        print(shown_lines(block), file=sys.stderr if options.json else sys.stdout, flush=True)
+
     return demonstrate(options.output, options.ratio, say=say), ""

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..progress import task, track
 from .arguments import Outcome, add_verb, quiet_transformers
 
 if TYPE_CHECKING:
@@ -53,8 +54,11 @@ def doctor(options: argparse.Namespace) -> Outcome:  # noqa: ARG001  every verb 
     """`kvtc doctor`: everything is tried, nothing is fatal."""
     versions = {"python": platform.python_version(), "kvtc": _version("kvtc"), **{p: _version(p) for p in CORE}}
     packages = [{"package": p, "version": _version(p), "for": purpose} for p, purpose in OPTIONAL.items()]
-    devices = _devices()
-    checks = [{"what": what, "why_not": _reason(check)} for what, check in _checks().items()]
+    with task("coding a cache on every device"):
+        devices = _devices()
+    checks = [
+        {"what": what, "why_not": _reason(check)} for what, check in track(list(_checks().items()), "checking", "parts")
+    ]
     result = {
         "versions": versions | {str(entry["package"]): entry["version"] for entry in packages},
         "packages": packages,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from .arguments import (
     Outcome,
     add_output,
     add_verb,
+    check_context,
     check_output,
     find_calibration,
     load_model,
@@ -120,11 +120,14 @@ def evaluate(options: argparse.Namespace) -> Outcome:
             raise InvalidArgument(f"{options.output} must end in .json")
     for path in [*options.text, *options.profile_text, *options.key_value_retrieval]:
         path.open("rb").close()
+    lengths = [] if options.tasks_only else [options.tokens]
+    lengths += [] if options.tasks is None else options.contexts
+    check_context(options.model, max(lengths, default=0), "a text or a context would have")
     calibration: Calibration | None = None if options.exact_only else find_calibration(options)
     model = load_model(options.model, options.device, options.dtype)
     tokenizer = load_tokenizer(options.model)
     name = options.model if options.model == REFERENCE else Path(options.model).name
-    result = run_sweep(model, tokenizer, calibration, _sweep(options), _say, name)
+    result = run_sweep(model, tokenizer, calibration, _sweep(options), name)
     stamped = stamp(result)
     if options.output is not None:
         save_result(options.output.stem, result, options.output.parent)
@@ -168,7 +171,3 @@ def _turns(text: str) -> tuple[int, int]:
     if not (cross and tokens.isdecimal() and turns.isdecimal() and int(tokens) and int(turns)):
         raise argparse.ArgumentTypeError(f"{text!r} is not TxN, tokens of a turn and number of turns")
     return int(tokens), int(turns)
-
-
-def _say(step: str) -> None:
-    print(step, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..progress import track
 from .arguments import Outcome, add_output, add_verb, check_output
 
 
@@ -29,11 +30,11 @@ def report(options: argparse.Namespace) -> Outcome:
     from ..evaluate.page import render_page
     from ..evaluate.schema import read_result
     from ..evaluate.sections import Chart, render_text, sections_of
-    from ..files import write_atomically
+    from ..files import SHARED, write_atomically
 
     if options.output is not None:
         check_output(options.output, options.force)
-    files = [read_result(path) for path in options.results]
+    files = [read_result(path) for path in track(options.results, "reading results", "files")]
     result: dict[str, Any] = {"results": [{"name": file.name, "kind": file.kind} for file in files]}
     if options.output is None:
         result["tables"] = [
@@ -44,5 +45,5 @@ def report(options: argparse.Namespace) -> Outcome:
             if not isinstance(part, Chart)
         ]
         return result, "\n\n".join(render_text(sections_of(file)) for file in files)
-    write_atomically(options.output, render_page(options.title, files).encode())
+    write_atomically(options.output, render_page(options.title, files).encode(), SHARED)
     return {**result, "path": str(options.output)}, f"saved {options.output}"

@@ -21,6 +21,7 @@ from ..evaluate.provenance import Provenance
 from ..evaluate.quality import Quality, evaluate_continuation
 from ..inspection import inspect
 from ..integrations.continuation import prefill
+from ..progress import task, track
 from ..reference import CALIBRATION_FILE, MODEL_NAME, reference_calibration, reference_model
 from . import report
 
@@ -93,7 +94,8 @@ def run_demo(
     restored_text, restored_answers = restored.go_on(talk.read, n_generated), restored.answers(talk)
 
     text = torch.cat([talk.read, talk.held_out])
-    qualities = evaluate_continuation(model, text, codecs, len(talk.held_out), repeats)
+    with task("measuring every profile", len(codecs), "codecs") as advance:
+        qualities = evaluate_continuation(model, text, codecs, len(talk.held_out), repeats, advance)
     quality = next(quality for quality in qualities if quality.name == chosen)
     say(report.cost(inspect(stream), quality, chosen, repeats))
     say(report.continuation(exact_text, restored_text, n_generated))
@@ -101,7 +103,7 @@ def run_demo(
     say(report.predictions(quality))
     cache = prefill(model, talk.cached)
     n_known = {"exact": _n_right(exact_answers, talk), chosen: _n_right(restored_answers, talk)}
-    for name, codec in codecs.items():
+    for name, codec in track(codecs.items(), "asking again from every codec", "codecs"):
         if name != chosen:
             speaker = _Speaker(model, tokenizer, codec.decode(codec.encode(cache, talk.cached), talk.cached))
             n_known[name] = _n_right(speaker.answers(talk), talk)

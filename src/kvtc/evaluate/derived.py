@@ -109,10 +109,12 @@ def within_a_point(scores: Iterable[ScoreRecord]) -> list[WithinAPoint]:
                 places = [place for place in exact if task in (place[0], MEAN_OF_TASKS)]
                 wanted = sum(exact[place] for place in places) / len(places)
                 # Ratios of different tasks differ a little: what a setting costs is the harmonic mean, bytes over bytes.
-                points = sorted(
-                    _point(setting, [of_setting[place] for place in places if place in of_setting])
+                measured_there = {
+                    setting: [of_setting[place] for place in places if place in of_setting]
                     for setting, of_setting in settings.items()
-                )
+                }
+                points = [_point(setting, of_one) for setting, of_one in measured_there.items() if of_one]
+                points.sort(key=lambda point: (point[0], point[2]))
                 found.append(_highest(name, window, task, wanted, points))
     return found
 

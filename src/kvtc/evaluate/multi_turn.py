@@ -21,6 +21,7 @@ from torch import Tensor
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import predict, prefill, read_on
+from ..progress import Advance, nobody
 from .methods import Cost, Method, as_method, restore
 from .quality import perplexity
 
@@ -59,9 +60,10 @@ def evaluate_turns(
     methods: Mapping[str, Method | Codec],
     turn_tokens: int,
     n_turns: int,
+    advance: Advance = nobody,
 ) -> list[MultiTurn]:
     """Each named method over texts of token ids [T]: all but the last n_turns * turn_tokens + 1 tokens are the prefix, which is
-    prefilled and coded; then follow the turns.
+    prefilled and coded; then follow the turns. advance: called after each method on each text.
 
     Raises `InvalidArgument` for texts too short, and for methods that drop tokens: what they would drop next depends on tokens that
     the restored cache no longer holds.
@@ -78,6 +80,7 @@ def evaluate_turns(
         expected = predict(model, exact, fed)
         for name, method in methods.items():
             found[name].append(_one_text(model, as_method(method), exact, cached, fed, target, expected, turn_tokens))
+            advance(1)
     return [_summary(name, turn_tokens, measured) for name, measured in found.items()]
 
 

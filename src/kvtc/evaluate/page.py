@@ -1,11 +1,13 @@
-"""One self-contained HTML page of results: tables and charts, light and dark, no script, nothing fetched."""
+"""One self-contained HTML page of results: tables and charts, light and dark, no script, nothing fetched.
+
+Foreign text becomes text by `markup`; that nothing runs and nothing is fetched the page also asks of the browser (`POLICY`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Sequence
 
+from .markup import Content, Markup, element, join
 from .schema import ResultFile
 from .sections import Chart, Section, Table, sections_of
 from .svg import draw, legend
@@ -52,6 +54,9 @@ footer ul { padding-left: 1.1rem; } code { overflow-wrap: anywhere; }
 @media print { details > * { display: block; } body { max-width: none; } }
 """
 
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+"""Of all that a page may do: its own style."""
+
 TERMS = (
     ("body_ratio", "original bytes of the coded tokens over everything they cost"),
     ("total_ratio", "original bytes of all tokens over all bytes stored, exact first and last tokens included"),
@@ -63,55 +68,76 @@ TERMS = (
 def render_page(title: str, files: Sequence[ResultFile]) -> str:
     """The page of some result files."""
     sections = [section for file in files for section in sections_of(file)]
-    contents = "".join(f'<li><a href="#s{n}">{escape(section.title)}</a></li>' for n, section in enumerate(sections))
-    terms = "".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in TERMS)
-    stamps = "".join(f"<li><b>{escape(file.name)}</b>: {_stamp(file.provenance)}</li>" for file in files)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>\n'
-        f"<h1>{escape(title)}</h1>\n"
-        '<p class="note">What caches cost, every stored byte counted against 16 bits a value, and what that does to the model, '
-        f"compared with the exact cache in the same run.</p>\n<dl>{terms}</dl>\n<nav><ol>{contents}</ol></nav>\n"
-        + "\n".join(_section(n, section) for n, section in enumerate(sections))
-        + f"\n<footer><h2>Where the numbers come from</h2><ul>{stamps}</ul></footer>\n</body></html>\n"
+    note = (
+        "What caches cost, every stored byte counted against 16 bits a value, and what that does to the model, compared with the "
+        "exact cache in the same run."
     )
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("title", title),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("style", Markup(STYLE)),
+    )
+    body = element(
+        "body",
+        "\n",
+        element("h1", title),
+        element("p", note, class_="note"),
+        element("dl", *(part for word, meaning in TERMS for part in (element("dt", word), element("dd", meaning)))),
+        element("nav", element("ol", *(_entry(number, section) for number, section in enumerate(sections)))),
+        *(part for number, section in enumerate(sections) for part in ("\n", _section(number, section))),
+        "\n",
+        element("footer", element("h2", "Where the numbers come from"), element("ul", *map(_stamp, files))),
+    )
+    return f"<!doctype html>\n{element('html', head, body, lang='en').source}\n"
 
 
-def _section(number: int, section: Section) -> str:
-    note = f'<p class="note">{escape(section.note)}</p>' if section.note else ""
-    parts = "".join(_figure(part) if isinstance(part, Chart) else _table(part) for part in section.parts)
-    return f'<section id="s{number}"><h2>{escape(section.title)}</h2>{note}{parts}</section>'
+def _entry(number: int, section: Section) -> Markup:
+    return element("li", element("a", section.title, href=f"#s{number}"))
 
 
-def _figure(chart: Chart) -> str:
+def _section(number: int, section: Section) -> Markup:
+    note = [element("p", section.note, class_="note")] if section.note else []
+    parts = [_figure(part) if isinstance(part, Chart) else _table(part) for part in section.parts]
+    return element("section", element("h2", section.title), *note, *parts, id=f"s{number}")
+
+
+def _figure(chart: Chart) -> Markup:
     drawn = draw(chart)
-    families = "".join(f'<span style="color:{color}">{escape(name)}</span>' for name, color in legend(chart))
-    return f"<figure><figcaption><b>{escape(chart.caption)}</b>{families}</figcaption>{drawn}</figure>" if drawn else ""
+    if drawn is None:
+        return join()
+    families = (element("span", name, style=f"color:{color}") for name, color in legend(chart))
+    return element("figure", element("figcaption", element("b", chart.caption), *families), drawn)
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
-    body = "".join(
-        f"<tr>{''.join(_cell(table, row, column, cell) for column, cell in enumerate(cells))}</tr>"
+def _table(table: Table) -> Markup:
+    head = element("tr", *(element("th", cell) for cell in table.header))
+    rows = (
+        element("tr", *(_cell(table, row, column, cell) for column, cell in enumerate(cells)))
         for row, cells in enumerate(table.rows)
     )
-    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption and not table.is_long else ""
-    whole = f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    caption = [element("caption", table.caption)] if table.caption and not table.is_long else []
+    whole = element("table", *caption, element("thead", head), element("tbody", *rows))
+    wide = element("div", whole, class_="wide")
     if not table.is_long:
-        return whole
-    summary = table.caption or "All figures"
-    return f"<details><summary>{escape(summary)} ({len(table.rows)} row{'s' * (len(table.rows) != 1)})</summary>{whole}</details>"
+        return wide
+    n_rows = f"{len(table.rows)} row{'s' * (len(table.rows) != 1)}"
+    return element("details", element("summary", f"{table.caption or 'All figures'} ({n_rows})"), wide)
 
 
-def _cell(table: Table, row: int, column: int, text: str) -> str:
+def _cell(table: Table, row: int, column: int, text: Content) -> Markup:
     shade = (table.shades or {}).get((row, column))
     if shade is not None:
-        return f'<td class="shade" style="--s:{shade:.2f}">{escape(text)}</td>'
-    return f'<td class="low">{escape(text)}</td>' if (row, column) in table.low else f"<td>{escape(text)}</td>"
+        return element("td", text, class_="shade", style=f"--s:{shade:.2f}")
+    return element("td", text, class_="low" if (row, column) in table.low else None)
 
 
-def _stamp(provenance: Mapping[str, Any]) -> str:
-    return (
-        f"{escape(provenance['date'])}, commit {escape(str(provenance['commit']))}, {escape(provenance['machine'])}, "
-        f"{provenance['n_threads']} of {provenance['n_cores']} cores, <code>{escape(provenance['command'])}</code>"
-    )
+def _stamp(file: ResultFile) -> Markup:
+    def fact(name: str) -> str:
+        return str(file.provenance.get(name) or "?")
+
+    cores = f"{fact('n_threads')} of {fact('n_cores')} cores"
+    facts = f": {fact('date')}, commit {fact('commit')}, {fact('machine')}, {cores}, "
+    return element("li", element("b", file.name), facts, element("code", fact("command")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ..calibration import Calibration
 from ..codec import Codec
 from ..errors import InvalidArgument, MissingDependency
+from ..files import SHARED, write_atomically
 from ..profiles.paper_rate import RateTarget
 from .quality import Quality
 
@@ -155,7 +157,9 @@ def require_matplotlib() -> Any:
 
 
 def save_figure(plt: Any, figure: Any, path: str | Path) -> None:
-    """Write the figure, making its directory, and let go of it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    """Write the figure as PNG, making its directory, and let go of it."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format="png")
     plt.close(figure)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, drawn.getvalue(), SHARED)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..display import shown, without_credentials
+from ..files import SHARED, write_atomically
+from ..strict_json import dumps
 
 SCHEMA_VERSION = 1
 """Of result files (`schema` says what they hold)."""
 
 RESULTS_DIRECTORY = Path("benchmarks/results")
+
+_ABSOLUTE = re.compile(r"(?<![^=,])/[^=,]*")
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,7 @@ class Provenance:
             python=platform.python_version(),
             torch=torch.__version__,
             kvtc=__version__,
-            # Of absolute paths the name says enough: where a file lay on this machine is nobody's business.
-            command=shlex.join(
-                Path(word).name if Path(word).is_absolute() else word
-                for word in [Path(sys.argv[0]).name, *sys.argv[1:]]
-            ),
+            command=shlex.join(map(_public, [Path(sys.argv[0]).name, *sys.argv[1:]])),
         )
 
     def describe(self) -> str:
@@ -73,14 +74,19 @@ def save_result(name: str, result: Mapping[str, Any], directory: Path = RESULTS_
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
     stamped = stamp(result)
-    path.write_text(json.dumps(stamped, indent=2) + "\n", encoding="utf-8")
-    print(f"saved {path}", file=sys.stderr)
+    write_atomically(path, f"{dumps(stamped)}\n".encode(), SHARED)
+    print(shown(f"saved {path}"), file=sys.stderr)
     return path
 
 
 def stamp(result: Mapping[str, Any]) -> dict[str, Any]:
     """What a result file holds: schema version, provenance, result."""
     return {"schema": SCHEMA_VERSION, "provenance": asdict(Provenance.now()), "result": dict(result)}
+
+
+def _public(word: str) -> str:
+    """A word of a command without passwords, and of absolute paths the name alone: where a file lay is nobody's business."""
+    return _ABSOLUTE.sub(lambda path: Path(path[0]).name, without_credentials(word))
 
 
 def _commit() -> str | None:

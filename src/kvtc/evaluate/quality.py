@@ -19,6 +19,7 @@ from torch import Tensor
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import mean_divergence, predict, prefill
+from ..progress import Advance, nobody
 from .methods import Method, as_method, restore, timed
 
 
@@ -59,11 +60,12 @@ def evaluate_continuation(
     methods: Mapping[str, Method | Codec],
     n_continuation: int,
     repeats: int = 1,
+    advance: Advance = nobody,
 ) -> list[Quality]:
     """Quality of each named method on one text, all against one exact cache.
 
     model: a transformers causal LM; it is run in evaluation mode. token_ids: [T]. n_continuation: predictions to compare.
-    repeats: how often prefill, encode and decode are timed; from 2 on a warm-up run goes before.
+    repeats: how often prefill, encode and decode are timed; from 2 on a warm-up run goes before. advance: called after each method.
 
     Raises `InvalidArgument` for a text too short, and what encoding raises.
     """
@@ -82,10 +84,12 @@ def evaluate_continuation(
     try:
         exact, prefill_seconds = timed(lambda: prefill(model, cached), repeats)
         expected = predict(model, exact, fed)
-        return [
-            _evaluate(model, name, as_method(method), exact, cached, fed, target, expected, prefill_seconds, repeats)
-            for name, method in methods.items()
-        ]
+        found = []
+        for name, method in methods.items():
+            timing = prefill_seconds, repeats
+            found.append(_evaluate(model, name, as_method(method), exact, cached, fed, target, expected, *timing))
+            advance(1)
+        return found
     finally:
         model.train(was_training)
 

@@ -13,6 +13,7 @@ import torch
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import predict, prefill
+from ..progress import Advance, nobody
 from . import tasks
 from .methods import Method, as_method, restore
 
@@ -94,10 +95,11 @@ def score_task(
     name: str,
     examples: Sequence[tasks.Example],
     methods: Mapping[str, Method | Codec],
+    advance: Advance = nobody,
 ) -> list[TaskScore]:
     """The exact cache and each named method on the same examples, in this order.
 
-    bos_token_id: what every text begins with, if anything.
+    bos_token_id: what every text begins with, if anything. advance: called after each method on each example, the exact cache too.
     A context is prefilled once; each method codes and restores that cache, and every question is asked on top of it.
     """
     if not any(example.questions for example in examples):
@@ -121,6 +123,7 @@ def score_task(
                 right = found.argmax(dim=-1).cpu() == torch.tensor(question.answer)
                 tally.answers.append((question.depth, int(right.sum()), len(right)))
                 tally.kl += float((wanted.exp() * (wanted - found)).sum())
+            advance(1)
     context = max(len(example.context) for example in examples)
     return [_score(name, method, context, len(examples), tally) for method, tally in tallies.items()]
 

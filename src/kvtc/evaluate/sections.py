@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from . import schema
@@ -68,16 +69,15 @@ def sections_of(file: schema.ResultFile) -> list[Section]:
         "turns": text_sections.turns,
         "scores": task_sections.scores,
         "studies": text_sections.studies,
-        "points": {schema.PHASE_SWEEP: task_sections.phases, schema.RECOMPUTE: text_sections.recompute}.get(
-            str(kind), unknown
-        ),
-        "cells": text_sections.domain_shift if kind == schema.DOMAIN_SHIFT else unknown,
+        "points": task_sections.phases if kind == schema.PHASE_SWEEP else text_sections.recompute,
+        "cells": text_sections.domain_shift,
     }
     for name, maker in makers.items():
-        if name in result:
-            made = maker(result) if maker is not unknown else unknown({name: result[name]})
-            found += made
-            result.pop(name)
+        known, others = _sorted_out(result.pop(name, None), name, kind)
+        if known:
+            found += maker({**result, name: known})
+        if others:
+            found += unknown({name: others})
     for derived in ("fewer_bytes", "within_a_point", "window_tokens"):
         # The first two are made again from what they follow from; a window is in the titles.
         if found:
@@ -91,6 +91,17 @@ def sections_of(file: schema.ResultFile) -> list[Section]:
         rest = [replace(last, parts=[*last.parts, *folded])]
     found += rest
     return [Section(f"{file.name}: {section.title}", section.note, section.parts) for section in found]
+
+
+def _sorted_out(part: Any, name: str, kind: object) -> tuple[Any, Any]:
+    """Of a part of a result: what is as `schema` says, and what can only be listed."""
+    if name == "bits_per_byte" and isinstance(part, dict):
+        return part, None
+    record = schema.record_kind(name, kind)
+    if not isinstance(part, list) or (record is None and name != "studies"):
+        return None, part
+    is_known = schema.is_study if record is None else partial(schema.is_whole, kind=record)
+    return [one for one in part if is_known(one)], [one for one in part if not is_known(one)]
 
 
 def render_text(sections: Sequence[Section]) -> str:

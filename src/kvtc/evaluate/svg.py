@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 
+from .markup import Markup, element
 from .schema import split_name
 from .sections import Chart
 
@@ -29,19 +29,19 @@ Box = tuple[float, float, float, float]
 Place = tuple[float, float]
 
 
-def draw(chart: Chart) -> str:
-    """An <svg> element; nothing for a chart without points."""
+def draw(chart: Chart) -> Markup | None:
+    """An <svg> element; None for a chart without points."""
     lines = {name: _drawable(chart, line) for name, line in chart.lines.items()}
     lines = {name: line for name, line in lines.items() if line}
     if not lines:
-        return ""
+        return None
     across = _Axis([x for line in lines.values() for x, _, _ in line], chart.x_log, LEFT, WIDTH - RIGHT, is_binary=True)
     up = _Axis([y for line in lines.values() for _, y, _ in line], chart.y_log, HEIGHT - BOTTOM, TOP, is_binary=False)
     styles = _styles(list(lines))
     places = {name: [(across.at(x), up.at(y)) for x, y, _ in line] for name, line in lines.items()}
     parts = [*_grid(chart, across, up), *_lines(lines, places, styles), *_names(places, styles)]
-    label = escape(f"{chart.caption}: {chart.y_title} against {chart.x_title}", quote=True)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    label = f"{chart.caption}: {chart.y_title} against {chart.x_title}"
+    return element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
 
 
 def legend(chart: Chart) -> list[tuple[str, str]]:
@@ -79,7 +79,9 @@ class _Axis:
             fine = math.log10(high / low) < 1.5
             self.ticks = [(n * 10.0**d, n == 1 or (fine and n in (2, 5))) for d in decades for n in range(1, 10)]
         else:
-            step = _step(high - low or abs(high) or 1.0)
+            size = max(abs(low), abs(high)) or 1.0
+            # Values that differ by their roundings alone are one.
+            step = _step(high - low if high - low > 1e-9 * size else size)
             if all(float(value).is_integer() for value in values):
                 step = max(1.0, round(step))
             self._low, self._high = math.floor(low / step) * step, math.ceil(high / step) * step
@@ -105,29 +107,25 @@ def _drawable(chart: Chart, line: Sequence[tuple[float, float, str]]) -> list[tu
     return [point for point in line if (point[0] > 0 or not chart.x_log) and (point[1] > 0 or not chart.y_log)]
 
 
-def _grid(chart: Chart, across: _Axis, up: _Axis) -> list[str]:
+def _grid(chart: Chart, across: _Axis, up: _Axis) -> list[Markup]:
     bottom, right, parts = HEIGHT - BOTTOM, WIDTH - RIGHT, []
     for value, is_labelled in across.ticks:
-        x = across.at(value)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
+        x = f"{across.at(value):.1f}"
+        parts.append(element("line", class_="grid", x1=x, x2=x, y1=TOP, y2=bottom))
         if is_labelled:
             text = f"{value:g}" + ("x" if chart.x_times else "")
-            parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{text}</text>')
+            parts.append(element("text", text, x=x, y=bottom + 18, text_anchor="middle"))
     for value, is_labelled in up.ticks:
-        y = up.at(value)
-        parts.append(
-            f'<line class="{"grid" if is_labelled else "fine"}" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
+        y = f"{up.at(value):.1f}"
+        parts.append(element("line", class_="grid" if is_labelled else "fine", x1=LEFT, x2=right, y1=y, y2=y))
         if is_labelled:
             text = f"{100 * value:.0f}" if chart.y_percent else f"{value:g}"
-            parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+            parts.append(element("text", text, x=LEFT - 8, y=f"{up.at(value) + 4:.1f}", text_anchor="end"))
     middle = (LEFT + right) / 2, (TOP + bottom) / 2
     scales = [" (logarithmic)" if is_log else "" for is_log in (chart.x_log, chart.y_log)]
-    parts.append(
-        f'<text x="{middle[0]}" y="{HEIGHT - 10}" text-anchor="middle">{escape(chart.x_title + scales[0])}</text>'
-        f'<text transform="translate(15 {middle[1]}) rotate(-90)" text-anchor="middle">{escape(chart.y_title + scales[1])}</text>'
-    )
-    return parts
+    across_title = element("text", chart.x_title + scales[0], x=middle[0], y=HEIGHT - 10, text_anchor="middle")
+    turned = f"translate(15 {middle[1]}) rotate(-90)"
+    return [*parts, across_title, element("text", chart.y_title + scales[1], transform=turned, text_anchor="middle")]
 
 
 def _styles(names: Sequence[str]) -> dict[str, tuple[str, str, bool]]:
@@ -152,20 +150,20 @@ def _lines(
     lines: Mapping[str, Sequence[tuple[float, float, str]]],
     places: Mapping[str, Sequence[Place]],
     styles: Mapping[str, tuple[str, str, bool]],
-) -> list[str]:
+) -> list[Markup]:
     parts = []
     # kvtc's own lines are drawn last, over the others.
     for name in sorted(lines, key=lambda name: styles[name][2]):
         color, mark, is_own = styles[name]
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places[name])
         width = 2.6 if is_own else 1.4
-        parts.append(f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="{width}"/>')
+        parts.append(element("polyline", points=joined, fill="none", stroke=color, stroke_width=width))
         for (x, y), (_, _, label) in zip(places[name], lines[name], strict=True):
-            parts.append(_mark(mark, x, y, color, f"<title>{escape(label)}</title>"))
+            parts.append(_mark(mark, x, y, color, element("title", label)))
     return parts
 
 
-def _names(places: Mapping[str, Sequence[Place]], styles: Mapping[str, tuple[str, str, bool]]) -> list[str]:
+def _names(places: Mapping[str, Sequence[Place]], styles: Mapping[str, tuple[str, str, bool]]) -> list[Markup]:
     """A name beside the end of its line, where it covers neither marks nor other names; a hair leads to it where it had to move."""
     dots = [place for line in places.values() for place in line]
     segments = [pair for line in places.values() for pair in _halves(line)]
@@ -179,13 +177,11 @@ def _names(places: Mapping[str, Sequence[Place]], styles: Mapping[str, tuple[str
         taken.append((box, (x, y)))
         if _distance(box, (x, y)) > 16:
             end = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
-            parts.append(
-                f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}" stroke="{color}" class="hair"/>'
-            )
-        weight = ' class="own"' if is_own else ""
-        parts.append(
-            f'<text x="{box[0] + 2:.1f}" y="{box[3] - 3:.1f}"{weight} style="fill:{color}">{escape(name)}</text>'
-        )
+            x1, y1, x2, y2 = (f"{place:.1f}" for place in (x, y, *end))
+            parts.append(element("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=color, class_="hair"))
+        left, base = f"{box[0] + 2:.1f}", f"{box[3] - 3:.1f}"
+        weight = "own" if is_own else None
+        parts.append(element("text", name, x=left, y=base, class_=weight, style=f"fill:{color}"))
     return parts
 
 
@@ -236,9 +232,9 @@ def _distance(box: Box, point: Place) -> float:
     return math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3]))
 
 
-def _mark(kind: str, x: float, y: float, color: str, inside: str) -> str:
+def _mark(kind: str, x: float, y: float, color: str, inside: Markup) -> Markup:
     if kind == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="{color}">{inside}</circle>'
+        return element("circle", inside, cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.6, fill=color)
     shapes = {
         "square": ((-3.4, -3.4), (3.4, -3.4), (3.4, 3.4), (-3.4, 3.4)),
         "diamond": ((0, -4.8), (4.8, 0), (0, 4.8), (-4.8, 0)),
@@ -259,4 +255,4 @@ def _mark(kind: str, x: float, y: float, color: str, inside: str) -> str:
         ),
     }
     corners = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in shapes[kind])
-    return f'<polygon points="{corners}" fill="{color}">{inside}</polygon>'
+    return element("polygon", inside, points=corners, fill=color)

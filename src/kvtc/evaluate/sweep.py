@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..calibration import Calibration
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import prefill
+from ..progress import task, track
 from .baselines import EvictedKvtc, Tova, baselines
 from .derived import fewer_bytes, within_a_point
 from .methods import KvtcMethod, Method
@@ -25,8 +26,6 @@ from .quality import Quality, evaluate_continuation, summarize
 from .schema import EVALUATION, QualityRecord, ScoreRecord, TurnRecord, split_name
 from .scoring import TaskScore, bits_per_byte, score_task, standard_tasks
 from .tasks import key_value_retrieval
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +79,11 @@ class Sweep:
 
 
 def run_sweep(
-    model: Any, tokenizer: Any, calibration: Calibration | None, sweep: Sweep, say: Say = print, model_name: str = ""
+    model: Any, tokenizer: Any, calibration: Calibration | None, sweep: Sweep, model_name: str = ""
 ) -> dict[str, Any]:
     """Measure all of it, the exact cache beside everything; returns a result of the kind "evaluation".
 
     model, tokenizer: of transformers. calibration: of the model; None: the exact cache alone, on tasks and for bits per byte.
-    say: gets a line for each step that is done.
 
     Raises `InvalidArgument` for rivals, tasks and texts that do not exist or are too short, and what encoding raises.
     """
@@ -98,15 +96,16 @@ def run_sweep(
     }
     if sweep.n_bits_windows:
         result["bits_per_byte"] = {}
-        for path, text in zip(sweep.texts.files, running, strict=True):
+        for path, text in track(list(zip(sweep.texts.files, running, strict=True)), "bits per byte", "texts"):
             result["bits_per_byte"][path.stem] = bits_per_byte(model, tokenizer, text, 1024, sweep.n_bits_windows)
-            say(f"bits per byte: {path.stem}")
-    profiled = [prefill(model, ids) for ids in stretches(tokenizer, sweep.texts, sweep.profile_files)]
+    profiled = list(stretches(tokenizer, sweep.texts, sweep.profile_files))
+    if profiled:
+        profiled = [prefill(model, ids) for ids in track(profiled, "texts to profile on", "texts")]
     if calibration is not None and sweep.on_texts:
         texts = list(stretches(tokenizer, sweep.texts, sweep.texts.files))
-        result |= _on_texts(model, texts, calibration, profiled, sweep, say)
+        result |= _on_texts(model, texts, calibration, profiled, sweep)
     if sweep.tasks.names is None or sweep.tasks.names or sweep.tasks.published:
-        result |= _on_tasks(model, tokenizer, "\n".join(running), calibration, profiled, sweep, say)
+        result |= _on_tasks(model, tokenizer, "\n".join(running), calibration, profiled, sweep)
     return result
 
 
@@ -157,21 +156,21 @@ def stretches(tokenizer: Any, texts: Texts, files: Sequence[Path]) -> Iterator[T
 
 
 def _on_texts(
-    model: Any, texts: Sequence[Tensor], calibration: Calibration, profiled: Sequence[Any], sweep: Sweep, say: Say
+    model: Any, texts: Sequence[Tensor], calibration: Calibration, profiled: Sequence[Any], sweep: Sweep
 ) -> dict[str, Any]:
     """Qualities and multi-turn use, window by window."""
     qualities: dict[int, list[Quality]] = {}
     turns: list[TurnRecord] = []
     for window in sweep.methods.windows:
         methods = methods_of(calibration, sweep.methods, window, profiled)
-        measured = []
-        for index, ids in enumerate(texts):
-            measured.append(evaluate_continuation(model, ids, methods, sweep.texts.n_continuation))
-            say(f"quality: window {window}, text {index + 1} of {len(texts)}")
+        what = f"quality: window {window}, {len(texts)} texts of {sweep.texts.n_tokens:,} tokens"
+        with task(what, len(texts) * len(methods), "caches") as advance:
+            measured = [
+                evaluate_continuation(model, ids, methods, sweep.texts.n_continuation, advance=advance) for ids in texts
+            ]
         qualities[window] = [summarize(of_one) for of_one in zip(*measured, strict=True)]
         for turn_tokens, n_turns in sweep.turns:
             turns += _turns(model, texts, calibration, profiled, sweep, window, turn_tokens, n_turns)
-            say(f"multi-turn use: window {window}, {n_turns} turns of {turn_tokens}")
     found: dict[str, Any] = {
         "qualities": [
             asdict(QualityRecord(**asdict(quality), window_tokens=window))
@@ -200,7 +199,9 @@ def _turns(
         for name, method in methods_of(calibration, sweep.methods, after, profiled).items()
         if not name.startswith(("H2O", "TOVA"))
     }
-    measured: list[MultiTurn] = evaluate_turns(model, texts, methods, turn_tokens, n_turns)
+    what = f"multi-turn use: window {window}, {n_turns} turns of {turn_tokens} tokens"
+    with task(what, len(texts) * len(methods), "caches") as advance:
+        measured: list[MultiTurn] = evaluate_turns(model, texts, methods, turn_tokens, n_turns, advance)
     return [TurnRecord(**asdict(turn), window_tokens=after) for turn in measured]
 
 
@@ -211,7 +212,6 @@ def _on_tasks(
     calibration: Calibration | None,
     profiled: Sequence[Any],
     sweep: Sweep,
-    say: Say,
 ) -> dict[str, Any]:
     """Scores and what follows from them, window by window."""
     scores: list[ScoreRecord] = []
@@ -219,9 +219,10 @@ def _on_tasks(
         methods = {} if calibration is None else methods_of(calibration, sweep.methods, window, profiled)
         for context in sweep.tasks.contexts:
             for name, examples in _examples(tokenizer, text, sweep.tasks, context).items():
-                found: list[TaskScore] = score_task(model, tokenizer.bos_token_id, name, examples, methods)
+                what = f"tasks: window {window}, {name} at {context:,} tokens"
+                with task(what, len(examples) * (1 + len(methods)), "caches") as advance:
+                    found: list[TaskScore] = score_task(model, tokenizer.bos_token_id, name, examples, methods, advance)
                 scores += [ScoreRecord(**asdict(score), window_tokens=window) for score in found]
-                say(f"tasks: window {window}, {name} at {context} tokens")
     return {
         "scores": [asdict(score) for score in scores],
         "within_a_point": [asdict(figure) for figure in within_a_point(scores)],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..display import shown
+
 GAP = "  "
 _NUMBER_MARKS = str.maketrans("", "", " ,.+-%x/")
 
@@ -11,10 +13,10 @@ _NUMBER_MARKS = str.maketrans("", "", " ,.+-%x/")
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]], indent: str = "") -> str:
     """Rows under a header and a rule; columns whose cells all are numbers stand to the right, others to the left.
 
-    Cells are shown as `str` shows them: round before. Empty cells and a lone "-" count as numbers.
+    Cells are shown as `shown` shows them: round before. Empty cells and a lone "-" count as numbers.
     """
-    cells = [[str(cell) for cell in row] for row in rows]
-    columns = list(zip(header, *cells, strict=True))
+    names, *cells = [[shown(cell) for cell in row] for row in (header, *rows)]
+    columns = list(zip(names, *cells, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [all(_is_number(cell) for cell in column[1:]) for column in columns]
 
@@ -26,13 +28,14 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]], indent
         return (indent + GAP.join(aligned)).rstrip()
 
     rule = indent + GAP.join("-" * width for width in widths)
-    return "\n".join([line(header), rule, *map(line, cells)])
+    return "\n".join([line(names), rule, *map(line, cells)])
 
 
 def format_fields(fields: Sequence[tuple[str, object]], indent: str = "") -> str:
     """Names and values, one pair a line, values aligned."""
-    width = max((len(name) for name, _ in fields), default=0)
-    return "\n".join(f"{indent}{name.ljust(width)}{GAP}{value}".rstrip() for name, value in fields)
+    lines = [(shown(name), shown(value)) for name, value in fields]
+    width = max((len(name) for name, _ in lines), default=0)
+    return "\n".join(f"{indent}{name.ljust(width)}{GAP}{value}".rstrip() for name, value in lines)
 
 
 def format_bytes(n_bytes: float) -> str:

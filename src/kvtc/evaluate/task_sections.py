@@ -83,7 +83,7 @@ def _contexts(records: Sequence[ScoreRecord]) -> dict[int, list[ScoreRecord]]:
 def _score_table(records: Sequence[ScoreRecord], caption: str) -> Table:
     tasks = list(dict.fromkeys(record.task for record in records))
     found = {(record.codec, record.task): record for record in records}
-    exact = {task: share(found[EXACT, task]) for task in tasks}
+    exact = {task: share(found[EXACT, task]) for task in tasks if (EXACT, task) in found}
     rows, low = [], set()
     for row, codec in enumerate(dict.fromkeys(record.codec for record in records)):
         of_codec = [found[codec, task] for task in tasks if (codec, task) in found]
@@ -91,9 +91,9 @@ def _score_table(records: Sequence[ScoreRecord], caption: str) -> Table:
         cells = [percent(share(found[codec, task])) if (codec, task) in found else "" for task in tasks]
         rows.append([codec, ratio(body), ratio(total), percent(_mean(of_codec, exact)), *cells])
         for column, task in enumerate(tasks, start=4):
-            if (codec, task) in found and share(found[codec, task]) < exact[task] - ONE_POINT - 1e-9:
+            if (codec, task) in found and share(found[codec, task]) < exact.get(task, 0.0) - ONE_POINT - 1e-9:
                 low.add((row, column))
-        mean, wanted = (_mean(of_one, exact) for of_one in (of_codec, [found[EXACT, task] for task in tasks]))
+        mean, wanted = (_mean(of_one, exact) for of_one in (of_codec, [found[EXACT, task] for task in exact]))
         if mean is not None and wanted is not None and mean < wanted - ONE_POINT - 1e-9:
             low.add((row, 3))
     return Table(

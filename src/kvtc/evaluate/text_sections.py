@@ -45,7 +45,7 @@ def quality_table(records: Sequence[Result], is_long: bool = False) -> Table:
     rows = [
         [
             record["name"],
-            ratio(record[BODY]),
+            ratio(record.get(BODY)),
             ratio(record[TOTAL]),
             f"{record['kl']:.5f}",
             percent(record["top1_agreement"]),
@@ -79,7 +79,7 @@ def turns(result: Result) -> Iterator[Section]:
         rows = [
             [
                 record["name"],
-                ratio(record[BODY]),
+                ratio(record.get(BODY)),
                 ratio(record[TOTAL]),
                 f"{record['kl']:.5f}",
                 f"{record['kl_once']:.5f}",
@@ -124,7 +124,7 @@ def domain_shift(result: Result) -> Iterator[Section]:
         sources = list(dict.fromkeys(cell["calibrated_on"] for cell in cells))
         found = {(cell["calibrated_on"], cell["text"]): cell for cell in cells}
         parts = []
-        for title, show in (("KL, nats", _kl), (BODY, lambda cell: ratio(cell[BODY]))):
+        for title, show in (("KL, nats", _kl), (BODY, lambda cell: ratio(cell.get(BODY)))):
             rows = [[source, *(_of(found.get((source, text)), show) for text in texts)] for source in sources]
             shades = _shades(found, sources, texts) if title.startswith("KL") else None
             parts.append(Table(["calibrated on", *texts], rows, f"{title}, by the text measured on", shades=shades))
@@ -167,7 +167,7 @@ def recompute(result: Result) -> Iterator[Section]:
 def _rate_distortion(records: Sequence[Result], field: str) -> Chart:
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for record in records:
-        if record[field] and record["kl"] > 0:
+        if record.get(field) and record["kl"] > 0:
             point = (
                 float(record[field]),
                 float(record["kl"]),

@@ -16,6 +16,7 @@ from ..cache import CacheGeometry, KVCache
 from ..coding.metric import Metric
 from ..container import PROFILES
 from ..errors import GeometryMismatch, InvalidArgument, UnsupportedModel
+from ..progress import task
 from .quality import SetAside, measure_quality
 from .rope_discovery import (
     refuse_unusual_heads,
@@ -74,10 +75,17 @@ def geometry_of(
     return CacheGeometry(first_layer, n_layers, first_head, n_heads, whole.head_dim, rope)
 
 
-def capture(model: Any, token_ids: Tensor | Sequence[int], geometry: CacheGeometry | None = None) -> KVCache:
+def capture(
+    model: Any,
+    token_ids: Tensor | Sequence[int],
+    geometry: CacheGeometry | None = None,
+    piece_tokens: int | None = None,
+) -> KVCache:
     """Prefill a transformers model on one sequence and return its cache.
 
-    token_ids: [T] integers. geometry: the layers and heads wanted; None for all.
+    token_ids: [T] integers. geometry: the layers and heads wanted; None for all. piece_tokens: tokens that the model reads at once,
+    on top of those before, which takes less memory and can be watched (`kvtc.progress`); values then differ by rounding. None for
+    all at once, as is done in any case where the rotation depends on the length of the text.
     Returns keys and values [L, H, T, D] in the model's dtype on the device of its embeddings, contiguous.
     The model's training flags are as before on return. Errors: `InvalidArgument` for ids that are empty, not one
     sequence or outside the vocabulary; `GeometryMismatch` for a geometry outside the model; `UnsupportedModel` for
@@ -98,8 +106,10 @@ def capture(model: Any, token_ids: Tensor | Sequence[int], geometry: CacheGeomet
         found = f"{int(ids.min())} .. {int(ids.max())}" if len(ids) else "none"
         raise InvalidArgument(f"expected one or more token ids in 0 .. {vocabulary - 1}, found {found}")
     arguments = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    if piece_tokens is None or geometry_of(model).rope.depends_on_length:
+        piece_tokens = len(ids)
     with torch.inference_mode(), _evaluation_mode(model):
-        cached = model(ids[None].to(device), use_cache=True, **arguments).past_key_values
+        cached = _read_in_pieces(model, ids.to(device), piece_tokens, arguments)
     expected = (1, whole.n_kv_heads, len(ids), whole.head_dim)
     keys, values = [], []
     for layer in layers:
@@ -116,6 +126,17 @@ def capture(model: Any, token_ids: Tensor | Sequence[int], geometry: CacheGeomet
         first_kv_head=heads.start,
         rope_length=remembered if remembered > len(ids) else None,
     )
+
+
+def _read_in_pieces(model: Any, ids: Tensor, piece_tokens: int, arguments: dict[str, Any]) -> Any:
+    """The cache of all tokens."""
+    cached: Any = None
+    with task("prefill", len(ids), "tokens") as advance:
+        for start in range(0, len(ids), piece_tokens):
+            piece = ids[start : start + piece_tokens]
+            cached = model(piece[None], past_key_values=cached, use_cache=True, **arguments).past_key_values
+            advance(len(piece))
+    return cached
 
 
 def verify_rope(
@@ -213,7 +234,8 @@ def calibrate(
     first = next(usable, None)
     if first is None:
         raise InvalidArgument(f"expected at least one sequence of more than {sink_tokens} tokens, found none")
-    verify_rope(model, geometry, first[:_VERIFICATION_TOKENS])
+    with task("checking the rotation"):
+        verify_rope(model, geometry, first[:_VERIFICATION_TOKENS])
     to_capture, to_predict = itertools.tee(itertools.chain([first], usable))
     # A parameter shared by several modules is listed once.
     parameters = sum(parameter.numel() for parameter in model.parameters())

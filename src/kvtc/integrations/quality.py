@@ -15,6 +15,7 @@ from ..calibration.joint import CoefficientModel
 from ..calibration.quality import QualityCurve
 from ..codec import Codec
 from ..errors import InvalidArgument
+from ..progress import track
 from .continuation import mean_divergence, predict, prefill
 
 N_CONTINUATION = 128
@@ -58,7 +59,7 @@ def measure_quality(
     was_training = model.training
     model.eval()
     try:
-        cases = [_case(model, sequence.to(model.device)) for sequence in ids]
+        cases = [_case(model, sequence.to(model.device)) for sequence in track(ids, "exact predictions", "sequences")]
         of_profiles = {"joint": calibration.joint.coefficients}
         if calibration.joint.tokens is not None:
             of_profiles["conditional"] = calibration.joint.tokens.coefficients
@@ -100,7 +101,8 @@ def _curve(
     original_bits = 32 * calibration.geometry.row_features
     steps = sorted({known.step_for(original_bits / ratio) for ratio in RATIOS})
     codec = Codec(calibration, profile, step=steps[0], window_tokens=0)
-    found = [fmean(_divergence(model, codec.with_step(step), case) for case in cases) for step in steps]
+    told = track(steps, f"quality of {profile}", "steps")
+    found = [fmean(_divergence(model, codec.with_step(step), case) for case in cases) for step in told]
     return QualityCurve.from_measurements(steps, found)
 
 

@@ -123,6 +123,23 @@ def remembered_length(model: Any) -> int:
     return longest
 
 
+def context_length(model_or_config: Any) -> int | None:
+    """Tokens that a model was made to read at most; None where its config does not say. With scaled rotation it is the longer one
+    of what the config says and what it is scaled to."""
+    config = text_config(model_or_config)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    parameters = getattr(config, "rope_parameters", None) or {}
+    longest = limit
+    # Either the parameters of all layers, or those of each type of layer.
+    for settings in (parameters, *parameters.values()):
+        factor = settings.get("factor") if isinstance(settings, dict) else None
+        if factor:
+            longest = max(longest, int(factor * (settings.get("original_max_position_embeddings") or limit)))
+    return longest
+
+
 def _rotary_modules(model: Any) -> dict[str, Any]:
     """Rotary modules of the text decoder, by path."""
     modules = model.get_decoder().named_modules()

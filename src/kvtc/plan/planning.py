@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidPlan
+from ..progress import track
 from .engine import Engine
 from .events import ACTIVITIES, GPU
 from .fields import Fields, check_number, read_json
@@ -96,10 +97,10 @@ def run_plan(plan: Plan) -> dict[str, Any]:
     Raises `MissingMeasurement` for a number that is not in the measurement file, `InvalidPlan` for what cannot be simulated.
     """
     policies = policies_of(plan.codecs)
+    wanted = [(*run, policy) for run in zip(plan.sweep_values, plan.workloads, strict=True) for policy in policies]
     runs = [
         {"value": value, **_run(plan, policy, workload)}
-        for value, workload in zip(plan.sweep_values, plan.workloads, strict=True)
-        for policy in policies
+        for value, workload, policy in track(wanted, "simulating", "runs")
     ]
     model = plan.model
     return {
