@@ -588,7 +588,7 @@ def test_a_geometry_is_enough():
 
 
 ODD_JSON = {
-    "NaN": ('{"n": NaN}', "NaN is no number"),
+    "NaN": ('{"n": NaN}', "NaN is not finite"),
     "infinity in digits": ('{"n": 1e999}', "out of all range"),
     "endless lists": ("[" * 100_000, "nested too deeply"),
     "a name twice": ('{"n": 1, "n": 2}', "a name twice"),
