@@ -177,9 +177,9 @@ def test_chunks_are_saved_once_and_loaded():
     assert [chunks.load(0, key, item) for key, item in zip(asked, found, strict=True)] == [True, True, False]
     assert relative_error(torch.stack(found[:2]), torch.stack(data)) < 0.1
     counts = chunks.counts.read()
-    assert (counts["chunks_saved"], counts["chunks_shared"], counts["starts_searched"]) == (2, 1, 1)
+    assert (counts["entries_saved"], counts["entries_shared"], counts["starts_searched"]) == (2, 1, 1)
     assert (counts["bytes_saved"], counts["original_bytes"]) == (sum(sizes), 2 * data[0].numel() * 2)
-    assert (counts["chunks_loaded"], counts["misses"]) == (2, 1)
+    assert (counts["entries_loaded"], counts["misses"]) == (2, 1)
 
 
 def test_an_entry_that_cannot_be_decoded_is_a_miss_and_deleted(caplog):
@@ -193,7 +193,7 @@ def test_an_entry_that_cannot_be_decoded_is_a_miss_and_deleted(caplog):
     assert not chunks.load(0, key, torch.zeros(SHAPE, dtype=torch.bfloat16))
     assert "is deleted" in caplog.text
     assert chunks.n_stored([key]) == 0
-    assert chunks.counts.read()["entries_unusable"] == 1
+    assert chunks.counts.read()["damaged"] == 1
 
 
 def test_a_stream_of_other_tokens_than_asked_for_is_a_miss():
@@ -210,7 +210,7 @@ def test_a_store_that_does_not_answer_makes_misses(caplog):
     assert not chunks.load(0, "chunk/a", torch.zeros(SHAPE))
     chunks.delete("chunk/a")
     counts = chunks.counts.read()
-    assert (counts["save_errors"], counts["store_errors"], counts["misses"]) == (1, 3, 1)
+    assert (counts["save_errors"], counts["store_errors"], counts["misses"]) == (1, 4, 1)
     assert "no server" in caplog.text
 
 

@@ -153,7 +153,7 @@ def test_chunks_leave_host_memory_and_come_back(tier_class, options, axes, tells
             assert relative_error(found, expected) < 0.02
     other.tier.on_request_finished(context)
     counts = other.tier.get_stats().data
-    assert counts["vllm:kvtc_chunks_loaded"] == 2
+    assert counts["vllm:kvtc_entries_loaded"] == 2
     assert set(counts) <= set(tier_class.build_metric_definitions({}))
     assert other.tier.get_stats() is None
     other.tier.shutdown()
