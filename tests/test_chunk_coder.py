@@ -20,6 +20,7 @@ from kvtc.integrations.task_board import TaskBoard
 from kvtc.store import open_store
 
 from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache
+from .failing import DECODE_ERRORS, break_decoding
 
 T = 256
 SHAPE = (2, N_LAYERS, T, N_HEADS * HEAD_DIM)
@@ -212,6 +213,19 @@ def test_a_store_that_does_not_answer_makes_misses(caplog):
     counts = chunks.counts.read()
     assert (counts["save_errors"], counts["store_errors"], counts["misses"]) == (1, 4, 1)
     assert "no server" in caplog.text
+
+
+@pytest.mark.parametrize("error", DECODE_ERRORS)
+def test_a_chunk_that_there_is_no_memory_for_stays(monkeypatch, error):
+    store = open_store("memory:")
+    chunks, data = stored(store), torch.zeros(SHAPE, dtype=torch.bfloat16)
+    key = chunks.key(0, "aa")
+    chunks.save(0, key, chunk(0), 0)
+    with monkeypatch.context() as broken:
+        break_decoding(broken, error)
+        assert not chunks.load(0, key, data)
+    assert (chunks.counts.read()["decode_errors"], chunks.counts.read()["damaged"]) == (1, 0)
+    assert chunks.load(0, key, data)
 
 
 def test_what_a_stream_depends_on_is_in_its_key():

@@ -10,7 +10,6 @@ import torch
 
 from kvtc import inspect
 from kvtc.cache import CacheGeometry
-from kvtc.counts import Counts
 from kvtc.entries import Entries
 from kvtc.errors import InvalidArgument, StoreUnavailable, TokenMismatch, UnsupportedModel
 from kvtc.integrations.engine_settings import CachePart, EngineSettings, tensor_parallel_parts
@@ -192,13 +191,3 @@ def test_a_store_that_does_not_answer_has_nothing():
     lookups.close()
     assert lookups.ask("one", 0, "a", ["a"]) is False
     assert entries.counts.read()["store_errors"] == 1
-
-
-def test_counts_are_taken_once():
-    counts = Counts()
-    counts.add(loads=1, bytes_read=10)
-    assert counts.take() == {"loads": 1, "bytes_read": 10}
-    counts.add(loads=2, misses=0)
-    assert counts.take() == {"loads": 2}
-    assert counts.take() == {}
-    assert counts.read() == {"loads": 3, "bytes_read": 10, "misses": 0}

@@ -24,6 +24,7 @@ from .builders import (
     told_cache,
     told_ids,
 )
+from .failing import DECODE_ERRORS, ERRORS, break_decoding, break_store
 from .fake_engine import FakeEngine
 from .fake_vllm import KVConnectorRole, configs, fake_vllm
 
@@ -265,6 +266,43 @@ def test_errors_that_nobody_foresaw_stay_out_of_the_engine(connector, options):
     engine = FakeEngine(connector, *configs(options, **SHAPE))
     engine.scheduler._store.contains_prefix = fails
     assert engine.run("c", ids, truth)[0] == 0
+    engine.finish()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_store_raises_is_computed_by_the_engine(connector, options, monkeypatch, error):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.worker._mover.close()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    break_store(monkeypatch, engine.worker._store, error)
+    n_loaded, found = engine.run("b", ids, truth)
+    assert (n_loaded, torch.equal(found.keys, truth.keys)) == (0, True)
+    assert engine.run("c", *prompt(600, seed=3))[0] == 0
+    break_store(monkeypatch, engine.scheduler._store, error)
+    assert engine.run("d", ids, truth)[0] == 0
+    engine.worker._mover.close()
+    counts = engine.worker._mover.counts.read()
+    # Of the first prompt one entry was asked for; of the second three were to be saved, and again of the first.
+    assert (counts["misses"], counts["save_errors"], counts["damaged"]) == (1, 6, 0)
+    assert engine.scheduler._planner.counts.read()["tokens_found"] == FOUND
+    engine.finish()
+
+
+@pytest.mark.parametrize("error", DECODE_ERRORS)
+def test_what_there_is_no_memory_for_is_computed_and_stays_in_the_store(connector, options, monkeypatch, error):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.finish()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    with monkeypatch.context() as broken:
+        break_decoding(broken, error)
+        n_loaded, found = engine.run("b", ids, truth)
+    assert (n_loaded, torch.equal(found.keys, truth.keys)) == (0, True)
+    assert engine.worker._mover.counts.read()["decode_errors"] == 1
+    assert engine.run("c", ids, truth)[0] == FOUND
     engine.finish()
 
 

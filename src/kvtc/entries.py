@@ -62,12 +62,12 @@ class Entries:
         try:
             return decode(entry)
         except (CorruptStream, TruncatedStream) as error:
-            self._miss("damaged", error, f"entry {key} is damaged and is deleted")
+            self._miss("damaged", error, "entry %s is damaged and is deleted", key)
             self.forget(key)
         except KvtcError as error:
-            self._miss("other", error, f"entry {key} is not what was asked for and is left alone")
+            self._miss("other", error, "entry %s is not what was asked for and is left alone", key)
         except Exception as error:  # noqa: BLE001  no fault of the entry, and none of the caller's
-            self._miss("decode_errors", error, f"entry {key} is not decoded")
+            self._miss("decode_errors", error, "entry %s is not decoded", key)
         return None
 
     def count_leading(self, keys: Sequence[str]) -> int:
@@ -84,7 +84,7 @@ class Entries:
         try:
             return self.put(key, encode, original_bytes)
         except Exception as error:  # noqa: BLE001  what is not saved is a later miss, no more
-            self.count_error("save_errors", error, f"entry {key} is not saved")
+            self.count_error("save_errors", error, "entry %s is not saved", key)
             return None
 
     def forget(self, key: str) -> None:
@@ -129,17 +129,18 @@ class Entries:
         with self._asking("delete"):
             self.store.delete(key)
 
-    def count_error(self, counter: str, error: Exception, message: str) -> None:
-        """Count what was given up because of an error, and log it."""
-        self.counts.add(**{counter: 1})
-        # With its traceback, where nobody raised it on purpose.
-        unexpected = None if isinstance(error, KvtcError) else error
-        kind = f"{counter} {type(error).__name__}"
-        log_once(logger, kind, "%s: %s: %s", message, type(error).__name__, error, exc_info=unexpected)
+    def count_error(self, counter: str, error: Exception, message: str, *arguments: object) -> None:
+        """Count what was given up because of an error, and log it: with its traceback, where nobody raised it on purpose.
 
-    def _miss(self, counter: str, error: Exception, message: str) -> None:
+        message, arguments: as of `logging.Logger.warning`; one message and class of errors are one kind.
+        """
+        self.counts.add(**{counter: 1})
+        name, unexpected = type(error).__name__, None if isinstance(error, KvtcError) else error
+        log_once(logger, f"{message} {name}", f"{message}: %s: %s", *arguments, name, error, exc_info=unexpected)
+
+    def _miss(self, counter: str, error: Exception, message: str, key: str) -> None:
         self.counts.add(misses=1)
-        self.count_error(counter, error, message)
+        self.count_error(counter, error, message, key)
 
     @contextmanager
     def _asking(self, to_do: str) -> Iterator[None]:

@@ -136,7 +136,7 @@ class PageMover:
             keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids, self._codec.device))
             self._saving.submit(self._save, order, keys, values)
         except Exception as error:  # noqa: BLE001  a cache that cannot be saved is no reason to end the engine's step
-            self._entries.count_error("save_errors", error, f"{order.piece} is not saved")
+            self._entries.count_error("save_errors", error, "%s is not saved", order.piece)
             self._room.release()
 
     def close(self) -> None:
@@ -149,7 +149,9 @@ class PageMover:
         try:
             n_filled = self._fill(order)
         except Exception as error:  # noqa: BLE001
-            self._entries.count_error("load_errors", error, f"tokens {order.start} .. {order.stop - 1} are not loaded")
+            self._entries.count_error(
+                "load_errors", error, "tokens %d .. %d are not loaded", order.start, order.stop - 1
+            )
         finally:  # an engine that waits for this request must hear of it, whatever went wrong
             n_missing = order.stop - order.start - n_filled
             self.counts.add(loads=1, tokens_loaded=n_filled, tokens_missed=n_missing)
@@ -198,6 +200,6 @@ class PageMover:
             elif self._entries.put(piece.keys[self._rank], encode, original):
                 self._tails.drop_outgrown(node, order.following)
         except Exception as error:  # noqa: BLE001  what is not saved is a later miss, no more
-            self._entries.count_error("save_errors", error, f"{piece} is not saved")
+            self._entries.count_error("save_errors", error, "%s is not saved", piece)
         finally:
             self._room.release()

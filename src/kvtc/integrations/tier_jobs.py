@@ -170,7 +170,7 @@ class TierJobs:
                 if sizes[-1] is None:
                     break
         except Exception as error:  # noqa: BLE001
-            self.entries.count_error(errors, error, f"chunk {chunk.name.hex()} is given up")
+            self.entries.count_error(errors, error, "chunk %s is given up", chunk.name.hex())
             sizes.append(None)
         return sizes
 

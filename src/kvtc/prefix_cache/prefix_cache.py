@@ -167,7 +167,7 @@ class PrefixCache:
         try:
             report = self._save_all(ids, cache)
         except Exception as error:
-            self.entries.count_error("save_errors", error, f"a prefix of {len(ids)} tokens is not saved")
+            self.entries.count_error("save_errors", error, "a prefix of %d tokens is not saved", len(ids))
             raise
         self.entries.counts.add(saves=1)
         return report
