@@ -13,6 +13,20 @@ from .forks import in_child
 T = TypeVar("T")
 
 
+def side_by_side(work: Callable[..., T], n_threads: int, *arguments: Iterable[Any]) -> list[T]:
+    """As the built-in `map`, on threads that end with the call; one after another where the process can begin no more threads.
+
+    That is so at the end of the interpreter, while what was begun in the background is finished.
+    """
+    tasks = list(zip(*arguments, strict=True))
+    with ThreadPoolExecutor(n_threads) as pool:
+        try:
+            futures = [pool.submit(work, *task) for task in tasks]
+        except RuntimeError:
+            return [work(*task) for task in tasks]
+        return [future.result() for future in futures]
+
+
 class Workers:
     """n_threads threads, made when there is work. owner: what they work for, in words, for messages.
 
