@@ -27,8 +27,8 @@ from kvtc.coding.transform import Basis
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.table import format_table
 from kvtc.integrations.huggingface import capture
-from kvtc.profiles import paper
 from kvtc.profiles.coefficients import JointTransform
+from kvtc.profiles.paper import BasisSide
 from kvtc.sealed_stream import StreamDraft
 
 # The stages of `kvtc.codec`, and those of a profile, by the names that call them.
@@ -37,8 +37,8 @@ ENCODE_STAGES = {"validate": (kvtc.KVCache, "validate"), "un-rotate": (Reference
 DECODE_STAGES = {"container, lossless decoding": (kvtc.codec, "open_stream"), "rotate": (ReferenceBackend, "place")}
 PROFILE_STAGES = {
     "paper": (
-        {"transform": (paper, "project_from"), "quantize and pack": (ReferenceBackend, "pack_groups")},
-        {"unpack and dequantize": (ReferenceBackend, "unpack_groups"), "inverse transform": (paper, "reconstruct")},
+        {"transform": (BasisSide, "coefficients"), "quantize and pack": (ReferenceBackend, "pack_groups")},
+        {"unpack and dequantize": (ReferenceBackend, "unpack_groups"), "inverse transform": (BasisSide, "rows")},
     ),
     "conditional": (
         {"transform and prediction": (JointTransform, "choices"), "round by cost": (ReferenceBackend, "round"),

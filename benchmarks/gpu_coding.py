@@ -14,8 +14,8 @@ from gpu_clock import Clock, StageClock, begin_peak, peak_bytes
 from kvtc.calibration import Calibration
 from kvtc.calibration.joint import CoefficientModel
 from kvtc.coding.uniform import column_classes
-from kvtc.profiles import paper
 from kvtc.profiles.coefficients import JointTransform
+from kvtc.profiles.paper import BasisSide
 from kvtc.sealed_stream import StreamDraft
 
 PAPER_RATIO = 16
@@ -216,7 +216,7 @@ def encode_stages(codec: kvtc.Codec) -> dict[str, tuple[Any, str]]:
         "rest of the profile": (codec._coder, "encode_all"),
     }
     if codec.settings.profile == "paper":
-        return shared | {"transform": (paper, "project_from"), "quantize and pack": (codec.backend, "pack_groups")}
+        return shared | {"transform": (BasisSide, "coefficients"), "quantize and pack": (codec.backend, "pack_groups")}
     return shared | {
         "transform and prediction": (JointTransform, "choices"),
         "round by cost": (codec.backend, "round"),

@@ -7,13 +7,12 @@ Sums are float32. fp8 is emulated: a scale for each token's coefficients and for
 
 import argparse
 from dataclasses import asdict
-from functools import partial
 
 import torch
 from torch import Tensor
 
 import kvtc
-from kvtc.coding.transform import reconstruct
+from kvtc.coding.product import Columns, PackedRows
 from kvtc.evaluate.provenance import save_result
 from kvtc.profiles.coefficients import JointTransform
 from quality import add_text_arguments, measure, print_qualities
@@ -27,10 +26,15 @@ def in_fp8(rows: Tensor) -> Tensor:
     return (rows / scale).to(torch.float8_e4m3fn).float() * scale
 
 
-def fp8_restore(transform: JointTransform, coefficients: Tensor, features: slice) -> Tensor:
-    """`JointTransform.restore` with operands of fp8."""
-    synthesis = transform._synthesis[features, : coefficients.shape[1]]
-    return reconstruct(in_fp8(coefficients), transform._mean[features], in_fp8(synthesis))
+def in_fp8_operands(transform: JointTransform) -> None:
+    """Let a transform restore rows by products of fp8."""
+    joint, tokens = transform._joint, transform._tokens
+    vectors = joint.basis.vectors.float()
+    turned = vectors if tokens is None else vectors @ tokens.rotation.float()
+    synthesis = in_fp8(joint.metric.unweigh(turned.T).T)
+    size = transform._synthesis[0].shape[1]
+    transform._synthesis = [Columns(part.T) for part in synthesis.split(size)]
+    transform.packed = lambda coefficients: PackedRows(in_fp8(coefficients))
 
 
 def codecs(calibration: kvtc.Calibration, profile: str, ratio: float, window: int) -> dict[str, kvtc.Codec]:
@@ -42,8 +46,7 @@ def codecs(calibration: kvtc.Calibration, profile: str, ratio: float, window: in
         for precision in ("float32", "bfloat16")
     }
     narrow = kvtc.Codec(calibration, profile, ratio=ratio, window_tokens=window)
-    transform = narrow._coder._transform()
-    transform.restore = partial(fp8_restore, transform)
+    in_fp8_operands(narrow._coder._transform())
     return made | {f"{profile} {ratio:g}x fp8": narrow}
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import kvtc
+from kvtc.coding.product import Columns
 from kvtc.coding.transform import rows_of
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.table import format_table
@@ -60,9 +61,9 @@ class Levels:
 def decoded_rows(codec: kvtc.Codec, calibration: kvtc.Calibration, texts: list[tuple[kvtc.KVCache, Tensor]]) -> Decoded:
     """Encode and decode; the coefficients are those that the inverse transform gets."""
     joint, transform = calibration.joint, codec._coder._transform()
-    plain = transform.restore
+    plain = transform.packed
     got: list[Tensor] = []
-    transform.restore = lambda values, features: (got.append(values), plain(values, features))[1]
+    transform.packed = lambda values: (got.append(values), plain(values))[1]
     rows, coefficients = [], []
     for cache, ids in texts:
         codec.decode(codec.encode(cache, ids), ids)
@@ -70,7 +71,7 @@ def decoded_rows(codec: kvtc.Codec, calibration: kvtc.Calibration, texts: list[t
         both = torch.cat([rows_of(keys), rows_of(cache.values)], dim=1)[SINK_TOKENS:]
         rows.append(joint.metric.weigh(both) - joint.basis.mean)
         coefficients.append(got[-1].float())
-    transform.restore = plain
+    transform.packed = plain
     rank = max(values.shape[1] for values in coefficients)
     padded = torch.cat([torch.nn.functional.pad(values, (0, rank - values.shape[1])) for values in coefficients])
     if codec._coder._tokens is None:
@@ -157,7 +158,8 @@ def codec_with(calibration: kvtc.Calibration, profile: str, ratio: float, levels
     transform, joint = codec._coder._transform(), calibration.joint
     basis = approximated(calibration, levels)
     turned = basis if codec._coder._tokens is None else basis @ joint.tokens.rotation.float()
-    transform._synthesis = joint.metric.unweigh(turned.T).T.contiguous()
+    size = transform._synthesis[0].shape[1]
+    transform._synthesis = [Columns(part) for part in joint.metric.unweigh(turned.T).split(size, dim=1)]
     return codec
 
 

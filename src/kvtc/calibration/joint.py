@@ -17,7 +17,7 @@ from ..coding.probability import ProbabilityTables
 from ..coding.rans import TOTAL
 from ..coding.transform import Basis
 from ..coding.uniform import ESCAPE, N_ACTIVITIES, N_CLASSES, N_SYMBOLS
-from ..errors import CorruptCalibration
+from ..errors import CorruptCalibration, InvalidArgument
 
 Named = Iterator[tuple[str, Tensor]]
 
@@ -167,12 +167,12 @@ class JointCalibration:
         expect("joint.roots", roots, (n_blocks, geometry.head_dim, geometry.head_dim), torch.float32)
         coefficients = CoefficientModel.from_tensors(tensors, "joint", rank)
         tokens = TokenCoding.from_tensors(tensors, geometry.n_layers, rank) if "tokens.table" in tensors else None
+        if not bool(roots.isfinite().all()):
+            raise CorruptCalibration("joint.roots holds numbers that are not finite")
         try:
             metric = Metric.from_roots(roots)
-        except RuntimeError as error:
-            raise CorruptCalibration(f"a block of joint.roots has no inverse: {error}") from error
-        if not bool(metric.inverses.isfinite().all()):
-            raise CorruptCalibration("joint.roots holds numbers that are not finite")
+        except InvalidArgument as error:
+            raise CorruptCalibration(f"joint.roots: {error}") from error
         return cls(basis, metric, coefficients, tokens)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
+from .product import inverses, product
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,8 @@ class Metric:
 
     @classmethod
     def from_roots(cls, roots: Tensor) -> Metric:
-        """The metric of stored roots."""
-        return cls(roots.float(), torch.linalg.inv(roots.double()).float())
+        """The metric of stored roots. Raises `InvalidArgument` where one is not positive."""
+        return cls(roots.float(), inverses(roots.float()).to(roots.device, torch.float32))
 
     def to(self, device: torch.device) -> Metric:
         """The same on a device."""
@@ -66,4 +67,7 @@ class Metric:
 
 def _times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
     n_blocks, size, _ = blocks.shape
+    if rows.device.type == "cpu":
+        sides = rows.reshape(-1, n_blocks, size).unbind(dim=1)
+        return torch.cat([product(side, block) for side, block in zip(sides, blocks, strict=True)], dim=1)
     return torch.einsum("tbd,bde->tbe", rows.reshape(-1, n_blocks, size), blocks).reshape(rows.shape)

@@ -9,6 +9,7 @@ between devices stay rounding differences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .device import CPU
+from .product import Columns, PackedRows
 
 N_TOKENS_SEEN = 3
 NO_TOKEN = -1
@@ -40,15 +42,18 @@ class Predictor:
 
     def predict(self, triples: Tensor) -> Tensor:
         """Triples [T, 3] int64 from `token_triples` -> coefficients [T, r] float32."""
-        features = token_features(self.table, triples)
-        weights, hidden, outputs = (part.float() for part in (self.weights, self.hidden, self.outputs))
-        predicted: Tensor = features @ weights + (features @ hidden).relu() @ outputs
-        return predicted
+        features = PackedRows(token_features(self.table, triples))
+        weights, hidden, outputs = self._columns
+        return weights.times(features) + outputs.times(hidden.times(features).relu())
 
     def to(self, device: torch.device) -> Predictor:
-        """The same on a device, its matrices float32 already."""
-        matrices = (part.to(device).float() for part in (self.weights, self.hidden, self.outputs))
+        """The same on a device."""
+        matrices = (part.to(device) for part in (self.weights, self.hidden, self.outputs))
         return Predictor(self.table.to(device), *matrices)
+
+    @cached_property
+    def _columns(self) -> tuple[Columns, Columns, Columns]:
+        return Columns(self.weights), Columns(self.hidden), Columns(self.outputs)
 
 
 def token_triples(

@@ -32,8 +32,7 @@ class ProbabilityTables:
     @cached_property
     def costs(self) -> npt.NDArray[np.float32]:
         """Bits of each symbol [A, C, S], escapes with their value."""
-        with np.errstate(divide="ignore"):
-            bits = -np.log2(self.frequencies / TOTAL)
+        bits = self.rans.costs.reshape(self.frequencies.shape).astype(np.float64)
         bits = np.where(np.isinf(bits), bits[..., ESCAPE:] + _GAP_BITS, bits)
         bits[..., ESCAPE] += ESCAPED_BITS
         return bits.astype(np.float32)

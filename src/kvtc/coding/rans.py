@@ -121,8 +121,7 @@ class RansTables:
     @cached_property
     def costs(self) -> npt.NDArray[np.float32]:
         """float32 [n_tables, n_symbols]: bits a symbol costs, infinite in a gap."""
-        with np.errstate(divide="ignore"):
-            bits: npt.NDArray[np.float32] = -np.log2(self.frequencies / np.float32(TOTAL))
+        bits: npt.NDArray[np.float32] = _frequency_bits()[self.frequencies].astype(np.float32)
         return bits
 
 
@@ -242,6 +241,13 @@ def cost_bits(
     totals = np.zeros((tables.n_token_classes, symbols.shape[1]), np.float32)
     add_costs(_plain(symbols), columns, tables.costs if costs is None else costs, tables.n_classes, totals)
     return totals
+
+
+@cache
+def _frequency_bits() -> npt.NDArray[np.float64]:
+    """Entry f: bits that a symbol of frequency f costs, infinite for 0. Rounded as `_savings` are."""
+    bits = [log2(TOTAL) - round(log2(f) * 2**32) / 2**32 for f in range(1, TOTAL + 1)]
+    return np.array([np.inf, *bits])
 
 
 @cache

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,18 +63,27 @@ class RopeTable:
             return torch.tensor(scaling.inverse_frequencies, dtype=torch.float32)
         if isinstance(scaling, DynamicScaling) and length > scaling.max_length:
             dim = self.rotated_dim
-            # From a tensor, so in float32 like the model: one unit in the last place shows at large positions.
-            growth = scaling.factor * torch.tensor(length) / scaling.max_length - (scaling.factor - 1)
-            base = scaling.base * growth ** (dim / (dim - 2))
-            exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
-            return torch.as_tensor(1.0 / (base**exponents), dtype=torch.float32)
+            # Rounded to float32 where the model rounds, for one unit in the last place shows at large positions; powers are taken
+            # in float64, where a library's last digit has no say.
+            growth = _float32(_float32(_float32(scaling.factor * length) / scaling.max_length) - (scaling.factor - 1))
+            base = _float32(scaling.base * _float32(growth ** (dim / (dim - 2))))
+            powers = torch.tensor(
+                [base ** _float32(feature / dim) for feature in range(0, dim, 2)], dtype=torch.float32
+            )
+            return 1.0 / powers
         return torch.tensor(self.inverse_frequencies, dtype=torch.float32)
 
     def cos_sin(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Unscaled cosines and sines at `positions` [T]: two float32 tensors [T, rotated_dim / 2]."""
         # One float32 product per angle, as the models themselves compute it: the same rounding at large positions.
         angles = positions.to(torch.float32)[:, None] * self.frequencies(length).to(positions.device)[None, :]
-        return angles.cos(), angles.sin()
+        if angles.device.type != "cpu":
+            return angles.cos(), angles.sin()
+        from .rope_kernels import turn_angles
+
+        cosines, sines = torch.empty_like(angles), torch.empty_like(angles)
+        turn_angles(angles.view(-1).numpy(), cosines.view(-1).numpy(), sines.view(-1).numpy())
+        return cosines, sines
 
     def turn(self, positions: Tensor, length: int, inverse: bool) -> Turn:
         """The rotation at `positions` [T], on their device."""
@@ -174,6 +184,10 @@ def turn_in_place(keys: Tensor, turn: Turn) -> None:
     turned_second = second * turn.cos + first * turn.sin
     first.copy_(turned_first)
     second.copy_(turned_second)
+
+
+def _float32(value: float) -> float:
+    return float(np.float32(value))
 
 
 def _table_to_json(table: RopeTable) -> dict[str, Any]:

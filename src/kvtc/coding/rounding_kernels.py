@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from .compilation import compiled
 from .uniform import ESCAPE, MAX_SYMBOL
 
 _ESCAPE = np.int32(ESCAPE)
 _MAX_SYMBOL = np.int32(MAX_SYMBOL)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(nogil=True)
 def choose_integers(scaled, column_class, token_class, costs, offsets, bit_price, values, bits):  # type: ignore[no-untyped-def]
     """Replace `values`, int32 [n_columns, n_tokens], by the cheapest integers; add their cost to `bits`, float32 [n_tokens].
 

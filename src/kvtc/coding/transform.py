@@ -42,24 +42,12 @@ class Basis:
 
 
 def project(rows: Tensor, mean: Tensor, vectors: Tensor) -> Tensor:
-    """Rows [T, p] -> coefficients [T, n] float32 in the columns of `vectors` [p, n] float32."""
+    """Rows [T, p] -> coefficients [T, n] float32 in the columns of `vectors` [p, n] float32, as fast as the device can.
+
+    For measuring: what a codec computes goes through `product`.
+    """
     # (rows - mean) V = rows V - mean V: the centred rows are never materialized.
-    return project_from(rows, mean @ vectors, vectors)
-
-
-def project_from(rows: Tensor, origin: Tensor, vectors: Tensor) -> Tensor:
-    """As `project`, with the mean's own coefficients [n] float32; operands are rounded to the dtype of `vectors`."""
-    if vectors.dtype == torch.float32:
-        return torch.addmm(-origin, rows, vectors)
-    narrow = rows.to(vectors.dtype)
-    if rows.is_cuda:
-        return torch.addmm(-origin, narrow, vectors, out_dtype=torch.float32)
-    return torch.addmm(-origin, narrow.float(), vectors.float())
-
-
-def reconstruct(coefficients: Tensor, mean: Tensor, vectors: Tensor) -> Tensor:
-    """Coefficients [T, n] -> rows [T, q], all of one dtype; `mean` [q] and `vectors` [q, n] may be the slice of a layer."""
-    return torch.addmm(mean, coefficients, vectors.T)
+    return torch.addmm(-(mean @ vectors), rows, vectors)
 
 
 def saturate(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, IntegerBytes, Rounded
+from ..cache import CacheGeometry
 from ..calibration.joint import CoefficientModel, JointCalibration, TokenCoding
-from ..coding.transform import project_from, reconstruct
+from ..coding.product import Columns, PackedRows
 from ..coding.uniform import column_classes
 from ..errors import InvalidCache
 from .interface import BodyRows
@@ -55,55 +56,69 @@ def cheapest(choices: Sequence[RoundedRows], tokens: slice) -> int:
 
 
 class JointTransform:
-    """The matrices of a calibration on a backend's device: mean [2 p] float32; analysis and synthesis [2 p, r] in the dtype of
-    products (they differ by the metric).
+    """The matrices of a calibration on a backend's device. product: the dtype that both sides of a product are rounded to.
 
-    Analysis gives plain coefficients. Synthesis takes them as they are without tokens; with tokens it takes them rotated [r, r],
-    which is what prediction adds to.
+    Analysis gives plain coefficients. Synthesis takes them as they are without tokens; with tokens it takes them rotated, which is
+    what prediction adds to. The two differ by the metric.
     """
 
     def __init__(
-        self, joint: JointCalibration, tokens: TokenCoding | None, backend: Backend, product: torch.dtype
+        self,
+        joint: JointCalibration,
+        tokens: TokenCoding | None,
+        geometry: CacheGeometry,
+        backend: Backend,
+        product: torch.dtype,
     ) -> None:
         device = backend.device
         basis, metric = joint.basis, joint.metric.to(device)
         vectors = basis.vectors.to(device).float()
-        self._rotation = None if tokens is None else tokens.rotation.to(device).float()
-        turned = vectors if self._rotation is None else vectors @ self._rotation
-        self._joint, self._tokens = joint, tokens
-        self._mean = metric.unweigh(basis.mean[None].to(device))[0]
-        analysis = metric.weigh(vectors.T).T.contiguous()
-        self._origin = self._mean @ analysis
-        self._analysis = analysis.to(product)
-        self._synthesis = metric.unweigh(turned.T).T.contiguous().to(product)
+        self._joint, self._tokens, self._product = joint, tokens, product
+        self._rotation = None if tokens is None else Columns(tokens.rotation.to(device))
+        mean = metric.unweigh(basis.mean[None].to(device))
+        analysis = metric.weigh(vectors.T).T
+        self._origin = Columns(analysis).times(mean)[0]
+        self._analysis = Columns(analysis, product)
+        turned = vectors if self._rotation is None else self._rotation.times(vectors)
+        synthesis = metric.unweigh(turned.T)
+        size = geometry.n_kv_heads * geometry.head_dim
+        self._means = torch.split(mean[0], size)
+        self._synthesis = [Columns(side, product, result=product) for side in torch.split(synthesis, size, dim=1)]
         self._predictor = None if tokens is None else tokens.predictor.to(device)
 
     def choices(self, rows: BodyRows) -> list[Coefficients]:
         """What may be coded of rows: with prediction, if there is any, and without. Raises `InvalidCache`."""
-        plain = project_from(rows.rows, self._origin, self._analysis)
+        plain = self._analysis.times(rows.rows, -self._origin)
         found = [Coefficients(plain, self._joint.coefficients, is_predicted=False)]
         if self._tokens is not None and self._rotation is not None:
-            residual = plain @ self._rotation - self._predict(rows.triples)
+            residual = self._rotation.times(plain) - self._predict(rows.triples)
             found.insert(0, Coefficients(residual, self._tokens.coefficients, is_predicted=True))
         if not all(bool(choice.values.isfinite().all()) for choice in found):
             raise InvalidCache("the cache holds values so large that the transform overflows float32")
         return found
 
+    def packed(self, coefficients: Tensor) -> PackedRows:
+        """Completed coefficients as `restore` takes them."""
+        return PackedRows(coefficients, self._product)
+
     def completed(self, coefficients: Tensor, is_predicted: bool, triples: Tensor | None) -> Tensor:
         """Decoded coefficients [n, r] float32, with what prediction adds to them."""
         if is_predicted:
             return coefficients + self._predict(triples)
-        return coefficients if self._rotation is None else coefficients @ self._rotation
+        return coefficients if self._rotation is None else self._rotation.times(coefficients)
 
     @property
     def rank_follows_coding(self) -> bool:
         """Whether coefficients that are not coded are zero once completed, so that no product needs them."""
         return self._rotation is None
 
-    def restore(self, coefficients: Tensor, features: slice) -> Tensor:
-        """The first completed coefficients [T, n], in the dtype of products -> some of the features of joint rows, [T, q]."""
-        synthesis = self._synthesis[features, : coefficients.shape[1]]
-        return reconstruct(coefficients, self._mean[features].to(synthesis.dtype), synthesis)
+    def restore(self, coefficients: PackedRows, layer: int) -> tuple[Tensor, Tensor]:
+        """The first completed coefficients [T, n] -> a layer's part of joint rows: keys before rotation and values, [T, H * D]."""
+        keys, values = (
+            self._synthesis[side].times(coefficients, self._means[side])
+            for side in (layer, len(self._synthesis) // 2 + layer)
+        )
+        return keys, values
 
     def _predict(self, triples: Tensor | None) -> Tensor:
         if self._predictor is None or triples is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..backends import Backend, CodedIntegers
 from ..calibration.artifact import Calibration
+from ..coding.product import PackedRows
 from ..coding.rans import count_lanes
 from ..coding.uniform import column_classes
 from ..errors import CorruptStream, InvalidArgument
@@ -187,7 +188,7 @@ class JointCoder:
     def body_bytes(self, plan: StepPlan, n_tokens: int) -> None:  # noqa: ARG002  they depend on the tokens' values
         return None
 
-    def decode(self, bodies: Sequence[CodedBody]) -> Tensor:
+    def decode(self, bodies: Sequence[CodedBody]) -> PackedRows:
         """Coefficients [T, n] as the transform restores rows from them, n <= r: no further ones are needed."""
         flags, chunks = [], []
         least = [self._least(body) for body in bodies]
@@ -200,23 +201,17 @@ class JointCoder:
         rank = widest if transform.rank_follows_coding else len(self._model.deviations)
         coefficients = self._backend.read_integers(chunks, rank)
         if transform.rank_follows_coding:
-            return _without_zeros(coefficients).to(self._product)
+            return transform.packed(_without_zeros(coefficients))
         tokens = torch.tensor([flag for flag, body in zip(flags, bodies, strict=True) for _ in range(body.n_tokens)])
         for flag in sorted(set(flags)):
             triples = [body.triples for body, its in zip(bodies, flags, strict=True) if its == flag]
             joined = torch.cat([part for part in triples if part is not None])
             here = slice(None) if len(set(flags)) == 1 else (tokens == flag).nonzero()[:, 0].to(coefficients.device)
             coefficients[here] = transform.completed(coefficients[here], bool(flag), joined)
-        return coefficients.to(self._product)
+        return transform.packed(coefficients)
 
-    def restore(self, coefficients: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        transform, geometry = self._transform(), self._geometry
-        size = geometry.n_kv_heads * geometry.head_dim
-        keys, values = (
-            transform.restore(coefficients, slice(at, at + size))
-            for at in (layer * size, geometry.row_features + layer * size)
-        )
-        return keys, values
+    def restore(self, coefficients: PackedRows, layer: int) -> tuple[Tensor, Tensor]:
+        return self._transform().restore(coefficients, layer)
 
     def _split(self, body: CodedBody, head: bytes) -> tuple[int, CodedIntegers]:
         """Whether a chunk is predicted, and the parts of its bytes; head: its least bytes."""
@@ -288,7 +283,7 @@ class JointCoder:
     def _transform(self) -> JointTransform:
         with self._lock:
             if self._working is None:
-                self._working = JointTransform(self._joint, self._tokens, self._backend, self._product)
+                self._working = JointTransform(self._joint, self._tokens, self._geometry, self._backend, self._product)
             return self._working
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -13,7 +14,8 @@ from ..backends import Backend
 from ..calibration.artifact import Calibration
 from ..coding.allocation import BitAllocation
 from ..coding.groups import chunk_bytes
-from ..coding.transform import project_from, reconstruct
+from ..coding.product import Columns, PackedRows
+from ..coding.transform import Basis
 from ..errors import CorruptStream, InvalidArgument, InvalidCache
 from ..locks import ForkSafeLock
 from .interface import Allowance, BodyRows, CodedBody, CodedRows
@@ -30,18 +32,34 @@ class PaperPlan:
         return b"".join(allocation.to_bytes() for allocation in self.allocations)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """One kind (keys or values) ready to compute with: mean [p] float32, its coefficients [n] float32, and the used columns of its
-    basis [p, n] in the dtype of products."""
+class BasisSide:
+    """Keys, or values, ready to compute with: the first n columns of a basis, packed for each direction at first need."""
 
-    mean: Tensor
-    origin: Tensor
-    vectors: Tensor
+    def __init__(self, basis: Basis, n: int, layer_features: int, device: torch.device, product: torch.dtype) -> None:
+        self.n_columns = n
+        self.means = torch.split(basis.mean.to(device), layer_features)
+        self._mean = basis.mean.to(device)
+        self._vectors = basis.vectors[:, :n].to(device)
+        self._layer_features, self._product = layer_features, product
 
-    def first(self, n: int) -> _Kind:
-        """With the first n columns alone."""
-        return _Kind(self.mean, self.origin[:n], self.vectors[:, :n])
+    def coefficients(self, rows: Tensor, n: int) -> Tensor:
+        """Rows [T, p] -> the first n coefficients [T, n] float32."""
+        origin, analysis = self._analysis
+        return analysis.times(rows, -origin[:n], n)
+
+    def rows(self, coefficients: PackedRows, layer: int) -> Tensor:
+        """Coefficients [T, <= n] -> a layer's part of rows, [T, H * D]."""
+        return self._synthesis[layer].times(coefficients, self.means[layer])
+
+    @cached_property
+    def _analysis(self) -> tuple[Tensor, Columns]:
+        """The mean's own coefficients [n] float32, and the matrix."""
+        return Columns(self._vectors).times(self._mean[None])[0], Columns(self._vectors, self._product)
+
+    @cached_property
+    def _synthesis(self) -> list[Columns]:
+        layers = torch.split(self._vectors.T, self._layer_features, dim=1)
+        return [Columns(layer, self._product, result=self._product) for layer in layers]
 
 
 class PaperCoder:
@@ -57,7 +75,7 @@ class PaperCoder:
         self.rate = rate
         self._calibration = calibration
         self._backend, self._product = backend, product
-        self._working: dict[int, _Kind] = {}
+        self._working: dict[int, BasisSide] = {}
         self._lock = ForkSafeLock()
 
     def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
@@ -75,7 +93,7 @@ class PaperCoder:
         packed = []
         for index, (side, allocation) in enumerate(zip(sides, plan.allocations, strict=True)):
             kind = self._kind(index, allocation.n_coefficients)
-            coefficients = project_from(side, kind.origin, kind.vectors)
+            coefficients = kind.coefficients(side, allocation.n_coefficients)
             if not bool(coefficients.isfinite().all()):
                 raise InvalidCache("the cache holds values so large that the transform overflows float32")
             packed.append(self._backend.pack_groups(coefficients, rows.spans, allocation))
@@ -93,12 +111,12 @@ class PaperCoder:
     def body_bytes(self, plan: PaperPlan, n_tokens: int) -> int:
         return sum(chunk_bytes(allocation, n_tokens) for allocation in plan.allocations)
 
-    def decode(self, bodies: Sequence[CodedBody]) -> list[tuple[Tensor, _Kind]]:
-        """Per kind: coefficients [T, n] in the dtype of products, and what leads back from them."""
+    def decode(self, bodies: Sequence[CodedBody]) -> list[tuple[PackedRows, BasisSide]]:
+        """Per kind: coefficients [T, n], and what leads back from them."""
         plans = [(plan, list(same)) for plan, same in groupby(bodies, key=lambda body: body.plan)]
         return [self._decode_side(side, plans) for side in (0, 1)]
 
-    def _decode_side(self, side: int, plans: list[tuple[PaperPlan, list[CodedBody]]]) -> tuple[Tensor, _Kind]:
+    def _decode_side(self, side: int, plans: list[tuple[PaperPlan, list[CodedBody]]]) -> tuple[PackedRows, BasisSide]:
         widest = max((plan.allocations[side].n_coefficients for plan, _ in plans), default=0)
         parts = [torch.zeros(0, widest, dtype=torch.float32, device=self._backend.device)]
         for plan, bodies in plans:
@@ -107,24 +125,20 @@ class PaperCoder:
             data = [body.data[cut:] if side else body.data[:cut] for body, cut in zip(bodies, cuts, strict=True)]
             found = self._backend.unpack_groups(data, [body.n_tokens for body in bodies], allocation)
             parts.append(torch.nn.functional.pad(found, (0, widest - allocation.n_coefficients)))
-        return torch.cat(parts).to(self._product), self._kind(side, widest)
+        return PackedRows(torch.cat(parts), self._product), self._kind(side, widest)
 
-    def restore(self, coefficients: list[tuple[Tensor, _Kind]], layer: int) -> tuple[Tensor, Tensor]:
-        geometry = self._calibration.geometry
-        size = geometry.n_kv_heads * geometry.head_dim
-        features = slice(layer * size, (layer + 1) * size)
-        keys, values = (
-            reconstruct(c, kind.mean[features].to(c.dtype), kind.vectors[features]) for c, kind in coefficients
-        )
+    def restore(self, coefficients: list[tuple[PackedRows, BasisSide]], layer: int) -> tuple[Tensor, Tensor]:
+        keys, values = (kind.rows(packed, layer) for packed, kind in coefficients)
         return keys, values
 
-    def _kind(self, index: int, n_coefficients: int) -> _Kind:
+    def _kind(self, index: int, n_coefficients: int) -> BasisSide:
         basis = (self._calibration.key, self._calibration.value)[index].basis
         with self._lock:
             kind = self._working.get(index)
             # Columns are needed from the first on: the widest conversion so far serves every narrower stream.
-            if kind is None or kind.vectors.shape[1] < n_coefficients:
-                device = self._backend.device
-                vectors, mean = basis.vectors[:, :n_coefficients].to(device).float(), basis.mean.to(device)
-                kind = self._working[index] = _Kind(mean, mean @ vectors, vectors.to(self._product))
-        return kind.first(n_coefficients)
+            if kind is None or kind.n_columns < n_coefficients:
+                geometry = self._calibration.geometry
+                size = geometry.n_kv_heads * geometry.head_dim
+                kind = BasisSide(basis, n_coefficients, size, self._backend.device, self._product)
+                self._working[index] = kind
+        return kind

@@ -1,0 +1,162 @@
+"""Matrix products whose bits depend on the numbers alone.
+
+Libraries of linear algebra add up the terms of a product in an order that depends on the processor, the number of threads, the
+shape and the layout in memory. Here the order is fixed: on CPUs each result is computed by itself, from the first row of the matrix
+to the last, by fused multiply-adds (IEEE 754) in blocks. So a row gives the same coefficients alone and among others, from a basis
+as it was fitted and as it was loaded, with any number of threads and on any processor. On other devices torch multiplies.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+
+_LEAST_TERMS = 1 << 25
+"""Multiply-adds from which a second thread pays for being started."""
+
+
+class PackedRows:
+    """Rows [T, K] as products read them: packed once for many products. dtype: what their numbers are rounded to."""
+
+    def __init__(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self.shape = (rows.shape[0], rows.shape[1])
+        self.device = rows.device
+        self.dtype = dtype
+        self.values = rows.to(dtype)
+        if rows.device.type == "cpu":
+            self._packed = _packed(self.values.float().T, _kernels().TILE_ROWS)
+
+    @property
+    def packed(self) -> Any:
+        """[tiles, K, rows of a tile] float32, on CPUs."""
+        return self._packed
+
+
+class Columns:
+    """A matrix [K, N] that rows are multiplied by, packed once. It stays on its device.
+
+    dtype: what the numbers of both sides are rounded to before they are multiplied; sums are float32. result: dtype of results.
+    """
+
+    def __init__(self, matrix: Tensor, dtype: torch.dtype = torch.float32, result: torch.dtype = torch.float32) -> None:
+        self.shape = (matrix.shape[0], matrix.shape[1])
+        self._dtype, self._result = dtype, result
+        self._is_on_cpu = matrix.device.type == "cpu"
+        self._matrix: Any = (
+            _packed(matrix.detach().to(dtype).float(), _kernels().TILE_COLUMNS) if self._is_on_cpu else matrix.to(dtype)
+        )
+
+    def times(self, rows: Tensor | PackedRows, start: Tensor | None = None, n_columns: int | None = None) -> Tensor:
+        """rows [T, K'] -> rows @ matrix[:K', :n_columns] + start, in `result`. start: [n_columns] float32, zeros if None.
+
+        Raises `InvalidArgument` for rows that are longer than the matrix, and for more columns than it has.
+        """
+        n = self.shape[1] if n_columns is None else n_columns
+        if rows.shape[1] > self.shape[0] or n > self.shape[1]:
+            raise InvalidArgument(f"rows {tuple(rows.shape)} times {n} columns of a matrix {self.shape}")
+        if not self._is_on_cpu:
+            values = rows.values if isinstance(rows, PackedRows) else rows.to(self._dtype)
+            return self._times_elsewhere(values, start, n)
+        packed = rows if isinstance(rows, PackedRows) else PackedRows(rows, self._dtype)
+        sums = torch.zeros(packed.shape[0], n, dtype=torch.float32, device="cpu")
+        if start is not None:
+            sums += start
+        _add_product(packed.packed, self._matrix, sums)
+        return sums.to(self._result)
+
+    def _times_elsewhere(self, rows: Tensor, start: Tensor | None, n: int) -> Tensor:
+        matrix = self._matrix[: rows.shape[1], :n]
+        if self._dtype == torch.float32 or self._result == self._dtype:
+            return rows @ matrix if start is None else torch.addmm(start.to(self._dtype), rows, matrix)
+        zero = torch.zeros(n, dtype=torch.float32, device=rows.device)
+        if rows.is_cuda:
+            return torch.addmm(zero if start is None else start, rows, matrix, out_dtype=torch.float32)
+        return torch.addmm(zero if start is None else start, rows.float(), matrix.float())
+
+
+def product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows [T, K] @ matrix [K, N] -> float32 [T, N], for a matrix that is multiplied by once."""
+    return Columns(matrix).times(rows)
+
+
+def inverses(blocks: Tensor) -> Tensor:
+    """Symmetric positive blocks [n, D, D] -> their inverses in float64, on the CPU.
+
+    Raises `InvalidArgument` where one has no inverse.
+    """
+    found = blocks.detach().to("cpu", torch.float64, copy=True).contiguous()
+    data, done = found.numpy(), []
+
+    def invert(first: int, stop: int) -> None:
+        done.append(_kernels().invert(data, first, stop))
+
+    _share(invert, len(found), found.numel() * found.shape[-1])
+    if not all(done):
+        raise InvalidArgument("a block is not positive: it has no inverse")
+    return found
+
+
+def _add_product(rows: Any, columns: Any, sums: Tensor) -> None:
+    kernels, data = _kernels(), sums.numpy()
+    row_tiles, column_tiles = len(rows), -(-sums.shape[1] // kernels.TILE_COLUMNS)
+    n_terms = sums.numel() * rows.shape[1]
+    if column_tiles >= row_tiles:
+        _share(
+            lambda first, stop: kernels.add_product(rows, columns, data, first, stop, 0, row_tiles),
+            column_tiles,
+            n_terms,
+        )
+    else:
+        _share(
+            lambda first, stop: kernels.add_product(rows, columns, data, 0, column_tiles, first, stop),
+            row_tiles,
+            n_terms,
+        )
+
+
+def _share(work: Callable[[int, int], None], count: int, n_terms: int) -> None:
+    """Call `work` for parts first .. stop of `count` items, as many at a time as torch has threads."""
+    n_threads = max(1, min(torch.get_num_threads(), count, n_terms // _LEAST_TERMS))
+    parts = [(count * index // n_threads, count * (index + 1) // n_threads) for index in range(n_threads)]
+    failed: list[BaseException] = []
+
+    def run(first: int, stop: int) -> None:
+        try:
+            work(first, stop)
+        except BaseException as error:  # noqa: BLE001  the caller raises it
+            failed.append(error)
+
+    # Started for one call: threads that wait for the next one would not be there after a fork.
+    others = [threading.Thread(target=run, args=part, daemon=True) for part in parts[1:]]
+    for thread, part in zip(others, parts[1:], strict=True):
+        try:
+            thread.start()
+        except RuntimeError:  # none can be had: too many, or the interpreter ends
+            run(*part)
+    run(*parts[0])
+    for thread in others:
+        if thread.ident is not None:
+            thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _packed(matrix: Tensor, width: int) -> Any:
+    """matrix [K, n] float32 -> float32 [tiles, K, width], as the kernels read it."""
+    rows, columns = matrix.shape
+    packed = torch.zeros(-(-columns // width), rows, width, dtype=torch.float32, device="cpu").numpy()
+    _kernels().pack(matrix.detach().numpy(), packed)
+    return packed
+
+
+def _kernels() -> Any:
+    """Imported at first use: it brings the compiler."""
+    from . import product_kernels
+
+    return product_kernels
