@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..entries import Entries
+from ..locks import ForkSafeLock
 from ..workers import Workers
 
 
@@ -27,7 +27,7 @@ class StoreLookups:
     def __init__(self, entries: Entries) -> None:
         self._entries = entries
         self._asking = Workers(1, "the lookup of chunks", "kvtc-lookup")
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._questions: dict[str, _Question] = {}
 
     def ask(self, request_id: str, place: int, name: str, keys: Sequence[str]) -> bool | None:

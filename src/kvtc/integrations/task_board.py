@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ..locks import ForkSafeLock
 from ..log_limits import log_once
 from ..workers import Workers
 
@@ -22,7 +22,7 @@ class TaskBoard(Generic[Result]):
     def __init__(self, name: str, notify: Callable[[], object], numbers: itertools.count[int]) -> None:
         self._pool = Workers(1, f"the task board {name}", name)
         self._name, self._notify, self._numbers = name, notify, numbers
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._results: dict[int, Result] = {}
 
     def submit(self, work: Callable[[], Result], failed: Result) -> int:
