@@ -318,6 +318,39 @@ def test_tails_of_one_beginning_are_bounded_and_the_last_saved_stay() -> None:
         assert len([key for key in store.keys() if key.startswith("tail/")]) == MAX_TAILS  # noqa: SIM118
 
 
+@pytest.mark.parametrize(
+    "harm", [lambda data: data[:-1], lambda data: data[:30], lambda _: b"", lambda data: b"x" + data]
+)
+def test_a_damaged_index_of_tails_is_deleted_and_written_anew(prefixes: PrefixCache, harm: Any) -> None:
+    saved(prefixes, 200)
+    (key,) = (key for key in list_keys(prefixes) if key.startswith("tails/"))
+    prefixes.store.put(key, harm(prefixes.store.get(key)))
+    assert prefixes.load_neutral(told_ids(200), whole=True)[1] == 160
+    assert (prefixes.statistics["damaged"], prefixes.store.contains(key)) == (1, False)
+    saved(prefixes, 200)
+    assert prefixes.load_neutral(told_ids(200), whole=True)[1] == 200
+
+
+def test_two_processes_that_save_tails_of_one_index_lose_at_most_one(store: Store) -> None:
+    """The index is read and written; what another writes between is lost, and found again once it is saved again."""
+    with PrefixCache(codec(), store, min_tokens=1) as one, PrefixCache(codec(), store, min_tokens=1) as two:
+        texts = [forked(told_ids, 100, 90, seed) for seed in (1, 2)]
+        get_many, others = store.get_many, [texts[1]]
+
+        def meanwhile(keys: list[str]) -> list[bytes | None]:
+            entries = list(get_many(keys))
+            if keys[0].startswith("tails/") and others:
+                two.save(*others.pop()).result()
+            return entries
+
+        store.get_many = meanwhile  # type: ignore[method-assign, assignment]
+        one.save(*texts[0]).result()
+        assert not others
+        assert [two.load_neutral(ids, whole=True)[1] for ids, _ in texts] == [100, 80]
+        two.save(*texts[1]).result()
+        assert [one.load_neutral(ids, whole=True)[1] for ids, _ in texts] == [100, 100]
+
+
 def forked(ids_of: Any, n: int, at: int, seed: int) -> tuple[Any, KVCache]:
     """A text that leaves the one of seed 0 after so many tokens, and its cache."""
     cache, other = told_cache(n), told_cache(n, seed=seed)

@@ -66,7 +66,7 @@ class Codec:
     error (Frobenius norm over the centred calibration rows) of each kind. allocation: "dynamic" (the dynamic program) or
     "truncate" (leading coefficients in 16 bits; the paper's table 15).
 
-    Safe to share between threads, and to pickle. In a forked child PyTorch then computes on one thread; a child that is to use
+    Safe to share between threads, and can be pickled. In a forked child PyTorch then computes on one thread; a child that is to use
     more is spawned.
     """
 

@@ -71,8 +71,8 @@ class PrefixCache:
 
     def __reduce__(self) -> NoReturn:
         raise InvalidArgument(
-            "a PrefixCache has threads and an open store and cannot be pickled or copied; pickle its codec, and open the store and "
-            "make a PrefixCache in each process"
+            "a PrefixCache has threads and an open store and cannot be pickled or copied; its codec can: open the store and make a "
+            "PrefixCache in each process"
         )
 
     def __enter__(self) -> PrefixCache:
