@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Engines that `make test-engines` runs kvtc in, each in an environment of its own.
 ENGINES ?= vllm lmcache sglang transports
 
-.PHONY: demo test test-stores test-faults test-engines soak check fuzz bench clean
+.PHONY: demo test test-stores test-faults test-engines test-processors soak check fuzz bench clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/kvtc demo --output demo_output --force
@@ -44,6 +44,10 @@ test-engine-%:
 
 fuzz: $(VENV)/.test-ready
 	$(BIN)/python -m tests.fuzz --mutations 100000
+
+# The same bytes whatever instruction set and number of threads: some minutes.
+test-processors: $(VENV)/.test-ready
+	$(BIN)/python -m tests.processors --suite
 
 bench: $(VENV)/.test-ready
 	$(BIN)/python benchmarks/allocation.py

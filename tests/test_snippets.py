@@ -84,8 +84,8 @@ def test_there_are_snippets_of_every_page():
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """An empty directory, in which places that snippets name lie too. Calibrating is cut short: one profile on a few texts."""
-    (tmp_path / "kvtc.key").write_text("00" * 32)
-    monkeypatch.setenv("KVTC_STORE_KEY", "11" * 32)
+    (tmp_path / "kvtc.key").write_text("0123456789abcdef" * 4)
+    monkeypatch.setenv("KVTC_STORE_KEY", "fedcba9876543210" * 4)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kvtc, "calibrate", partial(kvtc.calibrate, profiles=("paper",), progress=False), raising=False)
     return tmp_path
@@ -94,7 +94,7 @@ def place(tmp_path, monkeypatch) -> Path:
 def names_of(page: str) -> dict[str, Any]:
     """What a page takes for granted."""
     if page == "stores.md":
-        return {"stream": b"stream", "key": bytes(32)}
+        return {"stream": b"stream", "key": bytes(range(32))}
     generator = torch.Generator().manual_seed(0)
     sequences = [torch.randint(4, 4096, (80,), generator=generator) for _ in range(6)]
     if page in ("vllm.md", "calibration.md"):

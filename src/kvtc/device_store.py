@@ -5,19 +5,23 @@ An entry is the stream alone, so that idle conversations take a fraction of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from .backends import Bytes
-from .coding.device import usable_device
+from .coding.device import CPU, usable_device
 from .container import MAGIC, parse_stream
-from .errors import CorruptStream, InvalidArgument, StoreFull, StoreUnavailable, TruncatedStream, UnsupportedVersion
-from .store.frame import FRAME_BYTES, DamagedEntry, ForeignEntry, check_head
+from .errors import InvalidArgument, KvtcError, StoreFull, StoreUnavailable
+from .forks import in_child
+from .store.frame import DEFAULT_ENTRY_BYTES, FRAME_BYTES, DamagedEntry, ForeignEntry, check_head
 from .store.memory import DEFAULT_BYTES, MemoryStore
 from .store.urls import StoreUrl, parse_bytes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +57,15 @@ class DeviceStore(MemoryStore):
         max_bytes: int = DEFAULT_BYTES,
         namespace: str | None = None,
         on_error: str = "raise",
+        entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(max_bytes, namespace, on_error)
+        super().__init__(max_bytes, namespace, on_error, entry_bytes)
+        self._is_left_behind = False
         try:
             self.device = usable_device(device)
         except InvalidArgument as error:
             raise StoreUnavailable(f"no store can be there: {error}") from error
+        in_child(self._leave_behind)
 
     @classmethod
     def from_url(cls, url: StoreUrl) -> DeviceStore:
@@ -77,15 +84,28 @@ class DeviceStore(MemoryStore):
         """Values of sound streams as uint8 [bytes] on the device, not to be written to; any other as bytes, or None for a miss."""
         self._check_open()
         names = [self._names.name(key) for key in keys]
-        with self._lock:
-            self._mark_used(names)
-            held: list[DeviceEntry | None] = [self._frames.get(name) for name in names]
-        values = [self._given(name, entry) for name, entry in zip(names, held, strict=True)]
+        nothing: list[Bytes | None] = [None] * len(names)
+        values = self._attempt(lambda: self._resident(names), nothing)
         found = [value for value in values if value is not None]
         self._counters.add(
             hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
         )
         return values
+
+    def _resident(self, names: Sequence[str]) -> list[Bytes | None]:
+        with self._lock:
+            self._mark_used(names)
+            held: list[DeviceEntry | None] = [self._frames.get(name) for name in names]
+        return [self._given(name, entry) for name, entry in zip(names, held, strict=True)]
+
+    def _leave_behind(self) -> None:
+        self._is_left_behind = self.device.type != "cpu"
+
+    def _attempt(self, call: Callable[[], T], otherwise: T) -> T:
+        return super()._attempt(self._refuse if self._is_left_behind else call, otherwise)
+
+    def _refuse(self) -> NoReturn:
+        raise StoreUnavailable(f"{self!r}: a forked process cannot use its parent's device; start it with spawn")
 
     def _given(self, name: str, entry: DeviceEntry | None) -> Bytes | None:
         if entry is None:
@@ -103,7 +123,8 @@ class DeviceStore(MemoryStore):
         head, value = frame[:FRAME_BYTES], frame[FRAME_BYTES:]
         try:
             # A copy: torch shares memory with what it makes a tensor of, and a frame is not to be written to.
-            here = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
+            nothing = torch.empty(0, dtype=torch.uint8, device=CPU)
+            here = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else nothing
             return DeviceEntry(head, here.to(self.device), _is_sound_stream(value))
         except torch.OutOfMemoryError as error:
             raise StoreFull(f"{self.device} has no memory for an entry of {len(value)} bytes") from error
@@ -118,6 +139,6 @@ def _is_sound_stream(value: bytes) -> bool:
         return False
     try:
         parse_stream(value).verify()
-    except (CorruptStream, TruncatedStream, UnsupportedVersion):
+    except KvtcError:
         return False
     return True

@@ -9,9 +9,10 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
-_renewals: dict[int, weakref.WeakMethod[Callable[[], Any]]] = {}
+_renewals: dict[int, tuple[weakref.ref[Any], Callable[[Any], Any]]] = {}
 _numbers = itertools.count()
 
 
@@ -21,15 +22,17 @@ def in_child(renew: Callable[[], Any]) -> None:
     The method finds the child with one thread, and with whatever state the parent's other threads left half-changed. It must not
     take a lock that it has not just made, and starts no thread.
     """
-    number = next(_numbers)
-    _renewals[number] = weakref.WeakMethod(renew, lambda _: _renewals.pop(number, None))
+    if not isinstance(renew, MethodType):
+        raise TypeError(f"{renew!r} is no bound method")
+    number, forget = next(_numbers), _renewals.pop
+    _renewals[number] = weakref.ref(renew.__self__, lambda _: forget(number, None)), renew.__func__
 
 
 def _renew_all() -> None:
-    for reference in list(_renewals.values()):
-        renew = reference()
-        if renew is not None:
-            renew()
+    for reference, function in list(_renewals.values()):
+        owner = reference()
+        if owner is not None:
+            function(owner)
 
 
 if hasattr(os, "register_at_fork"):  # where there is no fork, there is nothing to do

@@ -12,6 +12,7 @@ from kvtc.store import encrypted, open_store
 from kvtc.store.memory import ENTRY_BYTES, MemoryStore
 
 from ..builders import random_cache, reseal, sections_of, tiny_codec
+from ..forking import in_forked_child
 from .contract import StoreContract, tamper
 
 
@@ -130,9 +131,42 @@ def test_over_another_tier_only_what_lies_on_the_device_is_a_tensor():
 
 
 def test_encrypted_it_gives_bytes(store):
-    hidden = encrypted(store, bytes(32))
+    hidden = encrypted(store, bytes(range(32)))
     hidden.put("k", a_stream())
     assert hidden.resident_many(["k"]) == [a_stream()]
+
+
+def test_a_forked_child_cannot_use_its_parents_device_and_says_so():
+    with DeviceStore("meta") as store:
+        store.put("k", b"v")
+        answer = in_forked_child(lambda: store.get("k"))
+        assert "StoreUnavailable" in answer
+        assert "start it with spawn" in answer
+        assert store.contains("k")
+    with DeviceStore("meta", on_error="miss") as store:
+        assert in_forked_child(lambda: (store.put("k", b"v"), store.resident_many(["k"]))) == "(None, [None])"
+
+
+def test_what_a_device_raises_is_an_error_of_the_store(store, monkeypatch):
+    store.put("k", a_stream())
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(DeviceStore, "_frame", fail)
+    with pytest.raises(StoreUnavailable, match="illegal memory access"):
+        store.get("k")
+    with open_store([store, MemoryStore()]) as tiers:
+        assert tiers.get("k") is None
+
+
+def test_the_callers_default_device_does_not_matter(store):
+    torch.set_default_device("meta")
+    try:
+        store.put_many([("empty", b""), ("k", b"v")])
+        assert store.get_many(["empty", "k"]) == [b"", b"v"]
+    finally:
+        torch.set_default_device(None)
 
 
 def test_urls():

@@ -133,11 +133,35 @@ def test_what_is_no_key_is_refused_and_not_shown(tmp_path, text):
     assert KEY.hex()[:-2] not in str(caught.value)
 
 
+@pytest.mark.parametrize("byte", [0, 255, 7])
+def test_a_key_of_one_repeated_byte_is_refused(tmp_path, monkeypatch, byte):
+    key = bytes([byte]) * 32
+    with pytest.raises(InvalidArgument, match="repeated"):
+        encrypted(open_store("memory:"), KEY, key)
+    (tmp_path / "key").write_text(key.hex())
+    monkeypatch.setenv("KVTC_TEST_KEY", base64.b64encode(key).decode())
+    for option in (f"key_file={tmp_path}/key", "key_variable=KVTC_TEST_KEY"):
+        with pytest.raises(InvalidArgument, match="repeated"):
+            open_store(f"memory:?{option}")
+
+
+@pytest.mark.parametrize(
+    ("mode", "warns"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True), (0o666, True)]
+)
+def test_a_key_file_that_others_may_use_is_warned_of(tmp_path, caplog, mode, warns):
+    path = tmp_path / "key"
+    path.write_text(KEY.hex())
+    path.chmod(mode)
+    open_store(f"memory:?key_file={path}").close()
+    expected = f"key file {path} has permissions {mode:04o}: others may use it; expected 0600 or 0400"
+    assert caplog.messages == ([expected] if warns else [])
+
+
 def test_a_key_that_is_not_there_is_refused(tmp_path):
     for option in (f"key_file={tmp_path}/none", "key_variable=KVTC_NOT_SET", "key_file=x&key_variable=y"):
         with pytest.raises(InvalidArgument):
             open_store(f"memory:?{option}")
-    for keys in ([], [b"short"], [KEY, b""]):
+    for keys in ([], [b"short"], [KEY, b""], ["x" * 32], [KEY.hex()]):
         with pytest.raises(InvalidArgument):
             encrypted(open_store("memory:"), *keys)
 

@@ -119,7 +119,7 @@ def test_processes_with_one_budget_and_namespaces_of_their_own(tmp_path):
 
 
 def test_a_lock_that_nobody_lets_go_of_is_an_error_not_a_hang(tmp_path):
-    with open_store(f"file://{tmp_path}?lock_timeout=0.05") as store, (tmp_path / "ledger").open() as holder:
+    with open_store(f"file://{tmp_path}?timeout=0.5") as store, (tmp_path / "ledger").open() as holder:
         store.put("k", b"v")
         fcntl.flock(holder, fcntl.LOCK_EX)
         with pytest.raises(StoreUnavailable, match="locked"):

@@ -15,8 +15,8 @@ from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 
 from ..builders import joint_calibration, same_cache, told_cache, told_ids
-from .servers import redis_server
-from .test_faults_remote import CREDENTIALS, answer_500, answer_nothing, close_at_once, http_server
+from .servers import answer_nothing, redis_server, socket_server
+from .test_faults_remote import CREDENTIALS, answer_500, close_at_once
 
 ROOT = Path(__file__).parents[2]
 N_TOKENS = 200
@@ -109,8 +109,8 @@ def test_an_entry_of_another_text_under_this_ones_name_is_a_miss():
 @pytest.mark.parametrize("answer", [answer_500, answer_nothing, close_at_once])
 def test_s3_that_fails_is_a_miss_and_a_failed_save(answer):
     with (
-        http_server(answer) as endpoint,
-        open_store(f"s3://bucket?endpoint={endpoint}&timeout=0.4", **CREDENTIALS) as store,
+        socket_server(answer) as place,
+        open_store(f"s3://bucket?endpoint=http://{place}&timeout=0.4", **CREDENTIALS) as store,
         PrefixCache(codec(), store, min_tokens=1) as prefixes,
     ):
         assert prefixes.load_neutral(told_ids(N_TOKENS)) == (None, 0)

@@ -3,17 +3,17 @@
 import http.client
 import os
 import signal
-import socket
-import threading
-from contextlib import contextmanager, suppress
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
 from kvtc.errors import StoreUnavailable
 from kvtc.store import open_store
 
-from .contract import tamper
-from .servers import free_port, redis_server, s3_server
+from .contract import tamper, wait_until
+from .servers import answer_nothing, free_port, redis_server, s3_server, socket_server
 from .writer import value_of
 
 CREDENTIALS = {"access_key_id": "name", "secret_access_key": "secret", "region": "us-east-1"}
@@ -80,6 +80,26 @@ def test_redis_that_never_answers(server):
             assert patient.get("k") in (b"value", None)  # a delete may have waited in the socket
 
 
+def test_redis_that_stops_and_goes_on_under_callers_side_by_side(server, tmp_path):
+    """One deadline for all of them together, no wait afterwards, and used again soon after it answers again."""
+    deadline = 1
+    with (
+        open_store([f"file://{tmp_path}/store", f"redis://127.0.0.1:{server.port}?timeout={deadline}"]) as store,
+        ThreadPoolExecutor(8) as callers,
+    ):
+        lower = store.tiers[1]
+        lower.put("k", b"value")
+        os.kill(server.process.pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        assert list(callers.map(store.get, [f"absent/{i}" for i in range(8)])) == [None] * 8
+        assert deadline <= time.monotonic() - begin < 4 * deadline
+        begin = time.monotonic()
+        assert [store.get("k") for _ in range(8)] == [None] * 8
+        assert time.monotonic() - begin < deadline
+        os.kill(server.process.pid, signal.SIGCONT)
+        wait_until(lambda: store.get("k") == b"value")
+
+
 def test_no_redis_at_all_and_misses_asked_for():
     with open_store(f"redis://127.0.0.1:{free_port()}?timeout=2&on_error=miss") as store:
         expect_misses(store)
@@ -87,7 +107,7 @@ def test_no_redis_at_all_and_misses_asked_for():
 
 def test_a_dead_redis_under_tiers_costs_nothing_but_a_count(server, tmp_path):
     tiers = ["memory:?bytes=1MB", f"file://{tmp_path}/store", f"redis://127.0.0.1:{server.port}?timeout=2"]
-    with open_store(tiers, pause=1e-6) as store:
+    with open_store(tiers) as store:
         store.put("a", b"1")
         server.kill()
         store.put("b", b"2")
@@ -141,35 +161,6 @@ def test_objects_damaged_or_exchanged_on_a_server_are_misses(tmp_path, place):
 # S3, played by a few lines that misbehave in one way each.
 
 
-@contextmanager
-def http_server(answer):
-    """A server that gives every connection to `answer(connection)` in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    ends = threading.Event()
-
-    def serve():
-        while not ends.is_set():
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=handle, args=(connection,), daemon=True).start()
-
-    def handle(connection):
-        with connection, suppress(OSError):
-            answer(connection, ends)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        ends.set()
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10)
-
-
 def read_request(connection) -> bytes:
     request = b""
     while b"\r\n\r\n" not in request:
@@ -184,10 +175,6 @@ def answer_500(connection, _):
     while read_request(connection):
         connection.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 4\r\nConnection: close\r\n\r\nhelp")
         return
-
-
-def answer_nothing(_, ends):
-    ends.wait(60)
 
 
 def answer_half(connection, ends):
@@ -212,8 +199,8 @@ def close_at_once(connection, _):
 
 @pytest.mark.parametrize("answer", [answer_500, answer_nothing, close_at_once])
 def test_s3_that_fails(answer):
-    with http_server(answer) as endpoint:
-        url = f"s3://bucket/prefix?endpoint={endpoint}&timeout=0.4"
+    with socket_server(answer) as place:
+        url = f"s3://bucket/prefix?endpoint=http://{place}&timeout=0.4"
         with open_store(url, **CREDENTIALS) as store:
             expect_unavailable(store)
         with open_store(url, on_error="miss", **CREDENTIALS) as store:
@@ -222,8 +209,8 @@ def test_s3_that_fails(answer):
 
 def test_s3_that_falls_silent_in_the_middle_of_an_object():
     with (
-        http_server(answer_half) as endpoint,
-        open_store(f"s3://bucket?endpoint={endpoint}&timeout=0.4", **CREDENTIALS) as store,
+        socket_server(answer_half) as place,
+        open_store(f"s3://bucket?endpoint=http://{place}&timeout=0.4", **CREDENTIALS) as store,
     ):
         with pytest.raises(StoreUnavailable):
             store.get("k")
@@ -232,8 +219,8 @@ def test_s3_that_falls_silent_in_the_middle_of_an_object():
 
 def test_a_proxy_that_answers_with_a_page_of_its_own_is_a_miss():
     with (
-        http_server(answer_with_another_object) as endpoint,
-        open_store(f"s3://bucket?endpoint={endpoint}&timeout=5", **CREDENTIALS) as store,
+        socket_server(answer_with_another_object) as place,
+        open_store(f"s3://bucket?endpoint=http://{place}&timeout=5", **CREDENTIALS) as store,
     ):
         assert store.get("k") is None
         assert store.statistics().damaged == 1

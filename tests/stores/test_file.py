@@ -3,6 +3,8 @@
 import os
 import shutil
 import stat
+import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -124,12 +126,86 @@ def test_a_directory_emptied_under_the_store_is_made_again(tmp_path):
         assert store.get("k") == b"again"
 
 
-def test_only_the_owner_may_look_inside(tmp_path):
-    with open_store(f"file://{tmp_path}/store") as store:
+@pytest.mark.parametrize(
+    ("umask", "query", "files", "directories"),
+    [
+        (0o022, "", 0o600, 0o700),
+        (0o000, "", 0o600, 0o700),
+        (0o022, "?mode=0640", 0o640, 0o750),
+        (0o077, "?mode=0644", 0o600, 0o700),
+        (0o000, "?mode=0660", 0o660, 0o770),
+    ],
+)
+def test_only_the_owner_may_look_inside_unless_told_otherwise(tmp_path, umask, query, files, directories):
+    before = os.umask(umask)
+    try:
+        with open_store(f"file://{tmp_path}/new/deep/store{query}") as store:
+            store.put("k", b"v")
+            assert store.get("k") == b"v"
+            shutil.rmtree(tmp_path / "new" / "deep" / "store" / "entries")
+            store.put("k", b"v")
+    finally:
+        os.umask(before)
+    made = list(tmp_path.rglob("*"))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made if path.is_file()} == {files}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made if path.is_dir()} == {directories}
+
+
+@pytest.mark.parametrize("mode", ["0400", "0700", "0200", "4600", "rw", "999"])
+def test_modes_that_mean_nothing_are_refused(tmp_path, mode):
+    with pytest.raises(InvalidArgument, match="mode"):
+        open_store(f"file://{tmp_path}/store?mode={mode}")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_sparse_entry_is_not_read(tmp_path):
+    """Two gigabytes that take a block on disk, with a head that fits them."""
+    with open_store(f"file://{tmp_path}") as store:
+        store.put("k", b"")
+        (path,) = tmp_path.rglob("*.entry")
+        head = bytearray(path.read_bytes())
+        head[8:16] = (2 << 30).to_bytes(8, "little")
+        path.write_bytes(head)
+        os.truncate(path, (2 << 30) + 48)
+        tracemalloc.start()
+        try:
+            assert store.get("k") is None
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+        assert (store.statistics().foreign, store.statistics().damaged) == (1, 0)
+        assert path.exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_a_miss_and_not_waited_for(tmp_path, make):
+    with open_store(f"file://{tmp_path}?timeout=10") as store:
         store.put("k", b"v")
-        for path in (tmp_path / "store").rglob("*"):
-            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
-        assert stat.S_IMODE((tmp_path / "store").stat().st_mode) == 0o700
+        (path,) = tmp_path.rglob("*.entry")
+        path.unlink()
+        make(path)
+        assert store.get("k") is None
+        assert store.statistics().damaged == 1
+
+
+def test_files_of_others_are_not_listed(tmp_path):
+    with open_store(f"file://{tmp_path}") as store:
+        store.put("k", b"v")
+        (path,) = tmp_path.rglob("*.entry")
+        for name in (b"\xff\xfe.entry", "ü.entry".encode(), b"A.entry", b"no entry"):
+            (Path(os.fsdecode(os.fsencode(path.parent) + b"/" + name))).write_bytes(b"x")
+        assert list(store.keys()) == ["k"]
+
+
+def test_a_link_planted_as_the_ledger_is_not_followed(tmp_path):
+    with open_store(f"file://{tmp_path}/store") as store:
+        (tmp_path / "store" / "ledger").unlink(missing_ok=True)
+        (tmp_path / "precious").write_bytes(b"precious")
+        (tmp_path / "store" / "ledger").symlink_to(tmp_path / "precious")
+        with pytest.raises(StoreUnavailable, match="ELOOP"):
+            store.put("k", b"v")
+        assert store.get("k") is None
+    assert (tmp_path / "precious").read_bytes() == b"precious"
 
 
 def test_a_place_that_is_no_directory_is_unavailable(tmp_path):

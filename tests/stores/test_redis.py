@@ -57,6 +57,32 @@ def test_entries_are_forgotten_after_their_ttl(url):
         assert store.get("k") is None
 
 
+def test_keys_and_values_of_other_programs_do_no_harm(url, server):
+    prefix = url.partition("prefix=")[2].partition("&")[0]
+    client = redis_store.redis.Redis(port=server.port)
+    with open_store(url) as store:
+        store.put("a/b", b"v")
+        for name in (b"\xff\xfe\x00", "ü".encode(), b"A", b"a/b", b"other=x"):
+            client.set(prefix.encode() + name, b"x")
+        client.rpush(prefix + "list", "x")
+        assert list(store.keys()) == ["a/b", "list"] or list(store.keys()) == ["list", "a/b"]
+        assert store.get_many(["a/b", "list", "absent"]) == [b"v", None, None]
+        store.put("list", b"w")
+        assert store.get("list") == b"w"
+
+
+def test_a_value_that_is_too_long_is_not_read(url, server):
+    with open_store(url, entry_bytes=1000) as store, open_store(url) as other:
+        other.put_many([("a", bytes(1000)), ("b", bytes(1001)), ("c", b"")])
+        redis = redis_store.redis.Redis(port=server.port)
+        before = redis.info("stats")["total_net_output_bytes"]
+        assert store.get_many(["a", "b", "c", "absent"]) == [bytes(1000), None, b"", None]
+        other.put("b", bytes(1 << 20))
+        assert store.get("b") is None
+        assert redis.info("stats")["total_net_output_bytes"] - before < 100_000
+        assert (store.statistics().foreign, store.statistics().damaged) == (2, 0)
+
+
 def test_a_full_server_says_so(tmp_path):
     with (
         redis_server(tmp_path, "--maxmemory", "4mb") as server,

@@ -58,6 +58,30 @@ def test_secrets_are_never_shown(endpoint):
     assert "sesame" not in str(caught.value) + repr(store)
 
 
+def request(endpoint, method, path):
+    connection = http.client.HTTPConnection(endpoint.removeprefix("http://"))
+    connection.request(method, path, body=b"x")
+    connection.getresponse().close()
+    connection.close()
+
+
+def test_objects_of_other_programs_are_not_listed(endpoint):
+    with open_store(f"s3://bucket/mine?endpoint={endpoint}&timeout=60", **CREDENTIALS) as store:
+        store.put("a/b", b"v")
+        for name in ("%C3%BC.entry", "A.entry", "deep/k.entry", "none", "x=k.entry"):
+            request(endpoint, "PUT", f"/bucket/mine/{name}")
+        assert list(store.keys()) == ["a/b"]
+
+
+def test_a_name_that_cannot_be_listed_is_named(endpoint):
+    with open_store(f"s3://bucket/others?endpoint={endpoint}&timeout=60", **CREDENTIALS) as store:
+        store.put("k", b"v")
+        request(endpoint, "PUT", "/bucket/others/a//b")
+        with pytest.raises(StoreUnavailable, match="others/a//b"):
+            list(store.keys())
+        assert store.get("k") == b"v"
+
+
 @pytest.mark.parametrize("url", ["s3:", "s3:///path", "s3://bucket?timeout=-1", "s3://bucket?ca_file=/nowhere"])
 def test_urls_that_mean_nothing_are_refused(url):
     with pytest.raises(InvalidArgument):

@@ -3,15 +3,17 @@
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+from kvtc import log_limits
 from kvtc.errors import InvalidArgument, StoreFull, StoreUnavailable
-from kvtc.store import open_store
+from kvtc.store import circuit, open_store
 from kvtc.store.memory import MemoryStore
 from kvtc.store.tiered import TieredStore
 
-from .contract import StoreContract
+from .contract import StoreContract, wait_until
 
 
 class Tiers(StoreContract):
@@ -108,9 +110,16 @@ def test_a_prefix_may_lie_in_several_tiers():
         assert store.contains_prefix([str(i) for i in range(8)]) == 5
 
 
-def test_a_dead_tier_is_a_counted_miss_and_is_left_alone_for_a_while():
-    upper, lower = MemoryStore(max_bytes=1000), Gate()
-    with TieredStore([upper, lower], pause=1000) as store:
+def test_a_tier_that_failed_slowly_is_left_alone_until_it_answers_in_the_background(monkeypatch):
+    class Slow(Gate):
+        def _pass(self):
+            if self.fault is not None:
+                time.sleep(0.2)
+            super()._pass()
+
+    monkeypatch.setattr(circuit, "PAUSE_SECONDS", 1000)
+    upper, lower = MemoryStore(max_bytes=1000), Slow()
+    with TieredStore([upper, lower]) as store:
         lower.fault = StoreUnavailable("gone")
         store.put("k", b"v")
         assert store.get("k") == b"v"
@@ -120,11 +129,100 @@ def test_a_dead_tier_is_a_counted_miss_and_is_left_alone_for_a_while():
         assert lower.calls == 1
         assert store.statistics().errors == 5  # the search for the prefix asks twice
         assert store.statistics().misses == 1
+        lower.fault = None
+        store._tiers[1]._circuit._next_probe = 0
+        wait_until(lambda: store.put("k", b"v") or lower.contains("k"))
+
+
+@pytest.mark.parametrize("kind", [MemoryError, OSError, RuntimeError, ZeroDivisionError])
+class TestErrorsOfAnyKind:
+    """What a store of somebody else's may raise hinders no other tier, and is logged with its cause, once."""
+
+    class Broken(Gate):
+        def get_many(self, _):
+            raise self.fault
+
+        def put_many(self, _):
+            raise self.fault
+
+        def contains_prefix(self, _):
+            raise self.fault
+
+        def delete(self, _):
+            raise self.fault
+
+        def statistics(self):
+            raise self.fault
+
+        def close(self):
+            raise self.fault
+
+    @pytest.fixture
+    def broken(self, kind, monkeypatch):
+        monkeypatch.setattr(log_limits, "_limits", log_limits.LogLimits())
+        store = self.Broken()
+        store.fault = kind("the cause")
+        return store
+
+    def test_in_the_first_tier(self, broken, kind, caplog):
+        lower = MemoryStore()
+        store = TieredStore([broken, lower])
+        store.put_many([("a", b"1"), ("b", b"2")])
+        assert lower.get_many(["a", "b"]) == [b"1", b"2"]
+        assert store.get_many(["a", "b", "c"]) == [b"1", b"2", None]
+        assert store.contains_prefix(["a", "b", "c"]) == 2
+        store.delete("a")
+        assert not lower.contains("a")
+        assert (
+            store.statistics().errors == 6
+        )  # what was found is also offered to it, and the search for the prefix asks twice
+        store.close()
+        with pytest.raises(StoreUnavailable, match="closed"):
+            lower.get("b")
+        assert caplog.messages == [f"tier Broken: {kind.__name__}: the cause"]
+        assert caplog.records[0].exc_info[1] is broken.fault
+
+    def test_in_a_lower_tier_in_the_background(self, broken):
+        upper, lowest = MemoryStore(), MemoryStore()
+        with TieredStore([upper, broken, lowest], write="back") as store:
+            for number in range(20):
+                store.put(str(number), b"v")
+            store.flush()
+            assert lowest.contains_prefix([str(number) for number in range(20)]) == 20
+            assert store.get("absent") is None
+
+    def test_where_there_is_no_other_tier(self, broken):
+        store = TieredStore([broken])
+        assert store.get("k") is None
+        with pytest.raises(StoreUnavailable, match="no tier"):
+            store.put("k", b"v")
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
+def test_interrupts_are_the_callers(signal):
+    upper = TestErrorsOfAnyKind.Broken()
+    upper.fault = signal()
+    with pytest.raises(signal):
+        TieredStore([upper, MemoryStore()]).get("k")
+
+
+def test_a_store_that_breaks_the_contract_is_a_tier_that_failed():
+    class Odd(MemoryStore):
+        def get_many(self, _):
+            return []
+
+        def contains_prefix(self, _):
+            return -1
+
+    with TieredStore([Odd(), MemoryStore()]) as store:
+        store.put("k", b"v")
+        assert store.get("k") == b"v"
+        assert store.contains_prefix(["k", "l"]) == 1
 
 
 def test_a_tier_that_came_back_is_used_again():
     lower = Gate()
-    with TieredStore([MemoryStore(max_bytes=600), lower], pause=1e-9) as store:
+    with TieredStore([MemoryStore(max_bytes=600), lower]) as store:
         store.put("k", b"v")
         lower.fault = StoreUnavailable("gone")
         store.put("l", b"v")
@@ -256,17 +354,40 @@ store.put_many((str(i), bytes(100_000)) for i in range(50))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_worker_that_died_is_an_error_not_a_hang():
-    class Broken(MemoryStore):
-        def put_many(self, _):
-            raise SystemExit
+def test_a_worker_that_died_is_followed_by_another():
+    class Deadly(MemoryStore):
+        n_exits = 0
 
-    with TieredStore([MemoryStore(), Broken()], write="back") as store:
-        store.put("a", b"1")
+        def put_many(self, entries):
+            entries = list(entries)
+            if entries[0][0].startswith("deadly"):
+                self.n_exits += 1
+                raise SystemExit
+            super().put_many(entries)
+
+    lower = Deadly()
+    with TieredStore([MemoryStore(), lower], write="back", queue_bytes=1) as store:
+        for key in ("deadly/1", "a", "deadly/2", "b"):
+            store.put(key, b"v")
         store.flush()
-        with pytest.raises(StoreUnavailable, match="ended"):
-            store.put("b", b"2")
-        assert store.get("a") == b"1"
+        assert lower.contains_prefix(["a", "b"]) == 2
+        assert lower.n_exits == 2
+
+
+def test_no_thread_to_write_with_is_an_error_and_writing_goes_on_later(monkeypatch):
+    lower = MemoryStore()
+    with TieredStore([MemoryStore(), lower], write="back") as store:
+
+        def refuse(_):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(StoreUnavailable, match="no thread"):
+                store.put("a", b"1")
+        store.put("b", b"2")
+        store.flush()
+        assert lower.get_many(["a", "b"]) == [None, b"2"]
 
 
 @pytest.mark.parametrize("url", ["tiered:", "tiered:?write=back", "tiered:?write=never|memory:", "tiered:memory:|", []])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .quantizer import SymbolType
+from .threads import in_threads
 
 BLOCK_SIZES = (1, 16, 64, 256, 1024)
 SYMBOL_TYPES = (SymbolType.INT2, SymbolType.INT4, SymbolType.FP8)
@@ -40,6 +42,12 @@ class DistortionTable:
         return len(self.energy)
 
 
+def _measure(columns: Floats, size: int, totals: npt.NDArray[np.float64], first: int, stop: int) -> None:
+    from .kernels import measure_groups
+
+    measure_groups(columns, size, first, stop, totals)
+
+
 def measure_distortion(
     coefficients: Floats | Iterable[Floats], sizes: tuple[int, ...] = BLOCK_SIZES
 ) -> DistortionTable:
@@ -47,8 +55,6 @@ def measure_distortion(
 
     O(n * r * sum(sizes)) quantizations; memory of a few hundred rows beyond what is given.
     """
-    from .kernels import measure_groups
-
     blocks = iter((coefficients,) if isinstance(coefficients, np.ndarray) else coefficients)
     first = next(blocks)
     rank, n_rows = first.shape[1], 0
@@ -64,5 +70,11 @@ def measure_distortion(
             energy += np.square(columns, dtype=np.float64).sum(axis=1)
             for index, size in enumerate(sizes):
                 if size <= rank:
-                    errors[:, index, : rank - size + 1] += measure_groups(columns, size)
+                    totals = np.zeros((len(SYMBOL_TYPES), rank - size + 1))
+                    in_threads(
+                        partial(_measure, columns, size, totals),
+                        totals.shape[1],
+                        size * columns.size * len(SYMBOL_TYPES),
+                    )
+                    errors[:, index, : rank - size + 1] += totals
     return DistortionTable((energy / n_rows).astype(np.float32), (errors / n_rows).astype(np.float32), sizes)

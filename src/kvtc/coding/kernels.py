@@ -6,7 +6,6 @@ Imported where they are first needed: a program that only decodes never loads th
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from .compilation import compiled
 from .quantizer import E4M3_MAX, FLOAT16_MAX
@@ -16,7 +15,7 @@ _E4M3 = (np.int32(-6), np.int32(3))
 _FLOAT16 = (np.int32(-14), np.int32(10))
 
 
-@compiled()
+@compiled(nogil=True)
 def _round(values, bits, cells, cell_bits, n, smallest_exponent, mantissa_bits):  # type: ignore[no-untyped-def]
     """Round values[:n] in place to a narrower float format, to nearest even; `bits` and `cell_bits` are integer views."""
     for i in range(n):
@@ -27,16 +26,14 @@ def _round(values, bits, cells, cell_bits, n, smallest_exponent, mantissa_bits):
         values[i] = np.rint(values[i] / cells[i]) * cells[i]
 
 
-@compiled(parallel=True)
-def measure_groups(columns, size):  # type: ignore[no-untyped-def]
-    """columns [r, n] -> float64 [3, r - size + 1] summed squared errors for int2, int4 and fp8.
+@compiled(nogil=True)
+def measure_groups(columns, size, first_start, stop_start, totals):  # type: ignore[no-untyped-def]
+    """columns [r, n] -> add the squared errors of some groups of `size` to totals float64 [3, r - size + 1]: int2, int4 and fp8.
 
     Rows are the inner loop, so every operation runs over vector lanes and a block of rows stays in the first-level cache.
     """
-    rank, n_rows = columns.shape
-    starts = rank - size + 1
-    totals = np.zeros((3, starts), np.float64)
-    for start in prange(starts):
+    n_rows = columns.shape[1]
+    for start in range(first_start, stop_start):
         low = np.empty(_ROWS_AT_ONCE, np.float32)
         high = np.empty(_ROWS_AT_ONCE, np.float32)
         shift = np.empty((3, _ROWS_AT_ONCE), np.float32)
@@ -93,7 +90,6 @@ def measure_groups(columns, size):  # type: ignore[no-untyped-def]
                 for i in range(n):
                     total += left[kind, i]
                 totals[kind, start] += total
-    return totals
 
 
 @compiled()

@@ -8,17 +8,13 @@ as it was fitted and as it was loaded, with any number of threads and on any pro
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
-
-_LEAST_TERMS = 1 << 25
-"""Multiply-adds from which a second thread pays for being started."""
+from .threads import in_threads
 
 
 class PackedRows:
@@ -96,7 +92,7 @@ def inverses(blocks: Tensor) -> Tensor:
     def invert(first: int, stop: int) -> None:
         done.append(_kernels().invert(data, first, stop))
 
-    _share(invert, len(found), found.numel() * found.shape[-1])
+    in_threads(invert, len(found), found.numel() * found.shape[-1])
     if not all(done):
         raise InvalidArgument("a block is not positive: it has no inverse")
     return found
@@ -107,44 +103,17 @@ def _add_product(rows: Any, columns: Any, sums: Tensor) -> None:
     row_tiles, column_tiles = len(rows), -(-sums.shape[1] // kernels.TILE_COLUMNS)
     n_terms = sums.numel() * rows.shape[1]
     if column_tiles >= row_tiles:
-        _share(
+        in_threads(
             lambda first, stop: kernels.add_product(rows, columns, data, first, stop, 0, row_tiles),
             column_tiles,
             n_terms,
         )
     else:
-        _share(
+        in_threads(
             lambda first, stop: kernels.add_product(rows, columns, data, 0, column_tiles, first, stop),
             row_tiles,
             n_terms,
         )
-
-
-def _share(work: Callable[[int, int], None], count: int, n_terms: int) -> None:
-    """Call `work` for parts first .. stop of `count` items, as many at a time as torch has threads."""
-    n_threads = max(1, min(torch.get_num_threads(), count, n_terms // _LEAST_TERMS))
-    parts = [(count * index // n_threads, count * (index + 1) // n_threads) for index in range(n_threads)]
-    failed: list[BaseException] = []
-
-    def run(first: int, stop: int) -> None:
-        try:
-            work(first, stop)
-        except BaseException as error:  # noqa: BLE001  the caller raises it
-            failed.append(error)
-
-    # Started for one call: threads that wait for the next one would not be there after a fork.
-    others = [threading.Thread(target=run, args=part, daemon=True) for part in parts[1:]]
-    for thread, part in zip(others, parts[1:], strict=True):
-        try:
-            thread.start()
-        except RuntimeError:  # none can be had: too many, or the interpreter ends
-            run(*part)
-    run(*parts[0])
-    for thread in others:
-        if thread.ident is not None:
-            thread.join()
-    if failed:
-        raise failed[0]
 
 
 def _packed(matrix: Tensor, width: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InvalidArgument
 from .base import Store, StoreStatistics
-from .urls import StoreUrl, parse_bytes, parse_seconds
+from .urls import StoreUrl, parse_bytes
 
 __all__ = ["Store", "StoreStatistics", "encrypted", "open_store"]
 
@@ -32,18 +32,16 @@ def open_store(url: str | Sequence[str | Store], **options: Any) -> Store:
     `memory:?bytes=1GB`, `cuda:0?bytes=8GB` (`device:` for any device of torch), `file:///path?bytes=100GB`, `redis://host`,
     `rediss://host`, `s3://bucket/prefix?endpoint=...`; and `tiered:memory:|file:///path`, the same as a list of URLs, whose own
     options come first: `tiered:?write=back|memory:|...`.
-    Options of every single store: `namespace`, `on_error` (`raise` or `miss`), `key_file` or `key_variable` for encryption.
+    Options of every single store: `namespace`, `on_error` (`raise` or `miss`), `entry_bytes` (the longest value, 512MiB),
+    `key_file` or `key_variable` for encryption.
 
     Raises `InvalidArgument` for a URL or option that means nothing, `MissingDependency` for a store whose package is not installed,
     `StoreUnavailable` where the place cannot be used.
     """
-    if not isinstance(url, str):
-        return _open_tiers(url, StoreUrl(_TIERED, options))
-    if url.startswith(_TIERED):
-        first, *rest = url.removeprefix(_TIERED).split("|")
-        own, tiers = (first, rest) if first.startswith("?") else ("", [first, *rest])
-        return _open_tiers(tiers, StoreUrl(_TIERED + own, options))
-    return _open_one(StoreUrl(url, options))
+    store = _open(url, dict(options))
+    if isinstance(url, str) or all(isinstance(tier, str) for tier in url):
+        store._opened_by = (url if isinstance(url, str) else tuple(url), options)
+    return store
 
 
 def encrypted(store: Store, *keys: bytes) -> Store:
@@ -51,6 +49,16 @@ def encrypted(store: Store, *keys: bytes) -> Store:
     from .encryption import EncryptedStore
 
     return EncryptedStore(store, keys)
+
+
+def _open(url: str | Sequence[str | Store], options: dict[str, Any]) -> Store:
+    if not isinstance(url, str):
+        return _open_tiers(url, StoreUrl(_TIERED, options))
+    if url.startswith(_TIERED):
+        first, *rest = url.removeprefix(_TIERED).split("|")
+        own, tiers = (first, rest) if first.startswith("?") else ("", [first, *rest])
+        return _open_tiers(tiers, StoreUrl(_TIERED + own, options))
+    return _open_one(StoreUrl(url, options))
 
 
 def _open_one(url: StoreUrl) -> Store:
@@ -75,14 +83,13 @@ def _take_keys(url: StoreUrl) -> list[bytes]:
 
 
 def _open_tiers(tiers: Sequence[str | Store], url: StoreUrl) -> Store:
-    from .tiered import DEFAULT_PAUSE_SECONDS, DEFAULT_QUEUE_BYTES, TieredStore
+    from .tiered import DEFAULT_QUEUE_BYTES, TieredStore
 
     write = url.take("write", str, "through")
     queue_bytes = url.take("queue_bytes", parse_bytes, DEFAULT_QUEUE_BYTES)
-    pause = url.take("pause", parse_seconds, DEFAULT_PAUSE_SECONDS)
     url.expect_no_rest()
     with ExitStack() as opened:
         stores = [tier if isinstance(tier, Store) else opened.enter_context(open_store(tier)) for tier in tiers]
-        store = TieredStore(stores, write, queue_bytes, pause)
+        store = TieredStore(stores, write, queue_bytes)
         opened.pop_all()  # theirs to close from here on
         return store

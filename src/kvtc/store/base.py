@@ -6,16 +6,16 @@ All methods may be called from any number of threads.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from ..errors import InvalidArgument, StoreUnavailable
+from ..forks import in_child
 
 MAX_KEY_LENGTH = 200
 MAX_NAMESPACE_LENGTH = 48
@@ -37,7 +37,7 @@ class StoreStatistics:
     evictions: int = 0  # entries removed to keep the byte budget
     errors: int = 0  # operations that the place of storage refused or did not answer
     damaged: int = 0  # entries found truncated, corrupted or swapped, and removed
-    foreign: int = 0  # entries of a newer format or of another encryption key, left alone
+    foreign: int = 0  # entries of a newer format, of another encryption key or longer than is read, left alone
     stored_entries: int | None = None  # what lies in the store now; None where counting it is not cheap
     stored_bytes: int | None = None  # of entries, frames included
 
@@ -49,8 +49,12 @@ class Counters:
     """The running numbers behind `StoreStatistics`."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._counts: dict[str, int] = {}
+        self._renew()
+        in_child(self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
 
     def add(self, **amounts: int) -> None:
         with self._lock:
@@ -65,14 +69,18 @@ class Counters:
 class Store(ABC):
     """A mapping of keys to bytes. Keys: 1 to 200 of `a-z 0-9 / . _ -`. Values: any bytes, empty ones too.
 
-    Every method raises `InvalidArgument` for a key that is none, and `StoreUnavailable` once the store is closed.
+    Every method raises `InvalidArgument` for a key that is none, and `StoreUnavailable` once the store is closed; `statistics` and
+    `close` do not. A child of `os.fork` may use a store that its parent has used: it has locks, threads and connections of its own,
+    or says at once that it cannot.
     """
 
     namespace: str | None = None
+    is_of_process = False  # entries lie in this process, and are not to be had by opening such a store in another
 
     def __init__(self) -> None:
         self._counters = Counters()
         self._is_closed = False
+        self._opened_by: tuple[Any, dict[str, Any]] | None = None  # `open_store`'s arguments, to do so again elsewhere
 
     def get(self, key: str) -> bytes | None:
         """The value, or None for a miss."""
@@ -110,8 +118,9 @@ class Store(ABC):
     def keys(self) -> Iterator[str]:
         """Every key of this namespace, in no order. Walks the whole store: for maintenance, not for lookups."""
 
-    def flush(self) -> None:  # noqa: B027  nothing is pending in most stores
+    def flush(self) -> None:
         """Wait until everything put so far lies where it belongs."""
+        self._check_open()  # nothing is pending in most stores
 
     def statistics(self) -> StoreStatistics:
         return self._counters.snapshot()
@@ -119,29 +128,6 @@ class Store(ABC):
     def close(self) -> None:
         """Flush and let go of files and connections. Closing twice is allowed."""
         self._is_closed = True
-
-    # For engines that live in an event loop: the same methods, each call in a thread.
-
-    async def aget(self, key: str) -> bytes | None:
-        return await asyncio.to_thread(self.get, key)
-
-    async def aget_many(self, keys: Sequence[str]) -> list[bytes | None]:
-        return await asyncio.to_thread(self.get_many, keys)
-
-    async def aput(self, key: str, value: Value) -> None:
-        await asyncio.to_thread(self.put, key, value)
-
-    async def aput_many(self, entries: Iterable[tuple[str, Value]]) -> None:
-        await asyncio.to_thread(self.put_many, entries)
-
-    async def acontains(self, key: str) -> bool:
-        return await asyncio.to_thread(self.contains, key)
-
-    async def acontains_prefix(self, keys: Sequence[str]) -> int:
-        return await asyncio.to_thread(self.contains_prefix, keys)
-
-    async def adelete(self, key: str) -> None:
-        await asyncio.to_thread(self.delete, key)
 
     def __enter__(self) -> Self:
         return self
@@ -151,9 +137,22 @@ class Store(ABC):
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Callable[..., Store], tuple[Any, dict[str, Any]]]:
+        """Pickled, a store is what it was opened with, and is opened again: URL and options, passwords in them too."""
+        if self._opened_by is None or self.is_of_process:
+            reason = "its entries lie in this process" if self.is_of_process else "it was not opened by a URL"
+            raise InvalidArgument(f"{self!r} cannot be pickled: {reason}; open a store where it is used")
+        return _open_again, self._opened_by
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise StoreUnavailable(f"{self!r} is closed")
+
+
+def _open_again(url: Any, options: dict[str, Any]) -> Store:
+    from . import open_store
+
+    return open_store(url, **options)
 
 
 def check_key(key: str) -> str:
@@ -189,7 +188,7 @@ class Names:
 
     def key(self, name: str) -> str | None:
         """The key behind a name; None for a name of another namespace or of no entry."""
-        if not name.startswith(self.prefix):
+        if not name.startswith(self.prefix) or "/" in name:
             return None
         key = name[len(self.prefix) :].replace("!", "/")
         return key if _KEY.fullmatch(key) else None

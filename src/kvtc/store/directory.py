@@ -10,16 +10,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import io
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import StoreFull, StoreUnavailable
-from .frame import FRAME_BYTES, promised_bytes
+from .bounded_calls import is_given_up
+from .frame import FRAME_BYTES, Frame, Head, is_worth_reading
 from .ledger import Ledger, LockedLedger
 
 BLOCK_BYTES = 4096
@@ -37,48 +38,75 @@ class Found(NamedTuple):
 
 
 class Directory:
-    """Entries as files under one root, shared with other processes. OSError becomes StoreError in `translating`."""
+    """Entries as files under one root, shared with other processes. OSError becomes StoreError in `translating`.
 
-    def __init__(self, root: Path, sync: str, timeout: float) -> None:
+    mode: permissions of files that are made here, less those that the umask forbids; directories may be searched by who may read.
+    """
+
+    def __init__(self, root: Path, sync: str, timeout: float, mode: int) -> None:
         self.root = root
-        self._sync = sync
+        self._sync, self._mode = sync, mode
         self._entries = root / "entries"
         self._partial = root / "partial"
-        self.ledger = Ledger(root / "ledger", timeout)
+        self.ledger = Ledger(root / "ledger", timeout, mode)
 
     def create(self) -> None:
-        """Make what is missing; only its owner may look inside, for values reveal what a model has read."""
+        """Make what is missing."""
         for directory in (self.root, self._entries, self._partial):
-            if not directory.is_dir():
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make(directory)
+
+    def _make(self, directory: Path) -> None:
+        """Parents too have these permissions, which `Path.mkdir` would not give them."""
+        if not directory.is_dir():
+            if directory.parent != directory:
+                self._make(directory.parent)
+            directory.mkdir(mode=self._mode | (self._mode & 0o444) >> 2, exist_ok=True)
 
     def path(self, name: str) -> Path:
         shard = hashlib.blake2b(name.encode(), digest_size=1).hexdigest()
         return self._entries / shard / (name + SUFFIX)
 
-    def names(self) -> Iterator[str]:
-        for entry in self._walk():
-            yield entry.name.removesuffix(SUFFIX)
+    def shards(self) -> list[str]:
+        """Directories of entries."""
+        with suppress(FileNotFoundError), os.scandir(self._entries) as shards:
+            return [shard.path for shard in shards if shard.is_dir(follow_symlinks=False)]
+        return []
 
-    def load(self, name: str, tick: int | None) -> bytes | None:
-        """The file's bytes, or its head alone where its length is not what that says; stamped with a new recency."""
+    def entries(self, shard: str) -> list[os.DirEntry[str]]:
+        with suppress(FileNotFoundError), os.scandir(shard) as entries:
+            return [entry for entry in entries if entry.name.endswith(SUFFIX)]
+        return []
+
+    def load(self, name: str, tick: int | None, entry_bytes: int) -> Frame | None:
+        """The file's bytes, or its head where it is longer than allowed or than it says; stamped with a new recency."""
         try:
-            descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            # Of a pipe that lies there, no writer is waited for.
+            descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
-        with io.FileIO(descriptor) as file:
-            head = file.read(FRAME_BYTES)
-            rest = b"" if promised_bytes(head) != os.fstat(descriptor).st_size else file.readall()
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                return Head(b"", 0)
+            head = os.read(descriptor, FRAME_BYTES)
             if tick is not None:
                 with suppress(OSError):  # a reader without the right to do so leaves recency as it is
                     os.utime(descriptor, ns=(tick, tick))
-            return head + rest
+            if not is_worth_reading(head, status.st_size, entry_bytes):
+                return Head(head, status.st_size)
+            frame = bytearray(status.st_size)
+            n_read = 0
+            while n_read < len(frame) and (step := os.preadv(descriptor, [memoryview(frame)[n_read:]], n_read)):
+                n_read += step
+            return bytes(frame[:n_read])
+        finally:
+            os.close(descriptor)
 
     def begin(self, size: int) -> tuple[int, Path]:
         """A new locked partial file of that length, so that a scan counts it in full. The ledger must be locked."""
         path = self._partial / f"{secrets.token_hex(12)}.part"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o600)
+        descriptor = os.open(path, flags, self._mode)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.truncate(descriptor, size)
@@ -97,9 +125,11 @@ class Directory:
             os.fsync(descriptor)
         target = self.path(name)
         if not target.parent.is_dir():
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make(target.parent)
             self._sync_directory(target.parent.parent)
         with self.ledger.locked():  # `discard` must not meet a file that changes between its look and its hand
+            if is_given_up():  # a newer value may be there by now
+                raise StoreUnavailable(f"file store {self.root}: written too late")
             partial.replace(target)
         self._sync_directory(target.parent)
 
@@ -111,10 +141,10 @@ class Directory:
     def remove(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
 
-    def discard(self, name: str, frame: bytes) -> None:
+    def discard(self, name: str, frame: Frame, entry_bytes: int) -> None:
         """Remove an entry if it still holds these bytes."""
         with self.ledger.locked():
-            if self.load(name, None) == frame:
+            if self.load(name, None, entry_bytes) == frame:
                 self.remove(name)
 
     def scan(self) -> tuple[int, list[Found]]:
@@ -123,7 +153,7 @@ class Directory:
             self._living_partials()
         )  # first: a file that is finished meanwhile counts twice rather than not at all
         found = []
-        for entry in self._walk():
+        for entry in (entry for shard in self.shards() for entry in self.entries(shard)):
             with suppress(FileNotFoundError):
                 status = entry.stat(follow_symlinks=False)
                 found.append(Found(status.st_mtime_ns, blocks(status.st_size), entry.path))
@@ -166,14 +196,6 @@ class Directory:
                 yield blocks(os.fstat(descriptor).st_size)
             finally:
                 os.close(descriptor)
-
-    def _walk(self) -> Iterator[os.DirEntry[str]]:
-        paths = []
-        with suppress(FileNotFoundError), os.scandir(self._entries) as shards:
-            paths = [shard.path for shard in shards if shard.is_dir(follow_symlinks=False)]
-        for path in paths:
-            with suppress(FileNotFoundError), os.scandir(path) as entries:
-                yield from (entry for entry in entries if entry.name.endswith(SUFFIX))
 
     def _sync_directory(self, path: Path) -> None:
         if self._sync != "full":

@@ -16,15 +16,16 @@ Authenticated with it: the 16 bytes before the nonce, and the entry's name (name
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
+import logging
 import os
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import InvalidArgument, MissingDependency, StoreError, StoreFull
+from ..errors import InvalidArgument, MissingDependency, StoreFull
 from .base import Names, Store, StoreStatistics, Value, check_value
 
 try:
@@ -37,6 +38,7 @@ MAGIC, VERSION = b"kvte", 1
 KEY_BYTES, ID_BYTES, NONCE_BYTES, TAG_BYTES = 32, 8, 12, 16
 _HEADER = struct.Struct(f"<4sB3x{ID_BYTES}s")
 MAX_VALUE_BYTES = (1 << 31) - 1 - TAG_BYTES
+logger = logging.getLogger(__name__)
 
 
 class EncryptedStore(Store):
@@ -49,14 +51,17 @@ class EncryptedStore(Store):
 
     def __init__(self, inner: Store, keys: Sequence[bytes]) -> None:
         super().__init__()
-        if not keys or any(len(key) != KEY_BYTES for key in keys):
+        if not keys or any(not isinstance(key, bytes) or len(key) != KEY_BYTES for key in keys):
+            found = ", ".join(f"{type(key).__name__} of {len(key)}" for key in keys) or "none"
+            raise InvalidArgument(f"keys: {found}; expected one or more, each bytes of {KEY_BYTES}")
+        if any(len(set(key)) == 1 for key in keys):
             raise InvalidArgument(
-                f"keys of {[len(key) for key in keys]} bytes; expected one or more of {KEY_BYTES} bytes"
+                "a key is one byte repeated, as of a file that was never filled; expected a random one"
             )
         self._inner = inner
         self._ciphers = {_key_id(key): AESGCM(key) for key in keys}
         self._current = _key_id(keys[0])
-        self.namespace = inner.namespace
+        self.namespace, self.is_of_process = inner.namespace, inner.is_of_process
         self._names = Names(inner.namespace)
 
     def __repr__(self) -> str:
@@ -89,15 +94,19 @@ class EncryptedStore(Store):
         self._counters.add(puts=len(checked), bytes_written=sum(memoryview(value).nbytes for *_, value in checked))
 
     def contains_prefix(self, keys: Sequence[str]) -> int:
+        self._check_open()
         return self._inner.contains_prefix(keys)
 
     def delete(self, key: str) -> None:
+        self._check_open()
         self._inner.delete(key)
 
     def keys(self) -> Iterator[str]:
+        self._check_open()
         return self._inner.keys()
 
     def flush(self) -> None:
+        self._check_open()
         self._inner.flush()
 
     def statistics(self) -> StoreStatistics:
@@ -148,7 +157,7 @@ class EncryptedStore(Store):
         try:
             if self._inner.get(key) == sealed:
                 self._inner.delete(key)
-        except StoreError:  # it stays, and is a miss again the next time
+        except Exception:  # noqa: BLE001  it stays, and is a miss again the next time
             self._counters.add(errors=1)
 
 
@@ -161,11 +170,19 @@ def load_keys(text: str, where: str) -> list[bytes]:
 
 
 def keys_from_file(path: str) -> list[bytes]:
-    """`load_keys` of a file."""
+    """`load_keys` of a file; one that others than its owner may read is used, with a warning in the log."""
     try:
-        return load_keys(Path(path).read_text(encoding="ascii"), f"key file {path}")
+        with Path(path).open(encoding="ascii") as file:
+            permissions = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            text = file.read()
+        kind = None
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"key file {path} cannot be read: {type(error).__name__}") from error
+        kind = type(error).__name__
+    if kind is not None:  # an error of decoding holds what it could not decode
+        raise InvalidArgument(f"key file {path} cannot be read: {kind}")
+    if permissions & (stat.S_IRWXG | stat.S_IRWXO):
+        logger.warning("key file %s has permissions %04o: others may use it; expected 0600 or 0400", path, permissions)
+    return load_keys(text, f"key file {path}")
 
 
 def keys_from_variable(name: str) -> list[bytes]:
@@ -178,7 +195,7 @@ def keys_from_variable(name: str) -> list[bytes]:
 def _parse_key(text: str, where: str) -> bytes:
     try:
         key = bytes.fromhex(text) if len(text) == 2 * KEY_BYTES else base64.b64decode(text, validate=True)
-    except (ValueError, binascii.Error):
+    except ValueError:
         key = b""
     if len(key) != KEY_BYTES:  # the text itself is a secret and stays out of the message
         raise InvalidArgument(

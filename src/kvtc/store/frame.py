@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from typing import NamedTuple, TypeAlias
 
 from .base import Value
 
@@ -22,6 +23,19 @@ VERSION = 1
 DIGEST_BYTES = 16
 _HEADER = struct.Struct(f"<4sB3xQ{DIGEST_BYTES}s")
 FRAME_BYTES = _HEADER.size + DIGEST_BYTES
+
+
+DEFAULT_ENTRY_BYTES = 512 << 20  # of one value: what Redis takes, and hundreds of times what a chunk has
+
+
+class Head(NamedTuple):
+    """What was read of an entry that is too long to be read, or not as long as it says."""
+
+    head: bytes
+    size: int  # of the whole entry, in bytes
+
+
+Frame: TypeAlias = bytes | Head
 
 
 class DamagedEntry(Exception):
@@ -39,18 +53,25 @@ def seal(name: str, value: Value) -> bytes:
     return b"".join((header, _digest(header, content), content))
 
 
-def promised_bytes(head: bytes) -> int | None:
-    """How long the frame is that begins so; None where no frame does. Read before memory is asked for."""
-    if len(head) < FRAME_BYTES or head[:4] != MAGIC:
-        return None
-    length: int = _HEADER.unpack(head[: _HEADER.size])[2]
-    return FRAME_BYTES + length
+def is_worth_reading(head: bytes, size: int, entry_bytes: int) -> bool:
+    """Whether an entry of that size may be a frame that begins so, with a value within the limit. Asked before memory is."""
+    return FRAME_BYTES <= size <= FRAME_BYTES + entry_bytes and (
+        len(head) >= FRAME_BYTES and size == FRAME_BYTES + _HEADER.unpack(head[: _HEADER.size])[2]
+    )
 
 
-def unseal(name: str, frame: bytes) -> bytes:
-    """The value of a frame; `DamagedEntry` or `ForeignEntry` where there is none to be had."""
-    check_head(name, frame, len(frame))
-    view = memoryview(frame)
+def unseal(name: str, frame: Frame, entry_bytes: int) -> bytes:
+    """The value of a frame; `DamagedEntry` or `ForeignEntry` where there is none to be had.
+
+    entry_bytes: the longest value to be read. A frame that is as long as it says, and longer than that, is foreign.
+    """
+    head, size = frame if isinstance(frame, Head) else (frame, len(frame))
+    check_head(name, head, size)
+    if size > FRAME_BYTES + entry_bytes:
+        raise ForeignEntry(f"a value of {size - FRAME_BYTES} bytes; this store reads up to {entry_bytes}")
+    if len(head) < size:
+        raise DamagedEntry(f"{len(head)} of {size} bytes could be read")
+    view = memoryview(head)
     header, content = view[: _HEADER.size], view[FRAME_BYTES:]
     if bytes(view[_HEADER.size : FRAME_BYTES]) != _digest(header, content):
         raise DamagedEntry("checksum does not fit")
@@ -59,10 +80,10 @@ def unseal(name: str, frame: bytes) -> bytes:
 
 def check_head(name: str, head: bytes, n_bytes: int) -> None:
     """Check what a frame of n_bytes bytes says in its first `FRAME_BYTES`, but for the checksum; errors as of `unseal`."""
-    if len(head) >= _HEADER.size and head[:4] == MAGIC and head[4] > VERSION:
+    if len(head) > len(MAGIC) and head[:4] == MAGIC and head[4] > VERSION:
         raise ForeignEntry(f"frame version {head[4]}; this library reads up to {VERSION}")
     if len(head) < FRAME_BYTES:
-        raise DamagedEntry(f"{len(head)} bytes; a frame has at least {FRAME_BYTES}")
+        raise DamagedEntry(f"{n_bytes} bytes; a frame has at least {FRAME_BYTES}")
     if head[: _HEADER.size] != _HEADER.pack(MAGIC, VERSION, n_bytes - FRAME_BYTES, _digest(name.encode())):
         raise DamagedEntry("magic, length or name do not fit")
 

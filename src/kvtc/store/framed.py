@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from ..errors import InvalidArgument, StoreError
+from ..errors import InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
+from ..log_limits import log_once
 from .base import Names, Store, Value, check_value
-from .frame import DamagedEntry, ForeignEntry, seal, unseal
+from .frame import DEFAULT_ENTRY_BYTES, DamagedEntry, ForeignEntry, Frame, seal, unseal
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 ON_ERROR = ("raise", "miss")
+PROBE_NAME = "kvtc-probe"  # of no entry; to ask whether a place answers
 
 
 class FramedStore(Store):
@@ -19,21 +23,27 @@ class FramedStore(Store):
 
     namespace: entries of different namespaces in one place never meet.
     on_error: "raise" a StoreError, or count it and go on with a "miss": reads find nothing, writes are dropped.
+    entry_bytes: the longest value that is put or read. Longer entries are other's, and are not read.
     """
 
-    def __init__(self, namespace: str | None = None, on_error: str = "raise") -> None:
+    def __init__(
+        self, namespace: str | None = None, on_error: str = "raise", entry_bytes: int = DEFAULT_ENTRY_BYTES
+    ) -> None:
         super().__init__()
         if on_error not in ON_ERROR:
             raise InvalidArgument(f"on_error is {on_error!r}; expected one of {', '.join(ON_ERROR)}")
+        if entry_bytes < 1:
+            raise InvalidArgument(f"entry_bytes is {entry_bytes}; expected a positive number of bytes")
         self.namespace = namespace
         self._names = Names(namespace)
         self._on_error = on_error
+        self._entry_bytes = entry_bytes
 
-    # What a subclass provides. Each raises StoreError, and nothing else, for what its place of storage does.
+    # What a subclass provides. Each may raise whatever its place of storage does: `_attempt` makes StoreError of it.
 
     @abstractmethod
-    def _read(self, names: Sequence[str]) -> list[bytes | None]:
-        """Frames as they lie there, None where there is none; marks them as used."""
+    def _read(self, names: Sequence[str]) -> Sequence[Frame | None]:
+        """Frames as they lie there, None where there is none; marks them as used. `Head` for what need not be read whole."""
 
     @abstractmethod
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
@@ -48,7 +58,7 @@ class FramedStore(Store):
         """Forget one entry, if it is there."""
 
     @abstractmethod
-    def _discard(self, name: str, frame: bytes) -> None:
+    def _discard(self, name: str, frame: Frame) -> None:
         """Forget an entry if it still is this damaged frame, and not a sound one written since."""
 
     @abstractmethod
@@ -63,8 +73,7 @@ class FramedStore(Store):
         if not names:
             return []
         nothing: list[bytes | None] = [None] * len(names)
-        frames = self._attempt(lambda: self._read(names), nothing)
-        values = [self._open(name, frame) for name, frame in zip(names, frames, strict=True)]
+        values = self._attempt(lambda: self._open_all(names), nothing)
         found = [value for value in values if value is not None]
         self._counters.add(
             hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
@@ -75,7 +84,7 @@ class FramedStore(Store):
         self._check_open()
         checked = [(self._names.name(key), check_value(value)) for key, value in entries]
         names = [name for name, _ in checked]
-        frames = (seal(name, value) for name, value in checked)  # one by one: a batch is not in memory twice
+        frames = (self._seal(name, value) for name, value in checked)  # one by one: a batch is not in memory twice
         if self._attempt(lambda: self._write(names, frames) or True, False):
             written = sum(memoryview(value).nbytes for _, value in checked)
             self._counters.add(puts=len(checked), bytes_written=written)
@@ -96,27 +105,50 @@ class FramedStore(Store):
         names = self._attempt(lambda: list(self._list()), nothing)
         return (key for key in map(self._names.key, names) if key is not None)
 
-    def _open(self, name: str, frame: bytes | None) -> bytes | None:
-        """The value of a frame, or None for a miss; a damaged entry is removed."""
+    def _seal(self, name: str, value: Value) -> bytes:
+        n_bytes = memoryview(value).nbytes
+        if n_bytes > self._entry_bytes:
+            raise StoreFull(f"a value of {n_bytes} bytes; {self!r} takes up to {self._entry_bytes} (entry_bytes)")
+        return seal(name, value)
+
+    def _open_all(self, names: Sequence[str]) -> list[bytes | None]:
+        return [self._open(name, frame) for name, frame in zip(names, self._read(names), strict=True)]
+
+    def _open(self, name: str, frame: Frame | None) -> bytes | None:
+        """The value of a frame, or None for a miss; a damaged entry is removed, one of others is left alone."""
         if frame is None:
             return None
         try:
-            return unseal(name, frame)
+            return unseal(name, frame, self._entry_bytes)
         except ForeignEntry:
             self._counters.add(foreign=1)
         except DamagedEntry:
             self._counters.add(damaged=1)
             try:
                 self._discard(name, frame)
-            except StoreError:  # it stays, and is a miss again the next time
+            except Exception:  # noqa: BLE001  it stays, and is a miss again the next time
                 self._counters.add(errors=1)
         return None
 
     def _attempt(self, call: Callable[[], T], otherwise: T) -> T:
         try:
-            return call()
-        except StoreError:
+            return self._translated(call)
+        except StoreError as error:
             self._counters.add(errors=1)
             if self._on_error == "raise":
                 raise
+            kind = f"{type(self).__name__} {type(error).__name__}"
+            log_once(logger, kind, "counted as a miss: %s: %s", type(error).__name__, error)
             return otherwise
+
+    def _translated(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except KvtcError as error:
+            if not self._is_closed or not isinstance(error, StoreError):
+                raise
+            raise StoreUnavailable(f"{self!r} is closed") from error  # meanwhile
+        except MemoryError as error:
+            raise StoreUnavailable(f"{self!r}: no memory to do this") from error
+        except Exception as error:
+            raise StoreUnavailable(f"{self!r}: {type(error).__name__}: {error}") from error

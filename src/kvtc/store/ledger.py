@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import StoreUnavailable
+from ..forks import in_child
 
 _RECORD = struct.Struct("<4sIQq")  # magic, version, last tick, bytes in use or -1
 _HEAD = (b"kvtl", 1)
@@ -25,21 +26,31 @@ MAX_PAUSE_SECONDS = 0.02
 
 
 class Ledger:
-    """The file behind the three. It is opened anew for every use, so that it serves threads, forks and processes alike."""
+    """The file behind the three. It is opened anew for every use, so that it serves threads, forks and processes alike.
 
-    def __init__(self, path: Path, timeout: float) -> None:
-        self._path = path
-        self._timeout = timeout
-        self._mutex = threading.Lock()
+    timeout: seconds to wait for the lock. mode: of the file, where it is made.
+    """
+
+    def __init__(self, path: Path, timeout: float, mode: int) -> None:
+        self._path, self._timeout, self._mode = path, timeout, mode
         self._last_tick = 0
+        self._renew()
+        in_child(self._renew)
+
+    def _renew(self) -> None:
+        self._mutex = threading.Lock()
 
     @contextmanager
     def locked(self) -> Iterator[LockedLedger]:
         """Exclude every other thread and process; a holder that dies lets go. `StoreUnavailable` after the timeout."""
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode)
         try:
             self._wait_for(descriptor)
-            yield LockedLedger(descriptor)
+            try:
+                yield LockedLedger(descriptor)
+            finally:
+                # Not by closing alone: a child forked meanwhile has the descriptor too, and would hold the lock.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
 
@@ -51,7 +62,7 @@ class Ledger:
         with self._mutex:
             start = max(time.time_ns(), self._last_tick + 1)
             try:
-                descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             except OSError:  # a store that can only be read keeps no recency
                 return range(start, start + count)
             try:
@@ -67,7 +78,7 @@ class Ledger:
     def read(self) -> tuple[int | None, int | None]:
         """The last tick and the bytes in use, None where unknown."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             return None, None
         try:
@@ -85,7 +96,7 @@ class Ledger:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EINTR):
                     raise
             if time.monotonic() > deadline:
-                raise StoreUnavailable(f"{self._path} was locked by another process for {self._timeout} seconds")
+                raise StoreUnavailable(f"{self._path} was locked by another process for {self._timeout:g} seconds")
             time.sleep(pause)
             pause = min(2 * pause, MAX_PAUSE_SECONDS)
 

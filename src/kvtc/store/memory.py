@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import InvalidArgument, StoreFull
+from ..forks import in_child
 from .base import StoreStatistics
+from .frame import DEFAULT_ENTRY_BYTES, Frame
 from .framed import FramedStore
 from .urls import StoreUrl, parse_bytes
 
@@ -17,16 +19,29 @@ ENTRY_BYTES = 512  # what Python spends on an entry beside its frame, roughly: e
 
 
 class MemoryStore(FramedStore):
-    """Entries in memory, at most `max_bytes` of them, overhead included."""
+    """Entries in memory, at most `max_bytes` of them, overhead included. A forked child has a copy of its own."""
 
-    def __init__(self, max_bytes: int = DEFAULT_BYTES, namespace: str | None = None, on_error: str = "raise") -> None:
-        super().__init__(namespace, on_error)
+    is_of_process = True
+
+    def __init__(
+        self,
+        max_bytes: int = DEFAULT_BYTES,
+        namespace: str | None = None,
+        on_error: str = "raise",
+        entry_bytes: int = DEFAULT_ENTRY_BYTES,
+    ) -> None:
+        super().__init__(namespace, on_error, entry_bytes)
         if max_bytes < 1:
             raise InvalidArgument(f"bytes is {max_bytes}; expected a positive byte budget")
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
         self._frames: OrderedDict[str, Any] = OrderedDict()  # as `_hold` gives them; used longest ago comes first
-        self._bytes = 0
+        self._renew()
+        in_child(self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+        # Counted anew: room may be reserved for what only the parent goes on to put.
+        self._bytes = sum(len(held) + ENTRY_BYTES for held in self._frames.values())
 
     @classmethod
     def from_url(cls, url: StoreUrl) -> MemoryStore:
@@ -115,7 +130,7 @@ class MemoryStore(FramedStore):
         with self._lock:
             self._drop(name)
 
-    def _discard(self, name: str, frame: bytes) -> None:
+    def _discard(self, name: str, frame: Frame) -> None:
         with self._lock:
             held = self._frames.get(name)
             if held is not None and self._frame(held) == frame:

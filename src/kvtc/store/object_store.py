@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import InvalidArgument, MissingDependency, StoreFull, StoreUnavailable
-from .framed import FramedStore
+from ..errors import InvalidArgument, KvtcError, MissingDependency, StoreFull, StoreUnavailable
+from ..forks import in_child
+from .bounded_calls import MAX_THREADS, BoundedCalls
+from .frame import DEFAULT_ENTRY_BYTES, FRAME_BYTES, Frame, Head
+from .framed import PROBE_NAME, FramedStore
+from .redaction import SECRET_OPTIONS, Redactor, translated, user_info
 from .urls import StoreUrl, parse_seconds
 
 try:
     import obstore
-    from obstore.exceptions import BaseError
     from obstore.store import S3Store
 except ImportError as error:
     raise MissingDependency('stores at s3:// need the package obstore; pip install "kvtc[s3]"') from error
@@ -23,20 +26,34 @@ except ImportError as error:
 T = TypeVar("T")
 DEFAULT_SECONDS = 20.0
 MAX_RETRIES = 3
-CONCURRENCY = 16
 MAX_FRAME_BYTES = 5 << 30  # of one upload in one request
 SUFFIX = ".entry"
-MESSAGE_LENGTH = 400
 SERVER_OPTIONS = (
     "endpoint", "region", "access_key_id", "secret_access_key", "session_token", "skip_signature", "virtual_hosted_style_request",
 )  # fmt: skip
 
 
-class ObjectStore(FramedStore):
-    """Entries as objects `prefix/<name>.entry`, each request of many in flight at once.
+class _Client:
+    """Whether obstore, whose threads serve all stores of a process, has been used by this process's parent: then it hangs here."""
 
-    timeout: seconds after which an operation on one entry has succeeded or failed, retries included.
+    def __init__(self) -> None:
+        self.is_used = self.is_left_behind = False
+        in_child(self._renew)
+
+    def _renew(self) -> None:
+        self.is_left_behind |= self.is_used
+
+
+_client = _Client()
+
+
+class ObjectStore(FramedStore):
+    """Entries as objects `prefix/<name>.entry`, up to 16 requests in flight at once.
+
+    timeout: seconds that a caller waits for a group of up to 16 entries, retries included; see `BoundedCalls`.
     ca_file: PEM certificates of authorities to trust beside the usual ones.
+
+    After a fork the child of a process that has used such a store cannot: the client's threads are not there. It says so.
     """
 
     def __init__(
@@ -48,113 +65,142 @@ class ObjectStore(FramedStore):
         ca_file: str | None = None,
         namespace: str | None = None,
         on_error: str = "raise",
+        entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(namespace, on_error)
+        super().__init__(namespace, on_error, entry_bytes)
         self._place = f"s3://{bucket}/{prefix}".rstrip("/")
-        server = server or {}
-        attempt = timedelta(seconds=timeout / 2)  # retries begin in the first half, and the last one ends in the second
-        client: dict[str, Any] = {
-            "timeout": attempt,
-            "connect_timeout": attempt,
-            "allow_http": str(server.get("endpoint", "")).startswith("http://"),
-        }
-        try:
-            if ca_file is not None:
-                client["root_certificate"] = Path(ca_file).read_bytes()
-            self._objects = S3Store(
-                bucket,
-                prefix=prefix or None,
-                client_options=client,
-                retry_config={
-                    "max_retries": MAX_RETRIES,
-                    "retry_timeout": attempt,
-                    "backoff": {"init_backoff": attempt / 50, "max_backoff": attempt / 5, "base": 2},
-                },
-                **server,
-            )
-        except (BaseError, OSError, ValueError, TypeError) as error:
-            raise InvalidArgument(f"{self._place}: {str(error)[:MESSAGE_LENGTH]}") from error
-        self._pool = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="kvtc-s3")
+        self._bucket, self._prefix = bucket, prefix
+        self._timeout, self._server, self._ca_file = timeout, server or {}, ca_file
+        self._redactor = Redactor(_secrets(self._server))
+        self._objects = translated(
+            self._connect, lambda error: InvalidArgument(f"{self._place}: {self._redactor.message(error)}")
+        )
+        self._calls = BoundedCalls(self._place, timeout, lambda: self._perform(partial(self._is_there, PROBE_NAME)))
 
     @classmethod
     def from_url(cls, url: StoreUrl) -> ObjectStore:
-        if not url.host:
-            raise InvalidArgument(f"{url}: expected s3://bucket/prefix")
+        if not url.host or url.has_user:
+            raise InvalidArgument(f"{url}: expected s3://bucket/prefix, and credentials as options")
         timeout = url.take("timeout", parse_seconds, DEFAULT_SECONDS)
-        options = {name: url.take(name, str) for name in SERVER_OPTIONS}
-        server = {name: text for name, text in options.items() if text is not None}
+        server = {name: text for name in SERVER_OPTIONS if (text := url.take(name, str)) is not None}
         ca_file = url.take("ca_file", str)
         return cls(url.host, url.path.strip("/"), timeout, server, ca_file, **url.take_common())
 
     def __repr__(self) -> str:
         return f"ObjectStore({self._place!r})"
 
-    def close(self) -> None:
-        super().close()
-        self._pool.shutdown(cancel_futures=True)
+    def _connect(self) -> Any:
+        # Retries begin in the first half of the time, and the last one ends in the second.
+        attempt = timedelta(seconds=self._timeout / 2)
+        client: dict[str, Any] = {
+            "timeout": attempt,
+            "connect_timeout": attempt,
+            "allow_http": str(self._server.get("endpoint", "")).startswith("http://"),
+        }
+        if self._ca_file is not None:
+            client["root_certificate"] = Path(self._ca_file).read_bytes()
+        return S3Store(
+            self._bucket,
+            prefix=self._prefix or None,
+            client_options=client,
+            retry_config={
+                "max_retries": MAX_RETRIES,
+                "retry_timeout": attempt,
+                "backoff": {"init_backoff": attempt / 50, "max_backoff": attempt / 5, "base": 2},
+            },
+            **self._server,
+        )
 
-    def _read(self, names: Sequence[str]) -> list[bytes | None]:
-        return self._for_all(self._get, names)
+    def _read(self, names: Sequence[str]) -> list[Frame | None]:
+        return [frame for group in _groups(names) for frame in self._run(partial(self._get, name) for name in group)]
 
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
-        for start in range(0, len(names), CONCURRENCY):
-            group = names[start : start + CONCURRENCY]
-            self._for_all(self._put, group, [next(frames) for _ in group])
+        for group in _groups(names):
+            puts: list[Callable[[], None]] = []
+            try:
+                for name in group:
+                    puts.append(partial(self._put, name, next(frames)))  # noqa: PERF401  those before an error count
+            finally:
+                self._run(puts)
 
     def _leading(self, names: Sequence[str]) -> int:
-        for start in range(0, len(names), CONCURRENCY):
-            group = names[start : start + CONCURRENCY]
-            found = self._for_all(self._is_there, group)
+        n_found = 0
+        for group in _groups(names):
+            found = self._run(partial(self._is_there, name) for name in group)
             if not all(found):
-                return start + found.index(False)
-        return len(names)
+                return n_found + found.index(False)
+            n_found += len(group)
+        return n_found
 
     def _remove(self, name: str) -> None:
-        with self._translating():
-            obstore.delete(self._objects, name + SUFFIX)
+        self._run([lambda: obstore.delete(self._objects, name + SUFFIX)])
 
-    def _discard(self, name: str, frame: bytes) -> None:
-        if self._get(name) == frame:  # the protocol has no surer way that every server knows
+    def _discard(self, name: str, frame: Frame) -> None:
+        if self._read([name]) == [frame]:  # the protocol has no surer way that every server knows
             self._remove(name)
 
     def _list(self) -> Iterator[str]:
-        with self._translating():
-            paths = [entry["path"] for batch in obstore.list(self._objects) for entry in batch]
-        return (path.removesuffix(SUFFIX) for path in paths if path.endswith(SUFFIX))
+        """Page by page. A name that obstore cannot parse, such as with an empty part, ends it with an error that shows the name."""
+        (pages,) = self._run([lambda: iter(obstore.list(self._objects))])
+        while page := self._run([lambda: next(pages, None)])[0]:
+            for entry in page:
+                if entry["path"].endswith(SUFFIX):
+                    yield entry["path"].removesuffix(SUFFIX)
 
-    def _for_all(self, call: Callable[..., T], *arguments: Sequence[Any]) -> list[T]:
-        """All at once; the first error ends the batch and is raised."""
-        if len(arguments[0]) == 1:
-            return [call(*(values[0] for values in arguments))]
-        return list(self._pool.map(call, *arguments))
-
-    def _get(self, name: str) -> bytes | None:
-        with self._translating():
-            try:
-                return bytes(obstore.get(self._objects, name + SUFFIX).bytes())
-            except FileNotFoundError as error:
-                if "NoSuchBucket" in str(error):
-                    raise
-                return None
+    def _get(self, name: str) -> Frame | None:
+        try:
+            found = obstore.get(self._objects, name + SUFFIX)
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise
+            return None
+        size = found.meta["size"]
+        if size <= FRAME_BYTES + self._entry_bytes:
+            return bytes(found.bytes())
+        return Head(bytes(obstore.get_range(self._objects, name + SUFFIX, start=0, length=FRAME_BYTES)), size)
 
     def _put(self, name: str, frame: bytes) -> None:
         if len(frame) > MAX_FRAME_BYTES:
             raise StoreFull(f"{self._place}: an entry of {len(frame)} bytes; one upload takes {MAX_FRAME_BYTES}")
-        with self._translating():
-            obstore.put(self._objects, name + SUFFIX, frame, use_multipart=False)
+        obstore.put(self._objects, name + SUFFIX, frame, use_multipart=False)
 
     def _is_there(self, name: str) -> bool:
-        with self._translating():
-            try:
-                obstore.head(self._objects, name + SUFFIX)
-            except FileNotFoundError:
-                return False
-            return True
-
-    @contextmanager
-    def _translating(self) -> Iterator[None]:
         try:
-            yield
-        except (BaseError, OSError) as error:
-            text = " ".join(str(error).split())[:MESSAGE_LENGTH]
-            raise StoreUnavailable(f"{self._place}: {type(error).__name__}: {text}") from error
+            obstore.head(self._objects, name + SUFFIX)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _run(self, calls: Iterable[Callable[[], T]]) -> list[T]:
+        if _client.is_left_behind:
+            raise StoreUnavailable(
+                f"{self._place}: this process was forked from one that has used a store at s3://, whose client cannot be used "
+                "here; start processes with spawn, or use the store in the children alone"
+            )
+        _client.is_used = True
+        return self._calls.run_all([partial(self._perform, call) for call in calls])
+
+    def _perform(self, call: Callable[[], T]) -> T:
+        return translated(call, self._meaning)
+
+    def _meaning(self, error: BaseException) -> BaseException:
+        if isinstance(error, KvtcError | MemoryError):
+            return error
+        return StoreUnavailable(f"{self._place}: {self._redactor.message(error)}")
+
+
+def _groups(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (names[start : start + MAX_THREADS] for start in range(0, len(names), MAX_THREADS))
+
+
+def _secrets(server: dict[str, Any]) -> Iterator[object]:
+    """What must not be shown of a server's options and of the environment, which the client reads too."""
+    environment = {
+        name.removeprefix("AWS_").lower(): text for name, text in os.environ.items() if name.startswith("AWS_")
+    }
+    for options in (server, environment):
+        for name, value in options.items():
+            if name in SECRET_OPTIONS:
+                yield value
+            elif name.startswith("endpoint"):
+                yield from user_info(str(value))

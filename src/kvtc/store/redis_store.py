@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
-from ..errors import InvalidArgument, MissingDependency, StoreFull, StoreUnavailable
-from .framed import FramedStore
+from ..errors import InvalidArgument, KvtcError, MissingDependency, StoreFull, StoreUnavailable
+from ..forks import in_child
+from .bounded_calls import BoundedCalls
+from .frame import DEFAULT_ENTRY_BYTES, FRAME_BYTES, Frame, Head
+from .framed import PROBE_NAME, FramedStore
+from .redaction import SECRET_OPTIONS, Redactor, translated, user_info
 from .urls import StoreUrl, parse_seconds
 
 try:
@@ -19,6 +23,7 @@ try:
 except ImportError as error:
     raise MissingDependency('stores at redis:// need the package redis; pip install "kvtc[redis]"') from error
 
+T = TypeVar("T")
 DEFAULT_SECONDS = 5.0
 MAX_FRAME_BYTES = 512 << 20  # of a Redis string
 BATCH_BYTES = 32 << 20  # sent before the server's answers are read
@@ -28,16 +33,21 @@ CONNECTION_OPTIONS = (
     "ssl_cert_reqs", "ssl_check_hostname", "health_check_interval", "max_connections",
 )  # fmt: skip
 _PREFIX = re.compile(r"[A-Za-z0-9:._/-]*", re.ASCII)
-# Atomic on the server: a sound entry that was written since must stay.
-_DISCARD = (
-    "if redis.sha1hex(redis.call('GET', KEYS[1]) or '') == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
-)
+# Atomic on the server: a sound entry that was written since must stay. Looked at: its length, and as much as had been read.
+_DISCARD = """
+if redis.call('STRLEN', KEYS[1]) == tonumber(ARGV[2])
+    and redis.sha1hex(redis.call('GETRANGE', KEYS[1], 0, tonumber(ARGV[3]))) == ARGV[1] then
+    return redis.call('DEL', KEYS[1])
+end
+return 0
+"""
 
 
 class RedisStore(FramedStore):
     """Entries as strings under `prefix` + name.
 
-    timeout: seconds for connecting and for every wait on the socket. A lost connection is made anew once per operation.
+    timeout: seconds that a caller waits for a batch of up to 64 entries, connecting included; see `BoundedCalls`. A lost connection
+    is made anew once.
     ttl: seconds until the server forgets an entry, counted from `put`; None: the server's own policy.
     """
 
@@ -50,93 +60,143 @@ class RedisStore(FramedStore):
         connection: dict[str, Any] | None = None,
         namespace: str | None = None,
         on_error: str = "raise",
+        entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(namespace, on_error)
+        super().__init__(namespace, on_error, entry_bytes)
         if _PREFIX.fullmatch(prefix) is None:
             raise InvalidArgument(f"prefix {prefix!r:.80}: expected characters of a-z A-Z 0-9 : . _ / -")
         self._place = str(StoreUrl(url))
+        self._url, self._timeout, self._connection = url, timeout, connection or {}
+        self._redactor = Redactor(
+            [*user_info(url), *(value for name, value in self._connection.items() if name in SECRET_OPTIONS)]
+        )
         self._prefix = prefix
         self._ttl_milliseconds = None if ttl is None else max(1, round(1000 * ttl))
-        try:
-            self._client = redis.Redis.from_url(
-                url,
-                socket_timeout=timeout,
-                socket_connect_timeout=timeout,
-                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-                **(connection or {}),
-            )
-        except (ValueError, TypeError) as error:
-            raise InvalidArgument(f"{self._place}: {error}") from error
+        translated(self._connect, lambda error: InvalidArgument(f"{self._place}: {self._redactor.message(error)}"))
+        in_child(self._connect)
+        self._calls = BoundedCalls(self._place, timeout, lambda: self._perform(partial(self._exists, [PROBE_NAME])))
 
     @classmethod
     def from_url(cls, url: StoreUrl) -> RedisStore:
         timeout = url.take("timeout", parse_seconds, DEFAULT_SECONDS)
         ttl = url.take("ttl", parse_seconds)
         prefix = url.take("prefix", str, "kvtc:")
-        options = {name: url.take(name, str) for name in CONNECTION_OPTIONS}
-        try:
-            connection = redis.connection.parse_url(
-                url.with_query({name: text for name, text in options.items() if text is not None})
-            )
-        except ValueError as error:
-            raise InvalidArgument(f"{url}: {error}") from error
+        options = {name: text for name in CONNECTION_OPTIONS if (text := url.take(name, str)) is not None}
+        common = url.take_common()
+        hidden = Redactor([*user_info(url.base), *(options[name] for name in SECRET_OPTIONS & options.keys())])
+        connection = translated(
+            lambda: redis.connection.parse_url(url.with_query(options)),
+            lambda error: InvalidArgument(f"{url}: {hidden.cut(str(error))}"),
+        )
         for fixed in ("host", "port", "connection_class"):  # stay in the URL
             connection.pop(fixed, None)
-        return cls(url.base, timeout, ttl, prefix, connection, **url.take_common())
+        return cls(url.base, timeout, ttl, prefix, connection, **common)
 
     def __repr__(self) -> str:
         return f"RedisStore({self._place!r})"
 
     def close(self) -> None:
         super().close()
-        self._client.close()
         self._client.connection_pool.disconnect()
 
-    def _read(self, names: Sequence[str]) -> list[bytes | None]:
-        frames: list[bytes | None] = []
-        with self._translating():
-            for start in range(0, len(names), BATCH_KEYS):
-                frames += self._client.mget([self._prefix + name for name in names[start : start + BATCH_KEYS]])
+    def _connect(self) -> None:
+        """A client of this process's own; it connects when it is first used."""
+        self._client = redis.Redis.from_url(
+            self._url,
+            socket_timeout=self._timeout,
+            socket_connect_timeout=self._timeout,
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            **self._connection,
+        )
+        self._client.auto_close_connection_pool = (
+            False  # else a child, forgetting its parent's client, waits for that one's locks
+        )
+
+    def _read(self, names: Sequence[str]) -> list[Frame | None]:
+        frames: list[Frame | None] = []
+        for start in range(0, len(names), BATCH_KEYS):
+            frames += self._run(partial(self._get, names[start : start + BATCH_KEYS]))
         return frames
 
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
-        with self._translating(), self._client.pipeline(transaction=False) as pipeline:
-            n_waiting = 0
+        batch: list[tuple[str, bytes]] = []
+        n_waiting = 0
+        try:
             for name, frame in zip(names, frames, strict=True):
                 if len(frame) > MAX_FRAME_BYTES:
                     raise StoreFull(f"{self._place}: an entry of {len(frame)} bytes; Redis takes {MAX_FRAME_BYTES}")
-                pipeline.set(self._prefix + name, frame, px=self._ttl_milliseconds)
+                batch.append((name, frame))
                 n_waiting += len(frame)
                 if n_waiting >= BATCH_BYTES:
-                    pipeline.execute()
-                    n_waiting = 0
-            pipeline.execute()
+                    full, batch, n_waiting = batch, [], 0
+                    self._run(partial(self._set, full))
+        finally:  # what comes before an entry that is too large is kept
+            self._run(partial(self._set, batch))
 
     def _leading(self, names: Sequence[str]) -> int:
-        with self._translating(), self._client.pipeline(transaction=False) as pipeline:
-            for name in names:
-                pipeline.exists(self._prefix + name)
-            found = pipeline.execute()
+        found = self._run(partial(self._exists, names))
         return found.index(0) if 0 in found else len(found)
 
     def _remove(self, name: str) -> None:
-        with self._translating():
-            self._client.delete(self._prefix + name)
+        self._run(lambda: self._client.delete(self._prefix + name))
 
-    def _discard(self, name: str, frame: bytes) -> None:
-        with self._translating():
-            self._client.eval(_DISCARD, 1, self._prefix + name, hashlib.sha1(frame, usedforsecurity=False).hexdigest())
+    def _discard(self, name: str, frame: Frame) -> None:
+        head, size = frame if isinstance(frame, Head) else (frame, len(frame))
+        digest = hashlib.sha1(head, usedforsecurity=False).hexdigest()
+        self._run(lambda: self._client.eval(_DISCARD, 1, self._prefix + name, digest, size, len(head) - 1))
 
     def _list(self) -> Iterator[str]:
-        with self._translating():
-            seen = {key.decode() for key in self._client.scan_iter(match=f"{self._prefix}*", count=1000)}
-        return (key.removeprefix(self._prefix) for key in seen)
+        cursor, seen = None, set()
+        while cursor != 0:
+            scan = partial(self._client.scan, cursor or 0, match=f"{self._prefix}*", count=1000)
+            cursor, keys = self._run(scan)
+            seen.update(keys)
+        # Keys of other programs may be any bytes; what is no text is no name.
+        return (key.decode("utf-8", "replace").removeprefix(self._prefix) for key in seen)
 
-    @contextmanager
-    def _translating(self) -> Iterator[None]:
-        try:
-            yield
-        except redis.OutOfMemoryError as error:
-            raise StoreFull(f"{self._place}: the server has no memory left: {error}") from error
-        except (redis.RedisError, OSError) as error:
-            raise StoreUnavailable(f"{self._place}: {type(error).__name__}: {error}") from error
+    def _get(self, names: Sequence[str]) -> list[Frame | None]:
+        """Lengths first, so that no value is read that is longer than allowed; MGET knows the absent from the empty."""
+        keys = [self._prefix + name for name in names]
+        with self._client.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.strlen(key)
+            sizes = pipeline.execute(raise_on_error=False)
+            for size in sizes:
+                if isinstance(size, redis.RedisError) and not str(size).startswith("WRONGTYPE"):  # no string: no entry
+                    raise size
+            is_long = [isinstance(size, int) and size > FRAME_BYTES + self._entry_bytes for size in sizes]
+            pipeline.mget([key for key, long in zip(keys, is_long, strict=True) if not long] or [self._prefix])
+            for key, long in zip(keys, is_long, strict=True):
+                if long:
+                    pipeline.getrange(key, 0, FRAME_BYTES - 1)
+            whole, *heads = pipeline.execute()
+        values, long_heads = iter(whole), iter(heads)
+        return [
+            Head(next(long_heads), size) if long else next(values) for size, long in zip(sizes, is_long, strict=True)
+        ]
+
+    def _set(self, batch: Sequence[tuple[str, bytes]]) -> None:
+        with self._client.pipeline(transaction=False) as pipeline:
+            for name, frame in batch:
+                pipeline.set(self._prefix + name, frame, px=self._ttl_milliseconds)
+            pipeline.execute()
+
+    def _exists(self, names: Sequence[str]) -> list[int]:
+        with self._client.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.exists(self._prefix + name)
+            found: list[int] = pipeline.execute()
+        return found
+
+    def _run(self, call: Callable[[], T]) -> T:
+        return self._calls.run(partial(self._perform, call))
+
+    def _perform(self, call: Callable[[], T]) -> T:
+        return translated(call, self._meaning)
+
+    def _meaning(self, error: BaseException) -> BaseException:
+        if isinstance(error, KvtcError | MemoryError):
+            return error
+        if isinstance(error, redis.OutOfMemoryError):
+            return StoreFull(f"{self._place}: the server has no memory left: {self._redactor.cut(str(error))}")
+        return StoreUnavailable(f"{self._place}: {self._redactor.message(error)}")

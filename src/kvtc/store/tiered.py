@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,38 +10,61 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ..errors import InvalidArgument, StoreError, StoreFull, StoreUnavailable
+from ..errors import InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
+from ..forks import in_child
+from ..log_limits import log_once
 from .base import Store, StoreStatistics, Value, check_key, check_value
+from .circuit import CircuitBreaker
+from .framed import PROBE_NAME
 from .write_back import WriteBack
 
 T = TypeVar("T")
 Read = Callable[[Store, Sequence[str]], list[Any]]
 WRITE = ("through", "back")
 DEFAULT_QUEUE_BYTES = 256 << 20
-DEFAULT_PAUSE_SECONDS = 5.0
 N_STRIPES = 1024
+logger = logging.getLogger(__name__)
 
 
 class Tier:
-    """A store whose failures are counted, and which is left alone for a while after it could not be reached."""
+    """A store whose failures, of whatever kind, are counted and logged, and hinder no other tier.
 
-    def __init__(self, store: Store, pause: float, count_error: Callable[[], None]) -> None:
-        self.store = store
-        self._pause, self._count_error = pause, count_error
-        self._rests_until = 0.0
+    One that has made a caller wait in vain is asked again in the background, as `CircuitBreaker` says.
+    """
+
+    def __init__(self, store: Store, count_error: Callable[[], None]) -> None:
+        self.store, self._count_error = store, count_error
+        self._circuit = CircuitBreaker(lambda: store.contains(PROBE_NAME))
 
     def attempt(self, call: Callable[[Store], T], otherwise: T) -> T:
-        if time.monotonic() < self._rests_until:
+        if self._circuit.is_open():
             self._count_error()
             return otherwise
+        begin = time.monotonic()
         try:
             return call(self.store)
-        except StoreUnavailable:
-            self._rests_until = time.monotonic() + self._pause
+        except Exception as error:  # noqa: BLE001  a store of somebody else's may raise anything
             self._count_error()
-        except StoreError:
-            self._count_error()
+            if not isinstance(error, StoreFull):
+                self._circuit.failed(time.monotonic() - begin)
+            self._log(error)
         return otherwise
+
+    def read(self, read: Read, keys: Sequence[str]) -> list[Any]:
+        """One value or None for each key."""
+
+        def checked(store: Store) -> list[Any]:
+            values = read(store, keys)
+            if len(values) != len(keys):
+                raise StoreError(f"{len(values)} values for {len(keys)} keys")
+            return values
+
+        return self.attempt(checked, [None] * len(keys))
+
+    def leading(self, keys: Sequence[str]) -> int:
+        """How many leading keys have entries."""
+        n_leading = self.attempt(lambda store: store.contains_prefix(keys), 0)
+        return min(max(n_leading, 0), len(keys))
 
     def put(self, entries: Sequence[tuple[str, bytes]]) -> list[bool]:
         """Which of the entries it has taken; one that has no room there does not hinder the others."""
@@ -57,33 +81,50 @@ class Tier:
 
         return self.attempt(put_all, [False] * len(entries))
 
+    def statistics(self) -> StoreStatistics:
+        try:
+            return self.store.statistics()
+        except Exception as error:  # noqa: BLE001  as in `attempt`
+            self._log(error)
+            return StoreStatistics()
+
+    def close(self) -> None:
+        try:
+            self.store.close()
+        except Exception as error:  # noqa: BLE001  as in `attempt`; the other tiers are to be closed too
+            self._count_error()
+            self._log(error)
+
+    def _log(self, error: Exception) -> None:
+        unexpected = None if isinstance(error, KvtcError) else error
+        name = type(self.store).__name__
+        kind = f"{name} {type(error).__name__}"
+        log_once(logger, kind, "tier %s: %s: %s", name, type(error).__name__, error, exc_info=unexpected)
+
 
 class TieredStore(Store):
     """Reads ask one tier after the other, and a hit is copied into those above; a tier that fails is a counted miss.
 
     write: "through" all tiers before `put` returns, or "back": the first at once, the others in the background.
     queue_bytes: how much may wait in the background.
-    pause: seconds for which a tier that could not be reached is not asked again.
 
     Keys name contents: where another process gives a key another value, tiers of this process may hold the old one.
     """
 
-    def __init__(
-        self,
-        tiers: Sequence[Store],
-        write: str = "through",
-        queue_bytes: int = DEFAULT_QUEUE_BYTES,
-        pause: float = DEFAULT_PAUSE_SECONDS,
-    ) -> None:
+    def __init__(self, tiers: Sequence[Store], write: str = "through", queue_bytes: int = DEFAULT_QUEUE_BYTES) -> None:
         super().__init__()
         if not tiers:
             raise InvalidArgument("a tiered store needs at least one tier")
         if write not in WRITE:
             raise InvalidArgument(f"write is {write!r}; expected one of {', '.join(WRITE)}")
-        self._tiers = [Tier(store, pause, lambda: self._counters.add(errors=1)) for store in tiers]
-        self._stripes = [threading.Lock() for _ in range(N_STRIPES)]
+        self._tiers = [Tier(store, lambda: self._counters.add(errors=1)) for store in tiers]
         self._versions = [0] * N_STRIPES  # how often a key of that stripe has been written
         self._write_back = WriteBack(self._put_below, queue_bytes) if write == "back" else None
+        self._renew()
+        in_child(self._renew)
+
+    def _renew(self) -> None:
+        self._stripes = [threading.Lock() for _ in range(N_STRIPES)]
 
     def __repr__(self) -> str:
         return f"TieredStore({', '.join(repr(tier.store) for tier in self._tiers)})"
@@ -167,6 +208,7 @@ class TieredStore(Store):
         return iter(found)
 
     def flush(self) -> None:
+        self._check_open()
         if self._write_back is not None:
             self._write_back.flush()
         for tier in self._tiers:
@@ -174,7 +216,7 @@ class TieredStore(Store):
 
     def statistics(self) -> StoreStatistics:
         """Of the tiers together: a hit in any is a hit, errors are theirs; what is stored, `tiers` say each for itself."""
-        below = [store.statistics() for store in self.tiers]
+        below = [tier.statistics() for tier in self._tiers]
         return replace(
             self._counters.snapshot(),
             evictions=sum(one.evictions for one in below),
@@ -183,17 +225,14 @@ class TieredStore(Store):
         )
 
     def close(self) -> None:
-        if self._is_closed:
-            return
         super().close()
         if self._write_back is not None:
             self._write_back.stop()
-        for store in self.tiers:
-            store.close()
+        for tier in self._tiers:
+            tier.close()
 
     def _ask(self, depth: int, tier: Tier, keys: Sequence[str], read: Read) -> list[Any]:
-        nothing: list[Any] = [None] * len(keys)
-        found = tier.attempt(lambda store: read(store, keys), nothing)
+        found = tier.read(read, keys)
         if depth == 0 and self._write_back is not None:
             waiting = self._write_back
             return [waiting.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
@@ -208,7 +247,7 @@ class TieredStore(Store):
         for tier in self._tiers:
             if longest == len(keys):
                 break
-            longest = max(longest, tier.attempt(lambda store: store.contains_prefix(keys), 0))
+            longest = max(longest, tier.leading(keys))
         return longest
 
     def _promote(self, depth: int, entries: Sequence[tuple[str, bytes, int]]) -> None:

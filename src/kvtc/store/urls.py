@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from ..errors import InvalidArgument
+from .frame import DEFAULT_ENTRY_BYTES
 
 T = TypeVar("T")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -20,14 +21,20 @@ class StoreUrl:
         try:
             parts = urlsplit(url)
             self.port = parts.port
-        except ValueError as error:
-            raise InvalidArgument(f"store URL is malformed: {error}") from error
+            is_sound = True
+        except ValueError:  # its text may hold a password with a sign that does not belong there
+            is_sound = False
+        if not is_sound:
+            raise InvalidArgument(
+                "store URL is malformed; expected scheme://host:port/path, other signs written as %XX"
+            )
         if parts.fragment:
             raise InvalidArgument("store URL holds a #; expected %23 where one is meant")
         self.scheme = parts.scheme
         self.host = parts.hostname or ""
         self.path = unquote(parts.path)
         self.base = url.partition("?")[0]
+        self.has_user = "@" in parts.netloc
         self._options: dict[str, Any] = dict(parse_qsl(parts.query, keep_blank_values=True)) | (options or {})
         self._known: list[str] = []
 
@@ -35,7 +42,7 @@ class StoreUrl:
         """Without user, password and options, for messages."""
         host = f"//{self.host}" if self.host else ""
         port = f":{self.port}" if self.port else ""
-        return f"{self.scheme}:{host}{port}{self.path}"
+        return f"{self.scheme}:{host}{port}{self.path.rpartition('@')[2]}"
 
     def take(self, name: str, convert: Callable[[Any], T], default: Any = None) -> Any:
         """The option's value, converted and removed, or the default; `InvalidArgument` where it cannot be converted."""
@@ -45,12 +52,16 @@ class StoreUrl:
             return default
         try:
             return convert(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InvalidArgument(f"{self}: option {name}={value!r:.80}: {error}") from error
 
     def take_common(self) -> dict[str, Any]:
         """The options of all stores, as keyword arguments; nothing may be left after them."""
-        common = {"namespace": self.take("namespace", str), "on_error": self.take("on_error", str, "raise")}
+        common = {
+            "namespace": self.take("namespace", str),
+            "on_error": self.take("on_error", str, "raise"),
+            "entry_bytes": self.take("entry_bytes", parse_bytes, DEFAULT_ENTRY_BYTES),
+        }
         self.expect_no_rest()
         return common
 
@@ -87,6 +98,11 @@ def parse_seconds(text: str | float) -> float:
     if not 0 < seconds < float("inf"):
         raise ValueError("expected a positive number of seconds")
     return seconds
+
+
+def parse_mode(text: str | int) -> int:
+    """`0640`, permissions in octal digits."""
+    return text if isinstance(text, int) else int(text, 8)
 
 
 def parse_choice(*choices: str) -> Callable[[Any], str]:

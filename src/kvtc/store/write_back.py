@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from ..errors import StoreUnavailable
+from ..forks import in_child
+from ..log_limits import log_once
 
 ENTRY_BYTES = 512  # what an entry costs beside its value, roughly
+logger = logging.getLogger(__name__)
 
 
 class WriteBack:
     """Entries on their way to `write`, in the order in which they were put.
 
     A later value of a key takes the place of one that still waits. At most `max_bytes` wait; more makes `put` wait instead.
+    What `write` raises is logged, and the next entry is written. What waits when the process ends regularly is written then.
+    In a forked child nothing waits: what the parent has put is the parent's to write.
     """
 
     def __init__(self, write: Callable[[str, bytes], None], max_bytes: int) -> None:
         self._write, self._max_bytes = write, max_bytes
+        self._is_stopping = False
+        self._renew()
+        in_child(self._renew)
+        atexit.register(self.stop)  # what waits is written even where nobody closes the store
+
+    def _renew(self) -> None:
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, bytes] = OrderedDict()
         self._bytes = 0
         self._in_flight: tuple[str, bytes] | None = None
-        self._is_stopping = False
-        self._has_ended = False
-        self._worker = threading.Thread(target=self._work, name="kvtc-write-back", daemon=True)
-        self._worker.start()
-        atexit.register(self.stop)  # what waits is written even where nobody closes the store
+        self._worker: threading.Thread | None = None  # while there is something to write
 
     def put(self, key: str, value: bytes) -> None:
+        """`StoreUnavailable` once it is stopped, also to those who wait for room then."""
         cost = len(value) + ENTRY_BYTES
         with self._changed:
             self._forget(key)
+            if self._waiting:
+                self._ensure_worker()  # a third-party store may have ended the last one
             # Into an empty queue goes a value of any size.
             self._changed.wait_for(
-                lambda: not self._waiting or self._bytes + cost <= self._max_bytes or self._has_ended
+                lambda: self._is_stopping or not self._waiting or self._bytes + cost <= self._max_bytes
             )
-            if self._has_ended:
-                raise StoreUnavailable("writing in the background has ended")
+            if self._is_stopping:
+                raise StoreUnavailable("writing in the background has ended: the store is closed")
             self._forget(key)  # another thread may have put the same key meanwhile
+            self._ensure_worker()
             self._waiting[key] = value
             self._bytes += cost
-            self._changed.notify_all()
 
     def get(self, key: str) -> bytes | None:
         with self._changed:
@@ -62,47 +73,66 @@ class WriteBack:
         with self._changed:
             self._forget(key)
             self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: self._has_ended or self._in_flight is None or self._in_flight[0] != key,
-            )
+            self._changed.wait_for(lambda: self._in_flight is None or self._in_flight[0] != key)
 
     def flush(self) -> None:
         """Wait until nothing is on its way."""
         with self._changed:
-            self._changed.wait_for(lambda: self._has_ended or (not self._waiting and self._in_flight is None))
+            is_mine = bool(self._waiting) and self._worker is None
+            if is_mine:
+                self._worker = threading.current_thread()
+        if is_mine:
+            self._work()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and self._in_flight is None)
 
     def stop(self) -> None:
-        """Write what waits and end the worker."""
+        """Write what waits and take nothing more."""
         atexit.unregister(self.stop)
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
-        self._worker.join()
+            worker = self._worker
+        self.flush()
+        if worker is not None:
+            worker.join()
 
     def _forget(self, key: str) -> None:
         value = self._waiting.pop(key, None)
         if value is not None:
             self._bytes -= len(value) + ENTRY_BYTES
 
+    def _ensure_worker(self) -> None:
+        if self._worker is None:
+            worker = threading.Thread(target=self._work, name="kvtc-write-back", daemon=True)
+            try:
+                worker.start()
+            except RuntimeError as error:
+                raise StoreUnavailable(f"no thread to write in the background: {error}") from error
+            self._worker = worker
+
     def _work(self) -> None:
         try:
-            self._write_all()
-        finally:
-            with self._changed:
-                self._has_ended = True
+            while (entry := self._next()) is not None:
+                try:
+                    self._write(*entry)
+                except Exception as error:  # noqa: BLE001  of this entry; the next may well be written
+                    log_once(logger, type(error).__name__, "an entry is not written in the background", exc_info=error)
+        except BaseException:
+            with self._changed:  # the next entry starts another thread
+                self._in_flight = self._worker = None
                 self._changed.notify_all()
+            raise
 
-    def _write_all(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._is_stopping)
-                if not self._waiting:
-                    return
+    def _next(self) -> tuple[str, bytes] | None:
+        """The entry that has waited longest, from now on in flight; None where none waits."""
+        with self._changed:
+            self._in_flight = None
+            if self._waiting:
                 key, value = next(iter(self._waiting.items()))
                 self._forget(key)
                 self._in_flight = (key, value)
-                self._changed.notify_all()
-            self._write(key, value)
-            with self._changed:
-                self._in_flight = None
-                self._changed.notify_all()
+            else:
+                self._worker = None
+            self._changed.notify_all()
+            return self._in_flight

@@ -1,0 +1,68 @@
+"""Circuit breaker: a place that has made a caller wait in vain is asked again in the background, not by the next caller."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from ..forks import in_child
+
+PAUSE_SECONDS = 1.0  # between two probes
+SLOW_SECONDS = 0.1  # a failure that took longer opens the circuit; a quicker one costs callers nothing
+
+
+class CircuitBreaker:
+    """Whether a place may be asked: while the circuit is closed. A slow failure opens it, a probe that succeeds closes it.
+
+    probe: asks the place for something cheap and raises where that fails. It runs in a thread of its own, one at a time, at most
+    every `PAUSE_SECONDS`, and only if somebody wants to ask. It may hang: the circuit stays open as long.
+    slow_seconds: a failure that took at least so long opens the circuit.
+    """
+
+    def __init__(self, probe: Callable[[], object], slow_seconds: float = SLOW_SECONDS) -> None:
+        self._probe, self._slow_seconds = probe, min(slow_seconds, SLOW_SECONDS)
+        self._renew()
+        in_child(self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+        self._is_open = self._is_probing = False
+        self._next_probe = 0.0
+
+    def is_open(self) -> bool:
+        """Whether nobody is to ask now. Starts the next probe where one is due."""
+        if not self._is_open:
+            return False
+        with self._lock:
+            is_due = self._is_open and not self._is_probing and time.monotonic() >= self._next_probe
+            self._is_probing |= is_due
+        if is_due:
+            try:
+                threading.Thread(target=self._try_again, name="kvtc-probe", daemon=True).start()
+            except RuntimeError:  # no more threads, for now
+                self._end_probe(succeeded=False)
+        return True
+
+    def failed(self, seconds: float) -> None:
+        """A call has failed after so many seconds."""
+        if seconds >= self._slow_seconds:
+            with self._lock:
+                self._is_open = True
+                self._next_probe = time.monotonic() + PAUSE_SECONDS
+
+    def _try_again(self) -> None:
+        succeeded = False
+        try:
+            with suppress(Exception):  # whatever it is, the place cannot be used yet
+                self._probe()
+                succeeded = True
+        finally:
+            self._end_probe(succeeded)
+
+    def _end_probe(self, succeeded: bool) -> None:
+        with self._lock:
+            self._is_probing = False
+            self._is_open &= not succeeded
+            self._next_probe = time.monotonic() + PAUSE_SECONDS
