@@ -20,6 +20,7 @@ from statistics import median
 from unittest.mock import patch
 
 import kvtc
+from kvtc.entries import Entries
 from kvtc.evaluate.plots import INK, SERIES
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.table import format_bytes, format_table
@@ -40,7 +41,7 @@ from serving import (
 
 NAME, COLD = "crossover", "tiered, cold"
 STAGES = {
-    "fetch": [(kvtc.PrefixCache, "_get"), (Future, "result")],
+    "fetch": [(Entries, "load"), (Future, "result")],
     "entropy decode": [(JointCoder, "decode")],
     "inverse transform": [(JointCoder, "restore")],
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from kvtc import log_limits
 from kvtc.calibration import Calibration
 
 from .builders import tiny_calibration
@@ -35,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def calibration() -> Calibration:
     """3 layers, 2 heads of 8 features, rotated in halves; fitted to low-rank caches."""
     return tiny_calibration()
+
+
+@pytest.fixture(autouse=True)
+def forgotten_warnings(monkeypatch):
+    """What another test has logged is logged again."""
+    monkeypatch.setattr(log_limits, "_limits", log_limits.LogLimits())
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from kvtc.integrations.task_board import TaskBoard
 from kvtc.store import open_store
 
 from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache
+from .failing import DECODE_ERRORS, break_decoding
 
 T = 256
 SHAPE = (2, N_LAYERS, T, N_HEADS * HEAD_DIM)
@@ -177,9 +178,9 @@ def test_chunks_are_saved_once_and_loaded():
     assert [chunks.load(0, key, item) for key, item in zip(asked, found, strict=True)] == [True, True, False]
     assert relative_error(torch.stack(found[:2]), torch.stack(data)) < 0.1
     counts = chunks.counts.read()
-    assert (counts["chunks_saved"], counts["chunks_shared"], counts["starts_searched"]) == (2, 1, 1)
+    assert (counts["entries_saved"], counts["entries_shared"], counts["starts_searched"]) == (2, 1, 1)
     assert (counts["bytes_saved"], counts["original_bytes"]) == (sum(sizes), 2 * data[0].numel() * 2)
-    assert (counts["chunks_loaded"], counts["misses"]) == (2, 1)
+    assert (counts["entries_loaded"], counts["misses"]) == (2, 1)
 
 
 def test_an_entry_that_cannot_be_decoded_is_a_miss_and_deleted(caplog):
@@ -193,7 +194,7 @@ def test_an_entry_that_cannot_be_decoded_is_a_miss_and_deleted(caplog):
     assert not chunks.load(0, key, torch.zeros(SHAPE, dtype=torch.bfloat16))
     assert "is deleted" in caplog.text
     assert chunks.n_stored([key]) == 0
-    assert chunks.counts.read()["entries_unusable"] == 1
+    assert chunks.counts.read()["damaged"] == 1
 
 
 def test_a_stream_of_other_tokens_than_asked_for_is_a_miss():
@@ -210,8 +211,21 @@ def test_a_store_that_does_not_answer_makes_misses(caplog):
     assert not chunks.load(0, "chunk/a", torch.zeros(SHAPE))
     chunks.delete("chunk/a")
     counts = chunks.counts.read()
-    assert (counts["save_errors"], counts["store_errors"], counts["misses"]) == (1, 3, 1)
+    assert (counts["save_errors"], counts["store_errors"], counts["misses"]) == (1, 4, 1)
     assert "no server" in caplog.text
+
+
+@pytest.mark.parametrize("error", DECODE_ERRORS)
+def test_a_chunk_that_there_is_no_memory_for_stays(monkeypatch, error):
+    store = open_store("memory:")
+    chunks, data = stored(store), torch.zeros(SHAPE, dtype=torch.bfloat16)
+    key = chunks.key(0, "aa")
+    chunks.save(0, key, chunk(0), 0)
+    with monkeypatch.context() as broken:
+        break_decoding(broken, error)
+        assert not chunks.load(0, key, data)
+    assert (chunks.counts.read()["decode_errors"], chunks.counts.read()["damaged"]) == (1, 0)
+    assert chunks.load(0, key, data)
 
 
 def test_what_a_stream_depends_on_is_in_its_key():

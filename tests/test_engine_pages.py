@@ -11,15 +11,14 @@ import torch
 from kvtc import inspect
 from kvtc.cache import CacheGeometry
 from kvtc.codec import Codec
+from kvtc.entries import Entries
 from kvtc.errors import (
-    CorruptStream,
     InvalidArgument,
     StoreUnavailable,
     StreamTooLarge,
     TokenMismatch,
     UnsupportedModel,
 )
-from kvtc.integrations.counts import Counts
 from kvtc.integrations.engine_settings import CachePart, EngineSettings, tensor_parallel_parts
 from kvtc.integrations.pages import PageCodec
 from kvtc.integrations.store_lookups import StoreLookups
@@ -53,7 +52,7 @@ def test_a_chunk_is_coded_alone_wherever_it_stands():
     assert relative_error(values, cache.values[:, :, span]) < 0.02
     first, _ = codec.decode(stream, 256, 100, ids[256:356])
     assert same_bits(first, keys[:, :, :100])
-    with pytest.raises(CorruptStream, match="position 256; expected 0"):
+    with pytest.raises(TokenMismatch, match="position 256; expected 0"):
         codec.decode(stream, 0, 256, ids[span])
     with pytest.raises(TokenMismatch):
         codec.decode(stream, 256, 256, ids[:256])
@@ -180,10 +179,10 @@ def test_heads_are_shared_out_as_engines_do():
 
 
 def test_lookups_answer_later_and_in_the_order_of_the_text():
-    store, counts = open_store("memory:"), Counts()
+    store = open_store("memory:")
     for key in ("a0", "a1", "b0", "b1", "d0", "d1"):
         store.put(key, b"")
-    lookups = StoreLookups(store, counts)
+    lookups = StoreLookups(Entries(store))
     names = {"d": 3, "b": 1, "c": 2, "a": 0}
 
     def answers(request: str):
@@ -203,8 +202,9 @@ def test_lookups_answer_later_and_in_the_order_of_the_text():
 
 
 def test_a_store_that_does_not_answer_has_nothing():
-    store, counts = open_store("memory:"), Counts()
-    lookups = StoreLookups(store, counts)
+    store = open_store("memory:")
+    entries = Entries(store)
+    lookups = StoreLookups(entries)
     store.close()
     with pytest.raises(StoreUnavailable):
         store.contains("a")
@@ -212,14 +212,4 @@ def test_a_store_that_does_not_answer_has_nothing():
     lookups.flush()
     lookups.close()
     assert lookups.ask("one", 0, "a", ["a"]) is False
-    assert counts.read()["store_errors"] == 1
-
-
-def test_counts_are_taken_once():
-    counts = Counts()
-    counts.add(loads=1, bytes_read=10)
-    assert counts.take() == {"loads": 1, "bytes_read": 10}
-    counts.add(loads=2, misses=0)
-    assert counts.take() == {"loads": 2}
-    assert counts.take() == {}
-    assert counts.read() == {"loads": 3, "bytes_read": 10, "misses": 0}
+    assert entries.counts.read()["store_errors"] == 1

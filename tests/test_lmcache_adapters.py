@@ -17,6 +17,7 @@ from kvtc.errors import InvalidArgument, UnsupportedLayout
 from kvtc.store import open_store
 
 from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, measured_calibration, relative_error
+from .failing import DECODE_ERRORS, ERRORS, break_decoding, break_store
 from .fake_lmcache import MemoryLayoutDesc, MemoryObj, ObjectKey, fake_lmcache
 from .test_chunk_coder import SHAPE, T, chunk
 
@@ -80,7 +81,8 @@ def test_chunks_go_to_the_store_and_come_back_to_another_adapter(lmcache, option
     task = adapter.submit_store_task(keys, data)
     (result,) = take(adapter.pop_completed_store_tasks).items()
     assert (result[0], result[1].is_successful()) == (task, True)
-    assert adapter.report_status()["starts_searched"] == 0
+    assert "starts_searched" not in adapter.report_status()
+    assert adapter.report_status()["entries_saved"] == 3
     (event,) = adapter.events
     assert event[:2] == ("stored", keys)
     assert sum(event[2]) == result[1].bytes_transferred()
@@ -146,6 +148,36 @@ def test_chunks_that_cannot_be_stored_fail_their_task_alone(options, caplog):
     lookup = adapter.submit_lookup_and_lock_task(keys, {})
     assert take(lambda: adapter.query_lookup_and_lock_result(lookup)).bits() == [True, False]
     assert adapter.report_status()["save_errors"] == 1
+    adapter.close()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_store_raises_is_a_miss(options, monkeypatch, error):
+    adapter, keys = make_adapter(options), [ObjectKey(HASHES[0])]
+
+    def store():
+        adapter.submit_store_task(keys, [MemoryObj(chunk(0))])
+        (result,) = take(adapter.pop_completed_store_tasks).values()
+        return result.is_successful()
+
+    def load():
+        number = adapter.submit_load_task(keys, [empty()])
+        return take(lambda: adapter.query_load_result(number)).bits()
+
+    with monkeypatch.context() as broken:
+        break_store(broken, adapter._store, error)
+        lookup = adapter.submit_lookup_and_lock_task(keys, {})
+        assert take(lambda: adapter.query_lookup_and_lock_result(lookup)).bits() == [False]
+        assert (store(), load()) == (False, [False])
+        adapter.delete(keys)
+    counts = adapter.report_status()
+    assert (counts["save_errors"], counts["misses"], counts["store_errors"]) == (1, 1, 4)
+    assert store()
+    with monkeypatch.context() as broken:
+        break_decoding(broken, DECODE_ERRORS[0])
+        assert load() == [False]
+    assert adapter.report_status()["decode_errors"] == 1
+    assert load() == [True]
     adapter.close()
 
 
@@ -243,6 +275,45 @@ def test_the_remote_plugin_keeps_chunks_and_ends_of_texts(options):
     assert len(asyncio.run(connector.list())) == 2
     assert connector.remove_sync(engine_key("a"))
     assert asyncio.run(connector.get(engine_key("a"))) is None
+    asyncio.run(connector.close())
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_store_raises_is_a_miss_of_the_remote_plugin(options, monkeypatch, error):
+    memory = Memory()
+    make = importlib.import_module("kvtc.integrations.lmcache_remote").KvtcRemoteConnector
+    connector = make(loop=None, local_cpu_backend=memory, config=SimpleNamespace(extra_config=options))
+    key = engine_key("a")
+    with monkeypatch.context() as broken:
+        break_store(broken, connector._store, error)
+        asyncio.run(connector.put(key, MemoryObj(chunk(256))))
+        assert not connector.exists_sync(key)
+        assert asyncio.run(connector.get(key)) is None
+        assert connector.remove_sync(key)
+    asyncio.run(connector.put(key, MemoryObj(chunk(256))))
+    for fails in (lambda broken: break_decoding(broken, DECODE_ERRORS[0]), no_memory):
+        with monkeypatch.context() as broken:
+            fails(broken)
+            assert asyncio.run(connector.get(key)) is None
+    assert [item.n_references for item in memory.given] == [0], "what was given is given back"
+    assert connector._chunks.counts.read()["decode_errors"] == 2
+    assert relative_error(asyncio.run(connector.get(key)).tensor, chunk(256)) < 0.1
+    asyncio.run(connector.close())
+
+
+def no_memory(monkeypatch):
+    monkeypatch.setattr(Memory, "allocate", lambda *_: None)
+
+
+def test_what_is_no_stream_at_all_is_a_miss_of_the_remote_plugin(options):
+    make = importlib.import_module("kvtc.integrations.lmcache_remote").KvtcRemoteConnector
+    connector = make(loop=None, local_cpu_backend=Memory(), config=SimpleNamespace(extra_config=options))
+    asyncio.run(connector.put(engine_key("a"), MemoryObj(chunk(256))))
+    (key,) = connector._store.keys()
+    connector._store.put(key, b"no stream")
+    assert asyncio.run(connector.get(engine_key("a"))) is None
+    assert connector._chunks.counts.read()["damaged"] == 1
+    assert not connector.exists_sync(engine_key("a"))
     asyncio.run(connector.close())
 
 

@@ -14,9 +14,10 @@ import torch
 import kvtc
 from kvtc.cache import KVCache
 from kvtc.codec import Codec
+from kvtc.entries import Entries
 from kvtc.errors import GeometryMismatch, InvalidArgument, InvalidCache, StoreError
 from kvtc.prefix_cache import PrefixCache, as_token_ids, chunk_key
-from kvtc.prefix_cache.tail import Tail
+from kvtc.prefix_cache.tails import MAX_TAILS, Tails
 from kvtc.store import Store, open_store
 
 from .builders import joint_calibration, random_cache, told_cache, told_ids
@@ -104,7 +105,7 @@ def test_growing_codes_only_new_chunks(prefixes: PrefixCache) -> None:
     report = saved(prefixes, 180)
     assert (report.chunks, report.coded) == (5, 3)
     kinds = [key.split("/")[0] for key in list_keys(prefixes)]
-    assert sorted(kinds) == ["chunk"] * 5 + ["tail"], "the old tail is gone"
+    assert sorted(kinds) == ["chunk"] * 5 + ["tail", "tails"], "the old tail and its index are gone"
     assert prefixes.load_neutral(told_ids(200))[1] == 180
 
 
@@ -160,7 +161,7 @@ def test_short_prefixes_are_skipped(store: Store) -> None:
     with PrefixCache(codec(), store, min_tokens=64) as prefixes:
         assert saved(prefixes, 63).n_tokens == 0
         assert saved(prefixes, 64).n_tokens == 64
-        assert (prefixes.statistics.saves, prefixes.statistics.saves_skipped) == (1, 1)
+        assert (prefixes.statistics["saves"], prefixes.statistics["saves_skipped"]) == (1, 1)
 
 
 def test_what_was_saved_may_change_afterwards(prefixes: PrefixCache) -> None:
@@ -190,7 +191,7 @@ def test_unusable_entries_are_misses(prefixes: PrefixCache, harm: Any, what: str
     found, n_tokens = prefixes.load_neutral(told_ids(200), whole=True)
     assert n_tokens == (64 if what == "chunk" else 160)
     assert found is not None
-    assert prefixes.statistics.unusable == 1
+    assert prefixes.statistics["damaged"] == 1
     assert not prefixes.store.contains(key)
     assert saved(prefixes, 200).coded == (1 if what == "chunk" else 0)
     assert prefixes.load_neutral(told_ids(200), whole=True)[1] == 200
@@ -222,7 +223,7 @@ def test_a_dead_store_is_a_miss_and_a_failed_save() -> None:
             saved(prefixes, 100)
         assert prefixes.load_neutral(told_ids(100)) == (None, 0)
         assert prefixes.contains(told_ids(100)) == 0
-        assert prefixes.statistics.store_errors >= 3
+        assert prefixes.statistics["store_errors"] >= 3
 
 
 def test_refuses_what_is_no_prefix(prefixes: PrefixCache) -> None:
@@ -266,7 +267,7 @@ def test_many_threads(store: Store) -> None:
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))
-        assert prefixes.statistics.unusable == 0
+        assert (prefixes.statistics["damaged"], prefixes.statistics["other"]) == (0, 0)
 
 
 def test_the_reference_model_goes_on_from_a_prefix() -> None:
@@ -292,8 +293,98 @@ def test_the_reference_model_goes_on_from_a_prefix() -> None:
 
 def test_a_tail_is_matched_by_sixteens() -> None:
     ids = as_token_ids(range(40))
-    tail = Tail.from_bytes(Tail.of(b"node", ids, b"stream").to_bytes())
-    assert (tail.n_tokens, tail.stream) == (40, b"stream")
-    for n, expected in ((0, 0), (15, 0), (16, 16), (39, 32), (40, 40), (50, 40)):
-        assert tail.n_common(b"node", as_token_ids(range(n))) == expected
-    assert tail.n_common(b"other", ids) == 0
+    with open_store("memory:") as store:
+        tails = Tails(Entries(store))
+        assert tails.save(b"node", ids, b"name" * 4, lambda: b"stream") == 6
+        for n, expected in ((0, 0), (15, 0), (16, 16), (39, 32), (40, 40), (50, 40)):
+            assert tails.find(b"node", as_token_ids(range(n))) == ((b"name" * 4, expected) if n > 15 else (b"", 0))
+        assert tails.find(b"other", ids) == (b"", 0)
+
+
+def test_tails_of_one_beginning_are_bounded_and_the_last_saved_stay() -> None:
+    shared, n = list(range(100)), MAX_TAILS + 3
+    texts = [as_token_ids([*shared, *range(1000 * index, 1000 * index + 50)]) for index in range(n)]
+    with open_store("memory:") as store:
+        tails = Tails(Entries(store))
+        for index, ids in enumerate(texts):
+            tails.save(b"node", ids, bytes([index]) * 16, lambda: b"stream")
+        # One that is saved again is the last again.
+        tails.save(b"node", texts[3], bytes([3]) * 16, lambda: b"stream")
+        tails.save(b"node", as_token_ids([*shared, 5]), bytes([n]) * 16, lambda: b"stream")
+        found = [tails.find(b"node", ids)[1] for ids in texts]
+        gone = [index for index, n_common in enumerate(found) if n_common < 150]
+        assert gone == [0, 1, 2, 4]
+        assert {found[index] for index in gone} == {96}, "what others have in common with it"
+        assert len([key for key in store.keys() if key.startswith("tail/")]) == MAX_TAILS  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda data: data[:-1], lambda data: data[:30], lambda _: b"", lambda data: b"x" + data]
+)
+def test_a_damaged_index_of_tails_is_deleted_and_written_anew(prefixes: PrefixCache, harm: Any) -> None:
+    saved(prefixes, 200)
+    (key,) = (key for key in list_keys(prefixes) if key.startswith("tails/"))
+    prefixes.store.put(key, harm(prefixes.store.get(key)))
+    assert prefixes.load_neutral(told_ids(200), whole=True)[1] == 160
+    assert (prefixes.statistics["damaged"], prefixes.store.contains(key)) == (1, False)
+    saved(prefixes, 200)
+    assert prefixes.load_neutral(told_ids(200), whole=True)[1] == 200
+
+
+def test_two_processes_that_save_tails_of_one_index_lose_at_most_one(store: Store) -> None:
+    """The index is read and written; what another writes between is lost, and found again once it is saved again."""
+    with PrefixCache(codec(), store, min_tokens=1) as one, PrefixCache(codec(), store, min_tokens=1) as two:
+        texts = [forked(told_ids, 100, 90, seed) for seed in (1, 2)]
+        get_many, others = store.get_many, [texts[1]]
+
+        def meanwhile(keys: list[str]) -> list[bytes | None]:
+            entries = list(get_many(keys))
+            if keys[0].startswith("tails/") and others:
+                two.save(*others.pop()).result()
+            return entries
+
+        store.get_many = meanwhile  # type: ignore[method-assign, assignment]
+        one.save(*texts[0]).result()
+        assert not others
+        assert [two.load_neutral(ids, whole=True)[1] for ids, _ in texts] == [100, 80]
+        two.save(*texts[1]).result()
+        assert [one.load_neutral(ids, whole=True)[1] for ids, _ in texts] == [100, 100]
+
+
+def forked(ids_of: Any, n: int, at: int, seed: int) -> tuple[Any, KVCache]:
+    """A text that leaves the one of seed 0 after so many tokens, and its cache."""
+    cache, other = told_cache(n), told_cache(n, seed=seed)
+    sides = [
+        torch.cat([getattr(cache, side)[:, :, :at], getattr(other, side)[:, :, at:]], 2) for side in ("keys", "values")
+    ]
+    return torch.cat([ids_of(n)[:at], ids_of(n, seed)[at:]]), KVCache(*sides)
+
+
+def test_two_conversations_with_short_parts_of_their_own_keep_both(store: Store) -> None:
+    """The second once took the place of the first, of which 752 tokens were left."""
+    with PrefixCache(Codec(joint_calibration(), "joint", step=0.05), store) as prefixes:
+        texts = [forked(told_ids, 860, 755, seed) for seed in (1, 2)]
+        for ids, cache in texts:
+            prefixes.save(ids, cache).result()
+        for ids, exact in texts:
+            cache, n_tokens = prefixes.load_neutral(ids, whole=True)
+            assert cache is not None
+            assert n_tokens == 860
+            assert error(cache, exact, slice(732, None)) == 0, "the exact window of its own"
+        assert prefixes.load_neutral(forked(told_ids, 860, 755, 3)[0], whole=True)[1] == 752
+
+
+def test_a_growing_conversation_replaces_its_own_tail_alone(prefixes: PrefixCache) -> None:
+    ours, theirs = forked(told_ids, 100, 90, 1), forked(told_ids, 76, 70, 2)
+    prefixes.save(*theirs).result()
+    for n in (80, 90, 100):
+        prefixes.save(ours[0][:n], ours[1].span(0, n)).result()
+        assert sum(key.startswith("tail/") for key in list_keys(prefixes)) == 2
+    assert prefixes.load_neutral(ours[0], whole=True)[1] == 100
+    assert prefixes.load_neutral(theirs[0], whole=True)[1] == 76
+    # What hung on the way is inside the new chunks; the other conversation's is not.
+    longer, cache = torch.cat([ours[0], told_ids(60, 5)]), told_cache(160)
+    prefixes.save(longer, cache).result()
+    assert prefixes.load_neutral(longer, whole=True)[1] == 160
+    assert prefixes.load_neutral(theirs[0], whole=True)[1] == 76
+    assert sum(key.startswith("tail/") for key in list_keys(prefixes)) == 2

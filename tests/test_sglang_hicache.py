@@ -12,6 +12,7 @@ from kvtc.errors import InvalidArgument, UnsupportedLayout, UnsupportedModel
 from kvtc.store import open_store
 
 from .builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, measured_calibration, relative_error, told_cache
+from .failing import DECODE_ERRORS, ERRORS, break_decoding, break_store
 from .fake_sglang import (
     HiCacheStorageConfig,
     HiCacheStorageExtraInfo,
@@ -142,6 +143,24 @@ def test_a_damaged_page_is_a_miss(make, tmp_path):
         store.put(key, stream)
     assert backend.batch_get_v1(KEYS[:1], ALL[:PAGE]) == [False]
     assert backend.batch_exists(KEYS[:1]) == 0
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_store_raises_stays_out_of_the_threads_of_sglang(make, monkeypatch, error):
+    backend, _ = make()
+    with monkeypatch.context() as broken:
+        break_store(broken, backend._store, error)
+        assert backend.batch_set_v1(KEYS[:2], ALL[: 2 * PAGE]) == [False, False]
+        assert backend.batch_get_v1(KEYS[:2], ALL[: 2 * PAGE]) == [False, False]
+        assert backend.batch_exists(KEYS[:2]) == 0
+    assert (backend.counts["save_errors"], backend.counts["misses"], backend.counts["store_errors"]) == (2, 2, 4)
+    assert backend.batch_set_v1(KEYS[:2], ALL[: 2 * PAGE]) == [True, True]
+    with monkeypatch.context() as broken:
+        break_decoding(broken, DECODE_ERRORS[0])
+        assert backend.batch_get_v1(KEYS[:2], ALL[: 2 * PAGE]) == [False, False]
+    assert backend.counts["decode_errors"] == 2
+    assert backend.batch_get_v1(KEYS[:2], ALL[: 2 * PAGE]) == [True, True]
+    backend.close()
 
 
 def test_what_cannot_work_is_refused(make):

@@ -267,5 +267,5 @@ def test_a_chunk_that_was_damaged_before_it_was_put_is_a_counted_miss():
             value[sections_of(value)[-1][1]] ^= 1
             store.put(key, value)
         assert prefixes.load_neutral(told_ids(N))[1] == 0
-        assert prefixes.statistics.unusable == 1
+        assert prefixes.statistics["damaged"] == 1
         assert sum(map(store.contains, keys)) == len(keys) - 1

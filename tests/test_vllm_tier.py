@@ -26,6 +26,7 @@ from .builders import (
     told_cache,
     told_ids,
 )
+from .failing import DECODE_ERRORS, ERRORS, break_decoding, break_store
 from .fake_vllm import LookupResult, ReqContext, TransferJob, fake_vllm
 
 PAGE, CHUNK = 32, 256
@@ -153,7 +154,7 @@ def test_chunks_leave_host_memory_and_come_back(tier_class, options, axes, tells
             assert relative_error(found, expected) < 0.02
     other.tier.on_request_finished(context)
     counts = other.tier.get_stats().data
-    assert counts["vllm:kvtc_chunks_loaded"] == 2
+    assert counts["vllm:kvtc_entries_loaded"] == 2
     assert set(counts) <= set(tier_class.build_metric_definitions({}))
     assert other.tier.get_stats() is None
     other.tier.shutdown()
@@ -232,6 +233,28 @@ def test_a_store_that_fails_is_a_miss_not_an_exception(tier_class, options):
     assert not host.job(keys[:1], [0], context, is_load=True).success
     host.tier._store.contains_prefix = None  # what nobody foresaw
     assert host.look(keys[1], context) is LookupResult.MISS
+    host.tier.shutdown()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_store_raises_ends_the_job_and_no_more(tier_class, options, monkeypatch, error):
+    cache, host = truth(), Host(tier_class, options)
+    context, keys = request(host.tier, "a")
+    host.fill(0, cache, 0)
+    with monkeypatch.context() as broken:
+        break_store(broken, host.tier._store, error)
+        assert host.look(keys[0], context) is LookupResult.MISS
+        for is_load in (False, True):
+            result = host.job(keys[:1], [0], context, is_load)
+            assert (result.success, result.transfer_bytes) == (False, 0)
+    counts = host.tier._jobs.counts.read()
+    assert (counts["lookups"], counts["save_errors"], counts["misses"], counts["store_errors"]) == (1, 1, 1, 3)
+    assert host.job(keys[:1], [0], context, is_load=False).success
+    with monkeypatch.context() as broken:
+        break_decoding(broken, DECODE_ERRORS[0])
+        assert not host.job(keys[:1], [1], context, is_load=True).success
+    assert host.tier._jobs.counts.read()["decode_errors"] == 1
+    assert host.job(keys[:1], [1], context, is_load=True).success
     host.tier.shutdown()
 
 

@@ -9,7 +9,6 @@ What stands between un-rotated keys and the stream's sections is the profile's (
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,7 +25,9 @@ from .coding.regions import ChunkSpan, split_regions
 from .container import Chunk, SectionType, parse_stream
 from .errors import InvalidArgument, InvalidCache
 from .fixed_size import fixed_stream_bytes
+from .forks import in_child
 from .gathering import coded_rows
+from .locks import ForkSafeLock
 from .opened_stream import MAX_TOKENS, OpenedStream, TokenIds, open_stream, shift_to
 from .profiles import Allowance, BodyCoder, JointCoder
 from .profiles.step_rate import StepRate
@@ -69,7 +70,8 @@ class Codec:
     error (Frobenius norm over the centred calibration rows) of each kind. allocation: "dynamic" (the dynamic program) or
     "truncate" (leading coefficients in 16 bits; the paper's table 15).
 
-    Safe to share between threads.
+    Safe to share between threads, and can be pickled. In a forked child PyTorch then computes on one thread; a child that is to use
+    more is spawned.
     """
 
     def __init__(
@@ -110,17 +112,27 @@ class Codec:
         self.device = usable_device(device)
         self.backend = make_backend(self.device, backend)
         self._product = product_dtype(precision, self.device)
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         made_for = calibration, self.backend, self._product
         self._coder, self.rate = coder_and_rate(*made_for, self.settings, ratio, step, kl, of_paper)
         self._coders = {profile: self._coder}
+        in_child(self._renew)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a codec that was pickled (its calibration, settings and matrices are) or copied."""
+        self.__dict__.update(state)
+        in_child(self._renew)
+
+    def _renew(self) -> None:
+        """In a forked child: PyTorch's threads did not come along, and it would wait for them for ever."""
+        torch.set_num_threads(1)
 
     def with_step(self, step: float) -> Codec:
         """The same codec (`joint`, `conditional`) with another step in place of its rate; the matrices are shared."""
         if not isinstance(self._coder, JointCoder) or self.settings.fixed_size:
             raise InvalidArgument("only a codec of joint or conditional, and without fixed size, takes a step")
         other = copy.copy(self)
-        other._lock = threading.Lock()
+        other._lock = ForkSafeLock()
         other._coder = self._coder.with_step(step)
         other.rate = StepRate(step=step, finer_window=self._coder.finer_window)
         other._coders = self._coders | {self.settings.profile: other._coder}

@@ -55,7 +55,7 @@ WAYS = (
         "connector",
         "bfloat16",
         "conditional",
-        (6, 1250 + 44),
+        (8, 1250 + 44),
         {"hit": [288, 1248], "damaged": [1248]},
         {"tokens_loaded": 512, "tokens_missed": 736},
     ),
@@ -65,7 +65,7 @@ WAYS = (
         "joint",
         (7, 1024 + 768),
         {"hit": [256, 1024, 768], "damaged": [512]},
-        {"chunks_loaded": 3, "misses": 1},
+        {"entries_loaded": 3, "misses": 1},
     ),
 )
 
@@ -139,7 +139,7 @@ def run_quality(scratch: Path, prompt: list[int]) -> None:
     engine = {"dtype": "bfloat16"}
     first, second = (serve(scratch, "quality", engine, config, [prompt], name) for name in ("store", "hit"))
     expect("nothing is cached at first", first["answers"][0]["cached"], 0)
-    report_disk(scratch / "store", 5, len(prompt))
+    report_disk(scratch / "store", 6, len(prompt))
     found = second["answers"][0]
     print(f"  hit: cached {found['cached']} tokens; 32 tokens compared")
     expect("cached tokens", found["cached"], 1248)
@@ -250,7 +250,7 @@ def damage(way: Way, store: Path, position: int) -> str:
     from kvtc.store import open_store
 
     with open_store(f"file://{store}") as opened:
-        streams = [opened.get(key) or b"" for key in opened.keys() if not key.startswith("tail/")]  # noqa: SIM118
+        streams = [opened.get(key) or b"" for key in opened.keys() if not key.startswith("tails/")]  # noqa: SIM118
     described = [(inspect(stream), stream) for stream in streams]
     (stream,) = [found for info, found in described if (info.first_position, info.profile) == (position, way.profile)]
     (file,) = [file for file in (store / "entries").rglob("*") if file.is_file() and stream in file.read_bytes()]

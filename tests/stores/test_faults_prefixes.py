@@ -66,8 +66,8 @@ def run_both(url: str, directory: Path) -> None:
             assert len(list(store.keys())) == (n_entries // 2 if seed == 0 else 0)
 
 
-def test_an_entry_of_another_calibration_under_this_ones_name_is_a_miss():
-    """As a frame it is sound, and as a stream: only the fingerprint tells."""
+def test_an_entry_of_another_calibration_under_this_ones_name_is_a_miss_and_left_alone():
+    """As a frame it is sound, and as a stream: only the fingerprint tells. It may be of use to somebody else."""
     with (
         open_store("memory:") as store,
         open_store("memory:") as other_store,
@@ -80,15 +80,14 @@ def test_an_entry_of_another_calibration_under_this_ones_name_is_a_miss():
         for name, foreign in zip(sorted(store.keys()), sorted(other_store.keys()), strict=True):
             assert name != foreign
             store.put(name, other_store.get(foreign))
+        n_entries = len(list(store.keys()))
         assert mine.load_neutral(told_ids(N_TOKENS), whole=True) == (None, 0)
-        assert mine.statistics.unusable > 0
-        # Every load removes the first bad entry that it meets, and the next save writes it anew.
-        lengths = []
-        while not lengths or lengths[-1] < N_TOKENS:
-            save(mine)
-            found, n_tokens = mine.load_neutral(told_ids(N_TOKENS), whole=True)
-            lengths.append(n_tokens)
-        assert lengths == sorted(set(lengths))
+        assert (mine.statistics["other"], mine.statistics["damaged"]) == (1, 0)
+        assert len(list(store.keys())) == n_entries
+        mine.delete(told_ids(N_TOKENS))
+        save(mine)
+        found, n_tokens = mine.load_neutral(told_ids(N_TOKENS), whole=True)
+        assert n_tokens == N_TOKENS
         assert same_cache(found, expected)
 
 
@@ -104,7 +103,7 @@ def test_an_entry_of_another_text_under_this_ones_name_is_a_miss():
             store.put(other, values[0])
         assert prefixes.load_neutral(told_ids(N_TOKENS, 0), whole=True) == (None, 0)
         assert prefixes.load_neutral(told_ids(N_TOKENS, 1), whole=True) == (None, 0)
-        assert prefixes.statistics.unusable > 0
+        assert (prefixes.statistics["other"], prefixes.statistics["damaged"]) == (2, 0)
 
 
 @pytest.mark.parametrize("answer", [answer_500, answer_nothing, close_at_once])
@@ -118,7 +117,7 @@ def test_s3_that_fails_is_a_miss_and_a_failed_save(answer):
         assert prefixes.contains(told_ids(N_TOKENS)) == 0
         with pytest.raises(StoreUnavailable):
             save(prefixes)
-        assert prefixes.statistics.store_errors >= 3
+        assert prefixes.statistics["store_errors"] >= 3
 
 
 def test_redis_killed_between_save_and_load_is_a_miss_and_saved_again(tmp_path):

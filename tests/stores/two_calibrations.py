@@ -35,7 +35,7 @@ def main(url: str, path: str, n_rounds: int) -> None:
                 assert n_tokens == N_TOKENS, (turn, text, n_tokens)
                 assert same_cache(found, expected[text]), (turn, text)
             prefixes.delete(told_ids(N_TOKENS, turn % N_TEXTS))
-        assert (prefixes.statistics.unusable, store.statistics().damaged) == (0, 0)
+        assert (prefixes.statistics["damaged"], prefixes.statistics["other"], store.statistics().damaged) == (0, 0, 0)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ..coding.lossless import BlockCoder, compress, compress_all, decompress, decompress_all
 from ..errors import CorruptStream, InvalidArgument
+from ..workers import side_by_side
 from .stream_data import StreamData, open_data
 from .tables import (
     CHUNK_BYTES,
@@ -120,8 +120,7 @@ class Stream:
         if sum(map(len, its_bytes)) < _WORTH_THREADS:
             rest = list(map(_decoded, its_sections, its_bytes))
         else:
-            with ThreadPoolExecutor(max_workers=_threads()) as pool:
-                rest = list(pool.map(_decoded, its_sections, its_bytes))
+            rest = side_by_side(_decoded, _threads(), its_sections, its_bytes)
         read |= zip(left, rest, strict=True)
         return [read[index] for index in range(len(sections))]
 
@@ -228,8 +227,7 @@ def _compressed(parts: Sequence[bytes], coder: str, block_coder: BlockCoder | No
     if block_coder is not None and block_coder.writes(coder, sum(map(len, parts))):
         return compress_all(parts, coder, block_coder)
     # The coders release the interpreter lock: sections are coded side by side.
-    with ThreadPoolExecutor(max_workers=_threads()) as pool:
-        return list(pool.map(lambda part: compress(part, coder), parts))
+    return side_by_side(lambda part: compress(part, coder), _threads(), parts)
 
 
 def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[CodedSection]) -> bytes:

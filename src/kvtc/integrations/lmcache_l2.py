@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lmcache.lmcache_native import Bitmap
@@ -24,6 +23,7 @@ from lmcache.v1.mp_observability.event_bus import get_event_bus
 from lmcache.v1.platform import create_event_notifier
 
 from ..store import open_store
+from ..workers import Workers
 from .chunk_coder import ChunkCoder
 from .lmcache_chunks import LmcacheOptions, worker_of
 from .start_search import KnownStarts
@@ -54,8 +54,8 @@ class KvtcL2Adapter(L2AdapterInterface):
         self._lookups = TaskBoard[Any]("kvtc-lookups", self._events[1].notify, numbers)
         self._loads = TaskBoard[Any]("kvtc-loads", self._events[2].notify, numbers)
         # Apart: a request waits for a load, nothing waits for a store.
-        self._storing = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-store")
-        self._loading = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-load")
+        self._storing = Workers(threads, "the storing of chunks", "kvtc-store")
+        self._loading = Workers(threads, "the loading of chunks", "kvtc-load")
 
     def get_store_event_fd(self) -> int:
         return int(self._events[0].fileno())
@@ -99,8 +99,8 @@ class KvtcL2Adapter(L2AdapterInterface):
         for board in (self._stores, self._lookups, self._loads):
             board.close()
         for pool in (self._storing, self._loading):
-            pool.shutdown(wait=True)
-        logger.info("kvtc, l2: %s", self._chunks.counts.read())
+            pool.close()
+        logger.info("kvtc, l2: %s", dict(self._chunks.counts.read()))
         self._chunks.close()
         for event in self._events:
             event.close()
@@ -110,7 +110,7 @@ class KvtcL2Adapter(L2AdapterInterface):
             start = self._starts.get(key.chunk_hash)
             return self._chunks.save(worker_of(key.kv_rank), self._key(key), item.tensor, start)
 
-        sizes = list(self._storing.map(save, keys, objects))
+        sizes = self._storing.map(save, keys, objects)
         stored = [(key, size) for key, size in zip(keys, sizes, strict=True) if size]
         self._sizes.update(stored)
         if stored:
@@ -134,7 +134,7 @@ class KvtcL2Adapter(L2AdapterInterface):
             return self._chunks.load(worker_of(key.kv_rank), self._key(key), item.tensor)
 
         loaded = Bitmap(len(keys))
-        done = list(self._loading.map(load, keys, objects))
+        done = self._loading.map(load, keys, objects)
         for index in (index for index, is_loaded in enumerate(done) if is_loaded):
             loaded.set(index)
         self._notify_keys_accessed([key for key, is_loaded in zip(keys, done, strict=True) if is_loaded])

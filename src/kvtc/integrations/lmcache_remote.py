@@ -64,7 +64,7 @@ class KvtcRemoteConnector(RemoteConnector):
         return list(self._store.keys())
 
     async def close(self) -> None:
-        logger.info("kvtc, remote: %s", self._chunks.counts.read())
+        logger.info("kvtc, remote: %s", dict(self._chunks.counts.read()))
         self._chunks.close()
 
     def remove_sync(self, key: Any) -> bool:
@@ -75,18 +75,21 @@ class KvtcRemoteConnector(RemoteConnector):
         """A filled memory object; None for a miss."""
         name = self._key(key)
         (stream,) = self._chunks.read([name])
-        if stream is None:
-            return None
-        memory = self._memory.allocate(self._shapes(stream), self.meta_dtypes, self.meta_fmt)
-        if memory is None or self._chunks.fill(key.worker_id, name, stream, memory.tensor):
-            return memory
-        memory.ref_count_down()
-        return None
+        return self._chunks.decode(key.worker_id, name, stream, self._filled)
 
-    def _shapes(self, stream: bytes) -> Any:
-        """Of the chunk in a stream: the last of a text is shorter than the others."""
+    def _filled(self, coder: ChunkCoder, stream: bytes) -> Any:
+        # The last chunk of a text is shorter than the others.
         (full,) = self.meta_shapes
-        return [torch.Size([*full[:2], inspect(stream).n_tokens, *full[3:]])]
+        shape = torch.Size([*full[:2], inspect(stream).n_tokens, *full[3:]])
+        memory = self._memory.allocate([shape], self.meta_dtypes, self.meta_fmt)
+        if memory is None:
+            raise MemoryError(f"LMCache has no memory for a chunk of shape {tuple(shape)}")
+        try:
+            coder.decode(stream, memory.tensor)
+        except BaseException:
+            memory.ref_count_down()
+            raise
+        return memory
 
     def _key(self, key: Any) -> str:
         return self._chunks.key(key.worker_id, hashlib.sha256(key.to_string().encode()).hexdigest())

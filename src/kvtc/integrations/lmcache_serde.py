@@ -9,7 +9,6 @@ chunk, and most adapters refuse any other length, so each stream is padded to ex
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from lmcache.v1.mp_observability.event import EventType
 from lmcache.v1.mp_observability.event_bus import get_event_bus
 
 from ..errors import UnsupportedLayout
+from ..locks import ForkSafeLock
 from .chunk_coder import FixedChunkCoder
 from .lmcache_chunks import LmcacheOptions, worker_of
 from .start_search import KnownStarts
@@ -32,7 +32,7 @@ class _Coders:
     """Of all workers, and what is known of where chunks stand."""
 
     def __init__(self, options: LmcacheOptions) -> None:
-        self._options, self._lock = options, threading.Lock()
+        self._options, self._lock = options, ForkSafeLock()
         self._coders: dict[int, FixedChunkCoder] = {}
         self.starts = KnownStarts()
 

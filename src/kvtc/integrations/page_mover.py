@@ -1,30 +1,27 @@
 """A worker's side of a connector: chunks from the store into pages of the engine, and pages into the store.
 
 Knows no engine: pages are tensors, orders are the scheduler's. Coding and the store's work happen on threads of their own;
-whatever fails there is a miss, counted, and the engine computes what is missing.
+whatever fails there is a miss (`entries`), and the engine computes what is missing.
 """
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..backends import Target
-from ..errors import KvtcError, StoreError
-from ..prefix_cache.tail import Tail
+from ..entries import Entries
+from ..prefix_cache.tails import Tails
 from ..store import Store
-from .counts import Counts
+from ..workers import Workers
 from .page_layout import SPLIT, PageLayout
 from .pages import PageCodec
 from .prefix_planner import LoadOrder, Piece, SaveOrder
-
-logger = logging.getLogger(__name__)
 
 MAX_PENDING_SAVES = 64
 """Pieces copied out of the engine that may wait to be coded; more are not saved, so that memory stays bounded."""
@@ -104,12 +101,14 @@ class PageMover:
     def __init__(
         self, pages: EnginePages, codec: PageCodec, store: Store, rank: int, page_tokens: int, threads: int = 1
     ) -> None:
-        self.counts = Counts()
-        self._pages, self._codec, self._store = pages, codec, store
+        self._entries = Entries(store)
+        self.counts = self._entries.counts
+        self._tails = Tails(self._entries)
+        self._pages, self._codec = pages, codec
         self._rank, self._page_tokens = rank, page_tokens
         # Apart, so that a request that waits for its chunks does not wait for other requests' to be saved.
-        self._loading = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-load")
-        self._saving = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-save")
+        self._loading = Workers(threads, "the loading of pages", "kvtc-load")
+        self._saving = Workers(threads, "the saving of pages", "kvtc-save")
         self._room = threading.BoundedSemaphore(MAX_PENDING_SAVES)
         self._loaded: queue.SimpleQueue[tuple[str, list[int]]] = queue.SimpleQueue()
 
@@ -136,106 +135,71 @@ class PageMover:
             n_tokens = len(order.piece.token_ids)
             keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids, self._codec.device))
             self._saving.submit(self._save, order, keys, values)
-        except Exception:  # a cache that cannot be saved is no reason to end the engine's step
-            logger.exception("tokens %d .. %d are not saved", order.piece.start, order.piece.stop - 1)
-            self.counts.add(save_errors=1)
+        except Exception as error:  # noqa: BLE001  a cache that cannot be saved is no reason to end the engine's step
+            self._entries.count_error("save_errors", error, "%s is not saved", order.piece)
             self._room.release()
 
     def close(self) -> None:
         """Finish what was begun."""
-        self._loading.shutdown(wait=True)
-        self._saving.shutdown(wait=True)
+        self._loading.close()
+        self._saving.close()
 
     def _load(self, order: LoadOrder) -> None:
         n_filled = 0
         try:
             n_filled = self._fill(order)
-        except Exception:  # an engine that waits for this request must hear of it, whatever went wrong
-            logger.exception("loading tokens %d .. %d failed", order.start, order.stop - 1)
-            self.counts.add(load_errors=1)
-        missing = order.page_ids[n_filled // self._page_tokens :]
-        n_missing = order.stop - order.start - n_filled
-        self.counts.add(loads=1, tokens_loaded=n_filled, tokens_missed=n_missing, misses=int(n_missing > 0))
-        self._loaded.put((order.request_id, missing))
+        except Exception as error:  # noqa: BLE001
+            self._entries.count_error(
+                "load_errors", error, "tokens %d .. %d are not loaded", order.start, order.stop - 1
+            )
+        finally:  # an engine that waits for this request must hear of it, whatever went wrong
+            n_missing = order.stop - order.start - n_filled
+            self.counts.add(loads=1, tokens_loaded=n_filled, tokens_missed=n_missing)
+            self._loaded.put((order.request_id, order.page_ids[n_filled // self._page_tokens :]))
 
     def _fill(self, order: LoadOrder) -> int:
         """Tokens filled, up to the first piece that cannot be had."""
         n_filled = 0
         for first in range(0, len(order.pieces), _FETCHED_AT_ONCE):
             pieces = order.pieces[first : first + _FETCHED_AT_ONCE]
-            for piece, entry in zip(pieces, self._fetch(pieces), strict=True):
+            entries = self._entries.load([piece.keys[self._rank] for piece in pieces])
+            for piece, entry in zip(pieces, entries, strict=True):
                 # What the engine has already stays as it is.
                 skipped = max(0, order.start - piece.start)
                 at, n_tokens = n_filled // self._page_tokens, len(piece.token_ids) - skipped
                 page_ids = order.page_ids[at : at + n_tokens // self._page_tokens]
-                if entry is None or not self._decode(piece, entry, page_ids, skipped):
+                decode = partial(self._decode, piece, page_ids, skipped)
+                if not self._entries.decode(piece.keys[self._rank], entry, decode):
                     return n_filled
                 n_filled += n_tokens
         return n_filled
 
-    def _fetch(self, pieces: list[Piece]) -> list[bytes | None]:
-        try:
-            fetched = self._store.get_many([piece.keys[self._rank] for piece in pieces])
-        except StoreError as error:
-            logger.warning("the store does not answer: %s", error)
-            self.counts.add(store_errors=1)
-            return [None] * len(pieces)
-        self.counts.add(bytes_read=sum(len(entry) for entry in fetched if entry is not None))
-        return fetched
-
-    def _decode(self, piece: Piece, entry: bytes, page_ids: list[int], skipped: int) -> bool:
-        """An entry into pages, but for its first tokens; False, counted, where the entry is none of this piece."""
-        key, n_tokens = piece.keys[self._rank], len(piece.token_ids)
-        try:
-            if piece.nodes is not None:
-                tail = Tail.from_bytes(entry)
-                if tail.n_common(piece.nodes[self._rank], piece.token_ids) < n_tokens:
-                    # Another text's tail has taken its place meanwhile.
-                    return False
-                entry = tail.stream
-            targets = None
-            if not skipped and self._pages.device == self._codec.device:
-                targets = self._pages.targets(page_ids, n_tokens)
-            if targets is not None:
-                self._codec.decode_into(entry, piece.start, targets, piece.token_ids)
-                self._pages.settle()
-            else:
-                keys, values = self._codec.decode(entry, piece.start, n_tokens, piece.token_ids)
-                self._pages.write(page_ids, keys[:, :, skipped:], values[:, :, skipped:])
-        except KvtcError as error:
-            logger.warning("entry %s cannot be used and is deleted: %s", key, error)
-            self.counts.add(entries_unusable=1)
-            self._forget(key)
-            return False
+    def _decode(self, piece: Piece, page_ids: list[int], skipped: int, stream: bytes) -> bool:
+        """A stream into pages, but for its first tokens."""
+        n_tokens, targets = len(piece.token_ids), None
+        if not skipped and self._pages.device == self._codec.device:
+            targets = self._pages.targets(page_ids, n_tokens)
+        if targets is not None:
+            self._codec.decode_into(stream, piece.start, targets, piece.token_ids)
+            self._pages.settle()
+        else:
+            keys, values = self._codec.decode(stream, piece.start, n_tokens, piece.token_ids)
+            self._pages.write(page_ids, keys[:, :, skipped:], values[:, :, skipped:])
         return True
 
-    def _forget(self, key: str) -> None:
-        """Delete an entry that is of no use."""
-        try:
-            self._store.delete(key)
-        except StoreError:
-            self.counts.add(store_errors=1)
-
     def _save(self, order: SaveOrder, keys: Tensor, values: Tensor) -> None:
-        piece, key = order.piece, order.piece.keys[self._rank]
+        piece, node = order.piece, order.piece.nodes[self._rank]
+        original = self._pages.bytes(len(piece.token_ids))
+
+        def encode() -> bytes:
+            return self._codec.encode(keys, values, piece.start, piece.token_ids)
+
         try:
-            if piece.nodes is None and self._store.contains(key):
-                self.counts.add(chunks_shared=1)
-                return
-            entry = self._codec.encode(keys, values, piece.start, piece.token_ids)
-            if piece.nodes is not None:
-                entry = Tail.of(piece.nodes[self._rank], piece.token_ids, entry).to_bytes()
-            self._store.put(key, entry)
-            kind = "chunks_saved" if piece.nodes is None else "tails_saved"
-            original = self._pages.bytes(len(piece.token_ids))
-            self.counts.add(**{kind: 1}, bytes_saved=len(entry), original_bytes=original)
-            if order.stale_keys:
-                self._forget(order.stale_keys[self._rank])
-        except KvtcError as error:
-            logger.warning("tokens %d .. %d are not saved: %s", piece.start, piece.stop - 1, error)
-            self.counts.add(save_errors=1)
-        except Exception:  # a thread that dies in silence would hide it
-            logger.exception("saving tokens %d .. %d failed", piece.start, piece.stop - 1)
-            self.counts.add(save_errors=1)
+            if piece.tail_name is not None:
+                self._tails.save(node, piece.token_ids, piece.tail_name, encode, original)
+            elif self._entries.put(piece.keys[self._rank], encode, original):
+                self._tails.drop_outgrown(node, order.following)
+        except Exception as error:  # noqa: BLE001  what is not saved is a later miss, no more
+            self._entries.count_error("save_errors", error, "%s is not saved", piece)
         finally:
             self._room.release()

@@ -16,7 +16,7 @@ from ..backends import Target
 from ..cache import KVCache
 from ..calibration import Calibration
 from ..codec import Codec
-from ..errors import CorruptStream, InvalidArgument, UnsupportedModel
+from ..errors import InvalidArgument, TokenMismatch, UnsupportedModel
 from ..opened_stream import first_position
 from .engine_settings import AUTO, PREFIX, EngineSettings
 
@@ -104,7 +104,7 @@ class PageCodec:
 
 def _check_start(found: int | None, expected: int) -> None:
     if found != expected:
-        raise CorruptStream(f"the stream begins at position {found}; expected {expected}")
+        raise TokenMismatch(f"the stream begins at position {found}; expected {expected}")
 
 
 def _codec(calibration: Calibration, profile: str, settings: EngineSettings, fixed_size: bool) -> Codec:

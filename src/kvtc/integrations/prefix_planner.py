@@ -6,35 +6,40 @@ are those of the prefix cache (`kvtc.prefix_cache`): whole chunks under a hash c
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from uuid import uuid4
 
 import numpy as np
 
-from ..errors import InvalidArgument, KvtcError, StoreError
+from ..entries import Entries
+from ..errors import InvalidArgument
 from ..prefix_cache import Chain, as_token_ids, chunk_key
-from ..prefix_cache.tail import Tail
+from ..prefix_cache.tails import NAME_TOKENS, Tails, tail_key, tail_name
 from ..store import Store
-from .counts import Counts
+from ..workers import Workers
 from .pages import CHUNK_TOKENS
 
-logger = logging.getLogger(__name__)
+_LOOKED_AT_TOKENS = 2 * CHUNK_TOKENS
+"""Of the text behind a chunk's beginning, to find tails that it outgrows; longer tails stay until they are the oldest."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The tokens from start on whose ids are token_ids: a whole chunk, or a tail.
+    """The tokens from start on whose ids are token_ids: a whole chunk, or what is wanted of a tail.
 
-    keys: of the entry, one a worker. nodes: of a tail, the node of the chain that it hangs on, one a worker.
+    keys: of the entry, one a worker. nodes: of the chain, that it follows, one a worker. tail_name: None for a chunk.
     """
 
     start: int
     token_ids: np.ndarray
     keys: list[str]
-    nodes: list[bytes] | None = None
+    nodes: list[bytes]
+    tail_name: bytes | None = None
+
+    def __str__(self) -> str:
+        return f"the piece of tokens {self.start} .. {self.stop - 1}"
 
     @property
     def stop(self) -> int:
@@ -54,25 +59,26 @@ class LoadOrder:
 
 @dataclass(frozen=True)
 class SaveOrder:
-    """Store a piece that lies in page_ids. stale_keys: entries that it makes superfluous, one a worker."""
+    """Store a piece that lies in page_ids. following: token ids from the piece's first on, which say what tails it outgrows."""
 
     piece: Piece
     page_ids: list[int]
-    stale_keys: list[str] | None = None
+    following: np.ndarray
 
 
 @dataclass
 class _Prompt:
-    """nodes: [worker][0 .. chunks]. n_stored: leading chunks in the store when first asked; n_tail: tokens of the tail after them.
+    """nodes: [worker][0 .. chunks]. n_stored: leading chunks in the store when first asked; n_tail: tokens of the tail after them,
+    which tail_name names.
 
     n_saved: chunks stored or handed over since.
     """
 
     token_ids: np.ndarray
-    chains: list[Chain]
     nodes: list[list[bytes]]
     n_stored: int = 0
     n_tail: int = 0
+    tail_name: bytes = b""
     n_saved: int = 0
     start: int = 0
     was_loaded: bool = False
@@ -87,18 +93,24 @@ class _Prompt:
         return self.n_stored * CHUNK_TOKENS + self.n_tail
 
     def chunk(self, index: int) -> Piece:
-        start = index * CHUNK_TOKENS
-        keys = [chunk_key(nodes[index + 1]) for nodes in self.nodes]
-        return Piece(start, self.token_ids[start : start + CHUNK_TOKENS], keys)
+        ids = self.following(index)[:CHUNK_TOKENS]
+        return Piece(
+            index * CHUNK_TOKENS, ids, [chunk_key(nodes[index + 1]) for nodes in self.nodes], self.before(index)
+        )
 
-    def tail(self, index: int, n_tokens: int | None = None) -> Piece | None:
-        """What follows `index` chunks; None where it is too short to have an entry."""
-        start = index * CHUNK_TOKENS
-        rest = self.token_ids[start:]
-        nodes = [of_worker[index] for of_worker in self.nodes]
-        keys = [chain.tail_key(node, rest) for chain, node in zip(self.chains, nodes, strict=True)]
-        found = [key for key in keys if key is not None]
-        return Piece(start, rest[:n_tokens], found, nodes) if len(found) == len(keys) else None
+    def tail(self, index: int, name: bytes, n_tokens: int | None = None) -> Piece:
+        """Of the tail of that name after `index` chunks, the first tokens; None: all, to the end of the prompt."""
+        nodes = self.before(index)
+        ids = self.following(index)[:n_tokens]
+        return Piece(index * CHUNK_TOKENS, ids, [tail_key(node, name) for node in nodes], nodes, name)
+
+    def before(self, index: int) -> list[bytes]:
+        """The node that `index` chunks lead to, one a worker."""
+        return [of_worker[index] for of_worker in self.nodes]
+
+    def following(self, index: int) -> np.ndarray:
+        """Token ids after `index` chunks."""
+        return self.token_ids[index * CHUNK_TOKENS :]
 
 
 class PrefixPlanner:
@@ -114,11 +126,12 @@ class PrefixPlanner:
             raise InvalidArgument(
                 f"the engine's pages (blocks) hold {page_tokens} tokens; expected a divisor of {CHUNK_TOKENS}"
             )
-        self.counts = Counts()
-        self._store = store
+        self._entries = Entries(store)
+        self.counts = self._entries.counts
+        self._tails = Tails(self._entries)
         self._namespace, self._fingerprints, self._settings_name = namespace, list(fingerprints), settings_name
         self._page_tokens = page_tokens
-        self._asking = ThreadPoolExecutor(1, thread_name_prefix="kvtc-lookup")
+        self._asking = Workers(1, "the lookup of prompts", "kvtc-lookup")
         self._prompts: dict[str, Future[_Prompt]] = {}
 
     def matched_tokens(self, request_id: str, token_ids: Sequence[int], salt: str, n_computed: int) -> int | None:
@@ -144,9 +157,9 @@ class PrefixPlanner:
         prompt.was_loaded = True
         start, stop = prompt.start, prompt.start + n_tokens
         pieces = [prompt.chunk(index) for index in range(start // CHUNK_TOKENS, prompt.n_stored)]
-        if prompt.n_tail and (tail := prompt.tail(prompt.n_stored, prompt.n_tail)):
-            pieces.append(tail)
-        self.counts.add(requests_hit=1, tokens_promised=n_tokens)
+        if prompt.n_tail:
+            pieces.append(prompt.tail(prompt.n_stored, prompt.tail_name, prompt.n_tail))
+        self.counts.add(hits=1, tokens_promised=n_tokens)
         return LoadOrder(request_id, start, stop, pieces, self._pages(page_ids, start, stop))
 
     def plan_saves(self, request_id: str, n_covered: int, page_ids: Sequence[int]) -> list[SaveOrder]:
@@ -158,15 +171,16 @@ class PrefixPlanner:
         n_chunks = min(n_covered // CHUNK_TOKENS, prompt.n_chunks)
         orders = []
         for index in range(prompt.n_saved, n_chunks):
-            piece, stale = prompt.chunk(index), prompt.tail(index)
+            piece = prompt.chunk(index)
             pages = self._pages(page_ids, piece.start, piece.stop)
-            orders.append(SaveOrder(piece, pages, stale.keys if stale else None))
+            orders.append(SaveOrder(piece, pages, prompt.following(index)[:_LOOKED_AT_TOKENS]))
         prompt.n_saved = max(prompt.n_saved, n_chunks)
         if n_covered >= len(prompt.token_ids) and not prompt.has_tail:
             prompt.has_tail = True
-            tail = prompt.tail(prompt.n_chunks)
-            if tail and len(tail.token_ids) >= self._page_tokens:
-                orders.append(SaveOrder(tail, self._pages(page_ids, tail.start, tail.stop)))
+            rest = prompt.following(prompt.n_chunks)
+            if len(rest) >= max(NAME_TOKENS, self._page_tokens):
+                tail = prompt.tail(prompt.n_chunks, tail_name(prompt.before(prompt.n_chunks)[0], rest))
+                orders.append(SaveOrder(tail, self._pages(page_ids, tail.start, tail.stop), rest))
         return orders
 
     def forget(self, request_id: str) -> None:
@@ -180,41 +194,35 @@ class PrefixPlanner:
 
     def close(self) -> None:
         """Wait for the question under way."""
-        self._asking.shutdown(wait=True, cancel_futures=True)
+        self._asking.close(finish=False)
 
     def _pages(self, page_ids: Sequence[int], start: int, stop: int) -> list[int]:
         return list(page_ids[start // self._page_tokens : -(-stop // self._page_tokens)])
 
     def _look_up(self, token_ids: Sequence[int], salt: str) -> _Prompt:
         """The work of `matched_tokens`, in the background."""
-        ids = as_token_ids(token_ids)
-        namespace = f"{self._namespace}\n{salt}" if salt else self._namespace
-        chains = [Chain.of(namespace, print_, self._settings_name, CHUNK_TOKENS) for print_ in self._fingerprints]
-        prompt = _Prompt(ids, chains, [chain.nodes(ids) for chain in chains])
         try:
+            ids = as_token_ids(token_ids)
+            namespace = f"{self._namespace}\n{salt}" if salt else self._namespace
+            chains = [Chain.of(namespace, print_, self._settings_name, CHUNK_TOKENS) for print_ in self._fingerprints]
+            prompt = _Prompt(ids, [chain.nodes(ids) for chain in chains])
             self._find(prompt)
-        except Exception as error:  # the scheduler waits for an answer
-            if not isinstance(error, StoreError):
-                logger.exception("looking for a prompt failed")
-            self.counts.add(store_errors=1)
-            prompt.n_stored = prompt.n_tail = 0
-        prompt.n_saved = prompt.n_stored
-        n_whole = len(ids) // self._page_tokens * self._page_tokens
-        prompt.has_tail = prompt.n_stored == prompt.n_chunks and prompt.n_found == n_whole
-        self.counts.add(lookups=1, tokens_asked=len(ids), tokens_found=prompt.n_found)
+        except Exception as error:  # noqa: BLE001  the scheduler waits for an answer
+            self._entries.count_error("load_errors", error, "a prompt is not looked up")
+            return _Prompt(np.empty(0, np.int64), [[b""]], has_tail=True)
+        self.counts.add(tokens_asked=len(ids), tokens_found=prompt.n_found)
         return prompt
 
     def _find(self, prompt: _Prompt) -> None:
-        """How many chunks every worker finds, and how much of the tail on the last of them is this prompt's."""
+        """How many chunks every worker finds, and the tail on the last of them that has most in common with this prompt."""
         keys = [key for index in range(prompt.n_chunks) for key in prompt.chunk(index).keys]
-        prompt.n_stored = self._store.contains_prefix(keys) // len(prompt.chains)
-        tail = prompt.tail(prompt.n_stored)
-        entry = self._store.get(tail.keys[0]) if tail else None
-        if tail is None or tail.nodes is None or entry is None:
-            return
-        try:
-            n_common = Tail.from_bytes(entry).n_common(tail.nodes[0], tail.token_ids)
-        except KvtcError:
-            return
-        if self._store.contains_prefix(tail.keys[1:]) == len(tail.keys) - 1:
-            prompt.n_tail = n_common // self._page_tokens * self._page_tokens
+        prompt.n_stored = prompt.n_saved = self._entries.count_leading(keys) // len(prompt.nodes)
+        # The workers' tails have one name, so one index says what there is.
+        node = prompt.before(prompt.n_stored)[0]
+        prompt.tail_name, n_common = self._tails.find(node, prompt.following(prompt.n_stored))
+        n_tail = n_common // self._page_tokens * self._page_tokens
+        if n_tail:
+            keys = prompt.tail(prompt.n_stored, prompt.tail_name).keys
+            prompt.n_tail = n_tail if self._entries.count_leading(keys) == len(keys) else 0
+        n_whole = len(prompt.token_ids) // self._page_tokens * self._page_tokens
+        prompt.has_tail = prompt.n_stored == prompt.n_chunks and prompt.n_found == n_whole

@@ -12,8 +12,8 @@ call if `hicache_storage_pass_prefix_keys` is set; else where they stand is sear
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgument, UnsupportedModel
 from ..store import open_store
+from ..workers import Workers
 from .chunk_coder import ChunkCoder, ChunkOptions
 from .engine_settings import EngineSettings
 from .page_layout import sglang_layout
@@ -41,7 +42,7 @@ class KvtcHiCache(HiCacheStorage):
         self._options, others = ChunkOptions.split(storage_config.extra_config or {})
         self._settings = EngineSettings.from_config(others)
         self._store = open_store(self._settings.store)
-        self._threads = ThreadPoolExecutor(self._settings.threads, thread_name_prefix="kvtc-page")
+        self._threads = Workers(self._settings.threads, "the backend of SGLang", "kvtc-page")
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         super().register_mem_pool_host(mem_pool_host)
@@ -76,7 +77,7 @@ class KvtcHiCache(HiCacheStorage):
             start = None if first is None else first + index * self._page_tokens
             return self._save(keys[index], self.mem_pool_host.get_data_page(pages[index]), start)
 
-        return list(self._threads.map(save, range(len(keys))))
+        return self._threads.map(save, range(len(keys)))
 
     def batch_get_v1(self, keys: Sequence[str], host_indices: Tensor, extra_info: Any = None) -> list[bool]:  # noqa: ARG002
         pages = self._page_indices(keys, host_indices)
@@ -102,7 +103,7 @@ class KvtcHiCache(HiCacheStorage):
     ) -> list[Tensor | None]:
         names = [self._key(key) for key in keys]
         streams = self._pages.read(names)
-        return list(self._threads.map(self._decoded, names, streams))
+        return self._threads.map(self._decoded, names, streams)
 
     def batch_set(
         self,
@@ -135,11 +136,11 @@ class KvtcHiCache(HiCacheStorage):
 
     def close(self) -> None:
         """Finish what was begun and let go of the store."""
-        self._threads.shutdown(wait=True)
+        self._threads.close()
         self._store.close()
 
     @property
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> Counter[str]:
         """What was saved, loaded and missed so far."""
         return self._pages.counts.read()
 
@@ -155,9 +156,12 @@ class KvtcHiCache(HiCacheStorage):
 
     def _decoded(self, name: str, stream: bytes | None) -> Tensor | None:
         """A flat page; None for a miss."""
+        return self._pages.decode(self._config.tp_rank, name, stream, self._page_of)
+
+    def _page_of(self, coder: ChunkCoder, stream: bytes) -> Tensor:
         page = torch.empty(self._page_values, dtype=self.mem_pool_host.dtype)
-        is_filled = stream is not None and self._pages.fill(self._config.tp_rank, name, stream, page)
-        return page if is_filled else None
+        coder.decode(stream, page)
+        return page
 
     def _first_position(self, extra_info: Any) -> int | None:
         """Where the first page of a call stands, if SGLang says."""

@@ -8,7 +8,6 @@ offset are not those that the basis was calibrated for, nor are those of another
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..calibration import Calibration
 from ..coding.transform import cache_side_of, rows_of
 from ..errors import UnsupportedLayout
+from ..locks import ForkSafeLock
 
 _SAMPLED_TOKENS, _SAMPLED_DIRECTIONS = 8, 256
 _LARGEST_DEVIATION = 2.5
@@ -68,7 +68,7 @@ class KnownStarts:
     """Positions by the engine's name of a chunk, the latest so many. Safe to share between threads."""
 
     def __init__(self, capacity: int = 1 << 20) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._starts: OrderedDict[bytes, int] = OrderedDict()
         self._capacity = capacity
 

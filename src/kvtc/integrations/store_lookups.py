@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from ..errors import StoreError
-from ..store import Store
-from .counts import Counts
-
-logger = logging.getLogger(__name__)
+from ..entries import Entries
+from ..locks import ForkSafeLock
+from ..workers import Workers
 
 
 @dataclass
@@ -29,10 +24,10 @@ class StoreLookups:
     An entry is of use only if those before it are there too, so what follows the first that is missing counts as missing.
     """
 
-    def __init__(self, store: Store, counts: Counts) -> None:
-        self._store, self._counts = store, counts
-        self._asking = ThreadPoolExecutor(1, thread_name_prefix="kvtc-lookup")
-        self._lock = threading.Lock()
+    def __init__(self, entries: Entries) -> None:
+        self._entries = entries
+        self._asking = Workers(1, "the lookup of chunks", "kvtc-lookup")
+        self._lock = ForkSafeLock()
         self._questions: dict[str, _Question] = {}
 
     def ask(self, request_id: str, place: int, name: str, keys: Sequence[str]) -> bool | None:
@@ -66,19 +61,15 @@ class StoreLookups:
             self._questions.pop(request_id, None)
 
     def close(self) -> None:
-        self._asking.shutdown(wait=True, cancel_futures=True)
+        self._asking.close(finish=False)
 
     def _look(self, question: _Question, batch: list[tuple[int, str, Sequence[str]]]) -> None:
         keys = [key for _, _, of_name in batch for key in of_name]
+        n_stored = 0
         try:
-            n_stored = self._store.contains_prefix(keys)
-        except Exception as error:  # the scheduler asks until there is an answer
-            if not isinstance(error, StoreError):
-                logger.exception("looking for chunks failed")
-            self._counts.add(store_errors=1)
-            n_stored = 0
-        with self._lock:
-            for _, name, of_name in batch:
-                n_stored -= len(of_name)
-                question.answers[name] = n_stored >= 0
-        self._counts.add(lookups=len(batch))
+            n_stored = self._entries.count_leading(keys)
+        finally:  # the scheduler asks until there is an answer
+            with self._lock:
+                for _, name, of_name in batch:
+                    n_stored -= len(of_name)
+                    question.answers[name] = n_stored >= 0

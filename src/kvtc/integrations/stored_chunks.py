@@ -1,20 +1,22 @@
-"""Chunks that an engine names, kept as streams in a store: what cannot be saved or loaded is a miss, logged and counted."""
+"""Chunks that an engine names, kept as streams in a store: what cannot be saved or loaded is a miss (`entries`)."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
-from ..errors import KvtcError, StoreError
+from ..entries import Entries
+from ..locks import ForkSafeLock
 from ..store import Store
 from .chunk_coder import ChunkCoder
-from .counts import Counts
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class StoredChunks:
@@ -24,10 +26,11 @@ class StoredChunks:
     """
 
     def __init__(self, store: Store, coder_of: Callable[[int], ChunkCoder], namespace: str) -> None:
-        self.counts = Counts()
-        self._store, self._coder_of, self._namespace = store, coder_of, namespace
+        self._entries = Entries(store)
+        self.counts = self._entries.counts
+        self._coder_of, self._namespace = coder_of, namespace
         self._coders: dict[int, ChunkCoder] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def key(self, rank: int, name: str, salt: str = "") -> str:
         """The store's key of a chunk. name: the engine's, of all that precedes it, in lower case. salt: as of a tenant."""
@@ -39,73 +42,45 @@ class StoredChunks:
 
         data: of any shape that the worker's coder knows. start: position of the first token, None if unknown.
         """
-        try:
-            if self._store.contains(key):
-                self.counts.add(chunks_shared=1)
-                return 0
-            stream = self._coder(rank).encode(data, start)
-            self._store.put(key, stream)
-        except KvtcError as error:
-            logger.warning("kvtc: chunk %s is not stored: %s", key, error)
-            self.counts.add(save_errors=1)
-            return None
         original = data.numel() * data.dtype.itemsize
-        self.counts.add(chunks_saved=1, bytes_saved=len(stream), original_bytes=original, starts_searched=start is None)
-        return len(stream)
+        n_bytes = self._entries.save(key, lambda: self._coder(rank).encode(data, start), original)
+        if n_bytes and start is None:
+            self.counts.add(starts_searched=1)
+        return n_bytes
 
     def load(self, rank: int, key: str, data: Tensor) -> bool:
         """Fill a chunk from its stream; whether it was there and sound."""
         (stream,) = self.read([key])
-        return stream is not None and self.fill(rank, key, stream, data)
+        return self.decode(rank, key, stream, lambda coder, stream: _filled(coder, stream, data)) is not None
 
     def read(self, keys: Sequence[str]) -> list[bytes | None]:
         """Streams, None for what is not there."""
-        try:
-            streams = self._store.get_many(keys)
-        except StoreError as error:
-            logger.warning("kvtc: %d chunks are not loaded: %s", len(keys), error)
-            self.counts.add(store_errors=1)
-            streams = [None] * len(keys)
-        self.counts.add(misses=sum(stream is None for stream in streams))
-        return streams
+        return self._entries.load(keys)
 
-    def fill(self, rank: int, key: str, stream: bytes, data: Tensor) -> bool:
-        """Fill a chunk from its stream. An entry that cannot be decoded is deleted, to be stored anew."""
-        try:
-            self._coder(rank).decode(stream, data)
-        except KvtcError as error:
-            logger.warning("kvtc: chunk %s is deleted: %s", key, error)
-            self.counts.add(misses=1, entries_unusable=1)
-            self.delete(key)
-            return False
-        self.counts.add(chunks_loaded=1, bytes_read=len(stream))
-        return True
+    def decode(self, rank: int, key: str, stream: bytes | None, decode: Callable[[ChunkCoder, bytes], T]) -> T | None:
+        """What `decode` makes of a stream that was read, with the worker's coder; None for a miss."""
+        return self._entries.decode(key, stream, lambda stream: decode(self._coder(rank), stream))
 
     def n_stored(self, keys: Sequence[str]) -> int:
         """How many leading chunks are there."""
-        self.counts.add(lookups=len(keys))
-        try:
-            return self._store.contains_prefix(keys)
-        except StoreError as error:
-            logger.warning("kvtc: the store does not say what it has: %s", error)
-            self.counts.add(store_errors=1)
-            return 0
+        return self._entries.count_leading(keys)
 
     def delete(self, key: str) -> None:
         """Forget a chunk."""
-        try:
-            self._store.delete(key)
-        except StoreError as error:
-            logger.warning("kvtc: chunk %s is not deleted: %s", key, error)
-            self.counts.add(store_errors=1)
+        self._entries.forget(key)
 
     def close(self) -> None:
         """Let go of the store."""
-        self._store.close()
-        logger.info("kvtc: %s", self.counts.read())
+        self._entries.store.close()
+        logger.info("kvtc: %s", dict(self.counts.read()))
 
     def _coder(self, rank: int) -> ChunkCoder:
         with self._lock:
             if rank not in self._coders:
                 self._coders[rank] = self._coder_of(rank)
             return self._coders[rank]
+
+
+def _filled(coder: ChunkCoder, stream: bytes, data: Tensor) -> Tensor:
+    coder.decode(stream, data)
+    return data

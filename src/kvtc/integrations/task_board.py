@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
+
+from ..locks import ForkSafeLock
+from ..log_limits import log_once
+from ..workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -18,9 +20,9 @@ class TaskBoard(Generic[Result]):
     """Tasks of one kind, one after another on a thread. notify: called when a result is there. numbers: task ids, may be shared."""
 
     def __init__(self, name: str, notify: Callable[[], object], numbers: itertools.count[int]) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._notify, self._numbers = notify, numbers
-        self._lock = threading.Lock()
+        self._pool = Workers(1, f"the task board {name}", name)
+        self._name, self._notify, self._numbers = name, notify, numbers
+        self._lock = ForkSafeLock()
         self._results: dict[int, Result] = {}
 
     def submit(self, work: Callable[[], Result], failed: Result) -> int:
@@ -42,14 +44,15 @@ class TaskBoard(Generic[Result]):
 
     def close(self) -> None:
         """Finish what was begun."""
-        self._pool.shutdown(wait=True)
+        self._pool.close()
 
     def _run(self, task: int, work: Callable[[], Result], failed: Result) -> None:
+        result = failed
         try:
             result = work()
-        except Exception:  # the engine waits for the end of each task, whatever went wrong
-            logger.exception("kvtc: task %d", task)
-            result = failed
-        with self._lock:
-            self._results[task] = result
-        self._notify()
+        except Exception as error:  # noqa: BLE001
+            log_once(logger, type(error).__name__, "a task of %s failed", self._name, exc_info=error)
+        finally:  # the engine waits for the end of each task, whatever went wrong
+            with self._lock:
+                self._results[task] = result
+            self._notify()

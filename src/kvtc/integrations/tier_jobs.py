@@ -1,32 +1,31 @@
 """The work of a secondary tier: chunks in an engine's host memory into a store as streams, and back.
 
 Knows no engine. Host memory is rows of bytes, one a chunk, in which each worker has its part. The engine's scheduler hands in jobs
-and polls for their ends; the coding is done on threads of their own. What fails is reported, and the engine computes it.
+and polls for their ends; the coding is done on threads of their own. What fails is a miss
+(`entries`) and reported, and the engine computes it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgument, KvtcError
+from ..entries import Entries
+from ..errors import InvalidArgument
 from ..store import Store
-from .counts import Counts
+from ..workers import Workers
 from .page_layout import PageLayout
 from .pages import CHUNK_TOKENS, PageCodec
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,9 @@ class JobEnd:
     n_bytes: int
 
 
+_Work = Callable[[str, RowPart, TierChunk, int], int | None]
+
+
 class TierJobs:
     """rows: [chunks, bytes] uint8, shared with the engine. parts: of all workers. n_tokens: of a chunk."""
 
@@ -83,12 +85,13 @@ class TierJobs:
             end = part.offset + part.layout.bytes(n_tokens, part.dtype)
             if end > rows.shape[1]:
                 raise InvalidArgument(f"a row of host memory has {rows.shape[1]} bytes; {part.layout} ends at {end}")
-        self.counts = Counts()
-        self._rows, self._parts, self._store, self._n_tokens = rows, list(parts), store, n_tokens
+        self.entries = Entries(store)
+        self.counts = self.entries.counts
+        self._rows, self._parts, self._n_tokens = rows, list(parts), n_tokens
         self._roots = [_root(namespace, part.codec) for part in parts]
         # Apart: a request waits for a load, nothing waits for a store.
-        self._loading = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-load")
-        self._storing = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-store")
+        self._loading = Workers(threads, "the loading of chunks", "kvtc-load")
+        self._storing = Workers(threads, "the storing of chunks", "kvtc-store")
         self._ends: queue.SimpleQueue[JobEnd] = queue.SimpleQueue()
         self._idle = threading.Condition()
         self._n_pending = 0
@@ -106,11 +109,11 @@ class TierJobs:
 
     def store(self, job_id: int, chunks: Sequence[TierChunk]) -> None:
         """Begin to code rows of host memory; they must stay as they are until the job has ended."""
-        self._submit(self._storing, job_id, chunks, self._store_chunk)
+        self._submit(self._storing, job_id, chunks, self._store_part, "save_errors")
 
     def load(self, job_id: int, chunks: Sequence[TierChunk]) -> None:
         """Begin to fill rows of host memory."""
-        self._submit(self._loading, job_id, chunks, self._load_chunk)
+        self._submit(self._loading, job_id, chunks, self._load_part, "load_errors")
 
     def take_ends(self) -> list[JobEnd]:
         """Jobs that have ended since the last call."""
@@ -131,88 +134,68 @@ class TierJobs:
 
     def close(self) -> None:
         """Finish what was begun."""
-        self._loading.shutdown(wait=True)
-        self._storing.shutdown(wait=True)
+        self._loading.close()
+        self._storing.close()
 
-    def _submit(
-        self,
-        pool: ThreadPoolExecutor,
-        job_id: int,
-        chunks: Sequence[TierChunk],
-        work: Callable[[TierChunk], int],
-    ) -> None:
+    def _submit(self, pool: Workers, job_id: int, chunks: Sequence[TierChunk], work: _Work, errors: str) -> None:
+        pool.check_open()
         with self._idle:
             self._n_pending += 1
-        pool.submit(self._run, job_id, chunks, work)
+        pool.submit(self._run, job_id, chunks, work, errors)
 
-    def _run(self, job_id: int, chunks: Sequence[TierChunk], work: Callable[[TierChunk], int]) -> None:
+    def _run(self, job_id: int, chunks: Sequence[TierChunk], work: _Work, errors: str) -> None:
         begin, n_bytes, done = time.monotonic(), 0, []
-        for chunk in chunks:
-            try:
-                n_bytes += work(chunk)
-                done.append(chunk.name)
-            except KvtcError as error:
-                logger.warning("chunk %s: %s", chunk.name.hex(), error)
-                self.counts.add(misses=1)
-            except Exception:  # the engine waits for the end of each job, whatever went wrong
-                logger.exception("chunk %s", chunk.name.hex())
-                self.counts.add(errors=1)
-        end = JobEnd(job_id, len(done) == len(chunks), tuple(done), time.monotonic() - begin, n_bytes)
-        with self._idle:
-            self._ends.put(end)
-            self._n_pending -= 1
-            self._idle.notify_all()
+        try:
+            for chunk in chunks:
+                sizes = self._of_parts(chunk, work, errors)
+                if None not in sizes:
+                    done.append(chunk.name)
+                n_bytes += sum(size or 0 for size in sizes)
+        finally:  # the engine waits for the end of each job, whatever went wrong
+            end = JobEnd(job_id, len(done) == len(chunks), tuple(done), time.monotonic() - begin, n_bytes)
+            with self._idle:
+                self._ends.put(end)
+                self._n_pending -= 1
+                self._idle.notify_all()
 
-    def _store_chunk(self, chunk: TierChunk) -> int:
-        """Bytes stored."""
-        n_bytes = 0
-        start = _start_of(chunk)
-        for key, part in zip(self.keys(chunk.name, chunk.token_ids is not None), self._parts, strict=True):
-            if self._store.contains(key):
-                self.counts.add(chunks_shared=1)
-                continue
+    def _of_parts(self, chunk: TierChunk, work: _Work, errors: str) -> list[int | None]:
+        """Bytes of each worker's entry of a chunk, 0 for one that was stored already; up to the first None, which failed."""
+        sizes: list[int | None] = []
+        try:
+            if chunk.start is None:
+                raise InvalidArgument("the engine does not say where the chunk stands")
+            keys = self.keys(chunk.name, chunk.token_ids is not None)
+            for key, part in zip(keys, self._parts, strict=True):
+                sizes.append(work(key, part, chunk, chunk.start))
+                if sizes[-1] is None:
+                    break
+        except Exception as error:  # noqa: BLE001
+            self.entries.count_error(errors, error, "chunk %s is given up", chunk.name.hex())
+            sizes.append(None)
+        return sizes
+
+    def _store_part(self, key: str, part: RowPart, chunk: TierChunk, start: int) -> int | None:
+        def encode() -> bytes:
             keys, values = part.layout.read(self._window(chunk, part))
-            stream = part.codec.encode(keys, values, start, chunk.token_ids)
-            self._store.put(key, stream)
-            n_bytes += len(stream)
-            original = part.layout.bytes(self._n_tokens, part.dtype)
-            self.counts.add(chunks_saved=1, bytes_saved=len(stream), original_bytes=original)
-        return n_bytes
+            return part.codec.encode(keys, values, start, chunk.token_ids)
 
-    def _load_chunk(self, chunk: TierChunk) -> int:
-        """Bytes read."""
-        n_bytes = 0
-        start = _start_of(chunk)
-        for key, part in zip(self.keys(chunk.name, chunk.token_ids is not None), self._parts, strict=True):
-            stream = self._store.get(key)
-            if stream is None:
-                raise _Gone(f"entry {key} is gone or damaged")
-            try:
-                keys, values = part.codec.decode(stream, start, self._n_tokens, chunk.token_ids)
-            except KvtcError:
-                # So that it is stored anew.
-                self._store.delete(key)
-                raise
-            data = part.layout.write(keys.to(part.dtype), values.to(part.dtype))
-            self._window(chunk, part).copy_(data.flatten())
-            n_bytes += len(stream)
-        self.counts.add(chunks_loaded=1, bytes_read=n_bytes)
-        return n_bytes
+        return self.entries.save(key, encode, part.layout.bytes(self._n_tokens, part.dtype))
+
+    def _load_part(self, key: str, part: RowPart, chunk: TierChunk, start: int) -> int | None:
+        (stream,) = self.entries.load([key])
+        return self.entries.decode(key, stream, partial(self._decode, part, chunk, start))
+
+    def _decode(self, part: RowPart, chunk: TierChunk, start: int, stream: bytes) -> int:
+        """A stream into its part of a row; its bytes."""
+        keys, values = part.codec.decode(stream, start, self._n_tokens, chunk.token_ids)
+        data = part.layout.write(keys.to(part.dtype), values.to(part.dtype))
+        self._window(chunk, part).copy_(data.flatten())
+        return len(stream)
 
     def _window(self, chunk: TierChunk, part: RowPart) -> Tensor:
         """The part's numbers in a row, shared memory."""
         end = part.offset + part.layout.bytes(self._n_tokens, part.dtype)
         return torch.from_numpy(self._rows[chunk.row, part.offset : end]).view(part.dtype)
-
-
-class _Gone(KvtcError):
-    """An entry that was there when asked for is not there when read."""
-
-
-def _start_of(chunk: TierChunk) -> int:
-    if chunk.start is None:
-        raise InvalidArgument("the engine does not say where the chunk stands")
-    return chunk.start
 
 
 def _root(namespace: str, codec: PageCodec) -> str:

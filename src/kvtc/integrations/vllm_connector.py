@@ -176,7 +176,7 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
         for part in (self._planner, self._mover):
             if part is not None:
                 part.close()
-                logger.info("kvtc, %s: %s", self.role.name.lower(), part.counts.read())
+                logger.info("kvtc, %s: %s", self.role.name.lower(), dict(part.counts.read()))
         self._store.close()
 
     def _metadata(self) -> KvtcMetadata:

@@ -9,30 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import Offl
 from vllm.v1.kv_offload.base import OffloadingCounterMetadata
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-COUNTERS = {
-    "lookups": "Questions to the store.",
-    "tokens_asked": "Tokens of prompts looked up.",
-    "tokens_found": "Leading tokens of prompts found in the store.",
-    "requests_hit": "Requests for which the connector was asked to load tokens.",
-    "tokens_promised": "Tokens that the connector was asked to load.",
-    "loads": "Loads that have ended.",
-    "tokens_loaded": "Tokens loaded.",
-    "tokens_missed": "Tokens that could not be loaded and were left to the engine.",
-    "misses": "Loads, of the tier chunks, that could not be done as promised.",
-    "chunks_loaded": "Chunks loaded.",
-    "chunks_saved": "Chunks coded and stored.",
-    "tails_saved": "Ends of prompts, less than a chunk, coded and stored.",
-    "chunks_shared": "Chunks that were in the store already.",
-    "bytes_saved": "Bytes of streams stored.",
-    "original_bytes": "Bytes that the stored chunks take in the engine.",
-    "bytes_read": "Bytes of streams read.",
-    "entries_unusable": "Entries that could not be decoded and were deleted.",
-    "saves_dropped": "Chunks not stored because too many were waiting.",
-    "save_errors": "Chunks not stored because of an error.",
-    "load_errors": "Loads ended by an unexpected error.",
-    "errors": "Chunks of the tier given up because of an unexpected error.",
-    "store_errors": "Calls that the store refused or did not answer.",
-}
+from ..counts import COUNTERS
 
 
 def metric_name(counter: str) -> str:

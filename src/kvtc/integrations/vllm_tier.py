@@ -76,7 +76,7 @@ class KvtcTier(SecondaryTierManager):
             self._n_tokens,
             settings.threads,
         )
-        self._lookups = StoreLookups(self._store, self._jobs.counts)
+        self._lookups = StoreLookups(self._jobs.entries)
         self._load_jobs: dict[int, tuple[str, tuple[OffloadKey, ...]]] = {}
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
@@ -138,7 +138,7 @@ class KvtcTier(SecondaryTierManager):
         self._lookups.close()
         self._jobs.close()
         self._store.close()
-        logger.info("kvtc, tier: %s", self._jobs.counts.read())
+        logger.info("kvtc, tier: %s", dict(self._jobs.counts.read()))
 
     def _start(self, key: OffloadKey, req_context: ReqContext) -> int | None:
         """First token of a chunk; vLLM tells where it ends."""

@@ -2,6 +2,5 @@
 
 from .chain import Chain, as_token_ids, chunk_key
 from .prefix_cache import PrefixCache, SaveReport
-from .statistics import Statistics
 
-__all__ = ["Chain", "PrefixCache", "SaveReport", "Statistics", "as_token_ids", "chunk_key"]
+__all__ = ["Chain", "PrefixCache", "SaveReport", "as_token_ids", "chunk_key"]

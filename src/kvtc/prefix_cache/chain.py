@@ -4,8 +4,8 @@
     node k = SHA-256(node k-1, token ids of chunk k-1)
 
 Node k names the first k chunks of a text, so equal prefixes of different conversations meet in one entry, and no entry can be
-reached with another namespace, calibration, profile or rate. A tail, the tokens after the last whole chunk that is coded, hangs on
-its node under its first token ids: conversations that fork behind one prefix keep a tail each.
+reached with another namespace, calibration, profile or rate. Tails, the tokens after the last whole chunk that is coded, hang on
+its node (`tails`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ import numpy.typing as npt
 from ..errors import InvalidArgument
 
 TokenIds = npt.NDArray[np.int64]
-
-TAIL_NAME_TOKENS = 16
-"""Token ids a tail is named by; tails of fewer tokens are not worth an entry and are not stored."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,6 @@ class Chain:
         """Nodes 0 .. n for the n whole chunks of token_ids [T]."""
         return list(accumulate(self._chunks(token_ids), _next_node, initial=self.root))
 
-    def tail_key(self, node: bytes, tail_ids: TokenIds) -> str | None:
-        """The entry of the tokens that follow a node; None if they are too few to be stored."""
-        if len(tail_ids) < TAIL_NAME_TOKENS:
-            return None
-        return _entry("tail", _next_node(node, tail_ids[:TAIL_NAME_TOKENS]))
-
     def _chunks(self, token_ids: TokenIds) -> Iterator[TokenIds]:
         for start in range(0, len(token_ids) - self.chunk_tokens + 1, self.chunk_tokens):
             yield token_ids[start : start + self.chunk_tokens]
@@ -57,7 +48,7 @@ class Chain:
 
 def chunk_key(node: bytes) -> str:
     """The entry of the chunk that ends at a node (1, 2, ...)."""
-    return _entry("chunk", node)
+    return entry_key("chunk", node)
 
 
 def as_token_ids(values: object) -> TokenIds:
@@ -74,5 +65,6 @@ def _next_node(node: bytes, token_ids: TokenIds) -> bytes:
     return hashlib.sha256(node + token_ids.astype("<i8").tobytes()).digest()
 
 
-def _entry(kind: str, node: bytes) -> str:
+def entry_key(kind: str, node: bytes) -> str:
+    """The key of an entry. kind: chunk, tail, tails."""
     return f"{kind}/{node.hex()}"

@@ -1,30 +1,31 @@
 """The prefix cache: token ids and a cache in, the cache of the longest stored prefix out.
 
 What is stored. Every whole chunk of the grid (256 tokens) that lies before the window is one entry, coded without a window and
-named by the hash chain (`chain`); what follows the last of them, window included, is one more entry, the tail. A conversation that
-grows codes only its new chunks: tokens that leave the window become part of one, and a new tail takes the place of the old.
+named by the hash chain (`chain`); what follows the last of them, window included, is one more entry, the tail (`tails`). A
+conversation that grows codes only its new chunks: tokens that leave the window become part of one, and a new tail takes the place
+of the old.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from .. import interop
-from ..backends import Bytes
 from ..cache import KVCache
 from ..codec import Codec
-from ..errors import InvalidArgument, KvtcError, StoreError
+from ..entries import Entries
+from ..errors import InvalidArgument
 from ..store import Store
+from ..workers import Workers
 from .chain import Chain, TokenIds, as_token_ids, chunk_key
-from .statistics import Counters, Statistics
-from .tail import Tail
+from .tails import Tails, tail_key, tail_name
 
 MIN_TOKENS = 512
 READ_AHEAD = 4
@@ -43,7 +44,8 @@ class SaveReport:
 
 
 class PrefixCache:
-    """Keeps caches of prefixes in a store. Safe to share between threads; processes share a store, each with its own object.
+    """Keeps caches of prefixes in a store. Safe to share between threads. Processes share a store, each with its own object; a
+    forked child may go on with its parent's, with threads and counts of its own, if the store may be used there.
 
     codec: how chunks are coded; its window is the exact end of each saved prefix. store: see `kvtc.store.open_store`; it is not
     closed here. namespace: a name or secret that separates tenants: entries of another namespace cannot be found. min_tokens:
@@ -58,14 +60,20 @@ class PrefixCache:
         self.codec = codec
         self.store = store
         self.min_tokens = min_tokens
-        self._pages = codec.with_window(0)
+        self._windowless = codec.with_window(0)
         self.chain = Chain.of(
-            namespace, codec.calibration.fingerprint, self._pages.settings_name, codec.settings.chunk_tokens
+            namespace, codec.calibration.fingerprint, self._windowless.settings_name, codec.settings.chunk_tokens
         )
-        self._counters = Counters()
-        self._saver = ThreadPoolExecutor(1, thread_name_prefix="kvtc-save")
-        self._fetcher = ThreadPoolExecutor(2, thread_name_prefix="kvtc-fetch")
-        self._room = threading.BoundedSemaphore(max_pending)
+        self.entries = Entries(store)
+        self._tails = Tails(self.entries)
+        self._saver = Workers(1, "this PrefixCache", "kvtc-save", max_pending)
+        self._fetcher = Workers(2, "this PrefixCache", "kvtc-fetch")
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidArgument(
+            "a PrefixCache has threads and an open store and cannot be pickled or copied; its codec can: open the store and make a "
+            "PrefixCache in each process"
+        )
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -76,41 +84,37 @@ class PrefixCache:
         self.close()
 
     def close(self) -> None:
-        """Wait for the saves under way. The store stays open."""
-        self._saver.shutdown(wait=True)
-        self._fetcher.shutdown(wait=True)
+        """Wait for the saves under way. The store stays open. What is asked afterwards is a `StoreUnavailable`."""
+        self._saver.close()
+        self._fetcher.close()
 
     @property
-    def statistics(self) -> Statistics:
-        """Counts so far."""
-        return self._counters.read()
+    def statistics(self) -> Counter[str]:
+        """Counts so far, 0 for what never happened: those of `kvtc.counts.COUNTERS` that docs/prefix_cache.md names."""
+        return self.entries.counts.read()
 
     def save(self, token_ids: Any, cache: Any) -> Future[SaveReport]:
-        """Store a prefix in the background; `.result()` waits, and raises `StoreError` where the store failed.
+        """Store a prefix in the background; `.result()` waits, and raises `StoreError` where the store failed, whatever it raised.
 
         token_ids [T]: of the cached tokens; ids beyond them, as `generate` returns one, are left out. cache: a `DynamicCache` of
         batch 1 or a `KVCache` that begins at position 0 without gaps; it is read before this returns and may change afterwards.
 
-        Raises `InvalidCache`, `GeometryMismatch`, `UnsupportedModel`, `InvalidArgument`.
+        Raises `InvalidCache`, `GeometryMismatch`, `UnsupportedModel`, `InvalidArgument`, and `StoreUnavailable` after `close`.
         """
+        self._saver.check_open()
         ids, whole = as_token_ids(token_ids), self._neutral(cache)
         if len(ids) < whole.n_tokens:
             raise InvalidArgument(f"the cache holds {whole.n_tokens} tokens, but {len(ids)} token ids are given")
         ids = ids[: whole.n_tokens]
-        self._room.acquire()
-        try:
-            future = self._saver.submit(self._save, ids, whole)
-        except BaseException:
-            self._room.release()
-            raise
-        future.add_done_callback(lambda _: self._room.release())
-        return future
+        return self._saver.submit(self._save, ids, whole)
 
     def load(self, token_ids: Any, *, whole: bool = False) -> tuple[Any, int]:
         """(cache, n_tokens): a transformers `DynamicCache` of the longest stored prefix, ready for `generate(token_ids)`.
 
         At most all but the last token, since a model needs one to go on from; whole: all of them. Nothing found: (an empty cache,
-        0). What cannot be fetched or decoded is a miss, counted in `statistics`.
+        0). What cannot be fetched or decoded, for whatever reason, is a miss, counted in `statistics`.
+
+        Raises `InvalidArgument` for what are no token ids, and `StoreUnavailable` after `close`.
         """
         cache, n_tokens = self.load_neutral(token_ids, whole=whole)
         if cache is None:
@@ -119,88 +123,83 @@ class PrefixCache:
 
     def load_neutral(self, token_ids: Any, *, whole: bool = False) -> tuple[KVCache | None, int]:
         """As `load`, but a `KVCache`, and None where nothing is found; without transformers."""
+        self._fetcher.check_open()
         ids = as_token_ids(token_ids)
         asked = ids if whole else ids[:-1]
         nodes = self.chain.nodes(asked)
         parts = list(self._load_chunks(asked, nodes))
         tail = self._load_tail(asked, nodes[: len(parts) + 1])
         if tail is not None:
-            n_chunks, cache = tail
-            parts = [*parts[:n_chunks], cache]
-        n_tokens = sum(part.n_tokens for part in parts)
-        self._counters.add(loads=1, hits=int(n_tokens > 0), tokens_asked=len(asked), tokens_loaded=n_tokens)
-        return (_join(parts), n_tokens) if parts else (None, 0)
+            n_chunks, end = tail
+            parts = [*parts[:n_chunks], end]
+        # Not a fault of any entry, but memory for the whole may be short where there was enough for each part.
+        cache = self.entries.parse("the whole prefix", parts, _join) if parts else None
+        n_tokens = 0 if cache is None else cache.n_tokens
+        hits = int(n_tokens > 0)
+        self.entries.counts.add(loads=1, hits=hits, tokens_asked=len(asked), tokens_loaded=n_tokens)
+        return cache, n_tokens
 
     def contains(self, token_ids: Any) -> int:
         """How many leading tokens of token_ids stand in the store in whole chunks; nothing is fetched or decoded."""
+        self._fetcher.check_open()
         nodes = self.chain.nodes(as_token_ids(token_ids))
-        try:
-            return self.chain.chunk_tokens * self.store.contains_prefix([chunk_key(node) for node in nodes[1:]])
-        except StoreError:
-            self._counters.add(store_errors=1)
-            return 0
+        return self.chain.chunk_tokens * self.entries.count_leading([chunk_key(node) for node in nodes[1:]])
 
     def delete(self, token_ids: Any, *, keep_tokens: int = 0) -> None:
         """Delete what is stored of this prefix past its first `keep_tokens` tokens, in whole chunks.
 
-        Chunks that other conversations share are gone for them too. Raises `StoreError`.
+        Chunks and tails whose beginnings other conversations share are gone for them too. Raises `StoreError`.
         """
-        ids = as_token_ids(token_ids)
+        self._saver.check_open()
+        ids, size = as_token_ids(token_ids), self.chain.chunk_tokens
         nodes = self.chain.nodes(ids)
-        first = -(-keep_tokens // self.chain.chunk_tokens)
-        keys = [chunk_key(node) for node in nodes[first + 1 :]]
-        keys += [key for index in range(first, len(nodes)) if (key := self._tail_key(ids, nodes, index))]
-        for key in keys:
-            self.store.delete(key)
+        first = -(-keep_tokens // size)
+        for node in nodes[first + 1 :]:
+            self.entries.delete(chunk_key(node))
+        for index in range(first, len(nodes)):
+            self._tails.delete(nodes[index], ids[index * size :])
 
     def _save(self, ids: TokenIds, cache: KVCache) -> SaveReport:
         """The work of `save`, in the background."""
         if len(ids) < self.min_tokens:
-            self._counters.add(saves_skipped=1)
+            self.entries.counts.add(saves_skipped=1)
             return SaveReport(0, 0, 0, 0)
+        try:
+            report = self._save_all(ids, cache)
+        except Exception as error:
+            self.entries.count_error("save_errors", error, "a prefix of %d tokens is not saved", len(ids))
+            raise
+        self.entries.counts.add(saves=1)
+        return report
+
+    def _save_all(self, ids: TokenIds, cache: KVCache) -> SaveReport:
+        """Chunks first to last, then the tail; raises what hinders it."""
         size = self.chain.chunk_tokens
         n_chunks = max(0, len(ids) - self.codec.window_tokens) // size
         nodes = self.chain.nodes(ids[: n_chunks * size])
-        try:
-            missing = self._missing(nodes)
-            written = 0
-            for index in missing:
-                start, stop = index * size, (index + 1) * size
-                stream = self._pages.encode(cache.span(start, stop), ids[start:stop])
-                self.store.put(chunk_key(nodes[index + 1]), stream)
-                written += len(stream)
-            written += self._save_tail(ids, cache, nodes)
-            # Tails that hung on the way are inside the new chunks now.
-            for index in missing:
-                if key := self._tail_key(ids, nodes, index):
-                    self.store.delete(key)
-        except StoreError:
-            self._counters.add(store_errors=1)
-            raise
-        self._counters.add(
-            saves=1, chunks_coded=len(missing), chunks_shared=n_chunks - len(missing), bytes_written=written
-        )
-        return SaveReport(len(ids), n_chunks, len(missing), written)
+        n_leading = self.entries.count_leading([chunk_key(node) for node in nodes[1:]])
+        self.entries.counts.add(entries_shared=n_leading)
+        sizes = {index: self._save_chunk(index, ids, cache, nodes) for index in range(n_leading, n_chunks)}
+        coded = [index for index, n_bytes in sizes.items() if n_bytes]
+        n_bytes = sum(sizes.values()) + self._save_tail(ids, cache, nodes)
+        # Tails that hung on the way are inside the new chunks now.
+        for index in coded:
+            self._tails.drop_outgrown(nodes[index], ids[index * size :])
+        return SaveReport(len(ids), n_chunks, len(coded), n_bytes)
 
-    def _missing(self, nodes: list[bytes]) -> list[int]:
-        """Which of the chunks between the nodes are not in the store."""
-        keys = [chunk_key(node) for node in nodes[1:]]
-        n_leading = self.store.contains_prefix(keys)
-        return [
-            index for index in range(n_leading, len(keys)) if index == n_leading or not self.store.contains(keys[index])
-        ]
+    def _save_chunk(self, index: int, ids: TokenIds, cache: KVCache, nodes: list[bytes]) -> int:
+        """Bytes written, 0 if it was there."""
+        start, stop = index * self.chain.chunk_tokens, (index + 1) * self.chain.chunk_tokens
+        chunk = cache.span(start, stop)
+        return self.entries.put(
+            chunk_key(nodes[index + 1]), lambda: self._windowless.encode(chunk, ids[start:stop]), _bytes_of(chunk)
+        )
 
     def _save_tail(self, ids: TokenIds, cache: KVCache, nodes: list[bytes]) -> int:
         """Store what follows the last coded chunk; bytes written."""
         start, node = (len(nodes) - 1) * self.chain.chunk_tokens, nodes[-1]
-        key = self.chain.tail_key(node, ids[start:])
-        if key is None:
-            return 0
-        stream = self.codec.encode(cache.span(start, len(ids)), ids[start:])
-        entry = Tail.of(node, ids[start:], stream).to_bytes()
-        self.store.put(key, entry)
-        self._counters.add(tails_saved=1)
-        return len(entry)
+        end, rest = cache.span(start, len(ids)), ids[start:]
+        return self._tails.save(node, rest, tail_name(node, rest), lambda: self.codec.encode(end, rest), _bytes_of(end))
 
     def _load_chunks(self, ids: TokenIds, nodes: list[bytes]) -> Iterator[KVCache]:
         """The chunks that are there, first to last, up to the first that is not; the next are fetched while one is decoded."""
@@ -213,8 +212,7 @@ class PrefixCache:
         while ahead is not None:
             entries, ahead = ahead.result(), self._fetch(next(fetches, None))
             for entry in entries:
-                start = index * size
-                cache = self._decode(keys[index], entry, ids[start : start + size], size)
+                cache = self._decode(keys[index], entry, ids[index * size : (index + 1) * size])
                 if cache is None:
                     return
                 yield cache
@@ -222,58 +220,27 @@ class PrefixCache:
 
     def _load_tail(self, ids: TokenIds, nodes: list[bytes]) -> tuple[int, KVCache] | None:
         """(chunks before it, the tail) that reaches furthest, of those on the last node and on the one before it."""
+        size = self.chain.chunk_tokens
         for index in range(len(nodes) - 1, max(-1, len(nodes) - 3), -1):
-            start = index * self.chain.chunk_tokens
-            key = self._tail_key(ids, nodes, index)
-            entry = self._get([key], self.store.get_many)[0] if key else None
-            if key is None or entry is None:
+            name, n_common = self._tails.find(nodes[index], ids[index * size :])
+            stop = index * size + n_common
+            if stop <= (len(nodes) - 1) * size:
                 continue
-            try:
-                tail = Tail.from_bytes(entry)
-            except KvtcError:
-                self._forget(key)
-                continue
-            common = tail.n_common(nodes[index], ids[start:])
-            if start + common <= (len(nodes) - 1) * self.chain.chunk_tokens:
-                continue
-            cache = self._decode(key, tail.stream, ids[start:], common)
+            key = tail_key(nodes[index], name)
+            (entry,) = self.entries.load([key], is_resident=True)
+            cache = self._decode(key, entry, ids[index * size : stop])
             if cache is not None:
                 return index, cache
         return None
 
-    def _tail_key(self, ids: TokenIds, nodes: list[bytes], index: int) -> str | None:
-        return self.chain.tail_key(nodes[index], ids[index * self.chain.chunk_tokens :])
-
     def _fetch(self, keys: list[str] | None) -> Future[list[Any]] | None:
-        return None if keys is None else self._fetcher.submit(self._get, keys, self.store.resident_many)
-
-    def _get(self, keys: list[str], read: Callable[[list[str]], list[Any]]) -> list[Any]:
-        try:
-            entries = read(keys)
-        except StoreError:
-            self._counters.add(store_errors=1)
-            return [None] * len(keys)
-        self._counters.add(bytes_read=sum(len(entry) for entry in entries if entry is not None))
-        return entries
-
-    def _decode(self, key: str, stream: Bytes | None, ids: TokenIds, n_tokens: int) -> KVCache | None:
-        """The first n_tokens of a stream; None, counted, where there is none or it cannot be used."""
-        if stream is None:
+        if keys is None:
             return None
-        try:
-            cache = self.codec.decode_neutral(stream, ids[:n_tokens], tokens=n_tokens)
-        except KvtcError:
-            self._forget(key)
-            return None
-        return cache
+        return self._fetcher.submit(lambda: self.entries.load(keys, is_resident=True))
 
-    def _forget(self, key: str) -> None:
-        """Delete an entry that cannot be used, so that the next save writes it anew."""
-        self._counters.add(unusable=1)
-        try:
-            self.store.delete(key)
-        except StoreError:
-            self._counters.add(store_errors=1)
+    def _decode(self, key: str, entry: Any, ids: TokenIds) -> KVCache | None:
+        """The first tokens of an entry, whose ids are given."""
+        return self.entries.decode(key, entry, lambda stream: self.codec.decode_neutral(stream, ids, tokens=len(ids)))
 
     def _neutral(self, cache: Any) -> KVCache:
         """A cache of a prefix as plain tensors of its own."""
@@ -308,3 +275,7 @@ def _join(parts: list[KVCache]) -> KVCache:
         torch.cat([getattr(part, side).to(first.dtype) for part in parts], dim=2) for side in ("keys", "values")
     )
     return KVCache(keys, values, None, first.first_layer, first.first_kv_head, parts[-1].rope_length)
+
+
+def _bytes_of(cache: KVCache) -> int:
+    return cache.keys.nbytes + cache.values.nbytes

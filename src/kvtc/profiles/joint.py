@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import struct
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -23,6 +22,7 @@ from ..coding.product import PackedRows
 from ..coding.rans import count_lanes
 from ..coding.uniform import column_classes
 from ..errors import CorruptStream, InvalidArgument
+from ..locks import ForkSafeLock
 from .coefficients import Coefficients, JointTransform, cheapest
 from .integers import heads_of, join_integers, least_bytes, split_integers
 from .interface import Allowance, BodyRows, CodedBody, CodedRows
@@ -82,7 +82,7 @@ class JointCoder:
         self._model = joint.coefficients if self._tokens is None else self._tokens.coefficients
         self._backend, self._product = backend, product
         self._working: JointTransform | None = None
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         if rate is not None and rate.step is not None:
             self._require_served(rate.step)
 
@@ -107,7 +107,7 @@ class JointCoder:
         """The same coder at one step; the matrices are shared."""
         self._transform()
         other = copy.copy(self)
-        other._lock = threading.Lock()
+        other._lock = ForkSafeLock()
         other.rate = StepRate(step=step, finer_window=self.finer_window)
         other._require_served(step)
         return other

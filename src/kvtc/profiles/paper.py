@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from ..coding.groups import chunk_bytes
 from ..coding.product import Columns, PackedRows
 from ..coding.transform import Basis
 from ..errors import CorruptStream, InvalidArgument, InvalidCache
+from ..locks import ForkSafeLock
 from .interface import Allowance, BodyRows, CodedBody, CodedRows
 from .paper_rate import RateTarget
 
@@ -77,7 +77,7 @@ class PaperCoder:
         self._calibration = calibration
         self._backend, self._product = backend, product
         self._working: dict[int, BasisSide] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
         if self.rate is None:

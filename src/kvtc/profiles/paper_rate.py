@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from math import isfinite
 
 import numpy as np
@@ -11,6 +10,7 @@ from ..calibration.artifact import Calibration, KindCalibration
 from ..coding.allocation import BitAllocation, allocate_bits, allocate_bits_for_error, truncate
 from ..coding.quantizer import SymbolType
 from ..errors import InvalidArgument
+from ..locks import ForkSafeLock
 
 DEFAULT_RATIO = 16.0
 
@@ -47,7 +47,7 @@ class RateTarget:
         self._calibration = calibration
         self._truncates = allocation == "truncate"
         self._known: dict[int, Allocations] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._require_room()
 
     def __repr__(self) -> str:

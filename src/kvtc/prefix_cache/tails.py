@@ -1,0 +1,173 @@
+"""Ends of prefixes: what follows the last coded chunk, window included. Several texts that go on from one chunk keep one each.
+
+Texts that share a chunk and the 16 tokens after it share an index, a small entry that says which tails there are:
+
+    magic "KVTX" | for each tail, the last saved first: name, 16 bytes | tokens, uint32 | digests, 8 bytes for every 16 tokens
+
+A digest covers all tokens of the tail up to the end of its sixteen, so that a reader finds the tail that has most in common with
+its text, and takes of it what comes before they fork; token ids are not stored. Little-endian. A tail itself is a stream, under its
+name, which says all of its tokens.
+
+Of one index the last `MAX_TAILS` tails saved are kept. A text that goes on where a tail ended takes that one's place. Two processes
+that save tails of one index at the same moment may keep the later one alone: the other is a miss until it is saved again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from ..entries import Entries
+from ..errors import CorruptStream, TruncatedStream
+from ..locks import ForkSafeLock
+from .chain import TokenIds, entry_key
+
+MAX_TAILS = 32
+NAME_TOKENS = 16
+"""Tokens that tails of one index have in common. Tails of fewer are not worth an entry."""
+
+_MAGIC = b"KVTX"
+_NAME_BYTES = 16
+_HEAD = struct.Struct(f"<{_NAME_BYTES}sI")
+_BLOCK_TOKENS = 16
+_DIGEST_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Tail:
+    """n_tokens tokens after a node, as an index tells of them."""
+
+    name: bytes
+    n_tokens: int
+    digests: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, node: bytes, token_ids: TokenIds, name: bytes) -> Tail:
+        """token_ids [T]: those of the tail, which follow the node."""
+        stops = _stops(len(token_ids))
+        return cls(name, len(token_ids), tuple(_digest(node, token_ids[:stop]) for stop in stops))
+
+    def n_common(self, digest_of: Callable[[int], bytes | None]) -> int:
+        """How many leading tokens are surely those of a text. digest_of: of its first so many tokens, None if it has fewer."""
+        common = 0
+        for stop, digest in zip(_stops(self.n_tokens), self.digests, strict=True):
+            if digest_of(stop) != digest:
+                break
+            common = stop
+        return common
+
+
+class Tails:
+    """The tails in a store. Safe to share between threads. node: of a `Chain`. token_ids [T]: those that follow the node."""
+
+    def __init__(self, entries: Entries) -> None:
+        self._entries = entries
+        self._changing = ForkSafeLock()
+
+    def find(self, node: bytes, token_ids: TokenIds) -> tuple[bytes, int]:
+        """(name of the tail that has most in common with a text, how many tokens that is); 0 where there is none."""
+        key, digest_of = _index_key(node, token_ids), _digests_of(node, token_ids)
+        tails = self._read(key, self._entries.load([key])[0]) if key else []
+        common = [(tail.name, tail.n_common(digest_of)) for tail in tails]
+        return max(common, key=lambda found: found[1], default=(b"", 0))
+
+    def save(
+        self, node: bytes, token_ids: TokenIds, name: bytes, encode: Callable[[], bytes], original_bytes: int = 0
+    ) -> int:
+        """Store a tail, given by all of its token ids; its bytes. Those that it goes on from are deleted.
+
+        Raises `StoreError`, and what `encode` raises.
+        """
+        key = _index_key(node, token_ids)
+        if key is None:
+            return 0
+        n_bytes = self._entries.put(tail_key(node, name), encode, original_bytes, replace=True)
+        self._change(node, token_ids, key, [Tail.of(node, token_ids, name)])
+        return n_bytes
+
+    def drop_outgrown(self, node: bytes, token_ids: TokenIds) -> None:
+        """Delete the tails that a text contains, once it is stored otherwise. Raises `StoreError`."""
+        if key := _index_key(node, token_ids):
+            self._change(node, token_ids, key, [])
+
+    def delete(self, node: bytes, token_ids: TokenIds) -> None:
+        """Delete all tails that share the index of a text. Raises `StoreError`."""
+        if key := _index_key(node, token_ids):
+            with self._changing:
+                for tail in self._read(key, self._entries.fetch([key])[0]):
+                    self._entries.delete(tail_key(node, tail.name))
+                self._entries.delete(key)
+
+    def _change(self, node: bytes, token_ids: TokenIds, key: str, news: list[Tail]) -> None:
+        """Put tails first in an index, and take out those that the text contains and those that are too many."""
+        digest_of = _digests_of(node, token_ids)
+        with self._changing:
+            before = self._read(key, self._entries.fetch([key])[0])
+            kept = news + [tail for tail in before if tail.n_common(digest_of) < tail.n_tokens]
+            kept = kept[:MAX_TAILS]
+            if kept == before:
+                return
+            if kept:
+                self._entries.write(key, _to_bytes(kept))
+            else:
+                self._entries.forget(key)
+        for name in {tail.name for tail in before} - {tail.name for tail in kept}:
+            self._entries.forget(tail_key(node, name))
+
+    def _read(self, key: str, index: bytes | None) -> list[Tail]:
+        """The tails of an index; none where it is damaged, which deletes it."""
+        return self._entries.parse(key, index, _from_bytes) or [] if index is not None else []
+
+
+def tail_name(node: bytes, token_ids: TokenIds) -> bytes:
+    """Of a tail, from all of its token ids. node: that it follows; of several workers, the first one's, for all."""
+    return hashlib.sha256(b"tail" + node + token_ids.astype("<i8").tobytes()).digest()[:_NAME_BYTES]
+
+
+def tail_key(node: bytes, name: bytes) -> str:
+    """The entry of a tail."""
+    return entry_key("tail", hashlib.sha256(node + name).digest())
+
+
+def _index_key(node: bytes, token_ids: TokenIds) -> str | None:
+    """None where the tokens that follow the node are too few for a tail."""
+    if len(token_ids) < NAME_TOKENS:
+        return None
+    return entry_key("tails", hashlib.sha256(node + token_ids[:NAME_TOKENS].astype("<i8").tobytes()).digest())
+
+
+def _to_bytes(tails: Sequence[Tail]) -> bytes:
+    return b"".join([_MAGIC, *(_HEAD.pack(tail.name, tail.n_tokens) + b"".join(tail.digests) for tail in tails)])
+
+
+def _from_bytes(data: bytes) -> list[Tail]:
+    """Inverse of `_to_bytes`; raises `CorruptStream`, `TruncatedStream`."""
+    if not data.startswith(_MAGIC):
+        raise CorruptStream(f"an index of tails begins with {_MAGIC!r}; got {data[: len(_MAGIC)]!r}")
+    tails, at = [], len(_MAGIC)
+    while at < len(data):
+        stop = at + _HEAD.size
+        name, n_tokens = _HEAD.unpack_from(data, at) if stop <= len(data) else (b"", 0)
+        begin, stop = stop, stop + _DIGEST_BYTES * -(-n_tokens // _BLOCK_TOKENS)
+        if stop > len(data):
+            raise TruncatedStream(f"an index of tails goes on to byte {stop}; it has {len(data)}")
+        digests = tuple(data[place : place + _DIGEST_BYTES] for place in range(begin, stop, _DIGEST_BYTES))
+        tails.append(Tail(name, n_tokens, digests))
+        at = stop
+    return tails
+
+
+def _stops(n_tokens: int) -> list[int]:
+    return [min(start + _BLOCK_TOKENS, n_tokens) for start in range(0, n_tokens, _BLOCK_TOKENS)]
+
+
+def _digests_of(node: bytes, token_ids: TokenIds) -> Callable[[int], bytes | None]:
+    """Of a text's first so many tokens, each worked out once."""
+    return cache(lambda stop: _digest(node, token_ids[:stop]) if stop <= len(token_ids) else None)
+
+
+def _digest(node: bytes, token_ids: TokenIds) -> bytes:
+    return hashlib.sha256(node + token_ids.astype("<i8").tobytes()).digest()[:_DIGEST_BYTES]
