@@ -6,7 +6,6 @@ and polls for their ends; the coding is done on threads of their own. What fails
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import queue
 import threading
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument, KvtcError
+from ..key_digest import digest
 from ..store import Store
 from .counts import Counts
 from .page_layout import PageLayout
@@ -64,14 +64,14 @@ class JobEnd:
 
 
 class TierJobs:
-    """rows: [chunks, bytes] uint8, shared with the engine. parts: of all workers. n_tokens: of a chunk."""
+    """rows: [chunks, bytes] uint8, shared with the engine. parts: of all workers. scope: whose entries. n_tokens: of a chunk."""
 
     def __init__(
         self,
         rows: npt.NDArray[np.uint8],
         parts: Sequence[RowPart],
         store: Store,
-        namespace: str,
+        scope: bytes,
         n_tokens: int,
         threads: int = 1,
     ) -> None:
@@ -85,7 +85,7 @@ class TierJobs:
                 raise InvalidArgument(f"a row of host memory has {rows.shape[1]} bytes; {part.layout} ends at {end}")
         self.counts = Counts()
         self._rows, self._parts, self._store, self._n_tokens = rows, list(parts), store, n_tokens
-        self._roots = [_root(namespace, part.codec) for part in parts]
+        self._scope = scope
         # Apart: a request waits for a load, nothing waits for a store.
         self._loading = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-load")
         self._storing = ThreadPoolExecutor(threads, thread_name_prefix="kvtc-store")
@@ -98,11 +98,21 @@ class TierJobs:
         return all(part.codec.serves(has_token_ids) for part in self._parts)
 
     def keys(self, name: bytes, has_token_ids: bool) -> list[str]:
-        """The store's keys of a chunk, one a worker. Streams made with token ids stand apart: without ids nobody can read them."""
-        return [
-            f"page/{root}/{part.codec.profile(has_token_ids)}/{name.hex()}"
-            for root, part in zip(self._roots, self._parts, strict=True)
-        ]
+        """The store's keys of a chunk, one a worker. Streams made with token ids stand apart: without ids nobody can read them.
+
+        Engines name a chunk by the hash of its last block, so that chunks of another length can have the same name.
+        """
+        return [f"page/{self._key(part.codec, name, has_token_ids).hex()}" for part in self._parts]
+
+    def _key(self, codec: PageCodec, name: bytes, has_token_ids: bool) -> bytes:
+        return digest(
+            "page",
+            scope=self._scope,
+            calibration=codec.calibration.fingerprint,
+            settings=codec.codec(has_token_ids).settings_digest,
+            n_tokens=self._n_tokens,
+            name=name,
+        )
 
     def store(self, job_id: int, chunks: Sequence[TierChunk]) -> None:
         """Begin to code rows of host memory; they must stay as they are until the job has ended."""
@@ -213,10 +223,3 @@ def _start_of(chunk: TierChunk) -> int:
     if chunk.start is None:
         raise InvalidArgument("the engine does not say where the chunk stands")
     return chunk.start
-
-
-def _root(namespace: str, codec: PageCodec) -> str:
-    """Names all that the bytes of a stream depend on besides its chunk and profile."""
-    settings = codec.codec(has_token_ids=True).rate
-    parts = [namespace, codec.calibration.fingerprint.hex(), repr(settings)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -31,6 +31,7 @@ COUNTERS = {
     "save_errors": "Chunks not stored because of an error.",
     "load_errors": "Loads ended by an unexpected error.",
     "errors": "Chunks of the tier given up because of an unexpected error.",
+    "requests_unknown": "Requests neither looked up nor saved: nobody can tell which adapter they are of.",
     "store_errors": "Calls that the store refused or did not answer.",
 }
 

@@ -21,6 +21,7 @@ from ..backends import Bytes
 from ..cache import KVCache
 from ..codec import Codec
 from ..errors import InvalidArgument, KvtcError, StoreError
+from ..key_digest import entry_scope
 from ..store import Store
 from .chain import Chain, TokenIds, as_token_ids, chunk_key
 from .statistics import Counters, Statistics
@@ -46,12 +47,20 @@ class PrefixCache:
     """Keeps caches of prefixes in a store. Safe to share between threads; processes share a store, each with its own object.
 
     codec: how chunks are coded; its window is the exact end of each saved prefix. store: see `kvtc.store.open_store`; it is not
-    closed here. namespace: a name or secret that separates tenants: entries of another namespace cannot be found. min_tokens:
+    closed here. namespace: a name or secret that separates tenants: entries of another namespace cannot be found. identity: of the
+    model that computes the caches, as `kvtc.model_identity` gives it; entries of another identity cannot be found. min_tokens:
     shorter prefixes are not saved. max_pending: saves that may wait; further calls of `save` wait for one to end.
     """
 
     def __init__(
-        self, codec: Codec, store: Store, *, namespace: str = "", min_tokens: int = MIN_TOKENS, max_pending: int = 4
+        self,
+        codec: Codec,
+        store: Store,
+        *,
+        namespace: str = "",
+        identity: str = "",
+        min_tokens: int = MIN_TOKENS,
+        max_pending: int = 4,
     ) -> None:
         if min_tokens < 1 or max_pending < 1:
             raise InvalidArgument(f"min_tokens {min_tokens} and max_pending {max_pending} must be at least 1")
@@ -60,7 +69,10 @@ class PrefixCache:
         self.min_tokens = min_tokens
         self._pages = codec.with_window(0)
         self.chain = Chain.of(
-            namespace, codec.calibration.fingerprint, self._pages.settings_name, codec.settings.chunk_tokens
+            entry_scope(namespace, identity),
+            codec.calibration.fingerprint,
+            self._pages.settings_digest,
+            codec.settings.chunk_tokens,
         )
         self._counters = Counters()
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="kvtc-save")
