@@ -211,7 +211,9 @@ class TestHub:
         shutil.rmtree(f"{cache}/models--org--tiny/snapshots/{'b' * 40}")
         assert find_model("org/tiny", cache_dir=cache, is_told=False).name == "a" * 40
 
-    @pytest.mark.parametrize("name", ["org/other", "/no/such/folder", "s3://bucket/model"])
+    @pytest.mark.parametrize(
+        "name", ["org/other", "/no/such/folder", "s3://bucket/model", "x" * 5000, "~nobody-here/x", "a\0b"]
+    )
     def test_what_is_not_on_this_machine_is_not_found(self, cache, name):
         with pytest.raises(UnknownModel, match=r"not on this machine|no files at"):
             find_model(name, cache_dir=cache)
@@ -431,9 +433,10 @@ class TestVllmConnector:
             FOUND,
         ]
 
-    def test_an_adapter_without_files_is_neither_looked_up_nor_saved(self, options, models):
+    @pytest.mark.parametrize("path", ["/no/such/adapter", None])
+    def test_an_adapter_without_files_is_neither_looked_up_nor_saved(self, options, models, path):
         ids, truth = prompt()
-        lora = SimpleNamespace(lora_name="a", lora_path="/no/such/adapter", lora_int_id=1, load_inplace=False)
+        lora = SimpleNamespace(lora_name="a", lora_path=path, lora_int_id=1, load_inplace=False)
         with fake_vllm():
             from kvtc.integrations.vllm_connector import KvtcConnector
 

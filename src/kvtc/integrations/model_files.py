@@ -71,9 +71,12 @@ def find_model(name: str, revision: str | None = None, *, cache_dir: str | None 
     on this machine is taken, and several are refused. cache_dir: where the hub's snapshots are; None: in their usual place.
     Nothing is downloaded. Raises `UnknownModel`.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, an unknown user
+        raise UnknownModel(f"there are no files at {name:.200}: {error}") from error
     name, _, given = name.partition("@")
     revision = given or revision
     if not _HUB_NAME.fullmatch(name):

@@ -195,7 +195,9 @@ class PrefixPlanner:
         ids, more = as_token_ids(token_ids), None
         try:
             more = request() if request is not None else None
-        except KvtcError as error:
+        except Exception as error:  # the scheduler waits for an answer
+            if not isinstance(error, KvtcError):
+                logger.exception("what a request's cache depends on is not found out")
             logger.warning("a request is neither looked up nor saved: %s", error)
             self.counts.add(requests_unknown=1)
             ids = ids[:0]
