@@ -96,7 +96,6 @@ class ServedModel:
             weights = files_identity(place)
         identity = digest("served model", weights=weights, overrides=overrides or {}, **(effective or {})).hex()
         rope = _rope(config, place, overrides or {}) if settings.check_model else None
-        logger.info("kvtc: entries of the namespace %r and the identity %s (%s)", settings.namespace, identity, weights)
         return cls(weights, identity, entry_scope(settings.namespace, identity), rope, settings.check_model)
 
     def checked(self, calibration: Calibration, name: str) -> Calibration:

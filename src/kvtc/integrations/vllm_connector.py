@@ -79,9 +79,9 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
         self._loads: list[LoadOrder] = []
         self._failed_blocks: set[int] = set()
         if role is KVConnectorRole.SCHEDULER:
-            self._planner = _planner(
-                self._settings, self._facts, served_model(vllm_config, self._settings), self._store
-            )
+            model = served_model(vllm_config, self._settings)
+            logger.info("kvtc: entries are of the model %s, their identity is %s", model.weights, model.identity)
+            self._planner = _planner(self._settings, self._facts, model, self._store)
             lora = vllm_config.lora_config
             self._adapters = Adapters(None if lora is None else str(lora.lora_dtype))
         else:
