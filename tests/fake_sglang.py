@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -100,13 +101,48 @@ class HostPool:
             self.kv_buffer[side] = rows if self.layout == "layer_first" else rows.transpose(0, 1)
 
 
+class ServerSettings:
+    """SGLang's settings in effect; none until `publish`, as outside of a server."""
+
+    def __init__(self) -> None:
+        self._model: SimpleNamespace | None = None
+        self._lora = SimpleNamespace(lora_paths=None)
+
+    def publish(self, model_path: str, lora_paths: dict[str, str] | None = None, **changed: Any) -> None:
+        fields = {
+            "revision": None,
+            "load_format": "auto",
+            "download_dir": None,
+            "json_model_override_args": "{}",
+            "dtype": "auto",
+            "kv_cache_dtype": "auto",
+            "quantization": None,
+            "modelopt_quant": None,
+            "model_loader_extra_config": "{}",
+        }
+        self._model = SimpleNamespace(model_path=model_path, **{**fields, **changed})
+        refs = [SimpleNamespace(lora_name=name, lora_path=path) for name, path in (lora_paths or {}).items()]
+        self._lora.lora_paths = refs or None
+
+    def get_model(self) -> SimpleNamespace:
+        if self._model is None:
+            raise ValueError("namespace 'model' not published")
+        return self._model
+
+    def get_lora(self) -> SimpleNamespace:
+        return self._lora
+
+
 @contextmanager
-def fake_sglang() -> Iterator[None]:
-    """SGLang's module of storage backends for as long as the block runs."""
+def fake_sglang() -> Iterator[ServerSettings]:
+    """SGLang's module of storage backends for as long as the block runs -> what its server was told."""
     names = {
         "HiCacheStorage": HiCacheStorage,
         "PoolName": PoolName,
         "PoolTransferResult": PoolTransferResult,
     }
-    with fake_modules({"sglang.srt.mem_cache.hicache_storage": names}, ADAPTERS):
-        yield
+    settings = ServerSettings()
+    context = {"get_model": settings.get_model, "get_lora": settings.get_lora}
+    modules = {"sglang.srt.mem_cache.hicache_storage": names, "sglang.srt.runtime_context": context}
+    with fake_modules(modules, ADAPTERS):
+        yield settings

@@ -201,12 +201,20 @@ def configs(
     cache_dtype: str = "auto",
     backend: str = "FLASH_ATTN",
     scale: float = 1.0,
+    **model: Any,
 ) -> tuple[Any, Any]:
-    """(VllmConfig, KVCacheConfig) of a model; n_kv_heads in all."""
+    """(VllmConfig, KVCacheConfig) of a model; n_kv_heads in all. model: other fields of the model's or the load configuration."""
     names = [f"model.layers.{layer}.self_attn.attn" for layer in range(n_layers)]
     vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(
-            model="tiny",
+            model=model.get("model", "tiny"),
+            revision=model.get("revision"),
+            quantization=model.get("quantization"),
+            quantization_config=None,
+            hf_overrides=model.get("hf_overrides", {}),
+            hf_config=model.get("hf_config"),
+            hf_config_path=None,
+            max_model_len=model.get("max_model_len", 4096),
             dtype=dtype,
             use_mla=False,
             get_total_num_hidden_layers=lambda: n_layers,
@@ -221,6 +229,10 @@ def configs(
             prefill_context_parallel_size=1,
         ),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        load_config=SimpleNamespace(
+            load_format=model.get("load_format", "auto"), download_dir=None, model_loader_extra_config={}
+        ),
+        lora_config=model.get("lora_config"),
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=options, kv_load_failure_policy="recompute"),
         layers={name: fake_layer(backend, scale) for name in names},
     )

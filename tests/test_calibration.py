@@ -333,8 +333,8 @@ def test_a_group_past_the_last_coefficient_has_no_error(whole_path):
 @pytest.mark.parametrize(
     ("variances", "expected"),
     [("[1, 1]", "explains more"), ("[1e999, 1]", "1e999 is not finite"), ("[NaN, 1]", "NaN is not finite"),
-     ("[-1, 1]", "number of 0"), ("[true, 1]", "found True"), ('["1", 1]', "found '1'"), ("[1]", "holds 1 numbers"), ('{"a": 1, "b": 2}', "must be a list"),
-     ("[" + "9" * 400 + ", 1]", "out of all range")],
+     ("[-1, 1]", "number of 0"), ("[true, 1]", "found True"), ('["1", 1]', "found '1'"), ("[1]", "holds 1 numbers"),
+     ('{"a": 1, "b": 2}', "must be a list"), ("[" + "9" * 400 + ", 1]", "out of all range")],
 )  # fmt: skip
 def test_total_variances_are_two_numbers(whole_path, variances, expected):
     with pytest.raises(CorruptCalibration, match=expected):

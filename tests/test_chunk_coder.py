@@ -137,12 +137,12 @@ def test_options_of_the_servers():
 
 def test_workers_of_a_server_have_calibrations_of_their_own(tmp_path):
     joint_calibration().save(tmp_path / "tiny-1.safetensors")
-    options = LmcacheOptions({"kvtc.calibration": f"{tmp_path}/tiny-{{tp_rank}}.safetensors"}, needs_store=False)
-    assert (
-        options.coder(ChunkCoder, worker_of(2 << 24 | 1 << 16 | 2 << 8 | 1)).calibration.geometry.n_layers == N_LAYERS
-    )
+    config = {"kvtc.calibration": f"{tmp_path}/tiny-{{tp_rank}}.safetensors", "kvtc.identity": "tiny"}
+    options = LmcacheOptions(config, needs_store=False)
+    model, worker = options.served_model(), worker_of(2 << 24 | 1 << 16 | 2 << 8 | 1)
+    assert options.coder(ChunkCoder, model, worker).calibration.geometry.n_layers == N_LAYERS
     with pytest.raises(FileNotFoundError, match="tiny-0"):
-        options.coder(ChunkCoder, 0)
+        options.coder(ChunkCoder, model, 0)
 
 
 def test_known_starts_forget_the_oldest():
@@ -163,18 +163,18 @@ class BrokenStore:
 
 
 def stored(store=None) -> StoredChunks:
-    return StoredChunks(store or open_store("memory:"), lambda _: coder(), "tiny")
+    return StoredChunks(store or open_store("memory:"), lambda _: coder(), b"tiny")
 
 
 def test_chunks_are_saved_once_and_loaded():
     chunks, data = stored(), [chunk(0), chunk(256)]
-    keys = [chunks.key(0, name) for name in ("aa", "bb")]
+    keys = [chunks.key(0, chunk=name) for name in ("aa", "bb")]
     sizes = [chunks.save(0, key, item, start) for key, item, start in zip(keys, data, (0, None), strict=True)]
     assert all(sizes)
     assert chunks.save(0, keys[0], data[0], 0) == 0
-    assert chunks.n_stored([*keys, chunks.key(0, "cc")]) == 2
+    assert chunks.n_stored([*keys, chunks.key(0, chunk="cc")]) == 2
     found = [torch.zeros(SHAPE, dtype=torch.bfloat16) for _ in range(3)]
-    asked = [*keys, chunks.key(0, "cc")]
+    asked = [*keys, chunks.key(0, chunk="cc")]
     assert [chunks.load(0, key, item) for key, item in zip(asked, found, strict=True)] == [True, True, False]
     assert relative_error(torch.stack(found[:2]), torch.stack(data)) < 0.1
     counts = chunks.counts.read()
@@ -186,7 +186,7 @@ def test_chunks_are_saved_once_and_loaded():
 def test_an_entry_that_cannot_be_decoded_is_a_miss_and_deleted(caplog):
     store = open_store("memory:")
     chunks = stored(store)
-    key = chunks.key(0, "aa")
+    key = chunks.key(0, chunk="aa")
     chunks.save(0, key, chunk(0), 0)
     stream = bytearray(store.get(key))
     stream[len(stream) // 2] ^= 1
@@ -200,8 +200,8 @@ def test_an_entry_that_cannot_be_decoded_is_a_miss_and_deleted(caplog):
 def test_a_stream_of_other_tokens_than_asked_for_is_a_miss():
     store = open_store("memory:")
     chunks = stored(store)
-    chunks.save(0, chunks.key(0, "aa"), chunk(0)[:, :, :128], 0)
-    assert not chunks.load(0, chunks.key(0, "aa"), torch.zeros(SHAPE, dtype=torch.bfloat16))
+    chunks.save(0, chunks.key(0, chunk="aa"), chunk(0)[:, :, :128], 0)
+    assert not chunks.load(0, chunks.key(0, chunk="aa"), torch.zeros(SHAPE, dtype=torch.bfloat16))
 
 
 def test_a_store_that_does_not_answer_makes_misses(caplog):
@@ -229,10 +229,10 @@ def test_a_chunk_that_there_is_no_memory_for_stays(monkeypatch, error):
 
 
 def test_what_a_stream_depends_on_is_in_its_key():
-    def key(namespace="tiny", salt="", **changed):
-        return StoredChunks(open_store("memory:"), lambda _: coder(**changed), namespace).key(0, "aa", salt)
+    def key(scope=b"tiny", salt="", **changed):
+        return StoredChunks(open_store("memory:"), lambda _: coder(**changed), scope).key(0, chunk="aa", salt=salt)
 
-    assert len({key(), key(namespace="other"), key(salt="tenant"), key(ratio=4), key(ratio=None, step=0.1)}) == 5
+    assert len({key(), key(scope=b"other"), key(salt="tenant"), key(ratio=4), key(ratio=None, step=0.1)}) == 5
     assert inspect(coder().encode(chunk(256), 256)).profile == "joint"
 
 

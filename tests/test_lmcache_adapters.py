@@ -41,6 +41,7 @@ def options(tmp_path):
         "kvtc.calibration": f"{tmp_path}/tiny.safetensors",
         "kvtc.store": f"file://{tmp_path}/store",
         "kvtc.ratio": 8,
+        "kvtc.identity": "tiny",
         "kvtc.max_tokens": 4096,
     }
 
@@ -242,6 +243,7 @@ class Memory:
     def __init__(self) -> None:
         self.config = SimpleNamespace()
         self.metadata = SimpleNamespace(shapes=[torch.Size(SHAPE)], dtypes=[torch.bfloat16], chunk_size=T, worker_id=0)
+        self.metadata.model_name = "tiny"
         self.given: list[MemoryObj] = []
 
     def allocate(self, shapes, dtypes, fmt):  # noqa: ARG002
@@ -250,7 +252,7 @@ class Memory:
 
 
 def engine_key(name: str, worker: int = 0):
-    return SimpleNamespace(to_string=lambda: f"tiny@1@{worker}@{name}@bfloat16", worker_id=worker)
+    return SimpleNamespace(chunk_hash=name, world_size=1, worker_id=worker, dtype=torch.bfloat16, tags=None)
 
 
 def test_the_remote_plugin_keeps_chunks_and_ends_of_texts(options):

@@ -37,6 +37,7 @@ def make(tmp_path):
         "kvtc.calibration": f"{tmp_path}/tiny.safetensors",
         "kvtc.store": f"file://{tmp_path}/store",
         "kvtc.ratio": 8,
+        "kvtc.identity": "tiny",
         "kvtc.max_tokens": 4096,
     }
 
@@ -129,7 +130,8 @@ def test_other_pools_are_never_found(make):
 def test_ranks_and_models_do_not_share_pages(make):
     backend, _ = make()
     backend.batch_set_v1(KEYS, ALL)
-    for changed in ({"model_name": "other"}, {"tp_rank": 1}, {"tp_size": 2}, {"pp_rank": 1}):
+    other = {"kvtc.identity": "other"}, {"kvtc.namespace": "tenant"}
+    for changed in (*({"options": one} for one in other), {"tp_rank": 1}, {"tp_size": 2}, {"pp_rank": 1}):
         assert make(**changed)[0].batch_exists(KEYS) == 0
 
 

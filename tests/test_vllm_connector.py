@@ -10,7 +10,8 @@ import torch
 from kvtc import Codec, inspect
 from kvtc.counts import COUNTERS, Counts
 from kvtc.errors import GeometryMismatch, InvalidArgument, UnsupportedLayout, UnsupportedModel
-from kvtc.integrations.vllm_facts import engine_facts, layers_in_order
+from kvtc.integrations.engine_settings import EngineSettings
+from kvtc.integrations.vllm_facts import engine_facts, layers_in_order, served_model
 from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 
@@ -50,6 +51,7 @@ def options(tmp_path):
         "kvtc.calibration": str(tmp_path / "tiny.safetensors"),
         "kvtc.store": f"file://{tmp_path}/store",
         "kvtc.step": 0.05,
+        "kvtc.identity": "tiny",
         "of_others": 1,
     }
 
@@ -142,7 +144,8 @@ def test_a_conversation_that_grows_loads_what_it_shares_and_saves_the_rest(conne
 def test_prefixes_of_the_prefix_cache_and_of_the_connector_are_the_same(connector, options):
     ids, truth = prompt()
     codec = Codec(joint_calibration(), "conditional", step=options["kvtc.step"], window_tokens=60)
-    with open_store(options["kvtc.store"]) as store, PrefixCache(codec, store, namespace="tiny") as prefixes:
+    identity = served_model(configs(options, **SHAPE)[0], EngineSettings.from_config(options)).identity
+    with open_store(options["kvtc.store"]) as store, PrefixCache(codec, store, identity=identity) as prefixes:
         prefixes.save(ids, truth).result()
         engine = FakeEngine(connector, *configs(options, **SHAPE))
         n_loaded, found = engine.run("a", ids, truth)
@@ -379,9 +382,9 @@ def test_a_hit_needs_the_chunk_of_every_rank(options):
     from kvtc.integrations.prefix_planner import PrefixPlanner
 
     with open_store(options["kvtc.store"]) as store:
-        planner = PrefixPlanner(store, "model", [b"rank 0", b"rank 1"], "settings", 32)
+        planner = PrefixPlanner(store, b"model", [(b"rank 0", b"settings"), (b"rank 1", b"settings")], 32)
         ids = told_ids(600).tolist()
-        while (found := planner.matched_tokens("a", ids, "", 0)) is None:
+        while (found := planner.matched_tokens("a", ids, 0)) is None:
             pass
         assert found == 0
         orders = planner.plan_saves("a", 600, list(range(19)))
@@ -390,7 +393,7 @@ def test_a_hit_needs_the_chunk_of_every_rank(options):
         for order in orders:
             store.put(order.piece.keys[0], b"of rank 0")
         store.put(orders[0].piece.keys[1], b"of rank 1")
-        while (found := planner.matched_tokens("b", ids, "", 0)) is None:
+        while (found := planner.matched_tokens("b", ids, 0)) is None:
             pass
         assert found == 256
         planner.close()

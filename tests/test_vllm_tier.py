@@ -51,6 +51,7 @@ def options(tmp_path):
         "kvtc.calibration": str(tmp_path / "tiny.safetensors"),
         "kvtc.store": f"file://{tmp_path}/store",
         "kvtc.step": 0.05,
+        "kvtc.identity": "tiny",
         "kvtc.attention_backend": "FLASH_ATTN",
     }
 
@@ -282,7 +283,7 @@ def test_each_rank_has_its_part_of_a_row():
     rows = np.zeros((2, 2 * size), np.uint8)
     parts = [RowPart(rank * size, layout, torch.bfloat16, codec) for rank, codec in enumerate(codecs)]
     with open_store("memory:") as store:
-        jobs = TierJobs(rows, parts, store, "model", CHUNK)
+        jobs = TierJobs(rows, parts, store, b"model", CHUNK)
         caches = [told_cache(CHUNK, torch.bfloat16, seed=seed) for seed in (3, 4)]
         for rank, cache in enumerate(caches):
             data = layout.write(cache.keys, cache.values).flatten().view(torch.uint8)

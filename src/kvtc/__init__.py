@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .container import join_streams, split_stream
     from .inspection import StreamInfo, inspect
     from .integrations.huggingface import calibrate
+    from .integrations.model_identity import model_identity
     from .integrations.quality import measure_quality
     from .prefix_cache import PrefixCache
     from .reference import reference_calibration, reference_model
@@ -43,6 +44,7 @@ _HOME = {
     "join_streams": "container",
     "load_calibration": "calibration",
     "measure_quality": "integrations.quality",
+    "model_identity": "integrations.model_identity",
     "open_store": "store",
     "reference_calibration": "reference",
     "reference_model": "reference",
@@ -62,6 +64,7 @@ __all__ = [
     "join_streams",
     "load_calibration",
     "measure_quality",
+    "model_identity",
     "open_store",
     "reference_calibration",
     "reference_model",

@@ -22,11 +22,12 @@ from .cache import CACHE_DTYPES, KVCache
 from .calibration.artifact import Calibration
 from .coding.device import usable_device
 from .coding.regions import ChunkSpan, split_regions
-from .container import Chunk, SectionType, parse_stream
+from .container import FORMAT_VERSION, Chunk, SectionType, parse_stream
 from .errors import InvalidArgument, InvalidCache
 from .fixed_size import fixed_stream_bytes
 from .forks import in_child
 from .gathering import coded_rows
+from .key_digest import digest
 from .locks import ForkSafeLock
 from .opened_stream import MAX_TOKENS, OpenedStream, TokenIds, open_stream, shift_to
 from .profiles import Allowance, BodyCoder, JointCoder
@@ -180,9 +181,25 @@ class Codec:
         return self._size(chunks_of(self.settings, spans, places), dtype)
 
     @property
-    def settings_name(self) -> str:
-        """Names all that the bytes of a stream depend on besides the cache and the calibration."""
-        return f"{self.settings} {self.rate} sinks={self.sink_tokens} window={self.window_tokens}"
+    def settings_digest(self) -> bytes:
+        """SHA-256 of all that a stream depends on besides the cache and the calibration, for the keys of entries.
+
+        What counts is listed here by name: a field that is added elsewhere does not rename every entry.
+        """
+        settings = self.settings
+        return digest(
+            "codec settings",
+            format_version=FORMAT_VERSION,
+            profile=settings.profile,
+            chunk_tokens=settings.chunk_tokens,
+            lossless=settings.lossless,
+            fp8_sinks=settings.fp8_sinks,
+            fixed_size=settings.fixed_size,
+            coded_window=settings.coded_window,
+            rate=self.rate.key_parts,
+            sink_tokens=self.sink_tokens,
+            window_tokens=self.window_tokens,
+        )
 
     def with_window(self, window_tokens: int) -> Codec:
         """The same codec, but for how many of the last tokens stay exact; 0: every token past the sinks is coded, alike."""

@@ -32,6 +32,8 @@ COUNTERS = {
     "tokens_missed": "Tokens that could not be loaded and were left to the engine.",
     "saves": "Prefixes saved.",
     "saves_skipped": "Prefixes too short to be saved.",
+    "requests_unknown": "Requests neither looked up nor saved: nobody can tell which adapter they are of.",
+    "other_models": "Chunks of other models than the one served, left alone.",
     "starts_searched": "Chunks stored whose position was searched, because the engine did not tell it.",
 }
 

@@ -28,7 +28,7 @@ class GeometryMismatch(KvtcError, ValueError):
 
 
 class CalibrationMismatch(KvtcError):
-    """The stream was made with another calibration."""
+    """The stream was made with another calibration, or the calibration for another model than is served."""
 
 
 class TokenMismatch(KvtcError):

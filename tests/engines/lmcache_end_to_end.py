@@ -78,7 +78,7 @@ def chunk_options() -> dict[str, Any]:
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     from kvtc.integrations.page_layout import vllm_layout
-    from kvtc.reference import reference_calibration
+    from kvtc.reference import MODEL_DIRECTORY, reference_calibration
 
     geometry = reference_calibration().geometry
     sizes = geometry.n_layers, geometry.n_kv_heads, geometry.head_dim
@@ -86,6 +86,7 @@ def chunk_options() -> dict[str, Any]:
     packing = vllm_layout(*sizes, PAGE_TOKENS, backend="CPU_ATTN", isa=isa).packing
     return {
         "kvtc.calibration": "reference",
+        "kvtc.model": str(MODEL_DIRECTORY),
         "kvtc.ratio": RATIO,
         "kvtc.packing": packing,
         "kvtc.page_tokens": PAGE_TOKENS,

@@ -25,7 +25,7 @@ from vllm_end_to_end import prompts
 
 from kvtc import interop
 from kvtc.integrations.page_layout import lmcache_layout
-from kvtc.reference import reference_calibration, reference_model
+from kvtc.reference import MODEL_DIRECTORY, reference_calibration, reference_model
 
 RATIO = 8
 CHUNK_TOKENS = 256
@@ -104,7 +104,7 @@ def round_trip(store: Path, caches: torch.Tensor, ids: torch.Tensor) -> tuple[in
     _, n_layers, n_tokens, _ = caches.shape
     geometry = reference_calibration().geometry
     metadata = LMCacheMetadata(
-        model_name="kvtc-6m",
+        model_name=str(MODEL_DIRECTORY),
         world_size=1,
         local_world_size=1,
         worker_id=0,

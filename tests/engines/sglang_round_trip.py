@@ -24,7 +24,7 @@ from vllm_end_to_end import Failure, expect, prompts
 
 from kvtc import interop
 from kvtc.cache import KVCache
-from kvtc.reference import reference_calibration, reference_model
+from kvtc.reference import MODEL_DIRECTORY, reference_calibration, reference_model
 
 RATIO = 8
 N_TOKENS, N_NEW = 1024, 32
@@ -93,6 +93,7 @@ def backend(store: Path, pool: Any) -> Any:
         "class_name": "KvtcHiCache",
         "interface_v1": 1,
         "kvtc.calibration": "reference",
+        "kvtc.model": str(MODEL_DIRECTORY),
         "kvtc.store": f"file://{store}",
         "kvtc.ratio": RATIO,
         "kvtc.max_tokens": 4096,

@@ -53,6 +53,7 @@ def fit(
     seed: int = 0,
     device: str | torch.device = "cpu",
     model_parameters: int | None = None,
+    model_identity: str | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Fit a calibration to an iterable of caches, each seen once.
@@ -61,7 +62,8 @@ def fit(
     max_rows: rows kept, on disk in 16 bits, keys and values. max_tokens: no cache is asked for once so many tokens past the sinks
     were seen, and no more rows are kept; None: max_rows. Of more, the rows are drawn uniformly from all.
     rank: most components a basis may have. layers_per_basis: bases over groups of so many layers instead of over all
-    (the paper's tables 16 and 17). model_parameters: the model's size, to report the calibration's against.
+    (the paper's tables 16 and 17). model_parameters: the model's size, to report the calibration's against. model_identity: as of
+    `kvtc.model_identity`, for `info`.
 
     metric: asked for when all caches are read; with it the profile `joint` is fitted, with a basis of at most joint_rank
     components. token_ids, in step with the caches, and embeddings [vocabulary, hidden], the model's input embeddings, which are
@@ -116,6 +118,7 @@ def fit(
             "sink_tokens": sink_tokens,
             "layers_per_basis": layers_per_basis,
             "model_parameters": model_parameters,
+            "model_identity": model_identity,
             "seed": seed,
         }
     return Calibration(geometry, kinds[0], kinds[1], info, joint)

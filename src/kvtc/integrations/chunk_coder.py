@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from ..cache import KVCache
 from ..calibration import Calibration
 from ..codec import Codec
 from ..errors import CorruptStream, InvalidArgument, UnsupportedLayout
+from ..key_digest import digest
 from ..profiles.step_rate import StepRate
 from .engine_settings import AUTO, PREFIX, EngineSettings
 from .page_layout import PACKINGS, SPLIT, PageLayout, lmcache_layout
@@ -89,10 +89,10 @@ class ChunkCoder:
         self._layout_of, self._spacing, self._max_tokens = layout_of, spacing, max_tokens
 
     @property
-    def name(self) -> str:
-        """Names all that a stream depends on besides its chunk."""
-        parts = [self.calibration.fingerprint.hex(), self._codec.codec(has_token_ids=False).settings_name]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    def name(self) -> bytes:
+        """Digest of all that a stream depends on besides its chunk."""
+        settings = self._codec.codec(has_token_ids=False).settings_digest
+        return digest("chunk coder", calibration=self.calibration.fingerprint, settings=settings)
 
     def encode(self, data: Tensor, start: int | None = None) -> bytes:
         """A chunk, whose first token stands at start (None: it is searched) -> stream.

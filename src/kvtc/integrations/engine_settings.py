@@ -1,7 +1,7 @@
 """What an engine's configuration says to kvtc, and which part of the model's cache a worker holds.
 
 All adapters take the same keys: kvtc.calibration, kvtc.store, kvtc.profile, kvtc.ratio, kvtc.step, kvtc.kl, kvtc.namespace,
-kvtc.device, kvtc.threads (docs/guides/vllm.md).
+kvtc.model, kvtc.identity, kvtc.check_model, kvtc.device, kvtc.threads (docs/guides/vllm.md).
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ class EngineSettings:
 
     calibration: path of the file, with `{tp_rank}` and `{pp_rank}` where every rank has its own, or `reference`. store: URL for
     `kvtc.store.open_store`. profile: `auto` is the best that the calibration serves and the engine's knowledge allows. ratio, step,
-    kl: one of them, as of `kvtc.Codec`. namespace: separates what must not be shared; the engine's name of the model by default.
-    device: where the codec computes. threads: coding at a time.
+    kl: one of them, as of `kvtc.Codec`. namespace: separates what must not be shared, such as tenants. model: path or hub name of
+    the model's files, `name@revision` too; the engine's by default. identity: a name for the weights, in place of their files.
+    check_model: whether a calibration of another model, or of another rotation, is refused. device: where the codec computes.
+    threads: coding at a time.
     """
 
     calibration: str
@@ -39,7 +41,10 @@ class EngineSettings:
     ratio: float | None = None
     step: float | None = None
     kl: float | None = None
-    namespace: str | None = None
+    namespace: str = ""
+    model: str | None = None
+    identity: str | None = None
+    check_model: bool = True
     device: str = "cpu"
     threads: int = 1
 
@@ -67,6 +72,12 @@ class EngineSettings:
             value = getattr(settings, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise InvalidArgument(f"{PREFIX}{name} is {value!r}; expected a number")
+        for name in ("namespace", "model", "identity"):
+            value = given.get(name, "unset")
+            if not isinstance(value, str) or not (value or name == "namespace"):
+                raise InvalidArgument(f"{PREFIX}{name} is {value!r}; expected text")
+        if not isinstance(settings.check_model, bool):
+            raise InvalidArgument(f"{PREFIX}check_model is {settings.check_model!r}; expected true or false")
         if not isinstance(settings.threads, int) or settings.threads < 1:
             raise InvalidArgument(f"{PREFIX}threads is {settings.threads!r}; expected at least 1")
         return settings

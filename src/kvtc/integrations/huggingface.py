@@ -17,6 +17,8 @@ from ..coding.metric import Metric
 from ..container import PROFILES
 from ..errors import GeometryMismatch, InvalidArgument, UnsupportedModel
 from ..progress import task
+from .model_files import UnknownModel
+from .model_identity import model_identity
 from .quality import SetAside, measure_quality
 from .rope_discovery import (
     refuse_unusual_heads,
@@ -240,7 +242,7 @@ def calibrate(
     # A parameter shared by several modules is listed once.
     parameters = sum(parameter.numel() for parameter in model.parameters())
     embeddings = model.get_input_embeddings().weight
-    options |= {"sink_tokens": sink_tokens, "model_parameters": parameters}
+    options |= {"sink_tokens": sink_tokens, "model_parameters": parameters, "model_identity": _identity(model)}
     options["device"] = embeddings.device if device is None else device
     if set(profiles) <= {"paper"}:
         return fit(geometry, (capture(model, ids, geometry) for ids in to_capture), **options)
@@ -254,6 +256,14 @@ def calibrate(
         **options,
     )
     return measure_quality(model, calibration, aside.kept) if aside.kept else calibration
+
+
+def _identity(model: Any) -> str | None:
+    """Which model this is; None where its parameters do not show their bytes."""
+    try:
+        return model_identity(model)
+    except UnknownModel:
+        return None
 
 
 def _recorded(

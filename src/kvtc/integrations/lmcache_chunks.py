@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from .chunk_coder import ChunkCoder, ChunkOptions, FixedChunkCoder
-from .engine_settings import EngineSettings
+from .engine_settings import PREFIX, EngineSettings
+from .model_files import UnknownModel
+from .model_identity import ServedModel
 
 Coder = TypeVar("Coder", ChunkCoder, FixedChunkCoder)
 
@@ -18,14 +20,31 @@ class LmcacheOptions:
         self._chunk, others = ChunkOptions.split(config)
         self.settings = EngineSettings.from_config(others, needs_store=needs_store)
 
-    def coder(self, kind: type[Coder], worker: int, spacing: int | None = None) -> Coder:
+    def served_model(self, name: str | None = None) -> ServedModel:
+        """The model whose chunks come; name: as LMCache tells it at start. Raises what `ServedModel.of` raises."""
+        return ServedModel.of(self.settings, name)
+
+    def model_part(self, name: str) -> str | None:
+        """What a chunk's key says of its model besides the `ServedModel`; name: as LMCache's key has it.
+
+        None where `kvtc.model` names that model; without it, what LMCache calls the model. Raises `UnknownModel` for a chunk of
+        another model than `kvtc.model`.
+        """
+        told = self.settings.model
+        if told is None:
+            return name
+        if name.rstrip("/") != told.partition("@")[0].rstrip("/"):
+            raise UnknownModel(f"a chunk of the model {name}; {PREFIX}model is {told}")
+        return None
+
+    def coder(self, kind: type[Coder], model: ServedModel, worker: int, spacing: int | None = None) -> Coder:
         """The coder of a worker's chunks. spacing: as of `ChunkCoder`.
 
-        Raises what `EngineSettings.read_calibration` and the coder raise.
+        Raises what `EngineSettings.read_calibration`, `ServedModel.checked` and the coder raise.
         """
-        calibration, _ = self.settings.read_calibration(worker)
+        calibration, name = self.settings.read_calibration(worker)
         return kind(
-            calibration,
+            model.checked(calibration, name),
             self.settings,
             lambda shape: self._chunk.lmcache_layout(shape, calibration),
             spacing,

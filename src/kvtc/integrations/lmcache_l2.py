@@ -2,7 +2,7 @@
 
     lmcache server .. --l2-adapter '{"type": "plugin", "module_path": "kvtc.integrations.lmcache_l2",
         "class_name": "KvtcL2Adapter", "adapter_params": {"kvtc.calibration": "model.safetensors",
-        "kvtc.store": "file:///var/cache/kvtc"}}'
+        "kvtc.model": "MODEL", "kvtc.store": "file:///var/cache/kvtc"}}'
 
 LMCache's controllers submit tasks and poll event descriptors; the work is done on threads. LMCache tells an adapter neither token
 ids nor positions, but publishes the hashes of each prompt's chunks in order when it looks them up. Written for LMCache 0.5.6.
@@ -26,6 +26,7 @@ from ..store import open_store
 from ..workers import Workers
 from .chunk_coder import ChunkCoder
 from .lmcache_chunks import LmcacheOptions, worker_of
+from .model_files import UnknownModel
 from .start_search import KnownStarts
 from .stored_chunks import StoredChunks
 from .task_board import TaskBoard
@@ -38,13 +39,11 @@ class KvtcL2Adapter(L2AdapterInterface):
 
     def __init__(self, adapter_params: dict[str, Any], l1_memory_desc: Any = None) -> None:  # noqa: ARG002
         super().__init__()
-        options = LmcacheOptions(adapter_params)
-        options.coder(ChunkCoder, 0)  # what cannot work ends the server's start
-        self._namespace = options.settings.namespace
+        self._options = options = LmcacheOptions(adapter_params)
+        model = options.served_model()
+        options.coder(ChunkCoder, model, 0)  # what cannot work ends the server's start
         self._store = open_store(options.settings.store)
-        self._chunks = StoredChunks(
-            self._store, lambda worker: options.coder(ChunkCoder, worker), self._namespace or ""
-        )
+        self._chunks = StoredChunks(self._store, lambda worker: options.coder(ChunkCoder, model, worker), model.scope)
         self._starts = KnownStarts()
         get_event_bus().subscribe(EventType.MP_LOOKUP, self._learn_starts)
         self._sizes: dict[Any, int] = {}
@@ -89,7 +88,8 @@ class KvtcL2Adapter(L2AdapterInterface):
 
     def delete(self, keys: Sequence[Any]) -> None:
         for key in keys:
-            self._chunks.delete(self._key(key))
+            if (name := self._key(key)) is not None:
+                self._chunks.delete(name)
         self._notify_keys_deleted(list(keys), [self._sizes.pop(key, 0) for key in keys])
 
     def report_status(self) -> dict[str, Any]:
@@ -107,8 +107,8 @@ class KvtcL2Adapter(L2AdapterInterface):
 
     def _store_chunks(self, keys: Sequence[Any], objects: Sequence[Any]) -> Any:
         def save(key: Any, item: Any) -> int | None:
-            start = self._starts.get(key.chunk_hash)
-            return self._chunks.save(worker_of(key.kv_rank), self._key(key), item.tensor, start)
+            start, name = self._starts.get(key.chunk_hash), self._key(key)
+            return None if name is None else self._chunks.save(worker_of(key.kv_rank), name, item.tensor, start)
 
         sizes = self._storing.map(save, keys, objects)
         stored = [(key, size) for key, size in zip(keys, sizes, strict=True) if size]
@@ -124,14 +124,16 @@ class KvtcL2Adapter(L2AdapterInterface):
             rows.setdefault((key.kv_rank, key.object_group_id), []).append(index)
         for row in rows.values():
             # In the order of the text: what follows the first that is missing is of no use.
-            n_stored = self._chunks.n_stored([self._key(keys[index]) for index in row])
+            names = [name for index in row if (name := self._key(keys[index])) is not None]
+            n_stored = self._chunks.n_stored(names)
             for index in row[:n_stored]:
                 found.set(index)
         return found
 
     def _load_chunks(self, keys: Sequence[Any], objects: Sequence[Any]) -> Any:
         def load(key: Any, item: Any) -> bool:
-            return self._chunks.load(worker_of(key.kv_rank), self._key(key), item.tensor)
+            name = self._key(key)
+            return name is not None and self._chunks.load(worker_of(key.kv_rank), name, item.tensor)
 
         loaded = Bitmap(len(keys))
         done = self._loading.map(load, keys, objects)
@@ -143,7 +145,19 @@ class KvtcL2Adapter(L2AdapterInterface):
     def _learn_starts(self, event: Any) -> None:
         self._starts.learn([bytes(name) for name in event.metadata["chunk_hashes"]], event.metadata["chunk_size"])
 
-    def _key(self, key: Any) -> str:
-        model = key.model_name if self._namespace is None else ""
-        salt = f"{model}\n{key.object_group_id}\n{key.cache_salt}"
-        return self._chunks.key(worker_of(key.kv_rank), key.chunk_hash.hex(), salt)
+    def _key(self, key: Any) -> str | None:
+        """The store's key; None, counted, for a chunk of another model."""
+        try:
+            model = self._options.model_part(key.model_name)
+        except UnknownModel as error:
+            logger.warning("kvtc: %s", error)
+            self._chunks.counts.add(other_models=1)
+            return None
+        return self._chunks.key(
+            worker_of(key.kv_rank),
+            chunk=key.chunk_hash,
+            kv_rank=key.kv_rank,
+            group=key.object_group_id,
+            salt=key.cache_salt,
+            model=model,
+        )

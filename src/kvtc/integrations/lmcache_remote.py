@@ -13,7 +13,6 @@ LMCache does not say where a chunk stands in its text, so that is searched. Writ
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from typing import Any
 
 import torch
@@ -37,13 +36,12 @@ class KvtcRemoteConnector(RemoteConnector):
         self._memory = local_cpu_backend
         options = LmcacheOptions(config.extra_config or {})
         metadata = local_cpu_backend.metadata
-        spacing = int(metadata.chunk_size)
-        options.coder(ChunkCoder, metadata.worker_id, spacing)  # what cannot work is told when LMCache starts
+        self._chunk_tokens = spacing = int(metadata.chunk_size)
+        model = options.served_model(metadata.model_name)
+        options.coder(ChunkCoder, model, metadata.worker_id, spacing)  # what cannot work is told when LMCache starts
         self._store = open_store(options.settings.store)
         self._chunks = StoredChunks(
-            self._store,
-            lambda worker: options.coder(ChunkCoder, worker, spacing),
-            options.settings.namespace or "",
+            self._store, lambda worker: options.coder(ChunkCoder, model, worker, spacing), model.scope
         )
 
     async def exists(self, key: Any) -> bool:
@@ -92,4 +90,13 @@ class KvtcRemoteConnector(RemoteConnector):
         return memory
 
     def _key(self, key: Any) -> str:
-        return self._chunks.key(key.worker_id, hashlib.sha256(key.to_string().encode()).hexdigest())
+        """Of LMCache's key all but the model's name, which can be a path."""
+        return self._chunks.key(
+            key.worker_id,
+            chunk=key.chunk_hash,
+            chunk_tokens=self._chunk_tokens,
+            world_size=key.world_size,
+            dtype=str(key.dtype),
+            layer=getattr(key, "layer_id", None),
+            tags=[[str(name), str(value)] for name, value in key.tags or ()],
+        )

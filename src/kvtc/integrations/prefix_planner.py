@@ -6,7 +6,7 @@ are those of the prefix cache (`kvtc.prefix_cache`): whole chunks under a hash c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from uuid import uuid4
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..entries import Entries
 from ..errors import InvalidArgument
+from ..key_digest import digest
 from ..prefix_cache import Chain, as_token_ids, chunk_key
 from ..prefix_cache.tails import NAME_TOKENS, Tails, tail_key, tail_name
 from ..store import Store
@@ -23,6 +24,8 @@ from .pages import CHUNK_TOKENS
 
 _LOOKED_AT_TOKENS = 2 * CHUNK_TOKENS
 """Of the text behind a chunk's beginning, to find tails that it outgrows; longer tails stay until they are the oldest."""
+
+RequestDigest = Callable[[], bytes | None]
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,11 @@ class _Prompt:
 class PrefixPlanner:
     """For one scheduler thread.
 
-    fingerprints: of each worker's calibration. settings_name: of the codec. page_tokens: of the engine, a divisor of a chunk.
+    scope: whose entries, as of `entry_scope`. codecs: of each worker, its calibration's fingerprint and its `settings_digest`.
+    page_tokens: of the engine, a divisor of a chunk; entries do not depend on it.
     """
 
-    def __init__(
-        self, store: Store, namespace: str, fingerprints: Sequence[bytes], settings_name: str, page_tokens: int
-    ) -> None:
+    def __init__(self, store: Store, scope: bytes, codecs: Sequence[tuple[bytes, bytes]], page_tokens: int) -> None:
         if CHUNK_TOKENS % page_tokens:
             raise InvalidArgument(
                 f"the engine's pages (blocks) hold {page_tokens} tokens; expected a divisor of {CHUNK_TOKENS}"
@@ -129,19 +131,22 @@ class PrefixPlanner:
         self._entries = Entries(store)
         self.counts = self._entries.counts
         self._tails = Tails(self._entries)
-        self._namespace, self._fingerprints, self._settings_name = namespace, list(fingerprints), settings_name
+        self._scope, self._codecs = scope, list(codecs)
         self._page_tokens = page_tokens
         self._asking = Workers(1, "the lookup of prompts", "kvtc-lookup")
         self._prompts: dict[str, Future[_Prompt]] = {}
 
-    def matched_tokens(self, request_id: str, token_ids: Sequence[int], salt: str, n_computed: int) -> int | None:
+    def matched_tokens(
+        self, request_id: str, token_ids: Sequence[int], n_computed: int, request: RequestDigest | None = None
+    ) -> int | None:
         """Tokens stored past the first n_computed ones, to whole pages; None: not known yet, ask again.
 
-        salt: whatever besides token ids the cache depends on (an adapter's weights, a tenant). A request is served once: one whose
-        load failed is computed.
+        request: gives, in the background, the digest of whatever besides token ids the cache depends on (an adapter's weights, a
+        tenant); where it raises, the request is neither looked up nor saved. None: on nothing else. A request is served once: one
+        whose load failed is computed.
         """
         if request_id not in self._prompts:
-            self._prompts[request_id] = self._asking.submit(self._look_up, token_ids, salt)
+            self._prompts[request_id] = self._asking.submit(self._look_up, token_ids, request)
         asked = self._prompts[request_id]
         if not asked.done():
             return None
@@ -190,7 +195,7 @@ class PrefixPlanner:
 
     def start_over(self) -> None:
         """Find nothing that was stored before: the model is another one now. Older entries have names that nobody asks for."""
-        self._namespace = f"{self._namespace}\nafter {uuid4().hex}"
+        self._scope = digest("scope after a change of weights", scope=self._scope, change=uuid4().bytes)
 
     def close(self) -> None:
         """Wait for the question under way."""
@@ -199,17 +204,22 @@ class PrefixPlanner:
     def _pages(self, page_ids: Sequence[int], start: int, stop: int) -> list[int]:
         return list(page_ids[start // self._page_tokens : -(-stop // self._page_tokens)])
 
-    def _look_up(self, token_ids: Sequence[int], salt: str) -> _Prompt:
+    def _look_up(self, token_ids: Sequence[int], request: RequestDigest | None) -> _Prompt:
         """The work of `matched_tokens`, in the background."""
+        nothing = _Prompt(np.empty(0, np.int64), [[b""]], has_tail=True)
+        try:
+            more = request() if request is not None else None
+        except Exception as error:  # noqa: BLE001  the scheduler waits for an answer
+            self._entries.count_error("requests_unknown", error, "a request is neither looked up nor saved")
+            return nothing
         try:
             ids = as_token_ids(token_ids)
-            namespace = f"{self._namespace}\n{salt}" if salt else self._namespace
-            chains = [Chain.of(namespace, print_, self._settings_name, CHUNK_TOKENS) for print_ in self._fingerprints]
+            chains = [Chain.of(self._scope, *codec, CHUNK_TOKENS, more) for codec in self._codecs]
             prompt = _Prompt(ids, [chain.nodes(ids) for chain in chains])
             self._find(prompt)
         except Exception as error:  # noqa: BLE001  the scheduler waits for an answer
             self._entries.count_error("load_errors", error, "a prompt is not looked up")
-            return _Prompt(np.empty(0, np.int64), [[b""]], has_tail=True)
+            return nothing
         self.counts.add(tokens_asked=len(ids), tokens_found=prompt.n_found)
         return prompt
 

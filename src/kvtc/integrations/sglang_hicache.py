@@ -11,20 +11,24 @@ call if `hicache_storage_pass_prefix_keys` is set; else where they stand is sear
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolName, PoolTransferResult
+from sglang.srt.runtime_context import get_lora, get_model
 from torch import Tensor
 
+from ..calibration import Calibration
 from ..errors import InvalidArgument, UnsupportedModel
 from ..store import open_store
 from ..workers import Workers
 from .chunk_coder import ChunkCoder, ChunkOptions
-from .engine_settings import EngineSettings
+from .engine_settings import PREFIX, EngineSettings
+from .model_files import UnknownModel, files_identity, find_model
+from .model_identity import ServedModel
 from .page_layout import sglang_layout
 from .pages import CHUNK_TOKENS
 from .stored_chunks import StoredChunks
@@ -41,6 +45,7 @@ class KvtcHiCache(HiCacheStorage):
         self._config = storage_config
         self._options, others = ChunkOptions.split(storage_config.extra_config or {})
         self._settings = EngineSettings.from_config(others)
+        self._model = _served_model(self._settings, storage_config.model_name)
         self._store = open_store(self._settings.store)
         self._threads = Workers(self._settings.threads, "the backend of SGLang", "kvtc-page")
 
@@ -64,10 +69,8 @@ class KvtcHiCache(HiCacheStorage):
         layout = sglang_layout(pool.layout, *wanted, pool.page_size)
         self._page_values, self._page_tokens = layout.page_values, pool.page_size
         coder = ChunkCoder(calibration, self._settings, lambda _: layout, pool.page_size, self._options.max_tokens)
-        namespace = self._settings.namespace
-        self._pages = StoredChunks(
-            self._store, lambda _: coder, namespace if namespace is not None else str(self._config.model_name)
-        )
+        self._format = getattr(pool, "storage_format_tag", None)
+        self._pages = StoredChunks(self._store, lambda _: coder, self._model.scope)
 
     def batch_set_v1(self, keys: Sequence[str], host_indices: Tensor, extra_info: Any = None) -> list[bool]:
         first = self._first_position(extra_info)
@@ -174,8 +177,46 @@ class KvtcHiCache(HiCacheStorage):
 
     def _key(self, key: str) -> str:
         config = self._config
-        name = hashlib.sha256(key.encode()).hexdigest()
-        return self._pages.key(config.tp_rank, name, f"{config.tp_size} {config.pp_rank} {config.pp_size}")
+        return self._pages.key(
+            config.tp_rank,
+            page=key,
+            page_tokens=self._page_tokens,
+            format=self._format,
+            ranks=[config.tp_size, config.pp_rank, config.pp_size],
+        )
 
-    def _read_calibration(self) -> Any:
-        return self._settings.read_calibration(self._config.tp_rank, self._config.pp_rank)[0]
+    def _read_calibration(self) -> Calibration:
+        return self._model.checked(*self._settings.read_calibration(self._config.tp_rank, self._config.pp_rank))
+
+
+def _served_model(settings: EngineSettings, name: str | None) -> ServedModel:
+    """The model of SGLang's server, with what the server was told on top of its files.
+
+    SGLang's hashes of pages know an adapter by its name and path, so the weights of those given at start are part of the identity.
+    """
+    try:
+        model, lora = get_model(), get_lora()
+    except ValueError:  # outside of a server there are no settings of one
+        return ServedModel.of(settings, name)
+    if settings.identity is None and model.load_format == "dummy":
+        raise UnknownModel(
+            f"load_format is dummy, so the weights are in no file: give {PREFIX}identity, a name for them"
+        )
+    given = lora.lora_paths or ()
+    adapters = [[ref.lora_name, files_identity(find_model(ref.lora_path))] for ref in given if ref.lora_path]
+    return ServedModel.of(
+        settings,
+        model.model_path,
+        model.revision,
+        is_told=True,
+        cache_dir=model.download_dir,
+        overrides=json.loads(model.json_model_override_args or "{}"),
+        effective={
+            "dtype": str(model.dtype),
+            "cache_dtype": str(model.kv_cache_dtype),
+            "quantization": model.quantization,
+            "modelopt_quant": str(model.modelopt_quant),
+            "loader": str(model.model_loader_extra_config),
+            "adapters": adapters,
+        },
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -10,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..entries import Entries
+from ..key_digest import Part, digest
 from ..locks import ForkSafeLock
 from ..store import Store
 from .chunk_coder import ChunkCoder
@@ -20,22 +20,22 @@ T = TypeVar("T")
 
 
 class StoredChunks:
-    """coder_of: number of a worker -> its coder, made once. namespace: separates models and tenants.
+    """coder_of: number of a worker -> its coder, made once. scope: whose entries, as of `entry_scope`.
 
     Safe to share between threads.
     """
 
-    def __init__(self, store: Store, coder_of: Callable[[int], ChunkCoder], namespace: str) -> None:
+    def __init__(self, store: Store, coder_of: Callable[[int], ChunkCoder], scope: bytes) -> None:
         self._entries = Entries(store)
         self.counts = self._entries.counts
-        self._coder_of, self._namespace = coder_of, namespace
+        self._coder_of, self._scope = coder_of, scope
         self._coders: dict[int, ChunkCoder] = {}
         self._lock = ForkSafeLock()
 
-    def key(self, rank: int, name: str, salt: str = "") -> str:
-        """The store's key of a chunk. name: the engine's, of all that precedes it, in lower case. salt: as of a tenant."""
-        root = hashlib.sha256(f"{self._namespace}\n{salt}\n{self._coder(rank).name}".encode()).hexdigest()[:32]
-        return f"chunk/{root}/{rank}/{name}"
+    def key(self, rank: int, **name: Part) -> str:
+        """The store's key of a chunk of a worker. name: what the engine calls it and all that it depends on besides, by name."""
+        found = digest("chunk of an engine", scope=self._scope, rank=rank, coder=self._coder(rank).name, name=name)
+        return f"chunk/{found.hex()}"
 
     def save(self, rank: int, key: str, data: Tensor, start: int | None) -> int | None:
         """Bytes of the stream that was stored, 0 if it was there already; None: it could not be.

@@ -7,7 +7,6 @@ and polls for their ends; the coding is done on threads of their own. What fails
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import time
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ..entries import Entries
 from ..errors import InvalidArgument
+from ..key_digest import digest
 from ..store import Store
 from ..workers import Workers
 from .page_layout import PageLayout
@@ -66,14 +66,14 @@ _Work = Callable[[str, RowPart, TierChunk, int], int | None]
 
 
 class TierJobs:
-    """rows: [chunks, bytes] uint8, shared with the engine. parts: of all workers. n_tokens: of a chunk."""
+    """rows: [chunks, bytes] uint8, shared with the engine. parts: of all workers. scope: whose entries. n_tokens: of a chunk."""
 
     def __init__(
         self,
         rows: npt.NDArray[np.uint8],
         parts: Sequence[RowPart],
         store: Store,
-        namespace: str,
+        scope: bytes,
         n_tokens: int,
         threads: int = 1,
     ) -> None:
@@ -88,7 +88,7 @@ class TierJobs:
         self.entries = Entries(store)
         self.counts = self.entries.counts
         self._rows, self._parts, self._n_tokens = rows, list(parts), n_tokens
-        self._roots = [_root(namespace, part.codec) for part in parts]
+        self._scope = scope
         # Apart: a request waits for a load, nothing waits for a store.
         self._loading = Workers(threads, "the loading of chunks", "kvtc-load")
         self._storing = Workers(threads, "the storing of chunks", "kvtc-store")
@@ -101,11 +101,21 @@ class TierJobs:
         return all(part.codec.serves(has_token_ids) for part in self._parts)
 
     def keys(self, name: bytes, has_token_ids: bool) -> list[str]:
-        """The store's keys of a chunk, one a worker. Streams made with token ids stand apart: without ids nobody can read them."""
-        return [
-            f"page/{root}/{part.codec.profile(has_token_ids)}/{name.hex()}"
-            for root, part in zip(self._roots, self._parts, strict=True)
-        ]
+        """The store's keys of a chunk, one a worker. Streams made with token ids stand apart: without ids nobody can read them.
+
+        Engines name a chunk by the hash of its last block, so that chunks of another length can have the same name.
+        """
+        return [f"page/{self._key(part.codec, name, has_token_ids).hex()}" for part in self._parts]
+
+    def _key(self, codec: PageCodec, name: bytes, has_token_ids: bool) -> bytes:
+        return digest(
+            "page",
+            scope=self._scope,
+            calibration=codec.calibration.fingerprint,
+            settings=codec.codec(has_token_ids).settings_digest,
+            n_tokens=self._n_tokens,
+            name=name,
+        )
 
     def store(self, job_id: int, chunks: Sequence[TierChunk]) -> None:
         """Begin to code rows of host memory; they must stay as they are until the job has ended."""
@@ -196,10 +206,3 @@ class TierJobs:
         """The part's numbers in a row, shared memory."""
         end = part.offset + part.layout.bytes(self._n_tokens, part.dtype)
         return torch.from_numpy(self._rows[chunk.row, part.offset : end]).view(part.dtype)
-
-
-def _root(namespace: str, codec: PageCodec) -> str:
-    """Names all that the bytes of a stream depend on besides its chunk and profile."""
-    settings = codec.codec(has_token_ids=True).rate
-    parts = [namespace, codec.calibration.fingerprint.hex(), repr(settings)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

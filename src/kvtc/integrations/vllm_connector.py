@@ -30,13 +30,23 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from ..errors import InvalidArgument, UnsupportedLayout
+from ..key_digest import digest
 from ..store import Store, open_store
 from .engine_settings import EngineSettings
+from .model_identity import ServedModel
 from .page_layout import PageLayout, vllm_layout
 from .page_mover import EnginePages, PageMover
 from .pages import PageCodec
 from .prefix_planner import LoadOrder, PrefixPlanner, SaveOrder
-from .vllm_facts import CPU_BACKEND, EngineFacts, engine_facts, refuse_scaled_fp8, request_salt
+from .vllm_facts import (
+    CPU_BACKEND,
+    Adapters,
+    EngineFacts,
+    engine_facts,
+    refuse_scaled_fp8,
+    request_parts,
+    served_model,
+)
 from .vllm_metrics import KvtcPromMetrics, KvtcStats
 
 logger = init_logger(f"vllm.{__name__}")
@@ -69,7 +79,11 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
         self._loads: list[LoadOrder] = []
         self._failed_blocks: set[int] = set()
         if role is KVConnectorRole.SCHEDULER:
-            self._planner = _planner(self._settings, self._facts, self._store)
+            model = served_model(vllm_config, self._settings)
+            logger.info("kvtc: entries are of the model %s, their identity is %s", model.weights, model.identity)
+            self._planner = _planner(self._settings, self._facts, model, self._store)
+            lora = vllm_config.lora_config
+            self._adapters = Adapters(None if lora is None else str(lora.lora_dtype))
         else:
             self._codec = PageCodec(self._settings.load_calibration(self._facts.part), self._settings)
 
@@ -113,11 +127,14 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
     # Scheduler
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        salt = request_salt(request)
-        if salt is None:
+        parts = request_parts(request)
+        if parts is None:
             return 0, False
         n_tokens = self._scheduler().matched_tokens(
-            request.request_id, request.prompt_token_ids, salt, num_computed_tokens
+            request.request_id,
+            request.prompt_token_ids,
+            num_computed_tokens,
+            None if parts == (None, None) else lambda: self._request_digest(*parts),
         )
         return n_tokens, bool(n_tokens)
 
@@ -179,6 +196,10 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
                 logger.info("kvtc, %s: %s", self.role.name.lower(), dict(part.counts.read()))
         self._store.close()
 
+    def _request_digest(self, lora_request: Any, salt: str | None) -> bytes:
+        adapter = None if lora_request is None else self._adapters.digest(lora_request)
+        return digest("request", adapter=adapter, salt=salt)
+
     def _metadata(self) -> KvtcMetadata:
         metadata = self._get_connector_metadata()
         if not isinstance(metadata, KvtcMetadata):
@@ -196,14 +217,14 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
         return self._mover
 
 
-def _planner(settings: EngineSettings, facts: EngineFacts, store: Store) -> PrefixPlanner:
+def _planner(settings: EngineSettings, facts: EngineFacts, model: ServedModel, store: Store) -> PrefixPlanner:
     """Loads every worker's calibration, one after the other, for its fingerprint: what is missing is found out at start."""
-    fingerprints, name = [], ""
+    codecs = []
     for part in facts.parts:
-        codec = PageCodec(settings.load_calibration(part), settings)
-        fingerprints.append(codec.calibration.fingerprint)
-        name = codec.codec(has_token_ids=True).settings_name
-    return PrefixPlanner(store, facts.namespace(settings), fingerprints, name, facts.page_tokens)
+        calibration, name = settings.read_calibration(part.tp_rank, part.pp_rank)
+        codec = PageCodec(model.checked(part.checked(calibration, name), name), settings)
+        codecs.append((calibration.fingerprint, codec.codec(has_token_ids=True).settings_digest))
+    return PrefixPlanner(store, model.scope, codecs, facts.page_tokens)
 
 
 def _layer_ranges(vllm_config: Any) -> list[tuple[int, int]] | None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 import torch
 
 from ..errors import UnsupportedLayout, UnsupportedModel
-from .engine_settings import CachePart, EngineSettings, tensor_parallel_parts
+from ..key_digest import Part, digest
+from .engine_settings import PREFIX, CachePart, EngineSettings, tensor_parallel_parts
+from .model_files import UnknownModel, config_of, files_identity, find_model, without_effect
+from .model_identity import ServedModel
 from .page_layout import cache_dtype
 
 CPU_BACKEND = "CPU_ATTN"
@@ -23,7 +26,6 @@ CPU_BACKEND = "CPU_ATTN"
 class EngineFacts:
     """parts: what each worker holds, by global rank. rank: of this process. page_tokens: of a block. layer_names: in order."""
 
-    model: str
     parts: list[CachePart]
     rank: int
     page_tokens: int
@@ -33,10 +35,6 @@ class EngineFacts:
     @property
     def part(self) -> CachePart:
         return self.parts[self.rank]
-
-    def namespace(self, settings: EngineSettings) -> str:
-        """Caches of two models are never mixed up, unless they are given one name."""
-        return settings.namespace if settings.namespace is not None else self.model
 
 
 def engine_facts(
@@ -62,7 +60,7 @@ def engine_facts(
         parallel.tensor_parallel_size,
         layer_ranges,
     )
-    return EngineFacts(model.model, parts, parallel.rank, spec.block_size, cache_dtype(name), layer_names)
+    return EngineFacts(parts, parallel.rank, spec.block_size, cache_dtype(name), layer_names)
 
 
 def layers_in_order(names: Sequence[str]) -> tuple[str, ...]:
@@ -86,16 +84,84 @@ def refuse_scaled_fp8(layers: Mapping[str, Any], dtype: torch.dtype) -> None:
             )
 
 
-def request_salt(request: Any) -> str | None:
-    """What besides token ids the cache of a request depends on, in words; None where kvtc cannot tell caches apart."""
+def served_model(vllm_config: Any, settings: EngineSettings) -> ServedModel:
+    """The model of vLLM's `VllmConfig`, with what vLLM was told on top of its files.
+
+    Raises `UnknownModel` where nobody can tell which weights are served.
+    """
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if settings.identity is None and load.load_format == "dummy":
+        raise UnknownModel(
+            f"load_format is dummy, so the weights are in no file: give {PREFIX}identity, a name for them"
+        )
+    overrides = model.hf_overrides
+    if not isinstance(overrides, Mapping):
+        if settings.identity is None:
+            raise UnknownModel(
+                f"hf_overrides is a function, which has no name: give {PREFIX}identity, a name for the model"
+            )
+        overrides = {}
+    effective: dict[str, Part] = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "cache_dtype": vllm_config.cache_config.cache_dtype,
+        "quantization": model.quantization,
+        "quantization_config": _plain(model.quantization_config),
+        "loader": _plain(load.model_loader_extra_config),
+    }
+    if "longrope" in str(model.hf_config):
+        effective["max_model_len"] = model.max_model_len  # vLLM chooses between two sets of frequencies by it
+    if model.hf_config_path is not None:
+        effective["config"] = without_effect(config_of(find_model(model.hf_config_path)))
+    return ServedModel.of(
+        settings,
+        model.model,
+        model.revision,
+        is_told=True,
+        cache_dir=load.download_dir,
+        config=model.hf_config,
+        overrides=overrides,
+        effective=effective,
+    )
+
+
+class Adapters:
+    """The identities of LoRA adapters, as they were when their first request came.
+
+    An adapter whose files have changed since may be in memory as it was, or as it is: nobody can tell.
+    """
+
+    def __init__(self, lora_dtype: str | None = None) -> None:
+        self._dtype = lora_dtype
+        self._known: dict[tuple[int, str], str] = {}
+
+    def digest(self, lora_request: Any) -> bytes:
+        """Names the weights of an adapter. Raises `UnknownModel`."""
+        path = lora_request.lora_path
+        found = files_identity(find_model(path))
+        key = lora_request.lora_int_id, path
+        if lora_request.load_inplace or key not in self._known:
+            self._known[key] = found
+        if self._known[key] != found:
+            raise UnknownModel(f"the files of the adapter {path} have changed since it was loaded")
+        return digest("adapter", weights=found, dtype=self._dtype)
+
+
+def request_parts(request: Any) -> tuple[Any, str | None] | None:
+    """(LoRA request, salt): what besides token ids a request's cache depends on; None where kvtc cannot tell caches apart."""
     if request.mm_features or request.prompt_embeds is not None or not request.prompt_token_ids:
         return None
-    parts = []
-    if request.lora_request is not None:
-        parts.append(f"lora {request.lora_request.lora_name} {request.lora_request.lora_path}")
-    if request.cache_salt:
-        parts.append(f"salt {request.cache_salt}")
-    return "\n".join(parts)
+    return request.lora_request, request.cache_salt
+
+
+def _plain(value: Any) -> Part:
+    """A setting of vLLM as a part of a key."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _only_group(groups: Sequence[Any]) -> tuple[Any, tuple[str, ...]]:

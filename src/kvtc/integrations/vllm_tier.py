@@ -34,6 +34,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from ..errors import InvalidArgument, UnsupportedLayout, UnsupportedModel
 from ..store import open_store
 from .engine_settings import PREFIX, CachePart, EngineSettings
+from .model_identity import ServedModel
 from .page_layout import cache_dtype, vllm_layout
 from .pages import PageCodec
 from .store_lookups import StoreLookups
@@ -66,13 +67,14 @@ class KvtcTier(SecondaryTierManager):
         settings = EngineSettings.from_config(options)
         if others := sorted(name for name in options if not name.startswith(PREFIX)):
             raise InvalidArgument(f"unknown option {others[0]}; those of kvtc begin with {PREFIX}")
+        model = ServedModel.of(settings, config.model.name, effective={"cache_dtype": config.model.dtype})
         self._n_tokens = config.groups[0].tokens_per_block * config.cache.blocks_per_chunk
         self._store = open_store(settings.store)
         self._jobs = TierJobs(
             np.asarray(primary_kv_view).view(np.uint8),
-            _row_parts(config, settings, backend),
+            _row_parts(config, settings, model, backend),
             self._store,
-            settings.namespace if settings.namespace is not None else config.model.name,
+            model.scope,
             self._n_tokens,
             settings.threads,
         )
@@ -174,7 +176,7 @@ def _chunk_ids(req_context: ReqContext, start: int, n_tokens: int) -> npt.NDArra
     return ids
 
 
-def _row_parts(config: Any, settings: EngineSettings, backend: str | None) -> list[RowPart]:
+def _row_parts(config: Any, settings: EngineSettings, model: ServedModel, backend: str | None) -> list[RowPart]:
     """The workers' parts of a row of host memory, side by side; `UnsupportedLayout` or `UnsupportedModel` where unknown."""
     parallel = config.parallel
     if len(config.groups) != 1:
@@ -195,7 +197,7 @@ def _row_parts(config: Any, settings: EngineSettings, backend: str | None) -> li
         calibration, calibration_name = settings.read_calibration(rank)
         geometry = calibration.geometry
         part = CachePart(0, n_layers, rank * geometry.n_kv_heads, geometry.n_kv_heads, geometry.head_dim, rank)
-        part.checked(calibration, calibration_name)
+        model.checked(part.checked(calibration, calibration_name), calibration_name)
         name, isa = _backend(backend, dtype, page_tokens, geometry.head_dim)
         layout = vllm_layout(
             n_layers,

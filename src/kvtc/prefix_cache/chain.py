@@ -1,17 +1,16 @@
 """The names that prefixes are stored under: a hash chain over all that the bytes of a chunk depend on.
 
-    node 0 = SHA-256(namespace, calibration fingerprint, codec settings)
+    node 0 = SHA-256(namespace, identity of the model, calibration fingerprint, codec settings, ..)
     node k = SHA-256(node k-1, token ids of chunk k-1)
 
-Node k names the first k chunks of a text, so equal prefixes of different conversations meet in one entry, and no entry can be
-reached with another namespace, calibration, profile or rate. Tails, the tokens after the last whole chunk that is coded, hang on
-its node (`tails`).
+The parts of node 0 are digested as `kvtc.key_digest` does, each with its length. Node k names the first k chunks of a text, so
+equal prefixes of different conversations meet in one entry, and no entry can be reached with another namespace, model,
+calibration, profile or rate. Tails, the tokens after the last whole chunk that is coded, hang on its node (`tails`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidArgument
+from ..key_digest import digest
 
 TokenIds = npt.NDArray[np.int64]
 
@@ -32,10 +32,23 @@ class Chain:
     chunk_tokens: int
 
     @classmethod
-    def of(cls, namespace: str, fingerprint: bytes, settings: str, chunk_tokens: int) -> Chain:
-        """settings: everything else that a chunk's bytes depend on, in words."""
-        parts = ["kvtc prefix 1", namespace, fingerprint.hex(), settings, chunk_tokens]
-        return cls(hashlib.sha256(json.dumps(parts).encode()).digest(), chunk_tokens)
+    def of(
+        cls, scope: bytes, fingerprint: bytes, settings: bytes, chunk_tokens: int, request: bytes | None = None
+    ) -> Chain:
+        """scope: as of `entry_scope`. settings: digest of those of the codec. request: of what else a request's cache depends on.
+
+        None: on nothing else.
+        """
+        root = digest(
+            "prefix",
+            version=2,
+            scope=scope,
+            fingerprint=fingerprint,
+            settings=settings,
+            chunk_tokens=chunk_tokens,
+            request=request,
+        )
+        return cls(root, chunk_tokens)
 
     def nodes(self, token_ids: TokenIds) -> list[bytes]:
         """Nodes 0 .. n for the n whole chunks of token_ids [T]."""

@@ -22,6 +22,7 @@ from ..cache import KVCache
 from ..codec import Codec
 from ..entries import Entries
 from ..errors import InvalidArgument
+from ..key_digest import entry_scope
 from ..store import Store
 from ..workers import Workers
 from .chain import Chain, TokenIds, as_token_ids, chunk_key
@@ -48,12 +49,20 @@ class PrefixCache:
     forked child may go on with its parent's, with threads and counts of its own, if the store may be used there.
 
     codec: how chunks are coded; its window is the exact end of each saved prefix. store: see `kvtc.store.open_store`; it is not
-    closed here. namespace: a name or secret that separates tenants: entries of another namespace cannot be found. min_tokens:
+    closed here. namespace: a name or secret that separates tenants: entries of another namespace cannot be found. identity: of the
+    model that computes the caches, as `kvtc.model_identity` gives it; entries of another identity cannot be found. min_tokens:
     shorter prefixes are not saved. max_pending: saves that may wait; further calls of `save` wait for one to end.
     """
 
     def __init__(
-        self, codec: Codec, store: Store, *, namespace: str = "", min_tokens: int = MIN_TOKENS, max_pending: int = 4
+        self,
+        codec: Codec,
+        store: Store,
+        *,
+        namespace: str = "",
+        identity: str = "",
+        min_tokens: int = MIN_TOKENS,
+        max_pending: int = 4,
     ) -> None:
         if min_tokens < 1 or max_pending < 1:
             raise InvalidArgument(f"min_tokens {min_tokens} and max_pending {max_pending} must be at least 1")
@@ -62,7 +71,10 @@ class PrefixCache:
         self.min_tokens = min_tokens
         self._windowless = codec.with_window(0)
         self.chain = Chain.of(
-            namespace, codec.calibration.fingerprint, self._windowless.settings_name, codec.settings.chunk_tokens
+            entry_scope(namespace, identity),
+            codec.calibration.fingerprint,
+            self._windowless.settings_digest,
+            codec.settings.chunk_tokens,
         )
         self.entries = Entries(store)
         self._tails = Tails(self.entries)

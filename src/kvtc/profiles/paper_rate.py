@@ -50,8 +50,12 @@ class RateTarget:
         self._lock = ForkSafeLock()
         self._require_room()
 
-    def __repr__(self) -> str:
-        return f"RateTarget(ratios={self.ratios}, max_error={self.max_error}, truncates={self._truncates})"
+    @property
+    def key_parts(self) -> dict[str, list[float] | float | bool | None]:
+        """What of it goes into the keys of entries."""
+        max_error = None if self.max_error is None else float(self.max_error)
+        ratios = [float(ratio) for ratio in self.ratios]
+        return {"ratios": ratios, "max_error": max_error, "truncates": self._truncates}
 
     def allocations(self, original_bits: int) -> Allocations:
         """Allocations for keys and for values where a cached value counts `original_bits` bits (16, or 8 for fp8)."""

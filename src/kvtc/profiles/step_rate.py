@@ -54,6 +54,12 @@ class StepRate:
         if self.step is not None and not (isfinite(self.step) and self.step > 0):
             raise InvalidArgument(f"a step must be positive; got {self.step}")
 
+    @property
+    def key_parts(self) -> dict[str, float | None]:
+        """What of it goes into the keys of entries."""
+        step = None if self.step is None else float(self.step)
+        return {"ratio": float(self.ratio), "step": step, "finer_window": self.finer_window}
+
 
 @dataclass(frozen=True)
 class Sample:
