@@ -118,6 +118,7 @@ def test_a_tier_that_failed_slowly_is_left_alone_until_it_answers_in_the_backgro
             super()._pass()
 
     monkeypatch.setattr(circuit, "PAUSE_SECONDS", 1000)
+    monkeypatch.setattr(circuit, "SLOW_SECONDS", 0.1)
     upper, lower = MemoryStore(max_bytes=1000), Slow()
     with TieredStore([upper, lower]) as store:
         lower.fault = StoreUnavailable("gone")

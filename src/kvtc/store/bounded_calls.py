@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..errors import InvalidArgument, StoreFull, StoreUnavailable
 from ..forks import in_child
-from .circuit import SLOW_SECONDS, CircuitBreaker
+from .circuit import CircuitBreaker
 
 T = TypeVar("T")
 MAX_THREADS = 16
@@ -116,7 +116,7 @@ class BoundedCalls:
     def __init__(self, place: str, seconds: float, probe: Callable[[], object]) -> None:
         self._place, self._seconds = place, seconds
         self._threads = Threads(place, MAX_THREADS)
-        self._circuit = CircuitBreaker(probe, min(SLOW_SECONDS, seconds / 2))
+        self._circuit = CircuitBreaker(probe, seconds / 2)
 
     def run(self, call: Callable[[], T]) -> T:
         """What the call returns or raises; `StoreUnavailable` where it has not come back in time, or none has lately."""

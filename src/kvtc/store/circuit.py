@@ -10,7 +10,7 @@ from contextlib import suppress
 from ..forks import in_child
 
 PAUSE_SECONDS = 1.0  # between two probes
-SLOW_SECONDS = 0.1  # a failure that took longer opens the circuit; a quicker one costs callers nothing
+SLOW_SECONDS = 1.0  # a failure that took longer opens the circuit; a quicker one is an answer, and costs callers little
 
 
 class CircuitBreaker:
@@ -18,10 +18,10 @@ class CircuitBreaker:
 
     probe: asks the place for something cheap and raises where that fails. It runs in a thread of its own, one at a time, at most
     every `PAUSE_SECONDS`, and only if somebody wants to ask. It may hang: the circuit stays open as long.
-    slow_seconds: a failure that took at least so long opens the circuit.
+    slow_seconds: a failure that took at least so long opens the circuit; at most `SLOW_SECONDS`.
     """
 
-    def __init__(self, probe: Callable[[], object], slow_seconds: float = SLOW_SECONDS) -> None:
+    def __init__(self, probe: Callable[[], object], slow_seconds: float = float("inf")) -> None:
         self._probe, self._slow_seconds = probe, min(slow_seconds, SLOW_SECONDS)
         self._renew()
         in_child(self._renew)
