@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .coding.rope import Rope
 from .errors import GeometryMismatch, InvalidArgument, InvalidCache
+from .torch_state import neutral_torch_state, plain
 
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -111,6 +112,14 @@ class KVCache:
         sides = self.keys[:, :, start:stop], self.values[:, :, start:stop]
         return replace(self, keys=sides[0], values=sides[1], positions=self.resolved_positions()[start:stop])
 
+    @neutral_torch_state
+    def plain(self) -> KVCache:
+        """The same cache of ordinary tensors (`torch_state.plain`); `InvalidCache` where there is none."""
+        keys, values = plain(self.keys, "keys", InvalidCache), plain(self.values, "values", InvalidCache)
+        positions = None if self.positions is None else plain(self.positions, "positions", InvalidCache)
+        return replace(self, keys=keys, values=values, positions=positions)
+
+    @neutral_torch_state
     def resolved_positions(self) -> Tensor:
         """[T] int64 on the CPU."""
         if self.positions is None:
@@ -124,8 +133,11 @@ class KVCache:
         positions = self.resolved_positions()
         return int(positions[-1]) + 1 if positions.numel() else 0
 
+    @neutral_torch_state
     def validate(self) -> None:
-        """Raise `InvalidCache` unless shapes, dtypes, positions and values are sound."""
+        """Raise `InvalidCache` unless tensors are dense, and shapes, dtypes, positions and values are sound."""
+        for name, tensor in (("keys", self.keys), ("values", self.values)):
+            plain(tensor, name, InvalidCache)
         if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
             raise InvalidCache(
                 "keys and values must both be [layers, kv_heads, tokens, head_dim]; "

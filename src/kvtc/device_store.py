@@ -18,6 +18,7 @@ from .errors import CorruptStream, InvalidArgument, StoreFull, StoreUnavailable,
 from .store.frame import FRAME_BYTES, DamagedEntry, ForeignEntry, check_head
 from .store.memory import DEFAULT_BYTES, MemoryStore
 from .store.urls import StoreUrl, parse_bytes
+from .torch_state import neutral_torch_state
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,7 @@ class DeviceStore(MemoryStore):
                 return entry.value
         return self._open(name, self._frame(entry))
 
+    @neutral_torch_state
     def _hold(self, frame: bytes) -> DeviceEntry:
         head, value = frame[:FRAME_BYTES], frame[FRAME_BYTES:]
         try:
@@ -108,6 +110,7 @@ class DeviceStore(MemoryStore):
         except torch.OutOfMemoryError as error:
             raise StoreFull(f"{self.device} has no memory for an entry of {len(value)} bytes") from error
 
+    @neutral_torch_state
     def _frame(self, held: DeviceEntry) -> bytes:
         return held.head + held.value.cpu().numpy().tobytes()
 

@@ -19,6 +19,7 @@ from .coding.prediction import NO_TOKEN, token_triples
 from .container import MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType, Stream, parse_stream, token_digest
 from .errors import CalibrationMismatch, CorruptStream, GeometryMismatch, InvalidArgument, TokenMismatch
 from .profiles.interface import BodyCoder, CodedBody, Plan
+from .torch_state import neutral_torch_state
 
 TokenIds = npt.NDArray[np.int64]
 
@@ -121,6 +122,7 @@ def open_stream(
     return OpenedStream(header, n_tokens, coder, whole, body, coded, exact)
 
 
+@neutral_torch_state
 def positions_of(stream_bytes: bytes) -> Tensor:
     """Where the tokens of a stream stand, [T] int64: with gaps, it says whose token ids decoding needs."""
     stream = parse_stream(stream_bytes)

@@ -26,6 +26,7 @@ from ..coding.rope import Rope
 from ..coding.transform import Basis
 from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
 from ..files import write_atomically
+from ..torch_state import neutral_torch_state
 from .joint import JointCalibration, expect
 from .quality import QualityCurve
 
@@ -66,6 +67,7 @@ class Calibration:
     quality: Mapping[str, QualityCurve] = field(default_factory=dict)
 
     @cached_property
+    @neutral_torch_state
     def fingerprint(self) -> bytes:
         """First 16 bytes of the SHA-256 of all that decoding depends on: geometry, rotation, means, bases, tables."""
         digest = hashlib.sha256(json.dumps(_geometry_json(self.geometry), sort_keys=True).encode())
@@ -90,6 +92,7 @@ class Calibration:
         paper = sum(kind.basis.mean.numel() + kind.basis.vectors.numel() for kind in (self.key, self.value))
         return paper + (sum(tensor.numel() for _, tensor in self.joint.tensors()) if self.joint else 0)
 
+    @neutral_torch_state
     def save(self, path: str | Path) -> None:
         """Write the file; a reader never sees half of it."""
         metadata = {
@@ -115,6 +118,7 @@ class Calibration:
         write_atomically(path, data)
 
 
+@neutral_torch_state
 def load_calibration(path: str | Path) -> Calibration:
     """Read a calibration file.
 

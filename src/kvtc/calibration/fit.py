@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cache import CacheGeometry, KVCache
-from ..coding.device import usable_device
+from ..coding.device import CPU, usable_device
 from ..coding.distortion import MAX_SAMPLE_ROWS, measure_distortion
 from ..coding.metric import Metric
 from ..coding.prediction import N_TOKENS_SEEN, NO_TOKEN, reduce_embeddings, token_triples
 from ..coding.transform import project, rows_of
 from ..errors import InvalidArgument
+from ..torch_state import neutral_torch_state, plain
 from .artifact import Calibration, KindCalibration
 from .joint import JointCalibration
 from .joint_fit import fit_joint
@@ -98,7 +99,9 @@ def fit(
         RowSpool(p, max_rows, seed, directory, place) as keys,
         RowSpool(p, max_rows, seed, directory, place) as values,
     ):
-        triples = torch.full((max_rows, N_TOKENS_SEEN), NO_TOKEN) if token_ids is not None else None
+        triples: Tensor | None = None
+        if token_ids is not None:
+            triples = torch.full((max_rows, N_TOKENS_SEEN), NO_TOKEN, dtype=torch.int64, device=CPU)
         ids = iter(token_ids) if token_ids is not None else None
         n_sequences = _spool_rows(geometry, caches, sink_tokens, keys, values, ids, triples, max_tokens, progress)
         if keys.n_rows < 2:
@@ -107,10 +110,17 @@ def fit(
             )
         kinds = [_fit_kind(name, spool, geometry, rank, layers_per_basis, seed, progress)
                  for name, spool in (("key", keys), ("value", values))]  # fmt: skip
-        joint: JointCalibration | None = None
-        if metric is not None:
-            table = reduce_embeddings(embeddings, embedding_rank, place) if embeddings is not None else None
-            joint = fit_joint(geometry, keys, values, metric(), joint_rank, seed, table, triples, hidden_features)
+
+        @neutral_torch_state
+        def jointly(metric: Metric) -> JointCalibration:
+            table = (
+                None
+                if embeddings is None
+                else reduce_embeddings(plain(embeddings, "embeddings"), embedding_rank, place)
+            )
+            return fit_joint(geometry, keys, values, metric, joint_rank, seed, table, triples, hidden_features)
+
+        joint = None if metric is None else jointly(neutral_torch_state(metric)())
         info = {
             "n_sequences": n_sequences,
             "n_tokens_seen": keys.n_offered,
@@ -136,30 +146,45 @@ def _spool_rows(
 ) -> int:
     """Keep a sample of the rows of the first max_tokens tokens; `triples` gets what prediction sees of each kept row."""
     n_sequences = 0
+    # The caches and ids come from the caller's code, which runs in the caller's torch state.
     for cache in _bar(caches, "caches", progress):
         cache.validate()
         geometry.check(cache)
-        positions = cache.resolved_positions()
-        body = (positions >= sink_tokens).to(cache.keys.device)
         ids = _ids_of(cache, token_ids) if token_ids is not None else None
-        if not bool(body.any()):
-            continue
-        # Predecessors end where a chunk begins, as often as they will when caches are coded.
-        seen = None if ids is None else token_triples(ids, positions.numpy(), CHUNK_TOKENS).numpy()
-        for start in range(0, cache.n_tokens, _TOKENS_AT_ONCE):
-            part = slice(start, start + _TOKENS_AT_ONCE)
-            here = body[part]
-            unrotated = geometry.rope.unrotate(cache.keys[:, :, part], positions[part], cache.resolved_rope_length())
-            slots = keys.append(rows_of(unrotated)[here])
-            values.append(rows_of(cache.values[:, :, part])[here], slots)
-            if seen is not None and triples is not None:
-                kept = slots >= 0
-                # A slot may be drawn twice in one part: the later row stays, here as in the spool.
-                triples.numpy()[slots[kept]] = seen[part][here.cpu().numpy()][kept]
-        n_sequences += 1
+        n_sequences += _spool_cache(geometry, cache.plain(), sink_tokens, keys, values, ids, triples)
         if keys.n_offered >= max_tokens:
             break
     return n_sequences
+
+
+@neutral_torch_state
+def _spool_cache(
+    geometry: CacheGeometry,
+    cache: KVCache,
+    sink_tokens: int,
+    keys: RowSpool,
+    values: RowSpool,
+    ids: npt.NDArray[np.int64] | None,
+    triples: Tensor | None,
+) -> bool:
+    """Whether a cache has tokens past the sinks, whose rows are offered to the spools."""
+    positions = cache.resolved_positions()
+    body = (positions >= sink_tokens).to(cache.keys.device)
+    if not bool(body.any()):
+        return False
+    # Predecessors end where a chunk begins, as often as they will when caches are coded.
+    seen = None if ids is None else token_triples(ids, positions.numpy(), CHUNK_TOKENS).numpy()
+    for start in range(0, cache.n_tokens, _TOKENS_AT_ONCE):
+        part = slice(start, start + _TOKENS_AT_ONCE)
+        here = body[part]
+        unrotated = geometry.rope.unrotate(cache.keys[:, :, part], positions[part], cache.resolved_rope_length())
+        slots = keys.append(rows_of(unrotated)[here])
+        values.append(rows_of(cache.values[:, :, part])[here], slots)
+        if seen is not None and triples is not None:
+            kept = slots >= 0
+            # A slot may be drawn twice in one part: the later row stays, here as in the spool.
+            triples.numpy()[slots[kept]] = seen[part][here.cpu().numpy()][kept]
+    return True
 
 
 def _ids_of(cache: KVCache, token_ids: Iterator[Tensor]) -> npt.NDArray[np.int64]:
@@ -173,6 +198,7 @@ def _ids_of(cache: KVCache, token_ids: Iterator[Tensor]) -> npt.NDArray[np.int64
     return np.asarray(ids, dtype=np.int64)
 
 
+@neutral_torch_state
 def _fit_kind(
     name: str,
     spool: RowSpool,

@@ -63,7 +63,9 @@ class RopeTable:
         if isinstance(scaling, DynamicScaling) and length > scaling.max_length:
             dim = self.rotated_dim
             # From a tensor, so in float32 like the model: one unit in the last place shows at large positions.
-            growth = scaling.factor * torch.tensor(length) / scaling.max_length - (scaling.factor - 1)
+            growth = scaling.factor * torch.tensor(length, dtype=torch.float32) / scaling.max_length - (
+                scaling.factor - 1
+            )
             base = scaling.base * growth ** (dim / (dim - 2))
             exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
             return torch.as_tensor(1.0 / (base**exponents), dtype=torch.float32)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import predict, prefill, read_on
+from ..torch_state import model_torch_state
 from .methods import Cost, Method, as_method, restore
 from .quality import perplexity
 
@@ -53,6 +54,7 @@ class MultiTurn:
     total_ratio: float
 
 
+@model_torch_state()
 def evaluate_turns(
     model: Any,
     texts: Sequence[Tensor],

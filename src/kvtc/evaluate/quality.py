@@ -19,6 +19,7 @@ from torch import Tensor
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import mean_divergence, predict, prefill
+from ..torch_state import model_torch_state
 from .methods import Method, as_method, restore, timed
 
 
@@ -53,6 +54,7 @@ class Quality:
     decode_seconds: float
 
 
+@model_torch_state()
 def evaluate_continuation(
     model: Any,
     token_ids: Tensor | Sequence[int],

@@ -17,6 +17,7 @@ from ..calibration import Calibration
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import prefill
+from ..torch_state import model_torch_state
 from .baselines import EvictedKvtc, Tova, baselines
 from .derived import fewer_bytes, within_a_point
 from .methods import KvtcMethod, Method
@@ -79,6 +80,7 @@ class Sweep:
     on_texts: bool = True
 
 
+@model_torch_state()
 def run_sweep(
     model: Any, tokenizer: Any, calibration: Calibration | None, sweep: Sweep, say: Say = print, model_name: str = ""
 ) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidArgument
+from ..torch_state import neutral_torch_state
 
 TokenIds = npt.NDArray[np.int64]
 
@@ -60,6 +61,7 @@ def chunk_key(node: bytes) -> str:
     return _entry("chunk", node)
 
 
+@neutral_torch_state
 def as_token_ids(values: object) -> TokenIds:
     """Token ids in any integer form, a batch of one too -> int64 [T]. Raises `InvalidArgument`."""
     tensor = values.detach().cpu().numpy() if hasattr(values, "detach") else values

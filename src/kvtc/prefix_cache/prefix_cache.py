@@ -22,6 +22,7 @@ from ..cache import KVCache
 from ..codec import Codec
 from ..errors import InvalidArgument, KvtcError, StoreError
 from ..store import Store
+from ..torch_state import neutral_torch_state
 from .chain import Chain, TokenIds, as_token_ids, chunk_key
 from .statistics import Counters, Statistics
 from .tail import Tail
@@ -275,6 +276,7 @@ class PrefixCache:
         except StoreError:
             self._counters.add(store_errors=1)
 
+    @neutral_torch_state
     def _neutral(self, cache: Any) -> KVCache:
         """A cache of a prefix as plain tensors of its own."""
         geometry = self.codec.calibration.geometry
@@ -285,7 +287,8 @@ class PrefixCache:
                 )
             found = interop.from_transformers(cache, geometry)
         elif isinstance(cache, KVCache):
-            found = replace(cache, keys=cache.keys.clone(), values=cache.values.clone())
+            found = cache.plain()
+            found = replace(found, keys=found.keys.clone(), values=found.values.clone())
         else:
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
         found.validate()
@@ -301,6 +304,7 @@ class PrefixCache:
         return replace(found, positions=positions, rope_length=rope_length)
 
 
+@neutral_torch_state
 def _join(parts: list[KVCache]) -> KVCache:
     """Consecutive parts as one cache, in the dtype of the first."""
     first = parts[0]
