@@ -205,7 +205,7 @@ class Codec:
         cache, is_transformers = self._decode(stream, token_ids, tokens, start_position)
         if not is_transformers:
             return cache
-        return interop.to_transformers(cache.keys[None], cache.values[None], cache.first_layer)
+        return interop.as_transformers(cache)
 
     @neutral_torch_state
     def decode_neutral(

@@ -73,6 +73,12 @@ def batch_shape(cache: Any) -> tuple[int, int]:
 
 
 @neutral_torch_state
+def as_transformers(cache: KVCache) -> Any:
+    """A `DynamicCache` of one sequence."""
+    return to_transformers(cache.keys[None], cache.values[None], cache.first_layer)
+
+
+@neutral_torch_state
 def to_transformers(keys: Tensor, values: Tensor, first_layer: int) -> Any:
     """keys, values [B, L, H, T, D] -> a `DynamicCache` that `generate` continues from, its layers at their places."""
     cache = new_transformers_cache()

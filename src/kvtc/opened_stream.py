@@ -182,7 +182,7 @@ def _triples(
         return None
     ids = token_ids[first : first + chunk.n_tokens]
     known = token_triples(ids, positions[: len(ids)].numpy())
-    missing = torch.full((chunk.n_tokens - len(ids), known.shape[1]), NO_TOKEN)
+    missing = torch.full((chunk.n_tokens - len(ids), known.shape[1]), NO_TOKEN, dtype=torch.int64)
     return torch.cat([known, missing])[here]
 
 

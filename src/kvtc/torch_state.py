@@ -20,7 +20,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 from .errors import InvalidArgument, KvtcError
 
@@ -40,20 +40,18 @@ def neutral_torch_state(function: Callable[Parameters, Result]) -> Callable[Para
 
     @functools.wraps(function)
     def neutral(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        compiler = set_eval_frame(None)
-        try:
-            with (
-                torch._C.DisableTorchFunction(),
-                torch._C._DisableTorchDispatch(),
-                np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"),
-                model_torch_state(),
-            ):
-                return function(*args, **kwargs)
-        finally:
-            set_eval_frame(compiler)
+        with (
+            torch._C.DisableTorchFunction(),
+            torch._C._DisableTorchDispatch(),
+            np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"),
+            model_torch_state(),
+        ):
+            return function(*args, **kwargs)
 
-    # Code that is compiled calls it instead of looking into it: what is fused rounds otherwise.
+    # Compiled code calls it without looking into it, or into what it calls: what is fused rounds otherwise.
     neutral._torchdynamo_disable = True  # type: ignore[attr-defined]
+    skipped = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(neutral.__code__, skipped)  # type: ignore[attr-defined]
     return neutral
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cache import CacheGeometry, KVCache
-from ..coding.device import CPU, usable_device
+from ..coding.device import usable_device
 from ..coding.distortion import MAX_SAMPLE_ROWS, measure_distortion
 from ..coding.metric import Metric
 from ..coding.prediction import N_TOKENS_SEEN, NO_TOKEN, reduce_embeddings, token_triples
@@ -99,9 +99,7 @@ def fit(
         RowSpool(p, max_rows, seed, directory, place) as keys,
         RowSpool(p, max_rows, seed, directory, place) as values,
     ):
-        triples: Tensor | None = None
-        if token_ids is not None:
-            triples = torch.full((max_rows, N_TOKENS_SEEN), NO_TOKEN, dtype=torch.int64, device=CPU)
+        triples = np.full((max_rows, N_TOKENS_SEEN), NO_TOKEN, np.int64) if token_ids is not None else None
         ids = iter(token_ids) if token_ids is not None else None
         n_sequences = _spool_rows(geometry, caches, sink_tokens, keys, values, ids, triples, max_tokens, progress)
         if keys.n_rows < 2:
@@ -112,15 +110,14 @@ def fit(
                  for name, spool in (("key", keys), ("value", values))]  # fmt: skip
 
         @neutral_torch_state
-        def jointly(metric: Metric) -> JointCalibration:
-            table = (
-                None
-                if embeddings is None
-                else reduce_embeddings(plain(embeddings, "embeddings"), embedding_rank, place)
-            )
-            return fit_joint(geometry, keys, values, metric, joint_rank, seed, table, triples, hidden_features)
+        def jointly(make_metric: Callable[[], Metric]) -> JointCalibration:
+            table, seen = None, None
+            if embeddings is not None and triples is not None:
+                table = reduce_embeddings(plain(embeddings, "embeddings"), embedding_rank, place)
+                seen = torch.from_numpy(triples)
+            return fit_joint(geometry, keys, values, make_metric(), joint_rank, seed, table, seen, hidden_features)
 
-        joint = None if metric is None else jointly(neutral_torch_state(metric)())
+        joint = None if metric is None else jointly(metric)
         info = {
             "n_sequences": n_sequences,
             "n_tokens_seen": keys.n_offered,
@@ -140,7 +137,7 @@ def _spool_rows(
     keys: RowSpool,
     values: RowSpool,
     token_ids: Iterator[Tensor] | None,
-    triples: Tensor | None,
+    triples: npt.NDArray[np.int64] | None,
     max_tokens: int,
     progress: bool,
 ) -> int:
@@ -164,8 +161,8 @@ def _spool_cache(
     sink_tokens: int,
     keys: RowSpool,
     values: RowSpool,
-    ids: npt.NDArray[np.int64] | None,
-    triples: Tensor | None,
+    ids: Tensor | None,
+    triples: npt.NDArray[np.int64] | None,
 ) -> bool:
     """Whether a cache has tokens past the sinks, whose rows are offered to the spools."""
     positions = cache.resolved_positions()
@@ -173,7 +170,9 @@ def _spool_cache(
     if not bool(body.any()):
         return False
     # Predecessors end where a chunk begins, as often as they will when caches are coded.
-    seen = None if ids is None else token_triples(ids, positions.numpy(), CHUNK_TOKENS).numpy()
+    seen = None
+    if ids is not None:
+        seen = token_triples(np.asarray(ids, dtype=np.int64), positions.numpy(), CHUNK_TOKENS).numpy()
     for start in range(0, cache.n_tokens, _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
         here = body[part]
@@ -183,11 +182,11 @@ def _spool_cache(
         if seen is not None and triples is not None:
             kept = slots >= 0
             # A slot may be drawn twice in one part: the later row stays, here as in the spool.
-            triples.numpy()[slots[kept]] = seen[part][here.cpu().numpy()][kept]
+            triples[slots[kept]] = seen[part][here.cpu().numpy()][kept]
     return True
 
 
-def _ids_of(cache: KVCache, token_ids: Iterator[Tensor]) -> npt.NDArray[np.int64]:
+def _ids_of(cache: KVCache, token_ids: Iterator[Tensor]) -> Tensor:
     """The next ids, [T] of this cache."""
     ids = next(token_ids, None)
     found = "none" if ids is None else len(ids)
@@ -195,7 +194,7 @@ def _ids_of(cache: KVCache, token_ids: Iterator[Tensor]) -> npt.NDArray[np.int64
         raise InvalidArgument(
             f"token_ids must go with the caches: one has {cache.n_tokens} tokens, its ids are {found}"
         )
-    return np.asarray(ids, dtype=np.int64)
+    return ids
 
 
 @neutral_torch_state

@@ -116,7 +116,7 @@ class PrefixCache:
         cache, n_tokens = self.load_neutral(token_ids, whole=whole)
         if cache is None:
             return interop.new_transformers_cache(), 0
-        return interop.to_transformers(cache.keys[None], cache.values[None], cache.first_layer), n_tokens
+        return interop.as_transformers(cache), n_tokens
 
     def load_neutral(self, token_ids: Any, *, whole: bool = False) -> tuple[KVCache | None, int]:
         """As `load`, but a `KVCache`, and None where nothing is found; without transformers."""
