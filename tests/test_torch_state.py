@@ -776,6 +776,13 @@ def test_every_tensor_that_is_made_names_its_dtype():
     assert found == []
 
 
+def test_numpy_treats_errors_as_usual():
+    with np.errstate(all="raise"):
+        errors = neutral_torch_state(np.geterr)()
+        assert neutral_torch_state(np.multiply)(np.float32(1e-30), np.float32(1e-30)) == 0
+    assert errors == {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
+
+
 def test_the_state_costs_little():
     """Some microseconds; the limit is for busy machines."""
     nothing = neutral_torch_state(int)
