@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -52,6 +54,16 @@ class PretendedDevice(TorchDispatchMode):
         self._held_bytes = 0
         self._holders: Counter[int] = Counter()
         self.operations: set[str] = set()
+        # kvtc sets a caller's modes aside; this one stands for what no caller can.
+        self._stay = mock.patch.object(torch._C, "_DisableTorchDispatch", nullcontext)
+
+    def __enter__(self) -> PretendedDevice:
+        self._stay.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stay.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

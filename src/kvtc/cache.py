@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .coding.rope import Rope
 from .errors import GeometryMismatch, InvalidArgument, InvalidCache
+from .torch_state import neutral_torch_state, plain
 
 MAX_EXTENT = (1 << 16) - 1
 """Of layers, heads and features of a head: what a stream's header can say."""
@@ -118,6 +119,14 @@ class KVCache:
         sides = self.keys[:, :, start:stop], self.values[:, :, start:stop]
         return replace(self, keys=sides[0], values=sides[1], positions=self.resolved_positions()[start:stop])
 
+    @neutral_torch_state
+    def plain(self) -> KVCache:
+        """The same cache of ordinary tensors (`torch_state.plain`); `InvalidCache` where there is none."""
+        keys, values = plain(self.keys, "keys", InvalidCache), plain(self.values, "values", InvalidCache)
+        positions = None if self.positions is None else plain(self.positions, "positions", InvalidCache)
+        return replace(self, keys=keys, values=values, positions=positions)
+
+    @neutral_torch_state
     def resolved_positions(self) -> Tensor:
         """[T] int64 on the CPU."""
         if self.positions is None:
@@ -131,8 +140,11 @@ class KVCache:
         positions = self.resolved_positions()
         return int(positions[-1]) + 1 if positions.numel() else 0
 
+    @neutral_torch_state
     def validate(self) -> None:
-        """Raise `InvalidCache` unless shapes, dtypes, positions and values are sound."""
+        """Raise `InvalidCache` unless tensors are dense, and shapes, dtypes, positions and values are sound."""
+        for name, tensor in (("keys", self.keys), ("values", self.values)):
+            plain(tensor, name, InvalidCache)
         if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
             raise InvalidCache(
                 "keys and values must both be [layers, kv_heads, tokens, head_dim]; "

@@ -17,12 +17,14 @@ from . import strict_json
 from .cache import MAX_EXTENT, KVCache
 from .errors import InvalidCache
 from .files import write_atomically
+from .torch_state import neutral_torch_state, plain
 
 KNOWN_TENSORS = {"keys", "values", "positions", "token_ids"}
 KNOWN_NUMBERS = {"first_layer": MAX_EXTENT, "first_kv_head": MAX_EXTENT, "rope_length": (1 << 31) - 1}
 """Of the metadata, and the largest that each may be."""
 
 
+@neutral_torch_state
 def save_cache(path: str | Path, cache: KVCache, token_ids: Tensor | None = None) -> None:
     """Write a cache, and the ids [T] of its tokens; a reader never sees half of the file.
 
@@ -42,10 +44,13 @@ def save_cache(path: str | Path, cache: KVCache, token_ids: Tensor | None = None
     if cache.rope_length is not None:
         metadata["rope_length"] = str(cache.rope_length)
     # Tensors may share memory, which the format does not know: every one is written as its own copy.
-    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    own = {
+        name: plain(tensor, name).cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     write_atomically(path, safetensors.torch.save(own, metadata))
 
 
+@neutral_torch_state
 def load_cache(path: str | Path) -> tuple[KVCache, Tensor | None]:
     """Read a cache and, if the file has them, the ids [T] int64 of its tokens.
 

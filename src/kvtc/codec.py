@@ -37,6 +37,7 @@ from .restoring import Restoration
 from .sealed_stream import chunks_of, draft_stream
 from .settings import (
     as_ids,
+    as_tensor,
     asks_for_paper,
     check_calibration,
     check_limit,
@@ -46,6 +47,7 @@ from .settings import (
     product_dtype,
     stream_settings,
 )
+from .torch_state import neutral_torch_state, writing_into
 
 
 class Codec:
@@ -75,6 +77,7 @@ class Codec:
     more is spawned.
     """
 
+    @neutral_torch_state
     def __init__(
         self,
         calibration: Calibration,
@@ -128,6 +131,7 @@ class Codec:
         """In a forked child: PyTorch's threads did not come along, and it would wait for them for ever."""
         torch.set_num_threads(1)
 
+    @neutral_torch_state
     def with_step(self, step: float) -> Codec:
         """The same codec (`joint`, `conditional`) with another step in place of its rate; the matrices are shared."""
         if not isinstance(self._coder, JointCoder) or self.settings.fixed_size:
@@ -139,6 +143,7 @@ class Codec:
         other._coders = self._coders | {self.settings.profile: other._coder}
         return other
 
+    @neutral_torch_state
     def encode(self, cache: Any, token_ids: Any = None, positions: Any = None) -> bytes:
         """A cache -> stream. The cache is left as it was.
 
@@ -156,6 +161,7 @@ class Codec:
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
         return self._encode(cache, as_ids(token_ids), as_ids(positions), is_transformers)
 
+    @neutral_torch_state
     def stream_bytes(
         self,
         n_tokens: int,
@@ -217,6 +223,7 @@ class Codec:
         other.rate = replace(self.rate, ratio=ratio)
         return other
 
+    @neutral_torch_state
     def decode(
         self, stream: Bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
     ) -> Any:
@@ -234,8 +241,9 @@ class Codec:
         cache, is_transformers = self._decode(stream, token_ids, tokens, start_position)
         if not is_transformers:
             return cache
-        return interop.to_transformers(cache.keys[None], cache.values[None], cache.first_layer)
+        return interop.as_transformers(cache)
 
+    @neutral_torch_state
     def decode_neutral(
         self, stream: Bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
     ) -> KVCache:
@@ -261,6 +269,7 @@ class Codec:
         cache = KVCache(keys, values, positions, header.first_layer, header.first_kv_head, rope_length)
         return cache, header.is_transformers
 
+    @neutral_torch_state
     def decode_layers(self, stream: Bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (layer, keys [H, T, D], values [H, T, D]), first layer first, each as soon as it is restored.
 
@@ -270,6 +279,7 @@ class Codec:
         header, restoration = opened.header, Restoration([opened], [0], self.calibration, self.backend)
         return ((header.first_layer + layer, *restoration.new_layer(layer)) for layer in range(header.n_layers))
 
+    @neutral_torch_state
     def decode_lazily(self, stream: Bytes, token_ids: Any = None, tokens: int | None = None) -> Any:
         """As `decode`, but always a `DynamicCache`, whose layers are restored when the model first comes to them.
 
@@ -280,6 +290,7 @@ class Codec:
         restoration = Restoration([opened], [0], self.calibration, self.backend)
         return interop.lazy_cache(restoration.new_layer, opened.n_tokens, opened.header, self.device)
 
+    @neutral_torch_state
     def decode_into(
         self,
         stream: Bytes,
@@ -302,16 +313,18 @@ class Codec:
                 f"and {opened.n_tokens} tokens are decoded"
             )
         restoration = Restoration([opened], [shift_to(start_position, opened)], self.calibration, self.backend)
-        for layer, sides in enumerate(targets):
-            restoration.write_layer(layer, [sides])
+        with writing_into(*(target.data for sides in targets for target in sides)):
+            for layer, sides in enumerate(targets):
+                restoration.write_layer(layer, [sides])
 
+    @neutral_torch_state
     def encode_batch(self, cache: Any, token_ids: Any, attention_mask: Any) -> list[bytes]:
         """A left-padded transformers cache of several sequences -> one stream each, padding left out.
 
         token_ids, attention_mask: [B, T]; a mask of 0 marks padding. Positions count from the first real token, as `generate`
         counts them.
         """
-        ids, mask = torch.as_tensor(token_ids), torch.as_tensor(attention_mask).bool()
+        ids, mask = as_tensor(token_ids, "token ids"), as_tensor(attention_mask, "attention mask").bool()
         shape = interop.batch_shape(cache)
         if tuple(ids.shape) != shape or tuple(mask.shape) != shape:
             raise InvalidArgument(
@@ -327,6 +340,7 @@ class Codec:
             streams.append(self._encode(part, as_ids(ids[index][mask[index]]), None, is_transformers=True))
         return streams
 
+    @neutral_torch_state
     def decode_batch(self, streams: Sequence[Bytes], token_ids: Any = None) -> tuple[Any, Tensor]:
         """Streams of transformers caches -> (one left-padded cache, attention_mask [B, T] int64).
 
@@ -383,6 +397,7 @@ class Codec:
     ) -> bytes:
         if positions is not None:
             cache = replace(cache, positions=torch.from_numpy(positions))
+        cache = cache.plain()
         cache.validate()
         self.calibration.geometry.check(cache)
         if token_ids is not None and len(token_ids) != cache.n_tokens:

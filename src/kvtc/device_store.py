@@ -20,6 +20,7 @@ from .forks import in_child
 from .store.frame import DEFAULT_ENTRY_BYTES, FRAME_BYTES, DamagedEntry, ForeignEntry, check_head
 from .store.memory import DEFAULT_BYTES, MemoryStore
 from .store.urls import StoreUrl, parse_bytes
+from .torch_state import neutral_torch_state
 
 T = TypeVar("T")
 
@@ -119,6 +120,7 @@ class DeviceStore(MemoryStore):
                 return entry.value
         return self._open(name, self._frame(entry))
 
+    @neutral_torch_state
     def _hold(self, frame: bytes) -> DeviceEntry:
         head, value = frame[:FRAME_BYTES], frame[FRAME_BYTES:]
         try:
@@ -129,6 +131,7 @@ class DeviceStore(MemoryStore):
         except torch.OutOfMemoryError as error:
             raise StoreFull(f"{self.device} has no memory for an entry of {len(value)} bytes") from error
 
+    @neutral_torch_state
     def _frame(self, held: DeviceEntry) -> bytes:
         return held.head + held.value.cpu().numpy().tobytes()
 

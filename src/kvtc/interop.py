@@ -15,6 +15,7 @@ from .cache import CacheGeometry, KVCache
 from .container import Header
 from .errors import InvalidCache, MissingDependency, UnsupportedModel
 from .layer_queue import Layer, LayerQueue
+from .torch_state import neutral_torch_state, plain
 
 EMPTY_DTYPE = torch.bfloat16
 _WHOLE_LAYERS = ("DynamicLayer", "LazyLayer")
@@ -25,6 +26,7 @@ def is_transformers_cache(cache: object) -> bool:
     return isinstance(getattr(cache, "layers", None), list)
 
 
+@neutral_torch_state
 def from_transformers(
     cache: Any, geometry: CacheGeometry, batch_index: int = 0, tokens: Tensor | None = None
 ) -> KVCache:
@@ -50,8 +52,8 @@ def from_transformers(
             chosen = slice(None) if tokens is None else tokens.to(layer.keys.device)
             # Layers may lie on several devices.
             device = keys[0].device if keys else layer.keys.device
-            keys.append(layer.keys[batch_index][:, chosen].to(device))
-            values.append(layer.values[batch_index][:, chosen].to(device))
+            for side, whole in (keys, layer.keys), (values, layer.values):
+                side.append(plain(whole, f"layer {index}", InvalidCache)[batch_index][:, chosen].to(device))
     if not keys:
         empty = torch.empty(geometry.n_layers, geometry.n_kv_heads, 0, geometry.head_dim, dtype=EMPTY_DTYPE)
         return KVCache(empty, empty.clone(), first_layer=geometry.first_layer, first_kv_head=geometry.first_kv_head)
@@ -70,6 +72,13 @@ def batch_shape(cache: Any) -> tuple[int, int]:
     return next(((shape[0], shape[2]) for shape in shapes), (1, 0))
 
 
+@neutral_torch_state
+def as_transformers(cache: KVCache) -> Any:
+    """A `DynamicCache` of one sequence."""
+    return to_transformers(cache.keys[None], cache.values[None], cache.first_layer)
+
+
+@neutral_torch_state
 def to_transformers(keys: Tensor, values: Tensor, first_layer: int) -> Any:
     """keys, values [B, L, H, T, D] -> a `DynamicCache` that `generate` continues from, its layers at their places."""
     cache = new_transformers_cache()

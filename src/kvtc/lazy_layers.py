@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from .layer_queue import LayerQueue
+from .torch_state import neutral_torch_state
 
 
 class LazyLayer(DynamicLayer):
@@ -41,6 +42,7 @@ class LazyLayer(DynamicLayer):
         self.is_initialized = False
         self._become_plain(None, None)
 
+    @neutral_torch_state
     def _fill(self) -> None:
         keys, values = self._queue.take(self._index)
         self._become_plain(keys[None], values[None])

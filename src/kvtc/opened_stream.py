@@ -29,6 +29,7 @@ from .errors import (
     TokenMismatch,
 )
 from .profiles.interface import BodyCoder, CodedBody, Plan
+from .torch_state import neutral_torch_state
 
 TokenIds = npt.NDArray[np.int64]
 
@@ -146,6 +147,7 @@ def first_position(stream_bytes: bytes) -> int | None:
     return chunks[0].first_position if chunks else None
 
 
+@neutral_torch_state
 def positions_of(stream_bytes: bytes, max_tokens: int = MAX_TOKENS) -> Tensor:
     """Where the tokens of a stream stand, [T] int64: with gaps, it says whose token ids decoding needs.
 
@@ -231,7 +233,7 @@ def _triples(
         return None
     ids = token_ids[first : first + chunk.n_tokens]
     known = token_triples(ids, positions[: len(ids)].numpy())
-    missing = torch.full((chunk.n_tokens - len(ids), known.shape[1]), NO_TOKEN)
+    missing = torch.full((chunk.n_tokens - len(ids), known.shape[1]), NO_TOKEN, dtype=torch.int64)
     return torch.cat([known, missing])[here]
 
 

@@ -11,6 +11,7 @@ from .backends import Backend, Target
 from .calibration.artifact import Calibration
 from .coding.transform import saturate
 from .opened_stream import ExactTokens, OpenedStream
+from .torch_state import neutral_torch_state
 
 Sides = tuple[Target, Target]
 
@@ -55,6 +56,7 @@ class Restoration:
                     target.part(slice(part.first, part.first + n)).write(side[layer][:, :n])
             first += stream.body.stop - start
 
+    @neutral_torch_state
     def new_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer of the first stream as keys and values [H, T, D] of their own, in its dtype, on the backend's device."""
         stream = self._opened[0]

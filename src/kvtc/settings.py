@@ -18,6 +18,7 @@ from .profiles import BodyCoder, JointCoder, PaperCoder
 from .profiles.paper_rate import DEFAULT_RATIO, RateTarget
 from .profiles.step_rate import FINER_WINDOW, StepRate
 from .sealed_stream import StreamSettings
+from .torch_state import plain
 
 SINK_FORMATS = ("exact", "fp8")
 WINDOW_FORMATS = ("exact", "coded")
@@ -128,7 +129,7 @@ def as_ids(values: Any) -> TokenIds | None:
     """Token ids or positions in any integer form -> int64 [T]."""
     if values is None:
         return None
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    array = plain(values, "token ids").cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.ndim == 2 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
@@ -136,3 +137,8 @@ def as_ids(values: Any) -> TokenIds | None:
             f"token ids and positions are integers [tokens]; got {array.dtype} of shape {array.shape}"
         )
     return array.astype(np.int64)
+
+
+def as_tensor(values: Any, name: str) -> Tensor:
+    """Numbers in any form -> an ordinary tensor, which may be the caller's. name: for messages."""
+    return plain(values, name) if isinstance(values, Tensor) else torch.from_numpy(np.array(values))

@@ -27,6 +27,7 @@ from ..coding.rope import Rope
 from ..coding.transform import Basis
 from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
 from ..files import write_atomically
+from ..torch_state import neutral_torch_state
 from .joint import LARGEST_SQUARE, JointCalibration, expect, expect_basis
 from .quality import QualityCurve
 
@@ -69,6 +70,7 @@ class Calibration:
     quality: Mapping[str, QualityCurve] = field(default_factory=dict)
 
     @cached_property
+    @neutral_torch_state
     def fingerprint(self) -> bytes:
         """First 16 bytes of the SHA-256 of all that decoding depends on: geometry, rotation, means, bases, tables."""
         digest = hashlib.sha256(json.dumps(_geometry_json(self.geometry), sort_keys=True).encode())
@@ -93,6 +95,7 @@ class Calibration:
         paper = sum(kind.basis.mean.numel() + kind.basis.vectors.numel() for kind in (self.key, self.value))
         return paper + (sum(tensor.numel() for _, tensor in self.joint.tensors()) if self.joint else 0)
 
+    @neutral_torch_state
     def save(self, path: str | Path) -> None:
         """Write the file; a reader never sees half of it. `CorruptCalibration` for what `load_calibration` would refuse."""
         metadata = {
@@ -119,6 +122,7 @@ class Calibration:
         write_atomically(path, data)
 
 
+@neutral_torch_state
 def load_calibration(path: str | Path) -> Calibration:
     """Read a calibration file.
 

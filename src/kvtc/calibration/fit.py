@@ -18,6 +18,7 @@ from ..coding.prediction import N_TOKENS_SEEN, NO_TOKEN, reduce_embeddings, toke
 from ..coding.transform import project, rows_of
 from ..errors import InvalidArgument
 from ..progress import note, reporting, task, track
+from ..torch_state import neutral_torch_state, plain
 from .artifact import Calibration, KindCalibration
 from .joint import JointCalibration
 from .joint_fit import fit_joint
@@ -98,7 +99,7 @@ def fit(
         RowSpool(p, max_rows, seed, directory, place) as keys,
         RowSpool(p, max_rows, seed, directory, place) as values,
     ):
-        triples = torch.full((max_rows, N_TOKENS_SEEN), NO_TOKEN) if token_ids is not None else None
+        triples = np.full((max_rows, N_TOKENS_SEEN), NO_TOKEN, np.int64) if token_ids is not None else None
         ids = iter(token_ids) if token_ids is not None else None
         n_sequences = _spool_rows(geometry, caches, sink_tokens, keys, values, ids, triples, max_tokens)
         if keys.n_rows < 2:
@@ -107,10 +108,16 @@ def fit(
             )
         kinds = [_fit_kind(name, spool, geometry, rank, layers_per_basis, seed)
                  for name, spool in (("key", keys), ("value", values))]  # fmt: skip
-        joint: JointCalibration | None = None
-        if metric is not None:
-            table = reduce_embeddings(embeddings, embedding_rank, place) if embeddings is not None else None
-            joint = fit_joint(geometry, keys, values, metric(), joint_rank, seed, table, triples, hidden_features)
+
+        @neutral_torch_state
+        def jointly(make_metric: Callable[[], Metric]) -> JointCalibration:
+            table, seen = None, None
+            if embeddings is not None and triples is not None:
+                table = reduce_embeddings(plain(embeddings, "embeddings"), embedding_rank, place)
+                seen = torch.from_numpy(triples)
+            return fit_joint(geometry, keys, values, make_metric(), joint_rank, seed, table, seen, hidden_features)
+
+        joint = None if metric is None else jointly(metric)
         info = {
             "n_sequences": n_sequences,
             "n_tokens_seen": keys.n_offered,
@@ -131,38 +138,55 @@ def _spool_rows(
     keys: RowSpool,
     values: RowSpool,
     token_ids: Iterator[Tensor] | None,
-    triples: Tensor | None,
+    triples: npt.NDArray[np.int64] | None,
     max_tokens: int,
 ) -> int:
     """Keep a sample of the rows of the first max_tokens tokens; `triples` gets what prediction sees of each kept row."""
     n_sequences = 0
+    # The caches and ids come from the caller's code, which runs in the caller's torch state.
     for cache in _counted(caches, max_tokens):
         cache.validate()
         geometry.check(cache)
-        positions = cache.resolved_positions()
-        body = (positions >= sink_tokens).to(cache.keys.device)
         ids = _ids_of(cache, token_ids) if token_ids is not None else None
-        if not bool(body.any()):
-            continue
-        # Predecessors end where a chunk begins, as often as they will when caches are coded.
-        seen = None if ids is None else token_triples(ids, positions.numpy(), CHUNK_TOKENS).numpy()
-        for start in range(0, cache.n_tokens, _TOKENS_AT_ONCE):
-            part = slice(start, start + _TOKENS_AT_ONCE)
-            here = body[part]
-            unrotated = geometry.rope.unrotate(cache.keys[:, :, part], positions[part], cache.resolved_rope_length())
-            slots = keys.append(rows_of(unrotated)[here])
-            values.append(rows_of(cache.values[:, :, part])[here], slots)
-            if seen is not None and triples is not None:
-                kept = slots >= 0
-                # A slot may be drawn twice in one part: the later row stays, here as in the spool.
-                triples.numpy()[slots[kept]] = seen[part][here.cpu().numpy()][kept]
-        n_sequences += 1
+        n_sequences += _spool_cache(geometry, cache.plain(), sink_tokens, keys, values, ids, triples)
         if keys.n_offered >= max_tokens:
             break
     return n_sequences
 
 
-def _ids_of(cache: KVCache, token_ids: Iterator[Tensor]) -> npt.NDArray[np.int64]:
+@neutral_torch_state
+def _spool_cache(
+    geometry: CacheGeometry,
+    cache: KVCache,
+    sink_tokens: int,
+    keys: RowSpool,
+    values: RowSpool,
+    ids: Tensor | None,
+    triples: npt.NDArray[np.int64] | None,
+) -> bool:
+    """Whether a cache has tokens past the sinks, whose rows are offered to the spools."""
+    positions = cache.resolved_positions()
+    body = (positions >= sink_tokens).to(cache.keys.device)
+    if not bool(body.any()):
+        return False
+    # Predecessors end where a chunk begins, as often as they will when caches are coded.
+    seen = None
+    if ids is not None:
+        seen = token_triples(np.asarray(ids, dtype=np.int64), positions.numpy(), CHUNK_TOKENS).numpy()
+    for start in range(0, cache.n_tokens, _TOKENS_AT_ONCE):
+        part = slice(start, start + _TOKENS_AT_ONCE)
+        here = body[part]
+        unrotated = geometry.rope.unrotate(cache.keys[:, :, part], positions[part], cache.resolved_rope_length())
+        slots = keys.append(rows_of(unrotated)[here])
+        values.append(rows_of(cache.values[:, :, part])[here], slots)
+        if seen is not None and triples is not None:
+            kept = slots >= 0
+            # A slot may be drawn twice in one part: the later row stays, here as in the spool.
+            triples[slots[kept]] = seen[part][here.cpu().numpy()][kept]
+    return True
+
+
+def _ids_of(cache: KVCache, token_ids: Iterator[Tensor]) -> Tensor:
     """The next ids, [T] of this cache."""
     ids = next(token_ids, None)
     found = "none" if ids is None else len(ids)
@@ -170,9 +194,10 @@ def _ids_of(cache: KVCache, token_ids: Iterator[Tensor]) -> npt.NDArray[np.int64
         raise InvalidArgument(
             f"token_ids must go with the caches: one has {cache.n_tokens} tokens, its ids are {found}"
         )
-    return np.asarray(ids, dtype=np.int64)
+    return ids
 
 
+@neutral_torch_state
 def _fit_kind(
     name: str,
     spool: RowSpool,

@@ -132,7 +132,8 @@ def _explained(geometry: CacheGeometry, vectors: Tensor, metric: Metric, before:
         [
             [float(torch.vdot((part @ moment).flatten(), part.flatten())) for moment in moments]
             for part in plain.chunk(2 * geometry.n_layers)
-        ]
+        ],
+        dtype=torch.float32,
     )
     total, left = sums.T
     explained: Tensor = 1 - left / total.clamp_min(torch.finfo(torch.float32).tiny)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..coding.prediction import N_TOKENS_SEEN, Predictor, token_features
 from ..progress import track
+from ..torch_state import gradients
 
 REGRESSION_RIDGE = 1e-4
 """Times the number of rows: added to the features' mean squares, which are about one."""
@@ -87,8 +88,10 @@ def _train(
     order = torch.randperm(len(triples), generator=generator).to(table.device)
     held_out, training = order[: len(order) // HELD_OUT], order[len(order) // HELD_OUT :]
     n_features = N_TOKENS_SEEN * table.shape[1] + 1
-    hidden = torch.randn(n_features, n_hidden, generator=generator).to(table.device) / math.sqrt(n_features)
-    outputs = torch.zeros(n_hidden, residual.shape[1], device=table.device)
+    hidden = torch.randn(n_features, n_hidden, generator=generator, dtype=torch.float32).to(table.device) / math.sqrt(
+        n_features
+    )
+    outputs = torch.zeros(n_hidden, residual.shape[1], dtype=torch.float32, device=table.device)
     parameters = [hidden.requires_grad_(), outputs.requires_grad_()]
 
     def bits(rows: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def _train(
         errors = residual[rows].float() / scales - (features @ hidden).relu() @ outputs
         return (errors.square().mean(dim=0) + least / scales.square()).log2().sum() / 2
 
-    with torch.enable_grad():
+    with gradients():
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         n_steps = EPOCHS * (len(training) // BATCH_ROWS)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / n_steps)
@@ -108,11 +111,10 @@ def _train(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-    with torch.no_grad():
-        after = float(bits(held_out))
-        before = float(
-            ((residual[held_out].float() / scales).square().mean(dim=0) + least / scales.square()).log2().sum() / 2
-        )
+    after = float(bits(held_out))
+    before = float(
+        ((residual[held_out].float() / scales).square().mean(dim=0) + least / scales.square()).log2().sum() / 2
+    )
     if not after < before:
         return None
     return hidden.detach(), outputs.detach() * scales

@@ -80,7 +80,7 @@ def check_device(name: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, dtype=torch.float32, device=name)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise InvalidArgument(f"the device {name} cannot be used: {_first_line(error)}") from error
 

@@ -78,7 +78,7 @@ def token_features(table: Tensor, triples: Tensor) -> Tensor:
     triples = triples.to(table.device)
     known = (triples >= 0) & (triples < table.shape[0])
     rows = table[triples.clamp(0, table.shape[0] - 1)].float() * known[..., None] / FEATURE_UNIT
-    return torch.cat([rows.flatten(1), torch.ones(len(triples), 1, device=table.device)], dim=1)
+    return torch.cat([rows.flatten(1), torch.ones(len(triples), 1, dtype=torch.float32, device=table.device)], dim=1)
 
 
 def reduce_embeddings(embeddings: Tensor, rank: int, device: torch.device = CPU) -> Tensor:

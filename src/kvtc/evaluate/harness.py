@@ -23,6 +23,7 @@ from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import prefill
 from ..reference import MODEL_DIRECTORY, reference_calibration
+from ..torch_state import model_torch_state
 from .methods import Cost, KvtcMethod, restore
 
 REFERENCE = "reference"
@@ -96,6 +97,7 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
         begins = add_special_tokens is False or bos is None or ids[:1] == [bos]
         return ids if begins else [bos, *ids]
 
+    @model_torch_state()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows: half of each window is context that goes through the codec."""
         totals = []
@@ -107,6 +109,7 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
             totals.append(total)
         return totals
 
+    @model_torch_state()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context, up to the first of the strings that end it."""
         answers = []
@@ -121,23 +124,23 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
             stops = {"stop_strings": until, "tokenizer": self.tokenizer} if until else {}
             samples = bool(options.pop("do_sample", False))
             kept = {name: options[name] for name in ("temperature", "top_p", "top_k") if samples and name in options}
-            with torch.no_grad():
-                output = self.model.generate(
-                    fed,
-                    past_key_values=self._cache(ids[:-1]),
-                    attention_mask=torch.ones_like(fed),
-                    max_new_tokens=n_new,
-                    do_sample=samples,
-                    pad_token_id=self.eot_token_id,
-                    **stops,
-                    **kept,
-                )
+            output = self.model.generate(
+                fed,
+                past_key_values=self._cache(ids[:-1]),
+                attention_mask=torch.ones_like(fed),
+                max_new_tokens=n_new,
+                do_sample=samples,
+                pad_token_id=self.eot_token_id,
+                **stops,
+                **kept,
+            )
             answer = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
             for stop in until:
                 answer = answer.split(stop)[0]
             answers.append(answer)
         return answers
 
+    @model_torch_state()
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
@@ -148,8 +151,7 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
         context = context[-(self.max_length - len(continuation)) :]
         fed = torch.tensor([[context[-1], *continuation[:-1]]], device=self.model.device)
         wanted = torch.tensor(continuation, device=self.model.device)
-        with torch.no_grad():
-            logits = self.model(fed, past_key_values=self._cache(context[:-1])).logits[0].float()
+        logits = self.model(fed, past_key_values=self._cache(context[:-1])).logits[0].float()
         likelihood = logits.log_softmax(dim=-1).gather(1, wanted[:, None]).sum()
         return float(likelihood), bool((logits.argmax(dim=-1) == wanted).all())
 

@@ -22,6 +22,7 @@ from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import predict, prefill, read_on
 from ..progress import Advance, nobody
+from ..torch_state import model_torch_state
 from .methods import Cost, Method, as_method, restore
 from .quality import perplexity
 
@@ -54,6 +55,7 @@ class MultiTurn:
     total_ratio: float
 
 
+@model_torch_state()
 def evaluate_turns(
     model: Any,
     texts: Sequence[Tensor],

@@ -20,6 +20,7 @@ from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import mean_divergence, predict, prefill
 from ..progress import Advance, nobody
+from ..torch_state import model_torch_state
 from .methods import Method, as_method, restore, timed
 
 
@@ -54,6 +55,7 @@ class Quality:
     decode_seconds: float
 
 
+@model_torch_state()
 def evaluate_continuation(
     model: Any,
     token_ids: Tensor | Sequence[int],

@@ -14,6 +14,7 @@ from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import predict, prefill
 from ..progress import Advance, nobody
+from ..torch_state import model_torch_state
 from . import tasks
 from .methods import Method, as_method, restore
 
@@ -89,6 +90,7 @@ def standard_tasks(
     return found
 
 
+@model_torch_state()
 def score_task(
     model: Any,
     bos_token_id: int | None,
@@ -120,7 +122,7 @@ def score_task(
                 tally.body_bytes += restored.cost.body_bytes
             for question, wanted in zip(example.questions, expected, strict=True):
                 found = wanted if method_name == EXACT else _answer(model, cache, len(ids), question)
-                right = found.argmax(dim=-1).cpu() == torch.tensor(question.answer)
+                right = found.argmax(dim=-1).cpu() == torch.tensor(question.answer, device="cpu")
                 tally.answers.append((question.depth, int(right.sum()), len(right)))
                 tally.kl += float((wanted.exp() * (wanted - found)).sum())
             advance(1)
@@ -128,6 +130,7 @@ def score_task(
     return [_score(name, method, context, len(examples), tally) for method, tally in tallies.items()]
 
 
+@model_torch_state()
 def bits_per_byte(model: Any, tokenizer: Any, text: str, n_tokens: int, n_windows: int) -> float:
     """Cost of a text under the model, in bits per byte of its UTF-8 form.
 
@@ -141,8 +144,7 @@ def bits_per_byte(model: Any, tokenizer: Any, text: str, n_tokens: int, n_window
         ids = tokenizer.encode(text[start : start + 8 * n_tokens], add_special_tokens=False)
         ids = [*first, *ids][:n_tokens]
         fed, wanted = (torch.tensor(part, device=model.device) for part in (ids[:-1], ids[1:]))
-        with torch.no_grad():
-            logits = model(fed[None], use_cache=False).logits[0].float()
+        logits = model(fed[None], use_cache=False).logits[0].float()
         nats += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
         n_bytes += len(tokenizer.decode(ids[1:]).encode())
     return nats / math.log(2) / n_bytes

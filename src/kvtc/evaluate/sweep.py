@@ -18,6 +18,7 @@ from ..codec import Codec
 from ..errors import InvalidArgument
 from ..integrations.continuation import prefill
 from ..progress import task, track
+from ..torch_state import model_torch_state
 from .baselines import EvictedKvtc, Tova, baselines
 from .derived import fewer_bytes, within_a_point
 from .methods import KvtcMethod, Method
@@ -78,6 +79,7 @@ class Sweep:
     on_texts: bool = True
 
 
+@model_torch_state()
 def run_sweep(
     model: Any, tokenizer: Any, calibration: Calibration | None, sweep: Sweep, model_name: str = ""
 ) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..codec import Codec
 from ..errors import CorruptStream, InvalidArgument, UnsupportedLayout
 from ..key_digest import digest
 from ..profiles.step_rate import StepRate
+from ..torch_state import neutral_torch_state, writing_into
 from .engine_settings import AUTO, PREFIX, EngineSettings
 from .page_layout import PACKINGS, SPLIT, PageLayout, lmcache_layout
 from .pages import CHUNK_TOKENS, PageCodec
@@ -94,6 +95,7 @@ class ChunkCoder:
         settings = self._codec.codec(has_token_ids=False).settings_digest
         return digest("chunk coder", calibration=self.calibration.fingerprint, settings=settings)
 
+    @neutral_torch_state
     def encode(self, data: Tensor, start: int | None = None) -> bytes:
         """A chunk, whose first token stands at start (None: it is searched) -> stream.
 
@@ -103,6 +105,7 @@ class ChunkCoder:
         start = _checked_start(keys, self.calibration, start, self._spacing, self._max_tokens)
         return self._codec.encode(keys, values, start)
 
+    @neutral_torch_state
     def decode(self, stream: bytes, data: Tensor) -> None:
         """Fill a chunk from its stream. Raises `UnsupportedLayout` and what `Codec.decode` raises."""
         layout = self._layout_of(data.shape)
@@ -142,6 +145,7 @@ class FixedChunkCoder:
         layout = self._layout_of(shape)
         return _FRAME.size + self._stream_size(_count_tokens(shape, layout), dtype)
 
+    @neutral_torch_state
     def encode(self, data: Tensor, start: int | None = None) -> bytes:
         """As `ChunkCoder.encode`, but `size` bytes."""
         keys, values = _read(data, self._layout_of(data.shape))
@@ -152,6 +156,7 @@ class FixedChunkCoder:
         stream = codec.encode(KVCache(keys, values, positions, geometry.first_layer, geometry.first_kv_head))
         return (_FRAME.pack(len(stream)) + stream).ljust(self.size(data.shape, data.dtype), b"\0")
 
+    @neutral_torch_state
     def decode(self, framed: bytes, data: Tensor) -> None:
         """Fill a chunk from its bytes. Raises `CorruptStream`, `UnsupportedLayout` and what `Codec.decode` raises."""
         layout = self._layout_of(data.shape)
@@ -216,4 +221,5 @@ def _checked_start(
 
 
 def _write(keys: Tensor, values: Tensor, data: Tensor, layout: PageLayout) -> None:
-    data.copy_(layout.write(keys.to(data.dtype), values.to(data.dtype)).reshape(data.shape))
+    with writing_into(data):
+        data.copy_(layout.write(keys.to(data.dtype), values.to(data.dtype)).reshape(data.shape))

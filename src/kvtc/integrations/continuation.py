@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModel
+from ..torch_state import model_torch_state, neutral_torch_state
 
 
 def prefill(model: Any, token_ids: Tensor) -> Any:
     """Run the model over token_ids [T] and return its cache (a transformers `DynamicCache` of batch 1)."""
     # Logits of every token would take [T, vocabulary] floats, and only the cache is wanted.
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with torch.no_grad():
+    with model_torch_state():
         return model(token_ids[None], use_cache=True, **keep).past_key_values
 
 
@@ -45,12 +46,13 @@ def read_on(model: Any, cache: Any, token_ids: Tensor, first_position: int | Non
                 f"{type(model).__name__} takes no position_ids; it cannot read token {first_position} "
                 f"on top of a cache of {cache.get_seq_length()} tokens"
             )
-    with torch.no_grad():
+    with model_torch_state():
         logits = model(token_ids[None], past_key_values=cache, **positions).logits[0]
-    log_probabilities: Tensor = logits.float().log_softmax(dim=-1)
+        log_probabilities: Tensor = logits.float().log_softmax(dim=-1)
     return log_probabilities
 
 
+@neutral_torch_state
 def mean_divergence(expected: Tensor, found: Tensor) -> float:
     """Mean KL(expected || found), in nats, of log-probabilities [n, vocabulary]."""
     return float((expected.exp() * (expected - found)).sum(dim=-1).mean())

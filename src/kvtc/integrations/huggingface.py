@@ -17,6 +17,7 @@ from ..coding.metric import Metric
 from ..container import PROFILES
 from ..errors import GeometryMismatch, InvalidArgument, UnsupportedModel
 from ..progress import task
+from ..torch_state import model_torch_state, neutral_torch_state
 from .model_files import UnknownModel
 from .model_identity import model_identity
 from .quality import SetAside, measure_quality
@@ -60,6 +61,7 @@ def check_supported(config: Any) -> None:
             )
 
 
+@neutral_torch_state
 def geometry_of(
     model: Any, layers: tuple[int, int] | None = None, kv_heads: tuple[int, int] | None = None
 ) -> CacheGeometry:
@@ -110,9 +112,17 @@ def capture(
     arguments = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     if piece_tokens is None or geometry_of(model).rope.depends_on_length:
         piece_tokens = len(ids)
-    with torch.inference_mode(), _evaluation_mode(model):
+    with model_torch_state(), _evaluation_mode(model):
         cached = _read_in_pieces(model, ids.to(device), piece_tokens, arguments)
-    expected = (1, whole.n_kv_heads, len(ids), whole.head_dim)
+    return _captured(cached, layers, heads, whole, device, len(ids), remembered_length(model))
+
+
+@neutral_torch_state
+def _captured(
+    cached: Any, layers: range, heads: range, whole: _Extent, device: torch.device, n_tokens: int, remembered: int
+) -> KVCache:
+    """Those layers and heads of a transformers cache, side by side."""
+    expected = (1, whole.n_kv_heads, n_tokens, whole.head_dim)
     keys, values = [], []
     for layer in layers:
         shapes = tuple(cached.layers[layer].keys.shape), tuple(cached.layers[layer].values.shape)
@@ -120,13 +130,12 @@ def capture(
             raise UnsupportedModel(f"layer {layer} caches keys {shapes[0]} and values {shapes[1]}; expected {expected}")
         keys.append(cached.layers[layer].keys[0, heads.start : heads.stop].to(device))
         values.append(cached.layers[layer].values[0, heads.start : heads.stop].to(device))
-    remembered = remembered_length(model)
     return KVCache(
         torch.stack(keys),
         torch.stack(values),
         first_layer=layers.start,
         first_kv_head=heads.start,
-        rope_length=remembered if remembered > len(ids) else None,
+        rope_length=remembered if remembered > n_tokens else None,
     )
 
 
@@ -172,11 +181,23 @@ def verify_rope(
     finally:
         for hook in hooks:
             hook.remove()
+    return _worst_rope_error(geometry, cache, observed, names, _Extent.of(model), tolerance)
+
+
+@neutral_torch_state
+def _worst_rope_error(
+    geometry: CacheGeometry,
+    cache: KVCache,
+    observed: dict[int, list[Tensor]],
+    names: dict[int, str],
+    whole: _Extent,
+    tolerance: float | None,
+) -> float:
+    """observed: outputs of each layer's modules that may be its keys before rotation; names: of its attention module."""
     if tolerance is None:
         tolerance = 1e-4 if cache.dtype == torch.float32 else 2e-2
     positions = cache.resolved_positions().to(cache.keys.device)
     unrotated = geometry.rope.unrotate(cache.keys, positions, cache.resolved_rope_length())
-    whole = _Extent.of(model)
     heads = slice(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
     worst = 0.0
     for index in range(geometry.n_layers):
@@ -185,7 +206,7 @@ def verify_rope(
         errors = [
             _relative_error(unrotated[index], candidate[heads])
             for output in observed.get(layer, [])
-            for candidate in _key_candidates(output, whole, len(ids))
+            for candidate in _key_candidates(output, whole, cache.n_tokens)
         ]
         if not errors:
             raise UnsupportedModel(
@@ -319,6 +340,7 @@ def _range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, 
     return start, stop - start
 
 
+@neutral_torch_state
 def _as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
     """[T] int64; `InvalidArgument` for anything but one sequence of integers."""
     try:

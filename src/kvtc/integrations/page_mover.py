@@ -18,6 +18,7 @@ from ..backends import Target
 from ..entries import Entries
 from ..prefix_cache.tails import Tails
 from ..store import Store
+from ..torch_state import neutral_torch_state, writing_into
 from ..workers import Workers
 from .page_layout import SPLIT, PageLayout
 from .pages import PageCodec
@@ -42,6 +43,7 @@ class EnginePages:
         self._dtype = dtype
         self._per_engine_page = engine_page_tokens // layout.page_tokens
 
+    @neutral_torch_state
     def read(self, page_ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """keys, values [L, H, T, D] of whole pages, copies on a device: the engine may use the pages again."""
         index = self._index(page_ids)
@@ -50,15 +52,18 @@ class EnginePages:
         self.settle()
         return keys, values
 
+    @neutral_torch_state
     def write(self, page_ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Fill whole pages; done when this returns."""
         index = self._index(page_ids)
         data = self._layout.write(keys.to(self._dtype), values.to(self._dtype)).to(index.device)
-        for layer, pages in zip(self._layers, data, strict=True):
-            # By bytes: not every device assigns fp8 by index.
-            layer.view(torch.uint8)[index] = pages.view(torch.uint8)
+        with writing_into(*self._layers):
+            for layer, pages in zip(self._layers, data, strict=True):
+                # By bytes: not every device assigns fp8 by index.
+                layer.view(torch.uint8)[index] = pages.view(torch.uint8)
         self.settle()
 
+    @neutral_torch_state
     def targets(self, page_ids: Sequence[int], n_tokens: int) -> list[tuple[Target, Target]] | None:
         """Places of the first tokens of these pages in each layer, keys and values; None where pages pack them otherwise."""
         if self._layout.packing != SPLIT:

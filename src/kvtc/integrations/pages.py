@@ -18,6 +18,7 @@ from ..calibration import Calibration
 from ..codec import Codec
 from ..errors import InvalidArgument, TokenMismatch, UnsupportedModel
 from ..opened_stream import first_position
+from ..torch_state import neutral_torch_state
 from .engine_settings import AUTO, PREFIX, EngineSettings
 
 CHUNK_TOKENS = 256
@@ -62,6 +63,7 @@ class PageCodec:
         """The codec of that profile."""
         return self._codecs[self.profile(has_token_ids)]
 
+    @neutral_torch_state
     def encode(self, keys: Tensor, values: Tensor, start: int, token_ids: Ids | None = None) -> bytes:
         """keys, values [L, H, T, D] of the tokens at positions start .. start + T - 1 -> stream.
 
@@ -72,6 +74,7 @@ class PageCodec:
         cache = KVCache(keys, values, positions, geometry.first_layer, geometry.first_kv_head)
         return self.codec(token_ids is not None).encode(cache, token_ids)
 
+    @neutral_torch_state
     def decode(
         self, stream: bytes, start: int | None, n_tokens: int, token_ids: Ids | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -85,6 +88,7 @@ class PageCodec:
             _check_start(int(cache.resolved_positions()[0]), start)
         return cache.keys, cache.values
 
+    @neutral_torch_state
     def decode_into(
         self, stream: bytes, start: int, targets: Sequence[tuple[Target, Target]], token_ids: Ids | None = None
     ) -> None:

@@ -16,6 +16,7 @@ from ..calibration.quality import QualityCurve
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..progress import track
+from ..torch_state import neutral_torch_state
 from .continuation import mean_divergence, predict, prefill
 
 N_CONTINUATION = 128
@@ -50,7 +51,7 @@ def measure_quality(
     """
     if calibration.joint is None:
         raise InvalidArgument("this calibration serves the profile paper alone, which has no step")
-    ids = [torch.as_tensor(sequence, dtype=torch.int64).reshape(-1) for sequence in token_sequences]
+    ids = [_as_ids(sequence) for sequence in token_sequences]
     ids = [sequence for sequence in ids if len(sequence) >= LEAST_TOKENS]
     if not ids:
         raise InvalidArgument(
@@ -86,6 +87,11 @@ class SetAside:
                 self.kept.append(ids)
             else:
                 yield ids
+
+
+@neutral_torch_state
+def _as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
+    return torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1)
 
 
 def _case(model: Any, ids: Tensor) -> _Case:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..cache import CacheGeometry
 from ..errors import InvalidArgument, UnsupportedModel
+from ..torch_state import neutral_torch_state
 
 _NAME = "kvtc_sensitivity"
 _QUERIES_AT_ONCE = 256
@@ -38,6 +39,7 @@ class SensitivityRecorder:
     do not count: they see it exactly, from the window. sink_tokens: earlier tokens are never sampled.
     """
 
+    @neutral_torch_state
     def __init__(
         self, model: Any, geometry: CacheGeometry, sink_tokens: int, distance: int = 16, seed: int = 0
     ) -> None:
@@ -63,8 +65,7 @@ class SensitivityRecorder:
         if candidates < 1:
             yield
             return
-        order = torch.randperm(candidates, generator=self._generator)[:_SAMPLES]
-        self._sampled = (order + self._sink_tokens).sort().values
+        self._draw(candidates)
         AttentionInterface.register(_NAME, self._attend)
         AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         usual = self._model.config._attn_implementation
@@ -84,6 +85,7 @@ class SensitivityRecorder:
             for hook in hooks:
                 hook.remove()
 
+    @neutral_torch_state
     def moments(self) -> tuple[Tensor, Tensor]:
         """Sensitivities of keys and of values, [L, H, D, D] float64 each.
 
@@ -99,6 +101,11 @@ class SensitivityRecorder:
         scale = (self._residual / self.n_passes)[:, None, None, None]
         return self.keys / scale, self.values / scale
 
+    @neutral_torch_state
+    def _draw(self, n_candidates: int) -> None:
+        order = torch.randperm(n_candidates, generator=self._generator)[:_SAMPLES]
+        self._sampled = (order + self._sink_tokens).sort().values
+
     def _unobservable(self) -> UnsupportedModel:
         return UnsupportedModel(
             f"the attention of {type(self._model).__name__} cannot be observed, which joint and conditional need; "
@@ -106,12 +113,14 @@ class SensitivityRecorder:
         )
 
     def _residual_hook(self, index: int) -> Any:
+        @neutral_torch_state
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             self._residual[index] += float(hidden.float().square().sum(dim=-1).mean())
 
         return hook
 
+    @neutral_torch_state
     def _attend(
         self,
         module: nn.Module,
@@ -134,8 +143,8 @@ class SensitivityRecorder:
         sampled = self._sampled.to(query.device)
         covered = 0 <= layer < geometry.n_layers
         gram = _output_gram(module, n_heads, values.shape[-1]).to(query.device)
-        key_sums = torch.zeros(len(sampled), n_heads, dim, dim, device=query.device)
-        value_sums = torch.zeros(n_heads, device=query.device)
+        key_sums = torch.zeros(len(sampled), n_heads, dim, dim, dtype=torch.float32, device=query.device)
+        value_sums = torch.zeros(n_heads, dtype=torch.float32, device=query.device)
         here = torch.arange(n_tokens, device=query.device)
         outputs = []
         at_once = max(1, min(_QUERIES_AT_ONCE, _SCORES_AT_ONCE // (n_heads * n_tokens)))
@@ -200,7 +209,7 @@ def _output_gram(module: nn.Module, n_heads: int, head_dim: int) -> Tensor:
             slices = inside.detach().float().view(n_heads, head_dim, -1)
             gram: Tensor = slices @ slices.mT
             return gram
-    return torch.eye(head_dim).expand(n_heads, head_dim, head_dim)
+    return torch.eye(head_dim, dtype=torch.float32).expand(n_heads, head_dim, head_dim)
 
 
 def _decoder_layers(model: Any, geometry: CacheGeometry) -> list[tuple[nn.Module, int]]:

@@ -18,6 +18,7 @@ from ..calibration import Calibration
 from ..coding.transform import cache_side_of, rows_of
 from ..errors import UnsupportedLayout
 from ..locks import ForkSafeLock
+from ..torch_state import neutral_torch_state
 
 _SAMPLED_TOKENS, _SAMPLED_DIRECTIONS = 8, 256
 _LARGEST_DEVIATION = 2.5
@@ -27,6 +28,7 @@ _TYPICAL = 0.53
 _TINY = 1e-12
 
 
+@neutral_torch_state
 def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int) -> int:
     """Keys [L, H, T, D] as an engine caches them -> the likeliest position of the first: 0, spacing, .. below limit."""
     geometry = calibration.geometry
@@ -34,7 +36,7 @@ def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int)
     starts = torch.arange(0, max(limit, 1), spacing)
     offsets = torch.arange(keys.shape[2])
     # Frequencies that depend on a text's length are refused before anything is coded, so any length serves here.
-    distance = torch.zeros(len(starts))
+    distance = torch.zeros(len(starts), dtype=torch.float32)
     for layer in range(geometry.n_layers):
         turned = geometry.rope.turn_layer(layer, keys[layer].cpu(), offsets, 1, inverse=True)
         candidates = turned.mean(dim=1, keepdim=True).expand(-1, len(starts), -1)
@@ -43,6 +45,7 @@ def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int)
     return int(starts[distance.argmin()])
 
 
+@neutral_torch_state
 def check_fit(keys: Tensor, calibration: Calibration, start: int) -> None:
     """Raise `UnsupportedLayout` for keys [L, H, T, D] that are none of the calibrated model, or do not begin at start.
 

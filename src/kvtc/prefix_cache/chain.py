@@ -17,9 +17,11 @@ from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from ..errors import InvalidArgument
 from ..key_digest import digest
+from ..torch_state import neutral_torch_state, plain
 
 TokenIds = npt.NDArray[np.int64]
 
@@ -64,10 +66,10 @@ def chunk_key(node: bytes) -> str:
     return entry_key("chunk", node)
 
 
+@neutral_torch_state
 def as_token_ids(values: object) -> TokenIds:
     """Token ids in any integer form, a batch of one too -> int64 [T]. Raises `InvalidArgument`."""
-    tensor = values.detach().cpu().numpy() if hasattr(values, "detach") else values
-    array = np.asarray(tensor)
+    array = plain(values, "token ids").cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     array = array[0] if array.ndim == 2 and len(array) == 1 else array
     if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):
         raise InvalidArgument(f"token ids are integers [tokens]; got {array.dtype} of shape {array.shape}")

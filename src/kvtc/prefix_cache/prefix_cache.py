@@ -24,6 +24,7 @@ from ..entries import Entries
 from ..errors import InvalidArgument
 from ..key_digest import entry_scope
 from ..store import Store
+from ..torch_state import neutral_torch_state
 from ..workers import Workers
 from .chain import Chain, TokenIds, as_token_ids, chunk_key
 from .tails import Tails, tail_key, tail_name
@@ -131,7 +132,7 @@ class PrefixCache:
         cache, n_tokens = self.load_neutral(token_ids, whole=whole)
         if cache is None:
             return interop.new_transformers_cache(), 0
-        return interop.to_transformers(cache.keys[None], cache.values[None], cache.first_layer), n_tokens
+        return interop.as_transformers(cache), n_tokens
 
     def load_neutral(self, token_ids: Any, *, whole: bool = False) -> tuple[KVCache | None, int]:
         """As `load`, but a `KVCache`, and None where nothing is found; without transformers."""
@@ -254,6 +255,7 @@ class PrefixCache:
         """The first tokens of an entry, whose ids are given."""
         return self.entries.decode(key, entry, lambda stream: self.codec.decode_neutral(stream, ids, tokens=len(ids)))
 
+    @neutral_torch_state
     def _neutral(self, cache: Any) -> KVCache:
         """A cache of a prefix as plain tensors of its own."""
         geometry = self.codec.calibration.geometry
@@ -264,7 +266,8 @@ class PrefixCache:
                 )
             found = interop.from_transformers(cache, geometry)
         elif isinstance(cache, KVCache):
-            found = replace(cache, keys=cache.keys.clone(), values=cache.values.clone())
+            found = cache.plain()
+            found = replace(found, keys=found.keys.clone(), values=found.values.clone())
         else:
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
         found.validate()
@@ -280,6 +283,7 @@ class PrefixCache:
         return replace(found, positions=positions, rope_length=rope_length)
 
 
+@neutral_torch_state
 def _join(parts: list[KVCache]) -> KVCache:
     """Consecutive parts as one cache, in the dtype of the first."""
     first = parts[0]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ...coding.rans import RansTables, decode_symbols, encode_symbols, normalize_frequencies
 from ...errors import InvalidArgument
+from ...torch_state import neutral_torch_state
 from .stream import BodyMethod, Header, Reader, cache_sides, from_bytes, to_bytes, to_float16
 
 GROUP_TOKENS = 10
@@ -48,6 +49,7 @@ class Profile:
     deltas: RansTables
 
     @classmethod
+    @neutral_torch_state
     def of(cls, caches: Iterable[Any], bin_factor: float = 1.0) -> Profile:
         """Of transformers caches of one sequence each, all of one model; `InvalidArgument` for none of more than one token.
 
@@ -96,7 +98,7 @@ class CacheGen(BodyMethod):
         symbols = _decode(data[start : start + length], n_anchors, shape, self.profile.anchors)
         differences = _decode(data[start + length :], n_tokens - n_anchors, shape, self.profile.deltas)
         anchors = _anchor_values(symbols, scale)
-        deltas = torch.zeros(shape[0], n_anchors * (GROUP_TOKENS - 1), shape[1])
+        deltas = torch.zeros(shape[0], n_anchors * (GROUP_TOKENS - 1), shape[1], dtype=torch.float32)
         deltas[:, : n_tokens - n_anchors] = (differences - DELTA_LIMIT) * self.profile.steps[:, None, None]
         deltas = deltas.reshape(shape[0], n_anchors, GROUP_TOKENS - 1, shape[1])
         groups = torch.cat([torch.zeros_like(anchors)[:, :, None], deltas], dim=2) + anchors[:, :, None]
@@ -142,7 +144,7 @@ def _delta_symbols(deltas: Tensor, steps: Tensor) -> Tensor:
 
 def _bins(n_layers: int) -> Tensor:
     """[2 L]: of each layer's third, keys first."""
-    return torch.tensor([BINS[3 * layer // n_layers] for layer in range(n_layers)]).repeat(2)
+    return torch.tensor([BINS[3 * layer // n_layers] for layer in range(n_layers)], dtype=torch.float32).repeat(2)
 
 
 def _tables(symbols: Tensor, n_channels: int, n_symbols: int) -> RansTables:

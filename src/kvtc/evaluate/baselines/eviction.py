@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ... import interop
+from ...torch_state import model_torch_state
 from ..methods import Cost
 from .stream import Header, Reader, cache_sides, to_bytes, to_stored
 
@@ -115,7 +116,7 @@ class Tova(Eviction):
 def attention_queries(model: Any, token_ids: Tensor) -> list[Tensor]:
     """Queries [H_q, T, D] float32 of each layer on token_ids [T], as they are multiplied with cached keys: rotated and scaled."""
     found: dict[int, Tensor] = {}
-    with _recording(model, found), torch.no_grad():
+    with _recording(model, found), model_torch_state():
         model(token_ids[None].to(model.device), use_cache=False)
     return [found[layer] for layer in sorted(found)]
 

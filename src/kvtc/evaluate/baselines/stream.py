@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ... import interop
 from ...errors import InvalidArgument
+from ...torch_state import neutral_torch_state
 from ..methods import Cost
 
 _HEADER = struct.Struct("<BHHHII")
@@ -131,6 +132,7 @@ class BodyMethod(ABC):
     def decode_body(self, data: bytes, header: Header) -> tuple[Tensor, Tensor]:
         """Inverse: keys and values of `header.body_shape` in any floating dtype."""
 
+    @neutral_torch_state
     def encode(self, _model: Any, cache: Any, _token_ids: Tensor, /) -> bytes:
         keys, values = cache_sides(cache)
         header = Header.of(keys, min(self.window_tokens, keys.shape[2]))
@@ -139,6 +141,7 @@ class BodyMethod(ABC):
         body = self.encode_body(keys[:, :, :n_body], values[:, :, :n_body]) if n_body else b""
         return header.write() + to_bytes(*exact) + body
 
+    @neutral_torch_state
     def decode(self, stream: bytes, _token_ids: Tensor, /) -> Any:
         header = Header.read(stream)
         n_body = header.body_shape[2]

@@ -72,7 +72,7 @@ class TurboQuant(BodyMethod):
     def _matrices(self, dim: int) -> tuple[Tensor, Tensor]:
         """The random rotation and the Gaussian projection, [D, D] each."""
         generator = torch.Generator().manual_seed(self.seed)
-        drawn, projection = (torch.randn(dim, dim, generator=generator) for _ in range(2))
+        drawn, projection = (torch.randn(dim, dim, generator=generator, dtype=torch.float32) for _ in range(2))
         return torch.linalg.qr(drawn).Q, projection
 
 
