@@ -242,7 +242,7 @@ def decode_stages(codec: kvtc.Codec) -> dict[str, tuple[Any, str]]:
 
 def decoded_widths(codec: kvtc.Codec, stream: bytes, ids: Tensor) -> list[int]:
     """Coefficients that the product multiplies, of keys and of values."""
-    opened = kvtc.codec.open_stream(stream, codec.calibration, codec._coder_of, ids.numpy(), None)
+    opened = codec._open(stream, ids.numpy(), None)
     found = opened.coder.decode(opened.coded)
     return [part[0].shape[1] for part in found] if isinstance(found, list) else [found.shape[1]] * 2
 
