@@ -83,7 +83,9 @@ def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
     """A task on a terminal: a bar that goes away when it is done."""
     from tqdm import tqdm
 
-    with tqdm(desc=what, total=total, unit=f" {unit}", leave=False, file=sys.stderr) as bar:
+    # Without a total there is nothing to draw a bar of.
+    form = "{desc} [{elapsed}]" if total is None else None
+    with tqdm(desc=what, total=total, unit=f" {unit}", leave=False, file=sys.stderr, bar_format=form) as bar:
         yield bar.update
 
 

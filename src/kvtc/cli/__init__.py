@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("kvtc: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (KvtcError, OSError) as error:
+    except (KvtcError, OSError, MemoryError) as error:
         if options.debug:
             print(shown_lines(traceback.format_exc()), file=sys.stderr, end="")
         print(f"kvtc: error: {_one_line(error)}", file=sys.stderr)

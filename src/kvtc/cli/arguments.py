@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument, KvtcError, MissingDependency
-from ..progress import task
+from ..progress import note, task
 
 if TYPE_CHECKING:
     from ..calibration import Calibration, KindCalibration
@@ -89,8 +89,8 @@ def load_model(name: str, device: str, dtype: str = "auto") -> Any:
     """A causal language model on a device, in evaluation mode. dtype: "auto" is the precision of its weights."""
     check_device(device)
     classes = _transformers()
-    with task(f"loading {name}"):
-        return _load(classes.AutoModelForCausalLM, name, dtype=dtype).to(device).eval()
+    note(f"loading {name}")  # transformers draws a bar of its own
+    return _load(classes.AutoModelForCausalLM, name, dtype=dtype).to(device).eval()
 
 
 def context_of(name: str) -> int | None:

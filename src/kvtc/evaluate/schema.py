@@ -171,7 +171,11 @@ def record_kind(part: str, kind: object) -> type | None:
 
 def is_whole(record: object, kind: type) -> bool:
     """Whether a record holds all that tables and charts are computed from."""
-    return isinstance(record, Mapping) and all(record.get(name) is not None for name in _COMPUTED_FROM[kind])
+    return isinstance(record, Mapping) and all(_is_there(record.get(name)) for name in _COMPUTED_FROM[kind])
+
+
+def _is_there(value: object) -> bool:
+    return value is not None and not (isinstance(value, list) and None in value)
 
 
 def is_study(study: object) -> bool:
