@@ -219,7 +219,7 @@ def test_a_store_that_does_not_answer_makes_misses(caplog):
 def test_a_chunk_that_there_is_no_memory_for_stays(monkeypatch, error):
     store = open_store("memory:")
     chunks, data = stored(store), torch.zeros(SHAPE, dtype=torch.bfloat16)
-    key = chunks.key(0, "aa")
+    key = chunks.key(0, chunk="aa")
     chunks.save(0, key, chunk(0), 0)
     with monkeypatch.context() as broken:
         break_decoding(broken, error)

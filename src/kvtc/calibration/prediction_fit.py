@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..coding.prediction import N_TOKENS_SEEN, Predictor, token_features
 from ..progress import track
-from ..torch_state import gradients
+from ..torch_state import gradients, neutral_torch_state
 
 REGRESSION_RIDGE = 1e-4
 """Times the number of rows: added to the features' mean squares, which are about one."""
@@ -32,6 +32,7 @@ LEAST_VARIANCE = 1e-3
 Blocks = Callable[[], Iterator[Tensor]]
 
 
+@neutral_torch_state
 def fit_predictor(table: Tensor, triples: Tensor, coefficients: Blocks, n_hidden: int, seed: int) -> Predictor:
     """The predictor of rows whose tokens are `triples` [n, 3], on the device of these and of `table`.
 
