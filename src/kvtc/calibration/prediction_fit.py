@@ -112,10 +112,11 @@ def _train(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-    after = float(bits(held_out))
-    before = float(
-        ((residual[held_out].float() / scales).square().mean(dim=0) + least / scales.square()).log2().sum() / 2
-    )
+    with torch.no_grad():
+        after = float(bits(held_out))
+        before = float(
+            ((residual[held_out].float() / scales).square().mean(dim=0) + least / scales.square()).log2().sum() / 2
+        )
     if not after < before:
         return None
     return hidden.detach(), outputs.detach() * scales
