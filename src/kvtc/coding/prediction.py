@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .device import CPU
+from .device import CPU, settle
 from .product import Columns, PackedRows
 
 N_TOKENS_SEEN = 3
@@ -53,7 +53,9 @@ class Predictor:
 
     @cached_property
     def _columns(self) -> tuple[Columns, Columns, Columns]:
-        return Columns(self.weights), Columns(self.hidden), Columns(self.outputs)
+        found = Columns(self.weights), Columns(self.hidden), Columns(self.outputs)
+        settle(self.weights.device)
+        return found
 
 
 def token_triples(

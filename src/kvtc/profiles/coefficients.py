@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends import Backend, IntegerBytes, Rounded
 from ..cache import CacheGeometry
 from ..calibration.joint import CoefficientModel, JointCalibration, TokenCoding
+from ..coding.device import settle
 from ..coding.product import Columns, PackedRows
 from ..coding.uniform import column_classes
 from ..errors import InvalidCache
@@ -85,6 +86,7 @@ class JointTransform:
         self._means = torch.split(mean[0], size)
         self._synthesis = [Columns(side, product, result=product) for side in torch.split(synthesis, size, dim=1)]
         self._predictor = None if tokens is None else tokens.predictor.to(device)
+        settle(device)
 
     def choices(self, rows: BodyRows) -> list[Coefficients]:
         """What may be coded of rows: with prediction, if there is any, and without. Raises `InvalidCache`."""

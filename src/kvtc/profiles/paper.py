@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..calibration.artifact import Calibration
 from ..coding.allocation import BitAllocation, most_bytes
+from ..coding.device import settle
 from ..coding.groups import chunk_bytes
 from ..coding.product import Columns, PackedRows
 from ..coding.transform import Basis
@@ -54,12 +55,16 @@ class BasisSide:
     @cached_property
     def _analysis(self) -> tuple[Tensor, Columns]:
         """The mean's own coefficients [n] float32, and the matrix."""
-        return Columns(self._vectors).times(self._mean[None])[0], Columns(self._vectors, self._product)
+        found = Columns(self._vectors).times(self._mean[None])[0], Columns(self._vectors, self._product)
+        settle(self._mean.device)
+        return found
 
     @cached_property
     def _synthesis(self) -> list[Columns]:
         layers = torch.split(self._vectors.T, self._layer_features, dim=1)
-        return [Columns(layer, self._product, result=self._product) for layer in layers]
+        found = [Columns(layer, self._product, result=self._product) for layer in layers]
+        settle(self._mean.device)
+        return found
 
 
 class PaperCoder:
@@ -143,6 +148,9 @@ class PaperCoder:
             if kind is None or kind.n_columns < n_coefficients:
                 geometry = self._calibration.geometry
                 size = geometry.n_kv_heads * geometry.head_dim
-                kind = BasisSide(basis, n_coefficients, size, self._backend.device, self._product)
+                device = self._backend.device
+                # On a device all at once: other streams may still read a narrower conversion when it is let go.
+                n = n_coefficients if device.type == "cpu" else basis.rank
+                kind = BasisSide(basis, n, size, device, self._product)
                 self._working[index] = kind
         return kind
