@@ -373,6 +373,9 @@ def test_a_worker_that_died_is_followed_by_another():
         store.flush()
         assert lower.contains_prefix(["a", "b"]) == 2
         assert lower.n_exits == 2
+        for thread in threading.enumerate():  # what they raise is told before this test is over
+            if thread.name == "kvtc-write-back":
+                thread.join()
 
 
 def test_no_thread_to_write_with_is_an_error_and_writing_goes_on_later(monkeypatch):

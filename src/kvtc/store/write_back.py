@@ -43,12 +43,13 @@ class WriteBack:
         cost = len(value) + ENTRY_BYTES
         with self._changed:
             self._forget(key)
-            if self._waiting:
-                self._ensure_worker()  # a third-party store may have ended the last one
-            # Into an empty queue goes a value of any size.
-            self._changed.wait_for(
-                lambda: self._is_stopping or not self._waiting or self._bytes + cost <= self._max_bytes
-            )
+
+            def has_room() -> bool:  # into an empty queue goes a value of any size
+                return not self._waiting or self._bytes + cost <= self._max_bytes
+
+            while not self._is_stopping and not has_room():
+                self._ensure_worker()  # a third-party store may have ended the last one, and may end this one
+                self._changed.wait_for(lambda: self._is_stopping or self._worker is None or has_room())
             if self._is_stopping:
                 raise StoreUnavailable("writing in the background has ended: the store is closed")
             self._forget(key)  # another thread may have put the same key meanwhile
@@ -77,14 +78,13 @@ class WriteBack:
 
     def flush(self) -> None:
         """Wait until nothing is on its way."""
-        with self._changed:
-            is_mine = bool(self._waiting) and self._worker is None
-            if is_mine:
-                self._worker = threading.current_thread()
-        if is_mine:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._worker is None or not (self._waiting or self._in_flight))
+                if not self._waiting and self._in_flight is None:
+                    return
+                self._worker = threading.current_thread()  # the last one has died, or none could be had
             self._work()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._waiting and self._in_flight is None)
 
     def stop(self) -> None:
         """Write what waits and take nothing more."""
