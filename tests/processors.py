@@ -194,14 +194,19 @@ def environment(setting: dict[str, str]) -> dict[str, str]:
     return kept | {name: value for name, value in setting.items() if value != NATIVE}
 
 
-def run(setting: dict[str, str], arguments: list[str]) -> str:
-    """What a program prints under a setting."""
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment(setting), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def run(setting: dict[str, str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """A program under a setting."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment(setting), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def child(setting: dict[str, str], folder: Path) -> dict[str, Any]:
+    """What a process under a setting makes of the case in a folder."""
+    done = run(setting, ["-m", "tests.processors", "--child", str(folder)])
     if done.returncode:
-        sys.exit(f"{setting}: {' '.join(arguments)}\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+        sys.exit(f"{setting}:\n{done.stdout}\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -218,7 +223,7 @@ def main() -> None:
         print(f"| {' | '.join(SETTINGS)} | streams | caches | inside |{' tests |' if options.suite else ''}")
         print("|" + "---|" * (len(SETTINGS) + 3 + options.suite))
         for setting in covering(SETTINGS):
-            result = json.loads(run(setting, ["-m", "tests.processors", "--child", name]).splitlines()[-1])
+            result = child(setting, Path(name))
             results.append(result)
             kinds = [
                 digest(*(d.encode() for n, d in result["digests"].items() if n.endswith(k)))
@@ -227,7 +232,9 @@ def main() -> None:
             cells = [*setting.values(), *kinds, str(len(result["differences"])) + " differ"]
             if options.suite:
                 files = [f"tests/test_{room}.py" for room in CORE]
-                cells.append(run(setting, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *files]).splitlines()[-1])
+                done = run(setting, ["-m", "pytest", "--no-header", "-p", "no:cacheprovider", *files])
+                cells.append(done.stdout.splitlines()[-1])
+                result["differences"] += [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
             print(f"| {' | '.join(cells)} |", flush=True)
     found = {line for result in results for line in result["differences"]}
     found |= {

@@ -818,7 +818,8 @@ def test_scores_of_a_long_text_are_never_whole(monkeypatch):
         return attend(self, module, query, key, value, attention_mask, **options)
 
     monkeypatch.setattr(SensitivityRecorder, "_attend", spy)
-    torch.testing.assert_close(recorded(model, geometry_of(model)).moments(), whole)
+    # Sums of float32 in another order, which on some processors shows in the sixth digit.
+    torch.testing.assert_close(recorded(model, geometry_of(model)).moments(), whole, rtol=1e-4, atol=1e-6)
     assert max(n_queries) == 3
     assert masks == [None] * 2
 
