@@ -660,6 +660,14 @@ def test_no_more_tokens_are_decoded_than_agreed_to():
         codec.decode_batch([stream])
 
 
+def test_a_batch_is_limited_with_its_padding():
+    """One long stream among short ones asks for places for all of them."""
+    streams = [fresh_codec().encode(random_cache(n, torch.bfloat16)) for n in (20, 1, 1)]
+    assert fresh_codec(max_tokens=60).decode_batch(streams)[1].shape == (3, 20)
+    with pytest.raises(StreamTooLarge, match=r"a batch of 60 tokens, padding included, .* 59 are allowed"):
+        fresh_codec(max_tokens=59).decode_batch(streams)
+
+
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, None])
 def test_a_limit_is_a_number_of_tokens(limit):
     with pytest.raises(InvalidArgument, match="max_tokens must be a whole number of at least 1"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +104,14 @@ def test_where_nothing_can_be_written_the_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write_atomically(tmp_path / "gone" / "a", b"x")
     assert caught.value.filename == str(tmp_path / "gone" / "a")
+
+
+def test_a_file_of_somebody_else_hands_no_permissions_on(tmp_path, monkeypatch):
+    path = tmp_path / "planted"
+    path.write_bytes(b"")
+    path.chmod(0o666)
+    found = path.lstat()
+    monkeypatch.setattr(Path, "lstat", lambda _: os.stat_result((*found[:4], found.st_uid + 1, *found[5:10])))
+    write_atomically(path, b"private")
+    monkeypatch.undo()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -266,6 +266,7 @@ def test_whatever_a_file_holds_there_is_a_page_or_one_error(tmp_path_factory, da
         ("body_ratio", True, "qualities[1].body_ratio: expected numbers"),
         ("n_documents", 1.5, "qualities[1].n_documents: expected whole numbers"),
         ("name", 5, "qualities[1].name: expected text"),
+        ("name", ["a"], "qualities[1].name: expected text"),
         ("kl", float("nan"), "not JSON: the number NaN"),
         ("kl", float("inf"), "not JSON: the number Infinity"),
         ("kl", 1e300, "not JSON: the number 1e+300"),

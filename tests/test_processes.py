@@ -146,7 +146,7 @@ def test_workers_forked_from_a_server_that_has_computed_on_two_threads_go_on(pro
 import os, torch, kvtc
 from tests.builders import joint_calibration, told_cache, told_ids
 codec = kvtc.Codec(joint_calibration(), {profile!r}, ratio=4)
-torch.set_num_threads(2)  # the calibration was fitted with numba, which has set one
+torch.set_num_threads(2)
 prefixes = kvtc.PrefixCache(codec, kvtc.open_store("memory:"))
 torch.rand(2000, 2000) @ torch.rand(2000, 2000), torch.rand(1 << 22).exp()
 prefixes.save(told_ids(900), told_cache(900)).result()
@@ -162,6 +162,23 @@ for worker in range(2):
 print(torch.get_num_threads())
 """
     assert run(program).split("\n") == ["900 True 1"] * 2 + ["2"]
+
+
+def test_a_child_of_a_program_that_only_computed_with_torch_makes_codecs_and_calibrations():
+    """As where an application is loaded beforehand, and its workers make what they need of kvtc."""
+    program = """
+import os, torch, kvtc
+torch.set_num_threads(2)
+torch.rand(2000, 2000) @ torch.rand(2000, 2000), torch.rand(1 << 22).exp()
+child = os.fork()
+if child == 0:
+    from tests.builders import joint_calibration, told_cache, told_ids
+    stream = kvtc.Codec(joint_calibration(), "conditional", ratio=4).encode(told_cache(900), told_ids(900))
+    print(kvtc.inspect(stream).n_tokens, torch.get_num_threads(), flush=True)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.get_num_threads())
+"""
+    assert run(program).split("\n") == ["900 1", "0 2"]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

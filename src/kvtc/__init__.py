@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import errors
+from . import errors, forks  # noqa: F401  what a forked child inherits is noted from here on
 
 if TYPE_CHECKING:
     from .cache import CacheGeometry, KVCache

@@ -23,7 +23,7 @@ from .calibration.artifact import Calibration
 from .coding.device import usable_device
 from .coding.regions import ChunkSpan, split_regions
 from .container import FORMAT_VERSION, Chunk, SectionType, parse_stream
-from .errors import InvalidArgument, InvalidCache
+from .errors import InvalidArgument, InvalidCache, StreamTooLarge
 from .fixed_size import fixed_stream_bytes
 from .forks import in_child
 from .gathering import coded_rows
@@ -47,7 +47,7 @@ from .settings import (
     product_dtype,
     stream_settings,
 )
-from .torch_state import neutral_torch_state, writing_into
+from .torch_state import compute_alone, neutral_torch_state, writing_into
 
 
 class Codec:
@@ -128,8 +128,8 @@ class Codec:
         in_child(self._renew)
 
     def _renew(self) -> None:
-        """In a forked child: PyTorch's threads did not come along, and it would wait for them for ever."""
-        torch.set_num_threads(1)
+        """In a forked child, whose own code may compute before this codec does."""
+        compute_alone()
 
     @neutral_torch_state
     def with_step(self, step: float) -> Codec:
@@ -358,6 +358,12 @@ class Codec:
             raise InvalidArgument(
                 f"token_ids {tuple(token_ids.shape)} must be {(len(streams), longest)}: the tokens of the longest stream "
                 "(to which the last token of an answer may not belong yet)"
+            )
+        n_places, named = len(streams) * longest, len(streams) * max(0 if row is None else len(row) for row in ids)
+        if n_places > self.max_tokens + named:
+            raise StreamTooLarge(
+                f"a batch of {n_places} tokens, padding included, would have to be decoded; {self.max_tokens + named} are allowed: "
+                "give token_ids=, or the codec more max_tokens="
             )
         opened = []
         for index, (stream, length) in enumerate(zip(streams, lengths, strict=True)):

@@ -15,8 +15,8 @@ PRIVATE, SHARED = 0o600, 0o666
 def write_atomically(path: str | Path, data: bytes | memoryview, mode: int = PRIVATE) -> None:
     """Write a file so that a reader, or a failure or interruption on the way, never leaves half of it.
 
-    mode: of a new file, less what the umask takes away. A file that is replaced hands its permissions on; a symbolic link is itself
-    replaced. When this returns the bytes are on the disk. Raises OSError where the file cannot be written.
+    mode: of a new file, less what the umask takes away. A file of the same owner that is replaced hands its permissions on; a
+    symbolic link is itself replaced. When this returns the bytes are on the disk. Raises OSError where the file cannot be written.
     """
     path = Path(path)
     # A name that nobody can know, and never a file or link that is there already.
@@ -39,13 +39,18 @@ def write_atomically(path: str | Path, data: bytes | memoryview, mode: int = PRI
 
 
 def _hand_on_permissions(path: Path, descriptor: int) -> None:
-    """Give an open file the permissions of the regular file at a path, if one is there."""
+    """Give an open file the permissions of the regular file at a path, if one is there and whoever writes is its owner.
+
+    In a folder of many users others could put a file there that everybody may read.
+    """
     try:
-        found = path.lstat().st_mode
+        there = path.lstat()
     except FileNotFoundError:
         return
-    if stat.S_ISREG(found) and stat.S_IMODE(found) != stat.S_IMODE(os.fstat(descriptor).st_mode):
-        os.fchmod(descriptor, found & 0o777)
+    here = os.fstat(descriptor)
+    is_own = stat.S_ISREG(there.st_mode) and there.st_uid == here.st_uid
+    if is_own and stat.S_IMODE(there.st_mode) != stat.S_IMODE(here.st_mode):
+        os.fchmod(descriptor, there.st_mode & 0o777)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -28,7 +29,18 @@ def in_child(renew: Callable[[], Any]) -> None:
     _renewals[number] = weakref.ref(renew.__self__, lambda _: forget(number, None)), renew.__func__
 
 
+class _Inheritance:
+    """What a forked child has of its parent that does not work there."""
+
+    torch_threads = False
+    """PyTorch was loaded in the parent: its threads did not come along, and it would wait for them for ever."""
+
+
+inheritance = _Inheritance()
+
+
 def _renew_all() -> None:
+    inheritance.torch_threads = "torch" in sys.modules
     for reference, function in list(_renewals.values()):
         owner = reference()
         if owner is not None:

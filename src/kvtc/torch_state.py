@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 from .errors import InvalidArgument, KvtcError
+from .forks import inheritance
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -40,6 +41,8 @@ def neutral_torch_state(function: Callable[Parameters, Result]) -> Callable[Para
 
     @functools.wraps(function)
     def neutral(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if inheritance.torch_threads:
+            compute_alone()
         with (
             torch._C.DisableTorchFunction(),
             torch._C._DisableTorchDispatch(),
@@ -55,12 +58,20 @@ def neutral_torch_state(function: Callable[Parameters, Result]) -> Callable[Para
     return neutral
 
 
+def compute_alone() -> None:
+    """In a forked child: on its one thread, before it waits for ever for those of its parent."""
+    inheritance.torch_threads = False
+    torch.set_num_threads(1)
+
+
 @contextmanager
 def model_torch_state() -> Iterator[None]:
     """Inside, a model computes alike and without gradients: no autocast, no inference mode, products in full precision.
 
     The rest is left to the model: its weights may be subclasses of tensors, and its code may count on a default device.
     """
+    if inheritance.torch_threads:
+        compute_alone()
     autocast = [device for device in _AUTOCAST if torch.is_autocast_enabled(device)]
     flushes = _SUBNORMAL * 1.0 == 0.0
     with torch.inference_mode(mode=False), torch.no_grad(), _FULL_PRODUCTS:

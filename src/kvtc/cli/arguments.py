@@ -129,6 +129,15 @@ def beginning(tokenizer: Any) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
 
 
+def read_stream(path: Path) -> bytes:
+    """The bytes of a stream; only the first of a file that begins otherwise: enough to say what is wrong."""
+    from ..container import MAGIC
+
+    with path.open("rb") as file:
+        start = file.read(4096)
+        return start + file.read() if start.startswith(MAGIC) else start
+
+
 def read_text(path: Path) -> str:
     """A whole text file."""
     return "".join(read_lines(path))

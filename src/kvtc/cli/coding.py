@@ -22,6 +22,7 @@ from .arguments import (
     load_model,
     load_tokenizer,
     positive,
+    read_stream,
     token_ids_of,
 )
 
@@ -186,7 +187,7 @@ def decode(options: argparse.Namespace) -> Outcome:
     from ..evaluate.table import format_bytes, format_fields, format_seconds
 
     check_device(options.device)
-    stream = options.stream.read_bytes()
+    stream = read_stream(options.stream)
     calibration = find_calibration(options)
     tokenizer = load_tokenizer(options.model) if options.text is not None else None
     token_ids = _text_ids(options, options.text, tokenizer) if options.text is not None else None

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Outcome, add_verb, describe_basis, joint_fields, quality_fields, quality_of
+from .arguments import Outcome, add_verb, describe_basis, joint_fields, quality_fields, quality_of, read_stream
 
 if TYPE_CHECKING:
     from ..inspection import StreamInfo
@@ -31,11 +31,10 @@ def inspect_file(options: argparse.Namespace) -> Outcome:
     from ..container import MAGIC
     from ..inspection import inspect
 
-    with options.file.open("rb") as file:
-        start = file.read(len(MAGIC))
-    if start != MAGIC and options.file.suffix == ".safetensors":
+    stream = read_stream(options.file)
+    if not stream.startswith(MAGIC) and options.file.suffix == ".safetensors":
         return _describe_calibration(options.file)
-    info = inspect(options.file.read_bytes())
+    info = inspect(stream)
     result = asdict(info)
     if not options.sections:
         del result["sections"]

@@ -234,9 +234,11 @@ def _check(record: Mapping[str, Any], kind: type, where: str) -> None:
 
 
 def _values(value: Any, container: Any, name: str) -> list[Any]:
-    """What is in a field; the field itself where it holds something else than it should."""
-    if container is None or not isinstance(value, container) or len(value) not in _LENGTHS.get(name, range(2**31)):
+    """What is in a field; None, which is nothing right, where it holds something else than it should."""
+    if container is None:
         return [value]
+    if not isinstance(value, container) or len(value) not in _LENGTHS.get(name, range(2**31)):
+        return [None]
     # A quarter of a context in which nothing was asked has no share.
     return list(value.values()) if isinstance(value, dict) else [one for one in value if one is not None]
 
