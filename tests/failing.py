@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from typing import Any
 
 import pytest
@@ -17,8 +18,12 @@ class PrivateError(Exception):
     """Of a store that somebody else has written."""
 
 
-ERRORS = [StoreUnavailable, MemoryError, RuntimeError, OSError, PrivateError]
-DECODE_ERRORS = [torch.OutOfMemoryError, MemoryError, RuntimeError, PrivateError]
+class Panic(BaseException):
+    """Of a library in another language: no `Exception`."""
+
+
+ERRORS = [StoreUnavailable, MemoryError, RuntimeError, OSError, PrivateError, Panic, CancelledError, GeneratorExit]
+DECODE_ERRORS = [torch.OutOfMemoryError, MemoryError, RuntimeError, PrivateError, Panic]
 
 
 def raising(error: type[BaseException]) -> Any:

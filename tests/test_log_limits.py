@@ -48,7 +48,15 @@ def test_kinds_without_end_fill_no_memory():
 
 def test_the_traceback_of_an_error_is_kept(caplog):
     log_once(logger, "ValueError", "failed", exc_info=ValueError("why"))
-    assert caplog.records[0].exc_info[1].args == ("why",)
+    assert caplog.messages == ["failed\n    ValueError: why"]
+
+
+def test_what_others_wrote_forges_no_line_steers_no_terminal_and_tells_no_password(caplog):
+    error = RuntimeError("\x1b[31mred\nWARNING forged s3://u:pa55word@h")
+    log_once(logger, "kind", "%s failed: %s", "a\rb", error, exc_info=error)
+    assert caplog.messages == [
+        "a\\rb failed: \\x1b[31mred\\nWARNING forged s3://h\n    RuntimeError: \\x1b[31mred\n    WARNING forged s3://h"
+    ]
 
 
 def test_a_child_logs_although_another_thread_held_the_lock_when_it_was_forked():

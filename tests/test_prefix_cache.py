@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +23,7 @@ from kvtc.prefix_cache.tails import MAX_TAILS, Tails
 from kvtc.store import Store, open_store
 
 from .builders import joint_calibration, random_cache, told_cache, told_ids
+from .failing import Panic, break_store
 
 CHUNK, WINDOW = 32, 16
 
@@ -299,6 +302,56 @@ def test_a_tail_is_matched_by_sixteens() -> None:
         for n, expected in ((0, 0), (15, 0), (16, 16), (39, 32), (40, 40), (50, 40)):
             assert tails.find(b"node", as_token_ids(range(n))) == ((b"name" * 4, expected) if n > 15 else (b"", 0))
         assert tails.find(b"other", ids) == (b"", 0)
+
+
+def _tail(n_tokens: int) -> bytes:
+    return struct.pack("<16sI", b"name" * 4, n_tokens) + bytes(8 * -(-n_tokens // 16))
+
+
+@pytest.mark.parametrize(
+    "tails",
+    [[_tail(0)], [_tail(15)], [_tail(16)] * (MAX_TAILS + 1), [_tail(0)] * 500_000],
+    ids=["0", "15", "33", "many"],
+)
+def test_an_index_that_tells_of_tails_that_cannot_be_is_damaged(tails: list[bytes]) -> None:
+    with open_store("memory:") as store:
+        found = Tails(Entries(store))
+        found.save(b"node", as_token_ids(range(40)), b"name" * 4, lambda: b"stream")
+        (key,) = (key for key in store.keys() if key.startswith("tails/"))  # noqa: SIM118
+        store.put(key, b"KVTX" + b"".join(tails))
+        assert found.find(b"node", as_token_ids(range(40))) == (b"", 0)
+        assert not store.contains(key)
+
+
+def test_a_long_index_costs_no_more_memory_than_its_bytes() -> None:
+    with open_store("memory:") as store:
+        tails = Tails(Entries(store))
+        tails.save(b"node", as_token_ids(range(40)), b"name" * 4, lambda: b"stream")
+        (key,) = (key for key in store.keys() if key.startswith("tails/"))  # noqa: SIM118
+        index = b"KVTX" + _tail(16 << 20)
+        store.put(key, index)
+        tracemalloc.start()
+        try:
+            assert tails.find(b"node", as_token_ids(range(40))) == (b"name" * 4, 0)
+            assert tracemalloc.get_traced_memory()[1] < 4 * len(index)
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, CHUNK + WINDOW - 1, CHUNK + 1, 2 * CHUNK + 8])
+@pytest.mark.parametrize("window", [0, 5, WINDOW])
+def test_a_report_tells_what_a_load_finds(n: int, window: int) -> None:
+    with open_store("memory:") as store, PrefixCache(codec().with_window(window), store, min_tokens=1) as prefixes:
+        assert saved(prefixes, n).n_tokens == prefixes.load_neutral(told_ids(n), whole=True)[1]
+
+
+@pytest.mark.parametrize("operation", ["put", "contains", "get_many"])
+def test_a_save_that_a_panic_ends_is_counted(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store("memory:") as store, PrefixCache(codec(), store, min_tokens=1) as prefixes:
+        break_store(monkeypatch, store, Panic, operation)
+        with pytest.raises(StoreError, match="Panic"):
+            saved(prefixes, 100)
+        assert (prefixes.statistics["save_errors"], prefixes.statistics["store_errors"]) == (1, 1)
 
 
 def test_tails_of_one_beginning_are_bounded_and_the_last_saved_stay() -> None:

@@ -10,7 +10,7 @@ What is wrong with an entry decides what becomes of it:
     other           it is of a newer format, or of another calibration or text than asked for: left alone, somebody else reads it
     decode_errors   there was no memory for it, or code failed: left alone, the entry may be sound
 
-What fails is logged with its cause, one of each kind a minute. What is no `Exception` (KeyboardInterrupt, SystemExit) passes.
+What fails is logged with its cause, one of each kind a minute. `KeyboardInterrupt` and `SystemExit` pass, and nothing else does.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from .counts import Counts
-from .errors import CorruptStream, KvtcError, StoreError, TruncatedStream
+from .errors import PROGRAM_ENDS, CorruptStream, KvtcError, StoreError, TruncatedStream
 from .log_limits import log_once
 from .store import Store
+from .store.base import read_count, read_values
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ class Entries:
             self.forget(key)
         except KvtcError as error:
             self._miss("other", error, "entry %s is not what was asked for and is left alone", key)
-        except Exception as error:  # noqa: BLE001  no fault of the entry, and none of the caller's
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  no fault of the entry, and none of the caller's
             self._miss("decode_errors", error, "entry %s is not decoded", key)
         return None
 
@@ -75,7 +78,7 @@ class Entries:
         self.counts.add(lookups=1)
         try:
             with self._asking("tell what it has"):
-                return int(self.store.contains_prefix(keys))
+                return read_count(self.store.contains_prefix(keys), len(keys))
         except StoreError:
             return 0
 
@@ -83,7 +86,9 @@ class Entries:
         """As `put`, but None where anything fails."""
         try:
             return self.put(key, encode, original_bytes)
-        except Exception as error:  # noqa: BLE001  what is not saved is a later miss, no more
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  what is not saved is a later miss, no more
             self.count_error("save_errors", error, "entry %s is not saved", key)
             return None
 
@@ -96,11 +101,9 @@ class Entries:
         """As `load`. Raises `StoreError`."""
         with self._asking("read"):
             entries = (self.store.resident_many if is_resident else self.store.get_many)(keys)
-            if len(entries) != len(keys):
-                raise StoreError(f"asked for {len(keys)} entries, the store gives {len(entries)}")
-            n_bytes = sum(len(entry) for entry in entries if entry is not None)
-        self.counts.add(bytes_read=n_bytes)
-        return list(entries)
+            entries = read_values(entries, len(keys), is_resident=is_resident)
+        self.counts.add(bytes_read=sum(len(entry) for entry in entries if entry is not None))
+        return entries
 
     def put(self, key: str, encode: Callable[[], bytes], original_bytes: int = 0, *, replace: bool = False) -> int:
         """Store what `encode` gives; its bytes, or 0 where the key had an entry already, which is not looked at.
@@ -129,7 +132,7 @@ class Entries:
         with self._asking("delete"):
             self.store.delete(key)
 
-    def count_error(self, counter: str, error: Exception, message: str, *arguments: object) -> None:
+    def count_error(self, counter: str, error: BaseException, message: str, *arguments: object) -> None:
         """Count what was given up because of an error, and log it: with its traceback, where nobody raised it on purpose.
 
         message, arguments: as of `logging.Logger.warning`; one message and class of errors are one kind.
@@ -138,7 +141,7 @@ class Entries:
         name, unexpected = type(error).__name__, None if isinstance(error, KvtcError) else error
         log_once(logger, f"{message} {name}", f"{message}: %s: %s", *arguments, name, error, exc_info=unexpected)
 
-    def _miss(self, counter: str, error: Exception, message: str, key: str) -> None:
+    def _miss(self, counter: str, error: BaseException, message: str, key: str) -> None:
         self.counts.add(misses=1)
         self.count_error(counter, error, message, key)
 
@@ -147,7 +150,9 @@ class Entries:
         """Whatever a store raises is a counted, logged `StoreError`."""
         try:
             yield
-        except Exception as error:
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:
             self.count_error("store_errors", error, f"the store did not {to_do}")
             if isinstance(error, StoreError):
                 raise

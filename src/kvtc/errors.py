@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from .display import shown_lines, without_credentials
 
+PROGRAM_ENDS = (KeyboardInterrupt, SystemExit)
+"""What passes every boundary, before `except BaseException`: code of others raises, and libraries in other languages panic with,
+what is no `Exception`."""
+
 
 class KvtcError(Exception):
     """Root of all errors of this package. What a message quotes is shown as text, and passwords of addresses are left out."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import OrderedDict
+from textwrap import indent
 
+from .display import shown, shown_lines, without_credentials
 from .forks import in_child
 
 SECONDS = 60.0
@@ -49,11 +52,18 @@ def log_once(
 
     kind: what repeats, such as an operation and the class of its error; never a key or a text, of which there are any number.
     message, arguments: as of `logging.Logger.warning`. How many were left out since the last one is added.
-    exc_info: an error whose traceback is of use, where it was not expected.
+    exc_info: an error whose traceback is of use, where it was not expected. It follows as text, each line of it indented.
+
+    What others wrote, in arguments and errors, is shown as text on one line, without passwords of addresses: it forges no line.
     """
     n_left_out = _limits.pass_one(logger.name, kind)
     if n_left_out is None:
         return
+    text = shown(message % arguments)
     if n_left_out:
-        message, arguments = f"{message} (and %d more of this kind before)", (*arguments, n_left_out)
-    logger.warning(message, *arguments, exc_info=exc_info)
+        text += f" (and {n_left_out} more of this kind before)"
+    if exc_info is not None:
+        text += "\n" + indent(
+            shown_lines("".join(traceback.format_exception(exc_info)).rstrip("\n")), "    ", lambda _: True
+        )
+    logger.warning("%s", without_credentials(text))

@@ -237,16 +237,6 @@ def test_files_damaged_or_exchanged_on_disk_are_misses(tmp_path):
         assert list(store.keys()) == ["5"]
 
 
-def test_links_are_not_followed(tmp_path):
-    with open_store(f"file://{tmp_path}/store") as store:
-        store.put("k", b"v")
-        (path,) = tmp_path.rglob("*.entry")
-        path.rename(tmp_path / "elsewhere")
-        path.symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(StoreUnavailable, match="ELOOP"):
-            store.get("k")
-
-
 # Clocks.
 
 

@@ -115,6 +115,61 @@ def test_leftovers_of_dead_writers_are_removed(tmp_path):
         assert store.get("k") == b"v"
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/null")])
+@pytest.mark.parametrize("query", ["", "&bytes=1MB"])
+def test_what_is_no_partial_file_is_left_alone_and_not_waited_for(tmp_path, make, query):
+    url = f"file://{tmp_path}?timeout=10{query}"
+    with open_store(url) as store:
+        store.put("k", b"v")
+    make(tmp_path / "partial" / "odd.part")
+    with open_store(url) as store:
+        store.put("l", b"w")
+        assert store.get_many(["k", "l"]) == [b"v", b"w"]
+        assert store.statistics().errors == 0
+    assert [path.name for path in (tmp_path / "partial").iterdir()] == ["odd.part"]
+
+
+def test_a_link_at_an_entry_is_one_miss_and_is_replaced_by_the_next_value(tmp_path):
+    with open_store(f"file://{tmp_path}/store") as store:
+        store.put_many([("k", b"v"), ("l", b"w")])
+        (path,) = tmp_path.rglob("k.entry")
+        other = path.rename(tmp_path / "other")
+        path.symlink_to(other)
+        before = other.read_bytes()
+        assert store.get_many(["k", "l"]) == [None, b"w"]
+        assert (store.statistics().foreign, store.statistics().damaged) == (1, 0)
+        assert path.is_symlink()
+        store.put("k", b"new")
+        assert store.get("k") == b"new"
+    assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["shard", "entries"])
+def test_no_link_below_the_root_is_written_through(tmp_path, place):
+    with open_store(f"file://{tmp_path}/store") as store:
+        store.put("k", b"v")
+        (path,) = tmp_path.rglob("k.entry")
+        directory = path.parent if place == "shard" else path.parent.parent
+        directory.symlink_to(directory.rename(tmp_path / "other"))
+        before = {path: path.read_bytes() for path in tmp_path.rglob("other/**/*.entry")}
+        for change in (lambda: store.put("k", b"new"), lambda: store.delete("k")):
+            with pytest.raises(StoreUnavailable, match="ELOOP"):
+                change()
+    assert len(before) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("other/**/*.entry")} == before
+
+
+def test_eviction_passes_over_what_is_no_entry(tmp_path):
+    with open_store(f"file://{tmp_path}?bytes=64KB") as store:
+        store.put("k", b"v")
+        (path,) = tmp_path.rglob("k.entry")
+        (path.parent / "directory.entry").mkdir()
+        for number in range(40):
+            store.put(f"n{number}", bytes(4000))
+        assert store.get("n39") == bytes(4000)
+        assert store.statistics().evictions > 0
+
+
 def test_a_directory_emptied_under_the_store_is_made_again(tmp_path):
     with open_store(f"file://{tmp_path}/store?bytes=1MB") as store:
         store.put("k", b"v")

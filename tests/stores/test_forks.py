@@ -72,7 +72,7 @@ def locks_of(store):
         seen.add(id(one))
         if isinstance(one, list | tuple):
             open_ends += one
-        elif isinstance(one, type(threading.Lock()) | threading.Condition):
+        elif isinstance(one, type(threading.Lock()) | type(threading.RLock()) | threading.Condition):
             locks.append(one)
         elif type(one).__module__.startswith("kvtc"):
             open_ends += vars(one).values()

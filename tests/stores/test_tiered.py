@@ -13,6 +13,7 @@ from kvtc.store import circuit, open_store
 from kvtc.store.memory import MemoryStore
 from kvtc.store.tiered import TieredStore
 
+from ..failing import Panic
 from .contract import StoreContract, wait_until
 
 
@@ -180,8 +181,10 @@ class TestErrorsOfAnyKind:
         store.close()
         with pytest.raises(StoreUnavailable, match="closed"):
             lower.get("b")
-        assert caplog.messages == [f"tier Broken: {kind.__name__}: the cause"]
-        assert caplog.records[0].exc_info[1] is broken.fault
+        (message,) = caplog.messages
+        first, *trace = message.split("\n")
+        assert first == f"tier Broken: {kind.__name__}: the cause"
+        assert trace[-1].endswith(f"{kind.__name__}: the cause")
 
     def test_in_a_lower_tier_in_the_background(self, broken):
         upper, lowest = MemoryStore(), MemoryStore()
@@ -205,6 +208,83 @@ def test_interrupts_are_the_callers(signal):
     upper.fault = signal()
     with pytest.raises(signal):
         TieredStore([upper, MemoryStore()]).get("k")
+
+
+@pytest.mark.parametrize("make", [list, str, len, lambda value: (value,)])
+def test_values_that_are_no_bytes_are_a_miss_of_that_tier(make):
+    class Odd(MemoryStore):
+        def get_many(self, keys):
+            return [make(value) for value in super().get_many(keys)]
+
+        def keys(self):
+            return [1, None]
+
+        def statistics(self):
+            return None
+
+    with TieredStore([Odd(), MemoryStore()]) as store:
+        store.put("k", b"v")
+        assert store.get("k") == b"v"
+        assert store.resident_many(["k"]) == [b"v"]
+        assert list(store.keys()) == ["k"]
+        assert store.statistics().errors == 3
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_what_is_like_bytes_is_given_as_bytes(kind):
+    class Alike(MemoryStore):
+        def get_many(self, keys):
+            return [kind(value) for value in super().get_many(keys)]
+
+    with TieredStore([Alike()]) as store:
+        store.put("k", b"v")
+        assert type(store.get("k")) is bytes
+        assert store.get("k") == b"v"
+
+
+@pytest.mark.parametrize(
+    ("count", "leading", "errors"), [(None, 1, 2), ("3", 1, 2), (2.5, 1, 2), (-5, 1, 0), (10**9, 2, 0)]
+)
+def test_numbers_of_entries_that_cannot_be_are_none(count, leading, errors):
+    class Odd(MemoryStore):
+        def contains_prefix(self, _):
+            return count
+
+    with TieredStore([Odd(), MemoryStore()]) as store:
+        store.put("k", b"v")
+        assert store.contains_prefix(["k", "l"]) == leading
+        assert store.statistics().errors == errors
+
+
+@pytest.mark.parametrize("ending", ["flush", "close"])
+def test_an_entry_that_a_panic_keeps_from_a_tier_is_given_up_and_the_next_are_written(ending):
+    class Panicking(MemoryStore):
+        n_puts = 0
+
+        def put_many(self, entries):
+            self.n_puts += 1
+            if self.n_puts == 1:
+                raise Panic
+            super().put_many(entries)
+
+        def close(self):
+            self.kept = sorted(self.keys())
+
+    upper, lower = MemoryStore(), Panicking()
+    store = TieredStore([upper, lower], write="back")
+    store.put_many([("a", b"1"), ("b", b"2"), ("c", b"3")])
+    getattr(store, ending)()
+    store.close()
+    assert lower.kept == ["b", "c"]
+
+
+def test_a_store_may_be_closed_by_a_signal_handler():
+    store = TieredStore([MemoryStore(), MemoryStore()])
+    counters, (upper, lower) = store._counters._lock, store.tiers
+    with counters, upper._lock, lower._lock, upper._counters._lock:  # where the handler interrupts its thread
+        store.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        store.get("k")
 
 
 def test_a_store_that_breaks_the_contract_is_a_tier_that_failed():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backends import Target
 from ..entries import Entries
+from ..errors import PROGRAM_ENDS
 from ..prefix_cache.tails import Tails
 from ..store import Store
 from ..torch_state import neutral_torch_state, writing_into
@@ -140,7 +141,9 @@ class PageMover:
             n_tokens = len(order.piece.token_ids)
             keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids, self._codec.device))
             self._saving.submit(self._save, order, keys, values)
-        except Exception as error:  # noqa: BLE001  a cache that cannot be saved is no reason to end the engine's step
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  a cache that cannot be saved is no reason to end the engine's step
             self._entries.count_error("save_errors", error, "%s is not saved", order.piece)
             self._room.release()
 
@@ -153,7 +156,9 @@ class PageMover:
         n_filled = 0
         try:
             n_filled = self._fill(order)
-        except Exception as error:  # noqa: BLE001
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001
             self._entries.count_error(
                 "load_errors", error, "tokens %d .. %d are not loaded", order.start, order.stop - 1
             )
@@ -204,7 +209,9 @@ class PageMover:
                 self._tails.save(node, piece.token_ids, piece.tail_name, encode, original)
             elif self._entries.put(piece.keys[self._rank], encode, original):
                 self._tails.drop_outgrown(node, order.following)
-        except Exception as error:  # noqa: BLE001  what is not saved is a later miss, no more
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  what is not saved is a later miss, no more
             self._entries.count_error("save_errors", error, "%s is not saved", piece)
         finally:
             self._room.release()

@@ -14,7 +14,7 @@ from uuid import uuid4
 import numpy as np
 
 from ..entries import Entries
-from ..errors import InvalidArgument
+from ..errors import PROGRAM_ENDS, InvalidArgument
 from ..key_digest import digest
 from ..prefix_cache import Chain, as_token_ids, chunk_key
 from ..prefix_cache.tails import NAME_TOKENS, Tails, tail_key, tail_name
@@ -209,7 +209,9 @@ class PrefixPlanner:
         nothing = _Prompt(np.empty(0, np.int64), [[b""]], has_tail=True)
         try:
             more = request() if request is not None else None
-        except Exception as error:  # noqa: BLE001  the scheduler waits for an answer
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  the scheduler waits for an answer
             self._entries.count_error("requests_unknown", error, "a request is neither looked up nor saved")
             return nothing
         try:
@@ -217,7 +219,9 @@ class PrefixPlanner:
             chains = [Chain.of(self._scope, *codec, CHUNK_TOKENS, more) for codec in self._codecs]
             prompt = _Prompt(ids, [chain.nodes(ids) for chain in chains])
             self._find(prompt)
-        except Exception as error:  # noqa: BLE001  the scheduler waits for an answer
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  the scheduler waits for an answer
             self._entries.count_error("load_errors", error, "a prompt is not looked up")
             return nothing
         self.counts.add(tokens_asked=len(ids), tokens_found=prompt.n_found)

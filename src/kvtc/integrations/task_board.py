@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ..errors import PROGRAM_ENDS
 from ..locks import ForkSafeLock
 from ..log_limits import log_once
 from ..workers import Workers
@@ -50,7 +51,9 @@ class TaskBoard(Generic[Result]):
         result = failed
         try:
             result = work()
-        except Exception as error:  # noqa: BLE001
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001
             log_once(logger, type(error).__name__, "a task of %s failed", self._name, exc_info=error)
         finally:  # the engine waits for the end of each task, whatever went wrong
             with self._lock:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..entries import Entries
-from ..errors import InvalidArgument
+from ..errors import PROGRAM_ENDS, InvalidArgument
 from ..key_digest import digest
 from ..store import Store
 from ..workers import Workers
@@ -179,7 +179,9 @@ class TierJobs:
                 sizes.append(work(key, part, chunk, chunk.start))
                 if sizes[-1] is None:
                     break
-        except Exception as error:  # noqa: BLE001
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001
             self.entries.count_error(errors, error, "chunk %s is given up", chunk.name.hex())
             sizes.append(None)
         return sizes

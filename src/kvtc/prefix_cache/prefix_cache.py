@@ -21,7 +21,7 @@ from .. import interop
 from ..cache import KVCache
 from ..codec import Codec
 from ..entries import Entries
-from ..errors import InvalidArgument
+from ..errors import PROGRAM_ENDS, InvalidArgument
 from ..key_digest import entry_scope
 from ..store import Store
 from ..torch_state import neutral_torch_state
@@ -36,8 +36,9 @@ READ_AHEAD = 4
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What a save did. n_tokens: of the prefix now stored, 0 where it was too short. chunks: its whole chunks, of which coded were
-    not there before. written_bytes: of the entries written."""
+    """What a save did. n_tokens: of the prefix that a load finds now: 0 where it was too short, and without an end of fewer than 16
+    tokens after the last whole chunk, for which there is no entry. chunks: its whole chunks, of which coded were not there before.
+    written_bytes: of the entries written."""
 
     n_tokens: int
     chunks: int
@@ -179,7 +180,9 @@ class PrefixCache:
             return SaveReport(0, 0, 0, 0)
         try:
             report = self._save_all(ids, cache)
-        except Exception as error:
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:
             self.entries.count_error("save_errors", error, "a prefix of %d tokens is not saved", len(ids))
             raise
         self.entries.counts.add(saves=1)
@@ -194,11 +197,12 @@ class PrefixCache:
         self.entries.counts.add(entries_shared=n_leading)
         sizes = {index: self._save_chunk(index, ids, cache, nodes) for index in range(n_leading, n_chunks)}
         coded = [index for index, n_bytes in sizes.items() if n_bytes]
-        n_bytes = sum(sizes.values()) + self._save_tail(ids, cache, nodes)
+        tail_bytes = self._save_tail(ids, cache, nodes)
         # Tails that hung on the way are inside the new chunks now.
         for index in coded:
             self._tails.drop_outgrown(nodes[index], ids[index * size :])
-        return SaveReport(len(ids), n_chunks, len(coded), n_bytes)
+        n_stored = len(ids) if tail_bytes else n_chunks * size
+        return SaveReport(n_stored, n_chunks, len(coded), sum(sizes.values()) + tail_bytes)
 
     def _save_chunk(self, index: int, ids: TokenIds, cache: KVCache, nodes: list[bytes]) -> int:
         """Bytes written, 0 if it was there."""

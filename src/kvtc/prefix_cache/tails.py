@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,19 +42,19 @@ class Tail:
 
     name: bytes
     n_tokens: int
-    digests: tuple[bytes, ...]
+    digests: bytes  # one after the other; checked one by one, so that a long index costs no more than its bytes
 
     @classmethod
     def of(cls, node: bytes, token_ids: TokenIds, name: bytes) -> Tail:
         """token_ids [T]: those of the tail, which follow the node."""
-        stops = _stops(len(token_ids))
-        return cls(name, len(token_ids), tuple(_digest(node, token_ids[:stop]) for stop in stops))
+        n_tokens = len(token_ids)
+        return cls(name, n_tokens, b"".join(_digest(node, token_ids[:stop]) for stop in _stops(n_tokens)))
 
     def n_common(self, digest_of: Callable[[int], bytes | None]) -> int:
         """How many leading tokens are surely those of a text. digest_of: of its first so many tokens, None if it has fewer."""
         common = 0
-        for stop, digest in zip(_stops(self.n_tokens), self.digests, strict=True):
-            if digest_of(stop) != digest:
+        for index, stop in enumerate(_stops(self.n_tokens)):
+            if digest_of(stop) != self.digests[index * _DIGEST_BYTES : (index + 1) * _DIGEST_BYTES]:
                 break
             common = stop
         return common
@@ -140,28 +140,34 @@ def _index_key(node: bytes, token_ids: TokenIds) -> str | None:
 
 
 def _to_bytes(tails: Sequence[Tail]) -> bytes:
-    return b"".join([_MAGIC, *(_HEAD.pack(tail.name, tail.n_tokens) + b"".join(tail.digests) for tail in tails)])
+    return b"".join([_MAGIC, *(_HEAD.pack(tail.name, tail.n_tokens) + tail.digests for tail in tails)])
 
 
 def _from_bytes(data: bytes) -> list[Tail]:
     """Inverse of `_to_bytes`; raises `CorruptStream`, `TruncatedStream`."""
     if not data.startswith(_MAGIC):
         raise CorruptStream(f"an index of tails begins with {_MAGIC!r}; got {data[: len(_MAGIC)]!r}")
-    tails, at = [], len(_MAGIC)
+    tails: list[Tail] = []
+    at = len(_MAGIC)
     while at < len(data):
-        stop = at + _HEAD.size
-        name, n_tokens = _HEAD.unpack_from(data, at) if stop <= len(data) else (b"", 0)
-        begin, stop = stop, stop + _DIGEST_BYTES * -(-n_tokens // _BLOCK_TOKENS)
-        if stop > len(data):
-            raise TruncatedStream(f"an index of tails goes on to byte {stop}; it has {len(data)}")
-        digests = tuple(data[place : place + _DIGEST_BYTES] for place in range(begin, stop, _DIGEST_BYTES))
-        tails.append(Tail(name, n_tokens, digests))
-        at = stop
+        if len(tails) == MAX_TAILS:
+            raise CorruptStream(f"an index of tails tells of at most {MAX_TAILS}; {len(data) - at} bytes follow those")
+        begin = at + _HEAD.size
+        name, n_tokens = _HEAD.unpack_from(data, at) if begin <= len(data) else (b"", NAME_TOKENS)
+        if n_tokens < NAME_TOKENS:
+            raise CorruptStream(
+                f"an index of tails tells of one of {n_tokens} tokens; they have at least {NAME_TOKENS}"
+            )
+        at = begin + _DIGEST_BYTES * -(-n_tokens // _BLOCK_TOKENS)
+        if at > len(data):
+            raise TruncatedStream(f"an index of tails goes on to byte {at}; it has {len(data)}")
+        tails.append(Tail(name, n_tokens, data[begin:at]))
     return tails
 
 
-def _stops(n_tokens: int) -> list[int]:
-    return [min(start + _BLOCK_TOKENS, n_tokens) for start in range(0, n_tokens, _BLOCK_TOKENS)]
+def _stops(n_tokens: int) -> Iterator[int]:
+    """Ends of the sixteens of a tail."""
+    return (min(start + _BLOCK_TOKENS, n_tokens) for start in range(0, n_tokens, _BLOCK_TOKENS))
 
 
 def _digests_of(node: bytes, token_ids: TokenIds) -> Callable[[int], bytes | None]:

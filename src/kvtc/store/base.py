@@ -6,6 +6,7 @@ All methods may be called from any number of threads.
 
 from __future__ import annotations
 
+import operator
 import re
 import threading
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-from ..errors import InvalidArgument, StoreUnavailable
+from ..errors import InvalidArgument, StoreError, StoreUnavailable
 from ..forks import in_child
 
 MAX_KEY_LENGTH = 200
@@ -54,7 +55,7 @@ class Counters:
         in_child(self._renew)
 
     def _renew(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close a store, which counts, while its thread counts
 
     def add(self, **amounts: int) -> None:
         with self._lock:
@@ -167,6 +168,36 @@ def check_value(value: Value) -> Value:
     if not isinstance(value, bytes | bytearray | memoryview):
         raise InvalidArgument(f"value is {type(value).__name__}; expected bytes")
     return value
+
+
+def read_value(value: Any, *, is_resident: bool = False) -> Any:
+    """What a store gives for a key, as bytes or None; is_resident: or a uint8 tensor [bytes], as it is.
+
+    Raises `StoreError` for anything else.
+    """
+    if value is None or isinstance(value, bytes):
+        return value
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    if is_resident and str(getattr(value, "dtype", None)) == "torch.uint8" and value.ndim == 1:
+        return value
+    raise StoreError(f"a store gives {type(value).__name__} as a value; expected bytes")
+
+
+def read_values(values: Iterable[Any], n_keys: int, *, is_resident: bool = False) -> list[Any]:
+    """What a store gives for so many keys, each as `read_value` says. Raises `StoreError` for more or fewer."""
+    found = [read_value(value, is_resident=is_resident) for value in values]
+    if len(found) != n_keys:
+        raise StoreError(f"a store gives {len(found)} values for {n_keys} keys")
+    return found
+
+
+def read_count(count: Any, n_keys: int) -> int:
+    """How many leading ones of so many keys a store says that it has: 0 to all. Raises `StoreError` for what is no integer."""
+    try:
+        return min(max(operator.index(count), 0), n_keys)
+    except TypeError:
+        raise StoreError(f"a store gives {type(count).__name__} as a number of entries; expected int") from None
 
 
 class Names:

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from ..errors import InvalidArgument, StoreFull, StoreUnavailable
+from ..errors import PROGRAM_ENDS, InvalidArgument, StoreFull, StoreUnavailable
 from ..forks import in_child
 from .circuit import CircuitBreaker
 
@@ -132,7 +132,9 @@ class BoundedCalls:
             return self._results(begun)
         except (StoreFull, InvalidArgument):
             raise  # an answer
-        except Exception:
+        except PROGRAM_ENDS:
+            raise
+        except BaseException:
             self._circuit.failed(time.monotonic() - begin)
             raise
         finally:

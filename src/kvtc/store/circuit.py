@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
+from ..errors import PROGRAM_ENDS
 from ..forks import in_child
 
 PAUSE_SECONDS = 1.0  # between two probes
@@ -55,9 +55,12 @@ class CircuitBreaker:
     def _try_again(self) -> None:
         succeeded = False
         try:
-            with suppress(Exception):  # whatever it is, the place cannot be used yet
-                self._probe()
-                succeeded = True
+            self._probe()
+            succeeded = True
+        except PROGRAM_ENDS:
+            raise
+        except BaseException:  # noqa: BLE001, S110  whatever it is, the place cannot be used yet
+            pass
         finally:
             self._end_probe(succeeded)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from ..errors import StoreFull, StoreUnavailable
 from .bounded_calls import is_given_up
-from .frame import FRAME_BYTES, Frame, Head, is_worth_reading
+from .frame import FOREIGN, FRAME_BYTES, Frame, Head, is_worth_reading
 from .ledger import Ledger, LockedLedger
 
 BLOCK_BYTES = 4096
@@ -56,11 +56,23 @@ class Directory:
             self._make(directory)
 
     def _make(self, directory: Path) -> None:
-        """Parents too have these permissions, which `Path.mkdir` would not give them."""
-        if not directory.is_dir():
+        """Parents too have these permissions, which `Path.mkdir` would not give them. Below the root no link is followed."""
+        if not self._is_made(directory):
             if directory.parent != directory:
                 self._make(directory.parent)
             directory.mkdir(mode=self._mode | (self._mode & 0o444) >> 2, exist_ok=True)
+
+    def _is_made(self, directory: Path) -> bool:
+        """Whether a directory is there. OSError for what is none, a link below the root too."""
+        is_below = directory != self.root and directory.is_relative_to(self.root)
+        try:
+            mode = directory.stat(follow_symlinks=not is_below).st_mode
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISDIR(mode):
+            number = errno.ELOOP if stat.S_ISLNK(mode) else errno.ENOTDIR
+            raise OSError(number, f"{directory} is no directory")
+        return True
 
     def path(self, name: str) -> Path:
         shard = hashlib.blake2b(name.encode(), digest_size=1).hexdigest()
@@ -84,6 +96,10 @@ class Directory:
             descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            return FOREIGN
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -124,7 +140,7 @@ class Directory:
         if self._sync != "none":
             os.fsync(descriptor)
         target = self.path(name)
-        if not target.parent.is_dir():
+        if not self._is_made(target.parent):
             self._make(target.parent)
             self._sync_directory(target.parent.parent)
         with self.ledger.locked():  # `discard` must not meet a file that changes between its look and its hand
@@ -139,7 +155,9 @@ class Directory:
             partial.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
-        self.path(name).unlink(missing_ok=True)
+        path = self.path(name)
+        if self._is_made(self._entries) and self._is_made(path.parent):
+            path.unlink(missing_ok=True)
 
     def discard(self, name: str, frame: Frame, entry_bytes: int) -> None:
         """Remove an entry if it still holds these bytes."""
@@ -156,6 +174,8 @@ class Directory:
         for entry in (entry for shard in self.shards() for entry in self.entries(shard)):
             with suppress(FileNotFoundError):
                 status = entry.stat(follow_symlinks=False)
+                if not stat.S_ISREG(status.st_mode):
+                    continue
                 found.append(Found(status.st_mtime_ns, blocks(status.st_size), entry.path))
                 total += found[-1].size
         return total, found
@@ -186,13 +206,15 @@ class Directory:
     def _living_partials(self) -> Iterator[int]:
         for path in self._partial.iterdir() if self._partial.is_dir() else ():
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except (FileNotFoundError, PermissionError):  # finished meanwhile, or another user's
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:  # finished meanwhile, another user's, or a link
                 continue
             try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    continue
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
-            except BlockingIOError:
+            except OSError:  # its writer lives, or it is not ours to remove
                 yield blocks(os.fstat(descriptor).st_size)
             finally:
                 os.close(descriptor)

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import InvalidArgument, MissingDependency, StoreFull
+from ..errors import PROGRAM_ENDS, InvalidArgument, MissingDependency, StoreFull
 from .base import Names, Store, StoreStatistics, Value, check_value
 
 try:
@@ -157,7 +157,9 @@ class EncryptedStore(Store):
         try:
             if self._inner.get(key) == sealed:
                 self._inner.delete(key)
-        except Exception:  # noqa: BLE001  it stays, and is a miss again the next time
+        except PROGRAM_ENDS:
+            raise
+        except BaseException:  # noqa: BLE001  it stays, and is a miss again the next time
             self._counters.add(errors=1)
 
 

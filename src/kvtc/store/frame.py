@@ -36,6 +36,8 @@ class Head(NamedTuple):
 
 
 Frame: TypeAlias = bytes | Head
+FOREIGN = Head(MAGIC + bytes([VERSION + 1]), 0)
+"""Stands for what is left alone without being read."""
 
 
 class DamagedEntry(Exception):

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from ..errors import InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
+from ..errors import PROGRAM_ENDS, InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
 from ..log_limits import log_once
 from .base import Names, Store, Value, check_value
 from .frame import DEFAULT_ENTRY_BYTES, DamagedEntry, ForeignEntry, Frame, seal, unseal
@@ -126,7 +126,9 @@ class FramedStore(Store):
             self._counters.add(damaged=1)
             try:
                 self._discard(name, frame)
-            except Exception:  # noqa: BLE001  it stays, and is a miss again the next time
+            except PROGRAM_ENDS:
+                raise
+            except BaseException:  # noqa: BLE001  it stays, and is a miss again the next time
                 self._counters.add(errors=1)
         return None
 
@@ -150,5 +152,7 @@ class FramedStore(Store):
             raise StoreUnavailable(f"{self!r} is closed") from error  # meanwhile
         except MemoryError as error:
             raise StoreUnavailable(f"{self!r}: no memory to do this") from error
-        except Exception as error:
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:
             raise StoreUnavailable(f"{self!r}: {type(error).__name__}: {error}") from error

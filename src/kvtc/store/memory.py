@@ -39,7 +39,7 @@ class MemoryStore(FramedStore):
         in_child(self._renew)
 
     def _renew(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the store while its thread is in here
         # Counted anew: room may be reserved for what only the parent goes on to put.
         self._bytes = sum(len(held) + ENTRY_BYTES for held in self._frames.values())
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 from urllib.parse import quote, quote_plus, unquote
 
+from ..errors import PROGRAM_ENDS
+
 T = TypeVar("T")
 SECRET_OPTIONS = frozenset({"username", "password", "access_key_id", "secret_access_key", "session_token"})
 MESSAGE_LENGTH = 400
@@ -47,7 +49,7 @@ def translated(call: Callable[[], T], meaning: Callable[[BaseException], BaseExc
     """What the call returns. An error is replaced by its meaning and not chained to it: its own text may hold secrets."""
     try:
         return call()
-    except (KeyboardInterrupt, SystemExit):
+    except PROGRAM_ENDS:
         raise
     except BaseException as error:  # noqa: BLE001  panics of libraries in other languages are no Exception
         failure = meaning(error)

@@ -10,16 +10,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ..errors import InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
+from ..errors import PROGRAM_ENDS, InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
 from ..forks import in_child
 from ..log_limits import log_once
-from .base import Store, StoreStatistics, Value, check_key, check_value
+from .base import Store, StoreStatistics, Value, check_key, check_value, read_count, read_values
 from .circuit import CircuitBreaker
 from .framed import PROBE_NAME
 from .write_back import WriteBack
 
 T = TypeVar("T")
-Read = Callable[[Store, Sequence[str]], list[Any]]
 WRITE = ("through", "back")
 DEFAULT_QUEUE_BYTES = 256 << 20
 N_STRIPES = 1024
@@ -43,28 +42,27 @@ class Tier:
         begin = time.monotonic()
         try:
             return call(self.store)
-        except Exception as error:  # noqa: BLE001  a store of somebody else's may raise anything
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  a store of somebody else's may raise anything
             self._count_error()
             if not isinstance(error, StoreFull):
                 self._circuit.failed(time.monotonic() - begin)
             self._log(error)
         return otherwise
 
-    def read(self, read: Read, keys: Sequence[str]) -> list[Any]:
+    def read(self, keys: Sequence[str], *, is_resident: bool = False) -> list[Any]:
         """One value or None for each key."""
 
-        def checked(store: Store) -> list[Any]:
-            values = read(store, keys)
-            if len(values) != len(keys):
-                raise StoreError(f"{len(values)} values for {len(keys)} keys")
-            return values
+        def read(store: Store) -> list[Any]:
+            values = store.resident_many(keys) if is_resident else store.get_many(keys)
+            return read_values(values, len(keys), is_resident=is_resident)
 
-        return self.attempt(checked, [None] * len(keys))
+        return self.attempt(read, [None] * len(keys))
 
     def leading(self, keys: Sequence[str]) -> int:
         """How many leading keys have entries."""
-        n_leading = self.attempt(lambda store: store.contains_prefix(keys), 0)
-        return min(max(n_leading, 0), len(keys))
+        return self.attempt(lambda store: read_count(store.contains_prefix(keys), len(keys)), 0)
 
     def put(self, entries: Sequence[tuple[str, bytes]]) -> list[bool]:
         """Which of the entries it has taken; one that has no room there does not hinder the others."""
@@ -83,19 +81,26 @@ class Tier:
 
     def statistics(self) -> StoreStatistics:
         try:
-            return self.store.statistics()
-        except Exception as error:  # noqa: BLE001  as in `attempt`
+            found = self.store.statistics()
+            if not isinstance(found, StoreStatistics):
+                raise StoreError(f"a store gives {type(found).__name__} as statistics; expected StoreStatistics")
+            return found
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  as in `attempt`
             self._log(error)
             return StoreStatistics()
 
     def close(self) -> None:
         try:
             self.store.close()
-        except Exception as error:  # noqa: BLE001  as in `attempt`; the other tiers are to be closed too
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  as in `attempt`; the other tiers are to be closed too
             self._count_error()
             self._log(error)
 
-    def _log(self, error: Exception) -> None:
+    def _log(self, error: BaseException) -> None:
         unexpected = None if isinstance(error, KvtcError) else error
         name = type(self.store).__name__
         kind = f"{name} {type(error).__name__}"
@@ -135,13 +140,13 @@ class TieredStore(Store):
         return tuple(tier.store for tier in self._tiers)
 
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
-        return self._get(keys, _get_many)
+        return self._get(keys)
 
     def resident_many(self, keys: Sequence[str]) -> list[Any]:
         """What the first tier holds on a device comes as it lies there; what lies below comes as bytes."""
-        return self._get(keys, lambda store, absent: store.resident_many(absent))
+        return self._get(keys, is_resident=True)
 
-    def _get(self, keys: Sequence[str], read_first: Read) -> list[Any]:
+    def _get(self, keys: Sequence[str], *, is_resident: bool = False) -> list[Any]:
         self._check_open()
         keys = [check_key(key) for key in keys]
         versions = [self._versions[_stripe(key)] for key in keys]
@@ -151,7 +156,7 @@ class TieredStore(Store):
             if not absent:
                 break
             wanted = [keys[i] for i in absent]
-            found = self._ask(depth, tier, wanted, _get_many if depth else read_first)
+            found = self._ask(depth, tier, wanted, is_resident=is_resident and depth == 0)
             hits = [i for i, value in zip(absent, found, strict=True) if value is not None]
             for i, value in zip(absent, found, strict=True):
                 values[i] = value
@@ -204,7 +209,7 @@ class TieredStore(Store):
         found: set[str] = set(self._write_back.keys()) if self._write_back is not None else set()
         nothing: set[str] = set()
         for tier in self._tiers:
-            found |= tier.attempt(lambda store: set(store.keys()), nothing)
+            found |= tier.attempt(lambda store: set(map(check_key, store.keys())), nothing)
         return iter(found)
 
     def flush(self) -> None:
@@ -231,8 +236,8 @@ class TieredStore(Store):
         for tier in self._tiers:
             tier.close()
 
-    def _ask(self, depth: int, tier: Tier, keys: Sequence[str], read: Read) -> list[Any]:
-        found = tier.read(read, keys)
+    def _ask(self, depth: int, tier: Tier, keys: Sequence[str], *, is_resident: bool) -> list[Any]:
+        found = tier.read(keys, is_resident=is_resident)
         if depth == 0 and self._write_back is not None:
             waiting = self._write_back
             return [waiting.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
@@ -296,7 +301,3 @@ def _stripe(key: str) -> int:
 def _own(value: Value) -> bytes:
     """Bytes that the caller cannot change while they wait."""
     return value if isinstance(value, bytes) else bytes(memoryview(value).cast("B"))
-
-
-def _get_many(store: Store, keys: Sequence[str]) -> list[Any]:
-    return list(store.get_many(keys))

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from ..errors import StoreUnavailable
+from ..errors import PROGRAM_ENDS, StoreUnavailable
 from ..forks import in_child
 from ..log_limits import log_once
 
@@ -116,7 +116,9 @@ class WriteBack:
             while (entry := self._next()) is not None:
                 try:
                     self._write(*entry)
-                except Exception as error:  # noqa: BLE001  of this entry; the next may well be written
+                except PROGRAM_ENDS:
+                    raise
+                except BaseException as error:  # noqa: BLE001  of this entry; the next may well be written
                     log_once(logger, type(error).__name__, "an entry is not written in the background", exc_info=error)
         except BaseException:
             with self._changed:  # the next entry starts another thread
