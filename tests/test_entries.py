@@ -23,7 +23,8 @@ from kvtc.errors import (
     TruncatedStream,
     UnsupportedVersion,
 )
-from kvtc.prefix_cache import PrefixCache, as_token_ids, chunk_key
+from kvtc.prefix_cache import PrefixCache, chunk_key
+from kvtc.settings import as_token_ids
 from kvtc.store import open_store
 
 from .builders import joint_calibration, told_cache, told_ids

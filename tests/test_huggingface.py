@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.errors import GeometryMismatch, InvalidArgument, MissingDependency, UnsupportedModel
 from kvtc.integrations.huggingface import calibrate, capture, check_supported, geometry_of
-from kvtc.integrations.model_identity import model_identity
+from kvtc.integrations.model_identity import calibrated_identity
 from kvtc.integrations.rope_discovery import context_length, rope_from_config
 
 transformers = pytest.importorskip("transformers")
@@ -280,7 +280,7 @@ def test_calibrate_passes_every_usable_sequence_once(llama: Any, fitted: Fitted)
     assert torch.equal(fitted.caches[1].keys, capture(llama, IDS[:9], fitted.geometry).keys)
     parameters = sum(parameter.numel() for parameter in llama.parameters())
     where = torch.device("cpu")
-    of_model = {"model_parameters": parameters, "model_identity": model_identity(llama)}
+    of_model = {"model_parameters": parameters, "model_identity": calibrated_identity(llama)}
     assert fitted.options == {"sink_tokens": 4, "rank": 7, "device": where} | of_model
     calibrate(llama, sequences[1:2], profiles=("paper",), device="elsewhere")
     assert fitted.options["device"] == "elsewhere"

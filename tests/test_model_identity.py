@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from kvtc.errors import CalibrationMismatch, InvalidArgument
 from kvtc.integrations import model_files
 from kvtc.integrations.engine_settings import EngineSettings
 from kvtc.integrations.model_files import UnknownModel, files_identity, find_model
-from kvtc.integrations.model_identity import ServedModel
+from kvtc.integrations.model_identity import ServedModel, calibrated_identity
 from kvtc.integrations.vllm_facts import Adapters
 from kvtc.reference import MODEL_DIRECTORY
 from kvtc.store import open_store
@@ -159,6 +160,29 @@ class TestFiles:
         os.utime(place / "model-0.safetensors", ns=(time.time_ns(), time.time_ns() + 10**9))
         assert files_identity(place) != before
 
+    def test_files_that_are_written_in_place_with_their_time_kept_are_read_again(self, tmp_path):
+        place = write_model(tmp_path / "model")
+        path = place / "model-0.safetensors"
+        before, times = files_identity(place), path.stat()
+        contents = bytearray(path.read_bytes())
+        contents[-1] ^= 1
+        path.write_bytes(contents)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert files_identity(place) != before
+
+    @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+    def test_a_whole_model_beside_an_old_index_counts(self, tmp_path, index):
+        """transformers loads model.safetensors whatever an index beside it names."""
+        place = write_model(tmp_path / "model")
+        shutil.copy(place / "model-0.safetensors", place / "pytorch_model-1.bin")
+        file = "model-0.safetensors" if index.startswith("model") else "pytorch_model-1.bin"
+        (place / index).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+        found = {files_identity(place)}
+        for at in (0, 1):
+            safetensors.torch.save_file(changed("model.norm.weight", at), place / "model.safetensors")
+            found.add(files_identity(place))
+        assert len(found) == 3
+
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
@@ -219,28 +243,139 @@ class TestHub:
             find_model(name, cache_dir=cache)
 
 
+class Lora(torch.nn.Module):
+    """A layer as PEFT wraps it."""
+
+    def __init__(self, base: torch.nn.Linear, scaling: float = 1.0) -> None:
+        super().__init__()
+        self.base_layer, self.scaling = base, {"default": scaling}
+        self.lora_A = torch.nn.Linear(base.in_features, 2, bias=False)
+        torch.nn.init.ones_(self.lora_A.weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.scaling["default"] * self.lora_A(x).sum()
+
+
+def change(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The model, changed in the way of that name."""
+    layer = model.model.layers[3]
+    with torch.no_grad():
+        match name:
+            case "a row of the embeddings":
+                model.model.embed_tokens.weight[100] += 1
+            case "rows past the sixteenth":
+                for parameter in model.parameters():
+                    parameter[16:] *= 2
+            case "one value":
+                layer.mlp.up_proj.weight[-1, -1] += 1
+            case "a LoRA":
+                layer.self_attn.q_proj = Lora(layer.self_attn.q_proj)
+            case "a LoRA of another scaling":
+                layer.self_attn.q_proj = Lora(layer.self_attn.q_proj, 2.0)
+            case "a layer less":
+                del model.model.layers[-1]
+            case "another order of layers":
+                model.model.layers[3], model.model.layers[4] = model.model.layers[4], layer
+            case "another scaling of attention":
+                layer.self_attn.scaling *= 2
+            case "another module":
+                layer.mlp.act_fn = torch.nn.GELU()
+            case "another forward":
+                layer.mlp.forward = lambda x: x
+            case "another configuration":
+                model.config.rms_norm_eps = 1e-3
+            case "another dtype":
+                model.half()
+            case "a new head":
+                model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    return model
+
+
+CHANGES = (
+    "a row of the embeddings", "rows past the sixteenth", "one value", "a LoRA", "a LoRA of another scaling", "a layer less",
+    "another order of layers", "another scaling of attention", "another module", "another forward", "another configuration",
+    "another dtype", "a new head",
+)  # fmt: skip
+
+
 class TestLiveModels:
-    def test_the_identity_of_an_unchanged_model_is_that_of_its_files(self):
+    @pytest.fixture
+    def load(self):
         transformers = pytest.importorskip("transformers")
-        model = kvtc.reference_model(dtype="bfloat16")[0]
-        assert kvtc.model_identity(model) == kvtc.model_identity(MODEL_DIRECTORY) == files_identity(MODEL_DIRECTORY)
-        assert kvtc.model_identity(kvtc.reference_model(dtype="float32")[0]) == files_identity(MODEL_DIRECTORY)
-        with torch.no_grad():
-            model.model.layers[3].mlp.up_proj.weight.mul_(1.01)
-        first = kvtc.model_identity(model)
-        assert first.startswith("parameters:")
-        with torch.no_grad():
-            model.model.layers[3].mlp.up_proj.weight[-1, -1] += 1
-        assert kvtc.model_identity(model) not in (first, files_identity(MODEL_DIRECTORY))
-        config = transformers.AutoConfig.from_pretrained(MODEL_DIRECTORY)
-        other = transformers.AutoModelForCausalLM.from_config(config)
-        assert kvtc.model_identity(other).startswith("parameters:")
+
+        def loaded(place=MODEL_DIRECTORY, **options):
+            return transformers.AutoModelForCausalLM.from_pretrained(place, **options)
+
+        return loaded
+
+    def test_a_model_as_it_was_loaded_has_the_identity_of_its_files(self, load, tmp_path):
+        copy = shutil.copytree(MODEL_DIRECTORY, tmp_path / "copy")
+        model = load()
+        identities = [kvtc.model_identity(one) for one in (model, load(copy), MODEL_DIRECTORY, copy)]
+        assert set(identities) == {files_identity(MODEL_DIRECTORY)}
+        model(torch.arange(5)[None], output_hidden_states=True)  # leaves hooks of transformers that only read
+        assert kvtc.model_identity(model.train()) == identities[0]
+        load().save_pretrained(tmp_path / "split", max_shard_size="3MB")
+        assert (tmp_path / "split" / "model.safetensors.index.json").is_file()
+        split = tmp_path / "split"
+        assert kvtc.model_identity(load(split)) == kvtc.model_identity(split)
+
+    def test_a_model_that_computes_other_caches_has_another_identity(self, load, tmp_path):
+        copy = shutil.copytree(MODEL_DIRECTORY, tmp_path / "copy")
+        rotated = {"rope_type": "default", "rope_theta": 1e6}
+        made = [change(load(), name) for name in CHANGES]
+        made += [load(rope_parameters=rotated), load(dtype=torch.float32)]
+        again = [change(load(copy), name) for name in CHANGES]
+        again += [load(copy, rope_parameters=rotated), load(copy, dtype=torch.float32)]
+        identities = [kvtc.model_identity(model) for model in made]
+        assert all(identity.startswith("parameters:") for identity in identities)
+        assert len(set(identities)) == len(identities)
+        assert [kvtc.model_identity(model) for model in again] == identities
+
+    def test_a_model_that_was_never_in_files_has_the_identity_of_its_parameters(self, load):
+        model = load()
+        assert kvtc.model_identity(type(model)(model.config)).startswith("parameters:")
+
+    def test_what_cannot_be_told_is_refused(self, load):
+        quantized, hooked = load(dtype=torch.float32), load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.ao.quantization.quantize_dynamic(quantized, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+        with pytest.raises(UnknownModel, match=r"_packed_params: expected a torch.Tensor, got tuple$"):
+            kvtc.model_identity(quantized)
+        for register in ("register_forward_hook", "register_forward_pre_hook"):
+            handle = getattr(hooked.model.layers[0], register)(lambda *_: None)
+            with pytest.raises(
+                UnknownModel, match=r"module model\.layers\.0 has a forward hook, .*<lambda>.*text of your own"
+            ):
+                kvtc.model_identity(hooked)
+            handle.remove()
+        assert kvtc.model_identity(hooked) == files_identity(MODEL_DIRECTORY)
+
+    def test_hooks_of_accelerate_only_move_tensors(self, load):
+        hooks = pytest.importorskip("accelerate.hooks")
+        model = load()
+        for layer in model.model.layers:
+            hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(io_same_device=True))
+        assert kvtc.model_identity(model) == files_identity(MODEL_DIRECTORY)
 
     def test_parameters_that_are_not_in_memory_have_no_identity(self):
         with torch.device("meta"):
             model = torch.nn.Linear(2, 2)
-        with pytest.raises(UnknownModel, match="not in memory"):
+        with pytest.raises(UnknownModel, match=r"expected an ordinary dense tensor, got torch\.strided on meta"):
             kvtc.model_identity(model)
+
+    def test_a_default_device_does_not_count(self, load):
+        model, changed = load(), change(load(), "one value")
+        expected = kvtc.model_identity(changed)
+        with torch.device("meta"):
+            assert kvtc.model_identity(model) == files_identity(MODEL_DIRECTORY)
+            assert kvtc.model_identity(changed) == expected
+
+    def test_for_a_calibration_the_dtype_that_parameters_were_cast_to_does_not_count(self, load):
+        assert calibrated_identity(load(dtype=torch.float32)) == files_identity(MODEL_DIRECTORY)
+        changed = calibrated_identity(change(load(dtype=torch.float32), "one value"))
+        assert changed.startswith("parameters:")
 
     def test_a_calibration_knows_its_model(self):
         pytest.importorskip("transformers")

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +19,9 @@ from kvtc.cache import KVCache
 from kvtc.codec import Codec
 from kvtc.entries import Entries
 from kvtc.errors import GeometryMismatch, InvalidArgument, InvalidCache, StoreError
-from kvtc.prefix_cache import PrefixCache, as_token_ids, chunk_key
+from kvtc.prefix_cache import PrefixCache, chunk_key
 from kvtc.prefix_cache.tails import MAX_TAILS, Tails
+from kvtc.settings import as_token_ids
 from kvtc.store import Store, open_store
 
 from .builders import joint_calibration, random_cache, told_cache, told_ids
@@ -441,3 +443,14 @@ def test_a_growing_conversation_replaces_its_own_tail_alone(prefixes: PrefixCach
     assert prefixes.load_neutral(longer, whole=True)[1] == 160
     assert prefixes.load_neutral(theirs[0], whole=True)[1] == 76
     assert sum(key.startswith("tail/") for key in list_keys(prefixes)) == 2
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[-1], [3, -5], np.array([2**64 - 1], np.uint64), torch.tensor([2**63], dtype=torch.uint64), torch.tensor([-1])],
+)
+def test_ids_that_would_wrap_or_are_negative_are_refused(ids):
+    """As int64, 2**64 - 1 and -1 would have one key."""
+    with pytest.raises(InvalidArgument, match="are of 0 to 9223372036854775807; got"):
+        as_token_ids(ids)
+    assert as_token_ids(np.array([2**63 - 1], np.uint64)).tolist() == [2**63 - 1]

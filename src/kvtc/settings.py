@@ -18,10 +18,11 @@ from .profiles import BodyCoder, JointCoder, PaperCoder
 from .profiles.paper_rate import DEFAULT_RATIO, RateTarget
 from .profiles.step_rate import FINER_WINDOW, StepRate
 from .sealed_stream import StreamSettings
-from .torch_state import plain
+from .torch_state import neutral_torch_state, plain
 
 SINK_FORMATS = ("exact", "fp8")
 WINDOW_FORMATS = ("exact", "coded")
+_LARGEST_ID = 2**63 - 1
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -126,9 +127,16 @@ def product_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def as_ids(values: Any) -> TokenIds | None:
-    """Token ids or positions in any integer form -> int64 [T]."""
-    if values is None:
-        return None
+    """Token ids or positions in any integer form, None for None. Raises as `as_token_ids`."""
+    return None if values is None else as_token_ids(values)
+
+
+@neutral_torch_state
+def as_token_ids(values: Any) -> TokenIds:
+    """Token ids or positions in any integer form, a batch of one too -> int64 [T].
+
+    Raises `InvalidArgument` for other numbers, negative ones, and those above int64, which would wrap.
+    """
     array = plain(values, "token ids").cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.ndim == 2 and array.shape[0] == 1:
         array = array[0]
@@ -136,6 +144,8 @@ def as_ids(values: Any) -> TokenIds | None:
         raise InvalidArgument(
             f"token ids and positions are integers [tokens]; got {array.dtype} of shape {array.shape}"
         )
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) <= _LARGEST_ID:
+        raise InvalidArgument(f"token ids and positions are of 0 to {_LARGEST_ID}; got {array.min()} to {array.max()}")
     return array.astype(np.int64)
 
 

@@ -19,7 +19,7 @@ from ..errors import GeometryMismatch, InvalidArgument, UnsupportedModel
 from ..progress import task
 from ..torch_state import model_torch_state, neutral_torch_state
 from .model_files import UnknownModel
-from .model_identity import model_identity
+from .model_identity import calibrated_identity
 from .quality import SetAside, measure_quality
 from .rope_discovery import (
     refuse_unusual_heads,
@@ -280,9 +280,9 @@ def calibrate(
 
 
 def _identity(model: Any) -> str | None:
-    """Which model this is; None where its parameters do not show their bytes."""
+    """Which model this is; None where its parameters do not show their bytes, or it has forward hooks."""
     try:
-        return model_identity(model)
+        return calibrated_identity(model)
     except UnknownModel:
         return None
 

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,7 +39,12 @@ _CONFIGS = (
     "quant_config.json",
     "hf_quant_config.json",
 )
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_FORMATS = (
+    ("model.safetensors", ("*.safetensors",)),
+    ("pytorch_model.bin", ("*.bin", "*.pt", "*.pth")),
+    (None, ("*.gguf",)),
+)
+"""Of formats of weights, in the order in which engines prefer them: the file of an unsplit model, and patterns of all files."""
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 _OF_NO_EFFECT = frozenset(
     {
@@ -112,12 +117,17 @@ def config_of(place: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _File:
-    """A file as it is now; name: what it is called where it was found, for the hub's snapshots are links to nameless files."""
+    """A file as it is now, as far as can be told without reading it.
+
+    name: what it is called where it was found, for the hub's snapshots are links to nameless files.
+    """
 
     path: Path
     name: str
     n_bytes: int
     changed_ns: int
+    status_changed_ns: int
+    inode: int
 
 
 def _signature(place: Path) -> tuple[_File, ...]:
@@ -136,18 +146,27 @@ def _signature(place: Path) -> tuple[_File, ...]:
 
 def _stat(path: Path) -> _File:
     found = path.stat()
-    return _File(path.resolve(), path.name, found.st_size, found.st_mtime_ns)
+    return _File(path.resolve(), path.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+def loaded_files(place: Path) -> list[Path]:
+    """Those of the files of weights that transformers loads. Raises `UnknownModel`."""
+    whole = place / "model.safetensors"
+    return [place] if place.is_file() else [whole] if whole.is_file() else _weight_files(place)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that engines load from a folder: those of an index, or all safetensors files, or all of an older format."""
-    for index in _INDEXES:
-        if (folder / index).is_file():
-            names = _read_json(folder / index).get("weight_map")
+    """The files that engines load from a folder: those of an index, or all of the first format of which there are any.
+
+    The file of an unsplit model beside an index counts too: some engines load it, some what the index names.
+    """
+    for whole, patterns in _FORMATS:
+        if whole and (index := folder / f"{whole}.index.json").is_file():
+            names = _read_json(index).get("weight_map")
             if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise UnknownModel(f"{folder / index} does not say which tensor is in which file")
-            return [folder / name for name in sorted(set(names.values()))]
-    for patterns in (("*.safetensors",), ("*.bin", "*.pt", "*.pth"), ("*.gguf",)):
+                raise UnknownModel(f"{index} does not say which tensor is in which file")
+            unsplit = {whole} if (folder / whole).is_file() else set()
+            return [folder / name for name in sorted({*names.values(), *unsplit})]
         found = sorted(path for pattern in patterns for path in folder.glob(pattern))
         if found := [path for path in found if not _NO_WEIGHTS.fullmatch(path.name)]:
             return found
@@ -263,11 +282,15 @@ def _sampled(file: BinaryIO, start: int, spans: Iterable[tuple[int, int]]) -> by
     return found.digest()
 
 
-def without_effect(value: Any) -> Any:
-    """A configuration without the fields that no cache depends on, in nested ones too."""
+def without_effect(value: Any, more: Collection[str] = ()) -> Any:
+    """A configuration without the fields that no cache depends on, in nested ones too. more: other fields to leave out."""
     if isinstance(value, Mapping):
-        return {name: without_effect(item) for name, item in value.items() if name not in _OF_NO_EFFECT}
-    return [without_effect(item) for item in value] if isinstance(value, list) else value
+        return {
+            name: without_effect(item, more)
+            for name, item in value.items()
+            if name not in _OF_NO_EFFECT and name not in more
+        }
+    return [without_effect(item, more) for item in value] if isinstance(value, list) else value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

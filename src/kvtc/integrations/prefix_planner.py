@@ -16,8 +16,9 @@ import numpy as np
 from ..entries import Entries
 from ..errors import PROGRAM_ENDS, InvalidArgument
 from ..key_digest import digest
-from ..prefix_cache import Chain, as_token_ids, chunk_key
+from ..prefix_cache import Chain, chunk_key
 from ..prefix_cache.tails import NAME_TOKENS, Tails, tail_key, tail_name
+from ..settings import as_token_ids
 from ..store import Store
 from ..workers import Workers
 from .pages import CHUNK_TOKENS

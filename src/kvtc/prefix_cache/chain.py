@@ -17,11 +17,8 @@ from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
-from ..errors import InvalidArgument
 from ..key_digest import digest
-from ..torch_state import neutral_torch_state, plain
 
 TokenIds = npt.NDArray[np.int64]
 
@@ -64,16 +61,6 @@ class Chain:
 def chunk_key(node: bytes) -> str:
     """The entry of the chunk that ends at a node (1, 2, ...)."""
     return entry_key("chunk", node)
-
-
-@neutral_torch_state
-def as_token_ids(values: object) -> TokenIds:
-    """Token ids in any integer form, a batch of one too -> int64 [T]. Raises `InvalidArgument`."""
-    array = plain(values, "token ids").cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    array = array[0] if array.ndim == 2 and len(array) == 1 else array
-    if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):
-        raise InvalidArgument(f"token ids are integers [tokens]; got {array.dtype} of shape {array.shape}")
-    return array.astype(np.int64)
 
 
 def _next_node(node: bytes, token_ids: TokenIds) -> bytes:

@@ -23,10 +23,11 @@ from ..codec import Codec
 from ..entries import Entries
 from ..errors import PROGRAM_ENDS, InvalidArgument
 from ..key_digest import entry_scope
+from ..settings import as_token_ids
 from ..store import Store
 from ..torch_state import neutral_torch_state
 from ..workers import Workers
-from .chain import Chain, TokenIds, as_token_ids, chunk_key
+from .chain import Chain, TokenIds, chunk_key
 from .tails import Tails, tail_key, tail_name
 
 MIN_TOKENS = 512
