@@ -446,11 +446,10 @@ def test_a_growing_conversation_replaces_its_own_tail_alone(prefixes: PrefixCach
 
 
 @pytest.mark.parametrize(
-    "ids",
-    [[-1], [3, -5], np.array([2**64 - 1], np.uint64), torch.tensor([2**63], dtype=torch.uint64), torch.tensor([-1])],
+    "ids", [[2**63], np.array([5, 2**64 - 1], np.uint64), torch.tensor([2**63], dtype=torch.uint64)]
 )
-def test_ids_that_would_wrap_or_are_negative_are_refused(ids):
+def test_ids_that_would_wrap_are_refused(ids):
     """As int64, 2**64 - 1 and -1 would have one key."""
-    with pytest.raises(InvalidArgument, match="are of 0 to 9223372036854775807; got"):
+    with pytest.raises(InvalidArgument, match="are at most 9223372036854775807; got"):
         as_token_ids(ids)
     assert as_token_ids(np.array([2**63 - 1], np.uint64)).tolist() == [2**63 - 1]
