@@ -664,7 +664,7 @@ def test_a_batch_is_limited_with_its_padding():
     """One long stream among short ones asks for places for all of them."""
     streams = [fresh_codec().encode(random_cache(n, torch.bfloat16)) for n in (20, 1, 1)]
     assert fresh_codec(max_tokens=60).decode_batch(streams)[1].shape == (3, 20)
-    with pytest.raises(StreamTooLarge, match=r"a batch of 60 tokens, padding included, .* 59 are allowed"):
+    with pytest.raises(StreamTooLarge, match=r"a batch of 60 tokens with its padding .* 59 are allowed"):
         fresh_codec(max_tokens=59).decode_batch(streams)
 
 

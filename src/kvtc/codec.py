@@ -362,7 +362,7 @@ class Codec:
         n_places, named = len(streams) * longest, len(streams) * max(0 if row is None else len(row) for row in ids)
         if n_places > self.max_tokens + named:
             raise StreamTooLarge(
-                f"a batch of {n_places} tokens, padding included, would have to be decoded; {self.max_tokens + named} are allowed: "
+                f"a batch of {n_places} tokens with its padding would have to be decoded; {self.max_tokens + named} are allowed: "
                 "give token_ids=, or the codec more max_tokens="
             )
         opened = []
