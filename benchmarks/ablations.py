@@ -18,7 +18,7 @@ from calibrating import Recipe, add_calibration_arguments, calibrate_all
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import ABLATIONS
-from kvtc.evaluate.table import format_table
+from kvtc.report.table import format_table
 from quality import add_text_arguments, measure, print_qualities
 
 N_DRAWS = 5

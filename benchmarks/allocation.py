@@ -9,10 +9,10 @@ import time
 
 import numpy as np
 
-from kvtc.coding.allocation import allocate_bits, distortion_of
-from kvtc.coding.distortion import measure_distortion
+from kvtc.coding.paper.allocation import allocate_bits, distortion_of
+from kvtc.coding.paper.distortion import measure_distortion
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_fields
+from kvtc.report.table import format_fields
 
 
 def main() -> None:

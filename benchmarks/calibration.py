@@ -13,10 +13,10 @@ import torch
 
 from kvtc.calibration.principal import principal_components
 from kvtc.calibration.row_spool import RowSpool
-from kvtc.coding.distortion import measure_distortion
+from kvtc.coding.paper.distortion import measure_distortion
 from kvtc.coding.transform import project
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_fields
+from kvtc.report.table import format_fields
 
 STREAMED_ROWS = 1024
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import kvtc
 from calibrating import Recipe, add_calibration_arguments, calibrate
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_fields
+from kvtc.report.table import format_fields
 from quality import add_text_arguments, measure, print_qualities
 
 

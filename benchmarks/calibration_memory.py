@@ -21,11 +21,11 @@ from kvtc.calibration.prediction_fit import TRAINED_COEFFICIENTS
 from kvtc.calibration.principal import OVERSAMPLING
 from kvtc.calibration.row_spool import BLOCK_VALUES, FLOAT16_BYTES, RowSpool
 from kvtc.coding.device import usable_device
-from kvtc.coding.metric import Metric
-from kvtc.coding.prediction import N_TOKENS_SEEN, reduce_embeddings
+from kvtc.coding.joint.metric import Metric
+from kvtc.coding.joint.prediction import N_TOKENS_SEEN, reduce_embeddings
 from kvtc.coding.rope import NO_ROTATION, Rope
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_fields, format_table
+from kvtc.report.table import format_fields, format_table
 
 GIB = 2**30
 VOCABULARY, HIDDEN = 32_768, 1024

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 import kvtc
-from kvtc import interop
-from kvtc.coding.prediction import token_triples
+from kvtc.codec import transformers_cache as interop
+from kvtc.coding.joint.prediction import token_triples
+from kvtc.coding.joint.uniform_quantizer import column_classes, quantize, to_symbols
 from kvtc.coding.transform import project, rows_of
-from kvtc.coding.uniform import column_classes, quantize, to_symbols
 from kvtc.container import STREAM_WIDE, SectionType, parse_stream
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_table
-from kvtc.integrations.continuation import prefill
+from kvtc.huggingface.continuation import prefill
+from kvtc.report.table import format_table
 from quality import stretches
 
 CHUNK = 256

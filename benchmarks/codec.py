@@ -18,23 +18,26 @@ from unittest.mock import patch
 import torch
 
 import kvtc
-import kvtc.codec
+import kvtc.codec.codec
 from kvtc.backends import ReferenceBackend
 from kvtc.calibration import KindCalibration
-from kvtc.coding.distortion import measure_distortion
+from kvtc.codec.sealed_stream import StreamDraft
+from kvtc.coding.paper.distortion import measure_distortion
 from kvtc.coding.rope import Rope, RopeTable
 from kvtc.coding.transform import Basis
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_table
-from kvtc.integrations.huggingface import capture
-from kvtc.profiles.coefficients import JointTransform
-from kvtc.profiles.paper import BasisSide
-from kvtc.sealed_stream import StreamDraft
+from kvtc.huggingface.models import capture
+from kvtc.profiles.joint.transform import JointTransform
+from kvtc.profiles.paper.coder import BasisSide
+from kvtc.report.table import format_table
 
-# The stages of `kvtc.codec`, and those of a profile, by the names that call them.
+# The stages of `kvtc.codec.codec`, and those of a profile, by the names that call them.
 ENCODE_STAGES = {"validate": (kvtc.KVCache, "validate"), "un-rotate": (ReferenceBackend, "gather"),
-                 "exact tokens": (kvtc.codec, "draft_stream"), "container": (StreamDraft, "seal")}  # fmt: skip
-DECODE_STAGES = {"container, lossless decoding": (kvtc.codec, "open_stream"), "rotate": (ReferenceBackend, "place")}
+                 "exact tokens": (kvtc.codec.codec, "draft_stream"), "container": (StreamDraft, "seal")}  # fmt: skip
+DECODE_STAGES = {
+    "container, lossless decoding": (kvtc.codec.codec, "open_stream"),
+    "rotate": (ReferenceBackend, "place"),
+}
 PROFILE_STAGES = {
     "paper": (
         {"transform": (BasisSide, "coefficients"), "quantize and pack": (ReferenceBackend, "pack_groups")},

@@ -21,10 +21,10 @@ from unittest.mock import patch
 
 import kvtc
 from kvtc.entries import Entries
-from kvtc.evaluate.plots import INK, SERIES
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_bytes, format_table
-from kvtc.profiles.joint import JointCoder
+from kvtc.profiles.joint.coder import JointCoder
+from kvtc.report.plots import INK, SERIES
+from kvtc.report.table import format_bytes, format_table
 from places import NAMES, open_stores
 from serving import (
     add_codec_arguments,

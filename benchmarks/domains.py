@@ -15,11 +15,11 @@ from pathlib import Path
 
 import kvtc
 from calibrating import DOMAINS, Recipe, add_calibration_arguments, calibrate_all, domain_of
-from kvtc.cli.calibrating import documents
+from kvtc.cli.calibrate import documents
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import DOMAIN_SHIFT, ShiftCell
-from kvtc.evaluate.table import format_ratio, format_table
+from kvtc.report.table import format_ratio, format_table
 from quality import add_text_arguments, measure
 
 MIXED, SHIPPED = "mixed", "as shipped"

@@ -18,14 +18,14 @@ from torch import Tensor
 import kvtc
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration, KindCalibration
-from kvtc.calibration.joint import CoefficientModel, JointCalibration, TokenCoding
-from kvtc.coding.distortion import measure_distortion
-from kvtc.coding.metric import Metric
-from kvtc.coding.prediction import N_TOKENS_SEEN, Predictor, token_triples
+from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration, TokenCoding
+from kvtc.coding.joint.metric import Metric
+from kvtc.coding.joint.prediction import N_TOKENS_SEEN, Predictor, token_triples
+from kvtc.coding.joint.rounding import round_coefficients
+from kvtc.coding.joint.uniform_quantizer import N_ACTIVITIES, column_classes
+from kvtc.coding.paper.distortion import measure_distortion
 from kvtc.coding.rope import Rope, RopeTable, turn_in_place
-from kvtc.coding.rounding import round_coefficients
 from kvtc.coding.transform import Basis
-from kvtc.coding.uniform import N_ACTIVITIES, column_classes
 
 CHUNK_TOKENS = 256
 TURNED_TOGETHER = 50

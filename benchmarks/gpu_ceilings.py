@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-import kvtc.codec
+import kvtc.codec.codec
 from gpu_cases import CHUNK_TOKENS, caches, calibration_for, coefficient_model, drawn, shipped
 from gpu_coding import Case, Setting
 from kvtc.backends import CodedIntegers, make_backend, nvcomp
+from kvtc.coding.joint.uniform_quantizer import column_classes
 from kvtc.coding.lossless import BLOCK_BYTES
-from kvtc.coding.uniform import column_classes
 from kvtc.container import SectionType
 from kvtc.errors import KvtcError
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 import kvtc
-import kvtc.codec
+import kvtc.codec.codec
 from gpu_cases import CHUNK_TOKENS, SHAPES, Drawn, Shape, caches, calibration_for
 from gpu_clock import Clock, StageClock, begin_peak, peak_bytes
 from kvtc.calibration import Calibration
-from kvtc.calibration.joint import CoefficientModel
-from kvtc.coding.uniform import column_classes
-from kvtc.profiles.coefficients import JointTransform
-from kvtc.profiles.paper import BasisSide
-from kvtc.sealed_stream import StreamDraft
+from kvtc.calibration.joint_calibration import CoefficientModel
+from kvtc.codec.sealed_stream import StreamDraft
+from kvtc.coding.joint.uniform_quantizer import column_classes
+from kvtc.profiles.joint.transform import JointTransform
+from kvtc.profiles.paper.coder import BasisSide
 
 PAPER_RATIO = 16
 """At which the profile is published."""
@@ -210,7 +210,7 @@ def encode_stages(codec: kvtc.Codec) -> dict[str, tuple[Any, str]]:
     """What is not in one of the others stands under the stage around it."""
     shared = {
         "check the cache": (kvtc.KVCache, "validate"),
-        "exact tokens": (kvtc.codec, "draft_stream"),
+        "exact tokens": (kvtc.codec.codec, "draft_stream"),
         "un-rotate": (codec.backend, "gather"),
         "lossless coding, container": (StreamDraft, "seal"),
         "rest of the profile": (codec._coder, "encode_all"),
@@ -227,10 +227,10 @@ def encode_stages(codec: kvtc.Codec) -> dict[str, tuple[Any, str]]:
 def decode_stages(codec: kvtc.Codec) -> dict[str, tuple[Any, str]]:
     """Copies to the device are where the backend makes them: within reading integers, or unpacking."""
     shared = {
-        "read the streams": (kvtc.codec, "open_stream"),
+        "read the streams": (kvtc.codec.codec, "open_stream"),
         "inverse product": (codec._coder, "restore"),
         "rotate, scatter": (codec.backend, "place"),
-        "exact tokens": (kvtc.codec.Restoration, "write_layer"),
+        "exact tokens": (kvtc.codec.codec.Restoration, "write_layer"),
     }
     if codec.settings.profile == "paper":
         return shared | {"unpack, dequantize": (codec.backend, "unpack_groups"), "join": (codec._coder, "decode")}

@@ -7,8 +7,8 @@ import torch
 from gpu_cases import caches, calibration_for, drawn
 from gpu_coding import Case, Setting, relative_error
 from kvtc.backends import CodedIntegers, ReferenceBackend, make_backend
-from kvtc.coding.allocation import allocate_bits
-from kvtc.coding.uniform import column_classes
+from kvtc.coding.joint.uniform_quantizer import column_classes
+from kvtc.coding.paper.allocation import allocate_bits
 
 
 def gate(setting: Setting) -> dict[str, Any]:

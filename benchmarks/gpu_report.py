@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtc.evaluate.plots import INK, MUTED, SERIES, plot_style, require_matplotlib, save_figure, set_title
-from kvtc.evaluate.table import format_table
+from kvtc.report.plots import INK, MUTED, SERIES, plot_style, require_matplotlib, save_figure, set_title
+from kvtc.report.table import format_table
 
 Pieces = dict[str, Any]
 """By name, as they are saved."""

@@ -18,7 +18,7 @@ import torch
 
 import kvtc
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_bytes, format_table
+from kvtc.report.table import format_bytes, format_table
 from serving import add_codec_arguments, answer, first_token, raw_bytes, start, timed, token_ids
 
 LENGTH = struct.Struct("<Q")
@@ -109,7 +109,7 @@ def pack_raw(cache) -> bytes:
 def unpack_raw(data: memoryview):
     layers, *shape = SHAPE.unpack_from(data)
     values = np.frombuffer(data, dtype=np.int16, offset=SHAPE.size).reshape(layers, 2, *shape)
-    cache = kvtc.interop.new_transformers_cache()
+    cache = kvtc.codec.transformers_cache.new_transformers_cache()
     for index, (keys, rest) in enumerate(values):
         cache.update(*(torch.from_numpy(side.copy()).view(torch.bfloat16) for side in (keys, rest)), index)
     return cache

@@ -19,10 +19,10 @@ import torch
 
 import kvtc
 from kvtc.evaluate.provenance import Provenance
-from kvtc.evaluate.table import format_table
 from kvtc.files import write_atomically
-from kvtc.integrations.huggingface import capture
+from kvtc.huggingface.models import capture
 from kvtc.plan.measurements import NAMES, load_measurements
+from kvtc.report.table import format_table
 
 PREFILLS = (256, 512, 1024, 2048, 4096)
 BATCHES, CONTEXTS, STEPS = (1, 4, 8), (256, 1024, 2048), 8

@@ -15,9 +15,9 @@ from statistics import mean, median
 import torch
 
 import kvtc
-from kvtc.evaluate.plots import MUTED, SERIES
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_bytes, format_table
+from kvtc.report.plots import MUTED, SERIES
+from kvtc.report.table import format_bytes, format_table
 from serving import (
     add_codec_arguments,
     answer,
@@ -77,7 +77,7 @@ def converse(model, codec, turns: list[torch.Tensor], n_answer: int, rows: dict)
 
 def _cut(cache, n_tokens: int):
     """The first tokens of a cache, which stays as it is."""
-    part = kvtc.interop.new_transformers_cache()
+    part = kvtc.codec.transformers_cache.new_transformers_cache()
     for index, layer in enumerate(cache.layers):
         part.update(layer.keys[:, :, :n_tokens], layer.values[:, :, :n_tokens], index)
     return part

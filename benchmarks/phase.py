@@ -25,9 +25,9 @@ import kvtc
 from kvtc.evaluate.methods import as_method, restore
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.schema import PHASE_SWEEP, PhasePoint
-from kvtc.evaluate.table import format_table
 from kvtc.evaluate.tasks import LATEST, NEEDLES, Source
-from kvtc.integrations.continuation import prefill
+from kvtc.huggingface.continuation import prefill
+from kvtc.report.table import format_table
 
 CHUNK = 256
 SPACING = 64

@@ -28,22 +28,22 @@ from kvtc.calibration import Calibration
 from kvtc.calibration.artifact import KindCalibration
 from kvtc.calibration.entropy import fit_coefficients
 from kvtc.calibration.fit import CHUNK_TOKENS
-from kvtc.calibration.joint import JointCalibration
+from kvtc.calibration.joint_calibration import JointCalibration
 from kvtc.calibration.joint_fit import TABLE_ROWS, WeightedRows, fit_joint
 from kvtc.calibration.principal import block_diagonal, principal_components
 from kvtc.calibration.row_spool import RowSpool
-from kvtc.coding.distortion import MAX_SAMPLE_ROWS, measure_distortion
-from kvtc.coding.metric import Metric
-from kvtc.coding.prediction import N_TOKENS_SEEN, token_triples
-from kvtc.coding.rounding import Rounded
+from kvtc.coding.joint.metric import Metric
+from kvtc.coding.joint.prediction import N_TOKENS_SEEN, token_triples
+from kvtc.coding.joint.rounding import Rounded
+from kvtc.coding.joint.uniform_quantizer import quantize, to_symbols
+from kvtc.coding.paper.distortion import MAX_SAMPLE_ROWS, measure_distortion
 from kvtc.coding.transform import project, rows_of
-from kvtc.coding.uniform import quantize, to_symbols
 from kvtc.evaluate.derived import FewerBytes, fewer_bytes
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import ABLATIONS
-from kvtc.evaluate.table import format_table
-from kvtc.integrations.huggingface import capture
+from kvtc.huggingface.models import capture
+from kvtc.report.table import format_table
 from quality import add_text_arguments, measure, print_qualities
 
 SINK_TOKENS = 4

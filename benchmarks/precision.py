@@ -14,7 +14,7 @@ from torch import Tensor
 import kvtc
 from kvtc.coding.product import Columns, PackedRows
 from kvtc.evaluate.provenance import save_result
-from kvtc.profiles.coefficients import JointTransform
+from kvtc.profiles.joint.transform import JointTransform
 from quality import add_text_arguments, measure, print_qualities
 
 E4M3_MAX = 448.0

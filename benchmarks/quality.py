@@ -12,8 +12,8 @@ import kvtc
 from kvtc.evaluate import sweep
 from kvtc.evaluate.methods import Method
 from kvtc.evaluate.quality import Quality, evaluate_continuation, summarize
-from kvtc.evaluate.table import format_table
-from kvtc.evaluate.text_sections import quality_table
+from kvtc.report.table import format_table
+from kvtc.report.text_sections import quality_table
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,10 +13,10 @@ from statistics import median
 import torch
 
 import kvtc
-from kvtc.evaluate.plots import MUTED, SERIES
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.scoring import standard_tasks
-from kvtc.evaluate.table import format_bytes, format_table
+from kvtc.report.plots import MUTED, SERIES
+from kvtc.report.table import format_bytes, format_table
 from serving import (
     add_codec_arguments,
     divergence,

@@ -17,16 +17,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from kvtc.coding.rans import (
-    RansTables,
-    cost_bits,
-    count_lanes,
-    decode_symbols,
-    encode_symbols,
-    normalize_frequencies,
-)
+from kvtc.coding.rans import RansTables, cost_bits, count_lanes, decode_symbols, encode_symbols, normalize_frequencies
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_table
+from kvtc.report.table import format_table
 
 N_CLASSES, N_KINDS, N_SYMBOLS = 27, 4, 17
 CHUNK_TOKENS = 256

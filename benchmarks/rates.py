@@ -11,8 +11,8 @@ import torch
 import kvtc
 from kvtc.demo.run import CONVERSATION
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_table
-from kvtc.integrations.huggingface import capture
+from kvtc.huggingface.models import capture
+from kvtc.report.table import format_table
 
 SINK_TOKENS = 4
 

@@ -31,16 +31,16 @@ from kvtc.calibration.entropy import fit_coefficients
 from kvtc.calibration.fit import CHUNK_TOKENS
 from kvtc.calibration.joint_fit import TABLE_ROWS, WeightedRows
 from kvtc.calibration.prediction_fit import REGRESSION_RIDGE
-from kvtc.coding.prediction import token_features, token_triples
+from kvtc.coding.joint.prediction import token_features, token_triples
+from kvtc.coding.joint.uniform_quantizer import column_classes
 from kvtc.coding.transform import cache_side_of, rows_of
-from kvtc.coding.uniform import column_classes
 from kvtc.evaluate.derived import FewerBytes, fewer_bytes
 from kvtc.evaluate.methods import Cost
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.schema import RECOMPUTE, QualityRecord, RecomputePoint
-from kvtc.evaluate.table import format_table
-from kvtc.integrations.continuation import prefill
-from kvtc.profiles.integers import join_integers, split_integers
+from kvtc.huggingface.continuation import prefill
+from kvtc.profiles.joint.chunk_bytes import join_integers, split_integers
+from kvtc.report.table import format_table
 from pipeline_steps import SINK_TOKENS, Rows
 from quality import add_text_arguments, measure, print_qualities, stretches
 

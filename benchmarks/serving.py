@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import kvtc
-from kvtc.evaluate.plots import plot_style, require_matplotlib, save_figure
 from kvtc.evaluate.provenance import RESULTS_DIRECTORY
+from kvtc.report.plots import plot_style, require_matplotlib, save_figure
 
 Result = TypeVar("Result")
 IMAGES = Path("docs/images")

@@ -20,8 +20,8 @@ import kvtc
 from kvtc.coding.product import Columns
 from kvtc.coding.transform import rows_of
 from kvtc.evaluate.provenance import save_result
-from kvtc.evaluate.table import format_table
-from kvtc.integrations.huggingface import capture
+from kvtc.huggingface.models import capture
+from kvtc.report.table import format_table
 from measurements import best
 from quality import add_text_arguments, measure, print_qualities, stretches
 

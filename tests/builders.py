@@ -19,13 +19,13 @@ from torch import Tensor
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration, KindCalibration
 from kvtc.calibration.fit import fit
-from kvtc.calibration.joint import CoefficientModel, JointCalibration, TokenCoding
-from kvtc.calibration.quality import QualityCurve
-from kvtc.codec import Codec
-from kvtc.coding.distortion import DistortionTable
-from kvtc.coding.metric import Metric
-from kvtc.coding.prediction import Predictor
-from kvtc.coding.probability import ProbabilityTables
+from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration, TokenCoding
+from kvtc.calibration.quality_curve import QualityCurve
+from kvtc.codec.codec import Codec
+from kvtc.coding.joint.metric import Metric
+from kvtc.coding.joint.prediction import Predictor
+from kvtc.coding.joint.probability import ProbabilityTables
+from kvtc.coding.paper.distortion import DistortionTable
 from kvtc.coding.rope import NO_ROTATION, Rope, RopeTable
 from kvtc.coding.transform import Basis, cache_side_of
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from kvtc import log_limits
 from kvtc.calibration import Calibration
+from kvtc.process import log_limits
 
 from .builders import tiny_calibration
 from .triton_memory import only_arguments

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvtc import codec as codec_module
+from kvtc.codec import codec as codec_module
 from kvtc.errors import StoreUnavailable
 
 OPERATIONS = ("get_many", "resident_many", "put", "put_many", "contains", "contains_prefix", "delete")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvtc.cache import KVCache
-from kvtc.integrations.page_layout import PageLayout
+from kvtc.engines.page_layout import PageLayout
 
 from .fake_vllm import KVConnectorRole
 

@@ -18,7 +18,7 @@ import torch
 
 from .fake_modules import fake_modules
 
-ADAPTERS = tuple(f"kvtc.integrations.lmcache_{name}" for name in ("l2", "serde", "remote", "server"))
+ADAPTERS = tuple(f"kvtc.engines.lmcache.{name}" for name in ("l2", "serde", "remote", "server"))
 
 
 class Bitmap:

@@ -17,7 +17,7 @@ import torch
 
 from .fake_modules import fake_modules
 
-ADAPTERS = ("kvtc.integrations.sglang_hicache",)
+ADAPTERS = ("kvtc.engines.sglang.hicache",)
 
 
 @dataclass

@@ -32,11 +32,11 @@ import torch
 
 import kvtc
 from kvtc.cache import KVCache
-from kvtc.codec import Codec
+from kvtc.codec.codec import Codec
+from kvtc.codec.opened_stream import positions_of
 from kvtc.coding.lossless import CODER_IDS, compress
 from kvtc.container import SectionType, parse_stream
 from kvtc.errors import KvtcError
-from kvtc.opened_stream import positions_of
 
 from . import claims, fuzz_files
 from .builders import (

@@ -22,7 +22,7 @@ from torch import Tensor
 from kvtc.cache_file import load_cache, save_cache
 from kvtc.calibration import Calibration, load_calibration
 from kvtc.calibration.artifact import _checksum, _parse
-from kvtc.codec import Codec
+from kvtc.codec.codec import Codec
 from kvtc.errors import KvtcError
 
 from .builders import measured_calibration, random_cache, tiny_calibration, told_cache, told_ids

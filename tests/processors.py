@@ -48,7 +48,8 @@ CODED = {
     "joint, coded window": {"step": 1.0, "profile": "joint", "window_format": "coded"},
     "joint, bfloat16": {"step": 1.0, "profile": "joint", "precision": "bfloat16"},
 }
-CORE = ["product", "golden", "rans", "rope", "joint", "joint_parts", "codec", "fixed_size"]
+CORE = ["coding/test_product", "container/test_golden", "coding/test_rans", "coding/test_rope", "coding/test_joint_parts",
+        "codec/test_joint", "codec/test_codec", "codec/test_fixed_size"]  # fmt: skip
 
 
 def covering(settings: dict[str, tuple[str, ...]]) -> list[dict[str, str]]:
@@ -177,7 +178,7 @@ def fitted_and_loaded() -> list[str]:
 
 def real_case(folder: Path) -> None:
     """The reference model's own calibration, and its cache of a text."""
-    from kvtc.integrations.huggingface import capture
+    from kvtc.huggingface.models import capture
 
     model, tokenizer = kvtc.reference_model(dtype="bfloat16")
     text = (ROOT / "src/kvtc/demo/conversation.txt").read_text(encoding="utf-8")
@@ -231,7 +232,7 @@ def main() -> None:
             ]
             cells = [*setting.values(), *kinds, str(len(result["differences"])) + " differ"]
             if options.suite:
-                files = [f"tests/test_{room}.py" for room in CORE]
+                files = [f"tests/{name}.py" for name in CORE]
                 # torch's own attention in bfloat16 fails where it is held to less than a processor with AMX has.
                 done = run(
                     setting,

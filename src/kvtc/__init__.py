@@ -15,17 +15,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import errors, forks  # noqa: F401  what a forked child inherits is noted from here on
+from . import errors
+from .process import forks  # noqa: F401  what a forked child inherits is noted from here on
 
 if TYPE_CHECKING:
     from .cache import CacheGeometry, KVCache
     from .calibration import Calibration, load_calibration
     from .codec import Codec
+    from .codec.inspection import StreamInfo, inspect
     from .container import join_streams, split_stream
-    from .inspection import StreamInfo, inspect
-    from .integrations.huggingface import calibrate
-    from .integrations.model_identity import model_identity
-    from .integrations.quality import measure_quality
+    from .huggingface.measure_quality import measure_quality
+    from .huggingface.model_identity import model_identity
+    from .huggingface.models import calibrate
     from .prefix_cache import PrefixCache
     from .reference import reference_calibration, reference_model
     from .store import open_store
@@ -38,13 +39,13 @@ _HOME = {
     "Codec": "codec",
     "KVCache": "cache",
     "PrefixCache": "prefix_cache",
-    "StreamInfo": "inspection",
-    "calibrate": "integrations.huggingface",
-    "inspect": "inspection",
+    "StreamInfo": "codec.inspection",
+    "calibrate": "huggingface.models",
+    "inspect": "codec.inspection",
     "join_streams": "container",
     "load_calibration": "calibration",
-    "measure_quality": "integrations.quality",
-    "model_identity": "integrations.model_identity",
+    "measure_quality": "huggingface.measure_quality",
+    "model_identity": "huggingface.model_identity",
     "open_store": "store",
     "reference_calibration": "reference",
     "reference_model": "reference",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .coding.rope import Rope
 from .errors import GeometryMismatch, InvalidArgument, InvalidCache
-from .torch_state import neutral_torch_state, plain
+from .process.torch_state import neutral_torch_state, plain
 
 MAX_EXTENT = (1 << 16) - 1
 """Of layers, heads and features of a head: what a stream's header can say."""

@@ -17,7 +17,7 @@ from . import strict_json
 from .cache import MAX_EXTENT, KVCache
 from .errors import InvalidCache
 from .files import write_atomically
-from .torch_state import neutral_torch_state, plain
+from .process.torch_state import neutral_torch_state, plain
 
 KNOWN_TENSORS = {"keys", "values", "positions", "token_ids"}
 KNOWN_NUMBERS = {"first_layer": MAX_EXTENT, "first_kv_head": MAX_EXTENT, "rope_length": (1 << 31) - 1}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .forks import in_child
-from .locks import ForkSafeLock
+from .process.forks import in_child
+from .process.locks import ForkSafeLock
 
 COUNTERS = {
     "lookups": "Questions to the store about what it has.",

@@ -16,11 +16,11 @@ from .backends import Bytes
 from .coding.device import CPU, usable_device
 from .container import MAGIC, parse_stream
 from .errors import InvalidArgument, KvtcError, StoreFull, StoreUnavailable
-from .forks import in_child
+from .process.forks import in_child
+from .process.torch_state import neutral_torch_state
 from .store.frame import DEFAULT_ENTRY_BYTES, FRAME_BYTES, DamagedEntry, ForeignEntry, check_head
 from .store.memory import DEFAULT_BYTES, MemoryStore
 from .store.urls import StoreUrl, parse_bytes
-from .torch_state import neutral_torch_state
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from .counts import Counts
 from .errors import PROGRAM_ENDS, CorruptStream, KvtcError, StoreError, TruncatedStream
-from .log_limits import log_once
+from .process.log_limits import log_once
 from .store import Store
 from .store.base import read_count, read_values
 

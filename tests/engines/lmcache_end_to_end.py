@@ -77,7 +77,7 @@ def chunk_options() -> dict[str, Any]:
     import torch
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    from kvtc.integrations.page_layout import vllm_layout
+    from kvtc.engines.page_layout import vllm_layout
     from kvtc.reference import MODEL_DIRECTORY, reference_calibration
 
     geometry = reference_calibration().geometry
@@ -165,7 +165,7 @@ def lmcache_server(scratch: Path, name: str, places: list[Place]) -> Iterator[in
     adapters = [part for place in places for part in ("--l2-adapter", json.dumps(place.adapter))]
     # Only the serde needs kvtc's launcher.
     needs_launcher = any("serde" in place.adapter for place in places)
-    launcher = [sys.executable, "-m", "kvtc.integrations.lmcache_server"]
+    launcher = [sys.executable, "-m", "kvtc.engines.lmcache.server"]
     command = [*(launcher if needs_launcher else [str(Path(sys.prefix) / "bin" / "lmcache")]), "server"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--http-host", "127.0.0.1", "--http-port", str(http_port)]
     command += ["--l1-size-gb", "1", "--no-l1-use-lazy", "--eviction-policy", "LRU"]

@@ -23,8 +23,8 @@ from lmcache.v1.gpu_connector.gpu_connectors import GPUConnectorInterface
 from lmcache.v1.metadata import LMCacheMetadata
 from vllm_end_to_end import prompts
 
-from kvtc import interop
-from kvtc.integrations.page_layout import lmcache_layout
+from kvtc.codec import transformers_cache as interop
+from kvtc.engines.page_layout import lmcache_layout
 from kvtc.reference import MODEL_DIRECTORY, reference_calibration, reference_model
 
 RATIO = 8
@@ -93,7 +93,7 @@ def round_trip(store: Path, caches: torch.Tensor, ids: torch.Tensor) -> tuple[in
             "save_unfull_chunk": True,
             "remote_storage_plugins": ["kvtc"],
             "extra_config": {
-                "remote_storage_plugin.kvtc.module_path": "kvtc.integrations.lmcache_remote",
+                "remote_storage_plugin.kvtc.module_path": "kvtc.engines.lmcache.remote",
                 "remote_storage_plugin.kvtc.class_name": "KvtcRemoteConnector",
                 "kvtc.calibration": "reference",
                 "kvtc.store": f"file://{store}",

@@ -129,7 +129,7 @@ def plugin(store: str, options: dict[str, Any]) -> dict[str, Any]:
     """Configuration of kvtc's own adapter with a store at a URL."""
     return {
         "type": "plugin",
-        "module_path": "kvtc.integrations.lmcache_l2",
+        "module_path": "kvtc.engines.lmcache.l2",
         "class_name": "KvtcL2Adapter",
         "adapter_params": {**options, "kvtc.store": store},
     }

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from vllm_end_to_end import Failure, expect, prompts
 
-from kvtc import interop
 from kvtc.cache import KVCache
+from kvtc.codec import transformers_cache as interop
 from kvtc.reference import MODEL_DIRECTORY, reference_calibration, reference_model
 
 RATIO = 8
@@ -89,7 +89,7 @@ def backend(store: Path, pool: Any) -> Any:
 
     options = {
         "backend_name": "kvtc",
-        "module_path": "kvtc.integrations.sglang_hicache",
+        "module_path": "kvtc.engines.sglang.hicache",
         "class_name": "KvtcHiCache",
         "interface_v1": 1,
         "kvtc.calibration": "reference",

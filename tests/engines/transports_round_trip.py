@@ -21,7 +21,8 @@ import torch
 from lmcache_places import free_port, running
 from vllm_end_to_end import Failure, expect, prompts
 
-from kvtc import Codec, inspect, interop
+from kvtc import Codec, inspect
+from kvtc.codec import transformers_cache as interop
 from kvtc.reference import reference_calibration, reference_model
 
 N_TOKENS, RATIO = 512, 8

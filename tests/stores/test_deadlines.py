@@ -9,7 +9,7 @@ import pytest
 from kvtc.errors import StoreFull, StoreUnavailable
 from kvtc.store import bounded_calls, circuit, open_store
 from kvtc.store.bounded_calls import MAX_THREADS, BoundedCalls
-from kvtc.store.directory import Directory
+from kvtc.store.files.directory import Directory
 
 from ..forking import in_forked_child
 from .contract import wait_until
@@ -159,7 +159,7 @@ def test_what_was_given_up_writes_nothing_any_more(tmp_path, monkeypatch):
     answers = threading.Event()
     with open_store(f"file://{tmp_path}?timeout={DEADLINE}&sync=data") as store:
         store.put("k", b"old")
-        monkeypatch.setattr("kvtc.store.directory.os.fsync", lambda _: answers.wait(60))
+        monkeypatch.setattr("kvtc.store.files.directory.os.fsync", lambda _: answers.wait(60))
         with pytest.raises(StoreUnavailable, match=r"within 0\.3 seconds"):
             store.put("k", b"given up")
         answers.set()

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from kvtc.errors import StoreFull, StoreUnavailable
-from kvtc.store import ledger as ledger_module
 from kvtc.store import open_store
+from kvtc.store.files import ledger as ledger_module
 
 from .writer import value_of
 

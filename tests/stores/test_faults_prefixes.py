@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtc.codec import Codec
+from kvtc.codec.codec import Codec
 from kvtc.errors import StoreUnavailable
 from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store

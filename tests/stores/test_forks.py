@@ -15,7 +15,7 @@ import pytest
 
 from kvtc.errors import InvalidArgument, StoreUnavailable
 from kvtc.store import encrypted, open_store
-from kvtc.store.directory import Directory
+from kvtc.store.files.directory import Directory
 from kvtc.store.memory import MemoryStore
 from kvtc.store.tiered import TieredStore
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from kvtc import log_limits
 from kvtc.errors import InvalidArgument, StoreFull, StoreUnavailable
+from kvtc.process import log_limits
 from kvtc.store import circuit, open_store
 from kvtc.store.memory import MemoryStore
 from kvtc.store.tiered import TieredStore

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from kvtc.calibration import load_calibration
-from kvtc.codec import Codec
+from kvtc.codec.codec import Codec
 from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 

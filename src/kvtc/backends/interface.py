@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..coding.allocation import BitAllocation
+from ..coding.joint.probability import ProbabilityTables
 from ..coding.lossless import BlockCoder
-from ..coding.probability import ProbabilityTables
+from ..coding.paper.allocation import BitAllocation
 from ..coding.rope import Turn
 
 Bytes = bytes | Tensor

@@ -12,17 +12,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..coding.allocation import BitAllocation
 from ..coding.bitpack import pack, unpack
-from ..coding.escapes import decode_escapes, encode_escapes
-from ..coding.groups import decode_groups, encode_groups
+from ..coding.joint.escapes import decode_escapes, encode_escapes
+from ..coding.joint.probability import ProbabilityTables
+from ..coding.joint.rounding import Rounded, round_coefficients
+from ..coding.joint.uniform_quantizer import ACTIVITY_BITS, ESCAPE, dequantize, from_symbols, to_symbols
 from ..coding.lossless import BlockCoder
-from ..coding.probability import ProbabilityTables
+from ..coding.paper.allocation import BitAllocation
+from ..coding.paper.groups import decode_groups, encode_groups
 from ..coding.rans import decode_symbols, encode_symbols
 from ..coding.rope import Turn, turn_in_place
-from ..coding.rounding import Rounded, round_coefficients
 from ..coding.transform import rows_of, saturate
-from ..coding.uniform import ACTIVITY_BITS, ESCAPE, dequantize, from_symbols, to_symbols
 from .interface import Bytes, CodedIntegers, IntegerBytes, Target
 
 

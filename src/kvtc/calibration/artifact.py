@@ -22,14 +22,14 @@ from torch import Tensor
 
 from .. import strict_json
 from ..cache import MAX_EXTENT, CacheGeometry
-from ..coding.distortion import SYMBOL_TYPES, DistortionTable
+from ..coding.paper.distortion import SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
 from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
 from ..files import write_atomically
-from ..torch_state import neutral_torch_state
-from .joint import LARGEST_SQUARE, JointCalibration, expect, expect_basis
-from .quality import QualityCurve
+from ..process.torch_state import neutral_torch_state
+from .joint_calibration import LARGEST_SQUARE, JointCalibration, expect, expect_basis
+from .quality_curve import QualityCurve
 
 CALIBRATION_VERSION = 1
 FINGERPRINT_BYTES = 16

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..coding.probability import ProbabilityTables, tables_from_counts
-from ..coding.rounding import round_coefficients
-from ..coding.uniform import (
+from ..coding.joint.probability import ProbabilityTables, tables_from_counts
+from ..coding.joint.rounding import round_coefficients
+from ..coding.joint.uniform_quantizer import (
     ESCAPE,
     MAX_SYMBOL,
     N_ACTIVITIES,
@@ -27,8 +27,8 @@ from ..coding.uniform import (
     to_symbols,
 )
 from ..errors import InvalidArgument
-from ..progress import track
-from .joint import CoefficientModel
+from ..process.progress import track
+from .joint_calibration import CoefficientModel
 
 N_STEPS = 28
 STEPS_PER_OCTAVE = 2

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from ..cache import CacheGeometry, KVCache
 from ..coding.device import usable_device
-from ..coding.distortion import MAX_SAMPLE_ROWS, measure_distortion
-from ..coding.metric import Metric
-from ..coding.prediction import N_TOKENS_SEEN, NO_TOKEN, reduce_embeddings, token_triples
+from ..coding.joint.metric import Metric
+from ..coding.joint.prediction import N_TOKENS_SEEN, NO_TOKEN, reduce_embeddings, token_triples
+from ..coding.paper.distortion import MAX_SAMPLE_ROWS, measure_distortion
 from ..coding.transform import project, rows_of
 from ..errors import InvalidArgument
-from ..progress import note, reporting, task, track
-from ..torch_state import neutral_torch_state, plain
+from ..process.progress import note, reporting, task, track
+from ..process.torch_state import neutral_torch_state, plain
 from .artifact import Calibration, KindCalibration
-from .joint import JointCalibration
+from .joint_calibration import JointCalibration
 from .joint_fit import fit_joint
 from .principal import block_diagonal, principal_components
 from .row_spool import FLOAT16_BYTES, RowSpool, require_disk

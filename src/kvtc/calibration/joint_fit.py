@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..cache import CacheGeometry
-from ..coding.metric import Metric
-from ..coding.prediction import Predictor
+from ..coding.joint.metric import Metric
+from ..coding.joint.prediction import Predictor
 from ..coding.transform import Basis, project
 from ..errors import InvalidArgument
-from ..progress import track
+from ..process.progress import track
 from .entropy import fit_coefficients
-from .joint import JointCalibration, TokenCoding
+from .joint_calibration import JointCalibration, TokenCoding
 from .prediction_fit import fit_predictor
 from .principal import principal_components
 from .row_spool import RowSpool

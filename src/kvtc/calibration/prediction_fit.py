@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..coding.prediction import N_TOKENS_SEEN, Predictor, token_features
-from ..progress import track
-from ..torch_state import gradients, neutral_torch_state
+from ..coding.joint.prediction import N_TOKENS_SEEN, Predictor, token_features
+from ..process.progress import track
+from ..process.torch_state import gradients, neutral_torch_state
 
 REGRESSION_RIDGE = 1e-4
 """Times the number of rows: added to the features' mean squares, which are about one."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..coding.transform import Basis
-from ..progress import Advance, task
+from ..process.progress import Advance, task
 
 
 class Rows(Protocol):

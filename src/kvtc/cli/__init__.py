@@ -1,8 +1,8 @@
-"""The command `kvtc`: verbs, and how they end.
+"""The command `kvtc`: subcommands, and how they end.
 
 Results go to stdout, as text or with --json as one JSON object; progress and logs go to stderr. Exit codes: 0 done, 1 failed (the
-last line on stderr says why), 2 wrong usage, 130 interrupted. Importing this package costs nothing: what a verb needs is imported
-when it runs.
+last line on stderr says why), 2 wrong usage, 130 interrupted. Importing this package costs nothing: what a subcommand needs is
+imported when it runs.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .. import __version__, progress
+from .. import __version__
 from ..display import shown, shown_lines, without_credentials
 from ..errors import KvtcError
+from ..process import progress
 from ..strict_json import dumps
-from . import calibrating, coding, demonstrating, describing, doctoring, evaluating, planning, reporting
+from . import calibrate, demo, doctor, encode_decode, evaluate, inspect, plan, report
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print the result as one JSON object")
     common.add_argument("--quiet", action="store_true", help="show no progress")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module in (demonstrating, calibrating, coding, describing, doctoring, evaluating, reporting, planning):
-        module.add_verbs(verbs, common)
+    subcommands = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+    for module in (demo, calibrate, encode_decode, inspect, doctor, evaluate, report, plan):
+        module.add_subcommands(subcommands, common)
     return parser

@@ -1,4 +1,4 @@
-"""What several verbs share: option types, refusing to overwrite, and models and texts that are named on the command line."""
+"""What several subcommands share: option types, refusing to overwrite, and models and texts that are named on the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument, KvtcError, MissingDependency
-from ..progress import note, task
+from ..process.progress import note, task
 
 if TYPE_CHECKING:
     from ..calibration import Calibration, KindCalibration
@@ -20,9 +20,11 @@ REFERENCE = "reference"
 MODEL_HELP = "directory or hub name of a transformers model; 'reference' is the one that ships with kvtc"
 
 
-def add_verb(verbs: Any, common: argparse.ArgumentParser, name: str, run: Any, summary: str, details: str = "") -> Any:
-    """A verb with the options of all verbs; `run` gets the parsed options and returns an `Outcome`."""
-    parser = verbs.add_parser(
+def add_verb(
+    subcommands: Any, common: argparse.ArgumentParser, name: str, run: Any, summary: str, details: str = ""
+) -> Any:
+    """A subcommand with the options of all subcommands; `run` gets the parsed options and returns an `Outcome`."""
+    parser = subcommands.add_parser(
         name,
         parents=[common],
         help=summary,
@@ -95,7 +97,7 @@ def load_model(name: str, device: str, dtype: str = "auto") -> Any:
 
 def context_of(name: str) -> int | None:
     """Tokens that a model reads at most, from its config alone; None where that does not say."""
-    from ..integrations.rope_discovery import context_length
+    from ..huggingface.rope_discovery import context_length
 
     return context_length(_load(_transformers().AutoConfig, name))
 
@@ -171,7 +173,7 @@ def describe_basis(kind: KindCalibration) -> str:
 
 def joint_fields(calibration: Calibration) -> list[tuple[str, object]]:
     """What a calibration has for the profiles `joint` and `conditional`, in words."""
-    from ..evaluate.table import format_bytes
+    from ..report.table import format_bytes
 
     joint = calibration.joint
     if joint is None:

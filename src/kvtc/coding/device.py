@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import InvalidArgument
-from ..torch_state import neutral_torch_state
+from ..process.torch_state import neutral_torch_state
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .quantizer import E4M3_MAX, FLOAT16_MAX
+from .float_formats import E4M3_MAX, FLOAT16_MAX
 
 
 def exact_bytes(n_values: int, dtype: torch.dtype) -> int:

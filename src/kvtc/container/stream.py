@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..coding.lossless import BlockCoder, compress, compress_all, decompress, decompress_all
 from ..errors import CorruptStream, InvalidArgument
-from ..workers import side_by_side
+from ..process.workers import side_by_side
 from .stream_data import StreamData, open_data
 from .tables import (
     CHUNK_BYTES,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import Calibration
+from ..codec.inspection import StreamInfo
 from ..evaluate.provenance import Provenance
 from ..evaluate.quality import Quality
-from ..evaluate.table import format_bytes, format_fields, format_ratio, format_seconds, format_table
-from ..inspection import StreamInfo
 from ..reference import MODEL_NAME
+from ..report.table import format_bytes, format_fields, format_ratio, format_seconds, format_table
 
 WIDTH = 96
 LONG_TEXT = 30_000

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from ..calibration import Calibration
 from ..codec import Codec
+from ..codec.inspection import inspect
 from ..container import PROFILES
 from ..errors import MissingDependency
-from ..evaluate.plots import plot_rate_quality, plot_spectrum
 from ..evaluate.provenance import Provenance
 from ..evaluate.quality import Quality, evaluate_continuation
-from ..inspection import inspect
-from ..integrations.continuation import prefill
-from ..progress import task, track
+from ..huggingface.continuation import prefill
+from ..process.progress import task, track
 from ..reference import CALIBRATION_FILE, MODEL_NAME, reference_calibration, reference_model
+from ..report.plots import plot_rate_quality, plot_spectrum
 from . import report
 
 CONVERSATION = Path(__file__).parent / "conversation.txt"

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from ..calibration import load_calibration
 from ..codec import Codec
 from ..errors import InvalidArgument
-from ..integrations.continuation import prefill
+from ..huggingface.continuation import prefill
+from ..process.torch_state import model_torch_state
 from ..reference import MODEL_DIRECTORY, reference_calibration
-from ..torch_state import model_torch_state
 from .methods import Cost, KvtcMethod, restore
 
 REFERENCE = "reference"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..codec import Codec
-from ..inspection import inspect
+from ..codec.inspection import inspect
 
 Result = TypeVar("Result")
 

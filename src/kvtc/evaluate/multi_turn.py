@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..codec import Codec
 from ..errors import InvalidArgument
-from ..integrations.continuation import predict, prefill, read_on
-from ..progress import Advance, nobody
-from ..torch_state import model_torch_state
+from ..huggingface.continuation import predict, prefill, read_on
+from ..process.progress import Advance, nobody
+from ..process.torch_state import model_torch_state
 from .methods import Cost, Method, as_method, restore
 from .quality import perplexity
 

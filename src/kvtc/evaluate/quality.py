@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..codec import Codec
 from ..errors import InvalidArgument
-from ..integrations.continuation import mean_divergence, predict, prefill
-from ..progress import Advance, nobody
-from ..torch_state import model_torch_state
+from ..huggingface.continuation import mean_divergence, predict, prefill
+from ..process.progress import Advance, nobody
+from ..process.torch_state import model_torch_state
 from .methods import Method, as_method, restore, timed
 
 

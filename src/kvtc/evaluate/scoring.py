@@ -12,9 +12,9 @@ import torch
 
 from ..codec import Codec
 from ..errors import InvalidArgument
-from ..integrations.continuation import predict, prefill
-from ..progress import Advance, nobody
-from ..torch_state import model_torch_state
+from ..huggingface.continuation import predict, prefill
+from ..process.progress import Advance, nobody
+from ..process.torch_state import model_torch_state
 from . import tasks
 from .methods import Method, as_method, restore
 

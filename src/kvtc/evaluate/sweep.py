@@ -16,9 +16,9 @@ from torch import Tensor
 from ..calibration import Calibration
 from ..codec import Codec
 from ..errors import InvalidArgument
-from ..integrations.continuation import prefill
-from ..progress import task, track
-from ..torch_state import model_torch_state
+from ..huggingface.continuation import prefill
+from ..process.progress import task, track
+from ..process.torch_state import model_torch_state
 from .baselines import EvictedKvtc, Tova, baselines
 from .derived import fewer_bytes, within_a_point
 from .methods import KvtcMethod, Method

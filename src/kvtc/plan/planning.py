@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidPlan
-from ..progress import track
+from ..process.progress import track
 from .engine import Engine
 from .events import ACTIVITIES, GPU
 from .fields import Fields, check_number, read_json

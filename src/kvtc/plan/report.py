@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidPlan
-from ..evaluate.table import format_bytes, format_fields, format_table
+from ..report.table import format_bytes, format_fields, format_table
 from .planning import FIGURES, Published
 
 TITLES = dict(zip(FIGURES, ("Time to first token, seconds", "Latency of the whole answer, seconds"), strict=True))
@@ -103,7 +103,7 @@ def plot_plan(result: Mapping[str, Any], published: Sequence[Published], path: s
 
     Raises `InvalidPlan` for a plan without a sweep, `MissingDependency` where matplotlib is not installed.
     """
-    from ..evaluate.plots import MARKERS, SERIES, plot_style, require_matplotlib, save_figure, set_title
+    from ..report.plots import MARKERS, SERIES, plot_style, require_matplotlib, save_figure, set_title
 
     if not result["sweep_field"]:
         raise InvalidPlan("there is nothing to plot against: the plan has no sweep")

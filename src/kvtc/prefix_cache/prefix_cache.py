@@ -17,16 +17,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from .. import interop
 from ..cache import KVCache
 from ..codec import Codec
+from ..codec import transformers_cache as interop
+from ..codec.options import as_token_ids
 from ..entries import Entries
 from ..errors import PROGRAM_ENDS, InvalidArgument
 from ..key_digest import entry_scope
-from ..settings import as_token_ids
+from ..process.torch_state import neutral_torch_state
+from ..process.workers import Workers
 from ..store import Store
-from ..torch_state import neutral_torch_state
-from ..workers import Workers
 from .chain import Chain, TokenIds, chunk_key
 from .tails import Tails, tail_key, tail_name
 

@@ -22,7 +22,7 @@ from functools import cache
 
 from ..entries import Entries
 from ..errors import CorruptStream, TruncatedStream
-from ..locks import ForkSafeLock
+from ..process.locks import ForkSafeLock
 from .chain import TokenIds, entry_key
 
 MAX_TAILS = 32

@@ -9,7 +9,7 @@ entropy coder   DEFLATE, or another lossless coder      rANS, calibrated tables 
 """
 
 from .interface import Allowance, BodyCoder, BodyRows, Plan
-from .joint import JointCoder
-from .paper import PaperCoder
+from .joint.coder import JointCoder
+from .paper.coder import PaperCoder
 
 __all__ = ["Allowance", "BodyCoder", "BodyRows", "JointCoder", "PaperCoder", "Plan"]

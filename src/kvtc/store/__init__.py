@@ -16,7 +16,7 @@ __all__ = ["Store", "StoreStatistics", "encrypted", "open_store"]
 # Imported when one is opened: a package may be missing, and what lies on devices is a room above.
 _SCHEMES = {
     "memory": ".memory:MemoryStore",
-    "file": ".file:FileStore",
+    "file": ".files.file_store:FileStore",
     "redis": ".redis_store:RedisStore",
     "rediss": ".redis_store:RedisStore",
     "s3": ".object_store:ObjectStore",

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from ..errors import InvalidArgument, StoreError, StoreUnavailable
-from ..forks import in_child
+from ..process.forks import in_child
 
 MAX_KEY_LENGTH = 200
 MAX_NAMESPACE_LENGTH = 48

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from ..errors import PROGRAM_ENDS, InvalidArgument, StoreFull, StoreUnavailable
-from ..forks import in_child
+from ..process.forks import in_child
 from .circuit import CircuitBreaker
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from ..errors import PROGRAM_ENDS
-from ..forks import in_child
+from ..process.forks import in_child
 
 PAUSE_SECONDS = 1.0  # between two probes
 SLOW_SECONDS = 1.0  # a failure that took longer opens the circuit; a quicker one is an answer, and costs callers little

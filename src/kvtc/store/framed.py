@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from ..errors import PROGRAM_ENDS, InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
-from ..log_limits import log_once
+from ..process.log_limits import log_once
 from .base import Names, Store, Value, check_value
 from .frame import DEFAULT_ENTRY_BYTES, DamagedEntry, ForeignEntry, Frame, seal, unseal
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import InvalidArgument, StoreFull
-from ..forks import in_child
+from ..process.forks import in_child
 from .base import StoreStatistics
 from .frame import DEFAULT_ENTRY_BYTES, Frame
 from .framed import FramedStore

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import InvalidArgument, KvtcError, MissingDependency, StoreFull, StoreUnavailable
-from ..forks import in_child
+from ..process.forks import in_child
 from .bounded_calls import BoundedCalls
 from .frame import DEFAULT_ENTRY_BYTES, FRAME_BYTES, Frame, Head
 from .framed import PROBE_NAME, FramedStore

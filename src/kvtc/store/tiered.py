@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..errors import PROGRAM_ENDS, InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
-from ..forks import in_child
-from ..log_limits import log_once
+from ..process.forks import in_child
+from ..process.log_limits import log_once
 from .base import Store, StoreStatistics, Value, check_key, check_value, read_count, read_values
 from .circuit import CircuitBreaker
 from .framed import PROBE_NAME

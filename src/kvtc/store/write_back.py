@@ -9,8 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from ..errors import PROGRAM_ENDS, StoreUnavailable
-from ..forks import in_child
-from ..log_limits import log_once
+from ..process.forks import in_child
+from ..process.log_limits import log_once
 
 ENTRY_BYTES = 512  # what an entry costs beside its value, roughly
 logger = logging.getLogger(__name__)

@@ -17,10 +17,18 @@ import torch
 from torch import Tensor
 
 from ...coding.bitpack import packed_bytes
-from ...coding.escapes import decode_escapes
-from ...coding.probability import ProbabilityTables
+from ...coding.joint.escapes import decode_escapes
+from ...coding.joint.probability import ProbabilityTables
+from ...coding.joint.uniform_quantizer import (
+    ACTIVITY_BITS,
+    ESCAPE,
+    MAX_SYMBOL,
+    N_ACTIVITIES,
+    N_CLASSES,
+    N_SYMBOLS,
+    dequantize,
+)
 from ...coding.rans import LOWER_BOUND, check_ends, check_starts, count_lanes, count_words
-from ...coding.uniform import ACTIVITY_BITS, ESCAPE, MAX_SYMBOL, N_ACTIVITIES, N_CLASSES, N_SYMBOLS, dequantize
 from ...errors import CorruptStream, InvalidArgument
 from ..interface import Bytes, CodedIntegers
 from .decode_kernels import NEVER, NODE, THREADS, decode_integers

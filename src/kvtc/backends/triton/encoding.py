@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ...coding.bitpack import pack, packed_bytes
-from ...coding.escapes import encode_escapes
-from ...coding.probability import ProbabilityTables
+from ...coding.joint.escapes import encode_escapes
+from ...coding.joint.probability import ProbabilityTables
+from ...coding.joint.rounding import BIT_PRICE
+from ...coding.joint.uniform_quantizer import ACTIVITY_BITS, ESCAPE, N_ACTIVITIES, N_CLASSES, N_SYMBOLS
 from ...coding.rans import count_lanes
-from ...coding.rounding import BIT_PRICE
-from ...coding.uniform import ACTIVITY_BITS, ESCAPE, N_ACTIVITIES, N_CLASSES, N_SYMBOLS
 from ...errors import InvalidArgument
 from ..interface import IntegerBytes
 from .decode_kernels import THREADS

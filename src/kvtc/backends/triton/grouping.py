@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...coding.allocation import BitAllocation
-from ...coding.groups import chunk_bytes
-from ...coding.quantizer import SymbolType
+from ...coding.paper.allocation import BitAllocation
+from ...coding.paper.group_quantizer import SymbolType
+from ...coding.paper.groups import chunk_bytes
 from ...errors import CorruptStream, InvalidArgument
 from ..interface import Bytes
 from .group_kernels import BLOCK, pack_scales, pack_symbols, unpack_symbols

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...coding.rans import RansTables, decode_symbols, encode_symbols, normalize_frequencies
 from ...errors import InvalidArgument
-from ...torch_state import neutral_torch_state
+from ...process.torch_state import neutral_torch_state
 from .stream import BodyMethod, Header, Reader, cache_sides, from_bytes, to_bytes, to_float16
 
 GROUP_TOKENS = 10

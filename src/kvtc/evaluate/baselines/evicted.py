@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...cache import KVCache
 from ...codec import Codec
-from ...inspection import inspect
-from ...interop import to_transformers
-from ...opened_stream import positions_of
+from ...codec.inspection import inspect
+from ...codec.opened_stream import positions_of
+from ...codec.transformers_cache import to_transformers
 from ..methods import Cost
 from .eviction import Eviction, attention_queries
 from .stream import cache_sides

@@ -27,8 +27,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ... import interop
-from ...torch_state import model_torch_state
+from ...codec import transformers_cache as interop
+from ...process.torch_state import model_torch_state
 from ..methods import Cost
 from .stream import Header, Reader, cache_sides, to_bytes, to_stored
 

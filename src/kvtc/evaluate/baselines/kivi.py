@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...coding.bitpack import pack, packed_bytes, unpack
-from ...coding.quantizer import SymbolType, dequantize, quantize
+from ...coding.paper.group_quantizer import SymbolType, dequantize, quantize
 from .stream import BodyMethod, Header, Reader, to_bytes
 
 

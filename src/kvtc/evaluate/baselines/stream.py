@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import interop
+from ...codec import transformers_cache as interop
 from ...errors import InvalidArgument
-from ...torch_state import neutral_torch_state
+from ...process.torch_state import neutral_torch_state
 from ..methods import Cost
 
 _HEADER = struct.Struct("<BHHHII")

@@ -1,0 +1,46 @@
+"""The subcommand `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..display import shown_lines
+from .arguments import Outcome, add_verb, check_directory, check_output, quiet_transformers
+
+
+def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `demo`."""
+    parser = add_verb(subcommands, common, "demo", run_demo, "show the codec at work on the model that ships with it")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo_output"),
+        metavar="DIR",
+        help="for two pictures (default: demo_output)",
+    )
+    parser.add_argument("--ratio", type=float, default=16, help="how small the cache is put away (default: 16)")
+    parser.add_argument("--force", action="store_true", help="replace the pictures if they exist")
+
+
+def run_demo(options: argparse.Namespace) -> Outcome:
+    """`kvtc demo`: the text is printed as it comes; with --json it goes to stderr."""
+    from ..demo.run import PICTURES
+    from ..demo.run import run_demo as demonstrate
+    from ..errors import MissingDependency
+
+    check_directory(options.output)
+    for name in PICTURES:
+        if (options.output / name).exists():
+            check_output(options.output / name, options.force)
+    try:
+        quiet_transformers()
+    except ImportError as error:
+        raise MissingDependency('the demo needs transformers; pip install "kvtc[demo]"') from error
+
+    def say(block: str) -> None:
+        print(shown_lines(block), file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    return demonstrate(options.output, options.ratio, say=say), ""

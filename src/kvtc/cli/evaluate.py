@@ -1,0 +1,173 @@
+"""The subcommand `evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidArgument
+from .arguments import (
+    MODEL_HELP,
+    REFERENCE,
+    Outcome,
+    add_output,
+    add_verb,
+    check_context,
+    check_output,
+    find_calibration,
+    load_model,
+    load_tokenizer,
+    positive,
+)
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
+    from ..evaluate.sweep import Sweep
+
+
+def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `evaluate`."""
+    parser = add_verb(
+        subcommands,
+        common,
+        "evaluate",
+        evaluate,
+        "measure rate and quality of kvtc and its rivals against the exact cache",
+        "Give held-out text: none that the calibration was made from. What the result file holds, and how each figure is\n"
+        "defined, is in docs/evaluation.md; `kvtc report` makes a page of it.",
+    )
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text, UTF-8")
+    parser.add_argument("--model", default=REFERENCE, help=f"{MODEL_HELP} (default)")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default with --model reference: its own")
+    parser.add_argument("--exact-only", action="store_true", help="the exact cache alone: needs no calibration")
+    parser.add_argument("--dtype", default="auto", help="of the model and its cache (default: that of the weights)")
+    parser.add_argument("--device", default="cpu", help="where model and codec run (default: cpu)")
+    _add_methods(parser.add_argument_group("what is measured"))
+    _add_texts(parser.add_argument_group("on text"))
+    _add_tasks(parser.add_argument_group("on tasks"))
+    add_output(parser, "the result file to write (.json)", required=False)
+
+
+def _add_methods(group: Any) -> None:
+    group.add_argument("--profiles", nargs="+", default=["paper", "joint", "conditional"], metavar="NAME")
+    group.add_argument("--ratios", type=float, nargs="+", default=[8, 16, 32, 64, 128], metavar="R")
+    group.add_argument(
+        "--window", type=int, nargs="+", default=[128], metavar="N", help="last tokens kept exactly; 0 is page mode"
+    )
+    group.add_argument(
+        "--rivals",
+        nargs="*",
+        metavar="NAME",
+        help="FP8, KIVI, GEAR, H2O, TOVA, xKV, CacheGen, TurboQuant, zstd; no name: all",
+    )
+    group.add_argument(
+        "--profile-text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="other text, that CacheGen is profiled on",
+    )
+    group.add_argument(
+        "--evict",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="also TOVA keeping 1/N, then the last profile",
+    )
+
+
+def _add_texts(group: Any) -> None:
+    group.add_argument("--tokens", type=positive, default=1792, metavar="N", help="of a stretch (default: 1792)")
+    group.add_argument("--continuation", type=positive, default=256, metavar="N", help="predictions (default: 256)")
+    group.add_argument("--texts-per-file", type=positive, default=4, metavar="N", help="stretches (default: 4)")
+    group.add_argument(
+        "--turns",
+        type=_turns,
+        nargs="+",
+        default=[],
+        metavar="TxN",
+        help="multi-turn use: N turns of T tokens, the cache coded after each; 16x16 is the paper's simulation",
+    )
+    group.add_argument(
+        "--bits-per-byte", type=int, default=0, metavar="N", help="of the model, on N windows a file (default: none)"
+    )
+
+
+def _add_tasks(group: Any) -> None:
+    group.add_argument("--tasks", nargs="*", metavar="NAME", help="look-ups from the cache; no name: all of them")
+    group.add_argument("--tasks-only", action="store_true", help="nothing on text: it is what tasks are made of")
+    group.add_argument("--contexts", type=positive, nargs="+", default=[1024], metavar="N", help="tokens of a context")
+    group.add_argument("--n-contexts", type=positive, default=6, metavar="N", help="a task (default: 6)")
+    group.add_argument("--n-questions", type=positive, default=8, metavar="N", help="a context (default: 8)")
+    group.add_argument(
+        "--key-value-retrieval", type=Path, nargs="+", default=[], metavar="FILE", help='"Lost in the Middle", jsonl.gz'
+    )
+
+
+def evaluate(options: argparse.Namespace) -> Outcome:
+    """`kvtc evaluate`: progress goes to stderr."""
+    from ..evaluate.provenance import save_result, stamp
+    from ..evaluate.schema import ResultFile
+    from ..evaluate.sweep import run_sweep
+    from ..report.sections import render_text, sections_of
+
+    if options.output is not None:
+        check_output(options.output, options.force)
+        if options.output.suffix != ".json":
+            raise InvalidArgument(f"{options.output} must end in .json")
+    for path in [*options.text, *options.profile_text, *options.key_value_retrieval]:
+        path.open("rb").close()
+    lengths = [] if options.tasks_only else [options.tokens]
+    lengths += [] if options.tasks is None else options.contexts
+    check_context(options.model, max(lengths, default=0), "a text or a context would have")
+    calibration: Calibration | None = None if options.exact_only else find_calibration(options)
+    model = load_model(options.model, options.device, options.dtype)
+    tokenizer = load_tokenizer(options.model)
+    name = options.model if options.model == REFERENCE else Path(options.model).name
+    result = run_sweep(model, tokenizer, calibration, _sweep(options), name)
+    stamped = stamp(result)
+    if options.output is not None:
+        save_result(options.output.stem, result, options.output.parent)
+    return stamped, render_text(sections_of(ResultFile("evaluate", stamped["provenance"], result)))
+
+
+def _sweep(options: argparse.Namespace) -> Sweep:
+    from ..evaluate.sweep import Methods, Sweep, Tasks, Texts
+
+    return Sweep(
+        methods=Methods(
+            profiles=options.profiles,
+            ratios=options.ratios,
+            windows=options.window,
+            rivals=() if options.rivals is None else options.rivals or None,
+            evicted=options.evict,
+        ),
+        texts=Texts(
+            files=options.text,
+            n_tokens=options.tokens,
+            n_continuation=options.continuation,
+            per_file=options.texts_per_file,
+        ),
+        tasks=Tasks(
+            names=() if options.tasks is None else options.tasks or None,
+            contexts=options.contexts,
+            n_contexts=options.n_contexts,
+            n_questions=options.n_questions,
+            published=options.key_value_retrieval,
+        ),
+        turns=options.turns,
+        n_bits_windows=options.bits_per_byte,
+        profile_files=options.profile_text,
+        on_texts=not options.tasks_only,
+    )
+
+
+def _turns(text: str) -> tuple[int, int]:
+    """Option type: 16x8 becomes (16, 8)."""
+    tokens, cross, turns = text.partition("x")
+    if not (cross and tokens.isdecimal() and turns.isdecimal() and int(tokens) and int(turns)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not TxN, tokens of a turn and number of turns")
+    return int(tokens), int(turns)

@@ -1,0 +1,134 @@
+"""The subcommand `inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import Outcome, add_verb, describe_basis, joint_fields, quality_fields, quality_of, read_stream
+
+if TYPE_CHECKING:
+    from ..codec.inspection import StreamInfo
+
+
+def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `inspect`."""
+    parser = add_verb(
+        subcommands,
+        common,
+        "inspect",
+        inspect_file,
+        "describe a stream or a calibration file (checksums of sections are verified by decode)",
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--sections", action="store_true", help="list every section of a stream")
+
+
+def inspect_file(options: argparse.Namespace) -> Outcome:
+    """`kvtc inspect`."""
+    from ..codec.inspection import inspect
+    from ..container import MAGIC
+
+    stream = read_stream(options.file)
+    if not stream.startswith(MAGIC) and options.file.suffix == ".safetensors":
+        return _describe_calibration(options.file)
+    info = inspect(stream)
+    result = asdict(info)
+    if not options.sections:
+        del result["sections"]
+    return result, _describe_stream(info, options.sections)
+
+
+def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
+    from ..report.table import format_fields, format_ratio, format_table
+
+    parts = f"{info.sink_tokens} sink, {info.body_tokens:,} body, {info.window_tokens} window"
+    fields = [
+        ("stream", f"format version {info.format_version}, profile {info.profile}"),
+        ("tokens", f"{info.n_tokens:,}: {parts}; {info.n_chunks} chunks of at most {info.chunk_tokens}"),
+        ("first position", "-" if info.first_position is None else info.first_position),
+        (
+            "cache",
+            f"{info.dtype}, layers {_range(info.layers)}, kv heads {_range(info.kv_heads)}, head_dim {info.head_dim}",
+        ),
+        ("calibration", info.fingerprint),
+        ("sinks, window", f"{info.sink_format}, {info.window_format}"),
+        ("token ids", "named by a digest: decode can compare them" if info.has_token_digests else "not known"),
+    ]
+    stored: dict[str, tuple[int, int, int]] = {}
+    for section in info.sections:
+        n, raw, size = stored.get(section.kind, (0, 0, 0))
+        stored[section.kind] = (n + 1, raw + section.raw_bytes, size + section.stored_bytes)
+    rows = [
+        [kind, n, f"{raw:,}", f"{size:,}", f"{size / info.total_bytes:.1%}"] for kind, (n, raw, size) in stored.items()
+    ]
+    tables = info.total_bytes - sum(size for _, _, size in stored.values())
+    rows.append(["header and tables", "-", f"{tables:,}", f"{tables:,}", f"{tables / info.total_bytes:.1%}"])
+    rows.append(["stream", len(info.sections), "-", f"{info.total_bytes:,}", "100.0%"])
+    ratios = [
+        (
+            "original",
+            f"{info.original_bytes:,} bytes, at {'8' if info.dtype.startswith('float8') else '16'} bits a value",
+        ),
+        (
+            "body_ratio",
+            f"{format_ratio(info.body_ratio):>6}  coded tokens against {info.body_bytes:,} bytes: all but sinks and window",
+        ),
+        ("total_ratio", f"{format_ratio(info.total_ratio):>6}  all tokens against {info.total_bytes:,} bytes"),
+    ]
+    blocks = [
+        format_fields(fields),
+        format_table(["sections", "number", "raw bytes", "stored bytes", "share"], rows),
+        format_fields(ratios),
+    ]
+    if with_sections:
+        every = [
+            ["-" if s.chunk is None else s.chunk, s.kind, s.coder, f"{s.raw_bytes:,}", f"{s.stored_bytes:,}"]
+            for s in info.sections
+        ]
+        blocks.append(format_table(["chunk", "section", "coder", "raw bytes", "stored bytes"], every))
+    return "\n\n".join(blocks)
+
+
+def _describe_calibration(path: Path) -> Outcome:
+    from ..calibration import load_calibration
+    from ..report.table import format_bytes, format_fields
+
+    calibration = load_calibration(path)
+    kinds = {"key": calibration.key, "value": calibration.value}
+    tokens = calibration.joint.tokens if calibration.joint else None
+    result = {
+        "path": str(path),
+        "fingerprint": calibration.fingerprint.hex(),
+        "geometry": calibration.geometry.describe(),
+        "row_features": calibration.geometry.row_features,
+        "file_bytes": path.stat().st_size,
+        "n_parameters": calibration.n_parameters,
+        "ranks": {name: kind.basis.rank for name, kind in kinds.items()},
+        "explained_variance": {name: kind.explained_variance for name, kind in kinds.items()},
+        "joint_rank": calibration.joint.basis.rank if calibration.joint else None,
+        "quality": quality_of(calibration),
+        "predicted_variance": tokens.explained.tolist() if tokens else None,
+        "joint_parts": {
+            name.replace(" ", "_"): {"numbers": n, "bytes": size} for name, (n, size) in calibration.joint.parts.items()
+        }
+        if calibration.joint
+        else None,
+        "info": calibration.info,
+    }
+    fields: list[tuple[str, object]] = [
+        ("calibration", calibration.fingerprint.hex()),
+        ("covers", calibration.geometry.describe()),
+        *((f"{name} basis", describe_basis(kind)) for name, kind in kinds.items()),
+        *joint_fields(calibration),
+        *(quality_fields(calibration) if calibration.joint else []),
+        ("size", f"{format_bytes(path.stat().st_size)}, {calibration.n_parameters:,} numbers"),
+        *((name.replace("_", " "), value) for name, value in calibration.info.items() if value is not None),
+    ]
+    return result, format_fields(fields)
+
+
+def _range(half_open: tuple[int, int]) -> str:
+    return f"{half_open[0]}..{half_open[1] - 1}"

@@ -1,0 +1,295 @@
+"""A stream held against a calibration: everything checked, every section read, before memory is asked for by token count.
+
+What is asked for by token count is bounded by what the caller has agreed to: a few bytes may soundly stand for many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..backends import Bytes
+from ..cache import describe_range
+from ..calibration.artifact import Calibration
+from ..coding.exact import decode_exact, decode_fp8, exact_bytes, fp8_bytes
+from ..coding.joint.prediction import NO_TOKEN, token_triples
+from ..coding.lossless import BlockCoder
+from ..container import (
+    MAX_POSITION,
+    STREAM_WIDE,
+    Chunk,
+    Header,
+    SectionType,
+    Stream,
+    Wanted,
+    parse_stream,
+    token_digest,
+)
+from ..errors import (
+    CalibrationMismatch,
+    CorruptStream,
+    GeometryMismatch,
+    InvalidArgument,
+    StreamTooLarge,
+    TokenMismatch,
+)
+from ..process.torch_state import neutral_torch_state
+from ..profiles.interface import BodyCoder, CodedBody, Plan
+
+TokenIds = npt.NDArray[np.int64]
+
+MAX_TOKENS = 1 << 20
+"""Tokens that are decoded at most unless the caller names more."""
+
+
+@dataclass(frozen=True)
+class ExactTokens:
+    """Sinks, or window kept exactly, of one chunk.
+
+    keys, values: [L, H, n, D] in the stream's dtype; the first of them is token `first`.
+    """
+
+    first: int
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.first, self.first + self.keys.shape[2])
+
+
+@dataclass(frozen=True)
+class OpenedStream:
+    """The first `n_tokens` tokens of a stream, read but not yet transformed.
+
+    positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: the coded ones among them, with a window
+    that is coded. coder: of the stream's profile. coded: bodies and coded windows, in order.
+    """
+
+    header: Header
+    n_tokens: int
+    coder: BodyCoder
+    positions: Tensor
+    body: slice
+    coded: list[CodedBody]
+    exact: list[ExactTokens]
+
+
+def open_stream(
+    data: Bytes,
+    calibration: Calibration,
+    coder_of: Callable[[str], BodyCoder],
+    token_ids: TokenIds | None,
+    tokens: int | None,
+    max_tokens: int,
+    block_coder: BlockCoder | None = None,
+) -> OpenedStream:
+    """Parse, check against calibration and token ids, and read the sections of the first `tokens` tokens (all by default).
+
+    max_tokens: how many tokens past those that `tokens`, or else token_ids, name may have to be decoded; `StreamTooLarge`
+    where it is more.
+
+    data: bytes, or uint8 [bytes] on a device, where bodies that no lossless coder was applied to stay; their checksums are not
+    verified then. coder_of: profile -> its coder. block_coder: decodes blocks of lossless coders, where it takes them.
+    """
+    stream = parse_stream(data)
+    header = stream.header
+    _check_calibration(header, calibration)
+    n_tokens = stream.n_tokens if tokens is None else tokens
+    if not isinstance(n_tokens, int) or not 0 <= n_tokens <= stream.n_tokens:
+        raise InvalidArgument(f"tokens must lie in 0 .. {stream.n_tokens}, what the stream holds; got {tokens}")
+    named = tokens if tokens is not None else 0 if token_ids is None else len(token_ids)
+    chunks = _chunks_of(stream, n_tokens, named + max_tokens)
+    if token_ids is not None:
+        _check_tokens(header, chunks, token_ids, n_tokens)
+    coder = coder_of(header.profile)
+    if coder.needs_tokens and token_ids is None:
+        raise InvalidArgument(
+            f"the profile {header.profile} predicts from token ids; give token_ids to decode this stream"
+        )
+    plan = coder.read_plan(_rate(stream, coder))
+    keys = [(kind, index) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
+    wanted = [(kind, index, _raw_bytes(kind, chunks[index], header, coder, plan)) for kind, index in keys]
+    _check_lengths(stream, chunks, wanted, coder)
+    left = stream.leave([one for one in wanted if _is_coded(one[0], chunks[one[1]])])
+    others = [one for one in wanted if one[:2] not in left]
+    read = {one[:2]: raw for one, raw in zip(others, stream.read_all(others, block_coder), strict=True)}
+    coded_bytes: dict[tuple[SectionType, int], Bytes] = {**read, **left}
+    positions, coded, exact = [], [], []
+    first = 0
+    for index, chunk in enumerate(chunks):
+        positions.append(_positions(read.get((SectionType.POSITIONS, index)), header, index, chunk))
+        if chunk.n_sink:
+            sinks = read[SectionType.SINK, index]
+            exact.append(_exact(sinks, header, chunk.n_sink, first, chunk.fp8_sinks))
+        if chunk.n_body:
+            here = slice(chunk.n_sink, chunk.n_sink + chunk.n_body)
+            triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
+            coded.append(CodedBody(coded_bytes[SectionType.BODY, index], chunk.n_body, plan, triples))
+        if chunk.n_window:
+            here = slice(chunk.n_tokens - chunk.n_window, chunk.n_tokens)
+            if chunk.coded_window:
+                window = coded_bytes[SectionType.WINDOW, index]
+                triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
+                coded.append(CodedBody(window, chunk.n_window, plan, triples, is_window=True))
+            else:
+                exact.append(
+                    _exact(read[SectionType.WINDOW, index], header, chunk.n_window, first + here.start, is_fp8=False)
+                )
+        if chunk.is_padded and read[SectionType.PADDING, index].strip(b"\0"):
+            raise CorruptStream(f"the padding of chunk {index} holds other bytes than zeros")
+        first += chunk.n_tokens
+    # Regions follow one another over the whole stream, so the coded tokens are one range.
+    n_sink = sum(chunk.n_sink for chunk in chunks)
+    body = slice(n_sink, n_sink + sum(rows.n_tokens for rows in coded))
+    whole = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
+    return OpenedStream(header, n_tokens, coder, whole, body, coded, exact)
+
+
+def first_position(stream_bytes: bytes) -> int | None:
+    """Where the first token of a stream stands; None without tokens."""
+    chunks = parse_stream(stream_bytes).chunks
+    return chunks[0].first_position if chunks else None
+
+
+@neutral_torch_state
+def positions_of(stream_bytes: bytes, max_tokens: int = MAX_TOKENS) -> Tensor:
+    """Where the tokens of a stream stand, [T] int64: with gaps, it says whose token ids decoding needs.
+
+    Raises `StreamTooLarge` for more than max_tokens.
+    """
+    stream = parse_stream(stream_bytes)
+    positions = []
+    for index, chunk in enumerate(_chunks_of(stream, stream.n_tokens, max_tokens)):
+        data = stream.read(SectionType.POSITIONS, index, 2 * chunk.n_tokens) if chunk.explicit_positions else None
+        positions.append(_positions(data, stream.header, index, chunk))
+    return torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+def _check_calibration(header: Header, calibration: Calibration) -> None:
+    geometry = calibration.geometry
+    found = (header.first_layer, header.n_layers, header.first_kv_head, header.n_kv_heads, header.head_dim)
+    expected = (geometry.first_layer, geometry.n_layers, geometry.first_kv_head, geometry.n_kv_heads, geometry.head_dim)
+    if found != expected:
+        raise GeometryMismatch(
+            f"the calibration covers {geometry.describe()}; the stream holds {describe_range(*found)}"
+        )
+    if header.fingerprint != calibration.fingerprint:
+        raise CalibrationMismatch(
+            f"the stream was made with calibration {header.fingerprint.hex()}; this one is {calibration.fingerprint.hex()}"
+        )
+
+
+def _chunks_of(stream: Stream, n_tokens: int, most: int) -> list[Chunk]:
+    """The leading chunks that hold the first `n_tokens` tokens; `StreamTooLarge` where they hold more than `most`."""
+    stops = stream.chunks.tokens.cumsum()
+    count = int(np.searchsorted(stops, n_tokens)) + 1 if n_tokens else 0
+    if count and stops[count - 1] > most:
+        raise StreamTooLarge(
+            f"{stops[count - 1]} tokens would have to be decoded; {most} are allowed: name as many by tokens= or token_ids=, "
+            "or give the codec more max_tokens="
+        )
+    return list(stream.chunks[:count])
+
+
+def _rate(stream: Stream, coder: BodyCoder) -> bytes:
+    """The bytes that say how bits are spent, no more than the profile can use."""
+    raw_bytes = stream.find(SectionType.RATE).raw_bytes
+    if raw_bytes > coder.most_rate_bytes:
+        raise CorruptStream(f"section rate claims {raw_bytes} bytes; expected {coder.most_rate_bytes} at most")
+    return stream.read(SectionType.RATE, STREAM_WIDE, raw_bytes)
+
+
+def _check_lengths(stream: Stream, chunks: list[Chunk], wanted: list[Wanted], coder: BodyCoder) -> None:
+    """Raise `CorruptStream` for coded tokens in fewer bytes than they take at least, whatever they are."""
+    for kind, index, raw_bytes in wanted:
+        if raw_bytes is None and kind is not SectionType.PADDING:
+            n_tokens = chunks[index].n_window if kind is SectionType.WINDOW else chunks[index].n_body
+            section, least = stream.find(kind, index), coder.fewest_bytes(n_tokens)
+            if section.stored_bytes < least:
+                raise CorruptStream(
+                    f"{section.describe()}: {n_tokens} tokens need at least {least} bytes; it has {section.stored_bytes}"
+                )
+
+
+def _check_tokens(header: Header, chunks: list[Chunk], token_ids: TokenIds, n_tokens: int) -> None:
+    if not header.has_digests:
+        raise TokenMismatch("token ids are given, but the stream was encoded without any to compare with")
+    if len(token_ids) < n_tokens:
+        raise TokenMismatch(f"{n_tokens} tokens are to be decoded, but only {len(token_ids)} token ids are given")
+    first = 0
+    for index, chunk in enumerate(chunks):
+        ids = token_ids[first : first + chunk.n_tokens]
+        # A digest covers a whole chunk: the last chunk of a prefix is compared only where its ids are all given.
+        whole = len(ids) == chunk.n_tokens
+        if whole and token_digest(ids) != chunk.token_digest:
+            raise TokenMismatch(
+                f"the token ids of chunk {index} (tokens {first} .. {first + chunk.n_tokens - 1}, from position "
+                f"{chunk.first_position}) are not those of the stream"
+            )
+        first += chunk.n_tokens
+
+
+def _triples(
+    coder: BodyCoder, chunk: Chunk, positions: Tensor, first: int, token_ids: TokenIds | None, here: slice
+) -> Tensor | None:
+    """What prediction sees of the tokens `here` of a chunk; tokens beyond the ids given will not be looked at."""
+    if token_ids is None or not coder.needs_tokens:
+        return None
+    ids = token_ids[first : first + chunk.n_tokens]
+    known = token_triples(ids, positions[: len(ids)].numpy())
+    missing = torch.full((chunk.n_tokens - len(ids), known.shape[1]), NO_TOKEN, dtype=torch.int64)
+    return torch.cat([known, missing])[here]
+
+
+def _is_coded(kind: SectionType, chunk: Chunk) -> bool:
+    """Whether a section holds coded tokens, rather than exact ones or none."""
+    return kind is SectionType.BODY or (kind is SectionType.WINDOW and chunk.coded_window)
+
+
+def _raw_bytes(kind: SectionType, chunk: Chunk, header: Header, coder: BodyCoder, plan: Plan) -> int | None:
+    """What a section of a chunk holds; None where that does not follow from its tokens."""
+    if kind is SectionType.POSITIONS:
+        return 2 * chunk.n_tokens
+    if kind is SectionType.BODY:
+        return coder.body_bytes(plan, chunk.n_body)
+    if kind is SectionType.SINK and chunk.fp8_sinks:
+        return fp8_bytes(2 * header.row_features // header.head_dim * chunk.n_sink, header.head_dim)
+    if kind is SectionType.SINK:
+        return exact_bytes(2 * header.row_features * chunk.n_sink, header.dtype)
+    if kind is SectionType.WINDOW and not chunk.coded_window:
+        return exact_bytes(2 * header.row_features * chunk.n_window, header.dtype)
+    return coder.body_bytes(plan, chunk.n_window) if kind is SectionType.WINDOW else None
+
+
+def _positions(data: bytes | None, header: Header, index: int, chunk: Chunk) -> Tensor:
+    """Those of a chunk, from its section where it has one."""
+    if data is None:
+        return torch.arange(chunk.first_position, chunk.first_position + chunk.n_tokens, device="cpu")
+    start = chunk.first_position // header.chunk_tokens * header.chunk_tokens
+    positions = np.frombuffer(data, dtype="<u2").astype(np.int64) + start
+    stop = min(start + header.chunk_tokens, MAX_POSITION)
+    if positions[0] != chunk.first_position or positions[-1] >= stop or bool((positions[1:] <= positions[:-1]).any()):
+        raise CorruptStream(f"the positions of chunk {index} do not ascend from {chunk.first_position} within its cell")
+    return torch.from_numpy(positions)
+
+
+def _exact(data: bytes, header: Header, n: int, first: int, is_fp8: bool) -> ExactTokens:
+    shape = (header.n_layers, header.n_kv_heads, n, header.head_dim)
+    decode = decode_fp8 if is_fp8 else decode_exact
+    return ExactTokens(first, *decode(data, shape, header.dtype))
+
+
+def shift_to(start_position: int | None, opened: OpenedStream) -> int:
+    """How far tokens move so that the first stands at `start_position`."""
+    if start_position is None or not opened.n_tokens:
+        return 0
+    shift = start_position - int(opened.positions[0])
+    if start_position < 0 or int(opened.positions[-1]) + shift >= 1 << 31:
+        raise InvalidArgument(f"start_position {start_position} moves tokens outside of 0 .. 2**31 - 1")
+    return shift

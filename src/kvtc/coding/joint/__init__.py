@@ -1,0 +1,1 @@
+"""Stages of the profiles `joint` and `conditional`."""

@@ -1,0 +1,73 @@
+"""The metric in which rows are coded: how much a change of each feature changes what attention writes.
+
+A sensitivity is a positive matrix [D, D] for each layer and head, of keys and of values. Its power, split evenly over the two sides
+of the squared error, is a symmetric root M for each of them; errors are measured, and the transform is fitted, on rows times M.
+The root is block diagonal, so it folds into the basis and costs nothing when a cache is coded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidArgument
+from ..product import inverses, product
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """roots [2 L H, D, D] float32, symmetric and positive: blocks of the joint row in its order, keys first, and their inverses."""
+
+    roots: Tensor
+    inverses: Tensor
+
+    @classmethod
+    def from_sensitivity(cls, keys: Tensor, values: Tensor, power: float, ridge: float) -> Metric:
+        """Sensitivities of keys and of values [L, H, D, D] -> the roots of their `power`.
+
+        ridge: share of the mean diagonal of each kind that is added to every direction, so that none counts for nothing.
+        Raises `InvalidArgument` where some direction still does, or a sensitivity is not finite.
+        """
+        roots = []
+        for moments in (keys, values):
+            blocks = moments.flatten(0, 1).double()
+            if not bool(blocks.isfinite().all()):
+                raise InvalidArgument("a sensitivity is not finite")
+            floor = ridge * blocks.diagonal(dim1=1, dim2=2).mean()
+            scales, directions = torch.linalg.eigh(blocks)
+            scales = (scales.clamp_min(0) + floor).pow(power / 2)
+            if not bool((scales > 0).all()):
+                raise InvalidArgument("some direction has no sensitivity at all; give a ridge above 0, or other texts")
+            roots.append((directions * scales[:, None]) @ directions.mT)
+        # One overall scale is free: with unit determinant on average steps are comparable between models.
+        root = torch.cat(roots)
+        scale = torch.linalg.slogdet(root).logabsdet.mean().div(root.shape[-1]).exp()
+        # The inverses of what a file keeps: a calibration codes alike before and after it is saved.
+        return cls.from_roots((root / scale).float())
+
+    @classmethod
+    def from_roots(cls, roots: Tensor) -> Metric:
+        """The metric of stored roots. Raises `InvalidArgument` where one is not positive."""
+        return cls(roots.float(), inverses(roots.float()).to(roots.device, torch.float32))
+
+    def to(self, device: torch.device) -> Metric:
+        """The same on a device."""
+        return Metric(self.roots.to(device), self.inverses.to(device))
+
+    def weigh(self, rows: Tensor) -> Tensor:
+        """Joint rows [T, 2 p] -> rows times the roots."""
+        return _times_blocks(rows, self.roots)
+
+    def unweigh(self, rows: Tensor) -> Tensor:
+        """Inverse of `weigh`."""
+        return _times_blocks(rows, self.inverses)
+
+
+def _times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
+    n_blocks, size, _ = blocks.shape
+    if rows.device.type == "cpu":
+        sides = rows.reshape(-1, n_blocks, size).unbind(dim=1)
+        return torch.cat([product(side, block) for side, block in zip(sides, blocks, strict=True)], dim=1)
+    return torch.einsum("tbd,bde->tbe", rows.reshape(-1, n_blocks, size), blocks).reshape(rows.shape)

@@ -1,0 +1,1 @@
+"""Stages of the profile `paper` alone."""

@@ -1,0 +1,102 @@
+"""A remote storage plugin for LMCache inside the engine's process: chunks go as streams into any store of kvtc.
+
+    remote_storage_plugins: ["kvtc"]
+    extra_config:
+      remote_storage_plugin.kvtc.module_path: kvtc.engines.lmcache.remote
+      remote_storage_plugin.kvtc.class_name: KvtcRemoteConnector
+      kvtc.calibration: model.safetensors
+      kvtc.store: file:///var/cache/kvtc
+
+LMCache does not say where a chunk stands in its text, so that is searched. Written for LMCache 0.5.6.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import torch
+from lmcache.logging import init_logger
+from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
+
+from ...codec.inspection import inspect
+from ...store import open_store
+from ..chunk_coder import ChunkCoder
+from ..stored_chunks import StoredChunks
+from .options import LmcacheOptions
+
+logger = init_logger(f"lmcache.{__name__}")
+
+
+class KvtcRemoteConnector(RemoteConnector):
+    """Options: docs/guides/lmcache.md. LMCache awaits these calls in one event loop, so each works in a thread."""
+
+    def __init__(self, loop: Any, local_cpu_backend: Any, config: Any) -> None:  # noqa: ARG002
+        super().__init__(local_cpu_backend.config, local_cpu_backend.metadata)
+        self._memory = local_cpu_backend
+        options = LmcacheOptions(config.extra_config or {})
+        metadata = local_cpu_backend.metadata
+        self._chunk_tokens = spacing = int(metadata.chunk_size)
+        model = options.served_model(metadata.model_name)
+        options.coder(ChunkCoder, model, metadata.worker_id, spacing)  # what cannot work is told when LMCache starts
+        self._store = open_store(options.settings.store)
+        self._chunks = StoredChunks(
+            self._store, lambda worker: options.coder(ChunkCoder, model, worker, spacing), model.scope
+        )
+
+    async def exists(self, key: Any) -> bool:
+        return await asyncio.to_thread(self.exists_sync, key)
+
+    def exists_sync(self, key: Any) -> bool:
+        return self._chunks.n_stored([self._key(key)]) == 1
+
+    async def put(self, key: Any, memory_obj: Any) -> None:
+        told = memory_obj.meta.cached_positions
+        start = None if told is None else int(told[0])
+        await asyncio.to_thread(self._chunks.save, key.worker_id, self._key(key), memory_obj.tensor, start)
+
+    async def get(self, key: Any) -> Any:
+        return await asyncio.to_thread(self._get, key)
+
+    async def list(self) -> list[str]:
+        return list(self._store.keys())
+
+    async def close(self) -> None:
+        logger.info("kvtc, remote: %s", dict(self._chunks.counts.read()))
+        self._chunks.close()
+
+    def remove_sync(self, key: Any) -> bool:
+        self._chunks.delete(self._key(key))
+        return True
+
+    def _get(self, key: Any) -> Any:
+        """A filled memory object; None for a miss."""
+        name = self._key(key)
+        (stream,) = self._chunks.read([name])
+        return self._chunks.decode(key.worker_id, name, stream, self._filled)
+
+    def _filled(self, coder: ChunkCoder, stream: bytes) -> Any:
+        # The last chunk of a text is shorter than the others.
+        (full,) = self.meta_shapes
+        shape = torch.Size([*full[:2], inspect(stream).n_tokens, *full[3:]])
+        memory = self._memory.allocate([shape], self.meta_dtypes, self.meta_fmt)
+        if memory is None:
+            raise MemoryError(f"LMCache has no memory for a chunk of shape {tuple(shape)}")
+        try:
+            coder.decode(stream, memory.tensor)
+        except BaseException:
+            memory.ref_count_down()
+            raise
+        return memory
+
+    def _key(self, key: Any) -> str:
+        """Of LMCache's key all but the model's name, which can be a path."""
+        return self._chunks.key(
+            key.worker_id,
+            chunk=key.chunk_hash,
+            chunk_tokens=self._chunk_tokens,
+            world_size=key.world_size,
+            dtype=str(key.dtype),
+            layer=getattr(key, "layer_id", None),
+            tags=[[str(name), str(value)] for name, value in key.tags or ()],
+        )

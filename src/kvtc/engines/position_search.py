@@ -1,0 +1,90 @@
+"""Where a chunk stands in its text: told by the engine, or found from the keys themselves.
+
+Keys are coded as they were before rotation, so the coder must know how far each was turned. Where an engine does not say, the
+chunk's mean key is turned back by every offset that is possible, and the one nearest to the calibrated mean key is taken. Rotation
+is orthogonal and a stream records its offset, so that a wrong one puts no key elsewhere than it was. But keys turned by a wrong
+offset are not those that the basis was calibrated for, nor are those of another model or a wrong layout: such are refused.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..calibration import Calibration
+from ..coding.transform import cache_side_of, rows_of
+from ..errors import UnsupportedLayout
+from ..process.locks import ForkSafeLock
+from ..process.torch_state import neutral_torch_state
+
+_SAMPLED_TOKENS, _SAMPLED_DIRECTIONS = 8, 256
+_LARGEST_DEVIATION = 2.5
+"""Keys of the calibrated model are near 1, of texts unlike any calibrated on below 2; turned or read wrongly they are above 3."""
+_TYPICAL = 0.53
+"""Geometric mean of the size of a normally distributed number, in standard deviations."""
+_TINY = 1e-12
+
+
+@neutral_torch_state
+def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int) -> int:
+    """Keys [L, H, T, D] as an engine caches them -> the likeliest position of the first: 0, spacing, .. below limit."""
+    geometry = calibration.geometry
+    mean = cache_side_of(calibration.key.basis.mean[None], geometry.n_layers, geometry.n_kv_heads).float().cpu()
+    starts = torch.arange(0, max(limit, 1), spacing)
+    offsets = torch.arange(keys.shape[2])
+    # Frequencies that depend on a text's length are refused before anything is coded, so any length serves here.
+    distance = torch.zeros(len(starts), dtype=torch.float32)
+    for layer in range(geometry.n_layers):
+        turned = geometry.rope.turn_layer(layer, keys[layer].cpu(), offsets, 1, inverse=True)
+        candidates = turned.mean(dim=1, keepdim=True).expand(-1, len(starts), -1)
+        candidates = geometry.rope.turn_layer(layer, candidates, starts, 1, inverse=True)
+        distance += (candidates - mean[layer]).square().sum(dim=(0, 2))
+    return int(starts[distance.argmin()])
+
+
+@neutral_torch_state
+def check_fit(keys: Tensor, calibration: Calibration, start: int) -> None:
+    """Raise `UnsupportedLayout` for keys [L, H, T, D] that are none of the calibrated model, or do not begin at start.
+
+    Measured on a few tokens and directions of the calibrated basis: how far from the calibrated mean the keys are, over how far
+    keys were at calibration; the geometric mean, so that a few outliers do not count.
+    """
+    geometry, basis = calibration.geometry, calibration.key.basis
+    every = max(1, keys.shape[2] // _SAMPLED_TOKENS)
+    positions = torch.arange(start + every // 2, start + keys.shape[2], every)
+    sample = geometry.rope.unrotate(keys[:, :, every // 2 :: every].cpu(), positions, 1)
+    directions = slice(None, None, max(1, basis.rank // _SAMPLED_DIRECTIONS))
+    coefficients = (rows_of(sample) - basis.mean.cpu()) @ basis.vectors[:, directions].cpu().float()
+    relative = coefficients.abs() / basis.spectrum[directions].cpu().clamp_min(_TINY).sqrt()
+    deviation = float(relative.clamp_min(_TINY).log().mean().exp()) / _TYPICAL
+    if deviation > _LARGEST_DEVIATION:
+        raise UnsupportedLayout(
+            f"these keys are {deviation:.1f} times as far from the calibrated mean as keys were at calibration; expected at most "
+            f"{_LARGEST_DEVIATION}: another model, another layout of pages, or not at position {start}"
+        )
+
+
+class KnownStarts:
+    """Positions by the engine's name of a chunk, the latest so many. Safe to share between threads."""
+
+    def __init__(self, capacity: int = 1 << 20) -> None:
+        self._lock = ForkSafeLock()
+        self._starts: OrderedDict[bytes, int] = OrderedDict()
+        self._capacity = capacity
+
+    def learn(self, names: Sequence[bytes], n_tokens: int) -> None:
+        """The chunks of one text in order, each of n_tokens."""
+        with self._lock:
+            for index, name in enumerate(names):
+                self._starts[name] = index * n_tokens
+                self._starts.move_to_end(name)
+            while len(self._starts) > self._capacity:
+                self._starts.popitem(last=False)
+
+    def get(self, name: bytes) -> int | None:
+        """The position of a chunk's first token, if it was learnt."""
+        with self._lock:
+            return self._starts.get(name)

@@ -1,0 +1,1 @@
+"""kvtc in SGLang."""

@@ -1,0 +1,217 @@
+"""A worker's side of a connector: chunks from the store into pages of the engine, and pages into the store.
+
+Knows no engine: pages are tensors, orders are the scheduler's. Coding and the store's work happen on threads of their own;
+whatever fails there is a miss (`entries`), and the engine computes what is missing.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...backends import Target
+from ...entries import Entries
+from ...errors import PROGRAM_ENDS
+from ...prefix_cache.tails import Tails
+from ...process.torch_state import neutral_torch_state, writing_into
+from ...process.workers import Workers
+from ...store import Store
+from ..page_codec import PageCodec
+from ..page_layout import SPLIT, PageLayout
+from .prefix_planner import LoadOrder, Piece, SaveOrder
+
+MAX_PENDING_SAVES = 64
+"""Pieces copied out of the engine that may wait to be coded; more are not saved, so that memory stays bounded."""
+_FETCHED_AT_ONCE = 4
+
+
+class EnginePages:
+    """The engine's tensors, one a layer, [B, H, N, 2 D] in logical order.
+
+    layout: of these tensors, in axes LBHNC; its pages may be smaller than the engine's, which then count several of them.
+    """
+
+    def __init__(
+        self, layers: Sequence[Tensor], layout: PageLayout, engine_page_tokens: int, dtype: torch.dtype
+    ) -> None:
+        self._layers = [layer.view(dtype) if layer.dtype != dtype else layer for layer in layers]
+        self._layout = layout
+        self._dtype = dtype
+        self._per_engine_page = engine_page_tokens // layout.page_tokens
+
+    @neutral_torch_state
+    def read(self, page_ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """keys, values [L, H, T, D] of whole pages, copies on a device: the engine may use the pages again."""
+        index = self._index(page_ids)
+        gathered = torch.stack([layer[index] for layer in self._layers])
+        keys, values = self._layout.read(gathered.to(device))
+        self.settle()
+        return keys, values
+
+    @neutral_torch_state
+    def write(self, page_ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Fill whole pages; done when this returns."""
+        index = self._index(page_ids)
+        data = self._layout.write(keys.to(self._dtype), values.to(self._dtype)).to(index.device)
+        with writing_into(*self._layers):
+            for layer, pages in zip(self._layers, data, strict=True):
+                # By bytes: not every device assigns fp8 by index.
+                layer.view(torch.uint8)[index] = pages.view(torch.uint8)
+        self.settle()
+
+    @neutral_torch_state
+    def targets(self, page_ids: Sequence[int], n_tokens: int) -> list[tuple[Target, Target]] | None:
+        """Places of the first tokens of these pages in each layer, keys and values; None where pages pack them otherwise."""
+        if self._layout.packing != SPLIT:
+            return None
+        index, size = self._index(page_ids), self._layout.page_tokens
+        token = torch.arange(n_tokens, device=index.device)
+        page, slot = index[token // size], token % size
+        found = []
+        for layer in self._layers:
+            whole = layer.as_strided((layer.untyped_storage().nbytes() // layer.element_size(),), (1,), 0)
+            offsets = int(layer.storage_offset()) + page * layer.stride(0) + slot * layer.stride(2)
+            beside = self._layout.head_dim * layer.stride(3)
+            sides = (Target(whole, offsets + at, layer.stride(1), layer.stride(3)) for at in (0, beside))
+            found.append((next(sides), next(sides)))
+        return found
+
+    def settle(self) -> None:
+        """Wait until what was written is there."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self._layers[0].device
+
+    def bytes(self, n_tokens: int) -> int:
+        """What they take in the engine."""
+        return self._layout.bytes(n_tokens, self._dtype)
+
+    def _index(self, page_ids: Sequence[int]) -> Tensor:
+        ids = torch.tensor(page_ids, dtype=torch.int64, device=self._layers[0].device)
+        inner = torch.arange(self._per_engine_page, device=ids.device)
+        return (ids[:, None] * self._per_engine_page + inner).flatten()
+
+
+class PageMover:
+    """rank: which of an order's keys are this worker's. page_tokens: of the engine."""
+
+    def __init__(
+        self, pages: EnginePages, codec: PageCodec, store: Store, rank: int, page_tokens: int, threads: int = 1
+    ) -> None:
+        self._entries = Entries(store)
+        self.counts = self._entries.counts
+        self._tails = Tails(self._entries)
+        self._pages, self._codec = pages, codec
+        self._rank, self._page_tokens = rank, page_tokens
+        # Apart, so that a request that waits for its chunks does not wait for other requests' to be saved.
+        self._loading = Workers(threads, "the loading of pages", "kvtc-load")
+        self._saving = Workers(threads, "the saving of pages", "kvtc-save")
+        self._room = threading.BoundedSemaphore(MAX_PENDING_SAVES)
+        self._loaded: queue.SimpleQueue[tuple[str, list[int]]] = queue.SimpleQueue()
+
+    def start_load(self, order: LoadOrder) -> None:
+        """Begin in the background; `take_loaded` tells when it is done."""
+        self._loading.submit(self._load, order)
+
+    def take_loaded(self) -> tuple[set[str], set[int]]:
+        """(requests whose loads are over since the last call, pages of theirs that could not be filled)."""
+        requests: set[str] = set()
+        failed: set[int] = set()
+        while not self._loaded.empty():
+            request_id, missing = self._loaded.get()
+            requests.add(request_id)
+            failed.update(missing)
+        return requests, failed
+
+    def save(self, order: SaveOrder) -> None:
+        """Copy the pages now, and code and store them in the background."""
+        if not self._room.acquire(blocking=False):
+            self.counts.add(saves_dropped=1)
+            return
+        try:
+            n_tokens = len(order.piece.token_ids)
+            keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids, self._codec.device))
+            self._saving.submit(self._save, order, keys, values)
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  a cache that cannot be saved is no reason to end the engine's step
+            self._entries.count_error("save_errors", error, "%s is not saved", order.piece)
+            self._room.release()
+
+    def close(self) -> None:
+        """Finish what was begun."""
+        self._loading.close()
+        self._saving.close()
+
+    def _load(self, order: LoadOrder) -> None:
+        n_filled = 0
+        try:
+            n_filled = self._fill(order)
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            self._entries.count_error(
+                "load_errors", error, "tokens %d .. %d are not loaded", order.start, order.stop - 1
+            )
+        finally:  # an engine that waits for this request must hear of it, whatever went wrong
+            n_missing = order.stop - order.start - n_filled
+            self.counts.add(loads=1, tokens_loaded=n_filled, tokens_missed=n_missing)
+            self._loaded.put((order.request_id, order.page_ids[n_filled // self._page_tokens :]))
+
+    def _fill(self, order: LoadOrder) -> int:
+        """Tokens filled, up to the first piece that cannot be had."""
+        n_filled = 0
+        for first in range(0, len(order.pieces), _FETCHED_AT_ONCE):
+            pieces = order.pieces[first : first + _FETCHED_AT_ONCE]
+            entries = self._entries.load([piece.keys[self._rank] for piece in pieces])
+            for piece, entry in zip(pieces, entries, strict=True):
+                # What the engine has already stays as it is.
+                skipped = max(0, order.start - piece.start)
+                at, n_tokens = n_filled // self._page_tokens, len(piece.token_ids) - skipped
+                page_ids = order.page_ids[at : at + n_tokens // self._page_tokens]
+                decode = partial(self._decode, piece, page_ids, skipped)
+                if not self._entries.decode(piece.keys[self._rank], entry, decode):
+                    return n_filled
+                n_filled += n_tokens
+        return n_filled
+
+    def _decode(self, piece: Piece, page_ids: list[int], skipped: int, stream: bytes) -> bool:
+        """A stream into pages, but for its first tokens."""
+        n_tokens, targets = len(piece.token_ids), None
+        if not skipped and self._pages.device == self._codec.device:
+            targets = self._pages.targets(page_ids, n_tokens)
+        if targets is not None:
+            self._codec.decode_into(stream, piece.start, targets, piece.token_ids)
+            self._pages.settle()
+        else:
+            keys, values = self._codec.decode(stream, piece.start, n_tokens, piece.token_ids)
+            self._pages.write(page_ids, keys[:, :, skipped:], values[:, :, skipped:])
+        return True
+
+    def _save(self, order: SaveOrder, keys: Tensor, values: Tensor) -> None:
+        piece, node = order.piece, order.piece.nodes[self._rank]
+        original = self._pages.bytes(len(piece.token_ids))
+
+        def encode() -> bytes:
+            return self._codec.encode(keys, values, piece.start, piece.token_ids)
+
+        try:
+            if piece.tail_name is not None:
+                self._tails.save(node, piece.token_ids, piece.tail_name, encode, original)
+            elif self._entries.put(piece.keys[self._rank], encode, original):
+                self._tails.drop_outgrown(node, order.following)
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  what is not saved is a later miss, no more
+            self._entries.count_error("save_errors", error, "%s is not saved", piece)
+        finally:
+            self._room.release()

@@ -1,0 +1,1 @@
+"""Models of transformers: what they cache, calibration on them, who they are."""

@@ -1,0 +1,117 @@
+"""Measuring what steps do to a model's predictions, so that a codec can be asked for a quality (`kvtc.Codec(..., kl=0.001)`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.artifact import Calibration
+from ..calibration.joint_calibration import CoefficientModel
+from ..calibration.quality_curve import QualityCurve
+from ..codec import Codec
+from ..errors import InvalidArgument
+from ..process.progress import track
+from ..process.torch_state import neutral_torch_state
+from .continuation import mean_divergence, predict, prefill
+
+N_CONTINUATION = 128
+"""Predictions compared on each sequence, the last ones."""
+LEAST_TOKENS = 3 * N_CONTINUATION
+"""Shorter sequences leave too little cache to be spoiled."""
+RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
+"""Where the curve is measured: at the steps that are expected to give these ratios."""
+_SET_ASIDE_EVERY, _MOST_SET_ASIDE = 16, 8
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A sequence cut before its continuation: ids of the cache, its exact cache, ids fed on top, and what is then predicted."""
+
+    cached: Tensor
+    exact: Any
+    fed: Tensor
+    expected: Tensor
+
+
+def measure_quality(
+    model: Any, calibration: Calibration, token_sequences: Iterable[Tensor | Sequence[int]]
+) -> Calibration:
+    """The calibration with a curve of steps and KL for each of the profiles `joint` and `conditional` that it serves.
+
+    token_sequences: text that is neither what the calibration was fitted to nor what it will be judged by; of each of at least
+    384 tokens the last 128 are predicted from a cache of which only the sinks are exact. Eight sequences or more are advised.
+    Everything else of the calibration, its fingerprint too, stays.
+
+    Raises `InvalidArgument` for a calibration of `paper` alone or of a part of the model, and where no sequence is long enough.
+    """
+    if calibration.joint is None:
+        raise InvalidArgument("this calibration serves the profile paper alone, which has no step")
+    ids = [_as_ids(sequence) for sequence in token_sequences]
+    ids = [sequence for sequence in ids if len(sequence) >= LEAST_TOKENS]
+    if not ids:
+        raise InvalidArgument(
+            f"expected a sequence of at least {LEAST_TOKENS} tokens to measure quality on, found none"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        cases = [_case(model, sequence.to(model.device)) for sequence in track(ids, "exact predictions", "sequences")]
+        of_profiles = {"joint": calibration.joint.coefficients}
+        if calibration.joint.tokens is not None:
+            of_profiles["conditional"] = calibration.joint.tokens.coefficients
+        curves = {name: _curve(model, calibration, name, known, cases) for name, known in of_profiles.items()}
+    finally:
+        model.train(was_training)
+    info = calibration.info | {"n_quality_sequences": len(ids)}
+    return replace(calibration, quality=curves, info=info)
+
+
+class SetAside:
+    """Sequences on their way to a fit, some of which are kept back to measure quality on."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def rest_of(self, token_sequences: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The others: every 16th that is long enough is kept, up to 8."""
+        n_long = 0
+        for ids in token_sequences:
+            n_long += len(ids) >= LEAST_TOKENS
+            is_due = len(ids) >= LEAST_TOKENS and n_long % _SET_ASIDE_EVERY == 0
+            if is_due and len(self.kept) < _MOST_SET_ASIDE:
+                self.kept.append(ids)
+            else:
+                yield ids
+
+
+@neutral_torch_state
+def _as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
+    return torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1)
+
+
+def _case(model: Any, ids: Tensor) -> _Case:
+    n_cached = len(ids) - N_CONTINUATION - 1
+    exact = prefill(model, ids[:n_cached])
+    fed = ids[n_cached:-1]
+    return _Case(ids[:n_cached], exact, fed, predict(model, exact, fed))
+
+
+def _curve(
+    model: Any, calibration: Calibration, profile: str, known: CoefficientModel, cases: list[_Case]
+) -> QualityCurve:
+    original_bits = 32 * calibration.geometry.row_features
+    steps = sorted({known.step_for(original_bits / ratio) for ratio in RATIOS})
+    codec = Codec(calibration, profile, step=steps[0], window_tokens=0)
+    told = track(steps, f"quality of {profile}", "steps")
+    found = [fmean(_divergence(model, codec.with_step(step), case) for case in cases) for step in told]
+    return QualityCurve.from_measurements(steps, found)
+
+
+def _divergence(model: Any, codec: Codec, case: _Case) -> float:
+    restored = codec.decode(codec.encode(case.exact, case.cached), case.cached)
+    return mean_divergence(case.expected, predict(model, restored, case.fed))

@@ -1,0 +1,407 @@
+"""transformers models: which are supported, their geometry, and their caches as neutral caches."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import CacheGeometry, KVCache
+from ..coding.joint.metric import Metric
+from ..container import PROFILES
+from ..errors import GeometryMismatch, InvalidArgument, UnsupportedModel
+from ..process.progress import task
+from ..process.torch_state import model_torch_state, neutral_torch_state
+from .measure_quality import SetAside, measure_quality
+from .model_files import UnknownModel
+from .model_identity import calibrated_identity
+from .rope_discovery import (
+    refuse_unusual_heads,
+    remembered_length,
+    require_transformers,
+    rope_from_config,
+    rope_from_model,
+    text_config,
+)
+from .sensitivity import SensitivityRecorder
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
+
+# Modules whose output is the key before rotation, or a projection that contains it.
+_KEY_NORMS = frozenset({"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm"})
+_KEY_PROJECTIONS = frozenset({"k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "kv_proj"})
+
+_VERIFICATION_TOKENS = 256
+_SENSITIVITY_PASSES = 64
+METRIC_POWER = 0.75
+METRIC_RIDGE = 0.01
+
+
+def check_supported(config: Any) -> None:
+    """Raise `UnsupportedModel`, naming the first such layer, unless every layer keeps a plain full-attention cache.
+
+    `config` is a transformers config (or model). A sliding window is refused even if it spans the whole context.
+    """
+    require_transformers()
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    config = text_config(config)
+    refuse_unusual_heads(config)
+    for layer, layer_type in enumerate(get_layer_types_and_kwargs(config)[0]):
+        if layer_type != "full_attention":
+            raise UnsupportedModel(
+                f"layer {layer} of {config.model_type} is a {layer_type} layer; expected full_attention in every layer"
+            )
+
+
+@neutral_torch_state
+def geometry_of(
+    model: Any, layers: tuple[int, int] | None = None, kv_heads: tuple[int, int] | None = None
+) -> CacheGeometry:
+    """The geometry of a transformers model, or of a bare config.
+
+    layers, kv_heads: half-open (start, stop) of one pipeline or tensor-parallel rank; None for all.
+    `InvalidArgument` for a range outside the model, `UnsupportedModel` for a cache or rotation that is not supported.
+    """
+    check_supported(model)
+    whole = _Extent.of(model)
+    first_layer, n_layers = _range("layers", layers, whole.n_layers)
+    first_head, n_heads = _range("kv_heads", kv_heads, whole.n_kv_heads)
+    rope = rope_from_model(model) if isinstance(model, nn.Module) else rope_from_config(model)
+    rope = rope.slice_layers(first_layer, first_layer + n_layers)
+    return CacheGeometry(first_layer, n_layers, first_head, n_heads, whole.head_dim, rope)
+
+
+def capture(
+    model: Any,
+    token_ids: Tensor | Sequence[int],
+    geometry: CacheGeometry | None = None,
+    piece_tokens: int | None = None,
+) -> KVCache:
+    """Prefill a transformers model on one sequence and return its cache.
+
+    token_ids: [T] integers. geometry: the layers and heads wanted; None for all. piece_tokens: tokens that the model reads at once,
+    on top of those before, which takes less memory and can be watched (`progress`); values then differ by rounding. None for
+    all at once, as is done in any case where the rotation depends on the length of the text.
+    Returns keys and values [L, H, T, D] in the model's dtype on the device of its embeddings, contiguous.
+    The model's training flags are as before on return. Errors: `InvalidArgument` for ids that are empty, not one
+    sequence or outside the vocabulary; `GeometryMismatch` for a geometry outside the model; `UnsupportedModel` for
+    another kind of cache.
+    """
+    check_supported(model)
+    whole = _Extent.of(model)
+    layers, heads = range(whole.n_layers), range(whole.n_kv_heads)
+    if geometry is not None:
+        layers = range(geometry.first_layer, geometry.first_layer + geometry.n_layers)
+        heads = range(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
+        if layers.stop > whole.n_layers or heads.stop > whole.n_kv_heads or geometry.head_dim != whole.head_dim:
+            raise GeometryMismatch(f"expected a part of a model with {whole.describe()}; got {geometry.describe()}")
+    device = model.get_input_embeddings().weight.device
+    ids = _as_ids(token_ids)
+    vocabulary = int(text_config(model).vocab_size)
+    if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        found = f"{int(ids.min())} .. {int(ids.max())}" if len(ids) else "none"
+        raise InvalidArgument(f"expected one or more token ids in 0 .. {vocabulary - 1}, found {found}")
+    arguments = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    if piece_tokens is None or geometry_of(model).rope.depends_on_length:
+        piece_tokens = len(ids)
+    with model_torch_state(), _evaluation_mode(model):
+        cached = _read_in_pieces(model, ids.to(device), piece_tokens, arguments)
+    return _captured(cached, layers, heads, whole, device, len(ids), remembered_length(model))
+
+
+@neutral_torch_state
+def _captured(
+    cached: Any, layers: range, heads: range, whole: _Extent, device: torch.device, n_tokens: int, remembered: int
+) -> KVCache:
+    """Those layers and heads of a transformers cache, side by side."""
+    expected = (1, whole.n_kv_heads, n_tokens, whole.head_dim)
+    keys, values = [], []
+    for layer in layers:
+        shapes = tuple(cached.layers[layer].keys.shape), tuple(cached.layers[layer].values.shape)
+        if shapes != (expected, expected):
+            raise UnsupportedModel(f"layer {layer} caches keys {shapes[0]} and values {shapes[1]}; expected {expected}")
+        keys.append(cached.layers[layer].keys[0, heads.start : heads.stop].to(device))
+        values.append(cached.layers[layer].values[0, heads.start : heads.stop].to(device))
+    return KVCache(
+        torch.stack(keys),
+        torch.stack(values),
+        first_layer=layers.start,
+        first_kv_head=heads.start,
+        rope_length=remembered if remembered > n_tokens else None,
+    )
+
+
+def _read_in_pieces(model: Any, ids: Tensor, piece_tokens: int, arguments: dict[str, Any]) -> Any:
+    """The cache of all tokens."""
+    cached: Any = None
+    with task("prefill", len(ids), "tokens") as advance:
+        for start in range(0, len(ids), piece_tokens):
+            piece = ids[start : start + piece_tokens]
+            cached = model(piece[None], past_key_values=cached, use_cache=True, **arguments).past_key_values
+            advance(len(piece))
+    return cached
+
+
+def verify_rope(
+    model: Any, geometry: CacheGeometry, token_ids: Tensor | Sequence[int], tolerance: float | None = None
+) -> float:
+    """Check `geometry.rope` against the model: cached keys, un-rotated, must be the keys it computed before rotation.
+
+    token_ids: [T] integers, T >= 2 (position 0 is never rotated).
+    tolerance: largest relative error (Frobenius norms) of a layer; None for 1e-4 with float32 keys, 2e-2 with 16-bit.
+    Returns the worst error over the layers.
+    `UnsupportedModel`, naming the layer, if a layer exceeds it or if its keys before rotation cannot be observed.
+    """
+    ids = _as_ids(token_ids)
+    if len(ids) < 2:
+        raise InvalidArgument(
+            f"expected at least 2 token ids, as a rotation shows from the second on; found {len(ids)}"
+        )
+    observed: dict[int, list[Tensor]] = {}
+    names: dict[int, str] = {}
+    hooks = []
+    for path, module in model.get_decoder().named_modules():
+        layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
+        if layer is None:
+            continue
+        if "attention" in type(module).__name__.lower():
+            names.setdefault(layer, type(module).__name__)
+        if path.rsplit(".", 1)[-1] in _KEY_NORMS | _KEY_PROJECTIONS:
+            hooks.append(module.register_forward_hook(_recorder(observed.setdefault(layer, []))))
+    try:
+        cache = capture(model, ids, geometry)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _worst_rope_error(geometry, cache, observed, names, _Extent.of(model), tolerance)
+
+
+@neutral_torch_state
+def _worst_rope_error(
+    geometry: CacheGeometry,
+    cache: KVCache,
+    observed: dict[int, list[Tensor]],
+    names: dict[int, str],
+    whole: _Extent,
+    tolerance: float | None,
+) -> float:
+    """observed: outputs of each layer's modules that may be its keys before rotation; names: of its attention module."""
+    if tolerance is None:
+        tolerance = 1e-4 if cache.dtype == torch.float32 else 2e-2
+    positions = cache.resolved_positions().to(cache.keys.device)
+    unrotated = geometry.rope.unrotate(cache.keys, positions, cache.resolved_rope_length())
+    heads = slice(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
+    worst = 0.0
+    for index in range(geometry.n_layers):
+        layer = geometry.first_layer + index
+        name = f"layer {layer} ({names.get(layer, 'no attention module')})"
+        errors = [
+            _relative_error(unrotated[index], candidate[heads])
+            for output in observed.get(layer, [])
+            for candidate in _key_candidates(output, whole, cache.n_tokens)
+        ]
+        if not errors:
+            raise UnsupportedModel(
+                f"{name}: no module shows its keys before rotation, so its rotation cannot be verified"
+            )
+        if not min(errors) <= tolerance:
+            raise UnsupportedModel(
+                f"{name}: un-rotated keys differ from the keys before rotation by {min(errors):.2e} (relative); "
+                f"expected at most {tolerance:.0e}"
+            )
+        worst = max(worst, min(errors))
+    return worst
+
+
+def calibrate(
+    model: Any,
+    token_sequences: Iterable[Tensor | Sequence[int]],
+    sink_tokens: int = 4,
+    layers: tuple[int, int] | None = None,
+    kv_heads: tuple[int, int] | None = None,
+    *,
+    profiles: Sequence[str] = tuple(PROFILES),
+    metric_power: float = METRIC_POWER,
+    metric_ridge: float = METRIC_RIDGE,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> Calibration:
+    """Calibrate on the caches of `token_sequences` (any iterable, read once); the first also verifies the rotation.
+
+    Sequences of at most `sink_tokens` tokens hold nothing to learn from and are skipped. `layers` and `kv_heads` are
+    as in `geometry_of`; `options` go to `kvtc.calibration.fit.fit`. profiles: what the calibration shall serve; `paper` always
+    does. metric_power, metric_ridge: as in `Metric.from_sensitivity`. device: where it is fitted; None: where the embeddings are.
+    Of a whole model, every 16th sequence of at least 384 tokens, up to 8, is not fitted to: quality is measured on them
+    (`measure_quality`). Errors as of `geometry_of`, `capture`, `verify_rope` and `fit`; `InvalidArgument` if no sequence is long
+    enough, or an unknown profile.
+    """
+    from ..calibration.fit import fit
+
+    unknown = set(profiles) - set(PROFILES)
+    if unknown:
+        raise InvalidArgument(f"profile {sorted(unknown)[0]!r} is unknown; expected some of {', '.join(PROFILES)}")
+    geometry = geometry_of(model, layers, kv_heads)
+    usable: Iterator[Tensor] = (ids for ids in map(_as_ids, token_sequences) if len(ids) > sink_tokens)
+    is_whole = layers is None and kv_heads is None
+    aside = SetAside()
+    if is_whole and not set(profiles) <= {"paper"}:
+        usable = aside.rest_of(usable)
+    first = next(usable, None)
+    if first is None:
+        raise InvalidArgument(f"expected at least one sequence of more than {sink_tokens} tokens, found none")
+    with task("checking the rotation"):
+        verify_rope(model, geometry, first[:_VERIFICATION_TOKENS])
+    to_capture, to_predict = itertools.tee(itertools.chain([first], usable))
+    # A parameter shared by several modules is listed once.
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = model.get_input_embeddings().weight
+    options |= {"sink_tokens": sink_tokens, "model_parameters": parameters, "model_identity": _identity(model)}
+    options["device"] = embeddings.device if device is None else device
+    if set(profiles) <= {"paper"}:
+        return fit(geometry, (capture(model, ids, geometry) for ids in to_capture), **options)
+    recorder = SensitivityRecorder(model, geometry, sink_tokens)
+    if "conditional" in profiles:
+        options |= {"token_ids": to_predict, "embeddings": embeddings}
+    calibration = fit(
+        geometry,
+        _recorded(model, geometry, to_capture, recorder),
+        metric=lambda: Metric.from_sensitivity(*recorder.moments(), metric_power, metric_ridge),
+        **options,
+    )
+    return measure_quality(model, calibration, aside.kept) if aside.kept else calibration
+
+
+def _identity(model: Any) -> str | None:
+    """Which model this is; None where its parameters do not show their bytes, or it has forward hooks."""
+    try:
+        return calibrated_identity(model)
+    except UnknownModel:
+        return None
+
+
+def _recorded(
+    model: Any, geometry: CacheGeometry, token_sequences: Iterable[Tensor], recorder: SensitivityRecorder
+) -> Iterator[KVCache]:
+    """The cache of each sequence; the passes of the first ones also tell how sensitive attention is."""
+    for ids in token_sequences:
+        if recorder.n_passes < _SENSITIVITY_PASSES:
+            with recorder.recording(len(ids)):
+                cache = capture(model, ids, geometry)
+        else:
+            cache = capture(model, ids, geometry)
+        yield cache
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """Size of a model's whole cache."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    n_query_heads: int
+
+    @classmethod
+    def of(cls, model_or_config: Any) -> _Extent:
+        config = text_config(model_or_config)
+        n_heads = int(config.num_attention_heads)
+        n_kv_heads = getattr(config, "num_key_value_heads", None)
+        if config.model_type == "falcon":
+            # Its new architecture groups heads in the projection but caches one key-value head for each query head.
+            n_kv_heads = 1 if config.multi_query and not config.new_decoder_architecture else n_heads
+        elif n_kv_heads is None:
+            # Older architectures have no such field: every head has keys and values of its own.
+            n_kv_heads = n_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+        return cls(int(config.num_hidden_layers), int(n_kv_heads), int(head_dim), n_heads)
+
+    def describe(self) -> str:
+        """Sizes in words, for messages."""
+        return f"{self.n_layers} layers, {self.n_kv_heads} kv heads, head_dim {self.head_dim}"
+
+
+def _range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, int]:
+    """Half-open (start, stop) -> (start, length)."""
+    if isinstance(wanted, range):
+        wanted = (wanted.start, wanted.stop)
+    if wanted is not None and not (isinstance(wanted, (tuple, list)) and len(wanted) == 2):
+        raise InvalidArgument(f"{name}: expected (start, stop), got {wanted!r}")
+    start, stop = (0, count) if wanted is None else wanted
+    if not 0 <= start < stop <= count:
+        raise InvalidArgument(f"{name}: expected (start, stop) with 0 <= start < stop <= {count}, got {(start, stop)}")
+    return start, stop - start
+
+
+@neutral_torch_state
+def _as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
+    """[T] int64; `InvalidArgument` for anything but one sequence of integers."""
+    try:
+        ids = torch.as_tensor(token_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidArgument(f"expected a sequence of token ids: {error}") from error
+    ids = ids[0] if ids.dim() == 2 and ids.shape[0] == 1 else ids  # as tokenizers return one text
+    whole_numbers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.dim() != 1 or not (whole_numbers or ids.numel() == 0):
+        raise InvalidArgument(f"expected one sequence of integer token ids, got {tuple(ids.shape)} of {ids.dtype}")
+    return ids.to(torch.int64)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout and the like; afterwards every module has the training flag it had."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _recorder(outputs: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that keeps the output."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            # Kept, not copied: some models clamp a projection in place before they rotate it.
+            outputs.append(output)
+
+    return hook
+
+
+def _key_candidates(output: Tensor, whole: _Extent, n_tokens: int) -> Iterator[Tensor]:
+    """Readings of a module's output as keys [H, T, D] of all heads: each layout some architecture uses."""
+    heads, dim, queries = whole.n_kv_heads, whole.head_dim, whole.n_query_heads
+    if output.numel() == n_tokens * heads * dim:
+        if output.shape == (1, heads, n_tokens, dim):
+            yield output[0]
+        yield output.reshape(n_tokens, heads, dim).transpose(0, 1)
+        return
+    width = output.numel() // n_tokens
+    if output.numel() % n_tokens or width % dim:
+        return
+    rows = output.reshape(n_tokens, width // dim, dim)
+    if width == 2 * heads * dim:
+        yield rows[:, :heads].transpose(0, 1)  # k | v
+    projected = (width // dim - queries) // 2
+    if projected < 1 or queries + 2 * projected != width // dim or heads % projected:
+        return
+    yield rows[:, queries : queries + projected].transpose(0, 1).repeat_interleave(heads // projected, 0)  # q | k | v
+    if queries % projected == 0:
+        groups = rows.reshape(n_tokens, projected, queries // projected + 2, dim)
+        yield groups[:, :, -2].transpose(0, 1).repeat_interleave(heads // projected, 0)  # per head or group: q, k, v
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of `expected`."""
+    expected = expected.to(found.device, torch.float32)
+    tiny = torch.finfo(torch.float32).tiny  # all-zero keys must come back as zeros
+    return float((found - expected).norm() / expected.norm().clamp_min(tiny))

@@ -1,1 +1,0 @@
-"""Bridges from model libraries and serving engines to the neutral cache."""

@@ -1,0 +1,1 @@
+"""The profiles `joint` and `conditional`."""

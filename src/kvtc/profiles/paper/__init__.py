@@ -1,0 +1,1 @@
+"""The profile `paper`: KVTC as published."""

@@ -1,0 +1,244 @@
+"""Sections of what is measured on text: rate and distortion, multi-turn use, ablations, domain shift, recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..container import PROFILES
+from ..evaluate.derived import FewerBytes, fewer_bytes
+from ..evaluate.schema import split_name
+from .sections import Chart, Result, Section, Table, percent, quality_of, ratio
+
+BODY, TOTAL = "body_ratio", "total_ratio"
+FACTORS = ("body_factor", "total_factor")
+PAPER = "paper"
+
+
+def bits_per_byte(result: Result) -> Iterator[Section]:
+    """The model itself, on text."""
+    rows = [[domain, f"{bits:.3f}"] for domain, bits in result["bits_per_byte"].items()]
+    yield Section(
+        "the model on text", "Bits per byte of held-out text, nothing coded.", [Table(["text", "bits per byte"], rows)]
+    )
+
+
+def qualities(result: Result) -> Iterator[Section]:
+    """Rate and distortion, a section a window."""
+    for window, records in _by_window(result, "qualities").items():
+        ordered = sorted(records, key=lambda record: record[TOTAL])
+        parts: list[Table | Chart] = [_rate_distortion(records, field) for field in (BODY, TOTAL)]
+        found = [quality_of(record) for record in records]
+        parts += _fewer(fewer_bytes({0: found}))
+        parts.append(quality_table(ordered, is_long=len(ordered) > 12))
+        first = records[0]
+        note = (
+            f"Texts: {first.get('n_documents', '?')}; predictions: {first.get('n_continuation', '?')}. Lower is better, "
+            "further right is smaller; a method that changes nothing has no place on a logarithmic axis."
+        )
+        yield Section(f"rate and distortion{_window(window)}", note, parts)
+
+
+def quality_table(records: Sequence[Result], is_long: bool = False) -> Table:
+    """One row a record."""
+    header = ["method", BODY, TOTAL, "KL, nats", "top-1, %", "perplexity", "exact cache's"]
+    rows = [
+        [
+            record["name"],
+            ratio(record.get(BODY)),
+            ratio(record[TOTAL]),
+            f"{record['kl']:.5f}",
+            percent(record["top1_agreement"]),
+            f"{record['perplexity']:.2f}",
+            f"{record['perplexity_exact']:.2f}",
+        ]
+        for record in records
+    ]
+    return Table(header, rows, is_long=is_long)
+
+
+def turns(result: Result) -> Iterator[Section]:
+    """Multi-turn use: a section a turn length, with the KL of turn after turn."""
+    groups: dict[tuple[int, Any], list[Result]] = {}
+    for record in result["turns"]:
+        groups.setdefault((record["turn_tokens"], record.get("window_tokens")), []).append(record)
+    for (turn_tokens, window), records in groups.items():
+        first = records[0]
+        header = [
+            "method",
+            BODY,
+            TOTAL,
+            "KL, nats",
+            "coded once",
+            "first turn",
+            "last turn",
+            "top-1, %",
+            "perplexity",
+            "exact cache's",
+        ]
+        rows = [
+            [
+                record["name"],
+                ratio(record.get(BODY)),
+                ratio(record[TOTAL]),
+                f"{record['kl']:.5f}",
+                f"{record['kl_once']:.5f}",
+                f"{record['kl_by_turn'][0]:.5f}",
+                f"{record['kl_by_turn'][-1]:.5f}",
+                percent(record["top1_agreement"]),
+                f"{record['perplexity']:.2f}",
+                f"{record['perplexity_exact']:.2f}",
+            ]
+            for record in records
+        ]
+        lines = {
+            record["name"]: [
+                (float(turn), kl, f"turn {turn}: KL {kl:.5f}") for turn, kl in enumerate(record["kl_by_turn"], start=1)
+            ]
+            for record in _spread(records)
+        }
+        chart = Chart("KL by turn", lines, "turn", "KL, nats", x_log=False, x_times=False)
+        note = (
+            f"The whole cache is coded again after every {turn_tokens} tokens, {first['n_codings']} times in all: the worst case, "
+            "for a method could also code a token once and keep its bytes. Coded once: the same predictions where only the "
+            f"prefix was coded, once. The window of {window} tokens grows to {window + turn_tokens} between two codings."
+        )
+        yield Section(
+            f"multi-turn use, every {turn_tokens} tokens{_window(window)}", note, [chart, Table(header, rows)]
+        )
+
+
+def studies(result: Result) -> Iterator[Section]:
+    """Ablations: a section each."""
+    for study in result["studies"]:
+        records = study["qualities"]
+        parts: list[Table | Chart] = [_rate_distortion(records, BODY)] if len(records) > 2 else []
+        yield Section(study["title"], study.get("note", ""), [*parts, quality_table(records)])
+
+
+def domain_shift(result: Result) -> Iterator[Section]:
+    """A matrix a method: calibrated on (row), measured on (column)."""
+    for name in dict.fromkeys(cell["name"] for cell in result["cells"]):
+        cells = [cell for cell in result["cells"] if cell["name"] == name]
+        texts = list(dict.fromkeys(cell["text"] for cell in cells))
+        sources = list(dict.fromkeys(cell["calibrated_on"] for cell in cells))
+        found = {(cell["calibrated_on"], cell["text"]): cell for cell in cells}
+        parts = []
+        for title, show in (("KL, nats", _kl), (BODY, lambda cell: ratio(cell.get(BODY)))):
+            rows = [[source, *(_of(found.get((source, text)), show) for text in texts)] for source in sources]
+            shades = _shades(found, sources, texts) if title.startswith("KL") else None
+            parts.append(Table(["calibrated on", *texts], rows, f"{title}, by the text measured on", shades=shades))
+        yield Section(f"domain shift, {name}", "Darker is worse than the best calibration for that text.", parts)
+
+
+def recompute(result: Result) -> Iterator[Section]:
+    """Seconds to have a cache back: computed again or decoded."""
+    points = result["points"]
+    names = list(dict.fromkeys(point["name"] for point in points))
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for point in points:
+        n = float(point["n_tokens"])
+        lines.setdefault("prefill", [])
+        if all(x != n for x, _, _ in lines["prefill"]):
+            lines["prefill"].append(
+                (n, point["prefill_seconds"], f"prefill of {n:,.0f} tokens: {point['prefill_seconds']:.3g} s")
+            )
+        label = f"decoding {n:,.0f} tokens: {point['decode_seconds']:.3g} s"
+        lines.setdefault(f"decode {point['name']}" if len(names) > 1 else "decode", []).append(
+            (n, point["decode_seconds"], label)
+        )
+    header = ["method", "tokens", "prefill, s", "encode, s", "decode, s", "prefill over decode", TOTAL]
+    rows = [
+        [
+            point["name"],
+            f"{point['n_tokens']:,}",
+            f"{point['prefill_seconds']:.3g}",
+            "" if point.get("encode_seconds") is None else f"{point['encode_seconds']:.3g}",
+            f"{point['decode_seconds']:.3g}",
+            f"{point['prefill_seconds'] / point['decode_seconds']:.1f}x",
+            ratio(point["original_bytes"] / point["total_bytes"]),
+        ]
+        for point in points
+    ]
+    chart = Chart("Seconds until the cache is there", lines, "tokens", "seconds", x_times=False)
+    yield Section("computing again or decoding", "", [chart, Table(header, rows)])
+
+
+def _rate_distortion(records: Sequence[Result], field: str) -> Chart:
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for record in records:
+        if record.get(field) and record["kl"] > 0:
+            point = (
+                float(record[field]),
+                float(record["kl"]),
+                f"{record['name']}: {record[field]:.1f}x, KL {record['kl']:.5f}",
+            )
+            lines.setdefault(split_name(record["name"])[0], []).append(point)
+    return Chart(f"KL against {field}", {name: sorted(line) for name, line in lines.items()}, field, "KL, nats")
+
+
+def _fewer(figures: Sequence[FewerBytes]) -> list[Table]:
+    """Two tables: at the KL of each point of `paper`, and of the rivals. A pair of columns a series: body, all bytes."""
+    found = {(figure.at, figure.series): figure for figure in figures}
+    points = dict.fromkeys((figure.at, figure.kl) for figure in figures)
+    groups = {
+        f"the profile {PAPER}": [(at, kl) for at, kl in points if split_name(at)[0] == PAPER],
+        "the others": [(at, kl) for at, kl in points if split_name(at)[0] not in PROFILES],
+    }
+    tables = []
+    for whose, chosen in groups.items():
+        series = [name for name in PROFILES if any((at, name) in found for at, _ in chosen)]
+        header = [f"{name}, {what}" for name in series for what in ("body", "total")]
+        rows = [
+            [at, f"{kl:.5f}", *(_factor(found.get((at, name)), field) for name in series for field in FACTORS)]
+            for at, kl in chosen
+        ]
+        if rows:
+            caption = f"Times fewer bytes at the KL of each point of {whose}"
+            tables.append(Table(["at the KL of", "KL, nats", *header], rows, caption, is_long=len(rows) > 12))
+    return tables
+
+
+def _factor(figure: FewerBytes | None, field: str) -> str:
+    value = None if figure is None else getattr(figure, field)
+    return "-" if figure is None or value is None else f"{'≥ ' if figure.is_bound else ''}{value:.1f}x"
+
+
+def _by_window(result: Result, name: str) -> dict[int | None, list[Result]]:
+    found: dict[int | None, list[Result]] = {}
+    for record in result[name]:
+        found.setdefault(record.get("window_tokens", result.get("window_tokens")), []).append(record)
+    return found
+
+
+def _window(window: int | None) -> str:
+    return "" if window is None else f", window {window}"
+
+
+def _spread(records: Sequence[Result]) -> list[Result]:
+    """Of every series the middle setting: curves over turns differ little between neighbouring settings."""
+    series: dict[str, list[Result]] = {}
+    for record in records:
+        series.setdefault(split_name(record["name"])[0], []).append(record)
+    return [of_one[len(of_one) // 2] for of_one in series.values()]
+
+
+def _kl(cell: Result) -> str:
+    return f"{cell['kl']:.5f}"
+
+
+def _of(cell: Result | None, show: Any) -> str:
+    return "" if cell is None else str(show(cell))
+
+
+def _shades(
+    found: Mapping[tuple[str, str], Result], sources: Sequence[str], texts: Sequence[str]
+) -> dict[tuple[int, int], float]:
+    """How far a cell's KL lies above the least of its column: full at four times."""
+    shades = {}
+    for column, text in enumerate(texts, start=1):
+        least = min(found[source, text]["kl"] for source in sources if (source, text) in found)
+        for row, source in enumerate(sources):
+            if (source, text) in found and least > 0:
+                shades[row, column] = min(1.0, (found[source, text]["kl"] / least - 1) / 3)
+    return shades

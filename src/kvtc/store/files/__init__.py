@@ -1,0 +1,1 @@
+"""Entries as files of a directory that processes share."""

@@ -1,0 +1,202 @@
+"""`file:///path` entries as files in a directory that any number of processes share."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from ...errors import InvalidArgument, StoreError, StoreFull
+from ..base import StoreStatistics
+from ..bounded_calls import BoundedCalls
+from ..frame import DEFAULT_ENTRY_BYTES, Frame
+from ..framed import PROBE_NAME, FramedStore
+from ..urls import StoreUrl, parse_bytes, parse_choice, parse_mode, parse_seconds
+from .directory import SUFFIX, Directory, blocks, translating
+from .ledger import LockedLedger
+
+T = TypeVar("T")
+SYNC = ("none", "data", "full")
+DEFAULT_SECONDS = 30.0
+LOCK_SHARE = 0.9  # of them, so that a caller learns of the lock
+DEFAULT_MODE = 0o600  # values reveal what a model has read
+BATCH_NAMES = 16  # read or written within one deadline
+FILLED_AFTER_EVICTION = 0.9  # of the budget, so that one scan pays for many puts
+
+
+class FileStore(FramedStore):
+    """Entries as files under `root`, at most `max_bytes` of disk (None: as much as there is).
+
+    sync: "none" leaves it to the operating system when bytes reach the disk (a killed process loses nothing, a power cut may cost
+    the last entries), "data" writes every entry through before it appears, "full" its directory as well.
+    timeout: seconds that a caller waits for a batch of up to 16 entries, the lock of the directory included; see `BoundedCalls`.
+    mode: permissions of files that are made, less those that the umask forbids; directories may be searched by who may read.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        max_bytes: int | None = None,
+        sync: str = "none",
+        timeout: float = DEFAULT_SECONDS,
+        mode: int = DEFAULT_MODE,
+        namespace: str | None = None,
+        on_error: str = "raise",
+        entry_bytes: int = DEFAULT_ENTRY_BYTES,
+    ) -> None:
+        super().__init__(namespace, on_error, entry_bytes)
+        if max_bytes is not None and max_bytes < 1:
+            raise InvalidArgument(f"bytes is {max_bytes}; expected a positive byte budget")
+        if sync not in SYNC:
+            raise InvalidArgument(f"sync is {sync!r}; expected one of {', '.join(SYNC)}")
+        if mode & ~0o666 or mode & 0o600 != 0o600:
+            raise InvalidArgument(
+                f"mode is {mode:04o}; expected permissions such as 0600 or 0640, for the owner to read and write"
+            )
+        self._max_bytes = max_bytes
+        self._directory = Directory(Path(root), sync, LOCK_SHARE * timeout, mode)
+        # Writing waits for a lock, and may hang where reading does not: neither uses up the other's threads.
+        self._reading = BoundedCalls(repr(self), timeout, lambda: self._directory.path(PROBE_NAME).exists())
+        self._writing = BoundedCalls(repr(self), timeout, self._probe_writing)
+        self._translated(lambda: self._run(self._writing, self._recover))
+
+    @classmethod
+    def from_url(cls, url: StoreUrl) -> FileStore:
+        if url.host or not url.path.startswith("/"):
+            raise InvalidArgument(f"{url}: expected file:///absolute/path")
+        max_bytes = url.take("bytes", parse_bytes)
+        sync = url.take("sync", parse_choice(*SYNC), "none")
+        timeout = url.take("timeout", parse_seconds, DEFAULT_SECONDS)
+        mode = url.take("mode", parse_mode, DEFAULT_MODE)
+        return cls(url.path, max_bytes, sync, timeout, mode, **url.take_common())
+
+    def __repr__(self) -> str:
+        return f"FileStore({str(self._directory.root)!r})"
+
+    def statistics(self) -> StoreStatistics:
+        """stored_bytes is what the processes on this directory have counted together: never too few, sometimes too many."""
+        try:
+            stored_bytes = self._run(self._reading, self._directory.ledger.read)[1]
+        except StoreError:
+            stored_bytes = None
+        return self._counters.snapshot(stored_bytes=stored_bytes)
+
+    def _probe_writing(self) -> None:
+        self._directory.create()
+        with self._directory.ledger.locked():
+            pass
+
+    def _recover(self) -> None:
+        """Clean up after the dead and count what is there; a store that can only be read stays as it is."""
+        self._directory.create()
+        try:
+            if self._max_bytes is None:
+                self._directory.clean()
+            else:
+                with self._directory.ledger.locked() as held:
+                    self._make_room(held, 0)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+
+    def _run(self, calls: BoundedCalls, call: Callable[[], T]) -> T:
+        def translated() -> T:
+            with translating(self._directory.root):
+                return call()
+
+        return calls.run(translated)
+
+    def _read(self, names: Sequence[str]) -> list[Frame | None]:
+        frames: list[Frame | None] = []
+        ticks: list[int] = []
+        for start in range(0, len(names), BATCH_NAMES):
+            frames += self._run(self._reading, partial(self._read_batch, names, start, ticks))
+        return frames
+
+    def _read_batch(self, names: Sequence[str], start: int, ticks: list[int]) -> list[Frame | None]:
+        if start == 0:
+            # The head of a chain gets the latest stamp: without it the rest is of no use.
+            ticks += reversed(self._directory.ledger.ticks(len(names)))
+        batch = slice(start, start + BATCH_NAMES)
+        return [
+            self._directory.load(name, tick, self._entry_bytes)
+            for name, tick in zip(names[batch], ticks[batch], strict=True)
+        ]
+
+    def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
+        ticks: list[int] = []
+        for start in range(0, len(names), BATCH_NAMES):
+            self._run(self._writing, partial(self._write_batch, names, start, ticks, frames))
+
+    def _write_batch(self, names: Sequence[str], start: int, ticks: list[int], frames: Iterator[bytes]) -> None:
+        if start == 0:
+            self._directory.create()  # again, where somebody has emptied it
+            ticks += reversed(self._directory.ledger.ticks(len(names)))
+        batch = slice(start, start + BATCH_NAMES)
+        for name, frame, tick in zip(names[batch], islice(frames, BATCH_NAMES), ticks[batch], strict=True):
+            self._write_one(name, frame, tick)
+
+    def _write_one(self, name: str, frame: bytes, tick: int) -> None:
+        try:
+            self._attempt_write(name, frame, tick)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self._max_bytes is None:
+                raise
+            # The disk is smaller than the budget: make room as if the budget were.
+            with self._directory.ledger.locked() as held:
+                total, found = self._directory.scan()
+                target = total - max(2 * blocks(len(frame)), total // 10)
+                held.usage, n_removed = self._directory.evict(held, total, found, target)
+            self._counters.add(evictions=n_removed)
+            self._attempt_write(name, frame, tick)
+
+    def _attempt_write(self, name: str, frame: bytes, tick: int) -> None:
+        size = blocks(len(frame))
+        with self._directory.ledger.locked() as held:
+            if self._max_bytes is not None and (held.usage is None or held.usage + size > self._max_bytes):
+                self._make_room(held, size)
+            if held.usage is not None:
+                # Taken back by a scan alone: whoever dies meanwhile leaves the count too high and not too low.
+                held.usage += size
+            descriptor, partial = self._directory.begin(len(frame))
+        try:
+            self._directory.finish(descriptor, partial, name, frame, tick)
+        except BaseException:
+            self._directory.abandon(descriptor, partial)
+            raise
+        os.close(descriptor)
+
+    def _make_room(self, held: LockedLedger, size: int) -> None:
+        """Count again, and evict where `size` more bytes exceed the budget."""
+        budget = self._max_bytes
+        if budget is None:
+            return
+        if size > budget:
+            raise StoreFull(f"an entry of {size} bytes on disk exceeds the byte budget of {budget} bytes of {self!r}")
+        total, found = self._directory.scan()
+        if total + size > budget:
+            target = min(budget - size, max(0, int(FILLED_AFTER_EVICTION * budget) - size))
+            total, n_removed = self._directory.evict(held, total, found, target)
+            self._counters.add(evictions=n_removed)
+        held.usage = total
+
+    def _leading(self, names: Sequence[str]) -> int:
+        return self._run(
+            self._reading,
+            lambda: next((i for i, name in enumerate(names) if not self._directory.path(name).exists()), len(names)),
+        )
+
+    def _remove(self, name: str) -> None:
+        self._run(self._writing, lambda: self._directory.remove(name))
+
+    def _discard(self, name: str, frame: Frame) -> None:
+        self._run(self._writing, lambda: self._directory.discard(name, frame, self._entry_bytes))
+
+    def _list(self) -> Iterator[str]:
+        for shard in self._run(self._reading, self._directory.shards):
+            for entry in self._run(self._reading, partial(self._directory.entries, shard)):
+                yield entry.name.removesuffix(SUFFIX)

@@ -1,0 +1,834 @@
+"""The parts of the profiles `joint` and `conditional`, each alone: metric, prediction, quantizer, tables, escapes, sensitivity."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from decimal import Decimal, getcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvtc.cache import KVCache
+from kvtc.calibration import load_calibration
+from kvtc.calibration.entropy import fit_coefficients
+from kvtc.calibration.fit import fit
+from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration
+from kvtc.calibration.prediction_fit import fit_predictor
+from kvtc.codec.codec import Codec
+from kvtc.coding.joint.escapes import decode_escapes, encode_escapes, escaped_bytes
+from kvtc.coding.joint.metric import Metric
+from kvtc.coding.joint.prediction import Predictor, reduce_embeddings, token_features, token_triples
+from kvtc.coding.joint.probability import ProbabilityTables, tables_from_counts
+from kvtc.coding.joint.rounding import BIT_PRICE, round_coefficients
+from kvtc.coding.joint.uniform_quantizer import (
+    BOUNDS,
+    ESCAPE,
+    MAX_MAGNITUDE,
+    MAX_SYMBOL,
+    N_CLASSES,
+    N_SYMBOLS,
+    column_classes,
+    dequantize,
+    from_symbols,
+    quantize,
+    to_symbols,
+)
+from kvtc.errors import CorruptCalibration, CorruptStream, InvalidArgument
+from kvtc.huggingface.sensitivity import SensitivityRecorder
+from tests.builders import (
+    joint_calibration,
+    relative_error,
+    rewritten,
+    same_bits,
+    tiny_embeddings,
+    tiny_geometry,
+    tiny_sensitivities,
+    told_cache,
+    told_ids,
+)
+
+# Metric.
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 0.75, 1.0])
+def test_a_root_times_its_inverse_is_the_identity(power):
+    metric = Metric.from_sensitivity(*tiny_sensitivities(), power=power, ridge=0.01)
+    torch.testing.assert_close(metric.roots @ metric.inverses, torch.eye(8).expand(12, 8, 8), rtol=0, atol=2e-5)
+    torch.testing.assert_close(metric.roots, metric.roots.mT)
+    assert bool((torch.linalg.eigvalsh(metric.roots) > 0).all())
+    rows = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(metric.unweigh(metric.weigh(rows)), rows, rtol=1e-4, atol=1e-4)
+    again = Metric.from_roots(metric.roots)
+    assert same_bits(again.inverses, metric.inverses)
+
+
+def test_power_zero_is_the_plain_metric():
+    metric = Metric.from_sensitivity(*tiny_sensitivities(), power=0, ridge=0.01)
+    torch.testing.assert_close(metric.roots, torch.eye(8).expand(12, 8, 8), rtol=0, atol=1e-6)
+
+
+def test_power_one_measures_what_the_sensitivity_says():
+    """Up to one factor, the squared length of weighted rows is the quadratic form; blocks stand in the order of the row."""
+    keys, values = tiny_sensitivities()
+    metric = Metric.from_sensitivity(keys, values, power=1, ridge=0)
+    rows = torch.randn(7, 96, generator=torch.Generator().manual_seed(2)).double()
+    blocks = rows.view(7, 12, 8)
+    forms = torch.cat([keys.flatten(0, 1), values.flatten(0, 1)])
+    expected = torch.einsum("tbd,bde,tbe->t", blocks, forms, blocks)
+    measured = metric.weigh(rows.float()).double().square().sum(dim=1)
+    torch.testing.assert_close(measured / expected, (measured / expected)[:1].expand(7), rtol=1e-4, atol=0)
+
+
+def test_a_direction_without_sensitivity_still_counts():
+    keys, values = tiny_sensitivities()
+    keys[1, 0] = 0
+    metric = Metric.from_sensitivity(keys, values, power=1, ridge=0.01)
+    assert bool(metric.inverses.isfinite().all())
+    torch.testing.assert_close(metric.roots[2], metric.roots[2, 0, 0] * torch.eye(8))
+
+
+# Prediction.
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ([], []),
+        ([7], [[10, -1, -1]]),
+        ([7, 8], [[10, -1, -1], [11, 10, -1]]),
+        ([0, 1, 2, 3], [[10, -1, -1], [11, 10, -1], [12, 11, 10], [13, 12, 11]]),
+        ([0, 2, 3, 4], [[10, -1, -1], [11, -1, -1], [12, 11, -1], [13, 12, 11]]),
+        ([5, 6, 8, 10], [[10, -1, -1], [11, 10, -1], [12, -1, -1], [13, -1, -1]]),
+    ],
+)
+def test_triples_look_back_inside_the_chunk_and_not_over_gaps(positions, expected):
+    ids = np.arange(10, 10 + len(positions))
+    triples = token_triples(ids, np.array(positions, np.int64))
+    assert triples.dtype == torch.int64
+    assert triples.tolist() == expected
+
+
+def test_features_of_tokens_outside_of_the_table_are_zeros():
+    table = (32 * torch.arange(1, 7) - 128).view(3, 2).to(torch.int8)
+    triples = torch.tensor([[0, 2, 1], [3, -1, 0], [-7, 2**40, 2]])
+    assert token_features(table, triples).tolist() == [
+        [-3, -2, 1, 2, -1, 0, 1],
+        [0, 0, 0, 0, -3, -2, 1],
+        [0, 0, 0, 0, 1, 2, 1],
+    ]
+    assert token_features(table, triples[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize("n_hidden", [0, 5])
+def test_prediction_is_a_linear_map_and_a_hidden_layer(n_hidden):
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randint(-127, 128, (9, 4), generator=generator, dtype=torch.int8)
+    weights, hidden, outputs = (
+        torch.randn(shape, generator=generator).half() for shape in ((13, 6), (13, n_hidden), (n_hidden, 6))
+    )
+    triples = token_triples(np.array([4, 0, 8, 9, 2]), np.arange(5))
+    features = token_features(table, triples)
+    expected = features @ weights.float() + (features @ hidden.float()).clamp_min(0) @ outputs.float()
+    torch.testing.assert_close(Predictor(table, weights, hidden, outputs).predict(triples), expected)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12, 50])
+def test_embeddings_are_reduced_to_their_leading_directions(rank):
+    """Of embeddings at unit length: how long they are does not matter."""
+    generator = torch.Generator().manual_seed(4)
+    embeddings = torch.randn(60, 12, generator=generator) * 0.8 ** torch.arange(12)
+    lengths = torch.rand(60, 1, generator=generator) + 0.1
+    reduced = reduce_embeddings((embeddings * lengths).requires_grad_(), rank)
+    assert (reduced.shape, reduced.dtype) == ((60, min(rank, 12)), torch.int8)
+    assert reduced.abs().amax(dim=0).tolist() == [127] * min(rank, 12)
+    assert (reduced.int() - reduce_embeddings(embeddings, rank).int()).abs().max() <= 1
+    units = embeddings / embeddings.norm(dim=1, keepdim=True)
+    centred = units - units.mean(dim=0)
+    kept = torch.linalg.svd(centred).S[:rank].square().sum()
+    fitted = torch.linalg.lstsq(reduced.float(), centred).solution
+    assert (reduced.float() @ fitted).square().sum() == pytest.approx(float(kept), rel=1e-2)
+
+
+# Prediction, fitted.
+
+
+def bent_rows(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """table, triples [n, 3] and coefficients [n, 6] of them that no linear map predicts: products of features, and little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randint(-127, 128, (40, 4), generator=generator, dtype=torch.int8)
+    triples = torch.randint(0, 40, (n, 3), generator=generator)
+    features = token_features(table, triples)
+    products = torch.stack([features[:, i] * features[:, i + 4] for i in range(4)], dim=1)
+    noise = 0.05 * torch.randn(n, 6, generator=generator)
+    return table, triples, torch.cat([products, features[:, :2]], dim=1) + noise
+
+
+def left_over(predictor: Predictor, triples: Tensor, coefficients: Tensor) -> Tensor:
+    return (coefficients - predictor.predict(triples)).square().mean(dim=0)
+
+
+def test_a_hidden_layer_predicts_what_a_linear_map_cannot():
+    table, triples, coefficients = bent_rows(20_000)
+    parts = coefficients.split(3000)
+    linear, bent, again = (fit_predictor(table, triples, lambda: iter(parts), n, seed=0) for n in (0, 48, 48))
+    assert (linear.hidden.shape, linear.outputs.shape) == ((13, 0), (0, 6))
+    left, less = (left_over(predictor, triples, coefficients) for predictor in (linear, bent))
+    assert bool((less[:4] < 0.9 * left[:4]).all())
+    assert bool((left[4:] < 0.01).all())
+    assert same_bits(again.hidden, bent.hidden)
+
+
+def test_a_hidden_layer_that_does_not_pay_is_left_out():
+    """What a linear map leaves over is noise here: rows that were not trained on take no fewer bits."""
+    table, triples, _ = bent_rows(8200)
+    noise = torch.randn(8200, 6, generator=torch.Generator().manual_seed(5))
+    predictor = fit_predictor(table, triples, lambda: iter([noise]), 48, seed=0)
+    assert predictor.hidden.shape == (13, 0)
+
+
+# Rounding by cost.
+
+
+def test_integers_are_the_cheapest_in_error_and_bits(fitted):
+    """Against every integer there is."""
+    coefficients, model = fitted
+    step, tables = float(model.steps[8]), model.tables
+    classes = column_classes(model.deviations, step)
+    rounded = round_coefficients(coefficients, step, classes, tables)
+    assert rounded.values.shape == (len(classes), len(coefficients))
+    plain = to_symbols(quantize(coefficients[:, : len(classes)], step).numpy()).T
+    assert rounded.activities.tolist() == tables.token_costs(plain, classes).argmin(axis=0).tolist()
+    candidates = np.arange(-31, 32)
+    bits = tables.costs[rounded.activities[None, :], classes[:, None]][..., candidates + MAX_SYMBOL]
+    shifts = tables.offsets[rounded.activities[None, :], classes[:, None]]
+    decoded = np.sign(candidates) * (
+        np.abs(candidates) - np.where(np.abs(candidates) == 1, shifts[..., :1], shifts[..., 1:])
+    )
+    scaled = (coefficients[:, : len(classes)] / step).numpy().T
+    prices = (scaled[..., None] - decoded) ** 2 + BIT_PRICE * bits
+    inside = np.abs(scaled) < 30
+    chosen = np.take_along_axis(prices, (rounded.values.clip(-31, 31) + MAX_SYMBOL)[..., None], axis=-1)[..., 0]
+    # An integer two away is never cheaper but by a hair, so three candidates do.
+    assert (chosen - prices.min(axis=-1))[inside].max() < 0.02
+    assert (chosen == prices.min(axis=-1))[inside].mean() > 0.99
+    costs = tables.token_costs(to_symbols(rounded.values), classes)
+    np.testing.assert_allclose(rounded.bits, costs[rounded.activities, np.arange(costs.shape[1])], rtol=1e-4)
+
+
+def test_rounding_by_cost_saves_bits_at_the_same_error(fitted):
+    """Price of both at one step: error in squared steps and bits together are lower than those of the nearest integers."""
+    coefficients, model = fitted
+    step, tables = float(model.steps[10]), model.tables
+    classes = column_classes(model.deviations, step)
+    used = coefficients[:, : len(classes)]
+    rounded = round_coefficients(coefficients, step, classes, tables)
+    offsets = torch.from_numpy(tables.offsets[rounded.activities][:, classes])
+
+    def price(values: Tensor) -> tuple[float, float]:
+        error = float(((dequantize(values, offsets, step) - used) / step).square().sum(dim=1).mean())
+        costs = tables.token_costs(to_symbols(np.ascontiguousarray(values.numpy().T)), classes)
+        return error, float(costs[rounded.activities, np.arange(len(used))].mean())
+
+    by_cost, nearest = price(torch.from_numpy(rounded.values).T), price((used / step).round().int())
+    assert by_cost[1] < 0.97 * nearest[1]
+    assert by_cost[0] + BIT_PRICE * by_cost[1] < nearest[0] + BIT_PRICE * nearest[1]
+
+
+def test_large_coefficients_are_left_to_escape(fitted):
+    _, model = fitted
+    coefficients = torch.zeros(3, len(model.deviations))
+    coefficients[0, 0], coefficients[1, 0] = 1e9, -40.2
+    rounded = round_coefficients(coefficients, 1.0, column_classes(model.deviations, 1.0), model.tables)
+    assert rounded.values[0].tolist() == [10**9, -40, 0]
+    assert not rounded.values[1:].any()
+
+
+# Quantizer.
+
+
+def test_bounds_of_classes_are_the_nearest_numbers():
+    """2 ** (k / 2 - 3.5): known to the last bit, so that no mathematics library decides how a stream is parsed."""
+    getcontext().prec = 60
+    assert len(BOUNDS) == N_CLASSES
+    for k, bound in enumerate(BOUNDS.tolist()):
+        exact = (Decimal(2) ** (k - 7)).sqrt()
+        near = [Decimal(float(np.nextafter(bound, end))) for end in (0, np.inf)]
+        assert abs(Decimal(bound) - exact) <= min(abs(other - exact) for other in near)
+
+
+def test_a_deviation_on_a_bound_belongs_to_the_class_above():
+    """Odd bounds are powers of two: with such a step the comparison is of equal numbers."""
+    for step in (0.25, 1.0, 8.0):
+        exact = (BOUNDS[1::2] * step).astype(np.float32)[::-1].copy()
+        assert column_classes(exact, step).tolist() == list(range(25, 0, -2))
+        below = np.nextafter(exact, np.float32(0))
+        assert column_classes(below, step).tolist() == list(range(24, -1, -2))
+
+
+@given(
+    st.lists(st.floats(2.0**-20, 2.0**20, width=32), min_size=1, max_size=40),
+    st.floats(2.0**-12, 2.0**12, width=32),
+    st.floats(1, 64, width=32),
+)
+def test_classes_fall_with_the_deviation_and_with_the_step(deviations, step, factor):
+    falling = np.sort(np.array(deviations, np.float32))[::-1].copy()
+    classes = column_classes(falling, step)
+    assert classes.dtype == np.uint8
+    assert (np.diff(classes.astype(int)) <= 0).all()
+    assert len(classes) == int((falling.astype(np.float64) >= BOUNDS[0] * step).sum())
+    coarser = column_classes(falling, float(np.float32(step * factor)))
+    assert len(coarser) <= len(classes)
+    assert (coarser <= classes[: len(coarser)]).all()
+
+
+def test_deviations_that_do_not_quite_fall_leave_no_hole():
+    assert column_classes(np.array([4, 0.01, 1, 0.01], np.float32), 1.0).tolist() == [11, 0, 7]
+    assert column_classes(np.array([0.01, 0], np.float32), 1.0).tolist() == []
+    assert column_classes(np.array([1e30], np.float32), 1.0).tolist() == [N_CLASSES - 1]
+
+
+def test_zero_is_wider_than_other_intervals():
+    values = torch.tensor([0.0, 0.59, 0.61, -0.59, -0.61, 1.59, 1.61, -31.61, 1e30, -1e30])
+    for step in (1.0, 0.5):
+        found = quantize(values * step, step).tolist()
+        assert found == [0, 0, 1, 0, -1, 1, 2, -32, MAX_MAGNITUDE, -MAX_MAGNITUDE]
+
+
+@given(st.lists(st.integers(-(2**31) + 1, 2**31 - 1), max_size=50))
+def test_values_become_symbols_and_escapes(values):
+    integers = np.array(values, np.int32)
+    symbols = to_symbols(integers)
+    assert ((symbols == ESCAPE) == (np.abs(integers.astype(np.int64)) > MAX_SYMBOL)).all()
+    np.testing.assert_array_equal(from_symbols(symbols, integers[symbols == ESCAPE]), integers)
+
+
+def test_offsets_move_values_towards_zero():
+    values = torch.tensor([[0, 1, -1, 2, -5]], dtype=torch.int32)
+    offsets = torch.tensor([0.25, 0.125]).expand(1, 5, 2)
+    assert dequantize(values, offsets, 2.0).tolist() == [[0.0, 1.5, -1.5, 3.75, -9.75]]
+
+
+# Escapes.
+
+
+@given(st.lists(st.integers(-(2**31) + 1, 2**31 - 1) | st.integers(-200, 200), max_size=60))
+def test_escapes_round_trip(values):
+    array = np.array(values, np.int32)
+    data = encode_escapes(array)
+    assert len(data) == escaped_bytes(array)
+    np.testing.assert_array_equal(decode_escapes(data, len(values)), array)
+
+
+def test_escapes_byte_by_byte():
+    assert (
+        encode_escapes(np.array([0, -1, 1, 63, -64, 64, 2**30], np.int32)).hex() == "0001027e7f" + "8001" + "8080808008"
+    )
+
+
+@given(st.binary(max_size=40), st.integers(0, 12))
+def test_any_bytes_are_escapes_or_corrupt(data, count):
+    try:
+        values = decode_escapes(data, count)
+    except CorruptStream:
+        return
+    assert values.dtype == np.int32
+    assert len(values) == count
+    # Longer spellings of a number are read too; what is written is the shortest.
+    assert escaped_bytes(values) <= len(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [
+        (b"", 1),
+        (b"\0", 0),
+        (b"\0\0", 1),
+        (b"\0", 2),
+        (b"\x80", 0),
+        (b"\x80", 1),
+        (b"\0\x80", 1),
+        (b"\x80\x80\x80\x80\x80\0", 1),
+        (b"\xff\xff\xff\xff\x7f", 1),
+        (b"\xff\xff\xff\xff\x0f", 1),
+        (b"\x80\x80\x80\x80\x10", 1),
+    ],
+    ids=lambda value: value.hex() if isinstance(value, bytes) else str(value),
+)
+def test_escapes_that_are_corrupt(data, count):
+    with pytest.raises(CorruptStream):
+        decode_escapes(data, count)
+
+
+# Tables.
+
+
+def drawn_tables(seed: int = 0) -> ProbabilityTables:
+    random = np.random.default_rng(seed)
+    width = 2.0 ** (np.arange(N_CLASSES) / 2 - 3)[None, :, None] * np.array([0.5, 1, 2, 4])[:, None, None]
+    counts = random.random((4, N_CLASSES, N_SYMBOLS)) * 1e4 * np.exp(-np.abs(np.arange(N_SYMBOLS) - MAX_SYMBOL) / width)
+    counts[..., ESCAPE] = 0
+    return ProbabilityTables(tables_from_counts(counts), np.zeros((4, N_CLASSES, 2), np.float32))
+
+
+def test_tables_sum_to_4096_and_always_have_an_escape():
+    tables = drawn_tables()
+    assert (tables.frequencies.sum(axis=-1, dtype=int) == 4096).all()
+    assert (tables.frequencies[..., ESCAPE] >= 1).all()
+    assert (tables.frequencies == 0).any()
+    assert tables.rans.n_token_classes == 4
+
+
+def test_what_was_never_counted_is_coded_as_zero_or_escapes():
+    row = tables_from_counts(np.zeros((1, 1, N_SYMBOLS)))[0, 0]
+    assert (row[MAX_SYMBOL], row[ESCAPE], np.count_nonzero(row)) == (4095, 1, 2)
+
+
+def test_zero_always_has_room():
+    """Where nearly all values are large, a table would be left with nothing but the escape."""
+    counts = np.zeros((1, 1, N_SYMBOLS))
+    counts[0, 0, ESCAPE], counts[0, 0, 20] = 1e6, 1
+    row = tables_from_counts(counts)[0, 0]
+    assert (row[MAX_SYMBOL], row[ESCAPE], np.count_nonzero(row)) == (1, 4095, 2)
+
+
+def test_symbols_without_room_escape():
+    tables = drawn_tables()
+    random = np.random.default_rng(1)
+    symbols = random.integers(0, N_SYMBOLS, (50, 20)).astype(np.uint8)
+    classes, activities = random.integers(0, N_CLASSES, 50).astype(np.uint8), random.integers(0, 4, 20).astype(np.uint8)
+    changed = tables.escape_unlikely(symbols, classes, activities)
+    for column, token in np.ndindex(symbols.shape):
+        row = tables.frequencies[activities[token], classes[column]]
+        expected = symbols[column, token] if row[symbols[column, token]] else ESCAPE
+        assert changed[column, token] == expected
+
+
+def test_costs_of_tokens_by_hand():
+    """Bits of the table, and what an escaped value takes: a byte where its symbol has no room, two where it has none at all."""
+    tables = drawn_tables()
+    random = np.random.default_rng(2)
+    symbols = random.integers(0, N_SYMBOLS, (30, 9)).astype(np.uint8)
+    classes = random.integers(0, N_CLASSES, 30).astype(np.uint8)
+    expected = np.zeros((4, 9))
+    for activity, column, token in np.ndindex(4, 30, 9):
+        row = tables.frequencies[activity, classes[column]].astype(float)
+        symbol = symbols[column, token]
+        is_gap = row[symbol] == 0
+        extra = 16 if symbol == ESCAPE else 8 if is_gap else 0
+        expected[activity, token] += -np.log2(row[ESCAPE if is_gap else symbol] / 4096) + extra
+    np.testing.assert_allclose(tables.token_costs(symbols, classes), expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[Tensor, CoefficientModel]:
+    generator = torch.Generator().manual_seed(6)
+    scale = torch.exp(0.4 * torch.randn(1500, 1, generator=generator))
+    coefficients = torch.randn(1500, 30, generator=generator) * scale * 8 * 0.75 ** torch.arange(30)
+    return coefficients, fit_coefficients(coefficients)
+
+
+def test_bits_rise_as_the_step_falls(fitted):
+    _, model = fitted
+    assert (np.diff(model.steps) < 0).all()
+    assert (np.diff(model.bits) >= 0).all()
+    assert model.bits[0] >= 2
+    assert (np.diff(model.deviations) <= 0).all()
+    steps = [model.step_for(bits) for bits in (1.0, 5.0, 20.0, 60.0, 150.0, 1e6)]
+    assert steps == sorted(steps, reverse=True)
+    assert model.steps.min() <= min(steps) <= max(steps) <= model.steps.max() * (1 + 1e-9)
+
+
+def test_the_curve_says_what_its_own_coefficients_cost(fitted):
+    coefficients, model = fitted
+    for index in (5, 12, 20):
+        step = float(model.steps[index])
+        classes = column_classes(model.deviations, step)
+        bits = round_coefficients(coefficients, step, classes, model.tables).bits.mean() + 2
+        assert bits == pytest.approx(model.bits[index], rel=0.02)
+
+
+def test_activities_save_bits(fitted):
+    """Against the same symbols all in one class: these tokens are of unlike loudness."""
+    coefficients, model = fitted
+    step = float(model.steps[14])
+    classes = column_classes(model.deviations, step)
+    symbols = to_symbols(quantize(coefficients[:, : len(classes)], step).numpy()).T
+    costs = model.tables.token_costs(symbols, classes)
+    assert costs.min(axis=0).mean() + 2 < 0.99 * costs.mean(axis=1).min()
+
+
+def test_offsets_lower_the_error(fitted):
+    coefficients, model = fitted
+    step = float(model.steps[8])
+    classes = column_classes(model.deviations, step)
+    used = coefficients[:, : len(classes)]
+    values = quantize(used, step)
+    activities = model.tables.token_costs(to_symbols(values.numpy()).T, classes).argmin(axis=0)
+    offsets = torch.from_numpy(model.tables.offsets[activities][:, classes])
+    assert float(offsets.abs().max()) <= 0.5
+    with_offsets = (dequantize(values, offsets, step) - used).square().mean()
+    without = (dequantize(values, torch.zeros_like(offsets), step) - used).square().mean()
+    assert with_offsets < without
+
+
+def test_a_fit_is_the_same_again(fitted):
+    coefficients, model = fitted
+    again = fit_coefficients(coefficients)
+    for (_, first), (_, second) in zip(model.tensors("x"), again.tensors("x"), strict=True):
+        assert same_bits(first, second)
+
+
+# The calibration file.
+
+
+NAMES = [name for name, _ in joint_calibration().joint.tensors()]
+
+
+@pytest.fixture
+def path(tmp_path):
+    joint_calibration().save(tmp_path / "joint.safetensors")
+    return tmp_path / "joint.safetensors"
+
+
+def test_what_is_saved_is_loaded(path):
+    calibration, loaded = joint_calibration(), load_calibration(path)
+    assert loaded.fingerprint == calibration.fingerprint
+    assert loaded.n_parameters == calibration.n_parameters
+    for (name, before), (other, after) in zip(calibration.joint.tensors(), loaded.joint.tensors(), strict=True):
+        assert name == other
+        assert same_bits(before, after), name
+    assert same_bits(loaded.joint.metric.inverses, calibration.joint.metric.inverses)
+
+
+def test_a_joint_part_without_tokens_is_loaded(tmp_path):
+    calibration = joint_calibration(with_tokens=False)
+    calibration.save(tmp_path / "file")
+    loaded = load_calibration(tmp_path / "file")
+    assert loaded.joint.tokens is None
+    assert loaded.fingerprint == calibration.fingerprint
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_that_are_missing_or_of_another_form(path, name):
+    data = path.read_bytes()
+    for change in (
+        lambda _: None,
+        lambda t: t[:-1].contiguous(),
+        lambda t: t[..., :-1].contiguous(),
+        lambda t: t.to(torch.float64 if t.dtype != torch.float64 else torch.float32),
+        lambda t: t[None],
+        lambda t: t.reshape(-1)[0],
+        lambda t: t.reshape(-1)[:0],
+        lambda t: t[:0],
+    ):
+        path.write_bytes(data)
+
+        def apply(_, tensors, change=change):
+            changed = change(tensors.pop(name))
+            tensors.update({} if changed is None else {name: changed})
+
+        rewritten(path, apply)
+        with pytest.raises(CorruptCalibration):
+            load_calibration(path)
+
+
+def with_entry(tensor: Tensor, place: tuple, value: float) -> Tensor:
+    changed = torch.from_numpy(tensor.numpy().copy())
+    changed.numpy()[place] = value
+    return changed
+
+
+SENSELESS = {
+    "a row of frequencies above 4096": ("joint.frequencies", lambda t: with_entry(t, (1, 3, 31), 4096), "sum to 4096"),
+    "no room for escapes": (
+        "tokens.frequencies",
+        lambda t: with_entry(with_entry(t, (2, 5), 0), (2, 5, slice(30, 32)), 2048),
+        "no room for escapes",
+    ),
+    "nothing but escapes": (
+        "joint.frequencies",
+        lambda t: with_entry(with_entry(t, (0, 0), 0), (0, 0, ESCAPE), 4096),
+        "no room for escapes or for all else",
+    ),
+    "roots without an inverse": ("joint.roots", lambda t: with_entry(t, (3,), 0), "has no inverse"),
+    "roots that are not finite": ("joint.roots", lambda t: with_entry(t, (3, 1, 1), np.nan), "not finite"),
+    "steps that are not positive": ("joint.curve", lambda t: with_entry(t, (0, 4), 0), "positive steps"),
+    "bits that fall": ("tokens.curve", lambda t: with_entry(t, (1, 4), 1e9), "rising bits"),
+    "bits that are not finite": ("tokens.curve", lambda t: with_entry(t, (1, -1), np.inf), "not finite"),
+    "bits of nothing": ("joint.curve", lambda t: with_entry(t, (1, 0), 0), "rising bits above 0"),
+    "steps that rise": ("joint.curve", lambda t: with_entry(t, (0, 1), 1e9), "falling, positive steps"),
+}
+
+
+@pytest.mark.parametrize("case", SENSELESS)
+def test_tensors_that_no_coder_could_use(path, case):
+    name, change, expected = SENSELESS[case]
+    rewritten(path, lambda _, tensors: tensors.update({name: change(tensors[name])}))
+    with pytest.raises(CorruptCalibration, match=expected):
+        load_calibration(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fingerprint_covers_every_tensor(name):
+    calibration = joint_calibration()
+    tensors = dict(calibration.joint.tensors())
+    flat = tensors[name].numpy().copy()
+    octets = flat.view(np.uint8).reshape(-1)
+    octets[0] ^= 1
+    if name.endswith("frequencies"):
+        # One slot more for one symbol is one less for another.
+        rows = flat.reshape(-1, N_SYMBOLS)
+        rows[0] = tensors[name].numpy().reshape(-1, N_SYMBOLS)[0]
+        rows[0, MAX_SYMBOL] -= 1
+        rows[0, ESCAPE] += 1
+    changed = JointCalibration.from_tensors({**tensors, name: torch.from_numpy(flat)}, calibration.geometry)
+    assert replace(calibration, joint=changed).fingerprint != calibration.fingerprint
+    same = JointCalibration.from_tensors(tensors, calibration.geometry)
+    assert replace(calibration, joint=same).fingerprint == calibration.fingerprint
+
+
+def test_predictions_explain_a_share_of_every_layer():
+    explained = joint_calibration().joint.tokens.explained
+    assert explained.shape == (3, 2)
+    assert bool(((explained > 0.3) & (explained < 1)).all())
+
+
+# Fitting what is degenerate.
+
+
+def fitted_to(caches, metric=None, embeddings=None, **options):
+    ids = [told_ids(cache.n_tokens) for cache in caches]
+    usual = Metric.from_sensitivity(*tiny_sensitivities(), power=0.75, ridge=0.01)
+    table = tiny_embeddings() if embeddings is None else embeddings
+    return fit(
+        tiny_geometry(),
+        caches,
+        metric=lambda: metric or usual,
+        token_ids=ids,
+        embeddings=table,
+        embedding_rank=4,
+        progress=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("n", "rank"), [(7, 96), (60, 1), (60, 5)])
+def test_few_rows_and_few_components_are_fitted(n, rank, tmp_path):
+    """Of few components all are far above the smallest steps: next to every value escapes."""
+    calibration = fitted_to([told_cache(n)], joint_rank=rank)
+    calibration.save(tmp_path / "file")
+    cache, ids = told_cache(40), told_ids(40)
+    for profile in ("joint", "conditional"):
+        codec = Codec(load_calibration(tmp_path / "file"), profile, 8, window_tokens=0)
+        assert codec.decode(codec.encode(cache, ids), ids).n_tokens == 40
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1.0, 1000.0])
+def test_the_scale_of_the_cache_does_not_matter(factor):
+    cache, ids = told_cache(100), told_ids(100)
+    scaled = KVCache(cache.keys * factor, cache.values * factor)
+    codec = Codec(fitted_to([scaled]), "conditional", 8, window_tokens=0)
+    assert relative_error(codec.decode(codec.encode(scaled, ids), ids).values, scaled.values) < 0.05
+
+
+def test_rows_that_do_not_vary_are_refused():
+    rows = torch.ones(3, 2, 50, 8)
+    still = KVCache(tiny_geometry().rope.rotate(rows, torch.arange(50), 50), rows)
+    with pytest.raises(InvalidArgument, match="do not vary"):
+        fitted_to([still])
+
+
+def test_embeddings_that_say_nothing_predict_the_mean():
+    cache, ids = told_cache(100), told_ids(100)
+    codec = Codec(fitted_to([cache], embeddings=torch.zeros(40, 12)), "conditional", step=0.1, window_tokens=0)
+    assert relative_error(codec.decode(codec.encode(cache, ids), ids).values, cache.values) < 0.02
+
+
+def test_a_basis_without_components_is_refused():
+    with pytest.raises(InvalidArgument, match="joint_rank must be at least 1"):
+        fitted_to([told_cache(50)], joint_rank=0)
+
+
+@pytest.mark.parametrize(("factor", "ridge", "expected"), [(0, 0.01, "no sensitivity"), (np.nan, 0.01, "not finite")])
+def test_sensitivities_that_say_nothing_are_refused(factor, ridge, expected):
+    keys, values = tiny_sensitivities()
+    with pytest.raises(InvalidArgument, match=expected):
+        Metric.from_sensitivity(keys, values * factor, power=0.75, ridge=ridge)
+
+
+# Sensitivity, against derivatives of attention.
+
+DISTANCE, SINKS, LENGTH = 3, 2, 24
+
+
+def tiny_llama(**rope):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+        **rope,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def ids_of_length(n: int = LENGTH) -> Tensor:
+    return torch.randint(50, (1, n), generator=torch.Generator().manual_seed(1))
+
+
+def recorded(model, geometry, n: int = LENGTH, **options) -> SensitivityRecorder:
+    recorder = SensitivityRecorder(model, geometry, SINKS, DISTANCE, **options)
+    with torch.inference_mode(), recorder.recording(n):
+        model(ids_of_length(n))
+    return recorder
+
+
+def derived(model) -> tuple[Tensor, Tensor]:
+    """By automatic differentiation: moments of the Jacobians of each head's write to the residual stream, [L, H, D, D]."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    seen, residuals, hooks = [], [], []
+    for layer in model.model.layers:
+        hooks.append(layer.self_attn.register_forward_pre_hook(lambda _, __, k: seen.append(k), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(lambda _, __, out: residuals.append(out)))
+    with torch.no_grad():
+        model(ids_of_length())
+    for hook in hooks:
+        hook.remove()
+    sides = [[], []]
+    for layer, inputs, residual in zip(model.model.layers, seen, residuals, strict=True):
+        attention, (cos, sin) = layer.self_attn, inputs["position_embeddings"]
+        hidden = inputs["hidden_states"]
+        query, key, value = (
+            projection(hidden).view(1, LENGTH, -1, 8).transpose(1, 2).detach()
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        output = attention.o_proj.weight.detach().view(24, 6, 8)
+
+        def written(key, value, query=query, cos=cos, sin=sin, attention=attention, output=output):
+            """What each head writes at each token, [H_q, T, hidden]."""
+            turned, rotated = apply_rotary_pos_emb(query, key, cos, sin)
+            scores = turned[0] @ rotated[0].repeat_interleave(3, 0).mT * attention.scaling
+            weights = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf).softmax(-1)
+            return torch.einsum("htd,chd->htc", weights @ value[0].repeat_interleave(3, 0), output)
+
+        scale = residual[0].square().sum(-1).mean() if residual.dim() == 3 else residual.square().sum(-1).mean()
+        for side, jacobian in enumerate(torch.autograd.functional.jacobian(written, (key, value), vectorize=True)):
+            moments = torch.zeros(2, 8, 8)
+            for s in range(SINKS, LENGTH - DISTANCE - 1):
+                for head in range(2):
+                    part = jacobian[:, s + DISTANCE + 1 :, :, 0, head, s].reshape(-1, 8)
+                    moments[head] += part.T @ part
+            sides[side].append(moments / scale)
+    return torch.stack(sides[0]), torch.stack(sides[1])
+
+
+ROPES = {
+    "plain": {},
+    "scaled": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "rope_theta": 10000.0,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_sensitivity_is_the_first_order_change_of_attention(rope):
+    """With grouped heads; `scaled` has a factor on cosines and sines, which the derivative has too."""
+    from kvtc.huggingface.models import geometry_of
+
+    model = tiny_llama(**ROPES[rope])
+    geometry = geometry_of(model)
+    assert (geometry.rope.tables[0].attention_scaling == 1) == (rope == "plain")
+    keys, values = recorded(model, geometry).moments()
+    expected_keys, expected_values = derived(model)
+    torch.testing.assert_close(keys.float(), expected_keys, rtol=1e-3, atol=1e-4 * float(expected_keys.abs().max()))
+    torch.testing.assert_close(
+        values.float(), expected_values, rtol=1e-3, atol=1e-4 * float(expected_values.abs().max())
+    )
+
+
+def test_sensitivity_of_a_part_of_the_model():
+    from kvtc.huggingface.models import geometry_of
+
+    model = tiny_llama()
+    whole = recorded(model, geometry_of(model)).moments()
+    part = recorded(model, geometry_of(model, layers=(1, 2), kv_heads=(1, 2))).moments()
+    for found, of_all in zip(part, whole, strict=True):
+        torch.testing.assert_close(found, of_all[1:2, 1:2])
+
+
+def test_recording_leaves_the_model_as_it_was(monkeypatch):
+    from kvtc.huggingface import sensitivity
+    from kvtc.huggingface.models import geometry_of
+
+    # So that queries come in several blocks.
+    monkeypatch.setattr(sensitivity, "_QUERIES_AT_ONCE", 7)
+    model = tiny_llama()
+    usual = model.config._attn_implementation
+    before = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    recorder = SensitivityRecorder(model, geometry_of(model), SINKS, DISTANCE)
+    with torch.inference_mode():
+        expected = model(ids_of_length()).logits
+        with recorder.recording(LENGTH):
+            assert model.config._attn_implementation != usual
+            during = model(ids_of_length()).logits
+        after = model(ids_of_length()).logits
+    torch.testing.assert_close(during, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(after, expected)
+    with pytest.raises(ZeroDivisionError), recorder.recording(LENGTH):
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == usual
+    assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == before
+    assert recorder.n_passes == 1
+    torch.testing.assert_close(recorder.moments(), recorded(model, geometry_of(model)).moments())
+
+
+def test_scores_of_a_long_text_are_never_whole(monkeypatch):
+    from kvtc.huggingface import sensitivity
+    from kvtc.huggingface.models import geometry_of
+
+    model = tiny_llama()
+    whole = recorded(model, geometry_of(model)).moments()
+    n_queries, masks = [], []
+    distance, attend = sensitivity._squared_distance, SensitivityRecorder._attend
+    monkeypatch.setattr(sensitivity, "_SCORES_AT_ONCE", 3 * 6 * LENGTH)
+    monkeypatch.setattr(
+        sensitivity, "_squared_distance", lambda v, o, g: n_queries.append(o.shape[1]) or distance(v, o, g)
+    )
+
+    def spy(self, module, query, key, value, attention_mask=None, **options):
+        masks.append(attention_mask)
+        return attend(self, module, query, key, value, attention_mask, **options)
+
+    monkeypatch.setattr(SensitivityRecorder, "_attend", spy)
+    # Sums of float32 in another order, which on some processors shows in the sixth digit.
+    torch.testing.assert_close(recorded(model, geometry_of(model)).moments(), whole, rtol=1e-4, atol=1e-6)
+    assert max(n_queries) == 3
+    assert masks == [None] * 2
+
+
+def test_texts_too_short_for_the_distance_are_not_recorded():
+    from kvtc.huggingface.models import geometry_of
+
+    model = tiny_llama()
+    recorder = recorded(model, geometry_of(model), SINKS + DISTANCE + 1)
+    assert recorder.n_passes == 0
+    with pytest.raises(InvalidArgument, match="more than 6 tokens"):
+        recorder.moments()
+    assert recorded(model, geometry_of(model), SINKS + DISTANCE + 2).n_passes == 1

@@ -1,0 +1,491 @@
+"""The format does not drift: bytes of version 1 that are kept, and a second decoder written from docs/format.md alone."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import lz4.block
+import numpy as np
+import pytest
+import torch
+import zstandard
+
+from kvtc.cache import KVCache
+from kvtc.calibration import Calibration
+from kvtc.codec.codec import Codec
+from tests.builders import (
+    GOLDEN_TOKEN_IDS,
+    golden_cache,
+    golden_calibration,
+    golden_codec,
+    golden_joint_calibration,
+    golden_joint_codec,
+    joint_codec,
+    random_cache,
+    same_cache,
+    sections_of,
+    told_gappy_cache,
+)
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden"
+PAGE = HERE.parents[1] / "docs" / "format.md"
+JOINT_PROFILES = ["joint", "conditional"]
+
+
+def golden_stream(profile: str = "paper") -> bytes:
+    name = "stream_v1.hex" if profile == "paper" else f"stream_v1_{profile}.hex"
+    return bytes.fromhex((GOLDEN / name).read_text())
+
+
+def printed_lines() -> list[list[tuple[int, bytes]]]:
+    """(offset, bytes) of the lines of each example on the page."""
+    examples = re.findall(r"^```text\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    return [
+        [
+            (int(offset, 16), bytes.fromhex(octets))
+            for offset, octets in re.findall(r"^([0-9a-f]{4})  ((?:[0-9a-f]{2} )+) .*$", example, re.MULTILINE)
+        ]
+        for example in examples
+    ]
+
+
+def test_the_page_prints_the_golden_stream():
+    printed = b""
+    for offset, octets in printed_lines()[0]:
+        assert offset == len(printed)
+        printed += octets
+    assert printed == golden_stream()
+
+
+def test_the_page_prints_what_is_special_in_the_conditional_stream():
+    """Rate and body byte by byte; all else is as in the other example."""
+    stream, seen = golden_stream("conditional"), set()
+    for offset, octets in printed_lines()[1]:
+        assert stream[offset : offset + len(octets)] == octets
+        seen |= set(range(offset, offset + len(octets)))
+    (_, rate, rate_bytes), *others = sections_of(stream)
+    _, body, body_bytes = others[2]
+    assert seen >= {5, *range(rate, rate + rate_bytes), *range(body, body + body_bytes)}
+
+
+def test_the_golden_stream_decodes_to_the_expected_cache():
+    decoded = golden_codec().decode(golden_stream(), GOLDEN_TOKEN_IDS)
+    assert same_cache(decoded, golden_cache())
+
+
+def test_encoding_gives_the_golden_stream():
+    assert golden_codec().encode(golden_cache(), GOLDEN_TOKEN_IDS).hex() == golden_stream().hex()
+
+
+@pytest.mark.parametrize("profile", JOINT_PROFILES)
+def test_encoding_gives_the_golden_streams_of_the_other_profiles(profile):
+    codec = golden_joint_codec(profile)
+    assert codec.encode(golden_cache(), GOLDEN_TOKEN_IDS).hex() == golden_stream(profile).hex()
+
+
+@pytest.mark.parametrize("profile", JOINT_PROFILES)
+def test_the_specification_suffices_for_the_golden_streams_of_the_other_profiles(profile):
+    """Nothing that is computed with this calibration rounds before the end: both decoders give the same bits."""
+    stream = golden_stream(profile)
+    decoded = golden_joint_codec(profile).decode(stream, GOLDEN_TOKEN_IDS)
+    positions, rope_length, keys, values = decode_by_the_page(stream, golden_joint_calibration(), GOLDEN_TOKEN_IDS)
+    assert (positions, rope_length) == ([0, 1, 3, 6], 0)
+    np.testing.assert_array_equal(keys, decoded.keys.float().numpy())
+    np.testing.assert_array_equal(values, decoded.values.float().numpy())
+    # Four of sixteen directions are coded: here they come back as close as the step and bfloat16 allow.
+    picked = ((keys, golden_cache().keys, [1, 6]), (values, golden_cache().values, [0, 3]))
+    for found, original, features in picked:
+        np.testing.assert_allclose(found[..., features], original.float().numpy()[..., features], atol=0.2)
+
+
+@pytest.mark.parametrize("profile", JOINT_PROFILES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn])
+def test_the_specification_suffices_for_the_other_profiles(profile, dtype):
+    """Several chunks, gaps, escapes and coefficients that are not coded."""
+    cache, ids = told_gappy_cache(90, dtype)
+    for step in (0.02, 30.0):
+        codec = joint_codec(profile, step=step, chunk_tokens=64)
+        stream = codec.encode(cache, ids)
+        decoded = codec.decode(stream, ids)
+        positions, rope_length, keys, values = decode_by_the_page(stream, codec.calibration, ids.tolist())
+        assert (positions, rope_length) == (cache.positions.tolist(), 270)
+        # Sums of numbers as large as these round in the fifth digit.
+        near = max(torch.finfo(dtype).eps, 1e-4)
+        np.testing.assert_allclose(keys, decoded.keys.float().numpy(), rtol=near, atol=1e-3)
+        np.testing.assert_allclose(values, decoded.values.float().numpy(), rtol=near, atol=1e-3)
+
+
+def test_the_specification_suffices_for_several_lanes():
+    """Two of them in a chunk that has symbols enough, and a token that only the first has."""
+    cache, ids = told_gappy_cache(501, torch.float32)
+    codec = joint_codec("joint", step=0.5, sink_tokens=0, window_tokens=0, chunk_tokens=2048)
+    stream = codec.encode(cache, ids)
+    n_coded = len(variance_classes(codec.calibration.joint.coefficients.deviations, 0.5))
+    assert 2 * 10240 <= 501 * n_coded < 4 * 10240
+    _, _, keys, values = decode_by_the_page(stream, codec.calibration, ids.tolist())
+    decoded = codec.decode(stream, ids)
+    np.testing.assert_allclose(keys, decoded.keys.numpy(), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(values, decoded.values.numpy(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("profile", JOINT_PROFILES)
+@pytest.mark.parametrize("options", [{"step": 0.5}, {"ratio": 16, "fixed_size": True}])
+def test_the_specification_suffices_for_coded_windows_and_fixed_sizes(profile, options):
+    cache, ids = told_gappy_cache(90)
+    codec = joint_codec(profile, **({"chunk_tokens": 64, "window_tokens": 40, "window_format": "coded"} | options))
+    stream = codec.encode(cache, ids)
+    decoded = codec.decode(stream, ids)
+    _, _, keys, values = decode_by_the_page(stream, codec.calibration, ids.tolist())
+    np.testing.assert_allclose(keys, decoded.keys.float().numpy(), rtol=2**-7, atol=1e-3)
+    np.testing.assert_allclose(values, decoded.values.float().numpy(), rtol=2**-7, atol=1e-3)
+
+
+def test_the_golden_stream_with_a_coded_window():
+    """The only window token, coded; with no lossless coder and one step its bytes never change."""
+    codec = golden_joint_codec("conditional", window_format="coded")
+    stream = golden_stream("window")
+    assert codec.encode(golden_cache(), GOLDEN_TOKEN_IDS).hex() == stream.hex()
+    decoded = codec.decode(stream, GOLDEN_TOKEN_IDS)
+    _, _, keys, values = decode_by_the_page(stream, codec.calibration, GOLDEN_TOKEN_IDS)
+    np.testing.assert_array_equal(keys, decoded.keys.float().numpy())
+    np.testing.assert_array_equal(values, decoded.values.float().numpy())
+
+
+def test_the_specification_suffices_for_the_golden_stream():
+    positions, rope_length, keys, values = decode_by_the_page(golden_stream(), golden_calibration())
+    assert positions == [0, 1, 3, 6]
+    assert rope_length == 0
+    np.testing.assert_array_equal(keys, golden_cache().keys.float().numpy())
+    np.testing.assert_array_equal(values, golden_cache().values.float().numpy())
+
+
+def ragged_cache(dtype: torch.dtype) -> KVCache:
+    """60 tokens whose positions begin inside a cell and leave some out."""
+    whole = random_cache(90, dtype, seed=3)
+    places = torch.tensor([p for p in range(3, 88) if p % 7 not in (2, 5)])[:60]
+    return KVCache(whole.keys[:, :, places], whole.values[:, :, places], places, rope_length=90)
+
+
+@pytest.mark.parametrize("lossless", ["none", "deflate", "zstd", "lz4"])
+@pytest.mark.parametrize(
+    ("dtype", "sink_format", "allocation"),
+    [
+        (torch.bfloat16, "exact", "dynamic"),
+        (torch.float16, "fp8", "dynamic"),
+        (torch.float32, "exact", "truncate"),
+        (torch.float8_e4m3fn, "exact", "dynamic"),
+        (torch.float8_e5m2, "fp8", "dynamic"),
+    ],
+)
+def test_the_specification_suffices_for_every_feature(calibration, lossless, dtype, sink_format, allocation):
+    codec = Codec(
+        calibration,
+        ratio=3,
+        window_tokens=9,
+        sink_tokens=6,
+        chunk_tokens=16,
+        lossless=lossless,
+        sink_format=sink_format,
+        allocation=allocation,
+    )
+    cache = ragged_cache(dtype)
+    stream = codec.encode(cache)
+    decoded = codec.decode(stream)
+    positions, rope_length, keys, values = decode_by_the_page(stream, calibration)
+    assert positions == cache.positions.tolist()
+    assert rope_length == 90
+    # The page fixes no order of summation, so a sum may round to the neighbouring number of the cache's dtype.
+    step = max(torch.finfo(dtype).eps, 1e-5)
+    near_zero = torch.finfo(dtype).tiny * torch.finfo(dtype).eps + 1e-5
+    np.testing.assert_allclose(keys, decoded.keys.float().numpy(), rtol=step, atol=near_zero)
+    np.testing.assert_allclose(values, decoded.values.float().numpy(), rtol=step, atol=near_zero)
+
+
+# From here on nothing of the package is used but the tensors of a calibration.
+
+
+def decode_by_the_page(
+    data: bytes, calibration: Calibration, token_ids: list[int] | None = None
+) -> tuple[list[int], int, np.ndarray, np.ndarray]:
+    """Stream -> positions, rope length, keys and values [L, H, T, D] float32. Assumes a sound stream."""
+    (
+        magic,
+        version,
+        profile,
+        dtype,
+        flags,
+        _,
+        _,
+        layers,
+        _,
+        heads,
+        dim,
+        _,
+        cell,
+        rope_length,
+        n_chunks,
+        n_sections,
+        crc,
+    ) = struct.unpack_from("<4s4B16s6H5I", data)
+    tables_end = 56 + 20 * n_chunks + 20 * n_sections
+    assert (magic, version) == (b"KVTC", 1)
+    assert zlib.crc32(data[:52] + data[56:tables_end]) == crc
+    sections, start = {}, tables_end
+    for index in range(n_sections):
+        kind, coder, _, chunk, raw, stored, crc = struct.unpack_from("<BBHIIII", data, 56 + 20 * n_chunks + 20 * index)
+        part = data[start : start + stored]
+        assert zlib.crc32(part) == crc
+        sections[kind, chunk] = undo_coder(part, coder, raw)
+        start += stored
+    assert start == len(data)
+
+    allocations, at = [], 0
+    rate = sections[1, 0xFFFFFFFF]
+    for _ in range(2 if profile == 1 else 0):
+        (count,) = struct.unpack_from("<H", rate, at)
+        allocations.append([struct.unpack_from("<IHHB", rate, at + 2 + 9 * i) for i in range(count)])
+        at += 2 + 9 * count
+
+    steps = struct.unpack(f"<{len(rate) // 4}f", rate) if profile > 1 else ()
+    positions: list[int] = []
+    parts: list[np.ndarray] = []
+    for index in range(n_chunks):
+        first, n_sink, n_body, n_window, chunk_flags, _ = struct.unpack_from("<IHHHH8s", data, 56 + 20 * index)
+        n = n_sink + n_body + n_window
+        if chunk_flags & 1:
+            assert flags & 4
+            here = [first // cell * cell + offset for offset in struct.unpack(f"<{n}H", sections[2, index])]
+        else:
+            here = list(range(first, first + n))
+        ids = token_ids[len(positions) : len(positions) + n] if profile == 3 else None
+        if n_sink and chunk_flags & 2:
+            parts.append(fp8_vectors(sections[3, index], (2, layers, heads, n_sink, dim), dtype))
+        elif n_sink:
+            parts.append(planes(sections[3, index], (2, layers, heads, n_sink, dim), dtype))
+        if n_body:
+            if profile == 1:
+                rows = body_rows(sections[4, index], n_body, allocations, calibration)
+            else:
+                rows = joint_rows(sections[4, index], n_sink, n_body, steps[0], here, ids, calibration)
+            both = rows.reshape(2, n_body, layers, heads, dim).transpose(0, 2, 3, 1, 4).copy()
+            rotate(both[0], np.array(here[n_sink : n_sink + n_body]), rope_length, calibration)
+            parts.append(round_to(both, dtype))
+        if n_window and chunk_flags & 8:
+            rows = joint_rows(sections[5, index], n_sink + n_body, n_window, steps[1], here, ids, calibration)
+            both = rows.reshape(2, n_window, layers, heads, dim).transpose(0, 2, 3, 1, 4).copy()
+            rotate(both[0], np.array(here[n_sink + n_body :]), rope_length, calibration)
+            parts.append(round_to(both, dtype))
+        elif n_window:
+            parts.append(planes(sections[5, index], (2, layers, heads, n_window, dim), dtype))
+        if chunk_flags & 4:
+            assert not any(sections[6, index])
+        positions += here
+    both = np.concatenate(parts, axis=3)
+    return positions, rope_length, both[0], both[1]
+
+
+def undo_coder(part: bytes, coder: int, raw: int) -> bytes:
+    if coder == 0:
+        return part
+    n = -(-raw // 65536)
+    lengths = struct.unpack_from(f"<{n}I", part)
+    out, at = b"", 4 * n
+    for index, length in enumerate(lengths):
+        block, size = part[at : at + length], min(65536, raw - 65536 * index)
+        if coder == 1:
+            out += zlib.decompress(block, wbits=-15)
+        elif coder == 2:
+            out += zstandard.ZstdDecompressor().decompress(block, max_output_size=size)
+        else:
+            out += lz4.block.decompress(block, uncompressed_size=size)
+        at += length
+    assert len(out) == raw
+    return out
+
+
+def small_floats(exponent_bits: int, mantissa_bits: int, bias: int) -> np.ndarray:
+    """The 256 values of an 8-bit float format; its infinities are not among what tests decode."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> mantissa_bits) & ((1 << exponent_bits) - 1), code & ((1 << mantissa_bits) - 1)
+    fraction = mantissa / (1 << mantissa_bits) + (exponent > 0)
+    return np.where(code < 128, 1, -1) * fraction * 2.0 ** (np.maximum(exponent, 1) - bias)
+
+
+E4M3, E5M2 = small_floats(4, 3, 7), small_floats(5, 2, 15)
+
+
+def planes(data: bytes, shape: tuple[int, ...], dtype: int) -> np.ndarray:
+    size = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1}[dtype]
+    octets = np.frombuffer(data, np.uint8).reshape(size, -1).T.copy()
+    if dtype == 1:
+        values = (octets.view("<u2").astype("<u4") << 16).view("<f4")
+    elif dtype in (2, 3):
+        values = octets.view("<f2" if dtype == 2 else "<f4").astype(np.float32)
+    else:
+        values = (E4M3 if dtype == 4 else E5M2)[octets].astype(np.float32)
+    return values.reshape(shape)
+
+
+def fp8_vectors(data: bytes, shape: tuple[int, ...], dtype: int) -> np.ndarray:
+    n_vectors = int(np.prod(shape[:-1]))
+    symbols = E4M3[np.frombuffer(data, np.uint8, n_vectors * shape[-1])].astype(np.float32)
+    scales = np.frombuffer(data, "<f2", offset=n_vectors * shape[-1]).astype(np.float32)
+    return round_to(symbols.reshape(shape) * (scales / np.float32(448)).reshape(*shape[:-1], 1), dtype)
+
+
+def body_rows(data: bytes, n: int, allocations: list, calibration: Calibration) -> np.ndarray:
+    """[2, n, p] float32: keys before rotation, and values."""
+    at, sides = 0, []
+    for runs, kind in zip(allocations, (calibration.key, calibration.value), strict=True):
+        coefficients = np.zeros((n, kind.basis.rank), np.float32)
+        for start, size, count, bits in runs:
+            if bits < 16:
+                octets = np.frombuffer(data, np.uint8, 4 * count * n, at).reshape(2, 2, count * n)
+                shift, scale = (
+                    (low.astype("<u2") + (high.astype("<u2") << 8)).view("<f2").astype(np.float32).reshape(count, n, 1)
+                    for low, high in octets
+                )
+                at += 4 * count * n
+            n_bytes = -(-count * n * size * bits // 8)
+            packed = np.frombuffer(data, np.uint8, n_bytes, at)
+            at += n_bytes
+            if bits == 16:
+                values = packed.view("<f2").astype(np.float32).reshape(count, n, size)
+            elif bits == 8:
+                values = shift + E4M3[packed].astype(np.float32).reshape(count, n, size) * (scale / np.float32(448))
+            else:
+                symbols = (packed[:, None] >> np.arange(0, 8, bits)) & (2**bits - 1)
+                symbols = symbols.reshape(-1)[: count * n * size].reshape(count, n, size).astype(np.float32)
+                values = shift + symbols * (scale / np.float32(2**bits - 1))
+            coefficients[:, start : start + size * count] = values.transpose(1, 0, 2).reshape(n, -1)
+        sides.append(coefficients @ kind.basis.vectors.float().numpy().T + kind.basis.mean.numpy())
+    assert at == len(data)
+    return np.stack(sides)
+
+
+def joint_rows(
+    data: bytes, n_sink: int, n: int, step: float, here: list[int], ids: list[int] | None, calibration: Calibration
+) -> np.ndarray:
+    """As `body_rows`, for the profiles with one step; ids: of all tokens of the chunk, for `conditional`."""
+    joint = calibration.joint
+    is_predicted = False
+    if ids is not None:
+        assert data[0] <= 1
+        is_predicted, data = bool(data[0]), data[1:]
+    model = joint.tokens.coefficients if is_predicted else joint.coefficients
+    at = -(-n // 4)
+    activities = [data[token // 4] >> 2 * (token % 4) & 3 for token in range(n)]
+    (length,) = struct.unpack_from("<I", data, at)
+    classes = variance_classes(model.deviations, step)
+    tables = model.tables.frequencies.astype(int).tolist()
+    symbols = rans_symbols(data[at + 4 : at + 4 + length], activities, classes, tables)
+    escapes = iter(escaped_values(data[at + 4 + length :]))
+    coefficients = np.zeros((n, joint.basis.rank), np.float32)
+    for column, (row, of_column) in enumerate(zip(symbols, classes, strict=True)):
+        for token, symbol in enumerate(row):
+            value = next(escapes) if symbol == 63 else symbol - 31
+            offset = model.tables.offsets[activities[token], of_column, int(abs(value) > 1)]
+            coefficients[token, column] = np.sign(value) * (np.float32(abs(value)) - offset) * np.float32(step)
+    assert next(escapes, None) is None
+
+    vectors = joint.basis.vectors.float().numpy()
+    if is_predicted:
+        predictor = joint.tokens.predictor
+        parts = (predictor.table, predictor.weights, predictor.hidden, predictor.outputs)
+        table, weights, hidden, outputs = (part.float().numpy() for part in parts)
+        for token in range(n):
+            features = []
+            for back in range(3):
+                place = n_sink + token - back
+                adjoins = place >= 0 and here[place] == here[n_sink + token] - back
+                is_known = adjoins and 0 <= ids[place] < len(table)
+                features.append(
+                    table[ids[place]] / np.float32(32) if is_known else np.zeros(table.shape[1], np.float32)
+                )
+            seen = np.concatenate([*features, [np.float32(1)]])
+            coefficients[token] += seen @ weights + np.maximum(seen @ hidden, 0) @ outputs
+    if ids is not None:
+        rotation = joint.tokens.rotation.float().numpy()
+        if not is_predicted:
+            coefficients = coefficients @ rotation
+        vectors = vectors @ rotation
+    rows = coefficients @ vectors.T + joint.basis.mean.numpy()
+    inverses = np.linalg.inv(joint.metric.roots.numpy().astype(np.float64)).astype(np.float32)
+    blocks = rows.reshape(n, len(inverses), -1)
+    return np.einsum("tbd,bde->tbe", blocks, inverses).reshape(n, 2, -1).transpose(1, 0, 2)
+
+
+def variance_classes(deviations: np.ndarray, step: float) -> list[int]:
+    """Of the coefficients that are coded; numbers of Python are float64."""
+    bounds = [
+        step * (2.0 ** ((k - 1) // 2 - 3) if k % 2 else 0.7071067811865476 * 2.0 ** (k // 2 - 3)) for k in range(27)
+    ]
+    classes = [sum(float(deviation) >= bound for bound in bounds) - 1 for deviation in deviations]
+    n_coded = max((i + 1 for i, found in enumerate(classes) if found >= 0), default=0)
+    return [max(0, found) for found in classes[:n_coded]]
+
+
+def rans_symbols(data: bytes, activities: list[int], classes: list[int], tables: list) -> list[list[int]]:
+    """[coefficient][token]."""
+    symbols = [[0] * len(activities) for _ in classes]
+    if not classes:
+        assert not data
+        return symbols
+    n_lanes = 1
+    while 2 * n_lanes <= min(32, len(activities), len(activities) * len(classes) // 10240):
+        n_lanes *= 2
+    states = list(struct.unpack_from(f"<{n_lanes}I", data))
+    words = iter(struct.unpack_from(f"<{(len(data) - 4 * n_lanes) // 2}H", data, 4 * n_lanes))
+    for block in range(0, len(activities), n_lanes):
+        for column, column_class in enumerate(classes):
+            for token in range(block, min(block + n_lanes, len(activities))):
+                row, state = tables[activities[token]][column_class], states[token - block]
+                slot, symbol = state % 4096, 0
+                while slot >= row[symbol]:
+                    slot -= row[symbol]
+                    symbol += 1
+                state = row[symbol] * (state // 4096) + slot
+                states[token - block] = state if state >= 65536 else state * 65536 + next(words)
+                symbols[column][token] = symbol
+    assert set(states) == {65536}
+    assert next(words, None) is None
+    return symbols
+
+
+def escaped_values(data: bytes) -> list[int]:
+    values, number, shift = [], 0, 0
+    for octet in data:
+        number |= (octet & 127) << shift
+        shift += 7
+        if octet < 128:
+            values.append(-(number + 1) // 2 if number & 1 else number // 2)
+            number, shift = 0, 0
+    return values
+
+
+def rotate(keys: np.ndarray, positions: np.ndarray, rope_length: int, calibration: Calibration) -> None:
+    """Half-split rotation of every layer, in place; keys [L, H, n, D]."""
+    rope = calibration.geometry.rope
+    for layer, index in enumerate(rope.layer_tables):
+        if index < 0:
+            continue
+        table = rope.tables[index]
+        assert (table.interleaved, table.scaling, rope_length > 0) == (False, None, True)
+        frequencies = np.array(table.inverse_frequencies, np.float32)
+        angles = positions.astype(np.float32)[:, None] * frequencies
+        cos, sin = np.cos(angles) * table.attention_scaling, np.sin(angles) * table.attention_scaling
+        half = len(frequencies)
+        first, second = keys[layer, ..., :half].copy(), keys[layer, ..., half : 2 * half].copy()
+        keys[layer, ..., :half] = first * cos - second * sin
+        keys[layer, ..., half : 2 * half] = second * cos + first * sin
+
+
+def round_to(values: np.ndarray, dtype: int) -> np.ndarray:
+    """Nearest value of the cache's dtype, ties to even, the largest one where it is passed."""
+    kind = {1: torch.bfloat16, 2: torch.float16, 3: torch.float32, 4: torch.float8_e4m3fn, 5: torch.float8_e5m2}[dtype]
+    limit = torch.finfo(kind).max
+    return torch.from_numpy(values.astype(np.float32)).clamp(-limit, limit).to(kind).float().numpy()

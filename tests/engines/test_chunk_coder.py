@@ -1,0 +1,247 @@
+"""Chunks of cache servers as streams: positions told or found, sizes fixed or free, and a store behind them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+from kvtc import inspect
+from kvtc.engines.chunk_coder import ChunkCoder, ChunkOptions, FixedChunkCoder
+from kvtc.engines.lmcache.options import LmcacheOptions, worker_of
+from kvtc.engines.lmcache.task_board import TaskBoard
+from kvtc.engines.page_layout import lmcache_layout
+from kvtc.engines.position_search import KnownStarts, find_start
+from kvtc.engines.settings import EngineSettings
+from kvtc.engines.stored_chunks import StoredChunks
+from kvtc.errors import CorruptStream, InvalidArgument, StoreUnavailable, UnsupportedLayout
+from kvtc.store import open_store
+from tests.builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache
+from tests.failing import DECODE_ERRORS, break_decoding
+
+T = 256
+SHAPE = (2, N_LAYERS, T, N_HEADS * HEAD_DIM)
+
+
+def chunk(start: int, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
+    """Tokens start .. start + T - 1 of a text as LMCache holds them."""
+    cache = told_cache(start + T, dtype)
+    layout = lmcache_layout(shape, N_LAYERS, N_HEADS, HEAD_DIM)
+    return layout.write(cache.keys[:, :, start:], cache.values[:, :, start:]).reshape(shape)
+
+
+def settings(**changed) -> EngineSettings:
+    return EngineSettings("reference", "memory:", **({"ratio": 8} | changed))
+
+
+def coder(kind: type = ChunkCoder, max_tokens: int = 4096, **changed):
+    def layout_of(shape):
+        return lmcache_layout(shape, N_LAYERS, N_HEADS, HEAD_DIM)
+
+    return kind(joint_calibration(), settings(**changed), layout_of, T, max_tokens)
+
+
+@pytest.mark.parametrize("start", [0, 256, 1024, 3072])
+def test_a_position_that_nobody_tells_is_found(start):
+    cache = told_cache(start + T)
+    assert find_start(cache.keys[:, :, start:], joint_calibration(), T, 4096) == start
+
+
+@pytest.mark.parametrize("kind", [ChunkCoder, FixedChunkCoder])
+@pytest.mark.parametrize("start", [0, 512])
+def test_a_chunk_comes_back_wherever_it_stands(kind, start):
+    data, found = chunk(start), torch.zeros(SHAPE, dtype=torch.bfloat16)
+    either = coder(kind)
+    told, searched = either.encode(data, start), either.encode(data)
+    assert told == searched
+    either.decode(told, found)
+    assert relative_error(found, data) < 0.1
+
+
+@pytest.mark.parametrize("kind", [ChunkCoder, FixedChunkCoder])
+def test_keys_that_do_not_fit_the_calibration_are_refused(kind):
+    either = coder(kind)
+    with pytest.raises(UnsupportedLayout, match="not at position 256"):
+        either.encode(chunk(512), 256)
+    fused = (1, N_LAYERS, T, 2 * N_HEADS * HEAD_DIM)
+    with pytest.raises(UnsupportedLayout, match="times as far"):
+        either.encode(chunk(256).reshape(fused), 256)
+    with pytest.raises(UnsupportedLayout, match="another model"):
+        either.encode(9 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
+
+
+def test_the_order_of_axes_does_not_matter_to_a_stream():
+    shapes = [SHAPE, (1, N_LAYERS, T, 2 * N_HEADS * HEAD_DIM), (N_LAYERS, T, 2 * N_HEADS * HEAD_DIM)]
+    streams = {coder().encode(chunk(256, shape=shape), 256) for shape in shapes}
+    assert len(streams) == 1
+
+
+@pytest.mark.parametrize("ratio", [2, 8, 16, 60, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fixed_chunks_have_the_promised_size(ratio, dtype):
+    fixed = coder(FixedChunkCoder, ratio=ratio)
+    size = fixed.size(SHAPE, dtype)
+    assert {len(fixed.encode(chunk(start, dtype), start)) for start in (0, 256, 512)} == {size}
+    if ratio < 50:
+        assert size <= chunk(0).numel() * 2 / ratio + 100
+
+
+def test_the_first_chunk_keeps_its_sinks_in_a_fixed_size():
+    fixed, data, found = coder(FixedChunkCoder), chunk(0), torch.zeros(SHAPE, dtype=torch.bfloat16)
+    fixed.decode(fixed.encode(data, 0), found)
+    assert torch.equal(found[:, :, :4], data[:, :, :4])
+
+
+def test_damaged_bytes_are_refused():
+    fixed, found = coder(FixedChunkCoder), torch.zeros(SHAPE, dtype=torch.bfloat16)
+    framed = bytearray(fixed.encode(chunk(256), 256))
+    with pytest.raises(CorruptStream, match="is said to lie in 100 bytes"):
+        fixed.decode(bytes(framed[:100]), found)
+    with pytest.raises(CorruptStream):
+        fixed.decode(b"\0\0", found)
+    framed[len(framed) // 2] ^= 1
+    with pytest.raises(CorruptStream):
+        fixed.decode(bytes(framed), found)
+
+
+def test_what_cannot_be_coded_is_refused():
+    with pytest.raises(UnsupportedLayout, match="nobody tells the scales"):
+        coder().encode(chunk(0).to(torch.float8_e4m3fn), 0)
+    with pytest.raises(UnsupportedLayout, match="LMCache chunk of shape"):
+        coder().encode(torch.zeros(3, 5), 0)
+    with pytest.raises(InvalidArgument, match="gives no token ids"):
+        coder(profile="conditional")
+    for name in ("step", "kl"):
+        with pytest.raises(InvalidArgument, match=rf"fixed size need kvtc\.ratio, not kvtc\.{name}"):
+            coder(FixedChunkCoder, **{"ratio": None, name: 0.01})
+    with pytest.raises(InvalidArgument, match="of the profile joint"):
+        coder(FixedChunkCoder, profile="paper")
+
+
+def test_options_of_the_servers():
+    chunk_options, others = ChunkOptions.split({"kvtc.packing": "vec", "kvtc.page_tokens": 32, "kvtc.ratio": 4, "x": 1})
+    assert (chunk_options.packing, chunk_options.page_tokens, chunk_options.max_tokens) == ("vec", 32, 131072)
+    assert others == {"kvtc.ratio": 4, "x": 1}
+    with pytest.raises(InvalidArgument, match="expected one of split, vec, amx"):
+        ChunkOptions.split({"kvtc.packing": "tight"})
+    with pytest.raises(InvalidArgument, match=r"kvtc\.page_tokens is 0"):
+        ChunkOptions.split({"kvtc.page_tokens": 0})
+    with pytest.raises(InvalidArgument, match=r"unknown option kvtc\.store"):
+        LmcacheOptions({"kvtc.calibration": "reference", "kvtc.store": "memory:"}, needs_store=False)
+    with pytest.raises(InvalidArgument, match=r"must give kvtc\.store"):
+        LmcacheOptions({"kvtc.calibration": "reference"})
+
+
+def test_workers_of_a_server_have_calibrations_of_their_own(tmp_path):
+    joint_calibration().save(tmp_path / "tiny-1.safetensors")
+    config = {"kvtc.calibration": f"{tmp_path}/tiny-{{tp_rank}}.safetensors", "kvtc.identity": "tiny"}
+    options = LmcacheOptions(config, needs_store=False)
+    model, worker = options.served_model(), worker_of(2 << 24 | 1 << 16 | 2 << 8 | 1)
+    assert options.coder(ChunkCoder, model, worker).calibration.geometry.n_layers == N_LAYERS
+    with pytest.raises(FileNotFoundError, match="tiny-0"):
+        options.coder(ChunkCoder, model, 0)
+
+
+def test_known_starts_forget_the_oldest():
+    starts = KnownStarts(capacity=3)
+    starts.learn([b"a", b"b"], 256)
+    starts.learn([b"a", b"c", b"d"], 256)
+    assert [starts.get(name) for name in (b"a", b"b", b"c", b"d")] == [0, None, 256, 512]
+
+
+class BrokenStore:
+    """A store whose server is gone."""
+
+    def __getattr__(self, name):
+        def refuse(*_):
+            raise StoreUnavailable(f"{name}: no server")
+
+        return refuse
+
+
+def stored(store=None) -> StoredChunks:
+    return StoredChunks(store or open_store("memory:"), lambda _: coder(), b"tiny")
+
+
+def test_chunks_are_saved_once_and_loaded():
+    chunks, data = stored(), [chunk(0), chunk(256)]
+    keys = [chunks.key(0, chunk=name) for name in ("aa", "bb")]
+    sizes = [chunks.save(0, key, item, start) for key, item, start in zip(keys, data, (0, None), strict=True)]
+    assert all(sizes)
+    assert chunks.save(0, keys[0], data[0], 0) == 0
+    assert chunks.n_stored([*keys, chunks.key(0, chunk="cc")]) == 2
+    found = [torch.zeros(SHAPE, dtype=torch.bfloat16) for _ in range(3)]
+    asked = [*keys, chunks.key(0, chunk="cc")]
+    assert [chunks.load(0, key, item) for key, item in zip(asked, found, strict=True)] == [True, True, False]
+    assert relative_error(torch.stack(found[:2]), torch.stack(data)) < 0.1
+    counts = chunks.counts.read()
+    assert (counts["entries_saved"], counts["entries_shared"], counts["starts_searched"]) == (2, 1, 1)
+    assert (counts["bytes_saved"], counts["original_bytes"]) == (sum(sizes), 2 * data[0].numel() * 2)
+    assert (counts["entries_loaded"], counts["misses"]) == (2, 1)
+
+
+def test_an_entry_that_cannot_be_decoded_is_a_miss_and_deleted(caplog):
+    store = open_store("memory:")
+    chunks = stored(store)
+    key = chunks.key(0, chunk="aa")
+    chunks.save(0, key, chunk(0), 0)
+    stream = bytearray(store.get(key))
+    stream[len(stream) // 2] ^= 1
+    store.put(key, stream)
+    assert not chunks.load(0, key, torch.zeros(SHAPE, dtype=torch.bfloat16))
+    assert "is deleted" in caplog.text
+    assert chunks.n_stored([key]) == 0
+    assert chunks.counts.read()["damaged"] == 1
+
+
+def test_a_stream_of_other_tokens_than_asked_for_is_a_miss():
+    store = open_store("memory:")
+    chunks = stored(store)
+    chunks.save(0, chunks.key(0, chunk="aa"), chunk(0)[:, :, :128], 0)
+    assert not chunks.load(0, chunks.key(0, chunk="aa"), torch.zeros(SHAPE, dtype=torch.bfloat16))
+
+
+def test_a_store_that_does_not_answer_makes_misses(caplog):
+    chunks = stored(BrokenStore())
+    assert chunks.save(0, "chunk/a", chunk(0), 0) is None
+    assert chunks.n_stored(["chunk/a"]) == 0
+    assert not chunks.load(0, "chunk/a", torch.zeros(SHAPE))
+    chunks.delete("chunk/a")
+    counts = chunks.counts.read()
+    assert (counts["save_errors"], counts["store_errors"], counts["misses"]) == (1, 4, 1)
+    assert "no server" in caplog.text
+
+
+@pytest.mark.parametrize("error", DECODE_ERRORS)
+def test_a_chunk_that_there_is_no_memory_for_stays(monkeypatch, error):
+    store = open_store("memory:")
+    chunks, data = stored(store), torch.zeros(SHAPE, dtype=torch.bfloat16)
+    key = chunks.key(0, chunk="aa")
+    chunks.save(0, key, chunk(0), 0)
+    with monkeypatch.context() as broken:
+        break_decoding(broken, error)
+        assert not chunks.load(0, key, data)
+    assert (chunks.counts.read()["decode_errors"], chunks.counts.read()["damaged"]) == (1, 0)
+    assert chunks.load(0, key, data)
+
+
+def test_what_a_stream_depends_on_is_in_its_key():
+    def key(scope=b"tiny", salt="", **changed):
+        return StoredChunks(open_store("memory:"), lambda _: coder(**changed), scope).key(0, chunk="aa", salt=salt)
+
+    assert len({key(), key(scope=b"other"), key(salt="tenant"), key(ratio=4), key(ratio=None, step=0.1)}) == 5
+    assert inspect(coder().encode(chunk(256), 256)).profile == "joint"
+
+
+def test_a_task_that_raises_ends_as_failed(caplog):
+    told = threading.Semaphore(0)
+    board = TaskBoard[str]("test", told.release, itertools.count(5))
+    assert (board.submit(lambda: "done", "failed"), board.submit(lambda: 1 // 0, "failed")) == (5, 6)
+    told.acquire(timeout=10)
+    told.acquire(timeout=10)
+    assert (board.take(5), board.take(5)) == ("done", None)
+    assert board.take_all() == {6: "failed"}
+    assert "ZeroDivisionError" in caplog.text
+    board.close()

@@ -1,0 +1,315 @@
+"""transformers models: what is supported, geometry and ranks, capture, and calibration's wiring."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kvtc.cache import CacheGeometry, KVCache
+from kvtc.errors import GeometryMismatch, InvalidArgument, MissingDependency, UnsupportedModel
+from kvtc.huggingface.model_identity import calibrated_identity
+from kvtc.huggingface.models import calibrate, capture, check_supported, geometry_of
+from kvtc.huggingface.rope_discovery import context_length, rope_from_config
+
+transformers = pytest.importorskip("transformers")
+
+SETTINGS: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+IDS = list(range(5, 35))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SETTINGS)).float().eval()
+
+
+def config(name: str, **changes: Any) -> Any:
+    return getattr(transformers, f"{name}Config")(**{**SETTINGS, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Mistral", {"sliding_window": 64}, "layer 0 of mistral is a sliding_attention layer"),
+        ("Mistral", {"sliding_window": 4096}, "layer 0 of mistral is a sliding_attention layer"),
+        (
+            "Qwen2",
+            {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
+            "layer 2 of qwen2 is a sliding_attention layer",
+        ),
+        ("Gemma3Text", {}, "layer 0 of gemma3_text is a sliding_attention layer"),
+        ("Llama4Text", {}, "layer 0 of llama4_text is a chunked_attention layer"),
+        ("DeepseekV3", {}, r"every layer of deepseek_v3 uses multi-head latent attention \(kv_lora_rank 512\)"),
+        ("Qwen3Next", {}, "layer 0 of qwen3_next is a linear_attention layer"),
+        ("Jamba", {}, "layer 0 of jamba is a linear_attention layer"),
+        ("FalconH1", {}, "layer 0 of falcon_h1 is a hybrid layer"),
+        ("Mamba", {}, "layer 0 of mamba is a linear_attention layer"),
+        ("Gemma4Text", {}, "gemma4_text has layers that differ in head_dim"),
+    ],
+)
+def test_other_than_full_attention_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        check_supported(config(name, **changes))
+    with pytest.raises(UnsupportedModel, match=message):
+        geometry_of(config(name, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Llama", {}),
+        ("Mistral", {"sliding_window": None}),
+        ("Qwen2", {"sliding_window": 64, "use_sliding_window": False}),
+        ("Gemma3Text", {"layer_types": ["full_attention"] * 4}),
+    ],
+)
+def test_full_attention_is_supported(name: str, changes: dict[str, Any]) -> None:
+    check_supported(config(name, **changes))
+
+
+def test_geometry_of_a_model_and_of_its_config(llama: Any) -> None:
+    geometry = geometry_of(llama)
+    assert geometry == geometry_of(llama.config)
+    assert geometry == CacheGeometry(0, 4, 0, 4, 8, rope_from_config(llama.config))
+    part = geometry_of(llama, layers=(1, 3), kv_heads=(2, 4))
+    assert part == CacheGeometry(1, 2, 2, 2, 8, geometry.rope.slice_layers(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "heads", "dim"),
+    [
+        ("GPTNeoX", {"num_key_value_heads": None}, 8, 8),
+        ("Qwen3", {"head_dim": 16}, 4, 16),
+        ("Falcon", {"multi_query": True}, 1, 8),
+        ("Falcon", {"multi_query": False}, 8, 8),
+        ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, 8, 8),
+    ],
+)
+def test_heads_are_those_the_model_caches(name: str, changes: dict[str, Any], heads: int, dim: int) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(config(name, **changes))
+    geometry = geometry_of(model)
+    assert (geometry.n_kv_heads, geometry.head_dim) == (heads, dim)
+    assert capture(model, IDS).keys.shape == (4, heads, len(IDS), dim)
+
+
+@pytest.mark.parametrize("wanted", [(0, 5), (2, 2), (3, 1), (-1, 2)])
+def test_ranges_outside_the_model_are_refused(llama: Any, wanted: tuple[int, int]) -> None:
+    with pytest.raises(InvalidArgument, match=r"layers: expected .* <= 4, got"):
+        geometry_of(llama, layers=wanted)
+    with pytest.raises(InvalidArgument, match=r"kv_heads: expected .* <= 4, got"):
+        geometry_of(llama.config, kv_heads=wanted)
+
+
+def test_capture_returns_the_models_own_cache(llama: Any) -> None:
+    cache = capture(llama, torch.tensor(IDS, dtype=torch.int32))
+    with torch.no_grad():
+        layers = llama(torch.tensor([IDS]), use_cache=True).past_key_values.layers
+    assert torch.equal(cache.keys, torch.stack([layer.keys[0] for layer in layers]))
+    assert torch.equal(cache.values, torch.stack([layer.values[0] for layer in layers]))
+    assert cache.keys.is_contiguous()
+    assert cache.values.is_contiguous()
+    assert not cache.keys.is_inference()
+    assert (cache.positions, cache.rope_length) == (None, None)
+    cache.validate()
+    geometry_of(llama).check(cache)
+
+
+@pytest.mark.parametrize(("layers", "heads"), [((0, 2), (0, 4)), ((1, 4), (1, 3)), (None, (3, 4)), ((3, 4), None)])
+def test_a_rank_is_a_slice_of_the_whole(llama: Any, layers: Any, heads: Any) -> None:
+    whole = capture(llama, IDS)
+    geometry = geometry_of(llama, layers, heads)
+    part = capture(llama, IDS, geometry)
+    geometry.check(part)
+    rows, columns = slice(*(layers or (0, 4))), slice(*(heads or (0, 4)))
+    assert torch.equal(part.keys, whole.keys[rows, columns])
+    assert torch.equal(part.values, whole.values[rows, columns])
+    assert part.keys.is_contiguous()
+
+
+def test_a_text_read_in_pieces_gives_the_same_cache(llama: Any) -> None:
+    whole = capture(llama, IDS)
+    for piece_tokens in (1, 7, 30, 100):
+        pieces = capture(llama, IDS, piece_tokens=piece_tokens)
+        torch.testing.assert_close(pieces.keys, whole.keys, rtol=0, atol=2e-6)
+        torch.testing.assert_close(pieces.values, whole.values, rtol=0, atol=2e-6)
+
+
+def test_a_rotation_that_depends_on_the_length_reads_the_text_at_once() -> None:
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    model = transformers.LlamaForCausalLM(config("Llama", max_position_embeddings=16, rope_parameters=rope)).eval()
+    whole = capture(model, IDS)
+    pieces = capture(model, IDS, piece_tokens=7)
+    assert torch.equal(pieces.keys, whole.keys)
+    assert pieces.rope_length == whole.rope_length
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "length"),
+    [
+        ("Llama", {}, 256),
+        ("GPT2", {"n_positions": 300, "max_position_embeddings": 300}, 300),
+        ("Bloom", {"max_position_embeddings": None}, None),
+        ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 1024),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 512),
+        (
+            "Llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "rope_theta": 1e4,
+                    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                }
+            },
+            256,
+        ),
+    ],
+)  # fmt: skip
+def test_the_context_is_what_a_model_was_made_to_read(name: str, changes: dict[str, Any], length: int | None) -> None:
+    assert context_length(config(name, **changes)) == length
+
+
+def test_capture_computes_one_row_of_logits_without_dropout_and_restores_training(llama: Any) -> None:
+    rows = []
+    hook = llama.lm_head.register_forward_hook(lambda *call: rows.append(call[2].shape[1]))
+    flags = [module.training for module in llama.modules()]
+    llama.model.layers[1].train()
+    mixed = [module.training for module in llama.modules()]
+    try:
+        capture(llama, IDS)
+        assert [module.training for module in llama.modules()] == mixed != flags
+        with pytest.raises(InvalidArgument):
+            capture(llama, [])
+        assert [module.training for module in llama.modules()] == mixed
+    finally:
+        hook.remove()
+        llama.eval()
+    assert rows == [1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], r"one or more token ids in 0 \.\. 96, found none"),
+        ([3, 97], r"in 0 \.\. 96, found 3 \.\. 97"),
+        ([-1, 3], r"in 0 \.\. 96, found -1 \.\. 3"),
+        ([[1, 2], [3, 4]], r"one sequence of integer token ids, got \(2, 2\)"),
+        (7, r"one sequence of integer token ids, got \(\)"),
+        ([1.0, 2.0], r"one sequence of integer token ids, got \(2,\) of torch.float32"),
+        ("text", "expected a sequence of token ids"),
+    ],
+)
+def test_token_ids_are_checked(llama: Any, ids: Any, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        capture(llama, ids)
+
+
+def test_a_geometry_of_another_model_is_refused(llama: Any) -> None:
+    other = geometry_of(config("Llama", num_hidden_layers=6))
+    with pytest.raises(GeometryMismatch, match=r"a model with 4 layers, .*; got layers 0\.\.5"):
+        capture(llama, IDS, other)
+
+
+def test_a_cache_of_unexpected_shape_is_refused() -> None:
+    model = transformers.LlamaForCausalLM(config("Llama", num_key_value_heads=8))
+    model.config.num_key_value_heads = 4
+    with pytest.raises(UnsupportedModel, match=r"layer 0 caches keys \(1, 8, 30, 8\) .*; expected \(1, 4, 30, 8\)"):
+        capture(model, IDS)
+
+
+def test_without_transformers_the_message_says_what_to_install(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for call in (check_supported, rope_from_config, geometry_of):
+        with pytest.raises(MissingDependency, match=r'pip install "kvtc\[hf\]"'):
+            call(llama.config)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="transformers model or config, got str"):
+        check_supported("llama")
+    with pytest.raises(InvalidArgument, match="transformers model or config, got Linear"):
+        geometry_of(nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModel, match="blt has no num_hidden_layers"):
+        check_supported(transformers.BltConfig())
+
+
+class Fitted:
+    """Stands in for the fit and keeps what it was given."""
+
+    def __call__(self, geometry: CacheGeometry, caches: Iterator[KVCache], **options: Any) -> Fitted:
+        self.geometry, self.caches, self.options = geometry, list(caches), options
+        return self
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> Fitted:
+    module: Any = ModuleType("kvtc.calibration.fit")
+    module.fit = Fitted()
+    monkeypatch.setitem(sys.modules, "kvtc.calibration.fit", module)
+    return module.fit
+
+
+def test_calibrate_passes_every_usable_sequence_once(llama: Any, fitted: Fitted) -> None:
+    sequences: list[list[int] | Tensor] = [[1, 2, 3, 4], IDS, torch.tensor(IDS[:9]), [], IDS[:5]]
+    result: Any = calibrate(llama, iter(sequences), layers=(0, 2), kv_heads=(1, 3), profiles=("paper",), rank=7)
+    assert result is fitted
+    assert fitted.geometry == geometry_of(llama, (0, 2), (1, 3))
+    assert [cache.n_tokens for cache in fitted.caches] == [30, 9, 5]
+    assert torch.equal(fitted.caches[1].keys, capture(llama, IDS[:9], fitted.geometry).keys)
+    parameters = sum(parameter.numel() for parameter in llama.parameters())
+    where = torch.device("cpu")
+    of_model = {"model_parameters": parameters, "model_identity": calibrated_identity(llama)}
+    assert fitted.options == {"sink_tokens": 4, "rank": 7, "device": where} | of_model
+    calibrate(llama, sequences[1:2], profiles=("paper",), device="elsewhere")
+    assert fitted.options["device"] == "elsewhere"
+
+
+@pytest.mark.usefixtures("fitted")
+def test_calibrate_verifies_on_a_bounded_prefix_and_captures_lazily(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    hook = llama.model.embed_tokens.register_forward_hook(lambda *call: lengths.append(call[1][0].shape[-1]))
+    monkeypatch.setattr("kvtc.huggingface.models._VERIFICATION_TOKENS", 12)
+    calibrate(llama, ([index] * 20 for index in range(2)), sink_tokens=0)
+    hook.remove()
+    assert lengths == [12, 20, 20]
+
+
+def test_calibrate_refuses_what_cannot_be_calibrated(llama: Any, fitted: Fitted) -> None:
+    with pytest.raises(InvalidArgument, match="at least one sequence of more than 4 tokens, found none"):
+        calibrate(llama, [[1, 2, 3]])
+    with pytest.raises(InvalidArgument, match="one sequence of integer token ids"):
+        calibrate(llama, [[IDS, IDS]])
+    mistral = transformers.MistralForCausalLM(config("Mistral", sliding_window=64))
+    with pytest.raises(UnsupportedModel, match="layer 0 of mistral"):
+        calibrate(mistral, [IDS])
+    hunyuan = transformers.AutoModelForCausalLM.from_config(config("HunYuanDenseV1", head_dim=8))
+    for parameter in hunyuan.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 1.0, 0.2)
+    with pytest.raises(UnsupportedModel, match=r"layer 0 \(HunYuanDenseV1Attention\): un-rotated keys differ"):
+        calibrate(hunyuan, [IDS])
+    assert not hasattr(fitted, "caches")
