@@ -153,13 +153,13 @@ def test_an_error_in_a_thread_is_the_callers():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
 
-    def fail_past_the_first(first: int, stop: int) -> None:
-        if first:
+    def fail_at_the_second(first: int, stop: int) -> None:
+        if first == 1:
             raise MemoryError(f"{first} .. {stop}")
 
     try:
-        with pytest.raises(MemoryError, match=r"2 \.\. 4"):
-            in_threads(fail_past_the_first, 4, 1 << 40)
+        with pytest.raises(MemoryError, match=r"1 \.\. 2"):
+            in_threads(fail_at_the_second, 4, 1 << 40)
     finally:
         torch.set_num_threads(before)
 

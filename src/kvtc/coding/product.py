@@ -60,9 +60,8 @@ class Columns:
             values = rows.values if isinstance(rows, PackedRows) else rows.to(self._dtype)
             return self._times_elsewhere(values, start, n)
         packed = rows if isinstance(rows, PackedRows) else PackedRows(rows, self._dtype)
-        sums = torch.zeros(packed.shape[0], n, dtype=torch.float32, device="cpu")
-        if start is not None:
-            sums += start
+        shape = packed.shape[0], n
+        sums = torch.zeros(shape, dtype=torch.float32, device="cpu") if start is None else start.repeat(shape[0], 1)
         _add_product(packed.packed, self._matrix, sums)
         return sums.to(self._result)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 from collections.abc import Callable
 
@@ -9,32 +10,45 @@ import torch
 
 _LEAST_OPERATIONS = 1 << 25
 """From which a second thread pays for being started."""
+_PARTS_A_THREAD = 4
 
 
 def in_threads(work: Callable[[int, int], object], count: int, n_operations: int) -> None:
     """Call `work(first, stop)` for parts of `count` items, as many at a time as torch has threads; it must let go of Python's lock.
 
-    n_operations: of all of it; a small work is done by the caller alone. Raises what `work` raises.
+    Whoever is free takes the next part, the caller too: where a thread is late, because torch's own threads still spin on its core,
+    say, the others do its work. n_operations: of all of it; a small work is done by the caller alone. Raises what `work` raises.
     """
     n_threads = max(1, min(torch.get_num_threads(), count, n_operations // _LEAST_OPERATIONS))
-    parts = [(count * index // n_threads, count * (index + 1) // n_threads) for index in range(n_threads)]
+    if n_threads == 1:
+        work(0, count)
+        return
+    n_parts = min(count, _PARTS_A_THREAD * n_threads)
+    left = [(count * index // n_parts, count * (index + 1) // n_parts) for index in range(n_parts)]
+    done = threading.Semaphore(0)
     failed: list[BaseException] = []
 
-    def run(first: int, stop: int) -> None:
-        try:
-            work(first, stop)
-        except BaseException as error:  # noqa: BLE001  the caller raises it
-            failed.append(error)
+    def run() -> None:
+        while left:
+            try:
+                part = left.pop()
+            except IndexError:  # another one took the last part
+                return
+            try:
+                work(*part)
+            except BaseException as error:  # noqa: BLE001  the caller raises it
+                failed.append(error)
+            finally:
+                done.release()
 
-    others = [threading.Thread(target=run, args=part, daemon=True) for part in parts[1:]]
-    for thread, part in zip(others, parts[1:], strict=True):
+    for _ in range(n_threads - 1):
         try:
-            thread.start()
+            # Not `Thread`, whose start waits until the thread runs.
+            _thread.start_new_thread(run, ())
         except RuntimeError:  # none can be had: too many, or the interpreter ends
-            run(*part)
-    run(*parts[0])
-    for thread in others:
-        if thread.ident is not None:
-            thread.join()
+            break
+    run()
+    for _ in range(n_parts):
+        done.acquire()
     if failed:
         raise failed[0]
