@@ -57,10 +57,9 @@ class DeviceStore(MemoryStore):
         device: str | torch.device,
         max_bytes: int = DEFAULT_BYTES,
         namespace: str | None = None,
-        on_error: str = "raise",
         entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(max_bytes, namespace, on_error, entry_bytes)
+        super().__init__(max_bytes, namespace, entry_bytes)
         self._is_left_behind = False
         try:
             self.device = usable_device(device)
@@ -85,8 +84,7 @@ class DeviceStore(MemoryStore):
         """Values of sound streams as uint8 [bytes] on the device, not to be written to; any other as bytes, or None for a miss."""
         self._check_open()
         names = [self._names.name(key) for key in keys]
-        nothing: list[Bytes | None] = [None] * len(names)
-        values = self._attempt(lambda: self._resident(names), nothing)
+        values = self._attempt(lambda: self._resident(names))
         found = [value for value in values if value is not None]
         self._counters.add(
             hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
@@ -102,8 +100,8 @@ class DeviceStore(MemoryStore):
     def _leave_behind(self) -> None:
         self._is_left_behind = self.device.type != "cpu"
 
-    def _attempt(self, call: Callable[[], T], otherwise: T) -> T:
-        return super()._attempt(self._refuse if self._is_left_behind else call, otherwise)
+    def _attempt(self, call: Callable[[], T]) -> T:
+        return super()._attempt(self._refuse if self._is_left_behind else call)
 
     def _refuse(self) -> NoReturn:
         raise StoreUnavailable(f"{self!r}: a forked process cannot use its parent's device; start it with spawn")

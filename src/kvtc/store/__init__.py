@@ -32,8 +32,8 @@ def open_store(url: str | Sequence[str | Store], **options: Any) -> Store:
     `memory:?bytes=1GB`, `cuda:0?bytes=8GB` (`device:` for any device of torch), `file:///path?bytes=100GB`, `redis://host`,
     `rediss://host`, `s3://bucket/prefix?endpoint=...`; and `tiered:memory:|file:///path`, the same as a list of URLs, whose own
     options come first: `tiered:?write=back|memory:|...`.
-    Options of every single store: `namespace`, `on_error` (`raise` or `miss`), `entry_bytes` (the longest value, 512MiB),
-    `key_file` or `key_variable` for encryption.
+    Options of every single store: `namespace`, `entry_bytes` (the longest value, 512MiB), `key_file` or `key_variable` for
+    encryption.
 
     Raises `InvalidArgument` for a URL or option that means nothing, `MissingDependency` for a store whose package is not installed,
     `StoreUnavailable` where the place cannot be used.

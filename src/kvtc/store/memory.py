@@ -27,10 +27,9 @@ class MemoryStore(FramedStore):
         self,
         max_bytes: int = DEFAULT_BYTES,
         namespace: str | None = None,
-        on_error: str = "raise",
         entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(namespace, on_error, entry_bytes)
+        super().__init__(namespace, entry_bytes)
         if max_bytes < 1:
             raise InvalidArgument(f"bytes is {max_bytes}; expected a positive byte budget")
         self._max_bytes = max_bytes

@@ -64,10 +64,9 @@ class ObjectStore(FramedStore):
         server: dict[str, Any] | None = None,
         ca_file: str | None = None,
         namespace: str | None = None,
-        on_error: str = "raise",
         entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(namespace, on_error, entry_bytes)
+        super().__init__(namespace, entry_bytes)
         self._place = f"s3://{bucket}/{prefix}".rstrip("/")
         self._bucket, self._prefix = bucket, prefix
         self._timeout, self._server, self._ca_file = timeout, server or {}, ca_file

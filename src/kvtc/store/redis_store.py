@@ -59,10 +59,9 @@ class RedisStore(FramedStore):
         prefix: str = "kvtc:",
         connection: dict[str, Any] | None = None,
         namespace: str | None = None,
-        on_error: str = "raise",
         entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(namespace, on_error, entry_bytes)
+        super().__init__(namespace, entry_bytes)
         if _PREFIX.fullmatch(prefix) is None:
             raise InvalidArgument(f"prefix {prefix!r:.80}: expected characters of a-z A-Z 0-9 : . _ / -")
         self._place = str(StoreUrl(url))

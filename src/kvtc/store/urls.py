@@ -59,7 +59,6 @@ class StoreUrl:
         """The options of all stores, as keyword arguments; nothing may be left after them."""
         common = {
             "namespace": self.take("namespace", str),
-            "on_error": self.take("on_error", str, "raise"),
             "entry_bytes": self.take("entry_bytes", parse_bytes, DEFAULT_ENTRY_BYTES),
         }
         self.expect_no_rest()

@@ -45,10 +45,9 @@ class FileStore(FramedStore):
         timeout: float = DEFAULT_SECONDS,
         mode: int = DEFAULT_MODE,
         namespace: str | None = None,
-        on_error: str = "raise",
         entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(namespace, on_error, entry_bytes)
+        super().__init__(namespace, entry_bytes)
         if max_bytes is not None and max_bytes < 1:
             raise InvalidArgument(f"bytes is {max_bytes}; expected a positive byte budget")
         if sync not in SYNC:
