@@ -163,7 +163,7 @@ def test_whatever_a_store_raises_is_a_miss(options, monkeypatch, error):
         return take(lambda: adapter.query_load_result(number)).bits()
 
     with monkeypatch.context() as broken:
-        break_store(broken, adapter._store, error)
+        break_store(broken, adapter._chunks.entries.store, error)
         lookup = adapter.submit_lookup_and_lock_task(keys, {})
         assert take(lambda: adapter.query_lookup_and_lock_result(lookup)).bits() == [False]
         assert (store(), load()) == (False, [False])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kvtc import inspect
-from kvtc.engines.page_codec import PageCodec
 from kvtc.engines.page_layout import PageLayout
 from kvtc.engines.settings import EngineSettings
-from kvtc.engines.vllm.tier_jobs import RowPart, TierChunk, TierJobs
+from kvtc.engines.vllm.tier_jobs import RowShard, TierChunk, TierJobs
+from kvtc.engines.windowless_codec import WindowlessCodec
 from kvtc.errors import GeometryMismatch, InvalidArgument, StoreUnavailable, UnsupportedLayout, UnsupportedModel
 from kvtc.store import open_store
 from tests.builders import (
@@ -278,9 +278,9 @@ def test_each_rank_has_its_part_of_a_row():
     settings = EngineSettings("unused", "memory:", step=0.05)
     layout = PageLayout("LBHNC", N_LAYERS, N_HEADS, HEAD_DIM, PAGE)
     size = layout.bytes(CHUNK, torch.bfloat16)
-    codecs = [PageCodec(joint_calibration(seed), settings) for seed in (0, 1)]
+    codecs = [WindowlessCodec(joint_calibration(seed), settings) for seed in (0, 1)]
     rows = np.zeros((2, 2 * size), np.uint8)
-    parts = [RowPart(rank * size, layout, torch.bfloat16, codec) for rank, codec in enumerate(codecs)]
+    parts = [RowShard(rank * size, layout, torch.bfloat16, codec) for rank, codec in enumerate(codecs)]
     with open_store("memory:") as store:
         jobs = TierJobs(rows, parts, store, b"model", CHUNK)
         caches = [told_cache(CHUNK, torch.bfloat16, seed=seed) for seed in (3, 4)]
