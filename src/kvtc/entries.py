@@ -1,4 +1,5 @@
-"""Entries of a store, for callers who must not fail because of them: what is a miss, what is damage, what is counted and logged.
+"""Entries of a store, for callers who must not fail because of them: what is a miss, what is
+damage, what is counted and logged.
 
     load, decode, count_leading    an error is a miss
     save, forget                   an error means that it is not done
@@ -10,8 +11,8 @@ Every error is counted. The fault of an entry decides whether it stays:
     other           it has a newer format, or another calibration or text than was asked for: it stays, somebody else reads it
     decode_errors   there was no memory to decode it, or code failed: it stays, it may be sound
 
-Every error is logged with its cause, one of each kind a minute. Only `KeyboardInterrupt` and `SystemExit` (`PROGRAM_ENDS`) reach
-the caller of the first two groups.
+Every error is logged with its cause, one of each kind a minute. Only `KeyboardInterrupt` and
+`SystemExit` (`PROGRAM_ENDS`) reach the caller of the first two groups.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Entries:
 
         Parameters:
             keys: Of a chain, first to last.
-            is_resident: Whether entries on a device may come as tensors, as of `Store.resident_many`.
+            is_resident: Whether entries on a device may come as tensors, as of
+                `Store.resident_many`.
 
         Returns:
             One entry for each key, None where it is missing or the store fails.
@@ -162,7 +164,8 @@ class Entries:
 
     @contextmanager
     def giving_up(self, counter: str, message: str, *arguments: object) -> Iterator[None]:
-        """A block that ends where it raises an error, which is counted and logged and goes no further.
+        """A block that ends where it raises an error, which is counted and logged and goes no
+        further.
 
         Parameters:
             counter, message, arguments: As of `count_error`.
@@ -179,8 +182,10 @@ class Entries:
 
         Parameters:
             counter: Of `COUNTERS`.
-            error: Logged with its traceback unless it is a `KvtcError`, which somebody raised on purpose.
-            message, arguments: As of `logging.Logger.warning`. One message and one class of errors are one kind for `log_once`.
+            error: Logged with its traceback unless it is a `KvtcError`, which somebody raised on
+                purpose.
+            message, arguments: As of `logging.Logger.warning`. One message and one class of errors
+                are one kind for `log_once`.
         """
         self.counts.add(**{counter: 1})
         name, unexpected = type(error).__name__, None if isinstance(error, KvtcError) else error

@@ -27,8 +27,8 @@ SHAPE = (2, N_LAYERS, T, N_HEADS * HEAD_DIM)
 def chunk(start: int, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
     """Tokens start .. start + T - 1 of a text as LMCache holds them."""
     cache = told_cache(start + T, dtype)
-    layout = lmcache_layout(shape, N_LAYERS, N_HEADS, HEAD_DIM)
-    return layout.write(cache.keys[:, :, start:], cache.values[:, :, start:]).reshape(shape)
+    rows = [side[:, :, start:].transpose(1, 2) for side in (cache.keys, cache.values)]  # [L, T, H, D]
+    return (torch.stack(rows) if shape[0] == 2 else torch.cat(rows, dim=-1)).reshape(shape)
 
 
 def settings(**changed) -> ChunkSettings:

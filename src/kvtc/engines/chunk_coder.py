@@ -1,4 +1,5 @@
-"""Chunks as cache servers hold them, tensors of one worker without token ids, as streams and back."""
+"""Chunks as cache servers hold them, tensors of one worker without token ids, as streams and
+back."""
 
 from __future__ import annotations
 
@@ -33,14 +34,16 @@ class ChunkSettings(EngineSettings):
     """The options of an engine that gives chunks without token ids.
 
     Parameters:
-        max_tokens: Where the engine does not say at which position a chunk stands, it is searched below this one.
+        max_tokens: Where the engine does not say at which position a chunk stands, it is searched
+            below this one.
     """
 
     max_tokens: int = field(default=131072, metadata=AT_LEAST_ONE)
 
 
 class ChunkCoder:
-    """Codes chunks of one worker, each as long as its content asks for. Safe to share between threads.
+    """Codes chunks of one worker, each as long as its content asks for. Safe to share between
+    threads.
 
     Parameters:
         calibration: Of the worker's layers and heads.
@@ -49,7 +52,8 @@ class ChunkCoder:
         spacing: Chunks begin at multiples of so many tokens; None: of their own length.
 
     Raises:
-        InvalidArgument: The profile is `conditional`, or the calibration does not serve the settings.
+        InvalidArgument: The profile is `conditional`, or the calibration does not serve the
+            settings.
     """
 
     def __init__(
@@ -76,7 +80,8 @@ class ChunkCoder:
             start: Position of its first token; None: it is searched.
 
         Raises:
-            UnsupportedLayout: The layout is unknown, or the keys are not those of the calibrated model at this position.
+            UnsupportedLayout: The layout is unknown, or the keys are not those of the calibrated
+                model at this position.
             InvalidCache, GeometryMismatch: As `Codec.encode`.
         """
         return self._codec.encode(*self._chunks.read(data, start))
@@ -94,9 +99,11 @@ class ChunkCoder:
 
 
 class FixedChunkCoder:
-    """Codes chunks of one worker in as many bytes whatever they hold: 4 bytes with the length of the stream, the stream, zeros.
+    """Codes chunks of one worker in as many bytes whatever they hold: 4 bytes with the length of
+    the stream, the stream, zeros.
 
-    Where a text begins, four tokens are exact: the rest of that chunk gets a higher ratio, so that its stream fits as well.
+    Where a text begins, four tokens are exact: the rest of that chunk gets a higher ratio, so that
+    its stream fits as well.
 
     Parameters:
         calibration, settings, layout_of, spacing: As of `ChunkCoder`.
@@ -151,7 +158,8 @@ class FixedChunkCoder:
         self._chunks.write(cache.keys, cache.values, data)
 
     def _stream_size(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """Of a chunk inside a text, or what the first one takes at the least, where that is more."""
+        """Of a chunk inside a text, or what the first one takes at the least, where that is
+        more."""
         if (n_tokens, dtype) not in self._sizes:
             least = self._codec.with_ratio(_LARGEST_RATIO).stream_bytes(n_tokens, dtype)
             inside = self._codec.stream_bytes(n_tokens, dtype, first_position=CHUNK_TOKENS)
@@ -159,7 +167,8 @@ class FixedChunkCoder:
         return self._sizes[n_tokens, dtype]
 
     def _codec_of_first(self, n_tokens: int, dtype: torch.dtype) -> Codec:
-        """For the first chunk of a text: the lowest ratio at which it takes no more than any other."""
+        """For the first chunk of a text: the lowest ratio at which it takes no more than any
+        other."""
         if (n_tokens, dtype) not in self._firsts:
             self._firsts[n_tokens, dtype] = self._codec.with_ratio(self._ratio_of_first(n_tokens, dtype))
         return self._firsts[n_tokens, dtype]
@@ -197,7 +206,8 @@ class _Chunks:
         return math.prod(shape) // layout.page_values * layout.page_tokens
 
     def read(self, data: Tensor, start: int | None) -> tuple[Tensor, Tensor, int]:
-        """keys, values [L, H, T, D] of a chunk, and its position: the one that is given, or the one that is found."""
+        """keys, values [L, H, T, D] of a chunk, and its position: the one that is given, or the one
+        that is found."""
         layout = self.layout_of(data.shape)
         if data.dtype.itemsize == 1:
             raise UnsupportedLayout(

@@ -1,4 +1,5 @@
-"""The model that an engine serves: what the keys of entries say of it, and whether a calibration was made for it."""
+"""The model that an engine serves: what the keys of entries say of it, and whether a calibration
+was made for it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from .settings import PREFIX, EngineSettings
 logger = logging.getLogger(__name__)
 
 _SAME_FREQUENCY = 1e-4
-"""Relative. Both sides compute the same formula in float32; another rotation differs by far more."""
+"""Relative. Both sides compute the same formula in float32; another rotation differs by far
+more."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ class ServedModel:
         """The model of an engine with these settings.
 
         Parameters:
-            settings: The options of kvtc, of which `model` and `identity` come before what the engine says.
+            settings: The options of kvtc, of which `model` and `identity` come before what the
+                engine says.
             name: Of the model, as the engine was given it; None: the engine does not say.
-            revision: Of the model on the hub; None: the engine does not say, or it is the default one.
+            revision: Of the model on the hub; None: the engine does not say, or it is the default
+                one.
             is_told: Whether the engine says its revision, as of `find_model`.
             cache_dir: Where the engine keeps models of the hub; None: in the hub's own folder.
-            config: The transformers configuration in use; None: that of the files, with `overrides`.
+            config: The transformers configuration in use; None: that of the files, with
+                `overrides`.
             overrides: Fields of the configuration that the engine was given in place of the files'.
             effective: Other options of the engine on which caches depend, by name.
 
@@ -133,7 +138,8 @@ def _scheme(identity: str) -> str:
 
 
 def _rope(config: Any, files: Path | None, overrides: Mapping[str, Any]) -> Rope | None:
-    """The rotation of a configuration, or of the files' with overrides; None, logged, where it cannot be found out."""
+    """The rotation of a configuration, or of the files' with overrides; None, logged, where it
+    cannot be found out."""
     if config is None and (files is None or not files.is_dir() or "model_type" not in config_of(files)):
         return None
     try:

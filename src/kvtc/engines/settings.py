@@ -1,7 +1,7 @@
 """What an engine's configuration says to kvtc, and which shard of the model's cache a worker holds.
 
-The options of all engines are those of `EngineSettings`, each written `kvtc.NAME`; docs/guides/vllm.md has them as a table. An
-adapter that needs more has a subclass with more fields.
+The options of all engines are those of `EngineSettings`, each written `kvtc.NAME`;
+docs/guides/vllm.md has them as a table. An adapter that needs more has a subclass with more fields.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ class EngineSettings:
     """The options of an engine's configuration that begin with `kvtc.`.
 
     Parameters:
-        calibration: Path of the calibration file, in which `{tp_rank}` and `{pp_rank}` stand for the ranks of a worker; or
-            `reference`, the calibration of the model that ships with kvtc.
+        calibration: Path of the calibration file, in which `{tp_rank}` and `{pp_rank}` stand for
+            the ranks of a worker; or `reference`, the calibration of the model that ships with
+            kvtc.
         store: URL for `kvtc.store.open_store`.
-        profile: `paper`, `joint`, `conditional`, or `auto`: the best that the calibration serves and the engine's knowledge allows.
+        profile: `paper`, `joint`, `conditional`, or `auto`: the best that the calibration serves
+            and the engine's knowledge allows.
         ratio, step, kl: At most one of them, as of `kvtc.Codec`; none: the codec's default ratio.
         namespace: Separates what must not be shared, such as the caches of tenants.
-        model: Path of the model's files, or its name on the hub, `name@revision` too; None: as the engine was given it.
+        model: Path of the model's files, or its name on the hub, `name@revision` too; None: as the
+            engine was given it.
         identity: A name for the weights that stands for the digest of their files.
         check_model: Whether a calibration of another model, or of another rotation, is refused.
         device: Where the codec computes.
@@ -77,11 +80,14 @@ class EngineSettings:
         """The settings that an engine's configuration gives.
 
         Parameters:
-            config: Options of the engine by name; those that do not begin with `kvtc.` are left to others.
-            needs_store: False where the engine itself stores the streams: there is no option `kvtc.store` then.
+            config: Options of the engine by name; those that do not begin with `kvtc.` are left to
+                others.
+            needs_store: False where the engine itself stores the streams: there is no option
+                `kvtc.store` then.
 
         Raises:
-            InvalidArgument: For an option that is unknown, missing or of a value that it does not take.
+            InvalidArgument: For an option that is unknown, missing or of a value that it does not
+                take.
         """
         given = {key.removeprefix(PREFIX): value for key, value in config.items() if key.startswith(PREFIX)}
         known = {known.name: known for known in fields(cls) if needs_store or known.name != "store"}
@@ -102,14 +108,17 @@ class EngineSettings:
         """The calibration of one worker's shard.
 
         Raises:
-            GeometryMismatch: The calibration covers other layers or heads; the message says how to make the one that is needed.
-            FileNotFoundError, CorruptCalibration, UnsupportedVersion, InvalidArgument: As `read_calibration`.
+            GeometryMismatch: The calibration covers other layers or heads; the message says how to
+                make the one that is needed.
+            FileNotFoundError, CorruptCalibration, UnsupportedVersion, InvalidArgument: As
+                `read_calibration`.
         """
         calibration, name = self.read_calibration(shard.tp_rank, shard.pp_rank)
         return shard.checked(calibration, name)
 
     def read_calibration(self, tp_rank: int = 0, pp_rank: int = 0) -> tuple[Calibration, str]:
-        """(calibration, its name in messages) of the worker with these ranks, whatever layers and heads it covers.
+        """(calibration, its name in messages) of the worker with these ranks, whatever layers and
+        heads it covers.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -132,7 +141,8 @@ class CacheShard:
     """The layers and key-value heads that one worker holds.
 
     Parameters:
-        first_layer, n_layers: The layers of the model that the worker's pipeline-parallel rank computes.
+        first_layer, n_layers: The layers of the model that the worker's pipeline-parallel rank
+            computes.
         first_kv_head, n_kv_heads: The key-value heads of its tensor-parallel rank.
         head_dim: Features of a head.
         tp_rank, pp_rank: The ranks.
@@ -151,7 +161,8 @@ class CacheShard:
         return self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim
 
     def checked(self, calibration: Calibration, name: str) -> Calibration:
-        """The calibration, if it covers exactly this shard; raises `GeometryMismatch` otherwise. name: for the message."""
+        """The calibration, if it covers exactly this shard; raises `GeometryMismatch` otherwise.
+        name: for the message."""
         geometry = calibration.geometry
         found = (
             geometry.first_layer,
@@ -174,13 +185,16 @@ class CacheShard:
 def worker_shards(
     n_layers: int, n_kv_heads: int, head_dim: int, tp_size: int, layer_ranges: list[tuple[int, int]] | None = None
 ) -> list[CacheShard]:
-    """The shards of all workers, by global rank: the tensor-parallel ranks of the first pipeline rank come first.
+    """The shards of all workers, by global rank: the tensor-parallel ranks of the first pipeline
+    rank come first.
 
     Parameters:
         n_layers, n_kv_heads: Of the whole model.
         head_dim: Features of a head.
-        tp_size: Number of tensor-parallel ranks. If it exceeds `n_kv_heads`, neighbouring ranks hold the same head.
-        layer_ranges: (first layer, number of layers) of each pipeline rank; None: one rank has all layers.
+        tp_size: Number of tensor-parallel ranks. If it exceeds `n_kv_heads`, neighbouring ranks
+            hold the same head.
+        layer_ranges: (first layer, number of layers) of each pipeline rank; None: one rank has all
+            layers.
 
     Raises:
         InvalidArgument: The heads do not divide among the ranks.

@@ -1,4 +1,5 @@
-"""Chunks under the names that an engine gives them, kept as streams in a store. Whatever fails is a miss (`Entries`)."""
+"""Chunks under the names that an engine gives them, kept as streams in a store. Whatever fails is a
+miss (`Entries`)."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class StoredChunks:
         self._coder_of, self._scope = coder_of, scope
 
     def key(self, worker: int, **name: Part) -> str:
-        """The store's key of a chunk of a worker. name: all that the engine calls it and that it depends on, by name."""
+        """The store's key of a chunk of a worker. name: all that the engine calls it and that it
+        depends on, by name."""
         found = digest(
             "chunk of an engine", scope=self._scope, rank=worker, coder=self._coder_of(worker).name, name=name
         )
@@ -46,7 +48,8 @@ class StoredChunks:
             start: Position of its first token; None: it is searched.
 
         Returns:
-            Bytes of the stream; 0 if the key has an entry already; None if it cannot be coded or stored.
+            Bytes of the stream; 0 if the key has an entry already; None if it cannot be coded or
+            stored.
         """
         original = data.numel() * data.dtype.itemsize
         n_bytes = self.entries.save(key, lambda: self._coder_of(worker).encode(data, start), original)
@@ -64,7 +67,8 @@ class StoredChunks:
         return self.entries.load(keys)
 
     def decode(self, worker: int, key: str, stream: bytes | None, decode: Callable[[ChunkCoder, bytes], T]) -> T | None:
-        """What `decode` makes of a stream that was read, with the worker's coder; None for a miss."""
+        """What `decode` makes of a stream that was read, with the worker's coder; None for a
+        miss."""
         return self.entries.decode(key, stream, lambda stream: decode(self._coder_of(worker), stream))
 
     def n_stored(self, keys: Sequence[str]) -> int:

@@ -19,7 +19,8 @@ Result = TypeVar("Result")
 
 
 class Tasks(Generic[Name, Result]):
-    """Tasks on threads of their own. Each ends with a result, whatever it raises. Safe to share between threads.
+    """Tasks on threads of their own. Each ends with a result, whatever it raises. Safe to share
+    between threads.
 
     Parameters:
         owner: What the tasks do, in words, for messages.

@@ -1,7 +1,9 @@
-"""The codec of engines: the tokens of one chunk, or of the end of a text, coded alone and without an exact window.
+"""The codec of engines: the tokens of one chunk, or of the end of a text, coded alone and without
+an exact window.
 
-An engine reuses a chunk in every conversation that begins with the same text, so no tokens at its end are kept exactly. Sinks are
-exact where a chunk begins at position 0. Where token ids are known, they predict the values (`conditional`).
+An engine reuses a chunk in every conversation that begins with the same text, so no tokens at its
+end are kept exactly. Sinks are exact where a chunk begins at position 0. Where token ids are known,
+they predict the values (`conditional`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ Ids = Sequence[int] | np.ndarray | Tensor
 
 
 class WindowlessCodec:
-    """Codes keys and values of consecutive tokens of a text as one stream, and back. Safe to share between threads.
+    """Codes keys and values of consecutive tokens of a text as one stream, and back. Safe to share
+    between threads.
 
     Parameters:
         calibration: Of the layers and heads of one worker.
@@ -36,7 +39,8 @@ class WindowlessCodec:
         fixed_size: Whether all streams of as many tokens have the same length, as of `Codec`.
 
     Raises:
-        UnsupportedModel: The rotation of the model depends on the length of a text, which an engine does not tell.
+        UnsupportedModel: The rotation of the model depends on the length of a text, which an engine
+            does not tell.
         InvalidArgument: The calibration does not serve these settings.
     """
 
@@ -58,7 +62,8 @@ class WindowlessCodec:
         return has_token_ids or self._without_ids != "conditional"
 
     def profile(self, has_token_ids: bool) -> str:
-        """The profile of streams written with token ids, or without; raises `InvalidArgument` if there is none."""
+        """The profile of streams written with token ids, or without; raises `InvalidArgument` if
+        there is none."""
         profile = self._with_ids if has_token_ids else self._without_ids
         if not self.serves(has_token_ids):
             raise InvalidArgument(
@@ -67,7 +72,8 @@ class WindowlessCodec:
         return profile
 
     def codec(self, has_token_ids: bool) -> Codec:
-        """The codec of streams written with token ids, or without; raises `InvalidArgument` if there is none."""
+        """The codec of streams written with token ids, or without; raises `InvalidArgument` if
+        there is none."""
         return self._codecs[self.profile(has_token_ids)]
 
     @neutral_torch_state
@@ -91,7 +97,8 @@ class WindowlessCodec:
     def decode(
         self, stream: bytes, start: int | None, n_tokens: int, token_ids: Ids | None = None
     ) -> tuple[Tensor, Tensor]:
-        """keys, values [L, H, n_tokens, D] of the first tokens of a stream, in the dtype in which they were coded.
+        """keys, values [L, H, n_tokens, D] of the first tokens of a stream, in the dtype in which
+        they were coded.
 
         Parameters:
             stream: As `encode` gives it.
@@ -116,8 +123,8 @@ class WindowlessCodec:
 
         Parameters:
             stream, start, token_ids: As in `decode`.
-            targets: For each layer, where its keys and its values go, on the codec's device; each has offsets of as many tokens as
-                are wanted.
+            targets: For each layer, where its keys and its values go, on the codec's device; each
+                has offsets of as many tokens as are wanted.
 
         Raises:
             TokenMismatch, KvtcError: As `decode`.

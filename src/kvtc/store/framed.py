@@ -1,4 +1,5 @@
-"""What stores that keep bytes in one place have in common: names, frames, counting, and what an error means."""
+"""What stores that keep bytes in one place have in common: names, frames, counting, and what an
+error means."""
 
 from __future__ import annotations
 
@@ -17,8 +18,13 @@ PROBE_NAME = "kvtc-probe"  # of no entry; to ask whether a place answers
 class FramedStore(Store):
     """A store whose subclass keeps frames under names.
 
-    namespace: entries of different namespaces in one place never meet.
-    entry_bytes: the longest value that is put or read. Longer entries are other's, and are not read.
+    Parameters:
+        namespace: Entries of different namespaces in one place of storage never meet.
+        entry_bytes: The longest value that is put or read. A longer entry is foreign and is not
+            read.
+
+    Raises:
+        InvalidArgument: `namespace` or `entry_bytes` is not allowed.
     """
 
     def __init__(self, namespace: str | None = None, entry_bytes: int = DEFAULT_ENTRY_BYTES) -> None:
@@ -29,11 +35,13 @@ class FramedStore(Store):
         self._names = Names(namespace)
         self._entry_bytes = entry_bytes
 
-    # What a subclass provides. Each may raise whatever its place of storage does: `_attempt` makes StoreError of it.
+    # What a subclass provides. Each may raise whatever its place of storage does: `_attempt` makes
+    # StoreError of it.
 
     @abstractmethod
     def _read(self, names: Sequence[str]) -> Sequence[Frame | None]:
-        """Frames as they lie there, None where there is none; marks them as used. `Head` for what need not be read whole."""
+        """Frames as they lie there, None where there is none; marks them as used. `Head` for what
+        need not be read whole."""
 
     @abstractmethod
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
@@ -103,7 +111,8 @@ class FramedStore(Store):
         return [self._open(name, frame) for name, frame in zip(names, self._read(names), strict=True)]
 
     def _open(self, name: str, frame: Frame | None) -> bytes | None:
-        """The value of a frame, or None for a miss; a damaged entry is removed, one of others is left alone."""
+        """The value of a frame, or None for a miss; a damaged entry is removed, one of others is
+        left alone."""
         if frame is None:
             return None
         try:

@@ -19,7 +19,13 @@ ENTRY_BYTES = 512  # what Python spends on an entry beside its frame, roughly: e
 
 
 class MemoryStore(FramedStore):
-    """Entries in memory, at most `max_bytes` of them, overhead included. A forked child has a copy of its own."""
+    """Entries in the memory of this process. A forked child has a copy of its own.
+
+    Parameters:
+        max_bytes: Byte budget, with 512 bytes for each entry beside its frame. The entries that
+            were used longest ago are evicted first.
+        namespace, entry_bytes: As of `FramedStore`.
+    """
 
     is_of_process = True
 

@@ -4,14 +4,15 @@
         "class_name": "KvtcL2Adapter", "adapter_params": {"kvtc.calibration": "model.safetensors",
         "kvtc.model": "MODEL", "kvtc.store": "file:///var/cache/kvtc"}}'
 
-LMCache's controllers submit tasks, whose ends they learn from event descriptors; the work is done on threads (`Tasks`, `Workers`):
+LMCache's controllers submit tasks, whose ends they learn from event descriptors; the work is done
+on threads (`Tasks`, `Workers`):
 
     submit_store_task          -> StoredChunks.save       pop_completed_store_tasks
     submit_lookup_and_lock_task -> StoredChunks.n_stored  query_lookup_and_lock_result
     submit_load_task           -> StoredChunks.load       query_load_result
 
-LMCache gives an adapter neither token ids nor positions, but it publishes the hashes of the chunks of each prompt in order when
-it looks them up (`learn_starts`). Written for LMCache 0.5.6.
+LMCache gives an adapter neither token ids nor positions, but it publishes the hashes of the chunks
+of each prompt in order when it looks them up (`learn_starts`). Written for LMCache 0.5.6.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class KvtcL2Adapter(L2AdapterInterface):
         return self._lookups.take(task_id)
 
     def submit_unlock(self, keys: Sequence[Any]) -> None:
-        """A store of kvtc holds nothing back for readers: what is gone when it is loaded is a miss."""
+        """A store of kvtc holds nothing back for readers: what is gone when it is loaded is a
+        miss."""
 
     def submit_load_task(self, keys: Sequence[Any], objects: Sequence[Any]) -> int:
         return self._submit(self._loads, partial(self._load_chunks, keys, objects), Bitmap(len(keys)))

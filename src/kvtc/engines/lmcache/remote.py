@@ -1,4 +1,5 @@
-"""A remote storage plugin for LMCache inside the engine's process: chunks go as streams into any store of kvtc.
+"""A remote storage plugin for LMCache inside the engine's process: chunks go as streams into any
+store of kvtc.
 
     remote_storage_plugins: ["kvtc"]
     extra_config:
@@ -7,8 +8,9 @@
       kvtc.calibration: model.safetensors
       kvtc.store: file:///var/cache/kvtc
 
-LMCache awaits `exists`, `get` and `put` of one chunk at a time; they are those of `StoredChunks`. It seldom says at which position
-of its text a chunk stands; if not, the position is searched. Written for LMCache 0.5.6.
+LMCache awaits `exists`, `get` and `put` of one chunk at a time; they are those of `StoredChunks`.
+It seldom says at which position of its text a chunk stands; if not, the position is searched.
+Written for LMCache 0.5.6.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class KvtcRemoteConnector(RemoteConnector):
     Parameters:
         loop: LMCache's event loop, which is not used.
         local_cpu_backend: Gives memory for chunks, and says which model and worker this is.
-        config: LMCache's configuration, whose `extra_config` has the options of docs/guides/lmcache.md.
+        config: LMCache's configuration, whose `extra_config` has the options of
+            docs/guides/lmcache.md.
 
     Raises:
         KvtcError, FileNotFoundError: Whatever cannot work is refused when LMCache starts.

@@ -1,11 +1,13 @@
-"""A serde for LMCache's server: any L2 adapter of LMCache (fs, resp, s3, ..) then stores streams, all of one size.
+"""A serde for LMCache's server: any L2 adapter of LMCache (fs, resp, s3, ..) then stores streams,
+all of one size.
 
     python -m kvtc.engines.lmcache.server server .. --l2-adapter '{"type": "fs", "base_path": "/var/cache/lmcache",
         "serde": {"type": "kvtc", "kvtc.calibration": "model.safetensors", "kvtc.model": "MODEL", "kvtc.ratio": 8}}'
 
-Importing this module registers the type `kvtc`. LMCache sizes a load by what `estimate_serialized_size` says before it knows the
-chunk, and most adapters refuse any other length, so each stream is padded to exactly that. LMCache names the entries, so
-each begins with 16 bytes that say whose it is: one of another model is a miss. Written for LMCache 0.5.6.
+Importing this module registers the type `kvtc`. LMCache sizes a load by what
+`estimate_serialized_size` says before it knows the chunk, and most adapters refuse any other
+length, so each stream is padded to exactly that. LMCache names the entries, so each begins with 16
+bytes that say whose it is: one of another model is a miss. Written for LMCache 0.5.6.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def make_serde(config: dict[str, Any]) -> AsyncSerdeProcessor:
 
 
 class _Chunks:
-    """What serializer and deserializer know of chunks: whose they are, how they are coded, and where they stand."""
+    """What serializer and deserializer know of chunks: whose they are, how they are coded, and
+    where they stand."""
 
     def __init__(self, settings: LmcacheSettings) -> None:
         self.settings, self.starts = settings, KnownStarts()
@@ -59,7 +62,8 @@ class _Chunks:
         return self.coders.of(worker_of(key.kv_rank))
 
     def owner(self, key: Any) -> bytes:
-        """Whose a chunk is, in `OWNER_BYTES` bytes. Raises `UnknownModel` for one of another model than `kvtc.model`."""
+        """Whose a chunk is, in `OWNER_BYTES` bytes. Raises `UnknownModel` for one of another model
+        than `kvtc.model`."""
         model = self.settings.model_in_key(key.model_name)
         return digest("owner", scope=self._model.scope, model=model)[:OWNER_BYTES]
 
@@ -71,7 +75,8 @@ class KvtcSerializer(Serializer):
         self._chunks = chunks
 
     def estimate_serialized_size(self, layout_desc: Any) -> int:
-        """Exact. Workers of one server hold the same number of heads, so the first stands for all."""
+        """Exact. Workers of one server hold the same number of heads, so the first stands for
+        all."""
         raw = sum(
             shape.numel() * dtype.itemsize for shape, dtype in zip(layout_desc.shapes, layout_desc.dtypes, strict=True)
         )
@@ -80,7 +85,8 @@ class KvtcSerializer(Serializer):
                 raise UnsupportedLayout(f"a chunk of {len(layout_desc.shapes)} tensors; kvtc reads one")
             return OWNER_BYTES + self._chunks.coders.of(0).size(layout_desc.shapes[0], layout_desc.dtypes[0])
         except UnsupportedLayout as error:
-            # LMCache expects no error here; `serialize` raises the same, where LMCache deals with it.
+            # LMCache expects no error here; `serialize` raises the same, where LMCache deals with
+            # it.
             log_once(logger, "layout", "kvtc: chunks are not stored: %s", error)
             return int(raw)
 
@@ -92,7 +98,8 @@ class KvtcSerializer(Serializer):
 
 
 class KvtcDeserializer(Deserializer):
-    """Bytes to chunks. Whatever is raised here LMCache logs, and the chunks of the load are misses."""
+    """Bytes to chunks. Whatever is raised here LMCache logs, and the chunks of the load are
+    misses."""
 
     def __init__(self, chunks: _Chunks) -> None:
         self._chunks = chunks

@@ -1,4 +1,5 @@
-"""What kvtc's three ways into LMCache have in common: options, a worker's coder, and where chunks stand. Imports no LMCache."""
+"""What kvtc's three ways into LMCache have in common: options, a worker's coder, and where chunks
+stand. Imports no LMCache."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class LmcacheSettings(ChunkSettings):
     """The options of LMCache's configuration that begin with `kvtc.` (docs/guides/lmcache.md).
 
     Parameters:
-        packing: How the engine packs the numbers of a page, as of `lmcache_layout`: LMCache does not know it.
+        packing: How the engine packs the numbers of a page, as of `lmcache_layout`: LMCache does
+            not know it.
         page_tokens: Tokens of a page of the engine, where pages are packed.
     """
 
@@ -72,7 +74,8 @@ class WorkerCoders(Generic[Coder]):
         spacing: As of `ChunkCoder`.
 
     Raises:
-        KvtcError, FileNotFoundError: As `EngineSettings.read_calibration`, `ServedModel.checked` and the coder.
+        KvtcError, FileNotFoundError: As `EngineSettings.read_calibration`, `ServedModel.checked`
+            and the coder.
     """
 
     def __init__(
@@ -101,10 +104,12 @@ class WorkerCoders(Generic[Coder]):
 
 
 def learn_starts(starts: KnownStarts, event: Any) -> None:
-    """Note where the chunks of a prompt stand, which LMCache publishes when it looks them up (`EventType.MP_LOOKUP`)."""
+    """Note where the chunks of a prompt stand, which LMCache publishes when it looks them up
+    (`EventType.MP_LOOKUP`)."""
     starts.learn([bytes(name) for name in event.metadata["chunk_hashes"]], event.metadata["chunk_size"])
 
 
 def worker_of(kv_rank: int) -> int:
-    """The number of a worker in the `kv_rank` of LMCache's keys: world size, worker, and the same of a node, 8 bits each."""
+    """The number of a worker in the `kv_rank` of LMCache's keys: world size, worker, and the same
+    of a node, 8 bits each."""
     return kv_rank >> 16 & 0xFF

@@ -17,7 +17,8 @@ from ..windowless_codec import CHUNK_TOKENS
 
 
 def refuse_other_caches(storage_config: Any) -> None:
-    """Raise `UnsupportedModel` unless a page holds keys and values of heads, of all of its tokens."""
+    """Raise `UnsupportedModel` unless a page holds keys and values of heads, of all of its
+    tokens."""
     if storage_config.is_mla_model:
         raise UnsupportedModel("this model caches latents (MLA); kvtc codes keys and values of heads")
     if storage_config.attn_cp_size != 1:
@@ -32,7 +33,8 @@ def host_layout(pool: Any, geometry: CacheGeometry) -> PageLayout:
         geometry: Layers and heads of the calibration of this rank.
 
     Raises:
-        InvalidArgument: The calibration covers other layers or heads, or the pages do not fit kvtc's chunks.
+        InvalidArgument: The calibration covers other layers or heads, or the pages do not fit
+            kvtc's chunks.
         UnsupportedLayout: kvtc does not read this layout.
     """
     sizes = (pool.layer_num, pool.head_num, pool.head_dim)
@@ -47,10 +49,11 @@ def host_layout(pool: Any, geometry: CacheGeometry) -> PageLayout:
 
 
 def served_model(settings: EngineSettings, name: str | None) -> ServedModel:
-    """The model of SGLang's server, with the configuration that the server was given besides the model's files.
+    """The model of SGLang's server, with the configuration that the server was given besides the
+    model's files.
 
-    SGLang's hashes of pages know an adapter by its name and path, so the weights of the adapters that were given at start are part
-    of the model's identity.
+    SGLang's hashes of pages know an adapter by its name and path, so the weights of the adapters
+    that were given at start are part of the model's identity.
 
     Parameters:
         settings: The options of kvtc.

@@ -1,4 +1,5 @@
-"""A storage backend for SGLang's HiCache: pages leave host memory as streams, into any store of kvtc.
+"""A storage backend for SGLang's HiCache: pages leave host memory as streams, into any store of
+kvtc.
 
     --enable-hierarchical-cache --page-size 64 --hicache-storage-backend dynamic --hicache-storage-backend-extra-config
         '{"backend_name": "kvtc", "module_path": "kvtc.engines.sglang.hicache", "class_name": "KvtcHiCache",
@@ -12,8 +13,8 @@ SGLang calls a backend from threads of its own, so a call returns when its work 
     batch_set, batch_get, set, get, exists              the same with flat pages, where `interface_v1` is not set
     batch_set_v2, batch_get_v2, batch_exists_v2         the same for models with several pools
 
-SGLang says how many pages come before those of a call if `hicache_storage_pass_prefix_keys` is set; if it does not, the position
-of each page is searched. Written for SGLang 0.5.23.
+SGLang says how many pages come before those of a call if `hicache_storage_pass_prefix_keys` is set;
+if it does not, the position of each page is searched. Written for SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ class KvtcHiCache(HiCacheStorage):
     """The backend.
 
     Parameters:
-        storage_config: SGLang's configuration, whose `extra_config` has the options of docs/guides/sglang.md.
+        storage_config: SGLang's configuration, whose `extra_config` has the options of
+            docs/guides/sglang.md.
         kwargs: SGLang's, not used.
 
     Raises:
-        KvtcError, FileNotFoundError: Whatever cannot work is refused here or when SGLang registers its host memory.
+        KvtcError, FileNotFoundError: Whatever cannot work is refused here or when SGLang registers
+            its host memory.
     """
 
     def __init__(self, storage_config: Any, kwargs: Any) -> None:  # noqa: ARG002
@@ -112,7 +115,8 @@ class KvtcHiCache(HiCacheStorage):
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:  # noqa: ARG002
         return self._save(key, value, None)
 
-    # Of models with several pools: only keys and values are kept, so a prefix that needs other pools too is not found.
+    # Of models with several pools: only keys and values are kept, so a prefix that needs other
+    # pools too is not found.
 
     def batch_exists_v2(self, keys: Sequence[str], pool_transfers: Any = None, extra_info: Any = None) -> Any:
         others = [transfer.name for transfer in pool_transfers or [] if transfer.name != PoolName.KV]

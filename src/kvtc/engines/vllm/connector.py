@@ -1,4 +1,5 @@
-"""A KV connector for vLLM: prompts that begin like one seen before, by any engine on the same store, load their cache.
+"""A KV connector for vLLM: prompts that begin like one seen before, by any engine on the same
+store, load their cache.
 
     --kv-transfer-config '{"kv_connector": "KvtcConnector", "kv_connector_module_path": "kvtc.engines.vllm.connector",
         "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
@@ -9,8 +10,9 @@ vLLM makes one connector in its scheduler and one in each worker, and calls them
     scheduler   get_num_new_matched_tokens -> update_state_after_alloc -> build_connector_meta -> request_finished
     worker      register_kv_caches, then every step start_load_kv -> wait_for_save -> get_finished
 
-The scheduler's connector hands each call to a `PrefixPlanner`, a worker's to a `PageMover`; the metadata of a step carries the
-planner's orders to the movers. `facts` and `layouts` read what vLLM says of itself. Written for vLLM 0.32.
+The scheduler's connector hands each call to a `PrefixPlanner`, a worker's to a `PageMover`; the
+metadata of a step carries the planner's orders to the movers. `facts` and `layouts` read what vLLM
+says of itself. Written for vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -168,7 +170,8 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
         return metadata
 
     def _make_planner(self) -> PrefixPlanner:
-        """Loads every worker's calibration, one after the other, for its fingerprint: a missing file ends the start."""
+        """Loads every worker's calibration, one after the other, for its fingerprint: a missing
+        file ends the start."""
         model = served_model(self._vllm_config, self._settings)
         logger.info("kvtc: entries are of the model %s, their identity is %s", model.weights, model.identity)
         codecs = []

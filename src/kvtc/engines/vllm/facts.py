@@ -53,7 +53,8 @@ def engine_facts(
 
     Parameters:
         vllm_config, kv_cache_config: vLLM's `VllmConfig` and `KVCacheConfig`.
-        layer_ranges: (first layer, number of layers) of each pipeline-parallel rank; None: one rank has all.
+        layer_ranges: (first layer, number of layers) of each pipeline-parallel rank; None: one rank
+            has all.
 
     Raises:
         UnsupportedModel: The model's caches are not keys and values of full attention.
@@ -79,7 +80,8 @@ def engine_facts(
 
 
 def layers_in_order(names: Sequence[str]) -> tuple[str, ...]:
-    """Names such as `model.layers.3.self_attn.attn`, sorted by the layer they name. Raises `UnsupportedModel`."""
+    """Names such as `model.layers.3.self_attn.attn`, sorted by the layer they name. Raises
+    `UnsupportedModel`."""
     found = [re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name) for name in names]
     if any(len(numbers) != 1 for numbers in found) or len({numbers[0] for numbers in found}) != len(names):
         raise UnsupportedModel(f"expected names that each tell one layer's number; got {', '.join(names[:4])} ..")
@@ -87,7 +89,8 @@ def layers_in_order(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def refuse_scaled_fp8(layers: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Raise `UnsupportedLayout` if an fp8 cache holds values divided by a scale: streams would depend on the engine's scales."""
+    """Raise `UnsupportedLayout` if an fp8 cache holds values divided by a scale: streams would
+    depend on the engine's scales."""
     if dtype.itemsize != 1:
         return
     for name, layer in layers.items():
@@ -100,7 +103,8 @@ def refuse_scaled_fp8(layers: Mapping[str, Any], dtype: torch.dtype) -> None:
 
 
 def served_model(vllm_config: Any, settings: EngineSettings) -> ServedModel:
-    """The model of vLLM's `VllmConfig`, with the configuration that vLLM was given besides the model's files.
+    """The model of vLLM's `VllmConfig`, with the configuration that vLLM was given besides the
+    model's files.
 
     Raises:
         UnknownModel: It cannot be told which weights are served.
@@ -143,7 +147,8 @@ def served_model(vllm_config: Any, settings: EngineSettings) -> ServedModel:
 class Adapters:
     """The identities of LoRA adapters, as they were when their first request came.
 
-    An adapter whose files have changed since may be in memory as it was, or as it is: nobody can tell.
+    An adapter whose files have changed since may be in memory as it was, or as it is: nobody can
+    tell.
 
     Parameters:
         lora_dtype: In which vLLM computes adapters; None: it serves none.
@@ -154,7 +159,8 @@ class Adapters:
         self._known: dict[tuple[int, str], str] = {}
 
     def request_digest(self, request: Any) -> Callable[[], bytes] | None:
-        """Gives the digest of a request's adapter and salt, or raises `UnknownModel`; None: the request has neither."""
+        """Gives the digest of a request's adapter and salt, or raises `UnknownModel`; None: the
+        request has neither."""
         lora_request, salt = request.lora_request, request.cache_salt
         if lora_request is None and salt is None:
             return None
@@ -173,12 +179,14 @@ class Adapters:
 
 
 def is_told_apart(request: Any) -> bool:
-    """Whether token ids, adapter and salt tell a request's cache from all others: not where it has images or embeddings."""
+    """Whether token ids, adapter and salt tell a request's cache from all others: not where it has
+    images or embeddings."""
     return not request.mm_features and request.prompt_embeds is None and bool(request.prompt_token_ids)
 
 
 def step_requests(scheduler_output: Any) -> Iterator[tuple[str, int, list[int]]]:
-    """(request, leading tokens that are computed after this step, its blocks) of all requests of a `SchedulerOutput`."""
+    """(request, leading tokens that are computed after this step, its blocks) of all requests of a
+    `SchedulerOutput`."""
     cached, state = scheduler_output.scheduled_cached_reqs, scheduler_output.kv_connector_block_state
     news = [(new.req_id, new.num_computed_tokens) for new in scheduler_output.scheduled_new_reqs]
     for request_id, n_computed in [*news, *zip(cached.req_ids, cached.num_computed_tokens, strict=True)]:

@@ -1,4 +1,5 @@
-"""How vLLM lays out pages: in the tensors of a worker, and in the rows of host memory that a tier is given."""
+"""How vLLM lays out pages: in the tensors of a worker, and in the rows of host memory that a tier
+is given."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backen
 
     Raises:
         UnsupportedLayout, UnsupportedModel: kvtc does not read such rows.
-        KvtcError, FileNotFoundError: As `EngineSettings.read_calibration` and `ServedModel.checked`.
+        KvtcError, FileNotFoundError: As `EngineSettings.read_calibration` and
+            `ServedModel.checked`.
     """
     parallel = config.parallel
     if len(config.groups) != 1:
@@ -120,7 +122,8 @@ def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backen
 
 
 def _backend(named: str | None, dtype: torch.dtype, page_tokens: int, head_dim: int) -> tuple[str, str | None]:
-    """(attention backend, isa): on CPUs there is one backend; elsewhere vLLM does not say which, so the user must name it."""
+    """(attention backend, isa): on CPUs there is one backend; elsewhere vLLM does not say which, so
+    the user must name it."""
     if current_platform.is_cpu():
         return CPU_BACKEND, _cpu_isa(dtype, page_tokens, head_dim)
     if named is None:

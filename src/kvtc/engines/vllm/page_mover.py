@@ -1,7 +1,9 @@
-"""A worker's side of a connector: pieces of prompts from the store into pages of the engine, and back.
+"""A worker's side of a connector: pieces of prompts from the store into pages of the engine, and
+back.
 
-Imports no engine: pages are tensors, and the orders come from the scheduler's side (`PrefixPlanner`). Coding and the store's
-work happen on threads of their own; whatever fails there is a miss (`Entries`), and the engine computes what is missing.
+Imports no engine: pages are tensors, and the orders come from the scheduler's side
+(`PrefixPlanner`). Coding and the store's work happen on threads of their own; whatever fails there
+is a miss (`Entries`), and the engine computes what is missing.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from ..windowless_codec import WindowlessCodec
 from .prefix_planner import LoadOrder, Piece, SaveOrder
 
 MAX_PENDING_SAVES = 64
-"""Pieces copied out of the engine that may wait to be coded; more are not saved, so that memory stays bounded."""
+"""Pieces copied out of the engine that may wait to be coded; more are not saved, so that memory
+stays bounded."""
 _FETCHED_AT_ONCE = 4
 
 
@@ -33,8 +36,10 @@ class EnginePages:
     """The pages of an engine on its device.
 
     Parameters:
-        layers: One tensor for each layer, [B, H, N, 2 D] in this order of axes, whatever their order in memory.
-        layout: Of these tensors, with axes LBHNC. Its pages may be smaller than the engine's; then an engine's page is several.
+        layers: One tensor for each layer, [B, H, N, 2 D] in this order of axes, whatever their
+            order in memory.
+        layout: Of these tensors, with axes LBHNC. Its pages may be smaller than the engine's; then
+            an engine's page is several.
         engine_page_tokens: Tokens of a page of the engine.
         dtype: Of the numbers, which the tensors may hold as bytes.
     """
@@ -49,7 +54,8 @@ class EnginePages:
 
     @neutral_torch_state
     def read(self, page_ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """keys, values [L, H, T, D] of whole pages, copies on a device: the engine may use the pages again."""
+        """keys, values [L, H, T, D] of whole pages, copies on a device: the engine may use the
+        pages again."""
         index = self._index(page_ids)
         gathered = torch.stack([layer[index] for layer in self._layers])
         keys, values = self._layout.read(gathered.to(device))
@@ -69,7 +75,8 @@ class EnginePages:
 
     @neutral_torch_state
     def targets(self, page_ids: Sequence[int], n_tokens: int) -> list[tuple[Target, Target]] | None:
-        """Places of the first tokens of these pages in each layer, keys and values; None where pages pack them otherwise."""
+        """Places of the first tokens of these pages in each layer, keys and values; None where
+        pages pack them otherwise."""
         if self._layout.packing != SPLIT:
             return None
         index, size = self._index(page_ids), self._layout.page_tokens
@@ -124,7 +131,8 @@ class PageMover:
         self._tails = Tails(self._entries)
         self._pages, self._codec = pages, codec
         self._rank, self._page_tokens = rank, page_tokens
-        # Apart, so that a request that waits for its chunks does not wait for other requests' to be saved.
+        # Apart, so that a request that waits for its chunks does not wait for other requests' to be
+        # saved.
         self._loads = Tasks[str, list[int]]("the loading of pages", "kvtc-load", threads)
         self._saving = Workers(threads, "the saving of pages", "kvtc-save")
         self._room = threading.BoundedSemaphore(MAX_PENDING_SAVES)
@@ -141,7 +149,8 @@ class PageMover:
         return set(ended)
 
     def take_unfilled(self) -> set[int]:
-        """Ids of the pages that the loads which `take_loaded` has given could not fill, since the last call."""
+        """Ids of the pages that the loads which `take_loaded` has given could not fill, since the
+        last call."""
         unfilled, self._unfilled = self._unfilled, set()
         return unfilled
 

@@ -1,8 +1,9 @@
 """The scheduler's side of a connector: what is stored of a prompt, what to load, and what to save.
 
-Imports no engine. An engine's scheduler must never wait: the store is asked in the background, and the scheduler asks here until
-there is an answer. Entries are those of the prefix cache (`kvtc.prefix_cache`): whole chunks under a hash chain, and a tail for
-the tokens behind the last one.
+Imports no engine. An engine's scheduler must never wait: the store is asked in the background, and
+the scheduler asks here until there is an answer. Entries are those of the prefix cache
+(`kvtc.prefix_cache`): whole chunks under a hash chain, and a tail for the tokens behind the last
+one.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from ...store import Store
 from ..windowless_codec import CHUNK_TOKENS
 
 _LOOKED_AT_TOKENS = 2 * CHUNK_TOKENS
-"""Of the text behind a chunk's beginning, to find tails that it outgrows; longer tails stay until they are the oldest."""
+"""Of the text behind a chunk's beginning, to find tails that it outgrows; longer tails stay until
+they are the oldest."""
 
 RequestDigest = Callable[[], bytes | None]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of a prompt that are one entry for each worker: a whole chunk, or the beginning of a tail.
+    """Tokens of a prompt that are one entry for each worker: a whole chunk, or the beginning of a
+    tail.
 
     Parameters:
         start: Position of the first token.
@@ -81,7 +84,8 @@ class SaveOrder:
     Parameters:
         piece: The tokens.
         page_ids: Their pages.
-        following: Token ids of the prompt from the piece's first on, which say which tails the piece outgrows.
+        following: Token ids of the prompt from the piece's first on, which say which tails the
+            piece outgrows.
     """
 
     piece: Piece
@@ -97,10 +101,12 @@ class _Prompt:
         token_ids: Of the prompt.
         nodes: Of its hash chain, [worker][0 .. chunks].
         n_stored: Leading chunks in the store when it was looked up.
-        n_tail: Tokens that the tail behind them, `tail_name`, has in common with the prompt, up to a whole page.
+        n_tail: Tokens that the tail behind them, `tail_name`, has in common with the prompt, up to
+            a whole page.
         n_saved: Leading chunks that are stored or ordered to be saved.
         start: Leading tokens that the engine has itself.
-        was_loaded, has_tail: Whether a load was ordered; whether the tail of the prompt is stored or ordered to be saved.
+        was_loaded, has_tail: Whether a load was ordered; whether the tail of the prompt is stored
+            or ordered to be saved.
     """
 
     token_ids: np.ndarray
@@ -128,7 +134,8 @@ class _Prompt:
         )
 
     def tail(self, index: int, name: bytes, n_tokens: int | None = None) -> Piece:
-        """Of the tail of that name after `index` chunks, the first tokens; None: all, to the end of the prompt."""
+        """Of the tail of that name after `index` chunks, the first tokens; None: all, to the end of
+        the prompt."""
         nodes = self.before(index)
         ids = self.following(index)[:n_tokens]
         return Piece(index * CHUNK_TOKENS, ids, [tail_key(node, name) for node in nodes], nodes, name)
@@ -148,8 +155,10 @@ class PrefixPlanner:
     Parameters:
         store: Where the entries are; it is asked in the background.
         scope: Whose entries, as of `entry_scope`.
-        codecs: For each worker, the fingerprint of its calibration and the `settings_digest` of its codec.
-        page_tokens: Tokens of a page of the engine, a divisor of a chunk. Entries do not depend on it.
+        codecs: For each worker, the fingerprint of its calibration and the `settings_digest` of its
+            codec.
+        page_tokens: Tokens of a page of the engine, a divisor of a chunk. Entries do not depend on
+            it.
 
     Raises:
         InvalidArgument: The pages do not divide a chunk.
@@ -172,17 +181,20 @@ class PrefixPlanner:
     def matched_tokens(
         self, request_id: str, token_ids: Sequence[int], n_computed: int, request: RequestDigest | None = None
     ) -> int | None:
-        """How many tokens of a prompt can be loaded. A request is served once: if its load fails, it is computed.
+        """How many tokens of a prompt can be loaded. A request is served once: if its load fails,
+        it is computed.
 
         Parameters:
             request_id: Of the request.
             token_ids: Of its prompt.
             n_computed: Leading tokens that the engine has itself.
-            request: Gives, in the background, the digest of all that the cache depends on besides token ids, such as an adapter's
-                weights; if it raises, the request is neither looked up nor saved. None: there is nothing of the kind.
+            request: Gives, in the background, the digest of all that the cache depends on besides
+                token ids, such as an adapter's weights; if it raises, the request is neither looked
+                up nor saved. None: there is nothing of the kind.
 
         Returns:
-            Tokens stored behind the first `n_computed`, up to a whole page; None: not known yet, ask again.
+            Tokens stored behind the first `n_computed`, up to a whole page; None: not known yet,
+            ask again.
         """
         if request_id not in self._prompts:
             self._prompts[request_id] = self._asking.submit(self._look_up, token_ids, request)
@@ -250,7 +262,8 @@ class PrefixPlanner:
             asked.cancel()
 
     def start_over(self) -> None:
-        """The model has changed: from now on find nothing that was stored before, by giving entries other names."""
+        """The model has changed: from now on find nothing that was stored before, by giving entries
+        other names."""
         self._scope = digest("scope after a change of weights", scope=self._scope, change=uuid4().bytes)
 
     def close(self) -> None:
@@ -261,7 +274,8 @@ class PrefixPlanner:
         return list(page_ids[start // self._page_tokens : -(-stop // self._page_tokens)])
 
     def _look_up(self, token_ids: Sequence[int], request: RequestDigest | None) -> _Prompt:
-        """The work of `matched_tokens`, in the background; the scheduler waits for an answer, whatever fails."""
+        """The work of `matched_tokens`, in the background; the scheduler waits for an answer,
+        whatever fails."""
         with self._entries.giving_up("requests_unknown", "a request is neither looked up nor saved"):
             of_request = request() if request is not None else None
             with self._entries.giving_up("load_errors", "a prompt is not looked up"):
@@ -274,7 +288,8 @@ class PrefixPlanner:
         return _Prompt(np.empty(0, np.int64), [[b""]], has_tail=True)  # of which nothing is loaded and nothing saved
 
     def _find(self, prompt: _Prompt) -> None:
-        """How many chunks every worker finds, and the tail on the last of them that has most in common with this prompt."""
+        """How many chunks every worker finds, and the tail on the last of them that has most in
+        common with this prompt."""
         keys = [key for index in range(prompt.n_chunks) for key in prompt.chunk(index).keys]
         prompt.n_stored = prompt.n_saved = self._entries.count_leading(keys) // len(prompt.nodes)
         # The workers' tails have one name, so one index says what there is.

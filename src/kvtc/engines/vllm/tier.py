@@ -1,4 +1,5 @@
-"""A secondary tier for vLLM's native offloading: chunks leave host memory as streams, into any store.
+"""A secondary tier for vLLM's native offloading: chunks leave host memory as streams, into any
+store.
 
     --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": {
         "spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 8589934592, "block_size": 256,
@@ -6,14 +7,16 @@
             "kvtc.attention_backend": "FLASH_ATTN", "kvtc.calibration": "model.safetensors",
             "kvtc.store": "file:///var/cache/kvtc"}]}}'
 
-vLLM runs a tier in its scheduler's process, so nothing here computes or waits. Two objects work on threads:
+vLLM runs a tier in its scheduler's process, so nothing here computes or waits. Two objects work on
+threads:
 
     lookup, on_schedule_end                       -> StoreLookups: which chunks are in the store
     submit_store, submit_load, get_finished_jobs  -> TierJobs: chunks from host memory into the store, and back
 
-vLLM names chunks by hashes and says where they stand. It does not give their token ids, so streams are of the profile `joint`. A
-client that gives the ids of its prompt as `kv_transfer_params: {"kvtc.token_ids": [..]}` gets streams of the profile
-`conditional`, which only such clients can read. Written for vLLM 0.32.
+vLLM names chunks by hashes and says where they stand. It does not give their token ids, so streams
+are of the profile `joint`. A client that gives the ids of its prompt as `kv_transfer_params:
+{"kvtc.token_ids": [..]}` gets streams of the profile `conditional`, which only such clients can
+read. Written for vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ class TierSettings(EngineSettings):
     """The options of a tier.
 
     Parameters:
-        attention_backend: Of vLLM, as it logs it at start, such as FLASH_ATTN; None: on CPUs, where there is one.
+        attention_backend: Of vLLM, as it logs it at start, such as FLASH_ATTN; None: on CPUs, where
+            there is one.
     """
 
     attention_backend: str | None = field(default=None, metadata=TEXT)
@@ -128,7 +132,8 @@ class KvtcTier(SecondaryTierManager):
             request_id, keys = self._load_jobs.pop(end.job_id, ("", ()))
             loaded = tuple(OffloadKey(name) for name in end.done) if keys and not end.success else None
             if loaded is not None:
-                # vLLM asks again for the chunks that failed: the answer must be that they are missing.
+                # vLLM asks again for the chunks that failed: the answer must be that they are
+                # missing.
                 served = [has_ids for has_ids in (True, False) if self._jobs.serves(has_ids)]
                 failed = [self._jobs.keys(key, has_ids)[0] for key in set(keys) - set(loaded) for has_ids in served]
                 self._lookups.set_missing(request_id, failed)

@@ -1,8 +1,9 @@
-"""The work of a secondary tier: chunks in an engine's host memory into a store as streams, and back.
+"""The work of a secondary tier: chunks in an engine's host memory into a store as streams, and
+back.
 
-Imports no engine. Host memory is rows of bytes, one for each chunk, in which each worker has its shard. The engine's scheduler
-hands in jobs and polls for their ends; the coding is done on threads of their own. Whatever fails is a miss (`Entries`) and
-reported, and the engine computes it.
+Imports no engine. Host memory is rows of bytes, one for each chunk, in which each worker has its
+shard. The engine's scheduler hands in jobs and polls for their ends; the coding is done on threads
+of their own. Whatever fails is a miss (`Entries`) and reported, and the engine computes it.
 """
 
 from __future__ import annotations
@@ -123,13 +124,16 @@ class TierJobs:
         self._stores = Tasks[int, JobEnd]("the storing of chunks", "kvtc-store", threads)
 
     def serves(self, has_token_ids: bool) -> bool:
-        """Whether chunks with, or without, token ids can be coded in the profile that is asked for."""
+        """Whether chunks with, or without, token ids can be coded in the profile that is asked
+        for."""
         return all(shard.codec.serves(has_token_ids) for shard in self._shards)
 
     def keys(self, name: bytes, has_token_ids: bool) -> list[str]:
-        """The store's keys of a chunk, one a worker. Streams made with token ids stand apart: without ids nobody can read them.
+        """The store's keys of a chunk, one a worker. Streams made with token ids stand apart:
+        without ids nobody can read them.
 
-        Engines name a chunk by the hash of its last block, so that chunks of another length can have the same name.
+        Engines name a chunk by the hash of its last block, so that chunks of another length can
+        have the same name.
         """
         return [f"page/{self._key(shard.codec, name, has_token_ids).hex()}" for shard in self._shards]
 
@@ -185,7 +189,8 @@ class TierJobs:
         return JobEnd(job_id, len(done) == len(chunks), tuple(done), time.monotonic() - begin, n_bytes)
 
     def _of_shards(self, chunk: TierChunk, work: _Work, errors: str) -> list[int | None]:
-        """Bytes of each worker's entry of a chunk, 0 for one that was stored already; up to the first None, which failed."""
+        """Bytes of each worker's entry of a chunk, 0 for one that was stored already; up to the
+        first None, which failed."""
         sizes: list[int | None] = []
         with self.entries.giving_up(errors, "chunk %s is given up", chunk.name.hex()):
             if chunk.start is None:

@@ -1,4 +1,5 @@
-"""Which chunks are in a store, for a scheduler that asks for one after the other, must not wait, and asks again."""
+"""Which chunks are in a store, for a scheduler that asks for one after the other, must not wait,
+and asks again."""
 
 from __future__ import annotations
 
@@ -24,9 +25,11 @@ class _Request:
 
 
 class StoreLookups:
-    """Gathers lookups until `flush`, then asks the store for all of a request together, in the order of its text.
+    """Gathers lookups until `flush`, then asks the store for all of a request together, in the
+    order of its text.
 
-    A chunk is of use only if those before it are there too, so all behind the first that is missing count as missing.
+    A chunk is of use only if those before it are there too, so all behind the first that is missing
+    count as missing.
 
     Parameters:
         entries: The entries that are asked for.
