@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import PROGRAM_ENDS, InvalidArgument, MissingDependency, StoreFull
+from ..process.log_limits import log_once
 from .base import Names, Store, StoreStatistics, Value, check_value
 
 try:
@@ -192,7 +193,8 @@ def keys_from_file(path: str) -> list[bytes]:
     if kind is not None:  # an error of decoding holds what it could not decode
         raise InvalidArgument(f"key file {path} cannot be read: {kind}")
     if permissions & (stat.S_IRWXG | stat.S_IRWXO):
-        logger.warning("key file %s has permissions %04o: others may use it; expected 0600 or 0400", path, permissions)
+        message = "key file %s has permissions %04o: others may use it; expected 0600 or 0400"
+        log_once(logger, f"permissions of {path}", message, path, permissions)
     return load_keys(text, f"key file {path}")
 
 
