@@ -18,6 +18,7 @@ from calibrating import Recipe, add_calibration_arguments, calibrate_all
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import ABLATIONS
+from kvtc.profiles.rates import Truncation
 from kvtc.report.table import format_table
 from quality import add_text_arguments, measure, print_qualities
 
@@ -51,7 +52,7 @@ def allocation(calibrations: Calibrations) -> Cases:
     cases = {}
     for ratio in (8, 16, 32, 64):
         cases[f"paper {ratio}x"] = kvtc.Codec(calibrations.shipped, "paper", ratio=ratio)
-        cases[f"truncation {ratio}x"] = kvtc.Codec(calibrations.shipped, "paper", ratio=ratio, allocation="truncate")
+        cases[f"truncation {ratio}x"] = kvtc.Codec(calibrations.shipped, "paper", rate=Truncation(ratio))
     return cases
 
 
@@ -105,7 +106,7 @@ def layers(calibrations: Calibrations) -> Cases:
     for group, made in calibrations.fit(recipes).items():
         for ratio in (8, 32):
             cases[f"layers a basis: {group}, {ratio}x"] = kvtc.Codec(made, "paper", ratio=ratio)
-        cases[f"layers a basis: {group}, truncation 8x"] = kvtc.Codec(made, "paper", ratio=8, allocation="truncate")
+        cases[f"layers a basis: {group}, truncation 8x"] = kvtc.Codec(made, "paper", rate=Truncation(8))
     return cases
 
 

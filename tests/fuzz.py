@@ -37,6 +37,7 @@ from kvtc.codec.opened_stream import positions_of
 from kvtc.coding.lossless import CODER_IDS, compress
 from kvtc.container import SectionType, parse_stream
 from kvtc.errors import KvtcError
+from kvtc.profiles.rates import Truncation
 
 from . import claims, fuzz_files
 from .builders import (
@@ -131,7 +132,7 @@ def make_targets() -> list[Target]:
         ({"lossless": "deflate", "sink_format": "fp8"}, random_cache(9, torch.bfloat16), range(9)),
         ({"lossless": "none", "window_tokens": 0}, gappy_cache(9, torch.float16), None),
         ({"lossless": "zstd", "chunk_tokens": 32}, random_cache(40, torch.bfloat16, first_position=20), None),
-        ({"lossless": "lz4", "allocation": "truncate"}, random_cache(7, torch.float8_e4m3fn), range(7)),
+        ({"lossless": "lz4", "ratio": None, "rate": Truncation(4)}, random_cache(7, torch.float8_e4m3fn), range(7)),
         ({"lossless": "deflate", "sink_tokens": 0}, gappy_cache(6, torch.float8_e5m2), range(6)),
         ({"lossless": "deflate", "chunk_tokens": 64}, random_cache(5), None),
         ({"lossless": "lz4"}, model_cache, None),

@@ -29,6 +29,8 @@ from kvtc.errors import (
     StreamTooLarge,
     TokenMismatch,
 )
+from kvtc.profiles.paper.rate import allocations_for
+from kvtc.profiles.rates import MaxError, SideRatios, Truncation
 from tests.builders import (
     DTYPES,
     NAMES,
@@ -100,10 +102,7 @@ def test_max_error_is_met_and_not_by_far_too_much(calibration, max_error):
 
 
 def test_a_smaller_max_error_costs_more(calibration):
-    bits = [
-        sum(a.bits_per_row for a in Codec(calibration, max_error=e).rate.allocations(16))
-        for e in (0.5, 0.1, 0.02, 5e-3)
-    ]
+    bits = [sum(a.bits_per_row for a in allocations_for(MaxError(e), calibration, 16)) for e in (0.5, 0.1, 0.02, 5e-3)]
     assert bits == sorted(set(bits))
 
 
@@ -305,7 +304,7 @@ def test_kinds_have_ratios_of_their_own(calibration):
     errors = {}
     for key_ratio, value_ratio in ((2, 8), (8, 2)):
         codec = Codec(calibration, key_ratio=key_ratio, value_ratio=value_ratio, window_tokens=0)
-        keys, values = codec.rate.allocations(16)
+        keys, values = allocations_for(codec.rate, calibration, 16)
         assert keys.bits_per_row <= 16 * 48 / key_ratio
         assert values.bits_per_row <= 16 * 48 / value_ratio
         found = body_errors(cache, codec.decode(codec.encode(cache)), slice(4, 400))
@@ -313,12 +312,12 @@ def test_kinds_have_ratios_of_their_own(calibration):
     assert errors[2][0] < 0.5 * errors[8][0]
     assert errors[8][1] < 0.5 * errors[2][1]
     both = Codec(calibration, ratio=8, key_ratio=2)
-    assert both.rate.ratios == (2, 8)
+    assert both.rate == SideRatios(2, 8)
 
 
 def test_truncation_keeps_the_leading_coefficients_in_16_bits(calibration):
-    codec = Codec(calibration, ratio=4, allocation="truncate", window_tokens=0, sink_tokens=0)
-    for allocation in codec.rate.allocations(16):
+    codec = Codec(calibration, rate=Truncation(4), window_tokens=0, sink_tokens=0)
+    for allocation in allocations_for(codec.rate, calibration, 16):
         (run,) = allocation.runs
         assert (run.start, run.size, run.count, run.symbol_type) == (0, 1, 16 * 48 // 4 // 16, SymbolType.FP16)
     cache = random_cache(50)
@@ -598,7 +597,6 @@ def test_what_is_no_cache_is_refused(thing):
     [
         ({"profile": "draft"}, "'draft' is unknown; expected one of paper"),
         ({"lossless": "brotli"}, "'brotli' is unknown; expected one of none, deflate, zstd, lz4"),
-        ({"allocation": "best"}, "dynamic or truncate; got 'best'"),
         ({"sink_format": "int4"}, "exact or fp8; got 'int4'"),
         ({"sink_tokens": -1}, "sink_tokens -1"),
         ({"window_tokens": -1}, "window_tokens -1"),
@@ -609,13 +607,13 @@ def test_what_is_no_cache_is_refused(thing):
         ({"ratio": float("inf")}, "got inf"),
         ({"key_ratio": -2}, "got -2"),
         ({"ratio": 50}, r"leaves 15 bits a token, too few"),
-        ({"ratio": 50, "allocation": "truncate"}, r"leaves 15 bits a token, too few"),
+        ({"rate": Truncation(50)}, r"leaves 15 bits a token, too few"),
         ({"max_error": 0}, "between 0 and 1; got 0"),
         ({"max_error": 1.5}, "got 1.5"),
         ({"max_error": 1e-6}, "cannot be met"),
-        ({"max_error": 0.1, "ratio": 3}, "not both"),
-        ({"max_error": 0.1, "value_ratio": 3}, "not both"),
-        ({"max_error": 0.1, "allocation": "truncate"}, "needs allocation='dynamic'"),
+        ({"max_error": 0.1, "ratio": 3}, "not several"),
+        ({"max_error": 0.1, "value_ratio": 3}, "not several"),
+        ({"ratio": 3, "rate": Truncation(3)}, "not several"),
     ],
 )
 def test_impossible_settings_are_refused(calibration, options, expected):

@@ -13,7 +13,7 @@ from kvtc.cache import KVCache
 from kvtc.codec.codec import Codec
 from kvtc.container import STREAM_WIDE, SectionType, join_streams, parse_stream, split_stream
 from kvtc.errors import CorruptStream, InvalidArgument
-from kvtc.profiles.joint.step_search import FINER_WINDOW
+from kvtc.profiles.joint.plan import FINER_WINDOW
 from tests.builders import (
     HEADER_BYTES,
     joint_calibration,
@@ -130,7 +130,7 @@ def test_moved_elsewhere(profile):
 
 @of_both
 def test_a_step_stays_within_what_the_calibration_serves(profile):
-    least, _ = window_codec(profile)._coder._step_bounds()
+    least = window_codec(profile)._encoder._model.steps.least
     stream = window_codec(profile, step=least).encode(told_cache(40), told_ids(40))
     assert steps_of(stream) == [least, least]
 

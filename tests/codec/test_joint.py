@@ -19,8 +19,9 @@ from kvtc.container import STREAM_WIDE, SectionType, join_streams, parse_stream,
 from kvtc.demo.run import CONVERSATION
 from kvtc.errors import CorruptStream, InvalidArgument, InvalidCache, TokenMismatch
 from kvtc.huggingface.models import capture
-from kvtc.profiles.joint import coder as joint_profile
+from kvtc.profiles.joint import encoder as joint_encoder
 from kvtc.profiles.joint.step_search import CostEstimate
+from kvtc.profiles.rates import Truncation
 from tests.builders import (
     DTYPES,
     NAMES,
@@ -219,7 +220,7 @@ def test_the_ratio_counts_the_bits_of_the_dtype(profile, dtype):
 @pytest.mark.parametrize("sampled", [64, 300])
 def test_the_ratio_is_met_from_a_sample_of_the_tokens(profile, sampled, monkeypatch):
     """Tokens are few enough here to look at all; a longer cache is sampled, and fairly: not just where chunks begin."""
-    monkeypatch.setattr(joint_profile, "SEARCH_TOKENS", sampled)
+    monkeypatch.setattr(joint_encoder, "SEARCH_TOKENS", sampled)
     codec = Codec(joint_calibration(), profile, 8, chunk_tokens=32, window_tokens=0)
     stream = codec.encode(told_cache(3000), told_ids(3000))
     assert kvtc.inspect(stream).body_ratio == pytest.approx(8, rel=0.015)
@@ -421,7 +422,7 @@ def test_a_calibration_without_token_coding_serves_joint_alone():
         ("conditional", {"step": 1e9}, "serves steps of"),
         ("joint", {"key_ratio": 4}, "are of the profile paper, not joint"),
         ("conditional", {"max_error": 0.1}, "are of the profile paper"),
-        ("conditional", {"allocation": "truncate"}, "are of the profile paper"),
+        ("conditional", {"rate": Truncation(4)}, "are of the profile paper"),
         ("jointly", {}, "'jointly' is unknown"),
     ],
 )
@@ -434,8 +435,8 @@ def test_impossible_settings_are_refused(profile, options, expected):
 @pytest.mark.parametrize("end", [0, 1])
 def test_the_outermost_steps_decode(profile, end):
     """They are stored as float32; rounding must not take them past what a decoder accepts."""
-    coder = joint_codec(profile)._coder
-    step = coder._step_bounds()[end]
+    steps = joint_codec(profile)._encoder._model.steps
+    step = (steps.least, steps.most)[end]
     codec = joint_codec(profile, step=step)
     cache, ids = told_cache(30), told_ids(30)
     stream = codec.encode(cache, ids)

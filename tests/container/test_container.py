@@ -635,7 +635,7 @@ def test_tokens_of_many_chunks_are_not_believed_before_their_bodies():
 
 def test_a_body_of_a_few_bytes_may_hold_many_tokens():
     """With the coarsest step nothing is coded: two bits a token are left."""
-    codec = Codec(joint_calibration(), "joint", step=joint_codec("joint")._coder._step_bounds()[1], window_tokens=0)
+    codec = Codec(joint_calibration(), "joint", step=joint_codec("joint")._encoder._model.steps.most, window_tokens=0)
     stream = codec.encode(told_cache(1000))
     info = kvtc.inspect(stream)
     assert sum(s.stored_bytes for s in info.sections if s.kind == "body") == 249 + 4 * 4

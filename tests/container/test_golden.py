@@ -16,6 +16,7 @@ import zstandard
 from kvtc.cache import KVCache
 from kvtc.calibration import Calibration
 from kvtc.codec.codec import Codec
+from kvtc.profiles.rates import Ratio, Truncation
 from tests.builders import (
     GOLDEN_TOKEN_IDS,
     golden_cache,
@@ -172,25 +173,24 @@ def ragged_cache(dtype: torch.dtype) -> KVCache:
 
 @pytest.mark.parametrize("lossless", ["none", "deflate", "zstd", "lz4"])
 @pytest.mark.parametrize(
-    ("dtype", "sink_format", "allocation"),
+    ("dtype", "sink_format", "rate"),
     [
-        (torch.bfloat16, "exact", "dynamic"),
-        (torch.float16, "fp8", "dynamic"),
-        (torch.float32, "exact", "truncate"),
-        (torch.float8_e4m3fn, "exact", "dynamic"),
-        (torch.float8_e5m2, "fp8", "dynamic"),
+        (torch.bfloat16, "exact", Ratio(3)),
+        (torch.float16, "fp8", Ratio(3)),
+        (torch.float32, "exact", Truncation(3)),
+        (torch.float8_e4m3fn, "exact", Ratio(3)),
+        (torch.float8_e5m2, "fp8", Ratio(3)),
     ],
 )
-def test_the_specification_suffices_for_every_feature(calibration, lossless, dtype, sink_format, allocation):
+def test_the_specification_suffices_for_every_feature(calibration, lossless, dtype, sink_format, rate):
     codec = Codec(
         calibration,
-        ratio=3,
+        rate=rate,
         window_tokens=9,
         sink_tokens=6,
         chunk_tokens=16,
         lossless=lossless,
         sink_format=sink_format,
-        allocation=allocation,
     )
     cache = ragged_cache(dtype)
     stream = codec.encode(cache)

@@ -42,6 +42,7 @@ from kvtc.errors import InvalidArgument, InvalidCache
 from kvtc.evaluate.quality import evaluate_continuation
 from kvtc.huggingface.continuation import prefill
 from kvtc.process.torch_state import neutral_torch_state, plain
+from kvtc.profiles.rates import FixedSize, Step
 from tests.builders import (
     HEAD_DIM,
     N_HEADS,
@@ -215,7 +216,7 @@ def round_trip(profile: str) -> Found:
 
 def one_step() -> Found:
     codec = Codec(joint_calibration(), "joint", ratio=4, window_format="coded", sink_format="fp8", **REGIONS)
-    return {"stream": codec.with_step(2.0).encode(told(), ids())}
+    return {"stream": codec.with_rate(Step(2.0)).encode(told(), ids())}
 
 
 def fixed_size() -> Found:
@@ -223,7 +224,7 @@ def fixed_size() -> Found:
     return {
         "stream": codec.encode(told(), ids()),
         "size": codec.stream_bytes(N),
-        "other": codec.with_ratio(8).stream_bytes(N),
+        "other": codec.with_rate(FixedSize(8)).stream_bytes(N),
     }
 
 
@@ -755,7 +756,7 @@ def test_ids_that_cannot_be_written_to_are_taken():
 def test_every_public_method_of_the_codec_is_neutral():
     methods = inspect.getmembers(Codec, inspect.isfunction)
     public = {name: method for name, method in methods if not name.startswith("_") or name == "__init__"}
-    copies = {"with_window", "with_ratio"}
+    copies = {"with_window"}
     assert {name for name, method in public.items() if not hasattr(method, "__wrapped__")} == copies
 
 

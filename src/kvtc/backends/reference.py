@@ -25,18 +25,22 @@ from ..coding.rope import Turn, turn_in_place
 from ..coding.transform import rows_of, saturate
 from .interface import Bytes, CodedIntegers, IntegerBytes, Target
 
+_BATCH_FEATURES = 1 << 25
+"""Features, float32, of the rows that are coded at once: 128 MiB."""
+
 
 class ReferenceBackend:
     """device: where coefficients, rows and caches are computed."""
 
     name = "reference"
-    batch_tokens = 1
-    """A chunk by itself: its bytes then depend on nothing but the chunk, to the last bit of a product."""
-
     block_coder: BlockCoder | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def batch_tokens(self, row_features: int) -> int:
+        # Elsewhere than on the CPU a product's last bits depend on the other rows: there a chunk is coded by itself.
+        return max(1, _BATCH_FEATURES // row_features) if self.device.type == "cpu" else 1
 
     def gather(self, keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor:
         plain = keys.to(torch.float32, copy=True)

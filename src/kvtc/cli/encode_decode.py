@@ -37,9 +37,9 @@ PIECE_TOKENS = 512
 """Of a prefill: progress shows after each piece."""
 CODEC_OPTIONS = (
     "profile", "ratio", "step", "kl", "key_ratio", "value_ratio", "max_error", "sink_tokens", "window_tokens",
-    "sink_format", "window_format", "fixed_size", "allocation", "lossless", "chunk_tokens", "device",
+    "sink_format", "window_format", "fixed_size", "lossless", "chunk_tokens", "device",
 )  # fmt: skip
-PAPER_OPTIONS = {"key_ratio", "value_ratio", "max_error", "allocation"}
+PAPER_OPTIONS = {"key_ratio", "value_ratio", "max_error"}
 
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
@@ -89,7 +89,6 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
         choices=("exact", "coded"),
         help="coded: like the body, with a quarter of its step (joint, conditional)",
     )
-    parser.add_argument("--allocation", choices=("dynamic", "truncate"), help="how paper spends bits")
     parser.add_argument("--lossless", choices=("deflate", "zstd", "lz4", "none"))
     parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk, the unit of random access")
 

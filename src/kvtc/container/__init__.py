@@ -17,6 +17,7 @@ from .tables import (
     Header,
     Section,
     SectionType,
+    name_profile,
     table_bytes,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "Wanted",
     "code_payloads",
     "join_streams",
+    "name_profile",
     "parse_stream",
     "split_stream",
     "table_bytes",

@@ -49,6 +49,13 @@ _SECTIONS = np.dtype(
 
 PROFILES = {"paper": 1, "joint": 2, "conditional": 3}
 PROFILE_NAMES = {number: name for name, number in PROFILES.items()}
+
+
+def name_profile(name: str, number: int) -> None:
+    """Let headers name another profile, by a number of 1 to 255."""
+    PROFILES[name], PROFILE_NAMES[number] = number, name
+
+
 DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
 DTYPE_OF = {number: dtype for dtype, number in DTYPES.items()}
 

@@ -17,6 +17,7 @@ from ..codec import Codec
 from ..errors import InvalidArgument
 from ..process.progress import track
 from ..process.torch_state import neutral_torch_state
+from ..profiles.rates import Step
 from .continuation import mean_divergence, predict, prefill
 
 N_CONTINUATION = 128
@@ -108,7 +109,7 @@ def _curve(
     steps = sorted({known.step_for(original_bits / ratio) for ratio in RATIOS})
     codec = Codec(calibration, profile, step=steps[0], window_tokens=0)
     told = track(steps, f"quality of {profile}", "steps")
-    found = [fmean(_divergence(model, codec.with_step(step), case) for case in cases) for step in told]
+    found = [fmean(_divergence(model, codec.with_rate(Step(step)), case) for case in cases) for step in told]
     return QualityCurve.from_measurements(steps, found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..codec import Codec
 from ..errors import InvalidArgument, MissingDependency
 from ..evaluate.quality import Quality
 from ..files import SHARED, write_atomically
-from ..profiles.paper.rate import RateTarget
+from ..profiles.paper.rate import allocations_for
 
 BITS_OF_ORIGINAL = 16
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
@@ -27,10 +28,9 @@ def plot_spectrum(calibration: Calibration, codec: Codec, path: str | Path, work
     Raises `MissingDependency` where matplotlib is not installed, `InvalidArgument` for a codec of another profile than `paper`.
     """
     plt = require_matplotlib()
-    rate_target = codec.rate
-    if not isinstance(rate_target, RateTarget):
+    if codec.settings.profile != "paper":
         raise InvalidArgument(f"only the profile paper allocates bits to coefficients, not {codec.settings.profile}")
-    allocations = rate_target.allocations(BITS_OF_ORIGINAL)
+    allocations = allocations_for(codec.rate, codec.calibration, BITS_OF_ORIGINAL)
     kinds = (("Keys", calibration.key, allocations[0]), ("Values", calibration.value, allocations[1]))
     highest = max(float(kind.basis.spectrum[0]) for _, kind, _ in kinds)
     with plt.rc_context(plot_style()):
@@ -64,10 +64,7 @@ def plot_spectrum(calibration: Calibration, codec: Codec, path: str | Path, work
             plt.Rectangle((0, 0), 1, 1, facecolor=INK, alpha=0.25, label="bits (right axis)"),
         ]
         panels[1].legend(handles=handles, loc="upper right", frameon=False)
-        ratios = rate_target.ratios
-        rate = f"ratio {ratios[0]:g}" if ratios[0] == ratios[1] else f"ratios {ratios[0]:g} and {ratios[1]:g}"
-        if rate_target.max_error is not None:
-            rate = f"max_error {rate_target.max_error:g}"
+        rate = ", ".join(f"{field.name} {getattr(codec.rate, field.name):g}" for field in fields(codec.rate))
         set_title(figure, f"Few coefficients carry the cache, and only they get bits ({rate})", workload)
         save_figure(plt, figure, path)
 
