@@ -43,12 +43,8 @@ class Halves:
         return [symbols[0][span].numpy().tobytes() for span in symbols[1]]
 
     def entropy_decode(self, bodies: Sequence) -> torch.Tensor:
-        return torch.cat(
-            [
-                torch.from_numpy(np.frombuffer(body.data, np.float16).reshape(body.n_tokens, -1).copy())
-                for body in bodies
-            ]
-        )
+        rows = [np.frombuffer(body.data, np.float16).reshape(body.n_tokens, -1) for body in bodies]
+        return torch.from_numpy(np.concatenate(rows))
 
     def reconstruct(self, rows: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = rows.float().tensor_split(2, dim=1)
