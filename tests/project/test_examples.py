@@ -21,7 +21,7 @@ def run(example: Path) -> str:
 
 
 def test_there_are_examples():
-    assert [example.name for example in EXAMPLES] == ["01_put_a_chat_away.py", "02_chunks_and_prefixes.py"]
+    assert [example.name for example in EXAMPLES] == ["01_store_a_chat.py", "02_chunks_and_prefixes.py"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)

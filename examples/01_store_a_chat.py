@@ -1,6 +1,6 @@
 """A chat that sleeps between its turns: after each answer its cache becomes a small file, and the next turn wakes it up.
 
-    python examples/01_put_a_chat_away.py
+    python examples/01_store_a_chat.py
 
 Nothing is downloaded: the model ships with kvtc. It has six million parameters, so do not expect wise answers.
 """
