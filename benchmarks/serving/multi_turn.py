@@ -1,4 +1,4 @@
-"""Conversations that pause between turns: the cache is computed again, held as it is, or put away by the prefix cache.
+"""Conversations that pause between turns: the cache is computed again, held as it is, or stored by the prefix cache.
 
     python -m benchmarks.serving.multi_turn --text FILE... [--turns 6] [--turn-tokens 480] [--answer-tokens 32] [--ratio 32]
 
