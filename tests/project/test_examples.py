@@ -28,7 +28,7 @@ def test_there_are_examples():
 def test_example(example):
     output = run(example)
     if example.name.startswith("01"):
-        assert output.count("asleep") == 3
+        assert output.count("stored:") == 3
     else:
         assert "the same stream: True" in output
         assert "layer 5" in output
