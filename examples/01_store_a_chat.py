@@ -1,8 +1,9 @@
-"""A chat with pauses: after each answer its cache is encoded into a small file, and decoded for the next turn.
+"""A chat with pauses: after each answer its cache is encoded into a small file, and decoded later.
 
     python examples/01_store_a_chat.py
 
-Nothing is downloaded: the model comes with kvtc. It has six million parameters, so its answers make little sense.
+Nothing is downloaded: the model comes with kvtc. It has six million parameters, so its answers make
+little sense.
 """
 
 from pathlib import Path
@@ -24,9 +25,11 @@ MESSAGES = [
 def main() -> None:
     """Three turns of a chat."""
     model, tokenizer = kvtc.reference_model(dtype="bfloat16")
-    # For a model of your own, call kvtc.calibrate(model, token_sequences) once, and kvtc.load_calibration from then on.
+    # For a model of your own, call kvtc.calibrate(model, token_sequences) once, and
+    # kvtc.load_calibration from then on.
     calibration = kvtc.reference_calibration()
-    # The chat is short, so the window of tokens that are kept exactly is smaller here than the default of 128.
+    # The chat is short, so the window of tokens that are kept exactly is smaller here than the
+    # default of 128.
     codec = kvtc.Codec(calibration, ratio=16, window_tokens=32)
 
     with TemporaryDirectory() as directory:
@@ -37,12 +40,14 @@ def main() -> None:
             if file.exists():
                 stream = file.read_bytes()
                 n_cached = kvtc.inspect(stream).n_tokens
-                # decode compares the ids with a digest in the stream, and refuses the cache of another chat.
+                # decode compares the ids with a digest in the stream, and refuses the cache of
+                # another chat.
                 cache = codec.decode(stream, token_ids[:, :n_cached])
             else:
                 cache = DynamicCache()
 
-            # One turn, as with any cache: generate reads the tokens that the cache lacks and appends to it.
+            # One turn, as with any cache: generate reads the tokens that the cache lacks and
+            # appends to it.
             turn = tokenizer(f"\n\nUser: {message}\n\nAssistant:", add_special_tokens=False, return_tensors="pt")
             token_ids = torch.cat([token_ids, turn.input_ids], dim=1)
             n_before = token_ids.shape[1]
@@ -56,9 +61,9 @@ def main() -> None:
             print(f"User: {message.splitlines()[0]}")
             print(f"Assistant:{tokenizer.decode(token_ids[0, n_before:])}")
 
-            # Store the cache. It does not hold the last token of the answer, which was never an input of the model.
-            # The tokens that were restored are encoded again; they are close to values that the codec rounds to, and
-            # lose almost nothing.
+            # Store the cache. It does not hold the last token of the answer, which was never an
+            # input of the model. The tokens that were restored are encoded again; they are close to
+            # values that the codec rounds to, and lose almost nothing.
             n_cached = cache.get_seq_length()
             stream = codec.encode(cache, token_ids[:, :n_cached])
             file.write_bytes(stream)

@@ -1,4 +1,4 @@
-"""A stream consists of chunks that decode alone: cut it, join it, read its beginning, restore it layer by layer.
+"""A stream consists of chunks that decode alone: cut it, join it, read its beginning or a layer.
 
     python examples/02_chunks_and_prefixes.py
 
@@ -31,11 +31,13 @@ def main() -> None:
         where = "all chunks" if section.chunk is None else f"chunk {section.chunk}"
         print(f"  {where}: {section.kind}, {section.stored_bytes:,} bytes")
 
-    # A prefix, for another text with the same beginning: only the first two chunks of the stream are read.
+    # A prefix, for another text with the same beginning: only the first two chunks of the stream
+    # are read.
     prefix = codec.decode(stream, token_ids[:, :400], tokens=400)
     print(f"\nprefix: a cache of {prefix.get_seq_length()} tokens")
 
-    # Parts are streams of one chunk each, which can be stored and sent separately. Nothing is encoded again.
+    # Parts are streams of one chunk each, which can be stored and sent separately. Nothing is
+    # encoded again.
     parts = kvtc.split_stream(stream)
     print(f"parts: {', '.join(f'{len(part):,}' for part in parts)} bytes")
     print(f"joined again, they are the same stream: {kvtc.join_streams(parts) == stream}")
@@ -45,7 +47,8 @@ def main() -> None:
     first = codec.decode(beginning, token_ids[:, :512])
     print(f"first two parts: a cache of {first.get_seq_length()} tokens")
 
-    # A part knows the positions of its tokens. It can be moved to others: its keys are then rotated to these.
+    # A part knows the positions of its tokens. It can be moved to others: its keys are then rotated
+    # to these.
     moved = codec.decode(parts[1], token_ids[:, 256:512], start_position=0)
     print(f"second part alone, moved to position 0: {moved.get_seq_length()} tokens")
 

@@ -119,3 +119,17 @@ def test_the_table_of_words_names_what_the_code_has():
     paths = {name for name in names if "/" in name or name.endswith(".py")}
     assert sorted(path for path in paths if not (PACKAGE / path).exists()) == []
     assert sorted(name for name in names - paths if name.split(".")[-1] not in code) == []
+
+
+def test_every_word_of_the_first_table_is_explained_above_it():
+    before, table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n| | body_ratio", 1)
+    header, _, *rows = ("body_ratio" + table.split("\n\n")[0]).splitlines()
+    labels = [row.strip("| ").split(" |")[0] for row in rows]
+    words = [cell.strip().removesuffix(", nats") for cell in header.split("|") if cell.strip()]
+    words += ["exact cache" if label == "exact cache" else label.split()[0] for label in labels]
+    explained = set(re.findall(r"\*\*`?([^*`]+)`?\*\*", before))
+    assert set(words) - explained == set()
+    # The second words: ratios from 8x to 128x, bits, bins and shares.
+    assert {"`8x`", "`128x`", "2 bits", "3 bits", "`bins*1`", "quarter"} <= set(
+        re.findall(r"`8x`|`128x`|[23] bits|`bins\*1`|quarter", before)
+    )
