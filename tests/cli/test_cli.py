@@ -1,4 +1,4 @@
-"""The command line: every verb, and every way in which it may fail."""
+"""The command line: every subcommand, and every way in which it may fail."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def made(tmp_path_factory) -> Path:
     return directory
 
 
-# The verbs
+# The subcommands
 
 
 def test_encode_a_text_as_the_library_does(capsys, made, tmp_path):
@@ -546,8 +546,8 @@ def test_the_beginning_of_a_long_text_can_be_encoded_and_decoded(capsys, long_te
 
 
 def test_sequences_longer_than_the_context_are_refused(capsys, made, tmp_path):
-    for verb in ("calibrate", "measure"):
-        arguments = [verb, "--model", "reference", "--text", made / "corpus.txt", "-o", tmp_path / "x"]
+    for subcommand in ("calibrate", "measure"):
+        arguments = [subcommand, "--model", "reference", "--text", made / "corpus.txt", "-o", tmp_path / "x"]
         assert "5,000 tokens; the context" in fails(capsys, *arguments, "--tokens-per-sequence", 5000)
 
 

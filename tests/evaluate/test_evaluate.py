@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -154,6 +156,12 @@ def test_provenance_says_where_a_number_comes_from(tmp_path):
     assert saved["provenance"]["kvtc"] == kvtc.__version__
 
 
+def test_a_module_is_recorded_as_it_is_called(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/gpu/__main__.py", "--small"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("benchmarks.gpu.__main__", None))
+    assert Provenance.now().command == "python -m benchmarks.gpu --small"
+
+
 def test_a_recorded_command_holds_no_secrets_and_no_places(monkeypatch):
     command = [
         "/opt/x/kvtc",
@@ -165,6 +173,7 @@ def test_a_recorded_command_holds_no_secrets_and_no_places(monkeypatch):
     ]
     command += ["--model_args", "pretrained=/models/m,ratio=8", "redis://user:pass@host:1/0"]
     monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     assert shlex.split(Provenance.now().command) == [
         "kvtc", "evaluate", "--text", "a b.txt", "c/d.txt", "--calibration=c.safetensors", "--model_args",
         "pretrained=m,ratio=8", "redis://host:1/0",

@@ -425,7 +425,7 @@ def test_families():
     assert found == ["paper", "paper", "quantization", "eviction and kvtc", "entropy coding", "other"]
 
 
-def test_the_verb_writes_the_page_or_prints_the_tables(tmp_path, capsys):
+def test_the_subcommand_writes_the_page_or_prints_the_tables(tmp_path, capsys):
     path = save_result("quality", RESULTS["sweep"], tmp_path)
     assert main(["report", str(path), "-o", str(tmp_path / "report.html")]) == 0
     assert "paper 8x" in (tmp_path / "report.html").read_text()

@@ -20,7 +20,7 @@ REFERENCE = "reference"
 MODEL_HELP = "directory or hub name of a transformers model; 'reference' is the one that ships with kvtc"
 
 
-def add_verb(
+def add_subcommand(
     subcommands: Any, common: argparse.ArgumentParser, name: str, run: Any, summary: str, details: str = ""
 ) -> Any:
     """A subcommand with the options of all subcommands; `run` gets the parsed options and returns an `Outcome`."""

@@ -13,7 +13,7 @@ from .arguments import (
     MODEL_HELP,
     Outcome,
     add_output,
-    add_verb,
+    add_subcommand,
     beginning,
     check_context,
     check_device,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `calibrate` and `measure`."""
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "calibrate",
@@ -77,7 +77,7 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where the model runs and bases are found (default: cpu)")
     parser.add_argument("--fit-device", metavar="DEVICE", help="where bases are found, if elsewhere")
 
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "measure",

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..process.progress import task, track
-from .arguments import Outcome, add_verb, quiet_transformers
+from .arguments import Outcome, add_subcommand, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class DeviceReport:
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `doctor`."""
-    add_verb(subcommands, common, "doctor", doctor, "say what works on this machine, and why the rest does not")
+    add_subcommand(subcommands, common, "doctor", doctor, "say what works on this machine, and why the rest does not")
 
 
 def doctor(options: argparse.Namespace) -> Outcome:  # noqa: ARG001  every subcommand is called alike
@@ -163,7 +163,7 @@ def _reason(check: Callable[[], object]) -> str | None:
     """Why a check fails, in one line; None if it passes."""
     try:
         check()
-    except Exception as error:  # noqa: BLE001  a doctor reports whatever is wrong
+    except Exception as error:  # noqa: BLE001  whatever is wrong is reported
         return " ".join(str(error).split()) or type(error).__name__
     return None
 

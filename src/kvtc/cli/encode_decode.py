@@ -13,7 +13,7 @@ from .arguments import (
     MODEL_HELP,
     Outcome,
     add_output,
-    add_verb,
+    add_subcommand,
     check_context,
     check_device,
     check_output,
@@ -44,7 +44,7 @@ PAPER_OPTIONS = {"key_ratio", "value_ratio", "max_error"}
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `encode` and `decode`."""
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "encode",
@@ -92,7 +92,9 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--lossless", choices=("deflate", "zstd", "lz4", "none"))
     parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk, the unit of random access")
 
-    parser = add_verb(subcommands, common, "decode", decode, "restore a cache from a stream, or go on writing from it")
+    parser = add_subcommand(
+        subcommands, common, "decode", decode, "restore a cache from a stream, or go on writing from it"
+    )
     parser.add_argument("stream", type=Path)
     add_output(parser, "the cache file to write (.safetensors)", required=False)
     _add_model(parser)

@@ -12,7 +12,7 @@ from .arguments import (
     REFERENCE,
     Outcome,
     add_output,
-    add_verb,
+    add_subcommand,
     check_context,
     check_output,
     find_calibration,
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `evaluate`."""
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "evaluate",
         evaluate,
-        "measure rate and quality of kvtc and its rivals against the exact cache",
+        "measure rate and quality of kvtc and its baselines against the exact cache",
         "Give held-out text: none that the calibration was made from. What the result file holds, and how each figure is\n"
         "defined, is in docs/evaluation.md; `kvtc report` makes a page of it.",
     )
@@ -56,7 +56,7 @@ def _add_methods(group: Any) -> None:
         "--window", type=int, nargs="+", default=[128], metavar="N", help="last tokens kept exactly; 0 is page mode"
     )
     group.add_argument(
-        "--rivals",
+        "--baselines",
         nargs="*",
         metavar="NAME",
         help="FP8, KIVI, GEAR, H2O, TOVA, xKV, CacheGen, TurboQuant, zstd; no name: all",
@@ -142,7 +142,7 @@ def _sweep(options: argparse.Namespace) -> Sweep:
             profiles=options.profiles,
             ratios=options.ratios,
             windows=options.window,
-            rivals=() if options.rivals is None else options.rivals or None,
+            baselines=() if options.baselines is None else options.baselines or None,
             evicted=options.evict,
         ),
         texts=Texts(

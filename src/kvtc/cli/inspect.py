@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Outcome, add_verb, describe_basis, joint_fields, quality_fields, quality_of, read_stream
+from .arguments import Outcome, add_subcommand, describe_basis, joint_fields, quality_fields, quality_of, read_stream
 
 if TYPE_CHECKING:
     from ..codec.inspection import StreamInfo
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `inspect`."""
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "inspect",

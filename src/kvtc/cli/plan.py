@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import Outcome, add_verb, check_output
+from .arguments import Outcome, add_subcommand, check_output
 
 EXAMPLES_HELP = (
     "Two worked examples ship with the package in plan/examples; docs/plan.md explains the fields and the model."
@@ -15,7 +15,7 @@ EXAMPLES_HELP = (
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `plan`."""
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "plan",

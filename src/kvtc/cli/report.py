@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..process.progress import track
-from .arguments import Outcome, add_output, add_verb, check_output
+from .arguments import Outcome, add_output, add_subcommand, check_output
 
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `report`."""
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "report",

@@ -1,4 +1,4 @@
-"""What `kvtc demo` does: prefill, put away, restore, go on, and measure; `report.py` puts it into words."""
+"""What `kvtc demo` does: prefill, store, restore, go on, and measure; `report.py` puts it into words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one interface that evaluation has to kvtc and to its rivals: a cache becomes bytes, and these become a cache again.
+"""The one interface that evaluation has to kvtc and to its baselines: a cache becomes bytes, and these become a cache again.
 
 Nothing but the bytes passes from one side to the other, so a method cannot forget to count what it needs to restore a cache. What
 is made once for a model (a calibration, a rotation, frequency tables) belongs to the method and is not counted, as for kvtc.
@@ -52,7 +52,7 @@ class Cost:
 
 
 class Method(Protocol):
-    """A way to put a cache away. The order of the three calls is encode, then decode and measure, of one stream."""
+    """A way to store a cache. The order of the three calls is encode, then decode and measure, of one stream."""
 
     def encode(self, model: Any, cache: Any, token_ids: Tensor, /) -> bytes:
         """A transformers cache of one sequence, as `model` made it from token_ids [T] -> stream. The cache is left as it was."""

@@ -55,7 +55,7 @@ class Provenance:
             python=platform.python_version(),
             torch=torch.__version__,
             kvtc=__version__,
-            command=shlex.join(map(_public, [Path(sys.argv[0]).name, *sys.argv[1:]])),
+            command=shlex.join(map(_public, [*_program(), *sys.argv[1:]])),
         )
 
     def describe(self) -> str:
@@ -82,6 +82,14 @@ def save_result(name: str, result: Mapping[str, Any], directory: Path = RESULTS_
 def stamp(result: Mapping[str, Any]) -> dict[str, Any]:
     """What a result file holds: schema version, provenance, result."""
     return {"schema": SCHEMA_VERSION, "provenance": asdict(Provenance.now()), "result": dict(result)}
+
+
+def _program() -> list[str]:
+    """How the running program is called: a module by its name, a script by its file's."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is None:
+        return [Path(sys.argv[0]).name]
+    return ["python", "-m", module.name.removesuffix(".__main__")]
 
 
 def _public(word: str) -> str:

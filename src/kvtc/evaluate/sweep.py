@@ -1,4 +1,4 @@
-"""A sweep: profiles of kvtc and their rivals over ratios and windows, on text, on tasks and in multi-turn use, in one result.
+"""A sweep: profiles of kvtc and their baselines over ratios and windows, on text, on tasks and in multi-turn use, in one result.
 
 `kvtc evaluate` is this on the command line; the result is of the kind "evaluation" (`schema`).
 """
@@ -32,13 +32,13 @@ from .tasks import key_value_retrieval
 @dataclass(frozen=True, kw_only=True)
 class Methods:
     """What is measured. profiles, ratios: of kvtc, each with each. windows: last tokens kept exactly, each in its own part of the
-    sweep. rivals: series of `baselines` by name (None: all of them). evicted: TOVA keeping 1 / n of the tokens, then the last
+    sweep. baselines: series of `baselines` by name (None: all of them). evicted: TOVA keeping 1 / n of the tokens, then the last
     profile at every ratio, for each n."""
 
     profiles: Sequence[str] = ("paper", "joint", "conditional")
     ratios: Sequence[float] = (8, 16, 32, 64, 128)
     windows: Sequence[int] = (128,)
-    rivals: Sequence[str] | None = ()
+    baselines: Sequence[str] | None = ()
     evicted: Sequence[int] = ()
 
 
@@ -87,7 +87,7 @@ def run_sweep(
 
     model, tokenizer: of transformers. calibration: of the model; None: the exact cache alone, on tasks and for bits per byte.
 
-    Raises `InvalidArgument` for rivals, tasks and texts that do not exist or are too short, and what encoding raises.
+    Raises `InvalidArgument` for baselines, tasks and texts that do not exist or are too short, and what encoding raises.
     """
     running = [path.read_text(encoding="utf-8") for path in sweep.texts.files]
     result: dict[str, Any] = {
@@ -114,15 +114,17 @@ def run_sweep(
 def methods_of(
     calibration: Calibration, methods: Methods, window_tokens: int, profile_caches: Sequence[Any] = ()
 ) -> dict[str, Method]:
-    """Every method by name, for one window. Raises `InvalidArgument` for rivals that are not known."""
+    """Every method by name, for one window. Raises `InvalidArgument` for baselines that are not known."""
     found: dict[str, Method] = {}
-    if methods.rivals is None or methods.rivals:
+    if methods.baselines is None or methods.baselines:
         known = baselines(calibration.geometry, window_tokens, profile_caches)
         series = dict.fromkeys(split_name(name)[0] for name in known)
-        wanted = set(series if methods.rivals is None else methods.rivals)
+        wanted = set(series if methods.baselines is None else methods.baselines)
         if unknown := {name for name in wanted if not any(_is_of(one, name) for one in series)}:
             hint = "; CacheGen needs text to be profiled on" if "CacheGen" in unknown else ""
-            raise InvalidArgument(f"unknown rivals: {', '.join(sorted(unknown))}; expected {', '.join(series)}{hint}")
+            raise InvalidArgument(
+                f"unknown baselines: {', '.join(sorted(unknown))}; expected {', '.join(series)}{hint}"
+            )
         chosen = {one for one in series if any(_is_of(one, name) for name in wanted)}
         found |= {name: method for name, method in known.items() if split_name(name)[0] in chosen}
     for divisor in methods.evicted:

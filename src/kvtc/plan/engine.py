@@ -2,7 +2,7 @@
 
 An engine works in iterations, as continuous batching does. Between two decode steps it looks at its queue: those who wait and for
 whom there is room are admitted together, first come first served. That takes the engine's whole time: one after another, what is
-stored of their prompts is read and decoded, the rest is prefilled, and what is new is encoded and put away; then all of them have
+stored of their prompts is read and decoded, the rest is prefilled, and what is new is encoded and stored; then all of them have
 their first token. A decode step gives every running request one more. Writing to the tiers goes on in the background.
 """
 
@@ -191,10 +191,10 @@ class Engine:
             )
 
     def _prefilled(self, request: Request) -> None:
-        """The cache of the prompt is put away as soon as it is there, as engines do: others may want it."""
+        """The cache of the prompt is stored as soon as it is there, as engines do: others may want it."""
         source, n_tokens = self.below.find(request.conversation)
         known = min(n_tokens, request.turn.reused_tokens) if source else 0
-        self._put_away(request, request.turn.prompt_tokens, known, self._admit)
+        self._store(request, request.turn.prompt_tokens, known, self._admit)
 
     # Answers
 
@@ -238,7 +238,7 @@ class Engine:
         self._leave(then=self._next)
 
     def _leave(self, then: Callable[[], None]) -> None:
-        """Requests that have their last token are done; what they leave behind is put away before the engine goes on."""
+        """Requests that have their last token are done; what they leave behind is stored before the engine goes on."""
         finished = [request for request in self._running if not request.remaining]
         self._running = [request for request in self._running if request.remaining]
         for request in finished:
@@ -254,11 +254,11 @@ class Engine:
             request = finished.popleft()
             _, known = self.below.find(request.conversation)
             if known:  # a prompt that has been dropped meanwhile is not written again
-                self._put_away(request, request.total_tokens, known, lambda: self._store_answers(finished, then))
+                self._store(request, request.total_tokens, known, lambda: self._store_answers(finished, then))
                 return
         then()
 
-    def _put_away(self, request: Request, n_tokens: int, known_tokens: int, then: Callable[[], None]) -> None:
+    def _store(self, request: Request, n_tokens: int, known_tokens: int, then: Callable[[], None]) -> None:
         """Encode what is new, in the engine's time, and write it to the tiers below in the background."""
         if not self.below.tiers:
             then()

@@ -23,7 +23,7 @@ FAMILIES = {
     "entropy coding": ("CacheGen", "zstd"),
     "eviction and kvtc": (),
 }
-"""Rivals by what they do: all of a family have one colour and differ by their marks."""
+"""Baselines by what they do: all of a family have one colour and differ by their marks."""
 
 Box = tuple[float, float, float, float]
 Place = tuple[float, float]
@@ -45,14 +45,14 @@ def draw(chart: Chart) -> Markup | None:
 
 
 def legend(chart: Chart) -> list[tuple[str, str]]:
-    """The families of rivals in a chart, and their colours."""
+    """The families of baselines in a chart, and their colours."""
     styles = _styles(list(chart.lines))
     found = {family_of(name): color for name, (color, _, _) in styles.items() if family_of(name) in FAMILIES}
     return list(found.items())
 
 
 def family_of(series: str) -> str:
-    """What a series, or a method, belongs to: one of `OWN`, a family of rivals, or itself."""
+    """What a series, or a method, belongs to: one of `OWN`, a family of baselines, or itself."""
     if " + " in series:
         return "eviction and kvtc"
     if (plain := split_name(series)[0]) in OWN:

@@ -178,7 +178,7 @@ def _rate_distortion(records: Sequence[Result], field: str) -> Chart:
 
 
 def _fewer(figures: Sequence[FewerBytes]) -> list[Table]:
-    """Two tables: at the KL of each point of `paper`, and of the rivals. A pair of columns a series: body, all bytes."""
+    """Two tables: at the KL of each point of `paper`, and of the baselines. A pair of columns a series: body, all bytes."""
     found = {(figure.at, figure.series): figure for figure in figures}
     points = dict.fromkeys((figure.at, figure.kl) for figure in figures)
     groups = {

@@ -1,4 +1,4 @@
-"""The rivals that kvtc is measured against: one short file each, which names the paper, its settings and what differs."""
+"""The baselines that kvtc is measured against: one short file each, which names the paper, its settings and what differs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 def baselines(
     geometry: CacheGeometry, window_tokens: int = 128, profile_caches: Iterable[Any] = ()
 ) -> dict[str, Method]:
-    """The rivals of tables and plots by name, each at what was published and over its own dial, fine to coarse.
+    """The baselines of tables and plots by name, each at what was published and over its own dial, fine to coarse.
 
     geometry: of the model. window_tokens: last tokens kept exactly by all that quantize or approximate; FP8 and zstd code every
     token, H2O and TOVA choose for themselves. profile_caches: transformers caches of other texts, which CacheGen needs: it is left

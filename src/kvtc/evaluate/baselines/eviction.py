@@ -11,7 +11,7 @@ up. Kept tokens are stored at 16 bits a value, with keys rotated as they were, s
 read on from them; fed tokens take the positions that follow the whole prompt.
 
 Differences: hidden states are those of the exact prompt (the cache to be stored is given), so dropping a token does not change the
-keys and values of later ones, which favours the rivals. Nothing is dropped any more while the continuation is read.
+keys and values of later ones, which favours the baselines. Nothing is dropped any more while the continuation is read.
 """
 
 from __future__ import annotations

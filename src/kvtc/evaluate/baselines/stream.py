@@ -1,4 +1,4 @@
-"""What the rivals share: their stream, and the methods that code every token but a window.
+"""What the baselines share: their stream, and the methods that code every token but a window.
 
 stream = header | exact tokens: keys, then values, 16 bits a value | body, as the method writes it
 
@@ -43,7 +43,7 @@ class Header:
         """keys [L, H, T, D] bfloat16, float16 or float32."""
         n_layers, n_kv_heads, n_tokens, head_dim = keys.shape
         if keys.dtype not in _DTYPES:
-            raise InvalidArgument(f"the rivals take bfloat16, float16 and float32 caches; got {keys.dtype}")
+            raise InvalidArgument(f"the baselines take bfloat16, float16 and float32 caches; got {keys.dtype}")
         return cls(keys.dtype, n_layers, n_kv_heads, head_dim, n_tokens, n_exact)
 
     @classmethod
