@@ -13,10 +13,11 @@ from benchmarks.gpu.cases import CHUNK_TOKENS, SHAPES, Drawn, Shape, caches, cal
 from benchmarks.gpu.clock import Clock, StageClock, begin_peak, peak_bytes
 from kvtc.calibration import Calibration
 from kvtc.calibration.joint_calibration import CoefficientModel
+from kvtc.codec.pipeline import Decoding
 from kvtc.codec.sealed_stream import StreamDraft
 from kvtc.coding.joint.uniform_quantizer import column_classes
-from kvtc.profiles.joint.transform import JointTransform
-from kvtc.profiles.paper.coder import BasisSide
+from kvtc.container import parse_stream
+from kvtc.profiles.rates import Step
 
 PAPER_RATIO = 16
 """At which the profile is published."""
@@ -78,7 +79,7 @@ class Setting:
         if case.profile == "paper":
             return codec
         features = codec.calibration.geometry.row_features
-        return codec.with_step(coded_model(codec).step_for(32 * features / self.ratio(case)))
+        return codec.with_rate(Step(coded_model(codec).step_for(32 * features / self.ratio(case))))
 
     def ratio(self, case: Case) -> float:
         """With `joint` and `conditional` what takes as many bits a coefficient of this shape as of NeMo."""
@@ -208,43 +209,40 @@ def stage_medians(run: Any, stages: dict[str, tuple[Any, str]], setting: Setting
 
 def encode_stages(codec: kvtc.Codec) -> dict[str, tuple[Any, str]]:
     """What is not in one of the others stands under the stage around it."""
-    shared = {
+    encoder = codec._encoder
+    return {
         "check the cache": (kvtc.KVCache, "validate"),
         "exact tokens": (kvtc.codec.codec, "draft_stream"),
         "un-rotate": (codec.backend, "gather"),
+        "predict": (encoder, "predict"),
+        "project": (encoder, "project"),
+        "search": (encoder, "search"),
+        "quantize": (encoder, "quantize"),
+        "entropy-code": (encoder, "entropy_code"),
         "lossless coding, container": (StreamDraft, "seal"),
-        "rest of the profile": (codec._coder, "encode_all"),
-    }
-    if codec.settings.profile == "paper":
-        return shared | {"transform": (BasisSide, "coefficients"), "quantize and pack": (codec.backend, "pack_groups")}
-    return shared | {
-        "transform and prediction": (JointTransform, "choices"),
-        "round by cost": (codec.backend, "round"),
-        "entropy-code": (codec.backend, "write_integers"),
     }
 
 
 def decode_stages(codec: kvtc.Codec) -> dict[str, tuple[Any, str]]:
     """Copies to the device are where the backend makes them: within reading integers, or unpacking."""
-    shared = {
+    decoder = type(codec._profiles[codec.settings.profile].decoder())
+    return {
         "read the streams": (kvtc.codec.codec, "open_stream"),
-        "inverse product": (codec._coder, "restore"),
+        "entropy-decode, dequantize": (decoder, "entropy_decode"),
+        "add prediction": (decoder, "add_prediction"),
+        "inverse product": (decoder, "reconstruct"),
         "rotate, scatter": (codec.backend, "place"),
-        "exact tokens": (kvtc.codec.codec.Restoration, "write_layer"),
-    }
-    if codec.settings.profile == "paper":
-        return shared | {"unpack, dequantize": (codec.backend, "unpack_groups"), "join": (codec._coder, "decode")}
-    return shared | {
-        "entropy-decode, dequantize": (codec.backend, "read_integers"),
-        "prediction": (codec._coder, "decode"),
+        "exact tokens": (Decoding, "write_layer"),
     }
 
 
 def decoded_widths(codec: kvtc.Codec, stream: bytes, ids: Tensor) -> list[int]:
     """Coefficients that the product multiplies, of keys and of values."""
-    opened = codec._open(stream, ids.numpy(), None)
-    found = opened.coder.decode(opened.coded)
-    return [part[0].shape[1] for part in found] if isinstance(found, list) else [found.shape[1]] * 2
+    opened = codec._open(parse_stream(stream), ids.numpy(), None)
+    found = opened.decoder.entropy_decode(opened.coded)
+    if codec.settings.profile == "paper":
+        return [side.coefficients.shape[1] for side in found]
+    return [found.values.shape[1]] * 2
 
 
 def product_seconds(codec: kvtc.Codec, n_tokens: int, widths: list[int], setting: Setting) -> float:

@@ -110,9 +110,7 @@ def ideal_seconds(
         "rotate, scatter": 4 * values,  # bfloat16 in, bfloat16 out
         "un-rotate": 6 * values,  # bfloat16 in, float32 out
         "entropy-decode, dequantize": batch["coded_bytes"] + 4 * coefficients,
-        "unpack, dequantize": batch["coded_bytes"] + 4 * coefficients,
-        "round by cost": 4 * coefficients,
-        "quantize and pack": 4 * coefficients,
+        "quantize": 4 * coefficients,
     }
     if bounds is None or stage not in moved:
         return None

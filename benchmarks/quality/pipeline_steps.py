@@ -36,7 +36,7 @@ from kvtc.calibration.row_spool import RowSpool
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.joint.prediction import N_TOKENS_SEEN, token_triples
 from kvtc.coding.joint.rounding import Rounded
-from kvtc.coding.joint.uniform_quantizer import quantize, to_symbols
+from kvtc.coding.joint.uniform_quantizer import ESCAPE, quantize, to_symbols
 from kvtc.coding.paper.distortion import MAX_SAMPLE_ROWS, measure_distortion
 from kvtc.coding.transform import project, rows_of
 from kvtc.evaluate.derived import FewerBytes, fewer_bytes
@@ -90,8 +90,11 @@ def steps(n_hidden: int) -> list[Step]:
 def rounded_plainly(coefficients, step, classes, tables) -> Rounded:
     """As `round_coefficients`, but each coefficient by itself, whatever it costs."""
     values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], step).cpu().numpy().T)
-    costs = tables.token_costs(to_symbols(values), classes)
-    return Rounded(values, costs.argmin(axis=0).astype(np.uint8), costs.min(axis=0))
+    symbols = to_symbols(values)
+    costs = tables.token_costs(symbols, classes)
+    activities = costs.argmin(axis=0).astype(np.uint8)
+    has_room = tables.frequencies[activities[None, :], classes[:, None], symbols] > 0
+    return Rounded(values, np.where(has_room, symbols, ESCAPE).astype(np.uint8), activities, costs.min(axis=0))
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import kvtc
 from benchmarks.shared.text_quality import add_text_arguments, measure, print_qualities
 from kvtc.coding.product import Columns, PackedRows
 from kvtc.evaluate.provenance import save_result
-from kvtc.profiles.joint.transform import JointTransform
+from kvtc.profiles.joint.model import JointModel
+from kvtc.profiles.joint.transform import by_layer
 
 E4M3_MAX = 448.0
 
@@ -26,14 +27,14 @@ def in_fp8(rows: Tensor) -> Tensor:
     return (rows / scale).to(torch.float8_e4m3fn).float() * scale
 
 
-def in_fp8_operands(transform: JointTransform) -> None:
+def in_fp8_operands(model: JointModel) -> None:
     """Let a transform restore rows by products of fp8."""
-    joint, tokens = transform._joint, transform._tokens
+    transform = model.transform()
+    joint, tokens = model._joint, model._tokens
     vectors = joint.basis.vectors.float()
     turned = vectors if tokens is None else vectors @ tokens.rotation.float()
-    synthesis = in_fp8(joint.metric.unweigh(turned.T).T)
-    size = transform._synthesis[0].shape[1]
-    transform._synthesis = [Columns(part.T) for part in synthesis.split(size)]
+    synthesis = in_fp8(joint.metric.unweigh(turned.T).T).T
+    transform._synthesis = [Columns(columns) for columns in by_layer(synthesis, len(transform._synthesis))]
     transform.packed = lambda coefficients: PackedRows(in_fp8(coefficients))
 
 
@@ -46,7 +47,7 @@ def codecs(calibration: kvtc.Calibration, profile: str, ratio: float, window: in
         for precision in ("float32", "bfloat16")
     }
     narrow = kvtc.Codec(calibration, profile, ratio=ratio, window_tokens=window)
-    in_fp8_operands(narrow._coder._transform())
+    in_fp8_operands(narrow._encoder._model)
     return made | {f"{profile} {ratio:g}x fp8": narrow}
 
 

@@ -23,6 +23,7 @@ from kvtc.coding.product import Columns
 from kvtc.coding.transform import rows_of
 from kvtc.evaluate.provenance import save_result
 from kvtc.huggingface.models import capture
+from kvtc.profiles.joint.transform import by_layer
 from kvtc.report.table import format_table
 
 MORE_ERROR = 1.02
@@ -60,7 +61,7 @@ class Levels:
 
 def decoded_rows(codec: kvtc.Codec, calibration: kvtc.Calibration, texts: list[tuple[kvtc.KVCache, Tensor]]) -> Decoded:
     """Encode and decode; the coefficients are those that the inverse transform gets."""
-    joint, transform = calibration.joint, codec._coder._transform()
+    joint, transform = calibration.joint, codec._encoder._model.transform()
     plain = transform.packed
     got: list[Tensor] = []
     transform.packed = lambda values: (got.append(values), plain(values))[1]
@@ -74,7 +75,7 @@ def decoded_rows(codec: kvtc.Codec, calibration: kvtc.Calibration, texts: list[t
     transform.packed = plain
     rank = max(values.shape[1] for values in coefficients)
     padded = torch.cat([torch.nn.functional.pad(values, (0, rank - values.shape[1])) for values in coefficients])
-    if codec._coder._tokens is None:
+    if codec._encoder._model._tokens is None:
         return Decoded(torch.cat(rows), padded, is_rotated=False)
     return Decoded(torch.cat(rows), padded @ joint.tokens.rotation.float().T, is_rotated=True)
 
@@ -155,11 +156,11 @@ def approximated(calibration: kvtc.Calibration, levels: Levels) -> Tensor:
 def codec_with(calibration: kvtc.Calibration, profile: str, ratio: float, levels: Levels) -> kvtc.Codec:
     """It writes what the flat one writes, and decodes by the approximated basis."""
     codec = kvtc.Codec(calibration, profile, ratio=ratio, window_tokens=0)
-    transform, joint = codec._coder._transform(), calibration.joint
+    transform, joint = codec._encoder._model.transform(), calibration.joint
     basis = approximated(calibration, levels)
-    turned = basis if codec._coder._tokens is None else basis @ joint.tokens.rotation.float()
-    size = transform._synthesis[0].shape[1]
-    transform._synthesis = [Columns(part) for part in joint.metric.unweigh(turned.T).split(size, dim=1)]
+    turned = basis if codec._encoder._model._tokens is None else basis @ joint.tokens.rotation.float()
+    synthesis = joint.metric.unweigh(turned.T)
+    transform._synthesis = [Columns(columns) for columns in by_layer(synthesis, len(transform._synthesis))]
     return codec
 
 

@@ -35,15 +35,15 @@ from benchmarks.shared.stores import NAMES, open_stores
 from benchmarks.shared.timing import timed
 from kvtc.entries import Entries
 from kvtc.evaluate.provenance import save_result
-from kvtc.profiles.joint.coder import JointCoder
+from kvtc.profiles.joint.decoder import JointDecoder
 from kvtc.report.plots import INK, SERIES
 from kvtc.report.table import format_bytes, format_table
 
 NAME, COLD = "load_or_compute", "tiered, cold"
 STAGES = {
     "fetch": [(Entries, "load"), (Future, "result")],
-    "entropy decode": [(JointCoder, "decode")],
-    "inverse transform": [(JointCoder, "restore")],
+    "entropy decode": [(JointDecoder, "entropy_decode"), (JointDecoder, "add_prediction")],
+    "inverse transform": [(JointDecoder, "reconstruct")],
 }
 
 

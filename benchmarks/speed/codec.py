@@ -19,7 +19,6 @@ import torch
 
 import kvtc
 import kvtc.codec.codec
-from kvtc.backends import ReferenceBackend
 from kvtc.calibration import KindCalibration
 from kvtc.codec.sealed_stream import StreamDraft
 from kvtc.coding.paper.distortion import measure_distortion
@@ -27,29 +26,26 @@ from kvtc.coding.rope import Rope, RopeTable
 from kvtc.coding.transform import Basis
 from kvtc.evaluate.provenance import save_result
 from kvtc.huggingface.models import capture
-from kvtc.profiles.joint.transform import JointTransform
-from kvtc.profiles.paper.coder import BasisSide
 from kvtc.report.table import format_table
 
-# The stages of `kvtc.codec.codec`, and those of a profile, by the names that call them.
-ENCODE_STAGES = {"validate": (kvtc.KVCache, "validate"), "un-rotate": (ReferenceBackend, "gather"),
-                 "exact tokens": (kvtc.codec.codec, "draft_stream"), "container": (StreamDraft, "seal")}  # fmt: skip
-DECODE_STAGES = {
-    "container, lossless decoding": (kvtc.codec.codec, "open_stream"),
-    "rotate": (ReferenceBackend, "place"),
-}
-PROFILE_STAGES = {
-    "paper": (
-        {"transform": (BasisSide, "coefficients"), "quantize and pack": (ReferenceBackend, "pack_groups")},
-        {"unpack and dequantize": (ReferenceBackend, "unpack_groups"), "inverse transform": (BasisSide, "rows")},
-    ),
-    "conditional": (
-        {"transform and prediction": (JointTransform, "choices"), "round by cost": (ReferenceBackend, "round"),
-         "entropy-code": (ReferenceBackend, "write_integers")},
-        {"entropy decoding": (ReferenceBackend, "read_integers"), "prediction": (JointTransform, "completed"),
-         "inverse transform": (JointTransform, "restore")},
-    ),
-}  # fmt: skip
+
+def encode_stages(codec: kvtc.Codec) -> dict[str, tuple[object, str]]:
+    """Stages by the methods that do them; what is in none of them stands under `rest`."""
+    return {
+        "validate": (kvtc.KVCache, "validate"), "exact tokens": (kvtc.codec.codec, "draft_stream"),
+        "un-rotate": (codec.backend, "gather"), "predict": (codec._encoder, "predict"), "project": (codec._encoder, "project"),
+        "search": (codec._encoder, "search"), "quantize": (codec._encoder, "quantize"),
+        "entropy-code": (codec._encoder, "entropy_code"), "seal": (StreamDraft, "seal"),
+    }  # fmt: skip
+
+
+def decode_stages(codec: kvtc.Codec, decoder: object) -> dict[str, tuple[object, str]]:
+    """Those of decoding; decoder: that of the codec's profile."""
+    return {
+        "open": (kvtc.codec.codec, "open_stream"), "entropy-decode": (type(decoder), "entropy_decode"),
+        "add prediction": (type(decoder), "add_prediction"), "reconstruct": (type(decoder), "reconstruct"),
+        "rotate": (codec.backend, "place"),
+    }  # fmt: skip
 
 
 def timed_stages(stages: dict, run: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -107,13 +103,13 @@ def measure(
     stream = codec.encode(cache, ids)
     info = kvtc.inspect(stream)
     megabytes = info.original_bytes / 1e6
-    encode_stages, decode_stages = PROFILE_STAGES[profile]
+    decoder = codec._profiles[profile].decoder()
     result = {"case": name, "profile": profile, "tokens": info.n_tokens, "cache_mb": round(megabytes, 2), "ratio": ratio,
               "body_ratio": round(info.body_ratio or 0, 2), "total_ratio": round(info.total_ratio or 0, 2)}  # fmt: skip
     table = []
     for direction, stages, run in (
-        ("encode", ENCODE_STAGES | encode_stages, lambda: codec.encode(cache, ids)),
-        ("decode", DECODE_STAGES | decode_stages, lambda: codec.decode(stream, ids)),
+        ("encode", encode_stages(codec), lambda: codec.encode(cache, ids)),
+        ("decode", decode_stages(codec, decoder), lambda: codec.decode(stream, ids)),
     ):
         spent = timed_stages(stages, run, repeats)
         result[direction] = {stage: round(1e3 * seconds, 3) for stage, seconds in spent.items()}
@@ -153,7 +149,7 @@ def main() -> None:
     calibration = kvtc.reference_calibration()
     cache = kvtc.KVCache(cache.keys.to(torch.bfloat16), cache.values.to(torch.bfloat16))
     references = []
-    for profile in PROFILE_STAGES:
+    for profile in ("paper", "joint", "conditional"):
         reference = measure("reference model", calibration, cache, profile, options.ratio, options.repeats, ids)
         both = (reference["encode"]["all"] + reference["decode"]["all"]) / 1e3
         reference["prefill_ms"] = round(1e3 * prefill, 1)

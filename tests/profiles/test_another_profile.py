@@ -1,8 +1,9 @@
-"""A profile is one folder and one registration: here is a whole one, rows in 16 bits and nothing else."""
+"""A whole profile: rows in 16 bits and nothing else."""
 # ruff: noqa: ARG005, E731
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -12,11 +13,6 @@ from kvtc import profiles
 from kvtc.container import PROFILES
 from kvtc.profiles.interface import Settled
 from tests.builders import random_cache, same_cache, tiny_calibration
-
-
-class NoPlan:
-    def to_bytes(self) -> bytes:
-        return b""
 
 
 @dataclass
@@ -32,9 +28,9 @@ class Halves:
     encoder = decoder = lambda self, *_: self
     predict = least_bytes = lambda *_: None
     plan_bytes = fewest_bytes = lambda *_: 0
-    read_plan = lambda self, data: NoPlan()
+    read_plan = lambda self, data: SimpleNamespace(to_bytes=bytes)
     project = lambda self, rows, predicted: (rows.values.half(), rows.spans)
-    search = lambda self, coefficients, budget: Settled(NoPlan())
+    search = lambda self, coefficients, budget: Settled(SimpleNamespace(to_bytes=bytes))
     quantize = lambda self, coefficients, plan: coefficients
     body_bytes = lambda self, plan, n: 4 * n * self.calibration.geometry.row_features
     add_prediction = lambda self, rows, bodies: rows

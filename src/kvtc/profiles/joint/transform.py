@@ -38,13 +38,9 @@ class JointTransform:
         self._analysis = Columns(analysis, product)
         turned = vectors if self._rotation is None else self._rotation.times(vectors)
         synthesis = metric.unweigh(turned.T)
-        size = geometry.n_kv_heads * geometry.head_dim
-        n_layers = geometry.n_layers
-        means, sides = torch.split(mean[0], size), torch.split(synthesis, size, dim=1)
-        self._means = [torch.cat([means[layer], means[n_layers + layer]]) for layer in range(n_layers)]
+        self._means = [columns[0] for columns in by_layer(mean, geometry.n_layers)]
         self._synthesis = [
-            Columns(torch.cat([sides[layer], sides[n_layers + layer]], dim=1), product, result=product)
-            for layer in range(n_layers)
+            Columns(columns, product, result=product) for columns in by_layer(synthesis, geometry.n_layers)
         ]
         self._predictor = None if tokens is None else tokens.predictor.to(device)
         settle(device)
@@ -76,3 +72,9 @@ class JointTransform:
         """The first completed coefficients [T, n] -> a layer's part of joint rows: keys before rotation and values, [T, H * D]."""
         keys, values = self._synthesis[layer].times(coefficients, self._means[layer]).tensor_split(2, dim=1)
         return keys, values
+
+
+def by_layer(joint: Tensor, n_layers: int) -> list[Tensor]:
+    """Joint rows [n, 2 p] -> those of each layer, [n, 2 H D]: its keys, then its values."""
+    sides = joint.tensor_split(2 * n_layers, dim=1)
+    return [torch.cat([sides[layer], sides[n_layers + layer]], dim=1) for layer in range(n_layers)]
