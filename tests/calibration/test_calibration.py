@@ -20,7 +20,6 @@ import torch
 import kvtc
 from kvtc.cache import KVCache
 from kvtc.calibration import Calibration, KindCalibration, load_calibration
-from kvtc.calibration.fit import fit
 from kvtc.calibration.principal import OVERSAMPLING, block_diagonal, principal_components
 from kvtc.calibration.row_spool import RowSpool
 from kvtc.codec.codec import Codec
@@ -28,7 +27,9 @@ from kvtc.coding.paper.distortion import measure_distortion
 from kvtc.coding.rope import DynamicScaling, LongScaling, Rope, RopeTable
 from kvtc.coding.transform import project, rows_of
 from kvtc.errors import CorruptCalibration, GeometryMismatch, InvalidArgument, InvalidCache, UnsupportedVersion
+from kvtc.process.progress import reporting
 from tests.builders import (
+    fit_caches,
     golden_calibration,
     measured_calibration,
     random_cache,
@@ -496,7 +497,7 @@ def caches(count: int = 3, n: int = 60) -> list[KVCache]:
 
 
 def quick_fit(items, **options) -> Calibration:
-    return fit(tiny_geometry(), items, **({"progress": False} | options))
+    return fit_caches(tiny_geometry(), items, **options)
 
 
 def test_caches_are_read_once(tmp_path):
@@ -565,7 +566,7 @@ def test_no_cache_is_asked_for_once_enough_tokens_are_seen(options, read):
 
 def test_a_long_cache_is_spooled_in_parts(monkeypatch):
     whole = quick_fit(caches()).fingerprint
-    monkeypatch.setattr("kvtc.calibration.fit._TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("kvtc.calibration.rows._TOKENS_AT_ONCE", 7)
     assert quick_fit(caches()).fingerprint == whole
 
 
@@ -576,7 +577,7 @@ def test_keys_are_calibrated_before_rotation(calibration):
         assert shares[7] > 0.99
     geometry = tiny_geometry()
     rotated = replace(geometry, rope=replace(geometry.rope, layer_tables=(-1,) * 3))
-    wrong = fit(rotated, caches(), progress=False).key
+    wrong = fit_caches(rotated, caches()).key
     assert wrong.basis.spectrum[:8].sum() < 0.9 * wrong.total_variance
 
 
@@ -640,6 +641,7 @@ def test_caches_of_another_geometry_are_refused():
         {"max_rows": 1},
         {"max_tokens": 1},
         {"rank": 0},
+        {"joint_rank": 0},
         {"layers_per_basis": 0},
         {"layers_per_basis": 4},
     ],
@@ -652,7 +654,8 @@ def test_impossible_options_are_refused(options):
 def test_progress_is_told_and_can_be_silenced(capfd):
     quick_fit(caches())
     assert capfd.readouterr().err == ""
-    quick_fit(caches(), progress=True)
+    with reporting():
+        quick_fit(caches())
     told = capfd.readouterr().err
     assert "calibration rows" in told
     assert "key basis: 168 rows" in told
@@ -666,12 +669,13 @@ def test_the_room_that_is_asked_for_is_that_of_the_rows_that_were_asked_for(capf
     p = tiny_geometry().row_features
     n_bytes = 2 * n_rows * p * 2
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(n_bytes))
-    fitted = fit(tiny_geometry(), caches(), progress=True, **options)
+    with reporting():
+        fitted = quick_fit(caches(), **options)
     assert f"up to {n_bytes / 2**30:.2f} GiB in " in capfd.readouterr().err.partition(f" for at most {n_rows} rows")[0]
     assert fitted.info["n_rows"] <= n_rows
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(n_bytes - 1))
     with pytest.raises(InvalidArgument, match="calibration rows may need"):
-        fit(tiny_geometry(), caches(), progress=False, **options)
+        quick_fit(caches(), **options)
 
 
 # The basis.

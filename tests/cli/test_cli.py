@@ -180,7 +180,7 @@ def test_generate_goes_on_from_the_restored_cache(capsys, made):
 def test_calibrate_reads_documents_and_ranges(capsys, made, tmp_path):
     output = tmp_path / "part.safetensors"
     options = ["--model", "reference", "--text", made / "corpus.txt", made / "talk.txt", "--tokens-per-sequence", 200]
-    options += ["--layers", "2:4", "--kv-heads", "0:2", "--layers-per-basis", 1, "--max-rows", 500, "--sink-tokens", 2]
+    options += ["--layers", "2:4", "--kv-heads", "0:2", "--max-rows", 500, "--sink-tokens", 2]
     code, out, err = run(capsys, "calibrate", *options, "--spool-directory", tmp_path, "-o", output, "--json")
     result = json.loads(out)
     calibration = kvtc.load_calibration(output)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import kvtc
 from kvtc.cache import KVCache
-from kvtc.calibration.fit import fit
 from kvtc.codec.codec import Codec
 from kvtc.codec.inspection import GroupInfo
 from kvtc.coding.lossless import CODER_IDS
@@ -33,6 +32,7 @@ from kvtc.errors import (
 from tests.builders import (
     DTYPES,
     NAMES,
+    fit_caches,
     fresh_codec,
     gappy_cache,
     random_cache,
@@ -247,7 +247,7 @@ def test_the_length_that_chose_the_rotation_travels():
     def rotated(length: int) -> KVCache:
         return KVCache(geometry.rope.rotate(unrotated, place, length), plain.values, rope_length=length)
 
-    codec = Codec(fit(geometry, [rotated(300)], progress=False), max_error=0.02, window_tokens=0)
+    codec = Codec(fit_caches(geometry, [rotated(300)]), max_error=0.02, window_tokens=0)
     for length in (300, 1000):
         decoded = codec.decode(codec.encode(rotated(length)))
         assert decoded.rope_length == length
@@ -918,7 +918,7 @@ def test_a_kind_that_would_get_nothing_is_refused(calibration):
 
 
 def test_an_error_below_what_the_basis_leaves_is_refused():
-    narrow = fit(tiny_geometry(), [random_cache(200)], rank=2, progress=False)
+    narrow = fit_caches(tiny_geometry(), [random_cache(200)], rank=2)
     with pytest.raises(InvalidArgument, match="the basis alone leaves"):
         Codec(narrow, max_error=0.001)
 

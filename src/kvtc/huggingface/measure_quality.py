@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..calibration.artifact import Calibration
@@ -16,8 +15,8 @@ from ..calibration.quality_curve import QualityCurve
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..process.progress import track
-from ..process.torch_state import neutral_torch_state
 from .continuation import mean_divergence, predict, prefill
+from .models import as_ids
 
 N_CONTINUATION = 128
 """Predictions compared on each sequence, the last ones."""
@@ -25,7 +24,7 @@ LEAST_TOKENS = 3 * N_CONTINUATION
 """Shorter sequences leave too little cache to be spoiled."""
 RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
 """Where the curve is measured: at the steps that are expected to give these ratios."""
-_SET_ASIDE_EVERY, _MOST_SET_ASIDE = 16, 8
+_HELD_OUT_EVERY, _MOST_HELD_OUT = 16, 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def measure_quality(
     """
     if calibration.joint is None:
         raise InvalidArgument("this calibration serves the profile paper alone, which has no step")
-    ids = [_as_ids(sequence) for sequence in token_sequences]
+    ids = [as_ids(sequence) for sequence in token_sequences]
     ids = [sequence for sequence in ids if len(sequence) >= LEAST_TOKENS]
     if not ids:
         raise InvalidArgument(
@@ -71,27 +70,22 @@ def measure_quality(
     return replace(calibration, quality=curves, info=info)
 
 
-class SetAside:
-    """Sequences on their way to a fit, some of which are kept back to measure quality on."""
+@dataclass
+class HeldOut:
+    """Sequences that a calibration is not fitted to, so that its quality can be measured on them."""
 
-    def __init__(self) -> None:
-        self.kept: list[Tensor] = []
+    sequences: list[Tensor] = field(default_factory=list)
+    n_long: int = 0
 
-    def rest_of(self, token_sequences: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The others: every 16th that is long enough is kept, up to 8."""
-        n_long = 0
-        for ids in token_sequences:
-            n_long += len(ids) >= LEAST_TOKENS
-            is_due = len(ids) >= LEAST_TOKENS and n_long % _SET_ASIDE_EVERY == 0
-            if is_due and len(self.kept) < _MOST_SET_ASIDE:
-                self.kept.append(ids)
-            else:
-                yield ids
-
-
-@neutral_torch_state
-def _as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
-    return torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1)
+    def takes(self, token_ids: Tensor) -> bool:
+        """Whether a sequence is kept here: every 16th of at least 384 tokens is, up to 8."""
+        if len(token_ids) < LEAST_TOKENS:
+            return False
+        self.n_long += 1
+        if self.n_long % _HELD_OUT_EVERY or len(self.sequences) == _MOST_HELD_OUT:
+            return False
+        self.sequences.append(token_ids)
+        return True
 
 
 def _case(model: Any, ids: Tensor) -> _Case:
