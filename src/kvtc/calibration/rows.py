@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -75,11 +74,9 @@ class CalibrationRows:
     def __enter__(self) -> CalibrationRows:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.keys.__exit__(kind, error, trace)
-        self.values.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self.keys.close()
+        self.values.close()
 
     @property
     def n_rows(self) -> int:

@@ -1,4 +1,4 @@
-"""The container: what a stream consists of (`tables`), writing and parsing it (`stream`), cutting and joining it (`parts`)."""
+"""The container: the tables of a stream (`tables`), writing and parsing it (`stream`), splitting and joining it (`parts`)."""
 
 from .parts import join_streams, split_stream
 from .stream import CodedSection, Payload, Stream, Wanted, code_payloads, parse_stream, token_digest, write_stream
@@ -7,8 +7,6 @@ from .tables import (
     DIGEST_BYTES,
     FORMAT_VERSION,
     FULL_ATTENTION,
-    GROUP_BYTES,
-    GROUP_KINDS,
     HEADER_BYTES,
     MAGIC,
     MAX_CHUNK_TOKENS,
@@ -28,8 +26,6 @@ __all__ = [
     "DIGEST_BYTES",
     "FORMAT_VERSION",
     "FULL_ATTENTION",
-    "GROUP_BYTES",
-    "GROUP_KINDS",
     "HEADER_BYTES",
     "MAGIC",
     "MAX_CHUNK_TOKENS",

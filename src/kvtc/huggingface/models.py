@@ -236,8 +236,6 @@ class _Extent:
 
 def _range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, int]:
     """Half-open (start, stop) -> (start, length)."""
-    if isinstance(wanted, range):
-        wanted = (wanted.start, wanted.stop)
     if wanted is not None and not (isinstance(wanted, (tuple, list)) and len(wanted) == 2):
         raise InvalidArgument(f"{name}: expected (start, stop), got {wanted!r}")
     start, stop = (0, count) if wanted is None else wanted
