@@ -43,7 +43,7 @@ _MOST_EXPLAINED = 1.01
 
 @dataclass(frozen=True, eq=False)
 class KindCalibration:
-    """What is calibrated for keys, or for values: the basis, the distortion table, the variance of all features summed."""
+    """What is calibrated for keys, or for values: the basis, its distortion, and the summed variance of all features."""
 
     basis: Basis
     distortion: DistortionTable
@@ -57,10 +57,14 @@ class KindCalibration:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Everything the codec knows of a model. key, value: for the profile `paper`; joint: for `joint` and `conditional`.
+    """Everything that the codec knows of a model.
 
-    quality: what steps do to the model's predictions, by profile, where that was measured. `info` says what it was made from. Both
-    play no part in coding.
+    Parameters:
+        geometry: the layers, heads and rotation that it covers.
+        key, value: bases and distortion, for the profile `paper`.
+        info: what it was made from; it plays no part in coding.
+        joint: for `joint` and `conditional`; None: it serves `paper` alone.
+        quality: by profile, what steps do to the model's predictions, if that was measured; it plays no part in coding.
     """
 
     geometry: CacheGeometry
@@ -85,20 +89,24 @@ class Calibration:
 
     @property
     def profiles(self) -> tuple[str, ...]:
-        """The profiles it serves; a later one codes closer than those before it."""
+        """The profiles that it serves; a later one needs fewer bytes than those before it."""
         if self.joint is None:
             return ("paper",)
         return ("paper", "joint") if self.joint.tokens is None else ("paper", "joint", "conditional")
 
     @property
     def n_parameters(self) -> int:
-        """Numbers in all that coding needs (means, bases, prediction), to compare with the model's parameters."""
+        """How many numbers coding needs (means, bases, prediction), to compare with the model's parameters."""
         paper = sum(kind.basis.mean.numel() + kind.basis.vectors.numel() for kind in (self.key, self.value))
         return paper + (sum(tensor.numel() for _, tensor in self.joint.tensors()) if self.joint else 0)
 
     @neutral_torch_state
     def save(self, path: str | Path) -> None:
-        """Write the file; a reader never sees half of it. `CorruptCalibration` for what `load_calibration` would refuse."""
+        """Write the file. A reader never sees half of it.
+
+        Raises:
+            CorruptCalibration: for a calibration that `load_calibration` would refuse.
+        """
         variances = [self.key.total_variance, self.value.total_variance]
         metadata = {
             "format": "kvtc calibration",
@@ -127,7 +135,10 @@ class Calibration:
 def load_calibration(path: str | Path) -> Calibration:
     """Read a calibration file.
 
-    Raises FileNotFoundError, `CorruptCalibration` (damaged, or no calibration at all) or `UnsupportedVersion`.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CorruptCalibration: if the file is damaged or holds no calibration.
+        UnsupportedVersion: if the file has another version, or groups of layers that this kvtc does not read.
     """
     path = Path(path)
     if not path.is_file():

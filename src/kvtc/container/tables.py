@@ -1,7 +1,8 @@
-"""The tables of a stream: header, group table, chunk table, section table; how each is written and what each may say.
+"""The tables of a stream (header, groups, chunks, sections): how each is written, and which values it may have.
 
-docs/format.md is the specification. Nothing here looks into a section. Tables are checked as arrays over their bytes, all entries
-at once, and an entry becomes an object when it is looked at: a table of a million entries costs little more than its bytes.
+docs/format.md is the specification. Nothing here looks into a section. The chunk table and the section table are
+checked as arrays over their bytes, all entries at once. An entry becomes an object when it is looked at, so a table
+of a million entries costs little more than its bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measuring what steps do to a model's predictions, so that a codec can be asked for a quality (`kvtc.Codec(..., kl=0.001)`)."""
+"""Measuring what steps do to a model's predictions, so that a codec can take a quality (`kvtc.Codec(..., kl=0.001)`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .models import as_ids
 N_CONTINUATION = 128
 """Predictions compared on each sequence, the last ones."""
 LEAST_TOKENS = 3 * N_CONTINUATION
-"""Shorter sequences leave too little cache to be spoiled."""
+"""A shorter sequence has too little cache before its continuation."""
 RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
 """Where the curve is measured: at the steps that are expected to give these ratios."""
 _HELD_OUT_EVERY, _MOST_HELD_OUT = 16, 8
@@ -29,7 +29,7 @@ _HELD_OUT_EVERY, _MOST_HELD_OUT = 16, 8
 
 @dataclass(frozen=True)
 class _Case:
-    """A sequence cut before its continuation: ids of the cache, its exact cache, ids fed on top, and what is then predicted."""
+    """A sequence cut before its continuation: ids and exact cache before the cut, ids behind it, and their predictions."""
 
     cached: Tensor
     exact: Any
@@ -40,13 +40,23 @@ class _Case:
 def measure_quality(
     model: Any, calibration: Calibration, token_sequences: Iterable[Tensor | Sequence[int]]
 ) -> Calibration:
-    """The calibration with a curve of steps and KL for each of the profiles `joint` and `conditional` that it serves.
+    """Measure the KL of predictions at several steps, for each of the profiles `joint` and `conditional`.
 
-    token_sequences: text that is neither what the calibration was fitted to nor what it will be judged by; of each of at least
-    384 tokens the last 128 are predicted from a cache of which only the sinks are exact. Eight sequences or more are advised.
-    Everything else of the calibration, its fingerprint too, stays.
+    Time: for each sequence one prefill, and for each of 8 steps and each profile one encoding, one decoding and one
+    pass over 128 tokens. Memory: the exact caches of all sequences.
 
-    Raises `InvalidArgument` for a calibration of `paper` alone or of a part of the model, and where no sequence is long enough.
+    Parameters:
+        model: a transformers causal LM.
+        calibration: of the whole model, for `joint` at least.
+        token_sequences: [T] integers each; text that the calibration was not fitted to and that it will not be judged by.
+            Of each sequence of at least 384 tokens the last 128 are predicted, from a cache of which only the sinks
+            are exact; shorter ones are left out. Eight sequences or more are advised.
+
+    Returns:
+        The calibration with the curves. Everything else, its fingerprint too, is as before.
+
+    Raises:
+        InvalidArgument: for a calibration of `paper` alone or of a part of the model, or if no sequence is long enough.
     """
     if calibration.joint is None:
         raise InvalidArgument("this calibration serves the profile paper alone, which has no step")
@@ -101,8 +111,8 @@ def _curve(
     original_bits = 32 * calibration.geometry.row_features
     steps = sorted({known.step_for(original_bits / ratio) for ratio in RATIOS})
     codec = Codec(calibration, profile, step=steps[0], window_tokens=0)
-    told = track(steps, f"quality of {profile}", "steps")
-    found = [fmean(_divergence(model, codec.with_step(step), case) for case in cases) for step in told]
+    shown = track(steps, f"quality of {profile}", "steps")
+    found = [fmean(_divergence(model, codec.with_step(step), case) for case in cases) for step in shown]
     return QualityCurve.from_measurements(steps, found)
 
 

@@ -30,9 +30,15 @@ _KEY_PROJECTIONS = frozenset({"k_proj", "qkv_proj", "query_key_value", "c_attn",
 
 
 def check_supported(config: Any) -> None:
-    """Raise `UnsupportedModel`, naming the first such layer, unless every layer keeps a plain full-attention cache.
+    """Check that every layer of a model keeps a plain full-attention cache.
 
-    `config` is a transformers config (or model). A sliding window is refused even if it spans the whole context.
+    Parameters:
+        config: a transformers config or model. A sliding window is refused even if it spans the whole context.
+
+    Raises:
+        UnsupportedModel: for another cache, naming the first layer that has one.
+        InvalidArgument: for what is no config or model.
+        MissingDependency: without transformers.
     """
     require_transformers()
     from transformers.cache_utils import get_layer_types_and_kwargs
@@ -50,10 +56,15 @@ def check_supported(config: Any) -> None:
 def geometry_of(
     model: Any, layers: tuple[int, int] | None = None, kv_heads: tuple[int, int] | None = None
 ) -> CacheGeometry:
-    """The geometry of a transformers model, or of a bare config.
+    """The geometry of a transformers model, or of a config alone.
 
-    layers, kv_heads: half-open (start, stop) of one pipeline or tensor-parallel rank; None for all.
-    `InvalidArgument` for a range outside the model, `UnsupportedModel` for a cache or rotation that is not supported.
+    Parameters:
+        model: a transformers model or config.
+        layers, kv_heads: half-open (start, stop) of one pipeline or tensor-parallel rank; None: all.
+
+    Raises:
+        InvalidArgument: for a range outside of the model.
+        UnsupportedModel: for a cache or a rotation that kvtc does not support.
     """
     check_supported(model)
     whole = _Extent.of(model)
@@ -72,13 +83,23 @@ def capture(
 ) -> KVCache:
     """Prefill a transformers model on one sequence and return its cache.
 
-    token_ids: [T] integers. geometry: the layers and heads wanted; None for all. piece_tokens: tokens that the model reads at once,
-    on top of those before, which takes less memory and can be watched (`progress`); values then differ by rounding. None for
-    all at once, as is done in any case where the rotation depends on the length of the text.
-    Returns keys and values [L, H, T, D] in the model's dtype on the device of its embeddings, contiguous.
-    The model's training flags are as before on return. Errors: `InvalidArgument` for ids that are empty, not one
-    sequence or outside the vocabulary; `GeometryMismatch` for a geometry outside the model; `UnsupportedModel` for
-    another kind of cache.
+    The model computes in evaluation mode; its training flags are as before on return.
+
+    Parameters:
+        model: a transformers causal LM.
+        token_ids: [T] integers, T >= 1.
+        geometry: the layers and heads wanted; None: all.
+        piece_tokens: tokens that the model reads in one pass, after those before them. This takes less memory and shows
+            progress, and values differ by rounding. None: all at once, which is also done if the rotation depends on
+            the length of the text.
+
+    Returns:
+        Keys and values [L, H, T, D] in the model's dtype, contiguous, on the device of its embeddings.
+
+    Raises:
+        InvalidArgument: for ids that are empty, not one sequence, or outside of the vocabulary.
+        GeometryMismatch: for a geometry outside of the model.
+        UnsupportedModel: for another kind of cache.
     """
     check_supported(model)
     whole = _Extent.of(model)
@@ -140,10 +161,18 @@ def verify_rope(
 ) -> float:
     """Check `geometry.rope` against the model: cached keys, un-rotated, must be the keys it computed before rotation.
 
-    token_ids: [T] integers, T >= 2 (position 0 is never rotated).
-    tolerance: largest relative error (Frobenius norms) of a layer; None for 1e-4 with float32 keys, 2e-2 with 16-bit.
-    Returns the worst error over the layers.
-    `UnsupportedModel`, naming the layer, if a layer exceeds it or if its keys before rotation cannot be observed.
+    Parameters:
+        model: a transformers causal LM.
+        geometry: the layers and heads to check.
+        token_ids: [T] integers, T >= 2, because position 0 is never rotated.
+        tolerance: largest relative error (Frobenius norms) of a layer; None: 1e-4 with float32 keys, 2e-2 with 16-bit.
+
+    Returns:
+        The largest error of a layer.
+
+    Raises:
+        UnsupportedModel: if a layer exceeds the tolerance, or its keys before rotation cannot be observed.
+        InvalidArgument: for fewer than 2 token ids.
     """
     ids = as_ids(token_ids)
     if len(ids) < 2:
