@@ -15,11 +15,12 @@ import torch
 
 from kvtc.cache import CacheGeometry
 from kvtc.calibration.entropy import N_STEPS
-from kvtc.calibration.fit import EMBEDDING_RANK, MAX_ROWS, RANK_CAP
+from kvtc.calibration.fit import EMBEDDING_RANK, RANK_CAP
 from kvtc.calibration.joint_fit import TABLE_ROWS, fit_joint
 from kvtc.calibration.prediction_fit import TRAINED_COEFFICIENTS
 from kvtc.calibration.principal import OVERSAMPLING
 from kvtc.calibration.row_spool import BLOCK_VALUES, FLOAT16_BYTES, RowSpool
+from kvtc.calibration.rows import MAX_ROWS
 from kvtc.coding.device import usable_device
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.joint.prediction import N_TOKENS_SEEN, reduce_embeddings

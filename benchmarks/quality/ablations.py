@@ -98,10 +98,7 @@ def lossless(calibrations: Calibrations) -> Cases:
 def layers(calibrations: Calibrations) -> Cases:
     n_layers = calibrations.shipped.geometry.n_layers
     groups = [group for group in range(1, n_layers + 1) if n_layers % group == 0]
-    recipes = {
-        str(group): Recipe(calibrations.tokens, options={"layers_per_basis": group, "profiles": ("paper",)})
-        for group in groups
-    }
+    recipes = {str(group): Recipe(calibrations.tokens, layers_per_basis=group) for group in groups}
     cases = {}
     for group, made in calibrations.fit(recipes).items():
         for ratio in (8, 32):

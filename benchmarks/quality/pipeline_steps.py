@@ -28,11 +28,11 @@ from benchmarks.shared.text_quality import add_text_arguments, measure, print_qu
 from kvtc.calibration import Calibration
 from kvtc.calibration.artifact import KindCalibration
 from kvtc.calibration.entropy import fit_coefficients
-from kvtc.calibration.fit import CHUNK_TOKENS
 from kvtc.calibration.joint_calibration import JointCalibration
 from kvtc.calibration.joint_fit import TABLE_ROWS, WeightedRows, fit_joint
 from kvtc.calibration.principal import block_diagonal, principal_components
 from kvtc.calibration.row_spool import RowSpool
+from kvtc.calibration.rows import CHUNK_TOKENS
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.joint.prediction import N_TOKENS_SEEN, token_triples
 from kvtc.coding.joint.rounding import Rounded

@@ -30,9 +30,9 @@ from benchmarks.shared.calibrations import add_calibration_arguments, sequences
 from benchmarks.shared.text_quality import add_text_arguments, measure, print_qualities, stretches
 from kvtc.backends import ReferenceBackend
 from kvtc.calibration.entropy import fit_coefficients
-from kvtc.calibration.fit import CHUNK_TOKENS
 from kvtc.calibration.joint_fit import TABLE_ROWS, WeightedRows
 from kvtc.calibration.prediction_fit import REGRESSION_RIDGE
+from kvtc.calibration.rows import CHUNK_TOKENS
 from kvtc.coding.joint.prediction import token_features, token_triples
 from kvtc.coding.joint.uniform_quantizer import column_classes
 from kvtc.coding.transform import cache_side_of, rows_of

@@ -6,14 +6,18 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kvtc
+from kvtc.calibration.fit import FitOptions, fit
+from kvtc.calibration.rows import CalibrationRows
 from kvtc.cli.calibrate import documents, token_sequences
+from kvtc.huggingface.calibrate import accumulate
+from kvtc.huggingface.models import geometry_of
 
 DOMAINS = ("enwiki", "novels", "docs", "code")
 SEQUENCE_TOKENS = 1024
@@ -64,14 +68,14 @@ def sequences(
 class Recipe:
     """What to calibrate the reference model on: so many tokens of one of n_draws disjoint sets of documents, of a domain or of all.
 
-    options: for `kvtc.calibrate`.
+    layers_per_basis: a calibration for `paper` alone, with bases of groups of so many layers; None: one for all profiles.
     """
 
     tokens: int
     domain: str | None = None
     draw: int = 0
     n_draws: int = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
+    layers_per_basis: int | None = None
 
 
 def calibrate(recipe: Recipe, files: Iterable[Path]) -> kvtc.Calibration:
@@ -79,9 +83,12 @@ def calibrate(recipe: Recipe, files: Iterable[Path]) -> kvtc.Calibration:
     started, cpu = time.perf_counter(), time.process_time()
     model, tokenizer = kvtc.reference_model(dtype="bfloat16")
     texts = sequences(files, tokenizer, recipe.domain, recipe.draw, recipe.n_draws)
-    made = kvtc.calibrate(
-        model, texts, max_rows=recipe.tokens, seed=recipe.draw, progress=False, **RANKS, **recipe.options
-    )
+    if recipe.layers_per_basis is None:
+        made = kvtc.calibrate(model, texts, max_rows=recipe.tokens, seed=recipe.draw, progress=False, **RANKS)
+    else:
+        with CalibrationRows(geometry_of(model), max_rows=recipe.tokens, seed=recipe.draw) as rows:
+            accumulate(model, texts, rows)
+            made = fit(rows, FitOptions(**RANKS, seed=recipe.draw, layers_per_basis=recipe.layers_per_basis))
     if made.info["n_rows"] < recipe.tokens:
         raise SystemExit(f"the calibration text holds {made.info['n_rows']} tokens for {recipe}")
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu

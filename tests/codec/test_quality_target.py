@@ -16,7 +16,7 @@ from kvtc.demo.run import CONVERSATION
 from kvtc.errors import CorruptCalibration, InvalidArgument
 from kvtc.evaluate.quality import evaluate_continuation
 from kvtc.huggingface.continuation import mean_divergence
-from kvtc.huggingface.measure_quality import LEAST_TOKENS, SetAside, measure_quality
+from kvtc.huggingface.measure_quality import LEAST_TOKENS, HeldOut, measure_quality
 from kvtc.profiles.rates import Step
 from tests.builders import (
     joint_calibration,
@@ -122,11 +122,11 @@ def test_another_step_with_the_same_matrices():
         joint_codec(ratio=8, fixed_size=True).with_rate(Step(1.0))
 
 
-def test_every_sixteenth_long_sequence_is_set_aside():
-    aside = SetAside()
+def test_every_sixteenth_long_sequence_is_held_out():
+    held_out = HeldOut()
     sequences = [torch.full((LEAST_TOKENS - n % 2,), n) for n in range(400)]
-    rest = list(aside.rest_of(sequences))
-    assert [int(ids[0]) for ids in aside.kept] == [30 + 32 * n for n in range(8)]
+    rest = [ids for ids in sequences if not held_out.takes(ids)]
+    assert [int(ids[0]) for ids in held_out.sequences] == [30 + 32 * n for n in range(8)]
     assert len(rest) == 392
 
 

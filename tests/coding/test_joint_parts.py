@@ -15,7 +15,6 @@ from torch import Tensor
 from kvtc.cache import KVCache
 from kvtc.calibration import load_calibration
 from kvtc.calibration.entropy import fit_coefficients
-from kvtc.calibration.fit import fit
 from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration
 from kvtc.calibration.prediction_fit import fit_predictor
 from kvtc.codec.codec import Codec
@@ -37,8 +36,9 @@ from kvtc.coding.joint.uniform_quantizer import (
     to_symbols,
 )
 from kvtc.errors import CorruptCalibration, CorruptStream, InvalidArgument
-from kvtc.huggingface.sensitivity import SensitivityRecorder
+from kvtc.huggingface.sensitivity import Sensitivity
 from tests.builders import (
+    fit_caches,
     joint_calibration,
     relative_error,
     rewritten,
@@ -603,14 +603,13 @@ def fitted_to(caches, metric=None, embeddings=None, **options):
     ids = [told_ids(cache.n_tokens) for cache in caches]
     usual = Metric.from_sensitivity(*tiny_sensitivities(), power=0.75, ridge=0.01)
     table = tiny_embeddings() if embeddings is None else embeddings
-    return fit(
+    return fit_caches(
         tiny_geometry(),
         caches,
-        metric=lambda: metric or usual,
+        metric=metric or usual,
         token_ids=ids,
         embeddings=table,
         embedding_rank=4,
-        progress=False,
         **options,
     )
 
@@ -686,8 +685,8 @@ def ids_of_length(n: int = LENGTH) -> Tensor:
     return torch.randint(50, (1, n), generator=torch.Generator().manual_seed(1))
 
 
-def recorded(model, geometry, n: int = LENGTH, **options) -> SensitivityRecorder:
-    recorder = SensitivityRecorder(model, geometry, SINKS, DISTANCE, **options)
+def recorded(model, geometry, n: int = LENGTH, **options) -> Sensitivity:
+    recorder = Sensitivity(model, geometry, SINKS, DISTANCE, **options)
     with torch.inference_mode(), recorder.recording(n):
         model(ids_of_length(n))
     return recorder
@@ -781,7 +780,7 @@ def test_recording_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_llama()
     usual = model.config._attn_implementation
     before = {name: len(module._forward_hooks) for name, module in model.named_modules()}
-    recorder = SensitivityRecorder(model, geometry_of(model), SINKS, DISTANCE)
+    recorder = Sensitivity(model, geometry_of(model), SINKS, DISTANCE)
     with torch.inference_mode():
         expected = model(ids_of_length()).logits
         with recorder.recording(LENGTH):
@@ -805,7 +804,7 @@ def test_scores_of_a_long_text_are_never_whole(monkeypatch):
     model = tiny_llama()
     whole = recorded(model, geometry_of(model)).moments()
     n_queries, masks = [], []
-    distance, attend = sensitivity._squared_distance, SensitivityRecorder._attend
+    distance, attend = sensitivity._squared_distance, Sensitivity._attend
     monkeypatch.setattr(sensitivity, "_SCORES_AT_ONCE", 3 * 6 * LENGTH)
     monkeypatch.setattr(
         sensitivity, "_squared_distance", lambda v, o, g: n_queries.append(o.shape[1]) or distance(v, o, g)
@@ -815,7 +814,7 @@ def test_scores_of_a_long_text_are_never_whole(monkeypatch):
         masks.append(attention_mask)
         return attend(self, module, query, key, value, attention_mask, **options)
 
-    monkeypatch.setattr(SensitivityRecorder, "_attend", spy)
+    monkeypatch.setattr(Sensitivity, "_attend", spy)
     # Sums of float32 in another order, which on some processors shows in the sixth digit.
     torch.testing.assert_close(recorded(model, geometry_of(model)).moments(), whole, rtol=1e-4, atol=1e-6)
     assert max(n_queries) == 3

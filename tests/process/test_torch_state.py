@@ -29,7 +29,6 @@ import kvtc
 from kvtc.cache import KVCache
 from kvtc.cache_file import load_cache, save_cache
 from kvtc.calibration import prediction_fit
-from kvtc.calibration.fit import fit
 from kvtc.codec.codec import Codec
 from kvtc.codec.transformers_cache import to_transformers
 from kvtc.coding.joint.metric import Metric
@@ -47,6 +46,7 @@ from tests.builders import (
     HEAD_DIM,
     N_HEADS,
     N_LAYERS,
+    fit_caches,
     joint_calibration,
     random_cache,
     same_bits,
@@ -350,17 +350,21 @@ def calibrated(calibration: kvtc.Calibration, folder: Path) -> Found:
     return files | {"fingerprint": calibration.fingerprint} | tensors
 
 
+@neutral_torch_state
+def metric() -> Metric:
+    return Metric.from_sensitivity(*sensitivities(), power=0.75, ridge=0.01)
+
+
 def fitted(folder: Path) -> Found:
     caches = [replace(told(200), rope_length=None), replace(told(150), rope_length=None)]
-    calibration = fit(
+    calibration = fit_caches(
         tiny_geometry(),
         iter(caches),
-        metric=lambda: Metric.from_sensitivity(*sensitivities(), power=0.75, ridge=0.01),
+        metric=metric(),
         token_ids=iter([ids(200), ids(150)]),
         embeddings=tiny_embeddings(),
         embedding_rank=8,
         hidden_features=4,
-        progress=False,
     )
     return calibrated(calibration, folder)
 

@@ -68,10 +68,8 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hidden-features", type=int, metavar="N", help="hidden features of prediction; 0: linear (default: 384)"
     )
-    parser.add_argument("--metric-power", type=float, metavar="P", help="power of the sensitivity (default: 0.75)")
     parser.add_argument("--layers", type=half_open_range, metavar="A:B", help="layers of one pipeline rank")
     parser.add_argument("--kv-heads", type=half_open_range, metavar="A:B", help="heads of one tensor-parallel rank")
-    parser.add_argument("--layers-per-basis", type=int, metavar="N", help="bases over groups of N layers, not over all")
     parser.add_argument("--sink-tokens", type=int, default=4, metavar="N", help="first tokens left out (default: 4)")
     parser.add_argument("--spool-directory", type=Path, metavar="DIR", help="for the rows (default: the system's)")
     parser.add_argument("--device", default="cpu", help="where the model runs and bases are found (default: cpu)")
@@ -95,7 +93,7 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
 
 def calibrate(options: argparse.Namespace) -> Outcome:
     """`kvtc calibrate`."""
-    from ..huggingface import models as huggingface
+    from ..huggingface import calibrate as huggingface
 
     check_output(options.output, options.force)
     check_device(options.device)
@@ -108,7 +106,7 @@ def calibrate(options: argparse.Namespace) -> Outcome:
     started = time.perf_counter()
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, options.device)
-    names = ("max_rows", "rank", "joint_rank", "embedding_rank", "hidden_features", "metric_power", "profiles")
+    names = ("max_rows", "rank", "joint_rank", "embedding_rank", "hidden_features", "profiles")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.tokens is not None:
         given["max_tokens"] = options.tokens
@@ -118,7 +116,6 @@ def calibrate(options: argparse.Namespace) -> Outcome:
         sink_tokens=options.sink_tokens,
         layers=options.layers,
         kv_heads=options.kv_heads,
-        layers_per_basis=options.layers_per_basis,
         spool_directory=options.spool_directory,
         device=options.fit_device,
         progress=not options.quiet,
