@@ -265,13 +265,11 @@ def test_doctor_without_a_gpu_says_why(capsys, monkeypatch):
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "redis", None)
     monkeypatch.delitem(sys.modules, "kvtc.store.redis_store", raising=False)
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     assert 'pip install "kvtc[coders]"' in out
-    assert 'pip install "kvtc[demo]"' in out
     assert 'pip install "kvtc[redis]"' in out
 
 
@@ -288,7 +286,7 @@ def test_demo(capsys, tmp_path, monkeypatch):
     assert asked == {"directory": tmp_path / "new", "ratio": 32}
     code, out, err = run(capsys, "demo", "--output", tmp_path, "--json")
     assert (code, json.loads(out), err) == (0, {"ratio": 16}, "hello\n")
-    (tmp_path / "spectrum.png").write_bytes(b"mine")
+    (tmp_path / "spectrum.svg").write_bytes(b"mine")
     assert "--force" in fails(capsys, "demo", "--output", tmp_path)
     assert run(capsys, "demo", "--output", tmp_path, "--force")[0] == 0
 

@@ -58,8 +58,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Raise `InvalidArgument` before any work is done if the output cannot be written there."""
+def check_output(path: Path, force: bool, suffix: str = "") -> None:
+    """Raise `InvalidArgument` before any work is done if the output cannot be written there, or has another suffix."""
+    if not path.name.endswith(suffix):
+        raise InvalidArgument(f"{path} must end in {suffix}")
     if path.is_dir():
         raise InvalidArgument(f"{path} is a directory; give a file name")
     if not path.parent.is_dir():

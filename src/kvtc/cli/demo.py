@@ -42,7 +42,7 @@ def run_demo(options: argparse.Namespace) -> Outcome:
     try:
         quiet_transformers()
     except ImportError as error:
-        raise MissingDependency('the demo needs transformers; pip install "kvtc[demo]"') from error
+        raise MissingDependency('the demo needs transformers; pip install "kvtc[hf]"') from error
 
     def say(block: str) -> None:
         print(shown_lines(block), file=sys.stderr if options.json else sys.stdout, flush=True)

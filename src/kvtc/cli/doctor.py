@@ -27,7 +27,6 @@ OPTIONAL = {
     "redis": "stores at redis:// and rediss://",
     "obstore": "stores at s3://",
     "cryptography": "stores encrypted at rest",
-    "matplotlib": "pictures of the demo",
     "lm_eval": "tasks of lm-evaluation-harness",
 }
 STORES = {"stores in Redis": "redis_store", "stores in S3": "object_store", "encrypted stores": "encryption"}
@@ -138,7 +137,6 @@ def _checks() -> dict[str, Callable[[], object]]:
     return {
         **{f"coder {name}": check for name, check in _coder_checks().items()},
         "transformers caches and models": _check_transformers,
-        "pictures of the demo": _check_matplotlib,
         **{name: partial(importlib.import_module, f"kvtc.store.{module}") for name, module in STORES.items()},
         "lossless coding by nvCOMP": _check_nvcomp,
         "reference model": _check_reference_model,
@@ -182,12 +180,6 @@ def _check_transformers() -> None:
     from ..huggingface.rope_discovery import require_transformers
 
     require_transformers()
-
-
-def _check_matplotlib() -> None:
-    from ..report.plots import require_matplotlib
-
-    require_matplotlib()
 
 
 def _check_nvcomp() -> None:

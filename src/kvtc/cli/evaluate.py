@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidArgument
 from .arguments import (
     MODEL_HELP,
     REFERENCE,
@@ -115,9 +114,7 @@ def evaluate(options: argparse.Namespace) -> Outcome:
     from ..report.sections import render_text, sections_of
 
     if options.output is not None:
-        check_output(options.output, options.force)
-        if options.output.suffix != ".json":
-            raise InvalidArgument(f"{options.output} must end in .json")
+        check_output(options.output, options.force, ".json")
     for path in [*options.text, *options.profile_text, *options.key_value_retrieval]:
         path.open("rb").close()
     lengths = [] if options.tasks_only else [options.tokens]

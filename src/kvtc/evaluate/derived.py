@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..container import PROFILES
+from .method_names import split_name
 from .quality import Quality
-from .schema import ScoreRecord, split_name
+from .schema import ScoreRecord
 from .scoring import EXACT
 
 ONE_POINT = 0.01

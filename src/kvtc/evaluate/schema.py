@@ -154,12 +154,6 @@ class ResultFile:
         return kind if isinstance(kind, str) else None
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Of a method: series and setting; "paper 16x" -> ("paper", "16x"), "FP8" -> ("FP8", "")."""
-    series, _, setting = name.rpartition(" ")
-    return (series.rstrip(","), setting) if series and any(map(str.isdigit, setting)) else (name, "")
-
-
 def record_kind(part: str, kind: object) -> type | None:
     """What the records of a part of a result are, for a result of some kind; None where nobody knows."""
     if part == "points":

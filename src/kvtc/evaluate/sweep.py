@@ -21,10 +21,11 @@ from ..process.progress import task, track
 from ..process.torch_state import model_torch_state
 from .baselines import EvictedKvtc, Tova, baselines
 from .derived import fewer_bytes, within_a_point
+from .method_names import split_name
 from .methods import KvtcMethod, Method
 from .multi_turn import MultiTurn, evaluate_turns
 from .quality import Quality, evaluate_continuation, summarize
-from .schema import EVALUATION, QualityRecord, ScoreRecord, TurnRecord, split_name
+from .schema import EVALUATION, QualityRecord, ScoreRecord, TurnRecord
 from .scoring import TaskScore, bits_per_byte, score_task, standard_tasks
 from .tasks import key_value_retrieval
 

@@ -7,9 +7,10 @@ from dataclasses import fields
 from typing import Any
 
 from ..evaluate.derived import MEAN_OF_TASKS, ONE_POINT, WithinAPoint, share, within_a_point
-from ..evaluate.schema import ScoreRecord, split_name
+from ..evaluate.method_names import split_name
+from ..evaluate.schema import ScoreRecord
 from ..evaluate.scoring import EXACT, N_DEPTHS
-from .sections import Chart, Result, Section, Table, percent, ratio
+from .parts import Chart, Result, Section, Table, percent, ratio
 
 UNKNOWN_WINDOW = -1
 
