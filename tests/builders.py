@@ -36,8 +36,10 @@ SINK_TOKENS = 4
 LATENT = 8
 
 # The layout of docs/format.md, restated here so that tests do not believe the writer.
-HEADER_BYTES, CHUNK_BYTES, SECTION_BYTES = 56, 20, 20
-HEADER_CHECKSUM_AT, N_CHUNKS_AT, N_SECTIONS_AT = 52, 44, 48
+HEADER_BYTES, GROUP_BYTES, CHUNK_BYTES, SECTION_BYTES = 40, 20, 20, 20
+N_GROUPS_AT, CHUNK_TOKENS_AT, N_CHUNKS_AT, N_SECTIONS_AT, HEADER_CHECKSUM_AT = 7, 24, 28, 32, 36
+CHUNKS_AT = HEADER_BYTES + GROUP_BYTES
+"""Of a stream with one group of layers."""
 
 
 @remember
@@ -180,16 +182,15 @@ def counts_of(stream: bytes | bytearray) -> tuple[int, int]:
 
 def section_table_at(stream: bytes | bytearray) -> int:
     """Offset of the section table by the header's own claim."""
-    return HEADER_BYTES + CHUNK_BYTES * counts_of(stream)[0]
+    return HEADER_BYTES + GROUP_BYTES * stream[N_GROUPS_AT] + CHUNK_BYTES * counts_of(stream)[0]
 
 
 def sections_of(stream: bytes | bytearray) -> list[tuple[int, int, int]]:
     """(offset of the table entry, offset of the bytes, their number) of each section; stops where the bytes end."""
-    n_chunks, n_sections = counts_of(stream)
-    tables_end = HEADER_BYTES + CHUNK_BYTES * n_chunks + SECTION_BYTES * n_sections
-    found, start = [], tables_end
+    table, (_, n_sections) = section_table_at(stream), counts_of(stream)
+    found, start = [], table + SECTION_BYTES * n_sections
     for number in range(n_sections):
-        entry = HEADER_BYTES + CHUNK_BYTES * n_chunks + SECTION_BYTES * number
+        entry = table + SECTION_BYTES * number
         if entry + SECTION_BYTES > len(stream):
             break
         (stored,) = struct.unpack_from("<I", stream, entry + 12)
@@ -205,8 +206,7 @@ def reseal(stream: bytes | bytearray) -> bytes:
         return bytes(data)
     for entry, start, stored in sections_of(data):
         struct.pack_into("<I", data, entry + 16, zlib.crc32(data[start : start + stored]))
-    n_chunks, n_sections = counts_of(data)
-    tables_end = HEADER_BYTES + CHUNK_BYTES * n_chunks + SECTION_BYTES * n_sections
+    tables_end = section_table_at(data) + SECTION_BYTES * counts_of(data)[1]
     checksum = zlib.crc32(data[HEADER_BYTES:tables_end], zlib.crc32(data[:HEADER_CHECKSUM_AT]))
     struct.pack_into("<I", data, HEADER_CHECKSUM_AT, checksum)
     return bytes(data)

@@ -145,13 +145,51 @@ def test_rewriting_alone_changes_nothing(calibration, path):
     assert same_calibration(load_calibration(rewritten(path, lambda metadata, tensors: None)), calibration)  # noqa: ARG005
 
 
-def test_a_newer_version_names_both(path):
-    rewritten(path, lambda metadata, _: metadata.update(version="2"))
-    with pytest.raises(UnsupportedVersion, match=r"version 2; .*version 1"):
+@pytest.mark.parametrize(("version", "remedy"), [("1", "calibrate again"), ("3", "upgrade kvtc")])
+def test_another_version_names_both(path, version, remedy):
+    rewritten(path, lambda metadata, _: metadata.update(version=version))
+    with pytest.raises(UnsupportedVersion, match=rf"version {version}; .*version 2: {remedy}"):
         load_calibration(path)
 
 
-METADATA = ["version", "fingerprint", "geometry", "total_variance", "block_sizes", "info"]
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        (["full attention", "sliding window"], r"2 groups of layers \(full attention, sliding window\)"),
+        (["recurrent"], r"1 groups of layers \(recurrent\)"),
+        (["full attention"] * 1000, r"1000 groups of layers \(full attention\)"),
+    ],
+)
+def test_groups_that_a_later_version_may_hold_are_refused_by_their_kinds(path, kinds, found):
+    def change(metadata, _):
+        (group,) = json.loads(metadata["groups"])
+        metadata["groups"] = json.dumps([group | {"kind": kind} for kind in kinds])
+
+    with pytest.raises(UnsupportedVersion, match=f"{found}; this kvtc reads one group"):
+        load_calibration(rewritten(path, change))
+
+
+def test_values_of_another_width_than_keys_are_refused_by_both_widths(path):
+    with pytest.raises(UnsupportedVersion, match="keys of 8 features and values of 4"):
+        load_calibration(rewritten(path, replaced_in_groups('"value_dim": 8', '"value_dim": 4')))
+
+
+def test_a_calibration_without_groups_is_corrupt(path):
+    with pytest.raises(CorruptCalibration, match="at least one group of layers"):
+        load_calibration(rewritten(path, lambda metadata, _: metadata.update(groups="[]")))
+
+
+def replaced_in_groups(old: str, new: str):
+    """A change of a file's metadata, for `rewritten`."""
+
+    def change(metadata, _):
+        assert old in metadata["groups"]
+        metadata["groups"] = metadata["groups"].replace(old, new)
+
+    return change
+
+
+METADATA = ["version", "fingerprint", "groups", "block_sizes", "info"]
 
 
 @pytest.mark.parametrize(
@@ -231,8 +269,8 @@ def test_a_file_without_its_checksum(path):
     [
         ('"n_layers": 3', '"n_layers": 2'),
         ('"n_layers": 3', '"n_layers": 1e999'),
-        ('"head_dim": 8', '"head_dim": 0'),
-        ('"head_dim": 8', '"head_dim": 6'),
+        ('"key_dim": 8, "value_dim": 8', '"key_dim": 0, "value_dim": 0'),
+        ('"key_dim": 8, "value_dim": 8', '"key_dim": 6, "value_dim": 6'),
         ('"layer_tables": [0, 0, 0]', '"layer_tables": [0, 0, 1]'),
         ('"rope": {', '"rope": [], "other": {'),
         ('"first_layer": 0', '"first_layer": -1'),
@@ -256,12 +294,8 @@ def test_a_file_without_its_checksum(path):
     ],
 )
 def test_a_geometry_that_contradicts_itself(path, old, new):
-    def change(metadata, _):
-        assert old in metadata["geometry"]
-        metadata["geometry"] = metadata["geometry"].replace(old, new)
-
     with pytest.raises(CorruptCalibration):
-        load_calibration(rewritten(path, change))
+        load_calibration(rewritten(path, replaced_in_groups(old, new)))
 
 
 @pytest.mark.parametrize("first", ["-1", "0", "16", "17", "1e999", "null", "[]"])
@@ -330,8 +364,12 @@ def test_a_group_past_the_last_coefficient_has_no_error(whole_path):
      ('{"a": 1, "b": 2}', "must be a list"), ("[" + "9" * 400 + ", 1]", "out of all range")],
 )  # fmt: skip
 def test_total_variances_are_two_numbers(whole_path, variances, expected):
+    def change(metadata, _):
+        metadata["groups"], n_replaced = re.subn(r'(?<="total_variance": )\[.*?\]', variances, metadata["groups"])
+        assert n_replaced == 1
+
     with pytest.raises(CorruptCalibration, match=expected):
-        load_calibration(rewritten(whole_path, lambda metadata, _: metadata.update(total_variance=variances)))
+        load_calibration(rewritten(whole_path, change))
 
 
 ODD_JSON = {
@@ -351,7 +389,7 @@ ODD_JSON = {
 }
 
 
-@pytest.mark.parametrize("name", ["geometry", "total_variance", "block_sizes", "info"])
+@pytest.mark.parametrize("name", ["groups", "block_sizes", "info"])
 @pytest.mark.parametrize("case", ODD_JSON)
 def test_odd_json_is_refused_by_name_of_the_file(whole_path, name, case):
     with pytest.raises(CorruptCalibration, match=re.escape(str(whole_path))):

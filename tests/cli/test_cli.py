@@ -208,12 +208,22 @@ def test_documents_come_from_each_file_in_turn(tmp_path):
 def test_inspect_a_stream(capsys, made):
     code, out, _ = run(capsys, "inspect", made / "talk.kvtc", "--sections")
     assert code == 0
-    for word in ("profile paper", "body_ratio", "total_ratio", "window", "rate", "deflate", "digest"):
+    for word in (
+        "profile paper",
+        "full attention, bfloat16, layers 0..11, kv heads 0..2, key_dim 32",
+        "body_ratio",
+        "total_ratio",
+        "window",
+        "rate",
+        "deflate",
+        "digest",
+    ):
         assert word in out
     info = kvtc.inspect((made / "talk.kvtc").read_bytes())
     for options, has_sections in (([], False), (["--sections"], True)):
         result = json.loads(run(capsys, "inspect", made / "talk.kvtc", "--json", *options)[1])
         assert result["total_bytes"] == info.total_bytes
+        assert [group["kind"] for group in result["groups"]] == ["full attention"]
         assert ("sections" in result) == has_sections
 
 
@@ -222,7 +232,7 @@ def test_inspect_a_calibration(capsys, made):
     calibration = kvtc.load_calibration(made / "other.safetensors")
     assert code == 0
     assert calibration.fingerprint.hex() in out
-    assert "layers 0..11" in out
+    assert "full attention, layers 0..11" in out
     result = json.loads(run(capsys, "inspect", made / "other.safetensors", "--json")[1])
     assert result["ranks"] == {"key": 100, "value": 100}
     assert result["explained_variance"]["key"] == pytest.approx(calibration.key.explained_variance)

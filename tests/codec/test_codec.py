@@ -15,6 +15,7 @@ import kvtc
 from kvtc.cache import KVCache
 from kvtc.calibration.fit import fit
 from kvtc.codec.codec import Codec
+from kvtc.codec.inspection import GroupInfo
 from kvtc.coding.lossless import CODER_IDS
 from kvtc.coding.paper.group_quantizer import SymbolType
 from kvtc.coding.rope import DynamicScaling, Rope
@@ -414,7 +415,7 @@ def test_costs_add_up(dtype):
         info = kvtc.inspect(stream)
         value_bytes = 1 if dtype.itemsize == 1 else 2
         assert info.total_bytes == len(stream)
-        assert info.total_bytes == 56 + 20 * info.n_chunks + sum(20 + s.stored_bytes for s in info.sections)
+        assert info.total_bytes == 60 + 20 * info.n_chunks + sum(20 + s.stored_bytes for s in info.sections)
         assert info.original_bytes == 2 * 48 * value_bytes * cache.n_tokens
         exact = sum(20 + s.stored_bytes for s in info.sections if s.kind in ("sink", "window"))
         if info.body_tokens:
@@ -432,9 +433,9 @@ def test_inspect_tells_what_a_stream_holds(calibration):
     info = kvtc.inspect(
         tiny_codec(lossless="none").encode(random_cache(11, torch.float16, first_position=1), range(11))
     )
-    assert info.format_version == 1
-    assert (info.profile, info.dtype, info.fingerprint) == ("paper", "float16", calibration.fingerprint.hex())
-    assert (info.layers, info.kv_heads, info.head_dim) == ((0, 3), (0, 2), 8)
+    assert info.format_version == 2
+    assert (info.profile, info.fingerprint) == ("paper", calibration.fingerprint.hex())
+    assert info.groups == (GroupInfo("full attention", "float16", (0, 3), (0, 2), 8, 8),)
     assert (info.first_position, info.last_chunk_position, info.n_chunks, info.chunk_tokens) == (1, 8, 3, 4)
     assert (info.n_tokens, info.sink_tokens, info.body_tokens, info.window_tokens) == (11, 1, 7, 3)
     assert info.has_token_digests
@@ -481,7 +482,7 @@ def test_a_rank_encodes_its_own_part():
     decoded = codec.decode(stream)
     assert (decoded.first_layer, decoded.first_kv_head) == (3, 2)
     assert [layer for layer, _, _ in codec.decode_layers(stream)] == [3, 4, 5]
-    assert kvtc.inspect(stream).layers == (3, 6)
+    assert kvtc.inspect(stream).groups[0].layers == (3, 6)
 
 
 @pytest.mark.parametrize(
@@ -879,7 +880,7 @@ def test_layers_of_a_transformers_cache_keep_their_places(calibration):
     for layer in range(geometry.n_layers):
         cache.update(part.keys[layer][None], part.values[layer][None], layer + 2)
     stream = codec.encode(cache)
-    assert kvtc.inspect(stream).layers == (2, 2 + geometry.n_layers)
+    assert kvtc.inspect(stream).groups[0].layers == (2, 2 + geometry.n_layers)
     restored = codec.decode(stream)
     assert [layer.is_initialized for layer in restored.layers] == [False] * 2 + [True] * geometry.n_layers
     with pytest.raises(GeometryMismatch, match=r"layers 0\.\.2.*layers 2\.\.4"):

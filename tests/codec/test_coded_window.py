@@ -15,7 +15,7 @@ from kvtc.container import STREAM_WIDE, SectionType, join_streams, parse_stream,
 from kvtc.errors import CorruptStream, InvalidArgument
 from kvtc.profiles.joint.step_search import FINER_WINDOW
 from tests.builders import (
-    HEADER_BYTES,
+    CHUNKS_AT,
     joint_calibration,
     joint_codec,
     patched,
@@ -160,7 +160,7 @@ def test_a_window_without_a_step_is_corrupt():
 
 def test_windows_are_coded_in_all_chunks_or_in_none():
     stream = window_codec(chunk_tokens=16).encode(told_cache(60))
-    last = HEADER_BYTES + 20 * 3
+    last = CHUNKS_AT + 20 * 3
     assert stream[last + 10] == 8
     with pytest.raises(CorruptStream, match="all or none"):
         kvtc.inspect(patched(stream, last + 10, "H", 0))
@@ -172,6 +172,6 @@ def test_paper_has_no_coded_window():
     with pytest.raises(InvalidArgument, match="exact or coded; got 'fp8'"):
         Codec(joint_calibration(), "joint", window_format="fp8")
     stream = bytearray(tiny_codec().encode(told_cache(3)))
-    stream[HEADER_BYTES + 10] = 8
+    stream[CHUNKS_AT + 10] = 8
     with pytest.raises(CorruptStream, match="all or none"):
         kvtc.inspect(reseal(stream))

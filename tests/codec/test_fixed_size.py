@@ -16,8 +16,8 @@ from kvtc.errors import CorruptStream, InvalidArgument
 from kvtc.profiles.joint.step_search import StepRate
 from tests.builders import (
     CHUNK_BYTES,
+    CHUNKS_AT,
     DTYPES,
-    HEADER_BYTES,
     N_HEADS,
     N_LAYERS,
     NAMES,
@@ -204,19 +204,19 @@ def test_padding_is_not_coded_again():
 
 def test_padding_needs_its_flag():
     stream = bytearray(padded_stream())
-    assert stream[HEADER_BYTES + 10] == 4
-    stream[HEADER_BYTES + 10] = 0
+    assert stream[CHUNKS_AT + 10] == 4
+    stream[CHUNKS_AT + 10] = 0
     with pytest.raises(CorruptStream, match="need 2 sections; 3 are in the table"):
         kvtc.inspect(reseal(stream))
-    stream[HEADER_BYTES + 10] = 16
+    stream[CHUNKS_AT + 10] = 16
     with pytest.raises(CorruptStream, match="flags 16"):
         kvtc.inspect(reseal(stream))
-    assert len(stream) > HEADER_BYTES + CHUNK_BYTES
+    assert len(stream) > CHUNKS_AT + CHUNK_BYTES
 
 
 def test_an_empty_cache_has_a_size_too():
     codec = fixed_codec()
-    assert len(codec.encode(told_cache(0))) == codec.stream_bytes(0) == 80
+    assert len(codec.encode(told_cache(0))) == codec.stream_bytes(0) == 84
 
 
 @pytest.mark.parametrize(

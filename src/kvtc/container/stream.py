@@ -38,6 +38,7 @@ from .tables import (
     SectionTable,
     SectionType,
     pack_chunk,
+    pack_groups,
     pack_header,
     pack_section,
     parse_chunks,
@@ -248,16 +249,16 @@ def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
     view = opened.head
     if zlib.crc32(view[HEADER_BYTES : counts.tables_end], zlib.crc32(view[: HEADER_BYTES - 4])) != counts.checksum:
         raise CorruptStream("header and tables fail their checksum")
-    header = parse_header(view)
+    header = parse_header(view, counts)
     chunks = parse_chunks(view, counts, header)
     return Stream(header, chunks, parse_sections(view, counts, chunks, opened.n_bytes), opened)
 
 
 def assemble(header: Header, chunks: bytes, sections: bytes, stored: Iterable[bytes | memoryview]) -> bytes:
-    """Header, the bytes of both tables, and the stored bytes of the sections in the order of their table."""
+    """Header, group table, the bytes of the other tables, and the stored bytes of the sections in the order of their table."""
     n_chunks, n_sections = len(chunks) // CHUNK_BYTES, len(sections) // SECTION_BYTES
     if n_chunks > MAX_CHUNKS:
         raise InvalidArgument(f"{n_chunks} chunks; a stream holds {MAX_CHUNKS} at most: use a larger chunk_tokens")
-    head = pack_header(header, n_chunks, n_sections)
-    checksum = zlib.crc32(sections, zlib.crc32(chunks, zlib.crc32(head)))
-    return b"".join([head, struct.pack("<I", checksum), chunks, sections, *stored])
+    head, groups = pack_header(header, n_chunks, n_sections), pack_groups(header)
+    checksum = zlib.crc32(sections, zlib.crc32(chunks, zlib.crc32(groups, zlib.crc32(head))))
+    return b"".join([head, struct.pack("<I", checksum), groups, chunks, sections, *stored])
