@@ -16,7 +16,7 @@ from pathlib import Path
 import kvtc
 from benchmarks.shared.calibrations import DOMAINS, Recipe, add_calibration_arguments, calibrate_all, domain_of
 from benchmarks.shared.text_quality import add_text_arguments, measure
-from kvtc.cli.calibrate import documents
+from kvtc.cli.texts import documents
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import DOMAIN_SHIFT, ShiftCell

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import kvtc
-from kvtc.cli.calibrate import documents, token_sequences
+from kvtc.cli.texts import documents, token_sequences
 
 DOMAINS = ("enwiki", "novels", "docs", "code")
 SEQUENCE_TOKENS = 1024

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..display import shown_lines
-from .arguments import Outcome, add_subcommand, check_directory, check_output, quiet_transformers
+from .arguments import Outcome, add_subcommand, check_directory, check_output
+from .models import quiet_transformers
 
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:

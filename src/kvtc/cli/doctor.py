@@ -11,7 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..process.progress import task, track
-from .arguments import Outcome, add_subcommand, quiet_transformers
+from .arguments import Outcome, add_subcommand
+from .models import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
