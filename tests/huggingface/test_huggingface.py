@@ -32,14 +32,6 @@ SETTINGS: dict[str, Any] = {
 IDS = list(range(5, 35))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def llama() -> Any:
     torch.manual_seed(0)

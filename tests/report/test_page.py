@@ -249,8 +249,12 @@ def test_whatever_a_file_holds_there_is_a_page_or_one_error(tmp_path_factory, da
         file = schema.read_result(path)
     except InvalidArgument:
         return
-    Checker().feed(render_page("t", [file]))
-    render_text(sections_of(file))
+    checker = Checker()
+    checker.feed(render_page("t", [file]))
+    assert checker.open == []
+    # Every part that is shown is shown as text, too.
+    titles = [section.title for section in sections_of(file) if any(isinstance(part, Table) for part in section.parts)]
+    assert all(title in render_text(sections_of(file)) for title in titles)
 
 
 @pytest.mark.parametrize(
