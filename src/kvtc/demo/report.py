@@ -194,7 +194,7 @@ def ending(provenance: Provenance) -> str:
     return "\n\n".join(
         [
             "\n" + _prose(f"Measured {provenance.describe()}."),
-            _prose("To go on: examples/01_put_a_chat_away.py, or `kvtc calibrate --help` for a model of your own."),
+            _prose("To go on: examples/01_store_a_chat.py, or `kvtc calibrate --help` for a model of your own."),
         ]
     )
 
