@@ -36,9 +36,13 @@ PICTURES = ("spectrum.svg", "rate_quality.svg")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids: the model has `read` [T]; `held_out` [n] is how the text goes on.
+    """The text of the demo as token ids.
 
-    facts: (name, number) as told in the part that is read. questions: per fact, the ids that ask for it.
+    Parameters:
+        read: ids [T] of the text that the model has read.
+        held_out: ids [n] of how the text continues.
+        facts: (name, number), as told in the part that is read.
+        questions: for each fact, the ids of the question about it.
     """
 
     read: Tensor
@@ -61,13 +65,22 @@ def run_demo(
     repeats: int = 5,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run the demo; `say` gets its text block by block. Returns every figure, ready for JSON.
+    """Run the demo, and write spectrum.svg and rate_quality.svg.
 
-    ratio: what the story is told at, with the profile `conditional`. ratios: rows of the table, for every profile. repeats: runs
-    behind every time (after a warm-up).
-    Writes spectrum.svg and rate_quality.svg to `output_directory`.
+    Parameters:
+        output_directory: where the two pictures are written.
+        ratio: the ratio of the profile `conditional` in the main part.
+        ratios: ratios of the table, for every profile.
+        n_generated: tokens that the model continues by.
+        repeats: number of runs behind every time, after a warm-up run.
+        say: gets the text block by block.
 
-    Raises `InvalidArgument` for a ratio that cannot be, `MissingDependency` without transformers.
+    Returns:
+        Every figure, ready for JSON.
+
+    Raises:
+        InvalidArgument: if a ratio is impossible.
+        MissingDependency: if transformers is not installed.
     """
     calibration = reference_calibration()
     codecs = {

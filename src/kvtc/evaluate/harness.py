@@ -32,10 +32,16 @@ MAX_NEW_TOKENS = 256
 
 @register_model("kvtc")
 class KvtcLM(TemplateLM):  # type: ignore[misc]
-    """pretrained: a directory or hub name of a causal model, or "reference". calibration: its file; the reference model has one.
+    """A model of lm-evaluation-harness whose contexts go through the codec.
 
-    codec: "kvtc", or "none" for the exact cache. Other arguments are those of `kvtc.Codec`. dtype: of the weights. device: where
-    model and codec run; the CPU where CUDA, which the harness asks for by default, is not there.
+    Parameters:
+        pretrained: a directory or hub name of a causal model, or "reference".
+        calibration: its calibration file; the reference model has one.
+        codec: "kvtc", or "none" for the exact cache.
+        dtype: dtype of the weights.
+        device: where model and codec run. The harness asks for CUDA by default; the CPU is used where it is not there.
+        max_length: most tokens of a context and an answer; None: the context of the model.
+        codec_options: arguments of `kvtc.Codec`.
     """
 
     def __init__(

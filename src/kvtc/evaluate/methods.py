@@ -25,8 +25,12 @@ Result = TypeVar("Result")
 class Cost:
     """What a stream costs, counted as in `kvtc.StreamInfo`.
 
-    original_bytes: of all n_tokens tokens of the cache, 16 bits a value. body_tokens: those not kept exactly on purpose (sinks and
-    window). body_bytes: every byte of the stream but the exact tokens' values; 0 without a body. total_bytes: its length.
+    Parameters:
+        n_tokens: tokens of the cache.
+        original_bytes: bytes of all tokens at 16 bits a value.
+        body_tokens: tokens that are not kept exactly on purpose (as sinks and window are).
+        body_bytes: all bytes of the stream but the values of exact tokens; 0 without a body.
+        total_bytes: the length of the stream.
     """
 
     n_tokens: int
@@ -52,10 +56,16 @@ class Cost:
 
 
 class Method(Protocol):
-    """A way to store a cache. The order of the three calls is encode, then decode and measure, of one stream."""
+    """A way to store a cache. The order of the calls is `encode`, then `decode` and `measure`, of one stream."""
 
     def encode(self, model: Any, cache: Any, token_ids: Tensor, /) -> bytes:
-        """A transformers cache of one sequence, as `model` made it from token_ids [T] -> stream. The cache is left as it was."""
+        """A cache as a stream of bytes; the cache is left as it was.
+
+        Parameters:
+            model: the transformers model that made the cache.
+            cache: a transformers cache of one sequence.
+            token_ids: the ids [T] of its tokens.
+        """
         ...
 
     def decode(self, stream: bytes, token_ids: Tensor, /) -> Any:
@@ -91,7 +101,9 @@ def as_method(method: Method | Codec) -> Method:
 
 @dataclass(frozen=True)
 class Restored:
-    """A cache that went through a method, ready to go on from at position `cost.n_tokens`; medians in seconds."""
+    """A cache that went through a method; the model continues from it at position `cost.n_tokens`. Times are medians, in
+    seconds.
+    """
 
     cache: Any
     cost: Cost
@@ -107,7 +119,7 @@ def restore(method: Method, model: Any, cache: Any, token_ids: Tensor, repeats: 
 
 
 def timed(function: Callable[[], Result], repeats: int) -> tuple[Result, float]:
-    """What a function returns, and the median of `repeats` runs in seconds; from 2 runs on, after one warm-up."""
+    """What a function returns, and the median time of `repeats` runs in seconds. From 2 runs on there is a warm-up run."""
     if repeats > 1:
         function()
     runs = []

@@ -48,7 +48,7 @@ RECOMPUTE = "recompute"
 
 @dataclass(frozen=True, kw_only=True)
 class QualityRecord(Quality):
-    """`Quality` of a method in a sweep. window_tokens: last tokens kept exactly by methods that keep a window."""
+    """`Quality` of a method in a sweep; `window_tokens` are the last tokens that methods with a window keep exactly."""
 
     window_tokens: int
 
@@ -62,7 +62,10 @@ class ScoreRecord(TaskScore):
 
 @dataclass(frozen=True, kw_only=True)
 class TurnRecord(MultiTurn):
-    """`MultiTurn` in a sweep. window_tokens: last tokens kept exactly after coding; then the window grows by a turn."""
+    """`MultiTurn` of a method in a sweep.
+
+    `window_tokens` are the last tokens that are kept exactly after coding; then the window grows by a turn.
+    """
 
     window_tokens: int
 
@@ -71,8 +74,12 @@ class TurnRecord(MultiTurn):
 class PhasePoint:
     """Look-ups whose answers lie at one place of the grid of chunks.
 
-    name: of the method, or "exact cache". phase: tokens by which the context is shifted against the grid. depth: where in the
-    context the answers lie, 0 .. 1; None: everywhere. exact: share of answers that are right; kl as in `TaskScore`.
+    Parameters:
+        name: the name of the method, or "exact cache".
+        phase: tokens by which the context is shifted against the grid.
+        depth: where in the context the answers lie, 0 .. 1; None: everywhere.
+        exact: share of answers that are right, 0 .. 1.
+        kl: as in `TaskScore`.
     """
 
     name: str
@@ -102,7 +109,10 @@ class ShiftCell:
 
 @dataclass(frozen=True)
 class RecomputePoint:
-    """What it costs to have the cache of n_tokens back: computed again, or decoded. original_bytes, total_bytes: of the cache."""
+    """What it costs to have the cache of `n_tokens` tokens again: computed again, or decoded.
+
+    `original_bytes` and `total_bytes` are those of the cache and of its stream.
+    """
 
     name: str
     n_tokens: int
@@ -181,8 +191,12 @@ def is_study(study: object) -> bool:
 
 
 def read_result(path: Path) -> ResultFile:
-    """A result file. Raises `InvalidArgument` for one that is none, holds values that cannot be or is of a later schema; `OSError`
-    where it cannot be read."""
+    """Read and check a result file.
+
+    Raises:
+        InvalidArgument: if it is not a result file, has impossible values or is of a later schema.
+        OSError: if it cannot be read.
+    """
     try:
         found = loads(path.read_bytes())
     except ValueError as error:

@@ -32,9 +32,14 @@ from .tasks import key_value_retrieval
 
 @dataclass(frozen=True, kw_only=True)
 class Methods:
-    """What is measured. profiles, ratios: of kvtc, each with each. windows: last tokens kept exactly, each in its own part of the
-    sweep. baselines: series of `baselines` by name (None: all of them). evicted: TOVA keeping 1 / n of the tokens, then the last
-    profile at every ratio, for each n."""
+    """The methods of a sweep.
+
+    Parameters:
+        profiles, ratios: profiles of kvtc, each at each ratio.
+        windows: last tokens kept exactly; each window is a part of the sweep of its own.
+        baselines: names of series in `baselines`; None: all.
+        evicted: for each n, TOVA keeps 1 / n of the tokens and the last profile codes them at every ratio.
+    """
 
     profiles: Sequence[str] = ("paper", "joint", "conditional")
     ratios: Sequence[float] = (8, 16, 32, 64, 128)
@@ -45,7 +50,14 @@ class Methods:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Held-out text: of each file per_file evenly spaced stretches of n_tokens tokens, the last n_continuation predicted."""
+    """Held-out text.
+
+    Parameters:
+        files: text files.
+        n_tokens: tokens of a stretch.
+        n_continuation: last tokens of a stretch, which are predicted.
+        per_file: evenly spaced stretches of each file.
+    """
 
     files: Sequence[Path] = ()
     n_tokens: int = 1792
@@ -55,8 +67,15 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """Look-ups. names: of `standard_tasks` (None: all; empty: none). contexts: tokens of a context, n_contexts of each length with
-    n_questions questions each; published: files of "Lost in the Middle"."""
+    """Look-up tasks.
+
+    Parameters:
+        names: names in `standard_tasks`; None: all, empty: none.
+        contexts: tokens of a context; each length is measured.
+        n_contexts: contexts of each length.
+        n_questions: questions per context.
+        published: files of "Lost in the Middle".
+    """
 
     names: Sequence[str] | None = ()
     contexts: Sequence[int] = (1024,)
@@ -67,9 +86,15 @@ class Tasks:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """All that is measured. turns: (tokens of a turn, number of turns) of multi-turn use. n_bits_windows: windows of 1 024 tokens a
-    file for bits per byte, 0 for none. profile_files: text that CacheGen is profiled on. on_texts: False leaves out what is
-    measured on the texts themselves: they only serve to make tasks."""
+    """All that is measured.
+
+    Parameters:
+        methods, texts, tasks: on what, and with what.
+        turns: (tokens of a turn, number of turns) of multi-turn use.
+        n_bits_windows: windows of 1 024 tokens per file for bits per byte; 0: none.
+        profile_files: text on which CacheGen is profiled.
+        on_texts: whether the texts themselves are measured; otherwise they only serve to make tasks.
+    """
 
     methods: Methods = field(default_factory=Methods)
     texts: Texts = field(default_factory=Texts)
@@ -84,11 +109,19 @@ class Sweep:
 def run_sweep(
     model: Any, tokenizer: Any, calibration: Calibration | None, sweep: Sweep, model_name: str = ""
 ) -> dict[str, Any]:
-    """Measure all of it, the exact cache beside everything; returns a result of the kind "evaluation".
+    """Run a sweep, with the exact cache beside everything.
 
-    model, tokenizer: of transformers. calibration: of the model; None: the exact cache alone, on tasks and for bits per byte.
+    Parameters:
+        model, tokenizer: of transformers.
+        calibration: the calibration of the model. None: only the exact cache is measured, on tasks and for bits per byte.
+        sweep: what to measure.
+        model_name: the name of the model in the result.
 
-    Raises `InvalidArgument` for baselines, tasks and texts that do not exist or are too short, and what encoding raises.
+    Returns:
+        A result of the kind "evaluation".
+
+    Raises:
+        InvalidArgument: if a baseline, task or text does not exist, or a text is too short. Encoding raises what it raises.
     """
     running = [path.read_text(encoding="utf-8") for path in sweep.texts.files]
     result: dict[str, Any] = {

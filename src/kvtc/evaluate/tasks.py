@@ -58,10 +58,13 @@ def is_held_out(text: str) -> bool:
 
 
 class Source:
-    """What tasks are made of: random strings, words and running text, all from one side of the division.
+    """What tasks are made of: random strings, words and running text, for evaluation or for training.
 
-    encode: text -> token ids, nothing added. text: running text of at least a few thousand words. held_out: for evaluation (True)
-    or for training. rng: every choice is drawn from it, so one seed gives one task.
+    Parameters:
+        encode: text -> token ids, with nothing added.
+        text: running text of at least a few thousand words.
+        held_out: True for evaluation, False for training; no string is in both.
+        rng: every choice is drawn from it, so that one seed gives one task.
     """
 
     def __init__(self, encode: Encode, text: str, held_out: bool, rng: random.Random) -> None:
@@ -165,9 +168,14 @@ KINDS = ("word", "number", "hexadecimal", "uuid")
 def records(
     source: Source, n_tokens: int, n_questions: int, layout: str | None = None, kind: str | None = None
 ) -> tuple[Example, str]:
-    """As many records of key and value as fit in n_tokens, and questions for some; (example, text after an answer).
+    """As many records of key and value as fit in n_tokens, and questions about some of them.
 
-    layout: one of LAYOUTS; kind: one of KINDS for keys and values alike; without them both are drawn, keys and values apart.
+    Parameters:
+        layout: one of LAYOUTS; drawn if it is not given.
+        kind: one of KINDS, for keys and values alike; if it is not given, both are drawn.
+
+    Returns:
+        (the example, the text after an answer).
     """
     rng = source.rng
     chosen = LAYOUTS[layout or rng.choice(list(LAYOUTS))]
@@ -189,10 +197,11 @@ def ask_records(
     rng: random.Random,
     asked: int | None = None,
 ) -> Example:
-    """Records that fit in n_tokens, and questions for some of them.
+    """Records that fit in n_tokens, and questions about some of them.
 
-    asked: index of the one record asked for; those around it are kept, so that it stays as deep in the context as it was. None: the
-    first records are kept, and questions are drawn from all but the latest.
+    Parameters:
+        asked: index of the only record that is asked for; it stays as deep in the context as it was. None: the first records
+            are kept, and questions are drawn from all but the latest.
     """
     opening, closing = list(encode(layout.opening.format())), list(encode(layout.closing.format()))
     separator = list(encode(layout.separator))
@@ -239,7 +248,7 @@ NEEDLES = (
 
 
 def needles(source: Source, n_tokens: int, n_questions: int, template: int | None = None) -> tuple[Example, str]:
-    """n_questions facts hidden in running text at even depths, each asked for; (example, text after an answer)."""
+    """n_questions facts hidden in running text at even depths, each with a question: (example, text after an answer)."""
     rng = source.rng
     fact, ask, answer = NEEDLES[rng.randrange(len(NEEDLES)) if template is None else template]
     facts = [(key, source.number()) for key in source.distinct(source.word, n_questions)]
@@ -257,10 +266,10 @@ def needles(source: Source, n_tokens: int, n_questions: int, template: int | Non
 
 
 def variables(source: Source, n_tokens: int, n_questions: int, n_chains: int = 4) -> tuple[Example, str]:
-    """Chains of assignments (QX = 317, TB = QX, ...) in running text, n_chains interleaved; which variables have a value?
+    """Chains of assignments (QX = 317, TB = QX, ...) in running text, n_chains interleaved: (example, text after an answer).
 
-    A question names a value; its answer lists the variables of the chain in order. With more questions than chains the others ask
-    for the value of a variable. (example, text after an answer).
+    A question names a value; its answer lists the variables of the chain in order. If there are more questions than chains,
+    the others ask for the value of a variable.
     """
     rng = source.rng
     names = source.distinct(source.name, n_chains * (N_HOPS + 1))
@@ -297,7 +306,7 @@ def frequent_words(source: Source, n_tokens: int) -> tuple[Example, str]:
 
 
 def passages(source: Source, n_tokens: int, n_questions: int) -> Example:
-    """Running text; a question is the beginning of one of its passages, and the answer how that passage goes on."""
+    """Running text; a question is the beginning of one of its passages, and the answer is the rest of that passage."""
     context = source.passage(n_tokens)
     last = len(context) - LATEST - COPY_CUE - COPY_LENGTH
     prompt = list(source.encode("\n\n"))

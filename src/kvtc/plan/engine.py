@@ -22,7 +22,16 @@ from .storage import Hierarchy, LinkedTier, Tier
 
 @dataclass(frozen=True)
 class Speeds:
-    """How fast an engine is. prefill_points: [tokens, seconds], rising. Codec: bytes of original cache a second."""
+    """How fast an engine is.
+
+    Parameters:
+        prefill_points: (tokens, seconds), increasing.
+        request_seconds: seconds of a request outside of the engine.
+        step_seconds: seconds of a decode step.
+        context_token_seconds: seconds that each token of context in the batch adds to a step.
+        bytes_per_token: bytes of original cache.
+        encode_bytes_per_second, decode_bytes_per_second: bytes of original cache that the codec takes.
+    """
 
     prefill_points: Sequence[tuple[float, float]]
     step_seconds: float
@@ -33,7 +42,7 @@ class Speeds:
     decode_bytes_per_second: float = math.inf
 
     def prefill(self, cached_tokens: int, prompt_tokens: int) -> float:
-        """Seconds for the tokens of a prompt past those that are cached: straight lines between measured points, from 0 at 0."""
+        """Seconds of prefill for the tokens of a prompt that are not cached: straight lines between measured points, from 0 at 0."""
         points = self.prefill_points
         if prompt_tokens > points[-1][0]:
             raise InvalidPlan(
@@ -46,9 +55,12 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine admits. max_running: None where only memory limits it; a number lets so many run whatever their memory.
+    """What an engine admits.
 
-    max_admitted: requests admitted between two steps. blocking_loads: the engine stands still while caches are read from a tier.
+    Parameters:
+        max_running: requests that run at once, whatever their memory; None: only the memory limits them.
+        max_admitted: requests that are admitted between two steps.
+        blocking_loads: whether the engine stands still while it reads caches from a tier.
     """
 
     max_running: int | None = None

@@ -48,9 +48,10 @@ class PlannedModel:
 
 
 def read_model(fields: Fields, directory: Path) -> PlannedModel:
-    """The field `model` of a plan: {"config": FILE or object of transformers} or a geometry in numbers.
+    """The field `model` of a plan: {"config": FILE or object of transformers}, or a geometry in numbers.
 
-    Raises `InvalidPlan` where something is missing that cannot be computed.
+    Raises:
+        InvalidPlan: if something is missing that cannot be computed.
     """
     bits = fields.whole("bits_per_value", 16, low=4)
     if "config" in fields:
@@ -82,7 +83,7 @@ def read_model(fields: Fields, directory: Path) -> PlannedModel:
 def model_from_config(
     config: Any, where: str = "config", name: str | None = None, parameters: int | None = None, bits: int = 16
 ) -> PlannedModel:
-    """A transformers config.json as read -> its caches. `parameters` is needed where the kind of model is not one counted here."""
+    """The caches of a model, from its transformers config.json. Kinds of models that are not counted here need `parameters`."""
     fields = Fields(config, where)
     kind = fields.text("model_type")
     n_layers, hidden = fields.whole("num_hidden_layers"), fields.whole("hidden_size")

@@ -64,7 +64,7 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class TierPlan:
-    """A tier below the GPU. capacity_bytes: of each engine's own or of the one that all share; infinite without a limit."""
+    """A tier below the GPU. `capacity_bytes` is that of each engine's tier, or of the shared one; infinite without a limit."""
 
     name: str
     capacity_bytes: float
@@ -83,7 +83,13 @@ class TierPlan:
 
 @dataclass(frozen=True)
 class CodecPlan:
-    """A codec that may stand before the tiers. rank: of its calibration. exact_tokens: sinks and window, kept as they are."""
+    """A codec that may encode caches for the tiers.
+
+    Parameters:
+        name: its name in the measurement file.
+        rank: the rank of its calibration.
+        exact_tokens: tokens of sinks and window, which are kept exactly.
+    """
 
     name: str
     rank: int

@@ -23,9 +23,13 @@ Random = np.random.Generator
 
 @dataclass(frozen=True)
 class Turn:
-    """One request. reused_tokens: how many of the first tokens of the prompt were in the turn before, as prompt or as answer.
+    """One request of a conversation.
 
-    think_seconds: the pause after the answer to the turn before. not_before: seconds since the start of all, of a recorded request.
+    Parameters:
+        prompt_tokens, answer_tokens: tokens of the prompt and of the answer.
+        reused_tokens: first tokens of the prompt that were in the turn before, as prompt or as answer.
+        think_seconds: the pause after the answer to the turn before.
+        not_before: for a recorded request, seconds since the start of the recording.
     """
 
     prompt_tokens: int
@@ -45,8 +49,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Distribution:
-    """What a number is drawn from: the number itself, or {"exponential": mean}, {"geometric": mean}, {"uniform": [low, high]},
-    {"lognormal": [mean, standard deviation]}, {"one_of": [values]}."""
+    """What a number is drawn from.
+
+    It is the number itself, or {"exponential": mean}, {"geometric": mean}, {"uniform": [low, high]}, {"lognormal": [mean,
+    standard deviation]} or {"one_of": [values]}.
+    """
 
     name: str
     parameters: tuple[float, ...]
@@ -94,7 +101,7 @@ _DRAW: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """Conversations, and which of their requests are left out of the statistics because the caches are still filling."""
+    """Conversations, and which of their requests the statistics leave out because the caches are still filling."""
 
     conversations: Sequence[Conversation]
     warmup_turns: int

@@ -18,9 +18,17 @@ CALIBRATION_FILE = Path(__file__).parent / f"{MODEL_NAME}.calibration.safetensor
 
 
 def reference_model(dtype: str = "float32") -> tuple[Any, Any]:
-    """(model, tokenizer): a transformers causal LM in evaluation mode, and its tokenizer.
+    """The reference model in evaluation mode, and its tokenizer.
 
-    dtype: "float32" for exact comparisons, "bfloat16" for caches as they are served, 16 bits a value.
+    Parameters:
+        dtype: dtype of the weights: "float32" (default) for exact comparisons, "bfloat16" for caches of 16 bits a value, as
+            they are served.
+
+    Returns:
+        (a transformers causal LM, its tokenizer).
+
+    Raises:
+        MissingDependency: if transformers is not installed.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer

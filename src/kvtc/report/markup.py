@@ -21,8 +21,13 @@ Content = Markup | str
 
 
 def element(name: str, /, *content: Content, **attributes: object) -> Markup:
-    """An element. content: text, which is escaped, or markup. attributes: None leaves one out; of `class_` and `stroke_width` the
-    names are class and stroke-width."""
+    """An element.
+
+    Parameters:
+        name: the name of its tag.
+        content: text, which is escaped, or markup.
+        attributes: attributes; None leaves one out. `class_` and `stroke_width` stand for class and stroke-width.
+    """
     written = "".join(
         f' {attribute.rstrip("_").replace("_", "-")}="{_escape(value)}"'
         for attribute, value in attributes.items()

@@ -41,8 +41,12 @@ _PRIOR_TOKENS = 16.0
 
 @dataclass(frozen=True)
 class Profile:
-    """What is known of a model in advance. steps: [2 L] bin of each kind and layer, keys first. anchors, deltas: tables for each of
-    the 2 L H D channels."""
+    """What CacheGen knows of a model in advance.
+
+    Parameters:
+        steps: the bin of each kind and layer [2 L], keys first.
+        anchors, deltas: tables for each of the 2 L H D channels.
+    """
 
     steps: Tensor
     anchors: RansTables
@@ -51,9 +55,14 @@ class Profile:
     @classmethod
     @neutral_torch_state
     def of(cls, caches: Iterable[Any], bin_factor: float = 1.0) -> Profile:
-        """Of transformers caches of one sequence each, all of one model; `InvalidArgument` for none of more than one token.
+        """The profile of a model.
 
-        bin_factor: multiplies the published bins, as the levels do among which CacheGen chooses by bandwidth.
+        Parameters:
+            caches: transformers caches of one sequence each.
+            bin_factor: a factor for the published bins; CacheGen chooses its level among such factors by bandwidth.
+
+        Raises:
+            InvalidArgument: if no cache has more than one token.
         """
         sides = [channels for channels in map(_channels, map(_joined, caches)) if channels.shape[1] > 1]
         if not sides:

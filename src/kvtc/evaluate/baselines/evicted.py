@@ -28,9 +28,13 @@ _N_TOKENS_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class EvictedKvtc:
-    """eviction: which tokens are kept. codec: codes them; its sinks and window are those among the kept tokens.
+    """Tokens are evicted first, and kvtc codes the rest.
 
-    stream = number of tokens read, 4 bytes | kvtc stream
+        stream = number of tokens read, 4 bytes | kvtc stream
+
+    Parameters:
+        eviction: chooses the tokens that are kept.
+        codec: codes them; its sinks and window are counted among the kept tokens.
     """
 
     eviction: Eviction
@@ -53,7 +57,7 @@ class EvictedKvtc:
         return to_transformers(cache.keys[None], cache.values[None], first_layer=0)
 
     def measure(self, stream: bytes, /) -> Cost:
-        """What is kept stands for all tokens: the body are the dropped and the coded ones; all, where every kept token is exact."""
+        """The cost of a stream: its body are the evicted and the coded tokens, or all tokens if every kept token is exact."""
         n_tokens = int.from_bytes(stream[:_N_TOKENS_BYTES], "little")
         info = inspect(stream[_N_TOKENS_BYTES:])
         is_coded = info.body_tokens > 0

@@ -75,8 +75,12 @@ class Eviction(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class H2O(Eviction):
-    """recent_share: of the kept tokens, those that are kept for being recent. is_shared: one choice for all heads, by the mean of
-    what they gathered; published is a choice for each."""
+    """H2O keeps recent tokens and those that gathered most attention.
+
+    Parameters:
+        recent_share: of the kept tokens, the share that is kept for being recent.
+        is_shared: whether all heads keep the same tokens, by the mean of their attention. Published is a choice per head.
+    """
 
     recent_share: float = 0.5
     is_shared: bool = False

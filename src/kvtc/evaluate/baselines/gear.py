@@ -23,7 +23,13 @@ from .stream import BodyMethod, Header, Reader, to_bytes, to_float16
 
 @dataclass(frozen=True, kw_only=True)
 class Gear(BodyMethod):
-    """bits: of the backbone, 2 or 4. rank: of the correction of a head. outliers: share of values stored apart."""
+    """GEAR: a quantized backbone, a correction of low rank per head, and outliers.
+
+    Parameters:
+        bits: bits of the backbone, 2 or 4.
+        rank: rank of the correction of a head.
+        outliers: share of the values that is stored apart, 0 .. 1.
+    """
 
     window_tokens: int = 128
     bits: int = 2

@@ -22,7 +22,12 @@ from .stream import BodyMethod, Header, Reader, to_bytes, to_float16
 
 @dataclass(frozen=True, kw_only=True)
 class Xkv(BodyMethod):
-    """geometry: of the model, for its rotation. key_share, value_share: rank over the features of a group of layers."""
+    """xKV: groups of layers share a basis of low rank.
+
+    Parameters:
+        geometry: the geometry of the model, for its rotation.
+        key_share, value_share: rank over the number of features of a group of layers, 0 .. 1.
+    """
 
     geometry: CacheGeometry
     layers_per_group: int = 4
