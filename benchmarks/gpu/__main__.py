@@ -1,13 +1,15 @@
-"""Time of kvtc on a CUDA device by stage, and what bounds it; in pieces, each saved when it is done.
+"""Time of kvtc on a CUDA device by stage, and what bounds it; in pieces, each saved when it is
+done.
 
     python -m benchmarks.gpu                         # every piece that the result file does not hold yet
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --pieces ceilings nemo-conditional-3000 --limit-seconds 300
     python -m benchmarks.gpu --device cpu --small    # everything in miniature, to see that it runs
 
-Before anything is timed, the backend is compared with the reference backend on the same device; where they differ nothing is
-timed. Times are medians after warm-up, of a device that idles before and after; stages are bounded by CUDA events. Weights, bases
-and caches are random with measured deviations (`cases`), which is enough for time and says nothing of quality.
+Before anything is timed, the backend is compared with the reference backend on the same device;
+where they differ nothing is timed. Times are medians after warm-up, of a device that idles before
+and after; stages are bounded by CUDA events. Weights, bases and caches are random with measured
+deviations (`cases`), which is enough for time and says nothing of quality.
 """
 
 import argparse

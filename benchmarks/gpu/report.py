@@ -98,7 +98,9 @@ def _stages(pieces: Pieces) -> str:
 def ideal_seconds(
     stage: str, result: dict[str, Any], batch: dict[str, Any], bounds: dict[str, Any] | None
 ) -> float | None:
-    """What a stage takes at the ceiling that bounds it: the product alone, or the bytes it must read and write at copy speed."""
+    """What a stage takes at the ceiling that bounds it: the product alone, or the bytes it must
+    read and write at copy speed.
+    """
     if stage == "inverse product":
         return float(batch["product_alone_seconds"])
     n_tokens = batch["sequences"] * batch["tokens"]

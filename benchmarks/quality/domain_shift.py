@@ -1,10 +1,11 @@
-"""Calibrated on one domain, used on another: rate and quality of every pair of four domains, beside mixed calibrations.
+"""Calibrated on one domain, used on another: rate and quality of every pair of four domains, beside
+mixed calibrations.
 
     python -m benchmarks.quality.domain_shift --calibration-text FILE... --text enwiki.txt novels.txt docs.txt code.txt
 
---calibration-text holds documents of all domains; `calibrating.domain_of` says of which one is, and sorts the held-out files as a
-check. Each domain, and a mixture of all, is calibrated from equally many tokens; "as shipped" is the reference model's own
-calibration.
+--calibration-text holds documents of all domains; `shared.calibrations.domain_of` says of which one is, and
+sorts the held-out files as a check. Each domain, and a mixture of all, is calibrated from equally
+many tokens; "as shipped" is the reference model's own calibration.
 """
 
 import argparse

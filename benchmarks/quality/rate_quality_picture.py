@@ -1,6 +1,7 @@
-"""The first picture of the README: profiles and two baselines, from the evaluation without a window that was saved last.
+"""The first picture of the README: profiles and two baselines, from the evaluation without a window
+that was saved last.
 
-python -m benchmarks.quality.rate_quality_picture
+    python -m benchmarks.quality.rate_quality_picture
 """
 
 import argparse

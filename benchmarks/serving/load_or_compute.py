@@ -1,12 +1,15 @@
-"""From which context length on loading a prefix beats computing it, by tier, and what loading spends its time on.
+"""From which context length on loading a prefix beats computing it, by tier, and what loading
+spends its time on.
 
     python -m benchmarks.serving.load_or_compute --text FILE [--lengths 256 512 1024 2048 4000] [--stores memory file redis s3]
 
-Servers of Redis and S3 (moto) are started for the run. `tiered` is memory over files over Redis: once the prefix is in memory, and
-`tiered, cold` where it is in Redis alone and is copied into the others. Every length is measured `--repeats` times, computing and
-loading from every store in turns; medians, and the median of how many times as long computing took. Shares of loading: fetching,
-which counts while nothing else goes on (chunks are fetched while others are decoded), entropy decoding and dequantizing, the
-inverse transform, and the rest (rotation, putting together). `--redraw` draws the picture of the saved results again.
+Servers of Redis and S3 (moto) are started for the run. `tiered` is memory over files over Redis:
+once the prefix is in memory, and `tiered, cold` where it is in Redis alone and is copied into the
+others. Every length is measured `--repeats` times, computing and loading from every store in turns;
+medians, and the median of how many times as long computing took. Shares of loading: fetching, which
+counts while nothing else goes on (chunks are fetched while others are decoded), entropy decoding
+and dequantizing, the inverse transform, and the rest (rotation, putting together). `--redraw` draws
+the picture of the saved results again.
 """
 
 import argparse
@@ -116,7 +119,9 @@ def load(prefixes: kvtc.PrefixCache, ids, compute: float) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds that the thread which made it spends in stages; a call inside of another is part of that."""
+    """Seconds that the thread which made it spends in stages; a call inside of another is part of
+    that.
+    """
 
     def __init__(self) -> None:
         self.spent = dict.fromkeys(STAGES, 0.0)

@@ -1,11 +1,13 @@
-"""Conversations that pause between turns: the cache is computed again, held as it is, or stored by the prefix cache.
+"""Conversations that pause between turns: the cache is computed again, held as it is, or stored by
+the prefix cache.
 
     python -m benchmarks.serving.multi_turn --text FILE... [--turns 6] [--turn-tokens 480] [--answer-tokens 32] [--ratio 32]
 
-Every turn adds held-out text and an answer that the model gives to the exact cache; all policies see the same tokens. Time to the
-first token is what a user waits for: computing or fetching the cache, and reading the new turn. Saving happens while the user
-types, so it is listed apart. Quality: KL of the answer's predictions against those from the recomputed cache. `--redraw` draws the
-plot of the saved results again.
+Every turn adds held-out text and an answer that the model gives to the exact cache; all policies
+see the same tokens. Time to the first token is what a user waits for: computing or fetching the
+cache, and reading the new turn. Saving happens while the user types, so it is listed apart.
+Quality: KL of the answer's predictions against those from the recomputed cache. `--redraw` draws
+the plot of the saved results again.
 """
 
 import argparse

@@ -1,9 +1,11 @@
-"""One document stored once, many questions about it: computed again for each, or loaded from the prefix cache.
+"""One document stored once, many questions about it: computed again for each, or loaded from the
+prefix cache.
 
     python -m benchmarks.serving.shared_document --text FILE... [--document-tokens 940] [--documents 6] [--store URL]
 
-Documents are records and running text with facts in them; questions have answers that are right or wrong to the last token. The
-reference model finds facts in contexts of about 1 000 tokens; --document-tokens up to 3 900 shows time and bytes of longer ones.
+Documents are records and running text with facts in them; questions have answers that are right or
+wrong to the last token. The reference model finds facts in contexts of about 1 000 tokens;
+--document-tokens up to 3 900 shows time and bytes of longer ones.
 """
 
 import argparse
@@ -55,7 +57,9 @@ def main() -> None:
 
 
 def ask(model, prefixes, document: torch.Tensor, question) -> dict:
-    """One question both ways: seconds to the first token, whether the whole answer is right, and the KL of its tokens."""
+    """One question both ways: seconds to the first token, whether the whole answer is right, and
+    the KL of its tokens.
+    """
     ids, answer = torch.cat([document, torch.tensor(question.prompt)]), torch.tensor(question.answer)
     exact, cache, recompute = first_token(model, ids, None)
     expected = torch.cat([exact[None], follow(model, cache, answer[:-1])])

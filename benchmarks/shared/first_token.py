@@ -19,7 +19,9 @@ IMAGES = Path("docs/images")
 
 
 def add_codec_arguments(parser: argparse.ArgumentParser, draws: bool = False) -> None:
-    """Options of model and codec. draws: the program draws its saved results, for which it needs no text."""
+    """Options of model and codec. draws: the program draws its saved results, for which it needs no
+    text.
+    """
     parser.add_argument("--text", type=Path, nargs="+", required=not draws, help="held-out text files")
     if draws:
         parser.add_argument("--redraw", action="store_true", help="only draw the saved results again")
@@ -50,7 +52,9 @@ def start(options: argparse.Namespace) -> tuple[Any, Any, kvtc.Codec]:
 
 
 def token_ids(tokenizer: Any, path: Path, share: float, n: int) -> Tensor:
-    """n token ids [n] of a text file, from a share 0 .. 1 of its length on, with the token that begins a text."""
+    """n token ids [n] of a text file, from a share 0 .. 1 of its length on, with the token that
+    begins a text.
+    """
     text = path.read_text(encoding="utf-8")
     start = int(share * len(text))
     ids = tokenizer(text[start : start + 12 * n], add_special_tokens=False).input_ids
@@ -58,7 +62,8 @@ def token_ids(tokenizer: Any, path: Path, share: float, n: int) -> Tensor:
 
 
 def first_token(model: Any, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any, float]:
-    """Feed what of ids [T] a cache lacks: log-probabilities [vocabulary] of the next token, the cache now, seconds.
+    """Feed what of ids [T] a cache lacks: log-probabilities [vocabulary] of the next token, the
+    cache now, seconds.
 
     The cache grows by what is fed.
     """
@@ -71,7 +76,9 @@ def first_token(model: Any, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any
 
 
 def answer(model: Any, log_probabilities: Tensor, cache: Any, n: int) -> Tensor:
-    """n tokens [n], the likeliest each time, the first by log_probabilities; the cache grows by n - 1."""
+    """n tokens [n], the likeliest each time, the first by log_probabilities; the cache grows by n -
+    1.
+    """
     found = [log_probabilities.argmax()]
     for _ in range(n - 1):
         with torch.no_grad():

@@ -1,8 +1,9 @@
 """The command `kvtc`: subcommands, and how they end.
 
-Results go to stdout, as text or with --json as one JSON object; progress and logs go to stderr. Exit codes: 0 done, 1 failed (the
-last line on stderr says why), 2 wrong usage, 130 interrupted. Importing this package costs nothing: what a subcommand needs is
-imported when it runs, inside of its functions.
+Results go to stdout, as text or with --json as one JSON object; progress and logs go to stderr.
+Exit codes: 0 done, 1 failed (the last line on stderr says why), 2 wrong usage, 130 interrupted.
+Importing this package costs nothing: what a subcommand needs is imported when it runs, inside of
+its functions.
 """
 
 from __future__ import annotations

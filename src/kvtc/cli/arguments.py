@@ -1,4 +1,6 @@
-"""What several subcommands share: options, their types, and checks of paths before any work is done."""
+"""What several subcommands share: options, their types, and checks of paths before any work is
+done.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ MODEL_HELP = "directory or hub name of a transformers model; 'reference' is the 
 def add_subcommand(
     subcommands: Any, common: argparse.ArgumentParser, name: str, run: Any, summary: str, details: str = ""
 ) -> Any:
-    """A subcommand with the options of all subcommands; `run` gets the parsed options and returns an `Outcome`."""
+    """A subcommand with the options of all subcommands; `run` gets the parsed options and returns
+    an `Outcome`.
+    """
     parser = subcommands.add_parser(
         name,
         parents=[common],
@@ -65,7 +69,9 @@ def positive(text: str) -> int:
 
 
 def check_output(path: Path, force: bool, suffix: str = "") -> None:
-    """Raise `InvalidArgument` before any work is done if the output cannot be written there, or has another suffix."""
+    """Raise `InvalidArgument` before any work is done if the output cannot be written there, or has
+    another suffix.
+    """
     if not path.name.endswith(suffix):
         raise InvalidArgument(f"{path} must end in {suffix}")
     if path.is_dir():
@@ -85,14 +91,18 @@ def check_readable(paths: Iterable[Path]) -> None:
 
 
 def check_directory(path: Path) -> None:
-    """Raise `InvalidArgument` before any work is done if a directory cannot be used or made there. None is made yet."""
+    """Raise `InvalidArgument` before any work is done if a directory cannot be used or made there.
+    None is made yet.
+    """
     nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InvalidArgument(f"{nearest} is no directory that could be written to")
 
 
 def read_stream(path: Path) -> bytes:
-    """The bytes of a stream; only the first of a file that begins otherwise: enough to say what is wrong."""
+    """The bytes of a stream; only the first of a file that begins otherwise: enough to say what is
+    wrong.
+    """
     from ..container import MAGIC
 
     with path.open("rb") as file:

@@ -1,4 +1,6 @@
-"""The subcommand `doctor`: what this installation can do, and why it cannot do the rest. Nothing of it needs a network."""
+"""The subcommand `doctor`: what this installation can do, and why it cannot do the rest. Nothing of
+it needs a network.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ _TOKENS = 8
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """A device, the backend that `auto` takes for it and why; why_not: what a cache coded and decoded there ran into."""
+    """A device, the backend that `auto` takes for it and why; why_not: what a cache coded and
+    decoded there ran into.
+    """
 
     device: str
     name: str
@@ -212,7 +216,9 @@ def _check_reference_calibration() -> None:
 
 
 def _reference_facts() -> dict[str, Any] | None:
-    """The fingerprint of the calibration that ships, and its profiles; None where it cannot be read."""
+    """The fingerprint of the calibration that ships, and its profiles; None where it cannot be
+    read.
+    """
     from ..reference import reference_calibration
 
     if _reason(reference_calibration) is not None:

@@ -22,7 +22,9 @@ def open_model(options: argparse.Namespace, n_tokens: int, what: str) -> tuple[A
 
 
 def load_model(name: str, device: str, dtype: str = "auto") -> Any:
-    """A causal language model on a device, in evaluation mode. dtype: "auto" is the precision of its weights."""
+    """A causal language model on a device, in evaluation mode. dtype: "auto" is the precision of
+    its weights.
+    """
     from ..coding.device import usable_device
 
     usable_device(device)
@@ -51,7 +53,9 @@ def load_tokenizer(name: str) -> Any:
 
 
 def find_calibration(options: argparse.Namespace) -> Calibration:
-    """The calibration that --calibration names; with the reference model, the one that ships with it."""
+    """The calibration that --calibration names; with the reference model, the one that ships with
+    it.
+    """
     from ..calibration import load_calibration
     from ..reference import reference_calibration
 

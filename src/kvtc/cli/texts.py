@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def documents(paths: Sequence[Path]) -> Iterator[str]:
-    """The documents of text files, one of each in turn, read as they are needed: whoever stops early has seen every file."""
+    """The documents of text files, one of each in turn, read as they are needed: whoever stops
+    early has seen every file.
+    """
     readers = [_documents_of(path) for path in paths]
     while readers:
         going = []
@@ -70,7 +72,9 @@ def text_ids(options: argparse.Namespace, path: Path, tokenizer: Any) -> Tensor:
 
 
 def token_ids_of(path: Path, tokenizer: Any) -> Any:
-    """A text file as one sequence: ids [T] int64, the tokenizer's first token (bos) included if it has one."""
+    """A text file as one sequence: ids [T] int64, the tokenizer's first token (bos) included if it
+    has one.
+    """
     import torch
 
     text = read_text(path)

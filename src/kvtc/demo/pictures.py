@@ -14,11 +14,14 @@ from ..report.parts import Chart, Point
 
 BITS_OF_ORIGINAL = 16
 NOISE = 1e-6
-"""Past the numerical rank the fit finds noise around zero: variances below this share of the largest are not shown."""
+"""Past the numerical rank the fit finds noise around zero: variances below this share of the
+largest are not shown.
+"""
 
 
 def spectrum(calibration: Calibration, rate_target: RateTarget) -> list[Chart]:
-    """Two charts: the variance of every coefficient, and the bits that the profile `paper` gives it.
+    """Two charts: the variance of every coefficient, and the bits that the profile `paper` gives
+    it.
 
     Parameters:
         calibration: of the model whose caches are coded.

@@ -1,4 +1,6 @@
-"""What `kvtc demo` does: prefill, store, restore, go on, and measure; `report.py` puts it into words."""
+"""What `kvtc demo` does: prefill, store, restore, go on, and measure; `report.py` puts it into
+words.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class Conversation:
 
     @property
     def cached(self) -> Tensor:
-        """[T - 1]: all tokens read but the last, which is fed to the model again to get its prediction."""
+        """[T - 1]: all tokens read but the last, which is fed to the model again to get its
+        prediction.
+        """
         return self.read[:-1]
 
 

@@ -1,4 +1,6 @@
-"""Figures that follow from a sweep: how many times fewer bytes at the same quality, and how small a cache may get."""
+"""Figures that follow from a sweep: how many times fewer bytes at the same quality, and how small a
+cache may get.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,10 @@ class FewerBytes:
         at: the name of the point.
         kl: the KL of the point, in nats.
         series: the series that is compared with it.
-        body_factor, total_factor: times fewer bytes for the coded tokens, and for all tokens. Below 1 the series needs
-            more. None: the KL of the series is never as low.
-        is_bound: whether the series is better even at its highest measured ratio, so that the factors are lower bounds.
+        body_factor, total_factor: times fewer bytes for the coded tokens, and for all tokens. Below
+            1 the series needs more. None: the KL of the series is never as low.
+        is_bound: whether the series is better even at its highest measured ratio, so that the
+            factors are lower bounds.
     """
 
     at: str
@@ -43,13 +46,15 @@ class FewerBytes:
 
 @dataclass(frozen=True)
 class WithinAPoint:
-    """The highest measured ratio at which a series stays within one point (0.01) of the exact cache.
+    """The highest measured ratio at which a series stays within one point (0.01) of the exact
+    cache.
 
     The same must be true at all lower ratios.
 
     Parameters:
         task: the name of the task, or "mean of tasks".
-        setting: the setting of the method. None, like the ratios, if not even the lowest ratio is within one point.
+        setting: the setting of the method. None, like the ratios, if not even the lowest ratio is
+            within one point.
         is_bound: whether no higher ratio was measured.
     """
 
@@ -63,9 +68,11 @@ class WithinAPoint:
 
 
 def ratio_at_kl(curve: Curve, kl: float) -> tuple[float | None, bool]:
-    """The highest ratio at which a curve has no higher KL than `kl`, and whether this is only a lower bound.
+    """The highest ratio at which a curve has no higher KL than `kl`, and whether this is only a
+    lower bound.
 
-    Between measured points the curve is a straight line on a log-log scale; it is not continued beyond its ends.
+    Between measured points the curve is a straight line on a log-log scale; it is not continued
+    beyond its ends.
 
     Parameters:
         curve: points (ratio, KL in nats).
@@ -87,7 +94,9 @@ def ratio_at_kl(curve: Curve, kl: float) -> tuple[float | None, bool]:
 def fewer_bytes(
     qualities: Mapping[int, Sequence[Quality]], series: Sequence[str] = tuple(PROFILES)
 ) -> list[FewerBytes]:
-    """Each of `series` against every point of every other that is not lossless; qualities by window."""
+    """Each of `series` against every point of every other that is not lossless; qualities by
+    window.
+    """
     found = []
     for window, measured in qualities.items():
         curves = {name: [quality for quality in measured if split_name(quality.name)[0] == name] for name in series}

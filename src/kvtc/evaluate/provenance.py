@@ -31,7 +31,8 @@ _ABSOLUTE = re.compile(r"(?<![^=,])/[^=,]*")
 class Provenance:
     """Where the numbers of one run come from.
 
-    `commit` is None outside of a checkout of kvtc, and ends in "+changes" where tracked files of the package differ from it.
+    `commit` is None outside of a checkout of kvtc, and ends in "+changes" where tracked files of
+    the package differ from it.
     """
 
     date: str
@@ -70,7 +71,8 @@ class Provenance:
 
 
 def save_result(name: str, result: Mapping[str, Any], directory: Path = RESULTS_DIRECTORY) -> Path:
-    """Write a result and its provenance to `directory`/`name`.json, in place of an older one, and return the path.
+    """Write a result and its provenance to `directory`/`name`.json, in place of an older one, and
+    return the path.
 
     Parameters:
         name: the name of the file without its suffix.
@@ -99,7 +101,9 @@ def _program() -> list[str]:
 
 
 def _public(word: str) -> str:
-    """A word of a command without passwords, and of absolute paths the name alone: where a file lay is nobody's business."""
+    """A word of a command without passwords, and of absolute paths the name alone: where a file lay
+    is nobody's business.
+    """
     return _ABSOLUTE.sub(lambda path: Path(path[0]).name, without_credentials(word))
 
 

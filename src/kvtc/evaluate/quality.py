@@ -1,9 +1,12 @@
-"""Quality of a restored cache: the model reads on from it, and from the exact cache, and the predictions are compared.
+"""Quality of a restored cache: the model reads on from it, and from the exact cache, and the
+predictions are compared.
 
-Which predictions. A text of T tokens is cut before its last n + 1. The first T - n - 1 tokens are prefilled; that cache is coded
-and restored. Then tokens T-n-1 .. T-2 are fed on top of the exact and of the restored cache, in one pass each: their n
-predictions are those of the last n tokens of the text, every one of them made by looking at the cache. All three metrics are
-means over exactly these n predictions. The text is fed as it is written (teacher forcing), so that errors do not accumulate.
+Which predictions. A text of T tokens is cut before its last n + 1. The first T - n - 1 tokens are
+prefilled; that cache is coded and restored. Then tokens T-n-1 .. T-2 are fed on top of the exact
+and of the restored cache, in one pass each: their n predictions are those of the last n tokens of
+the text, every one of them made by looking at the cache. All three metrics are means over exactly
+these n predictions. The text is fed as it is written (teacher forcing), so that errors do not
+accumulate.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class Quality:
         kl: mean KL(exact || restored) of the next-token distributions, in nats.
         top1_agreement: share of predictions with the same most likely token, 0 .. 1.
         perplexity, perplexity_exact: of the text from the restored cache, and from the exact one.
-        prefill_seconds, encode_seconds, decode_seconds: times of one text, medians over the repeats.
+        prefill_seconds, encode_seconds, decode_seconds: times of one text, medians over the
+            repeats.
     """
 
     name: str
@@ -76,7 +80,8 @@ def evaluate_continuation(
         token_ids: the ids [T] of the text.
         methods: methods or codecs by name.
         n_continuation: number of predictions to compare.
-        repeats: how many times prefill, encode and decode are timed. From 2 on there is a warm-up run.
+        repeats: how many times prefill, encode and decode are timed. From 2 on there is a warm-up
+            run.
         advance: called after each method.
 
     Raises:
@@ -110,8 +115,8 @@ def evaluate_continuation(
 def summarize(qualities: Sequence[Quality]) -> Quality:
     """The quality of one method over several texts.
 
-    Counts, bytes and seconds are sums, and ratios are computed from the sums. KL, agreement and log-perplexity are means over
-    all predictions.
+    Counts, bytes and seconds are sums, and ratios are computed from the sums. KL, agreement and
+    log-perplexity are means over all predictions.
     """
     names = {quality.name for quality in qualities}
     if len(names) != 1:

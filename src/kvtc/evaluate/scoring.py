@@ -34,8 +34,10 @@ class TaskScore:
         tokens: share of answer tokens that are right, 0 .. 1.
         n_contexts, n_questions: how many were measured.
         kl: mean KL(exact cache || restored) over the tokens of the answers, in nats.
-        body_ratio, total_ratio: as in `kvtc.StreamInfo`, bytes summed over the contexts; None for the exact cache.
-        by_depth: `exact` for answers in each quarter of the context, the first quarter first; None where no answer lies.
+        body_ratio, total_ratio: as in `kvtc.StreamInfo`, bytes summed over the contexts; None for
+            the exact cache.
+        by_depth: `exact` for answers in each quarter of the context, the first quarter first; None
+            where no answer lies.
     """
 
     task: str
@@ -110,7 +112,8 @@ def score_task(
 ) -> list[TaskScore]:
     """Scores of the exact cache and of each method on the same examples, in this order.
 
-    Each context is prefilled once. Each method codes and restores that cache, and every question follows it.
+    Each context is prefilled once. Each method codes and restores that cache, and every question
+    follows it.
 
     Parameters:
         model: a transformers causal LM.
@@ -147,8 +150,9 @@ def score_task(
 def bits_per_byte(model: Any, tokenizer: Any, text: str, n_tokens: int, n_windows: int) -> float:
     """The cost of a text under the model, in bits per byte of its UTF-8 form.
 
-    It is measured on `n_windows` evenly spaced windows of `n_tokens` tokens. Each begins with the token for the beginning of a
-    text, and all its tokens are counted (but the first, if the tokenizer has no such token).
+    It is measured on `n_windows` evenly spaced windows of `n_tokens` tokens. Each begins with the
+    token for the beginning of a text, and all its tokens are counted (but the first, if the
+    tokenizer has no such token).
     """
     first = _beginning(tokenizer.bos_token_id)
     nats, n_bytes = 0.0, 0
@@ -168,7 +172,9 @@ def _beginning(bos_token_id: int | None) -> list[int]:
 
 
 def _answer(model: Any, cache: Any, n_read: int, question: tasks.Question) -> torch.Tensor:
-    """Log-probabilities [n, vocabulary] of the answer's n tokens, each given those before it and a context of n_read tokens."""
+    """Log-probabilities [n, vocabulary] of the answer's n tokens, each given those before it and a
+    context of n_read tokens.
+    """
     fed = torch.tensor([*question.prompt, *question.answer[:-1]], device=model.device)
     return predict(model, cache, fed, first_position=n_read)[-len(question.answer) :]
 

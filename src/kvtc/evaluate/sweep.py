@@ -1,4 +1,5 @@
-"""A sweep: profiles of kvtc and their baselines over ratios and windows, on text, on tasks and in multi-turn use, in one result.
+"""A sweep: profiles of kvtc and their baselines over ratios and windows, on text, on tasks and in
+multi-turn use, in one result.
 
 `kvtc evaluate` is this on the command line; the result is of the kind "evaluation" (`schema`).
 """
@@ -38,7 +39,8 @@ class Methods:
         profiles, ratios: profiles of kvtc, each at each ratio.
         windows: last tokens kept exactly; each window is a part of the sweep of its own.
         baselines: names of series in `baselines`; None: all.
-        evicted: for each n, TOVA keeps 1 / n of the tokens and the last profile codes them at every ratio.
+        evicted: for each n, TOVA keeps 1 / n of the tokens and the last profile codes them at every
+            ratio.
     """
 
     profiles: Sequence[str] = ("paper", "joint", "conditional")
@@ -93,7 +95,8 @@ class Sweep:
         turns: (tokens of a turn, number of turns) of multi-turn use.
         n_bits_windows: windows of 1 024 tokens per file for bits per byte; 0: none.
         profile_files: text on which CacheGen is profiled.
-        on_texts: whether the texts themselves are measured; otherwise they only serve to make tasks.
+        on_texts: whether the texts themselves are measured; otherwise they only serve to make
+            tasks.
     """
 
     methods: Methods = field(default_factory=Methods)
@@ -113,7 +116,8 @@ def run_sweep(
 
     Parameters:
         model, tokenizer: of transformers.
-        calibration: the calibration of the model. None: only the exact cache is measured, on tasks and for bits per byte.
+        calibration: the calibration of the model. None: only the exact cache is measured, on tasks
+            and for bits per byte.
         sweep: what to measure.
         model_name: the name of the model in the result.
 
@@ -121,7 +125,8 @@ def run_sweep(
         A result of the kind "evaluation".
 
     Raises:
-        InvalidArgument: if a baseline, task or text does not exist, or a text is too short. Encoding raises what it raises.
+        InvalidArgument: if a baseline, task or text does not exist, or a text is too short.
+            Encoding raises what it raises.
     """
     running = [path.read_text(encoding="utf-8") for path in sweep.texts.files]
     result: dict[str, Any] = {
@@ -148,7 +153,9 @@ def run_sweep(
 def methods_of(
     calibration: Calibration, methods: Methods, window_tokens: int, profile_caches: Sequence[Any] = ()
 ) -> dict[str, Method]:
-    """Every method by name, for one window. Raises `InvalidArgument` for baselines that are not known."""
+    """Every method by name, for one window. Raises `InvalidArgument` for baselines that are not
+    known.
+    """
     found: dict[str, Method] = {}
     if methods.baselines is None or methods.baselines:
         known = baselines(calibration.geometry, window_tokens, profile_caches)
@@ -179,7 +186,9 @@ def _is_of(series: str, name: str) -> bool:
 
 
 def stretches(tokenizer: Any, texts: Texts, files: Sequence[Path]) -> Iterator[Tensor]:
-    """Token ids [n_tokens] of evenly spaced stretches of each file, each with the token that begins a text, if there is one."""
+    """Token ids [n_tokens] of evenly spaced stretches of each file, each with the token that begins
+    a text, if there is one.
+    """
     first = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     for file in files:
         text = file.read_text(encoding="utf-8")
@@ -230,7 +239,9 @@ def _turns(
     turn_tokens: int,
     n_turns: int,
 ) -> list[TurnRecord]:
-    """All methods that can be used again and again. A window shrinks by a turn when it is coded, and grows to its size again."""
+    """All methods that can be used again and again. A window shrinks by a turn when it is coded,
+    and grows to its size again.
+    """
     after = max(0, window - turn_tokens)
     methods = {
         name: method

@@ -1,11 +1,14 @@
-"""Tasks that can only be answered by looking at the cache: records, needles, variables, frequent words, copied passages.
+"""Tasks that can only be answered by looking at the cache: records, needles, variables, frequent
+words, copied passages.
 
-One generator serves evaluation and the training of the reference model. They can never meet: every key, value, name and word of
-a task is drawn from one of two disjoint parts of all strings (`is_held_out`), and running text is the caller's.
+One generator serves evaluation and the training of the reference model. They can never meet: every
+key, value, name and word of a task is drawn from one of two disjoint parts of all strings
+(`is_held_out`), and running text is the caller's.
 
-A task is a context, and questions that are each asked on top of the same context: the context is prefilled and coded once, and
-every question is answered from the same restored cache. An answer is right if each of its tokens is the most likely one after
-those before it, which is the same as greedy generation giving exactly this answer.
+A task is a context, and questions that are each asked on top of the same context: the context is
+prefilled and coded once, and every question is answered from the same restored cache. An answer is
+right if each of its tokens is the most likely one after those before it, which is the same as
+greedy generation giving exactly this answer.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from ..errors import InvalidArgument
 Encode = Callable[[str], list[int]]
 
 LATEST = 132
-"""Tokens at the end of a context in which nothing asked for is hidden: a codec's exact window would answer for the coded part."""
+"""Tokens at the end of a context in which nothing asked for is hidden: a codec's exact window would
+answer for the coded part.
+"""
 
 HELD_OUT_OF = 8
 LETTERS = string.ascii_uppercase
@@ -46,19 +51,24 @@ class Question:
 
 @dataclass(frozen=True)
 class Example:
-    """One context of token ids (without a token for the beginning of a text) and the questions asked on top of it."""
+    """One context of token ids (without a token for the beginning of a text) and the questions
+    asked on top of it.
+    """
 
     context: list[int]
     questions: list[Question]
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a string is kept for evaluation: one in eight, by its CRC-32, so that no list has to be agreed upon."""
+    """Whether a string is kept for evaluation: one in eight, by its CRC-32, so that no list has to
+    be agreed upon.
+    """
     return zlib.crc32(text.encode()) % HELD_OUT_OF == 0
 
 
 class Source:
-    """What tasks are made of: random strings, words and running text, for evaluation or for training.
+    """What tasks are made of: random strings, words and running text, for evaluation or for
+    training.
 
     Parameters:
         encode: text -> token ids, with nothing added.
@@ -200,8 +210,8 @@ def ask_records(
     """Records that fit in n_tokens, and questions about some of them.
 
     Parameters:
-        asked: index of the only record that is asked for; it stays as deep in the context as it was. None: the first records
-            are kept, and questions are drawn from all but the latest.
+        asked: index of the only record that is asked for; it stays as deep in the context as it
+            was. None: the first records are kept, and questions are drawn from all but the latest.
     """
     opening, closing = list(encode(layout.opening.format())), list(encode(layout.closing.format()))
     separator = list(encode(layout.separator))
@@ -248,7 +258,9 @@ NEEDLES = (
 
 
 def needles(source: Source, n_tokens: int, n_questions: int, template: int | None = None) -> tuple[Example, str]:
-    """n_questions facts hidden in running text at even depths, each with a question: (example, text after an answer)."""
+    """n_questions facts hidden in running text at even depths, each with a question: (example, text
+    after an answer).
+    """
     rng = source.rng
     fact, ask, answer = NEEDLES[rng.randrange(len(NEEDLES)) if template is None else template]
     facts = [(key, source.number()) for key in source.distinct(source.word, n_questions)]
@@ -266,10 +278,11 @@ def needles(source: Source, n_tokens: int, n_questions: int, template: int | Non
 
 
 def variables(source: Source, n_tokens: int, n_questions: int, n_chains: int = 4) -> tuple[Example, str]:
-    """Chains of assignments (QX = 317, TB = QX, ...) in running text, n_chains interleaved: (example, text after an answer).
+    """Chains of assignments (QX = 317, TB = QX, ...) in running text, n_chains interleaved:
+    (example, text after an answer).
 
-    A question names a value; its answer lists the variables of the chain in order. If there are more questions than chains,
-    the others ask for the value of a variable.
+    A question names a value; its answer lists the variables of the chain in order. If there are
+    more questions than chains, the others ask for the value of a variable.
     """
     rng = source.rng
     names = source.distinct(source.name, n_chains * (N_HOPS + 1))
@@ -293,7 +306,9 @@ def variables(source: Source, n_tokens: int, n_questions: int, n_chains: int = 4
 
 
 def frequent_words(source: Source, n_tokens: int) -> tuple[Example, str]:
-    """A list of words, three of them far more often than the others; (example, text after an answer)."""
+    """A list of words, three of them far more often than the others; (example, text after an
+    answer).
+    """
     rng = source.rng
     words = source.distinct(source.word, 20)
     frequent, rare = words[:3], words[3:]
@@ -306,7 +321,9 @@ def frequent_words(source: Source, n_tokens: int) -> tuple[Example, str]:
 
 
 def passages(source: Source, n_tokens: int, n_questions: int) -> Example:
-    """Running text; a question is the beginning of one of its passages, and the answer is the rest of that passage."""
+    """Running text; a question is the beginning of one of its passages, and the answer is the rest
+    of that passage.
+    """
     context = source.passage(n_tokens)
     last = len(context) - LATEST - COPY_CUE - COPY_LENGTH
     prompt = list(source.encode("\n\n"))
@@ -321,7 +338,9 @@ def passages(source: Source, n_tokens: int, n_questions: int) -> Example:
 def key_value_retrieval(
     path: str | Path, encode: Encode, n_tokens: int, n_examples: int, seed: int = 0
 ) -> list[Example]:
-    """Examples of "Lost in the Middle" (jsonl.gz, 75 or 140 records of UUIDs), each cut to the records that fit in n_tokens."""
+    """Examples of "Lost in the Middle" (jsonl.gz, 75 or 140 records of UUIDs), each cut to the
+    records that fit in n_tokens.
+    """
     rng = random.Random(seed)
     examples: list[Example] = []
     with gzip.open(path, "rt", encoding="utf-8") as lines:
@@ -336,7 +355,9 @@ def key_value_retrieval(
 
 
 def _hide(source: Source, inserts: Sequence[Sequence[int]], n_tokens: int) -> tuple[list[int], list[int]]:
-    """Running text with inserts spread over all but its end, n_tokens in all; and where each insert ends."""
+    """Running text with inserts spread over all but its end, n_tokens in all; and where each insert
+    ends.
+    """
     n_text = max(n_tokens - sum(map(len, inserts)), 0)
     text = source.passage(n_text)
     usable = max(n_text - LATEST, n_text // 2)

@@ -19,8 +19,9 @@ ACTIVITIES = ("load", "decode_cache", "prefill", "answer", "encode_cache")
 class Request:
     """One turn and its times.
 
-    `hit_tier` and `hit_tokens` say where most of the prompt was found; `source` is a tier to read from, and `preloaded` the
-    tokens that were already read. `engine_seconds` is the engine's time for it by activity; a decode step is shared by its batch.
+    `hit_tier` and `hit_tokens` say where most of the prompt was found; `source` is a tier to read
+    from, and `preloaded` the tokens that were already read. `engine_seconds` is the engine's time
+    for it by activity; a decode step is shared by its batch.
     """
 
     conversation: int

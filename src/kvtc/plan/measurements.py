@@ -6,8 +6,9 @@
                  "fit": {"kind": "fitted", "publication": "..."}},
      "numbers": {"engine.decode_step_seconds": {"value": 0.005, "source": "fit", "note": "how it was found"}, ...}}
 
-`measured` here, `quoted` from a publication as it stands there, or `fitted`: computed so that the simulation meets published
-figures; a fitted number says in its note which. NAMES lists what there is, with units.
+`measured` here, `quoted` from a publication as it stands there, or `fitted`: computed so that the
+simulation meets published figures; a fitted number says in its note which. NAMES lists what there
+is, with units.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Source:
 
 
 class Measurements:
-    """A checked measurement file. `used` holds the numbers that were asked for; the report lists them with their sources."""
+    """A checked measurement file. `used` holds the numbers that were asked for; the report lists
+    them with their sources.
+    """
 
     def __init__(self, numbers: Mapping[str, Measurement], sources: Mapping[str, Source], where: str) -> None:
         self.numbers, self.sources, self.where = numbers, sources, where

@@ -1,4 +1,6 @@
-"""A plan file, and what comes out of it: each policy simulated at each value of the sweep, with every number's source."""
+"""A plan file, and what comes out of it: each policy simulated at each value of the sweep, with
+every number's source.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Published:
         source: the publication.
         values: values of the sweep.
         seconds: the figure at each of the values.
-        fitted: values at which numbers of the measurement file were fitted to the figure; agreement there proves nothing.
+        fitted: values at which numbers of the measurement file were fitted to the figure; agreement
+            there proves nothing.
     """
 
     policy: str
@@ -47,7 +50,9 @@ class Published:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan file, read and checked. The sweep is a field of the workload and its values; ("", [None]) if there is none."""
+    """A plan file, read and checked. The sweep is a field of the workload and its values; ("",
+    [None]) if there is none.
+    """
 
     description: str
     fleet: Fleet
@@ -190,7 +195,9 @@ def _run(plan: Plan, policy: Policy, workload: Workload) -> dict[str, Any]:
 
 
 def _cost(plan: Plan, engines: Sequence[Engine], gpu_seconds: float, seconds: float) -> float | None:
-    """Of GPUs and tiers as they stand there, used or not; a tier without limit costs what it held at most. None without prices."""
+    """Of GPUs and tiers as they stand there, used or not; a tier without limit costs what it held
+    at most. None without prices.
+    """
     gpu_hour = plan.measurements.optional("price.gpu_hour")
     if gpu_hour is None:
         return None

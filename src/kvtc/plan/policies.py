@@ -1,8 +1,8 @@
-"""The four things that can be done with a cache between turns, each as engines that a simulation can run.
+"""The four things that can be done with a cache between turns, each as engines that a simulation
+can run.
 
-recompute      nothing is kept; every prompt is prefilled from its first token
-hold           what fits into GPU memory stays there
-offload raw    as hold, and a copy goes to the tiers below as it is
+recompute      nothing is kept; every prompt is prefilled from its first token hold           what
+fits into GPU memory stays there offload raw    as hold, and a copy goes to the tiers below as it is
 offload CODEC  as hold, and an encoded copy goes to the tiers below
 """
 
@@ -64,7 +64,9 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class TierPlan:
-    """A tier below the GPU. `capacity_bytes` is that of each engine's tier, or of the shared one; infinite without a limit."""
+    """A tier below the GPU. `capacity_bytes` is that of each engine's tier, or of the shared one;
+    infinite without a limit.
+    """
 
     name: str
     capacity_bytes: float

@@ -101,11 +101,13 @@ def _numbers(result: Mapping[str, Any]) -> str:
 
 
 def plot_plan(result: Mapping[str, Any], published: Sequence[Published], path: str | Path) -> None:
-    """Draw mean time to first token and mean latency against the sweep, a line a policy, beside published figures.
+    """Draw mean time to first token and mean latency against the sweep, a line a policy, beside
+    published figures.
 
     Parameters:
         result: what `run_plan` returned.
-        published: figures to draw as marks: filled where the plan's numbers were fitted to them, hollow elsewhere.
+        published: figures to draw as marks: filled where the plan's numbers were fitted to them,
+            hollow elsewhere.
         path: the SVG file to write.
 
     Raises:

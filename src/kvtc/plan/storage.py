@@ -1,7 +1,8 @@
-"""Where caches lie between turns: tiers with byte budgets, least recently used out first, and the links to them.
+"""Where caches lie between turns: tiers with byte budgets, least recently used out first, and the
+links to them.
 
-A tier keeps, for each conversation, how many of its first tokens it holds. The GPU's own tier holds them raw; the tiers below hold
-them raw or encoded, and what one of them drops moves to the next.
+A tier keeps, for each conversation, how many of its first tokens it holds. The GPU's own tier holds
+them raw; the tiers below hold them raw or encoded, and what one of them drops moves to the next.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ class LinkedTier:
     _written_at: dict[int, float] = field(default_factory=dict)
 
     def read(self, now: float, conversation: int, n_tokens: int) -> float:
-        """Read the first tokens of a conversation, once they are written; returns when that is done."""
+        """Read the first tokens of a conversation, once they are written; returns when that is
+        done.
+        """
         return self.reading.transfer(max(now, self._written_at[conversation]), self.tier.stored_bytes(n_tokens))
 
     def write(self, now: float, conversation: int, n_tokens: int, known_tokens: int) -> None:
@@ -115,7 +118,9 @@ class LinkedTier:
 
 @dataclass
 class Hierarchy:
-    """The tiers below the GPU, fastest first. A conversation lies in one of them; using it moves it to the first."""
+    """The tiers below the GPU, fastest first. A conversation lies in one of them; using it moves it
+    to the first.
+    """
 
     tiers: Sequence[LinkedTier]
 
@@ -127,7 +132,9 @@ class Hierarchy:
         return None, 0
 
     def store(self, now: float, conversation: int, n_tokens: int, known_tokens: int) -> None:
-        """Put a conversation into the first tier that can hold it; only the tokens after `known_tokens` cross the link."""
+        """Put a conversation into the first tier that can hold it; only the tokens after
+        `known_tokens` cross the link.
+        """
         for linked in self.tiers:
             linked.tier.drop(conversation)
         self._place(now, 0, conversation, n_tokens, known_tokens)
@@ -151,7 +158,9 @@ def stored_raw(bytes_per_token: float) -> StoredBytes:
 
 
 def stored_encoded(bytes_per_token: float, body_ratio: float, exact_tokens: int) -> StoredBytes:
-    """Bytes of tokens of which `exact_tokens` (sinks and window) are kept exactly, and the rest at 1/body_ratio."""
+    """Bytes of tokens of which `exact_tokens` (sinks and window) are kept exactly, and the rest at
+    1/body_ratio.
+    """
 
     def stored(n_tokens: int) -> int:
         exact = min(n_tokens, exact_tokens)

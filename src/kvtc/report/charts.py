@@ -1,6 +1,7 @@
 """Charts as SVG, light and dark: lines with their names beside them, on logarithmic or linear axes.
 
-All charts of the project are drawn here: `draw` makes the element that a page holds, `save_picture` writes a file.
+All charts of the project are drawn here: `draw` makes the element that a page holds, `save_picture`
+writes a file.
 """
 
 from __future__ import annotations
@@ -218,7 +219,9 @@ class _Style:
 
 
 def _styles(names: Sequence[str]) -> dict[str, _Style]:
-    """The style of each series. A series without a family has a colour of its own while there are enough."""
+    """The style of each series. A series without a family has a colour of its own while there are
+    enough.
+    """
     families = list(dict.fromkeys(family_of(name) for name in names))
     others = [family for family in families if family not in OWN]
     colors = {family: f"own{place}" for place, family in enumerate(OWN)}

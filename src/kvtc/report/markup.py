@@ -1,4 +1,6 @@
-"""HTML and SVG put together from elements: text is escaped where it is put in, and there is no other way to put it in."""
+"""HTML and SVG put together from elements: text is escaped where it is put in, and there is no
+other way to put it in.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _VOID = frozenset({"meta"})
 
 @dataclass(frozen=True)
 class Markup:
-    """Markup as it is written to a page. Only `element`, `join` and constants of the source make it."""
+    """Markup as it is written to a page. Only `element`, `join` and constants of the source make
+    it.
+    """
 
     source: str
 
@@ -26,7 +30,8 @@ def element(name: str, /, *content: Content, **attributes: object) -> Markup:
     Parameters:
         name: the name of its tag.
         content: text, which is escaped, or markup.
-        attributes: attributes; None leaves one out. `class_` and `stroke_width` stand for class and stroke-width.
+        attributes: attributes; None leaves one out. `class_` and `stroke_width` stand for class and
+            stroke-width.
     """
     written = "".join(
         f' {attribute.rstrip("_").replace("_", "-")}="{_escape(value)}"'

@@ -1,6 +1,8 @@
-"""One self-contained HTML page of results: tables and charts, light and dark, no script, nothing fetched.
+"""One self-contained HTML page of results: tables and charts, light and dark, no script, nothing
+fetched.
 
-Foreign text becomes text by `markup`; that nothing runs and nothing is fetched the page also asks of the browser (`POLICY`).
+Foreign text becomes text by `markup`; that nothing runs and nothing is fetched the page also asks
+of the browser (`POLICY`).
 """
 
 from __future__ import annotations

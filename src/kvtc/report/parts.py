@@ -1,4 +1,6 @@
-"""What a report is made of: sections of tables and charts. Nothing here draws, and nothing here needs torch."""
+"""What a report is made of: sections of tables and charts. Nothing here draws, and nothing here
+needs torch.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Results as sections of tables and charts, one function a kind: what the page and the command line show.
+"""Results as sections of tables and charts, one function a kind: what the page and the command line
+show.
 
-Every part of a result is shown: what no function here knows is listed as plain tables, never dropped.
+Every part of a result is shown: what no function here knows is listed as plain tables, never
+dropped.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ _NUMBER_MARKS = str.maketrans("", "", " ,.+-%x/")
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]], indent: str = "") -> str:
     """Rows under a header and a rule, aligned.
 
-    Columns in which all cells are numbers are aligned to the right, others to the left. Empty cells and a lone "-" count as
-    numbers.
+    Columns in which all cells are numbers are aligned to the right, others to the left. Empty cells
+    and a lone "-" count as numbers.
 
     Parameters:
         header: the names of the columns.

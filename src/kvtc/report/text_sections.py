@@ -1,4 +1,6 @@
-"""Sections of what is measured on text: rate and distortion, multi-turn use, ablations, domain shift, recomputation."""
+"""Sections of what is measured on text: rate and distortion, multi-turn use, ablations, domain
+shift, recomputation.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +168,9 @@ def recompute(result: Result) -> Iterator[Section]:
 
 
 def rate_distortion(records: Sequence[Result], field: str) -> Chart:
-    """The KL of records against a ratio, a line a series; records that lose nothing, or have no such ratio, are left out."""
+    """The KL of records against a ratio, a line a series; records that lose nothing, or have no
+    such ratio, are left out.
+    """
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for record in records:
         if record.get(field) and record["kl"] > 0:
@@ -185,7 +189,9 @@ def _quality(record: Result) -> Quality:
 
 
 def _fewer(figures: Sequence[FewerBytes]) -> list[Table]:
-    """Two tables: at the KL of each point of `paper`, and of the baselines. A pair of columns a series: body, all bytes."""
+    """Two tables: at the KL of each point of `paper`, and of the baselines. A pair of columns a
+    series: body, all bytes.
+    """
     found = {(figure.at, figure.series): figure for figure in figures}
     points = dict.fromkeys((figure.at, figure.kl) for figure in figures)
     groups = {
@@ -223,7 +229,9 @@ def _window(window: int | None) -> str:
 
 
 def _spread(records: Sequence[Result]) -> list[Result]:
-    """Of every series the middle setting: curves over turns differ little between neighbouring settings."""
+    """Of every series the middle setting: curves over turns differ little between neighbouring
+    settings.
+    """
     series: dict[str, list[Result]] = {}
     for record in records:
         series.setdefault(split_name(record["name"])[0], []).append(record)
