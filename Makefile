@@ -61,7 +61,7 @@ $(VENV)/.torch-ready: constraints.txt
 	touch $@
 
 $(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml
-	$(INSTALL) --editable '.[demo]'
+	$(INSTALL) --editable '.[hf]'
 	touch $@
 
 $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml

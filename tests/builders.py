@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtc.cache import CacheGeometry, KVCache
@@ -24,12 +25,14 @@ from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibratio
 from kvtc.calibration.quality_curve import QualityCurve
 from kvtc.calibration.rows import CalibrationRows
 from kvtc.codec.codec import Codec
+from kvtc.codec.inspection import inspect
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.joint.prediction import Predictor
 from kvtc.coding.joint.probability import ProbabilityTables
 from kvtc.coding.paper.distortion import DistortionTable
 from kvtc.coding.rope import NO_ROTATION, Rope, RopeTable
 from kvtc.coding.transform import Basis, cache_side_of
+from kvtc.container import join_streams, split_stream
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 8
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -189,6 +192,24 @@ def same_cache(first: KVCache, second: KVCache) -> bool:
         and first.resolved_rope_length() == second.resolved_rope_length()
         and (first.first_layer, first.first_kv_head) == (second.first_layer, second.first_kv_head)
     )
+
+
+def at(cache: KVCache, tokens: slice | Tensor) -> KVCache:
+    """Some tokens of a cache, at their positions."""
+    return KVCache(cache.keys[:, :, tokens], cache.values[:, :, tokens], cache.resolved_positions()[tokens])
+
+
+def assert_parts_decode_alone(codec: Codec, stream: bytes, ids: NDArray[np.int64]) -> None:
+    """The parts of a stream are the stream, and each decodes to what the whole has at its tokens."""
+    whole, parts, first = codec.decode(stream, ids), split_stream(stream), 0
+    assert join_streams(parts) == stream
+    for part in parts:
+        n = inspect(part).n_tokens
+        decoded = codec.decode(part, ids[first : first + n])
+        assert decoded.resolved_positions().tolist() == whole.resolved_positions()[first : first + n].tolist()
+        torch.testing.assert_close(decoded.values, whole.values[:, :, first : first + n], rtol=2**-7, atol=1e-3)
+        first += n
+    assert first == len(ids)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -1,6 +1,7 @@
-"""Time, memory and accuracy of the basis from a stream of rows, against the exact decomposition of the same rows.
+"""Time, memory and accuracy of the basis from a stream of rows, against the exact decomposition of
+the same rows.
 
-python -m benchmarks.calibration.basis [--features 8192] [--rows 32768] [--rank 2048]
+    python -m benchmarks.calibration.basis [--features 8192] [--rows 32768] [--rank 2048]
 """
 
 import argparse
@@ -22,7 +23,9 @@ STREAMED_ROWS = 1024
 
 
 def rows(n_rows: int, features: int) -> Iterator[torch.Tensor]:
-    """A stream of correlated rows: falling variances, mixed by reflections so that no axis is special."""
+    """A stream of correlated rows: falling variances, mixed by reflections so that no axis is
+    special.
+    """
     generator = torch.Generator().manual_seed(0)
     deviations = 8 * (1 + torch.arange(features)) ** -0.6
     mirrors = torch.nn.functional.normalize(torch.randn(4, features, generator=generator), dim=1)

@@ -1,4 +1,5 @@
-"""Time, processor time and peak memory of calibrating the reference model for all profiles, and what the calibration is worth.
+"""Time, processor time and peak memory of calibrating the reference model for all profiles, and
+what the calibration is worth.
 
     python -m benchmarks.calibration.cost --calibration-text FILE... --text FILE... --texts-per-file 2 [--calibration-tokens 160000]
 

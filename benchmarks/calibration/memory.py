@@ -1,9 +1,11 @@
-"""Peak memory of fitting `joint` and `conditional` at the size of a real model: metric, basis, prediction and tables.
+"""Peak memory of fitting `joint` and `conditional` at the size of a real model: metric, basis,
+prediction and tables.
 
-python -m benchmarks.calibration.memory [--layers 32] [--heads 8] [--head-dim 128] [--rows 4096] [--rank 256] [--device cuda]
+    python -m benchmarks.calibration.memory [--layers 32] [--heads 8] [--head-dim 128] [--rows 4096] [--rank 256] [--device cuda]
 
-Rows are synthetic. Memory is what the process came to hold beyond its libraries. `estimate` adds up what each step holds at once;
-it is printed beside the measured peak, and for a basis that is too large to be fitted here.
+Rows are synthetic. Memory is what the process came to hold beyond its libraries. `estimate` adds up
+what each step holds at once; it is printed beside the measured peak, and for a basis that is too
+large to be fitted here.
 """
 
 import argparse
@@ -36,7 +38,8 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Estimate:
-    """GiB held at once: in power iteration, in prediction, in counting tables; on disk; and of a device, if the fit runs on one.
+    """GiB held at once: in power iteration, in prediction, in counting tables; on disk; and of a
+    device, if the fit runs on one.
 
     features: 2 p, keys and values.
     """

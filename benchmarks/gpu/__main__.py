@@ -1,14 +1,15 @@
-"""Time of kvtc on a CUDA device by stage, and what bounds it; in pieces, each saved when it is done.
+"""Time of kvtc on a CUDA device by stage, and what bounds it; in pieces, each saved when it is
+done.
 
     python -m benchmarks.gpu                         # every piece that the result file does not hold yet
     python -m benchmarks.gpu --list
     python -m benchmarks.gpu --pieces ceilings nemo-conditional-3000 --limit-seconds 300
     python -m benchmarks.gpu --device cpu --small    # everything in miniature, to see that it runs
-    python -m benchmarks.gpu --plot                  # the picture, from what was saved
 
-Before anything is timed, the backend is compared with the reference backend on the same device; where they differ nothing is
-timed. Times are medians after warm-up, of a device that idles before and after; stages are bounded by CUDA events. Weights, bases
-and caches are random with measured deviations (`cases`), which is enough for time and says nothing of quality.
+Before anything is timed, the backend is compared with the reference backend on the same device;
+where they differ nothing is timed. Times are medians after warm-up, of a device that idles before
+and after; stages are bounded by CUDA events. Weights, bases and caches are random with measured
+deviations (`cases`), which is enough for time and says nothing of quality.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.coding import Case, Setting, measure_case
 from benchmarks.gpu.gate import gate
 from benchmarks.gpu.model import measure_first_token
-from benchmarks.gpu.report import plot, print_report
+from benchmarks.gpu.report import print_report
 from kvtc.evaluate.provenance import RESULTS_DIRECTORY, Provenance, save_result
 from kvtc.evaluate.schema import read_result
 
@@ -37,7 +38,6 @@ CASES = [
     *(Case("nemo", profile, rank) for profile in ("joint", "conditional") for rank in (3000, 6000, 10000)),
     *(Case(shape, *rest) for shape in ("llama8", "llama70") for rest in (("paper", 6000), ("conditional", 3000))),
 ]
-PICTURE = Path("docs/images/gpu_decode.png")
 FIRST_TOKEN_CASES = [Case("nemo", "paper", 6000), Case("nemo", "conditional", 3000)]
 
 
@@ -95,15 +95,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--small", action="store_true", help="models in miniature")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--plot", type=Path, nargs="?", const=PICTURE, help=f"draw what is saved (to {PICTURE})")
     parser.add_argument("--directory", type=Path, default=RESULTS_DIRECTORY)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     setting = Setting(device, options.backend, Clock(device, options.repeats), options.small)
     name = "gpu_small" if options.small else "gpu"
-    if options.plot:
-        plot(saved(options.directory, name), options.plot)
-        return
     if options.list:
         found = saved(options.directory, name)
         print("\n".join(f"{piece:40} {'saved' if piece in found else '-'}" for piece in pieces()))

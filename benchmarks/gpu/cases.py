@@ -1,10 +1,12 @@
-"""What `benchmarks.gpu` measures on: caches in the geometry of large models, and calibrations that give them realistic symbols.
+"""What `benchmarks.gpu` measures on: caches in the geometry of large models, and calibrations that
+give them realistic symbols.
 
-Nothing is trained. Bases are random orthonormal columns. Deviations of coefficients are those measured for the calibration that
-ships with kvtc, stretched to the rank asked for by interpolation in log-log; probability tables are the shipped ones, for they
-belong to a ratio of deviation to step and not to a model. Caches are bases times coefficients drawn with these deviations (normal,
-each token's scale log-normal) around what prediction says: at the shipped rank and equal steps their symbols cost 2 to 12 % more
-bits than those of the texts it was calibrated on.
+Nothing is trained. Bases are random orthonormal columns. Deviations of coefficients are those
+measured for the calibration that ships with kvtc, stretched to the rank asked for by interpolation
+in log-log; probability tables are the shipped ones, for they belong to a ratio of deviation to step
+and not to a model. Caches are bases times coefficients drawn with these deviations (normal, each
+token's scale log-normal) around what prediction says: at the shipped rank and equal steps their
+symbols cost 2 to 12 % more bits than those of the texts it was calibrated on.
 """
 
 from collections.abc import Iterator
@@ -29,7 +31,9 @@ from kvtc.coding.transform import Basis
 
 CHUNK_TOKENS = 256
 TURNED_TOGETHER = 50
-"""Neighbouring coefficients that the rotation of `conditional` mixes: as in fitted ones, deviations stay nearly in order."""
+"""Neighbouring coefficients that the rotation of `conditional` mixes: as in fitted ones, deviations
+stay nearly in order.
+"""
 TOKEN_SPREAD = 0.3
 """Standard deviation of the logarithm of a token's scale."""
 DISTORTION_ROWS, CURVE_ROWS = 128, 64
@@ -89,7 +93,9 @@ def drawn(deviations: np.ndarray, n_tokens: int, generator: torch.Generator) -> 
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """[rows, columns] float16 on the generator's device; by Cholesky, as a QR decomposition of this size takes long."""
+    """[rows, columns] float16 on the generator's device; by Cholesky, as a QR decomposition of this
+    size takes long.
+    """
     random = torch.randn(rows, columns, generator=generator, device=generator.device)
     if rows < 4 * columns:
         return torch.linalg.qr(random).Q.half()
@@ -107,7 +113,9 @@ def turning(rank: int, generator: torch.Generator) -> Tensor:
 
 
 def coefficient_model(measured: CoefficientModel, rank: int) -> CoefficientModel:
-    """The shipped model stretched to a rank; its curve is measured again, on coefficients drawn for it."""
+    """The shipped model stretched to a rank; its curve is measured again, on coefficients drawn for
+    it.
+    """
     deviations = stretched(measured.deviations, rank)
     sample = drawn(deviations, CURVE_ROWS, torch.Generator().manual_seed(0))
     steps, bits = [], []
@@ -163,7 +171,9 @@ def _joint(shape: Shape, rank: int, profile: str, generator: torch.Generator) ->
 
 
 def _predictor(vocabulary: int, plain: np.ndarray, left: np.ndarray, generator: torch.Generator) -> Predictor:
-    """Of the sizes that calibration gives it by default; it explains what the shipped one does of each coefficient."""
+    """Of the sizes that calibration gives it by default; it explains what the shipped one does of
+    each coefficient.
+    """
     n_embedding, n_hidden, device = 256, 384, generator.device
     n_features = N_TOKENS_SEEN * n_embedding + 1
     said = torch.from_numpy(np.sqrt(np.maximum(plain**2 - left**2, 1e-4 * plain**2))).to(device)

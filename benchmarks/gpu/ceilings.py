@@ -1,4 +1,6 @@
-"""What bounds a codec on a device: copies, products, rANS by chunks, and lossless coders on the same bytes."""
+"""What bounds a codec on a device: copies, products, rANS by chunks, and lossless coders on the
+same bytes.
+"""
 
 import zlib
 from dataclasses import replace
@@ -29,7 +31,9 @@ NVCOMP_CODERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def ceilings(setting: Setting) -> dict[str, Any]:
-    """Bytes a second of copies, and operations a second of the inverse product, of one layer and of all at once."""
+    """Bytes a second of copies, and operations a second of the inverse product, of one layer and of
+    all at once.
+    """
     found: dict[str, Any] = _bandwidths(1 << (20 if setting.is_small else 31), setting)
     geometry = setting.shape("nemo").geometry
     size, n_tokens = geometry.n_kv_heads * geometry.head_dim, 512 if setting.is_small else 65536
@@ -69,9 +73,11 @@ def _rate(n_tokens: int, rank: int, features: int, setting: Setting) -> float:
 
 
 def rans(setting: Setting) -> dict[str, Any]:
-    """Symbols a second of reading integers (entropy decoding and dequantizing) by chunks in a call: with copies, and without.
+    """Symbols a second of reading integers (entropy decoding and dequantizing) by chunks in a call:
+    with copies, and without.
 
-    seconds: of bytes in the host's memory, as streams bring them; device_seconds: of bytes that lie on the device already.
+    seconds: of bytes in the host's memory, as streams bring them; device_seconds: of bytes that lie
+    on the device already.
     """
     rank, backend = setting.rank(3000), make_backend(setting.device, setting.backend)
     model = coefficient_model(shipped().joint.tokens.coefficients, rank)
@@ -119,7 +125,9 @@ def on_device(chunk: CodedIntegers, device: torch.device) -> CodedIntegers:
 
 
 def lossless(setting: Setting) -> dict[str, Any]:
-    """nvCOMP's coders, and zlib on one core, on the bodies of a stream of the profile `paper` in blocks of 64 KiB."""
+    """nvCOMP's coders, and zlib on one core, on the bodies of a stream of the profile `paper` in
+    blocks of 64 KiB.
+    """
     case = Case("nemo", "paper", 6000)
     calibration = calibration_for(setting.shape("nemo"), "paper", setting.rank(6000), setting.device)
     codec = setting.codec(calibration, case)

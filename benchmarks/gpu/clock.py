@@ -1,4 +1,6 @@
-"""Clocks for `benchmarks.gpu`: medians of whole runs, and what each stage adds to a run, nested ones counted once."""
+"""Clocks for `benchmarks.gpu`: medians of whole runs, and what each stage adds to a run, nested
+ones counted once.
+"""
 
 import statistics
 import time
@@ -25,13 +27,16 @@ def begin_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Memory taken at once since `begin_peak`, what was there before included; None where that is not counted."""
+    """Memory taken at once since `begin_peak`, what was there before included; None where that is
+    not counted.
+    """
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 @dataclass(frozen=True)
 class Clock:
-    """device: what runs are waited for. repeats: runs whose median counts, after warm_up others; fewer of slow ones, but one each.
+    """device: what runs are waited for. repeats: runs whose median counts, after warm_up others;
+    fewer of slow ones, but one each.
 
     A piece of the benchmark so takes minutes at most, also where a backend leaves much to the CPU.
     """
@@ -74,10 +79,12 @@ class _Open:
 
 
 class StageClock:
-    """Hooks around functions of the codec and its backend; a stage within another is not counted in the outer one.
+    """Hooks around functions of the codec and its backend; a stage within another is not counted in
+    the outer one.
 
-    On CUDA devices stages are bounded by events of the stream, so that nothing waits for the device in between: a stage is what it
-    adds to the stream's time, the host's preparation included where the device has to wait for it.
+    On CUDA devices stages are bounded by events of the stream, so that nothing waits for the device
+    in between: a stage is what it adds to the stream's time, the host's preparation included where
+    the device has to wait for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -87,7 +94,9 @@ class StageClock:
 
     @contextmanager
     def hooked(self, stages: dict[str, tuple[Any, str]]) -> Iterator[None]:
-        """stages: name -> an object, class or module, and the function of it that is the stage. Several may share a name."""
+        """stages: name -> an object, class or module, and the function of it that is the stage.
+        Several may share a name.
+        """
         with ExitStack() as stack:
             for name, (owner, function) in stages.items():
                 stage = name.partition("/")[0]

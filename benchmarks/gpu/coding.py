@@ -57,7 +57,9 @@ class Setting:
 
     @property
     def gate_tokens(self) -> int:
-        """Tokens that the gate compares: more than a chunk, but where kernels are interpreted, which takes long."""
+        """Tokens that the gate compares: more than a chunk, but where kernels are interpreted,
+        which takes long.
+        """
         return 300 if self.device.type == "cuda" or self.backend != "triton" else 12
 
     def free(self) -> None:
@@ -65,7 +67,9 @@ class Setting:
             torch.cuda.empty_cache()
 
     def codec(self, calibration: Calibration, case: Case) -> kvtc.Codec:
-        """At the step that the calibration expects to give the ratio, so that encoding searches none; `paper` has no step."""
+        """At the step that the calibration expects to give the ratio, so that encoding searches
+        none; `paper` has no step.
+        """
         return self.at_expected_step(self.searching_codec(calibration, case), case)
 
     def searching_codec(self, calibration: Calibration, case: Case) -> kvtc.Codec:
@@ -82,7 +86,9 @@ class Setting:
         return codec.with_rate(Step(coded_model(codec).step_for(32 * features / self.ratio(case))))
 
     def ratio(self, case: Case) -> float:
-        """With `joint` and `conditional` what takes as many bits a coefficient of this shape as of NeMo."""
+        """With `joint` and `conditional` what takes as many bits a coefficient of this shape as of
+        NeMo.
+        """
         if self.is_small or case.profile == "paper":
             return PAPER_RATIO
         features, of_nemo = (SHAPES[name].geometry.row_features for name in (case.shape, "nemo"))
@@ -246,7 +252,9 @@ def decoded_widths(codec: kvtc.Codec, stream: bytes, ids: Tensor) -> list[int]:
 
 
 def product_seconds(codec: kvtc.Codec, n_tokens: int, widths: list[int], setting: Setting) -> float:
-    """The inverse product alone in bfloat16: of keys and of values, layer by layer as the decoder asks for it."""
+    """The inverse product alone in bfloat16: of keys and of values, layer by layer as the decoder
+    asks for it.
+    """
     geometry, dtype = codec.calibration.geometry, torch.bfloat16
     size = geometry.n_kv_heads * geometry.head_dim
     operands = []

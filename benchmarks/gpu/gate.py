@@ -1,4 +1,6 @@
-"""Whether a backend does what the reference does, for `benchmarks.gpu`: nothing is timed before it does."""
+"""Whether a backend does what the reference does, for `benchmarks.gpu`: nothing is timed before it
+does.
+"""
 
 from typing import Any
 
@@ -12,7 +14,9 @@ from kvtc.coding.paper.allocation import allocate_bits
 
 
 def gate(setting: Setting) -> dict[str, Any]:
-    """Whether the backend does what the reference does on this device; `passed` is False where anything differs."""
+    """Whether the backend does what the reference does on this device; `passed` is False where
+    anything differs.
+    """
     small = Setting(setting.device, setting.backend, setting.clock, is_small=True)
     checks = {"entropy coding": _same_integers(small), "groups": _same_groups(small)}
     for profile in ("paper", "joint", "conditional"):

@@ -1,6 +1,8 @@
-"""Time to the first token, for `benchmarks.gpu`: prefill of a random-weight model against decoding its cache and one step.
+"""Time to the first token, for `benchmarks.gpu`: prefill of a random-weight model against decoding
+its cache and one step.
 
-A decoder as NeMo and Llama have it, no more than time needs: RMSNorm, grouped-query attention with rotation, gated MLP.
+A decoder as NeMo and Llama have it, no more than time needs: RMSNorm, grouped-query attention with
+rotation, gated MLP.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +42,9 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
-        """Ids [B, T] -> logits [B, V] of the next token; keys and values are kept until it returns, as serving keeps them."""
+        """Ids [B, T] -> logits [B, V] of the next token; keys and values are kept until it returns,
+        as serving keeps them.
+        """
         turn = self._turn(torch.arange(ids.shape[1], device=ids.device))
         hidden, kept = self.embedding[ids], []
         for weights in self.layers:
@@ -97,7 +101,9 @@ def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def measure_first_token(case: Case, setting: Setting) -> dict[str, Any]:
-    """Seconds from what is known (ids, or ids and streams) to the logits of the next token, for each batch of the shape."""
+    """Seconds from what is known (ids, or ids and streams) to the logits of the next token, for
+    each batch of the shape.
+    """
     shape = setting.shape(case.shape)
     calibration = calibration_for(shape, case.profile, setting.rank(case.rank), setting.device)
     codec, model = setting.codec(calibration, case), Decoder(shape, setting.device)
@@ -137,7 +143,9 @@ def _measure_batch(
 
 
 def layer_by_layer(codec: kvtc.Codec, streams: list[bytes], ids: list[Tensor], device: torch.device) -> Cache:
-    """Layers of a batch as they are restored; on a CUDA device by a stream of its own, one layer ahead of the model."""
+    """Layers of a batch as they are restored; on a CUDA device by a stream of its own, one layer
+    ahead of the model.
+    """
     if device.type != "cuda":
         yield from _layers(codec, streams, ids)
         return

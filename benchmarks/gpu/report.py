@@ -1,11 +1,9 @@
-"""What `benchmarks.gpu` saved, beside its targets and the ceilings of the device: as text, and as a picture."""
+"""What `benchmarks.gpu` saved, beside its targets and the ceilings of the device, as text."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kvtc.report.plots import INK, MUTED, SERIES, plot_style, require_matplotlib, save_figure, set_title
 from kvtc.report.table import format_table
 
 Pieces = dict[str, Any]
@@ -100,7 +98,9 @@ def _stages(pieces: Pieces) -> str:
 def ideal_seconds(
     stage: str, result: dict[str, Any], batch: dict[str, Any], bounds: dict[str, Any] | None
 ) -> float | None:
-    """What a stage takes at the ceiling that bounds it: the product alone, or the bytes it must read and write at copy speed."""
+    """What a stage takes at the ceiling that bounds it: the product alone, or the bytes it must
+    read and write at copy speed.
+    """
     if stage == "inverse product":
         return float(batch["product_alone_seconds"])
     n_tokens = batch["sequences"] * batch["tokens"]
@@ -185,32 +185,3 @@ def _lossless(pieces: Pieces) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e3 * seconds:.3f} ms"
-
-
-def plot(pieces: Pieces, path: Path) -> None:
-    """Decoding by stage, a bar a case (its first batch), and what the product alone takes. Writes a PNG."""
-    plt = require_matplotlib()
-    cases: dict[str, dict[str, Any]] = {}
-    for name, _, batch in _of_cases(pieces):
-        cases.setdefault(name, batch)
-    if not cases:
-        raise SystemExit("no case is saved yet")
-    stages = list(dict.fromkeys(stage for batch in cases.values() for stage in batch["stages"]["decode"]))
-    colors = dict(zip(stages, [*SERIES, MUTED, "#b58fc9", "#9fb8a5"], strict=False))
-    machine = next(iter(pieces.values()))["provenance"]["machine"]
-    with plt.rc_context(plot_style()):
-        figure, axes = plt.subplots(figsize=(9, 1.4 + 0.42 * len(cases)), layout="constrained")
-        for row, batch in enumerate(cases.values()):
-            left = 0.0
-            for stage, seconds in batch["stages"]["decode"].items():
-                axes.barh(row, 1e3 * seconds, left=left, color=colors[stage], label=stage, height=0.7)
-                left += 1e3 * seconds
-            axes.plot([1e3 * batch["product_alone_seconds"]] * 2, [row - 0.45, row + 0.45], color=INK, linewidth=2)
-        sizes = [f"{name}, {batch['sequences']} x {batch['tokens']}" for name, batch in cases.items()]
-        axes.set_yticks(range(len(cases)), sizes)
-        axes.invert_yaxis()
-        axes.set_xlabel("Milliseconds; the line is the bfloat16 product alone")
-        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8)
-        set_title(figure, "Decoding by stage", machine)
-        save_figure(plt, figure, path)

@@ -1,9 +1,11 @@
-"""The paper's ablations on the reference model: what each part of codec and calibration is worth, on held-out text.
+"""The paper's ablations on the reference model: what each part of codec and calibration is worth,
+on held-out text.
 
     python -m benchmarks.quality.ablations --calibration-text FILE... --text FILE... --texts-per-file 2 [--studies layers seeds ...]
 
-Studies of the codec alone use the calibration that ships with the model; the others fit their own, with the same ranks, from
---calibration-text. Each study is a result file of its own, so that one can be repeated without the others.
+Studies of the codec alone use the calibration that ships with the model; the others fit their own,
+with the same ranks, from --calibration-text. Each study is a result file of its own, so that one
+can be repeated without the others.
 """
 
 import argparse

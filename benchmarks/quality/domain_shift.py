@@ -1,10 +1,11 @@
-"""Calibrated on one domain, used on another: rate and quality of every pair of four domains, beside mixed calibrations.
+"""Calibrated on one domain, used on another: rate and quality of every pair of four domains, beside
+mixed calibrations.
 
     python -m benchmarks.quality.domain_shift --calibration-text FILE... --text enwiki.txt novels.txt docs.txt code.txt
 
---calibration-text holds documents of all domains; `calibrating.domain_of` says of which one is, and sorts the held-out files as a
-check. Each domain, and a mixture of all, is calibrated from equally many tokens; "as shipped" is the reference model's own
-calibration.
+--calibration-text holds documents of all domains; `shared.calibrations.domain_of` says of which one is, and
+sorts the held-out files as a check. Each domain, and a mixture of all, is calibrated from equally
+many tokens; "as shipped" is the reference model's own calibration.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import kvtc
 from benchmarks.shared.calibrations import DOMAINS, Recipe, add_calibration_arguments, calibrate_all, domain_of
 from benchmarks.shared.text_quality import add_text_arguments, measure
-from kvtc.cli.calibrate import documents
+from kvtc.cli.texts import documents
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import DOMAIN_SHIFT, ShiftCell

@@ -2,10 +2,12 @@
 
     python -m benchmarks.quality.error_by_offset --text FILE... [--tokens 2048] [--texts-per-file 4]
 
-The first tokens of a chunk have fewer predecessors, or none, to be predicted from: with `conditional` they cost more. Bits are
-those of the calibrated tables at the step of the stream, side information included; lanes and section headers belong to no token.
-The error is the squared error of the restored row in the metric, over the mean squared norm of centred rows; prediction changes
-bits, not the step, so the error should not depend on the offset. The first chunk, which holds the sinks, is left out.
+The first tokens of a chunk have fewer predecessors, or none, to be predicted from: with
+`conditional` they cost more. Bits are those of the calibrated tables at the step of the stream,
+side information included; lanes and section headers belong to no token. The error is the squared
+error of the restored row in the metric, over the mean squared norm of centred rows; prediction
+changes bits, not the step, so the error should not depend on the offset. The first chunk, which
+holds the sinks, is left out.
 """
 
 import argparse
@@ -57,7 +59,9 @@ def token_bits(calibration: kvtc.Calibration, rows: torch.Tensor, ids: torch.Ten
 
 
 def by_offset(figures: list[np.ndarray]) -> list[dict[str, float]]:
-    """Figures [T] of several texts -> mean and standard error in each of GROUPS, all chunks but the first together."""
+    """Figures [T] of several texts -> mean and standard error in each of GROUPS, all chunks but the
+    first together.
+    """
     chunks = np.concatenate([f[CHUNK : len(f) // CHUNK * CHUNK].reshape(-1, CHUNK) for f in figures])
     found = []
     for start, stop in GROUPS:

@@ -1,11 +1,13 @@
-"""Look-ups by where the answer lies in its chunk: at every sixteenth offset, across the boundary of two chunks, at a chunk's end.
+"""Look-ups by where the answer lies in its chunk: at every sixteenth offset, across the boundary of
+two chunks, at a chunk's end.
 
     python -m benchmarks.quality.lookups_by_offset --text FILE... [--n-contexts 12] [--chunks 4]
 
-Facts ("The magic number for ... is ...") overwrite running text such that the first token of the number has a given offset in a
-chunk of the grid; no window is kept, so that every token but the sinks is coded. Each is asked on top of the exact and of the
-restored caches. A dip at some offset would show in the difference to the exact cache over the same questions, given with the
-standard error of paired yes-no answers.
+Facts ("The magic number for ... is ...") overwrite running text such that the first token of the
+number has a given offset in a chunk of the grid; no window is kept, so that every token but the
+sinks is coded. Each is asked on top of the exact and of the restored caches. A dip at some offset
+would show in the difference to the exact cache over the same questions, given with the standard
+error of paired yes-no answers.
 """
 
 import argparse
@@ -48,7 +50,9 @@ class Asked:
 
 @dataclass
 class Tally:
-    """Of one method and place. right: whether each answer was; kl: nats summed over n_tokens tokens of answers."""
+    """Of one method and place. right: whether each answer was; kl: nats summed over n_tokens tokens
+    of answers.
+    """
 
     right: list[bool] = field(default_factory=list)
     kl: float = 0.0
@@ -66,7 +70,9 @@ class Bytes:
 
 
 def contexts(source: Source, bos: int, n_chunks: int, n_contexts: int) -> Iterator[tuple[list[int], list[Asked]]]:
-    """Contexts [bos, ...] of n_chunks and a bit, with the facts in them: four a chunk and, at boundaries, the special places."""
+    """Contexts [bos, ...] of n_chunks and a bit, with the facts in them: four a chunk and, at
+    boundaries, the special places.
+    """
     # As in the tasks, nothing asked for lies in the last tokens of the context.
     n_tokens = n_chunks * CHUNK + LATEST
     for _ in range(n_contexts):
@@ -104,7 +110,9 @@ def _write(
 
 
 def _fact(source: Source, key: str) -> tuple[list[int], list[int], list[int], int]:
-    """Token ids of a fact, its question and its answer of at least two tokens, and where in the fact the answer begins."""
+    """Token ids of a fact, its question and its answer of at least two tokens, and where in the
+    fact the answer begins.
+    """
     wording, ask, reply = NEEDLES[0]
     while True:
         value = source.number()
@@ -116,7 +124,9 @@ def _fact(source: Source, key: str) -> tuple[list[int], list[int], list[int], in
 
 
 def ask(model: Any, cache: Any, questions: list[Asked]) -> list[torch.Tensor]:
-    """Log-probabilities [n, vocabulary] float32 of each answer's n tokens, all questions on top of one cache."""
+    """Log-probabilities [n, vocabulary] float32 of each answer's n tokens, all questions on top of
+    one cache.
+    """
     fed = [[*question.prompt, *question.answer[:-1]] for question in questions]
     longest = max(map(len, fed))
     # What is padded on the right is seen by nothing before it.
@@ -188,7 +198,9 @@ def describe(name: str, place: int | str, tallies: dict[tuple[str, int | str], T
 
 
 def print_places(lines: list[dict[str, Any]]) -> None:
-    """Places by methods: right answers from the exact cache; lost answers with their error, and KL, from the others."""
+    """Places by methods: right answers from the exact cache; lost answers with their error, and KL,
+    from the others.
+    """
     found = {(line["name"], line["place"]): line for line in lines}
     names, places = (list(dict.fromkeys(line[key] for line in lines)) for key in ("name", "place"))
     rows = []

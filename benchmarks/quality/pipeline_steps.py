@@ -1,13 +1,15 @@
-"""What each place of the pipeline gives: from `paper` to `conditional`, one place switched after another, on the reference model.
+"""What each place of the pipeline gives: from `paper` to `conditional`, one place switched after
+another, on the reference model.
 
     python -m benchmarks.quality.pipeline_steps --calibration-text FILE... --text FILE... --texts-per-file 2 [--windows 0 16 128]
 
     paper -> one step and rANS, keys and values apart -> one transform of both -> metric -> linear prediction from token ids
           -> hidden layer -> rounding by cost
 
-and the last one with one place switched off. All are fitted to the same rows of --calibration-text; bytes are those of real
-streams. Without rounding by cost each coefficient is rounded by itself, with the dead zone of `uniform.quantize`, and tables are
-fitted to that. Without the metric keys and values are scaled to unit variance.
+and the last one with one place switched off. All are fitted to the same rows of --calibration-text;
+bytes are those of real streams. Without rounding by cost each coefficient is rounded by itself,
+with the dead zone of `uniform.quantize`, and tables are fitted to that. Without the metric keys and
+values are scaled to unit variance.
 """
 
 import argparse
@@ -64,7 +66,9 @@ class Fit:
 
 @dataclass(frozen=True)
 class Step:
-    """A row of the study: a calibration, and how it is used. A fit of prediction serves the profile `joint`, too."""
+    """A row of the study: a calibration, and how it is used. A fit of prediction serves the profile
+    `joint`, too.
+    """
 
     name: str
     fit: Fit
@@ -130,7 +134,9 @@ class Rows:
 
 
 class Fits:
-    """Calibrations from the same rows; metric, token table and size of the hidden layer are those of the shipped one."""
+    """Calibrations from the same rows; metric, token table and size of the hidden layer are those
+    of the shipped one.
+    """
 
     def __init__(self, rows: Rows, shipped: Calibration, rank: int) -> None:
         self._rows, self._shipped, self._rank = rows, shipped, rank

@@ -1,8 +1,10 @@
-"""What narrower numbers in the transforms cost in quality: float32, bfloat16 and, inverse alone, fp8 (e4m3) operands.
+"""What narrower numbers in the transforms cost in quality: float32, bfloat16 and, inverse alone,
+fp8 (e4m3) operands.
 
-python -m benchmarks.quality.precision --text FILE... [--ratios 8 16 32 64]
+    python -m benchmarks.quality.precision --text FILE... [--ratios 8 16 32 64]
 
-Sums are float32. fp8 is emulated: a scale for each token's coefficients and for each feature's row of the basis, rounded to e4m3.
+Sums are float32. fp8 is emulated: a scale for each token's coefficients and for each feature's row
+of the basis, rounded to e4m3.
 """
 
 import argparse

@@ -1,6 +1,7 @@
-"""How near the real body_ratio comes to the one asked for, on text of the demo and, if given, on others.
+"""How near the real body_ratio comes to the one asked for, on text of the demo and, if given, on
+others.
 
-python -m benchmarks.quality.reached_ratios [--text FILE...] [--ratios 8 16 32 64 128] [--windows 0 16 128] [--bodies 256 512 1024]
+    python -m benchmarks.quality.reached_ratios [--text FILE...] [--ratios 8 16 32 64 128] [--windows 0 16 128] [--bodies 256]
 """
 
 import argparse

@@ -1,11 +1,13 @@
-"""The recompute dial: the first m layers are not stored but computed again from the token ids, and help to predict the others.
+"""The recompute dial: the first m layers are not stored but computed again from the token ids, and
+help to predict the others.
 
     python -m benchmarks.quality.recomputed_layers --calibration-text FILE... --text FILE... --texts-per-file 2 [--layers 0 1 2 3]
 
-What is coded of the layers from m on is what a regression leaves over: on the features of the token and its two predecessors and,
-of the token itself, on the exact un-rotated keys and values of the layers before m. All by the product's own functions and with
-its metric; m = 0 is `conditional` with linear prediction. Decoding runs the first m layers of the model, so streams hold nothing of
-them. Sinks are exact, there is no window. Ratios count the original bytes of all layers.
+What is coded of the layers from m on is what a regression leaves over: on the features of the token
+and its two predecessors and, of the token itself, on the exact un-rotated keys and values of the
+layers before m. All by the product's own functions and with its metric; m = 0 is `conditional` with
+linear prediction. Decoding runs the first m layers of the model, so streams hold nothing of them.
+Sinks are exact, there is no window. Ratios count the original bytes of all layers.
 """
 
 import argparse
@@ -50,7 +52,9 @@ BACKEND = ReferenceBackend(torch.device("cpu"))
 
 
 class Moments:
-    """Second moments of token features and weighted joint rows, [f + 2 p] squared, from one pass; and a sample of both."""
+    """Second moments of token features and weighted joint rows, [f + 2 p] squared, from one pass;
+    and a sample of both.
+    """
 
     def __init__(self, rows: Rows, joint) -> None:
         self.table, self.metric = joint.tokens.predictor.table, joint.metric
@@ -119,7 +123,9 @@ class Scheme:
         return features @ self.weights
 
     def layers_of(self, weighted: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted features [T, q] of the coded layers -> their keys and values [L - m, H, T, D], rotated."""
+        """Weighted features [T, q] of the coded layers -> their keys and values [L - m, H, T, D],
+        rotated.
+        """
         full = torch.zeros(len(weighted), len(self.is_exact))
         full[:, ~self.is_exact] = weighted
         shape = self.geometry.n_layers, self.geometry.n_kv_heads
@@ -146,7 +152,8 @@ def chunks(n_tokens: int) -> Iterator[slice]:
 class Recomputing:
     """A scheme at a step, as a method of evaluation.
 
-    Stream: tokens and step; sinks of the coded layers in 16 bits; of each chunk the length and the integers.
+    Stream: tokens and step; sinks of the coded layers in 16 bits; of each chunk the length and the
+    integers.
     """
 
     scheme: Scheme

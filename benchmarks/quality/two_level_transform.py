@@ -1,12 +1,15 @@
-"""Whether a transform in two levels, inside groups of layers and across them, makes decoding cheaper at equal bytes and error.
+"""Whether a transform in two levels, inside groups of layers and across them, makes decoding
+cheaper at equal bytes and error.
 
     python -m benchmarks.quality.two_level_transform --text FILE... [--ratios 16 64 256] [--groups 2 3 4 6 12]
 
-Flat, a token costs n * 2 p multiply-adds from n coefficients to the features. In two levels each group's features follow from few
-coefficients of its own, and these from the shared ones: K * (n + 2 p / G) for G groups that keep K coefficients together. The
-shared basis V (in the metric) becomes blockdiag(U_g U_g^T) V: U_g are the leading left singular vectors of group g's rows of V
-times the deviations; which are kept is decided over all groups at once. Both may use fewer shared coefficients than there are. The
-encoder is the flat one, so bytes are equal; each is taken as small as held-out rows in the metric allow at most 2 % more error.
+Flat, a token costs n * 2 p multiply-adds from n coefficients to the features. In two levels each
+group's features follow from few coefficients of its own, and these from the shared ones: K * (n + 2
+p / G) for G groups that keep K coefficients together. The shared basis V (in the metric) becomes
+blockdiag(U_g U_g^T) V: U_g are the leading left singular vectors of group g's rows of V times the
+deviations; which are kept is decided over all groups at once. Both may use fewer shared
+coefficients than there are. The encoder is the flat one, so bytes are equal; each is taken as small
+as held-out rows in the metric allow at most 2 % more error.
 """
 
 import argparse
@@ -38,7 +41,9 @@ RANK = 10_000
 
 @dataclass(frozen=True)
 class Decoded:
-    """Held-out rows [T, 2 p] in the metric less their mean, and what a codec decoded of them: coefficients [T, n] in the basis."""
+    """Held-out rows [T, 2 p] in the metric less their mean, and what a codec decoded of them:
+    coefficients [T, n] in the basis.
+    """
 
     rows: Tensor
     coefficients: Tensor
@@ -47,7 +52,8 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Levels:
-    """One transform. groups: 1 for the flat one. shared: coefficients used. kept: those of all groups together, 0 for flat ones.
+    """One transform. groups: 1 for the flat one. shared: coefficients used. kept: those of all
+    groups together, 0 for flat ones.
 
     error: squared error over that of the whole flat transform. multiply_adds: a token.
     """
@@ -87,7 +93,9 @@ def features_of(group: int, groups: int, n_layers: int, n_features: int) -> Tens
 
 
 def group_bases(calibration: kvtc.Calibration, groups: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each group: its features, its directions U_g, and how much of the shared coefficients' variance each carries."""
+    """Of each group: its features, its directions U_g, and how much of the shared coefficients'
+    variance each carries.
+    """
     vectors = calibration.joint.basis.vectors.float()
     deviations = torch.from_numpy(calibration.joint.coefficients.deviations)
     for group in range(groups):
@@ -97,7 +105,9 @@ def group_bases(calibration: kvtc.Calibration, groups: int) -> Iterator[tuple[Te
 
 
 def flat_levels(calibration: kvtc.Calibration, decoded: Decoded) -> list[Levels]:
-    """The flat transform with all coefficients it gets, and with as few of them as the error allows."""
+    """The flat transform with all coefficients it gets, and with as few of them as the error
+    allows.
+    """
     n = decoded.coefficients.shape[1]
     vectors = calibration.joint.basis.vectors.float()[:, :n]
     along = decoded.rows @ vectors
@@ -165,7 +175,9 @@ def codec_with(calibration: kvtc.Calibration, profile: str, ratio: float, levels
 
 
 def timed(features: int, groups: int, repeats: int = 7) -> dict[str, float | int]:
-    """Seconds of the products of an eighth of the groups' features, flat and with 1.3 times fewer multiply-adds, by turns."""
+    """Seconds of the products of an eighth of the groups' features, flat and with 1.3 times fewer
+    multiply-adds, by turns.
+    """
     inner = int(RANK * features / (1.3 * (RANK * groups + features)))
     some = max(1, groups // TIMED_SHARE)
     width = features // groups
@@ -190,7 +202,9 @@ def timed(features: int, groups: int, repeats: int = 7) -> dict[str, float | int
 
 
 def fewer_in(features: int, levels: Levels, whole: Levels, is_rotated: bool) -> float:
-    """How many times fewer multiply-adds than flat in another geometry, where as large a share of the coefficients is kept."""
+    """How many times fewer multiply-adds than flat in another geometry, where as large a share of
+    the coefficients is kept.
+    """
     shared = RANK * levels.shared / whole.shared
     turning = RANK * shared if is_rotated and shared < RANK else 0
     if levels.groups == 1:
@@ -200,7 +214,9 @@ def fewer_in(features: int, levels: Levels, whole: Levels, is_rotated: bool) -> 
 
 
 def costs() -> Iterator[dict[str, object]]:
-    """What two levels may keep in the geometry of larger models, so that they take 1.3 times fewer multiply-adds than flat."""
+    """What two levels may keep in the geometry of larger models, so that they take 1.3 times fewer
+    multiply-adds than flat.
+    """
     for name, (features, layers) in GEOMETRIES.items():
         for groups in (4, 8, layers):
             yield {"model": name, "features": features, "groups": groups, **timed(features, groups)}

@@ -1,9 +1,11 @@
-"""Disaggregated serving: one process computes a cache and sends it over loopback to another, which goes on from it.
+"""Disaggregated serving: one process computes a cache and sends it over loopback to another, which
+goes on from it.
 
     python -m benchmarks.serving.between_processes --text FILE [--tokens 3500] [--answer-tokens 32] [--repeats 3]
 
-Raw, and coded by kvtc; seconds from the last token computed to a cache ready in the other process, and the speed of a link below
-which the coded cache is there first. The answer is generated in the receiving process and compared with the sender's own.
+Raw, and coded by kvtc; seconds from the last token computed to a cache ready in the other process,
+and the speed of a link below which the coded cache is there first. The answer is generated in the
+receiving process and compared with the sender's own.
 """
 
 import argparse
@@ -66,7 +68,9 @@ def main() -> None:
 
 
 def send(model, codec, ids, connection, options, coded: bool) -> dict:
-    """Compute, code and send `repeats` times; the receiver answers each with its own times and its answer."""
+    """Compute, code and send `repeats` times; the receiver answers each with its own times and its
+    answer.
+    """
     runs = []
     for _ in range(options.repeats):
         logits, cache, prefill = first_token(model, ids, None)

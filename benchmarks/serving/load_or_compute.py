@@ -1,12 +1,15 @@
-"""From which context length on loading a prefix beats computing it, by tier, and what loading spends its time on.
+"""From which context length on loading a prefix beats computing it, by tier, and what loading
+spends its time on.
 
     python -m benchmarks.serving.load_or_compute --text FILE [--lengths 256 512 1024 2048 4000] [--stores memory file redis s3]
 
-Servers of Redis and S3 (moto) are started for the run. `tiered` is memory over files over Redis: once the prefix is in memory, and
-`tiered, cold` where it is in Redis alone and is copied into the others. Every length is measured `--repeats` times, computing and
-loading from every store in turns; medians, and the median of how many times as long computing took. Shares of loading: fetching,
-which counts while nothing else goes on (chunks are fetched while others are decoded), entropy decoding and dequantizing, the
-inverse transform, and the rest (rotation, putting together). `--redraw` draws the plot of the saved results again.
+Servers of Redis and S3 (moto) are started for the run. `tiered` is memory over files over Redis:
+once the prefix is in memory, and `tiered, cold` where it is in Redis alone and is copied into the
+others. Every length is measured `--repeats` times, computing and loading from every store in turns;
+medians, and the median of how many times as long computing took. Shares of loading: fetching, which
+counts while nothing else goes on (chunks are fetched while others are decoded), entropy decoding
+and dequantizing, the inverse transform, and the rest (rotation, putting together). `--redraw` draws
+the picture of the saved results again.
 """
 
 import argparse
@@ -21,12 +24,11 @@ from unittest.mock import patch
 
 import kvtc
 from benchmarks.shared.first_token import (
+    IMAGES,
     add_codec_arguments,
-    figure,
     first_token,
     parse,
     raw_bytes,
-    save_plot,
     saved_result,
     start,
     token_ids,
@@ -36,7 +38,8 @@ from benchmarks.shared.timing import timed
 from kvtc.entries import Entries
 from kvtc.evaluate.provenance import save_result
 from kvtc.profiles.joint.decoder import JointDecoder
-from kvtc.report.plots import INK, SERIES
+from kvtc.report.charts import save_picture
+from kvtc.report.parts import Chart, Point
 from kvtc.report.table import format_bytes, format_table
 
 NAME, COLD = "load_or_compute", "tiered, cold"
@@ -49,7 +52,7 @@ STAGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_codec_arguments(parser)
+    add_codec_arguments(parser, draws=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4000])
     parser.add_argument("--stores", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--repeats", type=int, default=7)
@@ -116,7 +119,9 @@ def load(prefixes: kvtc.PrefixCache, ids, compute: float) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds that the thread which made it spends in stages; a call inside of another is part of that."""
+    """Seconds that the thread which made it spends in stages; a call inside of another is part of
+    that.
+    """
 
     def __init__(self) -> None:
         self.spent = dict.fromkeys(STAGES, 0.0)
@@ -163,30 +168,15 @@ def print_rows(rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict]) -> None:
-    """How many times as long computing takes, by context; and where the time of loading the longest goes."""
-    stores = list(dict.fromkeys(row["store"] for row in rows))
-    of_store = {store: [row for row in rows if row["store"] == store] for store in stores}
-    lengths = [row["tokens"] for row in of_store[stores[0]]]
-    longest = [here[-1] for here in of_store.values()]
-    with figure(2, (11, 4.2)) as (drawn, (faster, spent)):
-        for store, here in of_store.items():
-            faster.plot(lengths, [row["times_faster"] for row in here], "o-", markersize=4, label=store)
-        faster.axhline(1, color=INK, linewidth=1)
-        faster.set(xlabel="Tokens of context", ylabel="Time to compute over time to load", xscale="log", ylim=(0, None))
-        faster.set_xticks(lengths, [str(n) for n in lengths])
-        faster.minorticks_off()
-        faster.legend(frameon=False, loc="upper left")
-        left = [0.0] * len(stores)
-        for stage, color in zip([*STAGES, "rest"], SERIES, strict=False):
-            widths = [1e3 * row[stage] for row in longest]
-            spent.barh(stores, widths, left=left, height=0.6, color=color, label=stage)
-            left = [start + width for start, width in zip(left, widths, strict=True)]
-        spent.axvline(1e3 * median(row["compute"] for row in longest), color=INK, linewidth=1)
-        spent.invert_yaxis()
-        spent.set_axisbelow(True)
-        spent.set_xlabel(f"Milliseconds to load {lengths[-1]} tokens; the line: to compute them")
-        spent.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=4, fontsize=9, columnspacing=1.2)
-        save_plot(drawn, NAME)
+    """How many times as long computing takes as loading, by context."""
+    lines: dict[str, list[Point]] = {}
+    for row in rows:
+        label = f"{row['store']}, {row['tokens']:,} tokens: {row['times_faster']:.2f}x"
+        lines.setdefault(row["store"], []).append((row["tokens"], row["times_faster"], label))
+    chart = Chart("Computing over loading", lines, "tokens of context", "times as long", y_log=False, x_times=False)
+    save_picture(
+        IMAGES / f"{NAME}.svg", "Computing a prefix again against loading it", "above 1 loading is faster", [chart]
+    )
 
 
 if __name__ == "__main__":

@@ -1,37 +1,40 @@
-"""Conversations that pause between turns: the cache is computed again, held as it is, or stored by the prefix cache.
+"""Conversations that pause between turns: the cache is computed again, held as it is, or stored by
+the prefix cache.
 
     python -m benchmarks.serving.multi_turn --text FILE... [--turns 6] [--turn-tokens 480] [--answer-tokens 32] [--ratio 32]
 
-Every turn adds held-out text and an answer that the model gives to the exact cache; all policies see the same tokens. Time to the
-first token is what a user waits for: computing or fetching the cache, and reading the new turn. Saving happens while the user
-types, so it is listed apart. Quality: KL of the answer's predictions against those from the recomputed cache. `--redraw` draws the
-plot of the saved results again.
+Every turn adds held-out text and an answer that the model gives to the exact cache; all policies
+see the same tokens. Time to the first token is what a user waits for: computing or fetching the
+cache, and reading the new turn. Saving happens while the user types, so it is listed apart.
+Quality: KL of the answer's predictions against those from the recomputed cache. `--redraw` draws
+the plot of the saved results again.
 """
 
 import argparse
 from collections import defaultdict
+from functools import partial
 from statistics import mean, median
 
 import torch
 
 import kvtc
 from benchmarks.shared.first_token import (
+    IMAGES,
     add_codec_arguments,
     answer,
     divergence,
-    figure,
     first_token,
     follow,
     parse,
     raw_bytes,
-    save_plot,
     saved_result,
     start,
     token_ids,
 )
 from benchmarks.shared.timing import timed
 from kvtc.evaluate.provenance import save_result
-from kvtc.report.plots import MUTED, SERIES
+from kvtc.report.charts import save_picture
+from kvtc.report.parts import Chart, Point
 from kvtc.report.table import format_bytes, format_table
 
 NAME = "multi_turn_serving"
@@ -85,7 +88,7 @@ def _cut(cache, n_tokens: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_codec_arguments(parser)
+    add_codec_arguments(parser, draws=True)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--turn-tokens", type=int, default=480)
     parser.add_argument("--answer-tokens", type=int, default=32)
@@ -147,21 +150,21 @@ def print_summary(summary: list[dict]) -> None:
 
 def plot(turns: list[dict]) -> None:
     """What a user waits for, and what the server keeps while the user is away, after each turn."""
-    tokens = [row["tokens"] for row in turns]
-    labels = {"recompute": "compute again", "hold": "hold the cache", "kvtc": "kvtc"}
-    colors = dict(zip(labels, (MUTED, SERIES[1], SERIES[0]), strict=True))
-    with figure(2, (10, 4)) as (drawn, (waiting, keeping)):
-        for name, label in labels.items():
-            seconds = [1e3 * row[f"{name}_seconds"] for row in turns]
-            waiting.plot(tokens, seconds, "o-", color=colors[name], label=label)
-        for name, found in (("hold", "raw_bytes"), ("kvtc", "stored_bytes")):
-            mebibytes = [row[found] / 2**20 for row in turns]
-            keeping.plot(tokens, mebibytes, "o-", color=colors[name], label=labels[name])
-        waiting.set(xlabel="Tokens of the conversation", ylabel="Milliseconds to the first token", ylim=(0, None))
-        keeping.set(xlabel="Tokens of the conversation", ylabel="MiB between turns", ylim=(0, None))
-        for axes in (waiting, keeping):
-            axes.legend(frameon=False)
-        save_plot(drawn, "multi_turn")
+    waiting: dict[str, list[Point]] = {"hold the cache": [], "kvtc": [], "compute again": []}
+    keeping: dict[str, list[Point]] = {"hold the cache": [], "kvtc": []}
+    for row in turns:
+        for line, name in zip(waiting, ("hold", "kvtc", "recompute"), strict=True):
+            seconds = row[f"{name}_seconds"]
+            waiting[line].append((row["tokens"], 1e3 * seconds, f"{line}, turn {row['turn']}: {1e3 * seconds:.0f} ms"))
+        for line, name in zip(keeping, ("raw_bytes", "stored_bytes"), strict=True):
+            label = f"{line}, turn {row['turn']}: {format_bytes(row[name])}"
+            keeping[line].append((row["tokens"], row[name] / 2**20, label))
+    over_tokens = partial(Chart, x_title="tokens of the conversation", x_log=False, y_log=False, x_times=False)
+    charts = [
+        over_tokens("Until the first token", waiting, y_title="milliseconds"),
+        over_tokens("Kept between turns", keeping, y_title="MiB"),
+    ]
+    save_picture(IMAGES / "multi_turn.svg", "Conversations that grow", "means over conversations, by turn", charts)
 
 
 if __name__ == "__main__":

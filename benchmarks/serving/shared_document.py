@@ -1,10 +1,11 @@
-"""One document stored once, many questions about it: computed again for each, or loaded from the prefix cache.
+"""One document stored once, many questions about it: computed again for each, or loaded from the
+prefix cache.
 
     python -m benchmarks.serving.shared_document --text FILE... [--document-tokens 940] [--documents 6] [--store URL]
 
-Documents are records and running text with facts in them; questions have answers that are right or wrong to the last token. The
-reference model finds facts in contexts of about 1 000 tokens; --document-tokens up to 3 900 shows time and bytes of longer ones.
-`--redraw` draws the plot of the saved results again.
+Documents are records and running text with facts in them; questions have answers that are right or
+wrong to the last token. The reference model finds facts in contexts of about 1 000 tokens;
+--document-tokens up to 3 900 shows time and bytes of longer ones.
 """
 
 import argparse
@@ -16,19 +17,14 @@ import kvtc
 from benchmarks.shared.first_token import (
     add_codec_arguments,
     divergence,
-    figure,
     first_token,
     follow,
-    parse,
     raw_bytes,
-    save_plot,
-    saved_result,
     start,
 )
 from benchmarks.shared.timing import timed
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.scoring import standard_tasks
-from kvtc.report.plots import MUTED, SERIES
 from kvtc.report.table import format_bytes, format_table
 
 NAME = "shared_document"
@@ -43,13 +39,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=8, help="a document")
     parser.add_argument("--documents", type=int, default=4, help="a task")
     parser.add_argument("--store", default="memory:", help="URL of the store")
-    options = parse(parser)
-    if not options.redraw:
-        run(options)
-    plot(saved_result(NAME))
-
-
-def run(options: argparse.Namespace) -> None:
+    options = parser.parse_args()
     model, tokenizer, codec = start(options)
     text = "\n".join(path.read_text(encoding="utf-8") for path in options.text)
     drawn = standard_tasks(tokenizer, text, options.document_tokens, options.documents, options.questions)
@@ -67,7 +57,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def ask(model, prefixes, document: torch.Tensor, question) -> dict:
-    """One question both ways: seconds to the first token, whether the whole answer is right, and the KL of its tokens."""
+    """One question both ways: seconds to the first token, whether the whole answer is right, and
+    the KL of its tokens.
+    """
     ids, answer = torch.cat([document, torch.tensor(question.prompt)]), torch.tensor(question.answer)
     exact, cache, recompute = first_token(model, ids, None)
     expected = torch.cat([exact[None], follow(model, cache, answer[:-1])])
@@ -123,27 +115,6 @@ def print_result(rows: list[dict], documents: list[dict], store: str) -> None:
     )
     print(format_table(["policy", "first token", "bytes", "answers right", "KL"], table))
     save_result(NAME, result)
-
-
-def plot(result: dict) -> None:
-    """How soon, at what bytes, and how often right: kvtc against what it takes the place of."""
-    panels = (
-        ("Milliseconds to the first token", "{:.0f} ms", "compute again",
-         1e3 * result["recompute_seconds"], 1e3 * result["kvtc_seconds"]),
-        (f"MiB for {result['documents']} documents", "{:.1f} MiB", "hold the caches",
-         result["raw_bytes"] / 2**20, result["stored_bytes"] / 2**20),
-        (f"Answers right, of {result['questions']}", "{:.1f} %", "exact cache",
-         100 * result["right_exact"], 100 * result["right_kvtc"]),
-    )  # fmt: skip
-    with figure(len(panels), (10, 3.4)) as (drawn, drawn_panels):
-        for axes, (title, form, other, *heights) in zip(drawn_panels, panels, strict=True):
-            bars = axes.bar([other, "kvtc"], heights, width=0.55, color=[MUTED, SERIES[0]])
-            axes.bar_label(bars, [form.format(height) for height in heights], padding=2)
-            axes.set_ylim(0, 1.15 * max(heights))
-            axes.set_title(title, loc="left", fontsize=10)
-            axes.set_axisbelow(True)
-            axes.grid(False, axis="x")
-        save_plot(drawn, NAME)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import kvtc
 from kvtc.calibration.fit import FitOptions, fit
 from kvtc.calibration.rows import CalibrationRows
-from kvtc.cli.calibrate import documents, token_sequences
+from kvtc.cli.texts import documents, token_sequences
 from kvtc.huggingface.calibrate import accumulate
 from kvtc.huggingface.models import geometry_of
 

@@ -1,4 +1,4 @@
-"""What the serving benchmarks share: held-out text, time to the first token, what a cache weighs, and how results are drawn."""
+"""What the serving benchmarks share: held-out text, time to the first token, what a cache weighs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,17 @@ from torch import Tensor
 
 import kvtc
 from kvtc.evaluate.provenance import RESULTS_DIRECTORY
-from kvtc.report.plots import plot_style, require_matplotlib, save_figure
 
 IMAGES = Path("docs/images")
 
 
-def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", type=Path, nargs="+", help="held-out text files")
-    parser.add_argument("--redraw", action="store_true", help="only draw the saved results again")
+def add_codec_arguments(parser: argparse.ArgumentParser, draws: bool = False) -> None:
+    """Options of model and codec. draws: the program draws its saved results, for which it needs no
+    text.
+    """
+    parser.add_argument("--text", type=Path, nargs="+", required=not draws, help="held-out text files")
+    if draws:
+        parser.add_argument("--redraw", action="store_true", help="only draw the saved results again")
     parser.add_argument("--profile", default="conditional")
     parser.add_argument("--ratio", type=float, default=32)
     parser.add_argument("--window", type=int, default=128, help="last tokens kept exactly")
@@ -51,7 +52,9 @@ def start(options: argparse.Namespace) -> tuple[Any, Any, kvtc.Codec]:
 
 
 def token_ids(tokenizer: Any, path: Path, share: float, n: int) -> Tensor:
-    """n token ids [n] of a text file, from a share 0 .. 1 of its length on, with the token that begins a text."""
+    """n token ids [n] of a text file, from a share 0 .. 1 of its length on, with the token that
+    begins a text.
+    """
     text = path.read_text(encoding="utf-8")
     start = int(share * len(text))
     ids = tokenizer(text[start : start + 12 * n], add_special_tokens=False).input_ids
@@ -59,7 +62,8 @@ def token_ids(tokenizer: Any, path: Path, share: float, n: int) -> Tensor:
 
 
 def first_token(model: Any, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any, float]:
-    """Feed what of ids [T] a cache lacks: log-probabilities [vocabulary] of the next token, the cache now, seconds.
+    """Feed what of ids [T] a cache lacks: log-probabilities [vocabulary] of the next token, the
+    cache now, seconds.
 
     The cache grows by what is fed.
     """
@@ -72,7 +76,9 @@ def first_token(model: Any, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any
 
 
 def answer(model: Any, log_probabilities: Tensor, cache: Any, n: int) -> Tensor:
-    """n tokens [n], the likeliest each time, the first by log_probabilities; the cache grows by n - 1."""
+    """n tokens [n], the likeliest each time, the first by log_probabilities; the cache grows by n -
+    1.
+    """
     found = [log_probabilities.argmax()]
     for _ in range(n - 1):
         with torch.no_grad():
@@ -102,17 +108,3 @@ def saved_result(name: str) -> dict[str, Any]:
     """The result that a benchmark saved last."""
     found: dict[str, Any] = json.loads((RESULTS_DIRECTORY / f"{name}.json").read_text(encoding="utf-8"))["result"]
     return found
-
-
-@contextmanager
-def figure(n_panels: int, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
-    """A figure in the style of all plots, and its panels, side by side."""
-    plt = require_matplotlib()
-    with plt.rc_context(plot_style()):
-        drawn, panels = plt.subplots(1, n_panels, figsize=size, layout="constrained", squeeze=False)
-        yield drawn, panels[0]
-
-
-def save_plot(drawn: Any, name: str) -> None:
-    """Write docs/images/<name>.png."""
-    save_figure(require_matplotlib(), drawn, IMAGES / f"{name}.png")

@@ -1,4 +1,6 @@
-"""Where serving benchmarks store: memory, a directory, Redis and S3 in servers started for the run, and tiers of these."""
+"""Where serving benchmarks store: memory, a directory, Redis and S3 in servers started for the run,
+and tiers of these.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ INSTALLED_BY = "`make test-stores` installs it; or leave out the stores that nee
 
 @contextmanager
 def open_stores(names: Sequence[str]) -> Iterator[dict[str, Store]]:
-    """An empty store for each of these names, while the block runs. tiered: memory, then a directory, then Redis."""
+    """An empty store for each of these names, while the block runs. tiered: memory, then a
+    directory, then Redis.
+    """
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="kvtc-stores-")))
         urls = {"memory": "memory:", "file": f"file://{directory}/file"}

@@ -1,4 +1,6 @@
-"""What the studies share: texts from options, every case on every text, a table. `kvtc evaluate` measures everything else."""
+"""What the studies share: texts from options, every case on every text, a table. `kvtc evaluate`
+measures everything else.
+"""
 
 import argparse
 from collections.abc import Iterable, Mapping

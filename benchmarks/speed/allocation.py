@@ -1,6 +1,7 @@
-"""Time and memory of the bit allocation at the size of an 8 B model: measuring every possible group, then the dynamic program.
+"""Time and memory of the bit allocation at the size of an 8 B model: measuring every possible
+group, then the dynamic program.
 
-python -m benchmarks.speed.allocation [--rank 10000] [--rows 1024] [--budget 32768]
+    python -m benchmarks.speed.allocation [--rank 10000] [--rows 1024] [--budget 32768]
 """
 
 import argparse

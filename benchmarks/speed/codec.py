@@ -1,9 +1,11 @@
-"""Throughput of the codec by stage, in MB of 16-bit cache a second, and encode + decode against the model's own prefill.
+"""Throughput of the codec by stage, in MB of 16-bit cache a second, and encode + decode against the
+model's own prefill.
 
     python -m benchmarks.speed.codec --text FILE [--tokens 2048] [--ratio 16] [--repeats 7]
 
-Two caches are timed: the reference model's on real text, and a random one with 8192 features a kind (16 layers of 8 heads of 64)
-and 2048 components, where the transform weighs as it does in large models. Every stage is timed inside a whole encode or decode.
+Two caches are timed: the reference model's on real text, and a random one with 8192 features a kind
+(16 layers of 8 heads of 64) and 2048 components, where the transform weighs as it does in large
+models. Every stage is timed inside a whole encode or decode.
 """
 
 import argparse

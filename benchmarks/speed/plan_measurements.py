@@ -1,9 +1,11 @@
-"""What `kvtc plan` needs to know of the reference model on this machine: prefill, decode steps, codecs at 16x, memory and disk.
+"""What `kvtc plan` needs to know of the reference model on this machine: prefill, decode steps,
+codecs at 16x, memory and disk.
 
     python -m benchmarks.speed.plan_measurements --text FILE -o FILE.json [--repeats 7] [--directory DIR]
 
-Every time is the best of `--repeats` after a warm-up: a planner wants to know what the machine can do. The model runs in float32;
-caches are coded in bfloat16. The disk is that of `--directory`; what is read was thrown out of the page cache before.
+Every time is the best of `--repeats` after a warm-up: a planner wants to know what the machine can
+do. The model runs in float32; caches are coded in bfloat16. The disk is that of `--directory`; what
+is read was thrown out of the page cache before.
 """
 
 import argparse
@@ -35,7 +37,9 @@ def prefill_points(model, ids: torch.Tensor, repeats: int) -> list[list[float]]:
 
 @torch.inference_mode()
 def decode_times(model, ids: torch.Tensor, repeats: int) -> tuple[float, float]:
-    """Seconds of a step, and what each token of context in the batch adds: least squares of relative errors."""
+    """Seconds of a step, and what each token of context in the batch adds: least squares of
+    relative errors.
+    """
     rows, seconds = [], []
     for context in CONTEXTS:
         for batch in BATCHES:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.speed.rans [--columns 1000] [--runs 31]
 
-Chunks of tokens as a codec has them, one call for as many tokens, and short chunks; symbols as likely as their tables say.
-Encoding, decoding and costs take turns, and each run codes everything once. Speeds are of one thread, in the time a core worked
-for it; those by the clock, which other programs on the machine slow down, stand beside them. If any other thread of the process
-works in a run, the benchmark ends without a result.
+Chunks of tokens as a codec has them, one call for as many tokens, and short chunks; symbols as
+likely as their tables say. Encoding, decoding and costs take turns, and each run codes everything
+once. Speeds are of one thread, in the time a core worked for it; those by the clock, which other
+programs on the machine slow down, stand beside them. If any other thread of the process works in a
+run, the benchmark ends without a result.
 """
 
 import argparse
@@ -24,12 +25,16 @@ from kvtc.report.table import format_table
 N_CLASSES, N_KINDS, N_SYMBOLS = 27, 4, 17
 CHUNK_TOKENS = 256
 OTHER_THREADS_SECONDS = 2e-3
-"""What the process may take beside the thread in a run: reading two clocks one after the other differs by less."""
+"""What the process may take beside the thread in a run: reading two clocks one after the other
+differs by less.
+"""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Millions of symbols a second: of the core's time the median, the slowest and the fastest run; of the clock's the median."""
+    """Millions of symbols a second: of the core's time the median, the slowest and the fastest run;
+    of the clock's the median.
+    """
 
     median: float
     slowest: float
@@ -61,7 +66,9 @@ class Row:
 
 
 def make_tables() -> RansTables:
-    """Two-sided geometric distributions from broad ones to nearly always zero, wider or narrower with the token's class."""
+    """Two-sided geometric distributions from broad ones to nearly always zero, wider or narrower
+    with the token's class.
+    """
     distance = np.abs(np.arange(N_SYMBOLS) - N_SYMBOLS // 2)
     widths = np.geomspace(4, 0.05, N_CLASSES) * np.linspace(0.6, 1.5, N_KINDS)[:, None]
     return RansTables(normalize_frequencies(np.exp(-distance / widths.reshape(-1, 1))), N_CLASSES)

@@ -118,7 +118,12 @@ def test_coefficients_may_have_any_strides():
 def test_what_is_not_a_number_stays_in_its_buffers():
     coefficients = torch.tensor([[torch.nan, torch.inf, -torch.inf]] * 3, device=DEVICE)
     rounded = TRITON.round(coefficients, STEP, classes_of(3), TABLES)
-    TRITON.write_integers(rounded, [slice(0, 3)], classes_of(3), TABLES)
+    (parts,) = TRITON.write_integers(rounded, [slice(0, 3)], classes_of(3), TABLES)
+    # What they become is nobody's promise, but they become integers that decode.
+    chunk = CodedIntegers(3, parts.activities, parts.symbols, parts.escapes, classes_of(3), TABLES, STEP)
+    decoded = REFERENCE.read_integers([chunk], 3)
+    assert decoded.shape == (3, 3)
+    assert decoded.isfinite().all()
 
 
 # Coding.

@@ -14,7 +14,7 @@ import torch
 import kvtc
 from kvtc.cache_file import load_cache, save_cache
 from kvtc.cli import main
-from kvtc.cli.calibrate import documents
+from kvtc.cli.texts import documents
 from kvtc.demo.run import CONVERSATION
 from kvtc.errors import InvalidCache
 from kvtc.reference import CALIBRATION_FILE
@@ -67,7 +67,7 @@ def made(tmp_path_factory) -> Path:
 
 def test_encode_a_text_as_the_library_does(capsys, made, tmp_path):
     output = tmp_path / "talk.kvtc"
-    options = ["--model", "reference", "--ratio", 8, "--sink-format", "fp8", "--chunk-tokens", 64, "--lossless", "none"]
+    options = ["--model", "reference", "--ratio", 8, "--chunk-tokens", 64, "--lossless", "none"]
     code, out, _ = run(capsys, "encode", made / "talk.txt", "-o", output, *options, "--json")
     result = json.loads(out)
     info = kvtc.inspect(output.read_bytes())
@@ -77,16 +77,17 @@ def test_encode_a_text_as_the_library_does(capsys, made, tmp_path):
     assert info.chunk_tokens == 64
     assert {section.coder for section in info.sections} == {"none"}
     assert info.has_token_digests
+    assert info.profile == kvtc.reference_calibration().profiles[-1]
 
 
 def test_encode_a_saved_cache(capsys, made, tmp_path):
     calibration = CALIBRATION_FILE
     arguments = ["encode", made / "talk.safetensors", "-o", tmp_path / "a.kvtc", "--calibration", calibration]
-    code, out, _ = run(capsys, *arguments, "--key-ratio", 8, "--value-ratio", 32)
+    code, out, _ = run(capsys, *arguments)
     assert code == 0
     assert "body_ratio" in out
     assert "total_ratio" in out
-    code, out, _ = run(capsys, *arguments, "--max-error", 0.2, "--force", "--json")
+    code, out, _ = run(capsys, *arguments, "--profile", "paper", "--ratio", 8, "--force", "--json")
     assert code == 0
     assert json.loads(out)["prefill_seconds"] is None
 
@@ -275,13 +276,11 @@ def test_doctor_without_a_gpu_says_why(capsys, monkeypatch):
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "redis", None)
     monkeypatch.delitem(sys.modules, "kvtc.store.redis_store", raising=False)
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     assert 'pip install "kvtc[coders]"' in out
-    assert 'pip install "kvtc[demo]"' in out
     assert 'pip install "kvtc[redis]"' in out
 
 
@@ -298,7 +297,7 @@ def test_demo(capsys, tmp_path, monkeypatch):
     assert asked == {"directory": tmp_path / "new", "ratio": 32}
     code, out, err = run(capsys, "demo", "--output", tmp_path, "--json")
     assert (code, json.loads(out), err) == (0, {"ratio": 16}, "hello\n")
-    (tmp_path / "spectrum.png").write_bytes(b"mine")
+    (tmp_path / "spectrum.svg").write_bytes(b"mine")
     assert "--force" in fails(capsys, "demo", "--output", tmp_path)
     assert run(capsys, "demo", "--output", tmp_path, "--force")[0] == 0
 
@@ -365,7 +364,6 @@ def test_values_that_cannot_be(capsys, made, tmp_path):
     out = ["-o", tmp_path / "x"]
     encode = ["encode", made / "talk.txt", "--model", "reference", *out]
     assert "at least 1" in fails(capsys, *encode, "--ratio", 0.5)
-    assert "not both" in fails(capsys, *encode, "--max-error", 0.1, "--key-ratio", 8)
     assert "nowhere" in fails(capsys, *encode, "--device", "nowhere")
     assert "cannot keep to a fixed size" in fails(capsys, *encode, "--profile", "paper", "--fixed-size")
     calibrate = ["calibrate", "--model", "reference", "--text", made / "corpus.txt", *out]
@@ -395,7 +393,7 @@ def test_texts_and_models_that_cannot_be_read(capsys, made, tmp_path):
         ["inspect"],
         ["encode", "talk.txt", "-o", "x"],
         ["encode", "cache.safetensors", "-o", "x"],
-        ["encode", "talk.txt", "-o", "x", "--model", "reference", "--ratio", "8", "--max-error", "0.1"],
+        ["encode", "talk.txt", "-o", "x", "--model", "reference", "--ratio", "8", "--step", "0.1"],
         ["decode", "talk.kvtc", "--model", "reference"],
         ["decode", "talk.kvtc", "--model", "reference", "--generate", "5"],
         ["decode", "talk.kvtc", "--text", "talk.txt", "-o", "x", "--calibration", "c"],
@@ -534,7 +532,7 @@ def long_text(tmp_path_factory) -> Path:
 def test_a_text_longer_than_the_context_is_an_error_before_any_work(capsys, long_text, tmp_path, monkeypatch):
     _, tokenizer = kvtc.reference_model()
     n_tokens = 1 + len(tokenizer(long_text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids)
-    monkeypatch.setattr("kvtc.cli.encode_decode.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("kvtc.cli.encode.load_model", lambda *_: pytest.fail("a model was loaded"))
     error = fails(capsys, "encode", long_text, "--model", "reference", "-o", tmp_path / "x")
     assert f"{n_tokens:,} tokens, more than the context of reference, 4,096" in error
     assert "--truncate" in error

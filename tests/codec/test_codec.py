@@ -34,6 +34,7 @@ from kvtc.profiles.rates import MaxError, SideRatios, Truncation
 from tests.builders import (
     DTYPES,
     NAMES,
+    at,
     fit_caches,
     fresh_codec,
     gappy_cache,
@@ -48,11 +49,6 @@ from tests.builders import (
 
 SINKS, WINDOW = 4, 128
 MAX_ERROR = 0.05
-
-
-def at(cache: KVCache, tokens) -> KVCache:
-    """Some tokens of a cache, at their positions."""
-    return KVCache(cache.keys[:, :, tokens], cache.values[:, :, tokens], cache.resolved_positions()[tokens])
 
 
 def body_errors(cache: KVCache, decoded: KVCache, tokens: slice) -> list[tuple[float, float, float]]:

@@ -16,6 +16,7 @@ from kvtc.errors import CorruptStream, InvalidArgument
 from kvtc.profiles.joint.plan import FINER_WINDOW
 from tests.builders import (
     CHUNKS_AT,
+    assert_parts_decode_alone,
     joint_calibration,
     joint_codec,
     patched,
@@ -98,13 +99,8 @@ def test_prediction_sees_what_comes_before_the_window(profile):
 def test_chunks_decode_alone(profile):
     codec, (cache, ids) = window_codec(profile, chunk_tokens=16), told_gappy_cache(60)
     stream = codec.encode(cache, ids)
-    whole, parts, first = codec.decode(stream, ids), split_stream(stream), 0
-    assert join_streams(parts) == stream
-    for part in parts:
-        n = kvtc.inspect(part).n_tokens
-        decoded = codec.decode(part, ids[first : first + n])
-        torch.testing.assert_close(decoded.values, whole.values[:, :, first : first + n], rtol=2**-7, atol=1e-3)
-        first += n
+    whole = codec.decode(stream, ids)
+    assert_parts_decode_alone(codec, stream, ids)
     for n in (0, 1, 20, 31, 45, 60):
         part = codec.decode(stream, ids[:n], tokens=n)
         torch.testing.assert_close(part.keys, whole.keys[:, :, :n], rtol=2**-7, atol=1e-3)

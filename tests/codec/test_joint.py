@@ -27,6 +27,8 @@ from tests.builders import (
     NAMES,
     SINK_TOKENS,
     VOCABULARY,
+    assert_parts_decode_alone,
+    at,
     joint_calibration,
     joint_codec,
     patched,
@@ -56,11 +58,6 @@ def conversation_cache() -> tuple[KVCache, Tensor]:
     text = CONVERSATION.read_text(encoding="utf-8")[:4000]
     ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids][:404])
     return capture(model, ids), ids
-
-
-def at(cache: KVCache, tokens) -> KVCache:
-    """Some tokens of a cache, at their positions."""
-    return KVCache(cache.keys[:, :, tokens], cache.values[:, :, tokens], cache.resolved_positions()[tokens])
 
 
 def errors(found: KVCache, expected: KVCache) -> float:
@@ -294,16 +291,7 @@ def test_a_ratio_makes_steps_that_differ(profile):
 @of_both
 def test_parts_decode_to_their_own_tokens(profile):
     codec, (cache, ids) = joint_codec(profile), told_gappy_cache(30)
-    stream = codec.encode(cache, ids)
-    whole, parts, first = codec.decode(stream, ids), split_stream(stream), 0
-    assert join_streams(parts) == stream
-    for part in parts:
-        n = kvtc.inspect(part).n_tokens
-        decoded = codec.decode(part, ids[first : first + n])
-        assert decoded.positions.tolist() == whole.positions[first : first + n].tolist()
-        torch.testing.assert_close(decoded.values, whole.values[:, :, first : first + n], rtol=2**-7, atol=1e-3)
-        first += n
-    assert first == 30
+    assert_parts_decode_alone(codec, codec.encode(cache, ids), ids)
 
 
 @of_both

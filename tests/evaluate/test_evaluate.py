@@ -1,4 +1,4 @@
-"""Quality against the exact cache, tables, provenance and plots, on the reference model."""
+"""Quality against the exact cache, tables and provenance, on the reference model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from kvtc.errors import InvalidArgument
 from kvtc.evaluate.provenance import Provenance, save_result
 from kvtc.evaluate.quality import Quality, evaluate_continuation, summarize
 from kvtc.huggingface.continuation import predict, prefill
-from kvtc.report.plots import plot_rate_quality, plot_spectrum
 from kvtc.report.table import format_bytes, format_fields, format_ratio, format_seconds, format_table
 
 N_TOKENS, N_CONTINUATION = 400, 60
-PNG_SIGNATURE = b"\x89PNG"
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +181,3 @@ def test_a_recorded_command_holds_no_secrets_and_no_places(monkeypatch):
 def test_figures_that_are_not_finite_are_written_as_none(tmp_path):
     path = save_result("broken", {"kl": float("nan"), "rows": [{"perplexity": float("inf"), "n": (1, 2)}]}, tmp_path)
     assert json.loads(path.read_text())["result"] == {"kl": None, "rows": [{"perplexity": None, "n": [1, 2]}]}
-
-
-def test_plots_are_drawn(tmp_path, calibration, qualities):
-    plot_spectrum(
-        calibration, kvtc.Codec(calibration, "paper", ratio=16), tmp_path / "new" / "spectrum.png", "a workload"
-    )
-    plot_rate_quality(qualities, tmp_path / "one.png")
-    exact = replace(qualities[0], kl=0.0, body_ratio=None)
-    plot_rate_quality({"a": qualities, "b": [exact], "none": []}, tmp_path / "two.png", "a workload")
-    for path in (tmp_path / "new" / "spectrum.png", tmp_path / "one.png", tmp_path / "two.png"):
-        assert path.read_bytes().startswith(PNG_SIGNATURE)
-    with pytest.raises(InvalidArgument):
-        plot_rate_quality([], tmp_path / "empty.png")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-OPTIONAL = ("transformers", "tokenizers", "matplotlib", "zstandard", "lz4", "redis", "obstore", "cryptography")
+OPTIONAL = ("transformers", "tokenizers", "zstandard", "lz4", "redis", "obstore", "cryptography")
 
 BLOCK_OPTIONAL = f"""
 import sys

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..display import shown_lines
-from .arguments import Outcome, add_subcommand, check_directory, check_output, quiet_transformers
+from .arguments import Outcome, add_subcommand, check_directory, check_output
+from .models import quiet_transformers
 
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def run_demo(options: argparse.Namespace) -> Outcome:
     try:
         quiet_transformers()
     except ImportError as error:
-        raise MissingDependency('the demo needs transformers; pip install "kvtc[demo]"') from error
+        raise MissingDependency('the demo needs transformers; pip install "kvtc[hf]"') from error
 
     def say(block: str) -> None:
         print(shown_lines(block), file=sys.stderr if options.json else sys.stdout, flush=True)

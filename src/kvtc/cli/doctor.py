@@ -1,4 +1,6 @@
-"""The subcommand `doctor`: what this installation can do, and why it cannot do the rest. Nothing of it needs a network."""
+"""The subcommand `doctor`: what this installation can do, and why it cannot do the rest. Nothing of
+it needs a network.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..process.progress import task, track
-from .arguments import Outcome, add_subcommand, quiet_transformers
+from .arguments import Outcome, add_subcommand
+from .models import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +30,6 @@ OPTIONAL = {
     "redis": "stores at redis:// and rediss://",
     "obstore": "stores at s3://",
     "cryptography": "stores encrypted at rest",
-    "matplotlib": "pictures of the demo",
     "lm_eval": "tasks of lm-evaluation-harness",
 }
 STORES = {"stores in Redis": "redis_store", "stores in S3": "object_store", "encrypted stores": "encryption"}
@@ -36,7 +38,9 @@ _TOKENS = 8
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """A device, the backend that `auto` takes for it and why; why_not: what a cache coded and decoded there ran into."""
+    """A device, the backend that `auto` takes for it and why; why_not: what a cache coded and
+    decoded there ran into.
+    """
 
     device: str
     name: str
@@ -138,7 +142,6 @@ def _checks() -> dict[str, Callable[[], object]]:
     return {
         **{f"coder {name}": check for name, check in _coder_checks().items()},
         "transformers caches and models": _check_transformers,
-        "pictures of the demo": _check_matplotlib,
         **{name: partial(importlib.import_module, f"kvtc.store.{module}") for name, module in STORES.items()},
         "lossless coding by nvCOMP": _check_nvcomp,
         "reference model": _check_reference_model,
@@ -184,12 +187,6 @@ def _check_transformers() -> None:
     require_transformers()
 
 
-def _check_matplotlib() -> None:
-    from ..report.plots import require_matplotlib
-
-    require_matplotlib()
-
-
 def _check_nvcomp() -> None:
     import torch
 
@@ -219,7 +216,9 @@ def _check_reference_calibration() -> None:
 
 
 def _reference_facts() -> dict[str, Any] | None:
-    """The fingerprint of the calibration that ships, and its profiles; None where it cannot be read."""
+    """The fingerprint of the calibration that ships, and its profiles; None where it cannot be
+    read.
+    """
     from ..reference import reference_calibration
 
     if _reason(reference_calibration) is not None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Outcome, add_subcommand, describe_basis, joint_fields, quality_fields, quality_of, read_stream
+from .arguments import Outcome, add_subcommand, read_stream
 
 if TYPE_CHECKING:
     from ..codec.inspection import GroupInfo, StreamInfo
@@ -93,6 +93,7 @@ def _describe_calibration(path: Path) -> Outcome:
     from ..calibration import load_calibration
     from ..container import FULL_ATTENTION
     from ..report.table import format_bytes, format_fields
+    from .calibration_fields import describe_basis, joint_fields, quality_fields, quality_of
 
     calibration = load_calibration(path)
     kinds = {"key": calibration.key, "value": calibration.value}

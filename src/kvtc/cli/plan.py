@@ -24,7 +24,7 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
         EXAMPLES_HELP,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="PLAN.json", help="the plan")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the sweep of the plan")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the sweep of the plan")
     parser.add_argument("--force", action="store_true", help="replace the plot if it exists")
 
 
@@ -34,7 +34,7 @@ def plan(options: argparse.Namespace) -> Outcome:
     from ..plan.report import format_plan, plot_plan
 
     if options.plot is not None:
-        check_output(options.plot, options.force)
+        check_output(options.plot, options.force, ".svg")
     loaded = load_plan(options.config)
     result = run_plan(loaded)
     if options.plot is not None:

@@ -30,7 +30,8 @@ def report(options: argparse.Namespace) -> Outcome:
     from ..evaluate.schema import read_result
     from ..files import SHARED, write_atomically
     from ..report.page import render_page
-    from ..report.sections import Chart, render_text, sections_of
+    from ..report.parts import Chart
+    from ..report.sections import render_text, sections_of
 
     if options.output is not None:
         check_output(options.output, options.force)

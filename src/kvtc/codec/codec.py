@@ -48,7 +48,7 @@ class Codec:
     A codec is safe to share between threads, and can be pickled. In a forked child PyTorch computes on one thread; a child that
     is to use more is spawned.
 
-    Args:
+    Parameters:
         calibration: of the model, from `kvtc.load_calibration` or `kvtc.calibrate`.
         profile: "paper", "joint" or "conditional". The last one predicts from token ids, which encode and decode then need.
             Default: the last of these three that the calibration serves, or "paper" where an option of that profile is given.

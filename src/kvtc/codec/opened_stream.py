@@ -88,7 +88,7 @@ def open_stream(
 ) -> OpenedStream:
     """Check a stream against token ids, and read the sections of its first tokens.
 
-    Args:
+    Parameters:
         stream: parsed, and made with the calibration (`check_calibration`). Where its bytes are on a device, bodies that no
             lossless coder was applied to stay there; their checksums are not verified then.
         decoder: of its profile.

@@ -48,7 +48,7 @@ def encode(
     All coefficients are held until the plan is found, 4 r bytes a token for r coefficients, so that rows are un-rotated and
     projected once however many steps are tried.
 
-    Args:
+    Parameters:
         cache: checked; on any device.
         token_ids: int64 [T], or None.
         spans: its chunks.
@@ -103,7 +103,7 @@ class Decoding:
 
     Coefficients are decoded when this is made, which raises `CorruptStream`.
 
-    Args:
+    Parameters:
         opened: the streams.
         shifts: how many positions the tokens of each stream move.
         calibration: of their model.
@@ -131,7 +131,7 @@ class Decoding:
     def write_layer(self, layer: int, sides: Sequence[Sides]) -> None:
         """Restore one layer of every stream.
 
-        Args:
+        Parameters:
             layer: its index within the calibration.
             sides: for each stream where its first `n_tokens` tokens go.
         """

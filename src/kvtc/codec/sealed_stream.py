@@ -76,7 +76,7 @@ class StreamDraft:
     def seal(self, plan: bytes, coded: CodedRows, is_final: bool, size: int | None) -> bytes:
         """The stream.
 
-        Args:
+        Parameters:
             plan: bytes of the section `rate`.
             coded: coded rows of its chunks.
             is_final: whether no lossless coder is applied to them.

@@ -29,7 +29,11 @@ _ABSOLUTE = re.compile(r"(?<![^=,])/[^=,]*")
 
 @dataclass(frozen=True)
 class Provenance:
-    """One run. commit: None outside of a checkout of kvtc, with "+changes" where tracked files of the package differ from it."""
+    """Where the numbers of one run come from.
+
+    `commit` is None outside of a checkout of kvtc, and ends in "+changes" where tracked files of
+    the package differ from it.
+    """
 
     date: str
     commit: str | None
@@ -67,9 +71,13 @@ class Provenance:
 
 
 def save_result(name: str, result: Mapping[str, Any], directory: Path = RESULTS_DIRECTORY) -> Path:
-    """Write `directory`/`name`.json: the result, of a `kind` that `schema` lists, and its provenance.
+    """Write a result and its provenance to `directory`/`name`.json, in place of an older one, and
+    return the path.
 
-    A later run of the same name replaces it.
+    Parameters:
+        name: the name of the file without its suffix.
+        result: the result, of a `kind` that `schema` lists.
+        directory: where to write; it is made if it is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
@@ -93,7 +101,9 @@ def _program() -> list[str]:
 
 
 def _public(word: str) -> str:
-    """A word of a command without passwords, and of absolute paths the name alone: where a file lay is nobody's business."""
+    """A word of a command without passwords, and of absolute paths the name alone: where a file lay
+    is nobody's business.
+    """
     return _ABSOLUTE.sub(lambda path: Path(path[0]).name, without_credentials(word))
 
 

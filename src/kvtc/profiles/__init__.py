@@ -39,7 +39,7 @@ _MADE_BY: dict[str, MakeProfile] = {
 def register(name: str, number: int, make: MakeProfile) -> None:
     """Add a profile that does not ship with kvtc.
 
-    Args:
+    Parameters:
         name: as users ask for it and `inspect` shows it.
         number: 1 to 255, which names it in a stream's header.
         make: makes it ready for a calibration, a backend and the dtype that products are rounded to.

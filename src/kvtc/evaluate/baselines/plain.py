@@ -1,7 +1,9 @@
-"""Zstandard over the 16-bit cache: what a general compressor gains, and the only baseline that loses nothing.
+"""Zstandard over the 16-bit cache: what a general compressor gains, and the only baseline that
+loses nothing.
 
-Level 3, its default. With `byte_planes` the low bytes of all values come first, then the high ones: the sign and exponent of a
-bfloat16 are then neighbours of their like. A float32 cache is stored, and counted, as float16.
+Level 3, its default. With `byte_planes` the low bytes of all values come first, then the high ones:
+the sign and exponent of a bfloat16 are then neighbours of their like. A float32 cache is stored,
+and counted, as float16.
 """
 
 from __future__ import annotations

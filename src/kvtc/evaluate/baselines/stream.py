@@ -27,7 +27,9 @@ _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 @dataclass(frozen=True)
 class Header:
-    """Shape of a cache, the dtype it is restored in, and how many of its tokens are stored as they are; 15 bytes."""
+    """Shape of a cache, the dtype it is restored in, and how many of its tokens are stored as they
+    are; 15 bytes.
+    """
 
     dtype: torch.dtype
     n_layers: int
@@ -120,7 +122,9 @@ def cache_sides(cache: Any) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class BodyMethod(ABC):
-    """A method that codes all tokens but the last `window_tokens`, which it keeps at 16 bits a value."""
+    """A method that codes all tokens but the last `window_tokens`, which it keeps at 16 bits a
+    value.
+    """
 
     window_tokens: int = 0
 
