@@ -11,7 +11,8 @@ import kvtc
 from kvtc.demo import run_demo
 from kvtc.demo.report import WIDTH
 from kvtc.errors import InvalidArgument
-from kvtc.profiles.paper.rate import RateTarget
+from kvtc.profiles.paper.rate import allocations_for
+from kvtc.profiles.rates import Ratio
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,8 @@ def test_pictures(demo):
     directory, _, result = demo
     assert result["plots"] == [str(directory / "spectrum.svg"), str(directory / "rate_quality.svg")]
     spectrum, quality = (Path(path).read_text(encoding="utf-8") for path in result["plots"])
-    rate = RateTarget(kvtc.reference_calibration(), 16)
-    stored = [int((kind.bits_per_coefficient(512) > 0).sum()) for kind in rate.allocations(16)]
+    allocations = allocations_for(Ratio(16), kvtc.reference_calibration(), 16)
+    stored = [int((kind.bits_per_coefficient(512) > 0).sum()) for kind in allocations]
     assert f"Bits, which go to {stored[0]} coefficients of keys and {stored[1]} coefficients of values" in spectrum
     assert "coefficients 1 to 16: 10 bits" in spectrum
     for measured in result["qualities"]:
