@@ -50,9 +50,9 @@ test-processors: $(VENV)/.test-ready
 	$(BIN)/python -m tests.processors --suite
 
 bench: $(VENV)/.test-ready
-	$(BIN)/python benchmarks/allocation.py
-	$(BIN)/python benchmarks/calibration.py
-	$(BIN)/python benchmarks/codec.py
+	$(BIN)/python -m benchmarks.speed.allocation
+	$(BIN)/python -m benchmarks.calibration.basis
+	$(BIN)/python -m benchmarks.speed.codec
 
 # PyTorch goes first: what depends on it then takes the pinned build as it is.
 $(VENV)/.torch-ready: constraints.txt
@@ -61,7 +61,7 @@ $(VENV)/.torch-ready: constraints.txt
 	touch $@
 
 $(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml
-	$(INSTALL) --editable '.[demo]'
+	$(INSTALL) --editable '.[hf]'
 	touch $@
 
 $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml

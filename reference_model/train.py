@@ -3,7 +3,7 @@
     python reference_model/train.py tokenize --text SHARD... --run RUN     # once: token ids of the text, in RUN
     python reference_model/train.py train --preset cpu --run RUN           # starts, or goes on from the last checkpoint in RUN
     python reference_model/train.py export --run RUN --output DIRECTORY    # bf16 safetensors, config and tokenizer
-    python reference_model/train.py plot --run RUN --output FILE.png       # the loss curve
+    python reference_model/train.py plot --run RUN --output FILE.svg       # the loss curve
 
 What is drawn at a step follows from the seed and the number of the step alone, and a checkpoint holds weights and optimizer in full
 precision, so a run that was stopped goes on as if it had not been. RUN/log.jsonl has one line a step.
@@ -33,6 +33,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kvtc.evaluate import tasks
+from kvtc.report.charts import save_picture
+from kvtc.report.parts import Chart, Marks, Point
 
 HERE = Path(__file__).parent
 TOKENIZER = HERE / "seed-3m"
@@ -399,26 +401,24 @@ def export(run: Path, preset: Preset, output: Path) -> None:
 
 
 def plot(run: Path, preset: Preset, output: Path) -> None:
-    """Loss of text and of answers to look-ups against tokens seen, each a running median."""
-    import matplotlib.pyplot as plt
-
+    """Loss of text and of answers to look-ups against tokens seen: running medians of 25 steps."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     millions = np.arange(1, len(records) + 1) * preset.tokens_per_step / 1e6
-    figure, panel = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for name, label, color in (("text", "text", "#0f62a8"), ("answers", "answers to look-ups", "#c4501b")):
+    lines: dict[str, list[Point]] = {}
+    for name, title in (("text", "text"), ("answers", "answers to look-ups")):
         values = np.array([record[name] for record in records], dtype=float)
-        panel.plot(millions, values, color=color, alpha=0.15, linewidth=0.8)
-        smooth = [np.nanmedian(values[max(0, i - 12) : i + 13]) for i in range(len(values))]
-        panel.plot(millions, smooth, color=color, linewidth=2, label=label)
+        smooth = [float(np.nanmedian(values[max(0, i - 12) : i + 13])) for i in range(len(values))]
+        lines[title] = list(zip(millions.tolist(), smooth, [f"{value:.2f}" for value in smooth], strict=True))
     contexts = [record["context"] for record in records]
     starts = [i for i in range(len(contexts)) if i == 0 or contexts[i] != contexts[i - 1]]
-    for index in starts:
-        panel.axvline(millions[index], color="#6b7280", linewidth=1, linestyle=":")
-        label = f"context {contexts[index]}"
-        panel.text(millions[index], 2.75, label, fontsize=8, color="#6b7280", rotation=90, ha="right", va="center")
-    panel.set(xlabel="Million tokens", ylabel="Cross entropy (nats a token)", ylim=(0, 4.7))
-    panel.legend(frameon=False, loc="center", bbox_to_anchor=(0.25, 0.55))
-    figure.savefig(output, dpi=150)
+    changes = [(*lines["text"][i][:2], f"from here on contexts of {contexts[i]} tokens") for i in starts]
+    chart = Chart(
+        "Loss", lines, "million tokens", "cross entropy, nats a token", x_log=False, y_log=False, x_times=False,
+        marks=[Marks("text", changes, is_hollow=True)],
+    )  # fmt: skip
+    lengths = ", ".join(str(contexts[i]) for i in starts)
+    note = f"Running medians of 25 steps. Marks: contexts change, to {lengths} tokens."
+    save_picture(output, "Loss of text and of answers", note, [chart])
 
 
 def main(arguments: list[str]) -> None:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import struct
 import zlib
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from functools import cache as remember
 from pathlib import Path
 
@@ -14,20 +15,24 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration, KindCalibration
-from kvtc.calibration.fit import fit
+from kvtc.calibration.fit import FitOptions, fit
 from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration, TokenCoding
 from kvtc.calibration.quality_curve import QualityCurve
+from kvtc.calibration.rows import CalibrationRows
 from kvtc.codec.codec import Codec
+from kvtc.codec.inspection import inspect
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.joint.prediction import Predictor
 from kvtc.coding.joint.probability import ProbabilityTables
 from kvtc.coding.paper.distortion import DistortionTable
 from kvtc.coding.rope import NO_ROTATION, Rope, RopeTable
 from kvtc.coding.transform import Basis, cache_side_of
+from kvtc.container import join_streams, split_stream
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 8
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -36,8 +41,10 @@ SINK_TOKENS = 4
 LATENT = 8
 
 # The layout of docs/format.md, restated here so that tests do not believe the writer.
-HEADER_BYTES, CHUNK_BYTES, SECTION_BYTES = 56, 20, 20
-HEADER_CHECKSUM_AT, N_CHUNKS_AT, N_SECTIONS_AT = 52, 44, 48
+HEADER_BYTES, GROUP_BYTES, CHUNK_BYTES, SECTION_BYTES = 40, 20, 20, 20
+N_GROUPS_AT, CHUNK_TOKENS_AT, N_CHUNKS_AT, N_SECTIONS_AT, HEADER_CHECKSUM_AT = 7, 24, 28, 32, 36
+CHUNKS_AT = HEADER_BYTES + GROUP_BYTES
+"""Of a stream with one group of layers."""
 
 
 @remember
@@ -65,11 +72,31 @@ def random_cache(n: int, dtype: torch.dtype = torch.float32, seed: int = 0, firs
     return KVCache(keys.to(dtype), sides[1].to(dtype, copy=True).contiguous(), positions if first_position else None)
 
 
+def fit_caches(
+    geometry: CacheGeometry,
+    caches: Iterable[KVCache],
+    token_ids: Iterable[Tensor] | None = None,
+    metric: Metric | None = None,
+    embeddings: Tensor | None = None,
+    **options: object,
+) -> Calibration:
+    """A calibration of caches that are there already. options: of `CalibrationRows` and of `FitOptions`."""
+    sizes = {name.name: options.pop(name.name) for name in fields(FitOptions) if name.name in options}
+    seed = {"seed": sizes["seed"]} if "seed" in sizes else {}
+    ids = None if token_ids is None else iter(token_ids)
+    with CalibrationRows(geometry, with_tokens=ids is not None, **seed, **options) as rows:
+        for cache in caches:
+            rows.add(cache, None if ids is None else next(ids, None))
+            if rows.is_full:
+                break
+        return fit(rows, FitOptions(**sizes), metric=metric, embeddings=embeddings)
+
+
 @remember
 def tiny_calibration(seed: int = 0) -> Calibration:
     """Fitted to caches that `random_cache` draws with other seeds than tests use; every `seed` has its own fingerprint."""
     caches = (random_cache(200, seed=10_000 + 100 * seed + index) for index in range(10))
-    return fit(tiny_geometry(), caches, sink_tokens=SINK_TOKENS, progress=False)
+    return fit_caches(tiny_geometry(), caches, sink_tokens=SINK_TOKENS)
 
 
 VOCABULARY = 40
@@ -119,16 +146,15 @@ def joint_calibration(seed: int = 0, with_tokens: bool = True) -> Calibration:
     They are too few to train a hidden layer on: it gets one of chance, that adds little.
     """
     seeds = range(100 * (seed + 1), 100 * (seed + 1) + 6)
-    calibration = fit(
+    calibration = fit_caches(
         tiny_geometry(),
         (told_cache(200, seed=s) for s in seeds),
         sink_tokens=SINK_TOKENS,
-        metric=lambda: Metric.from_sensitivity(*tiny_sensitivities(), power=0.75, ridge=0.01),
+        metric=Metric.from_sensitivity(*tiny_sensitivities(), power=0.75, ridge=0.01),
         token_ids=(told_ids(200, s) for s in seeds) if with_tokens else None,
         embeddings=tiny_embeddings() if with_tokens else None,
         embedding_rank=8,
         hidden_features=0,
-        progress=False,
     )
     if calibration.joint is None or calibration.joint.tokens is None:
         return calibration
@@ -168,6 +194,24 @@ def same_cache(first: KVCache, second: KVCache) -> bool:
     )
 
 
+def at(cache: KVCache, tokens: slice | Tensor) -> KVCache:
+    """Some tokens of a cache, at their positions."""
+    return KVCache(cache.keys[:, :, tokens], cache.values[:, :, tokens], cache.resolved_positions()[tokens])
+
+
+def assert_parts_decode_alone(codec: Codec, stream: bytes, ids: NDArray[np.int64]) -> None:
+    """The parts of a stream are the stream, and each decodes to what the whole has at its tokens."""
+    whole, parts, first = codec.decode(stream, ids), split_stream(stream), 0
+    assert join_streams(parts) == stream
+    for part in parts:
+        n = inspect(part).n_tokens
+        decoded = codec.decode(part, ids[first : first + n])
+        assert decoded.resolved_positions().tolist() == whole.resolved_positions()[first : first + n].tolist()
+        torch.testing.assert_close(decoded.values, whole.values[:, :, first : first + n], rtol=2**-7, atol=1e-3)
+        first += n
+    assert first == len(ids)
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of `expected`."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
@@ -180,16 +224,15 @@ def counts_of(stream: bytes | bytearray) -> tuple[int, int]:
 
 def section_table_at(stream: bytes | bytearray) -> int:
     """Offset of the section table by the header's own claim."""
-    return HEADER_BYTES + CHUNK_BYTES * counts_of(stream)[0]
+    return HEADER_BYTES + GROUP_BYTES * stream[N_GROUPS_AT] + CHUNK_BYTES * counts_of(stream)[0]
 
 
 def sections_of(stream: bytes | bytearray) -> list[tuple[int, int, int]]:
     """(offset of the table entry, offset of the bytes, their number) of each section; stops where the bytes end."""
-    n_chunks, n_sections = counts_of(stream)
-    tables_end = HEADER_BYTES + CHUNK_BYTES * n_chunks + SECTION_BYTES * n_sections
-    found, start = [], tables_end
+    table, (_, n_sections) = section_table_at(stream), counts_of(stream)
+    found, start = [], table + SECTION_BYTES * n_sections
     for number in range(n_sections):
-        entry = HEADER_BYTES + CHUNK_BYTES * n_chunks + SECTION_BYTES * number
+        entry = table + SECTION_BYTES * number
         if entry + SECTION_BYTES > len(stream):
             break
         (stored,) = struct.unpack_from("<I", stream, entry + 12)
@@ -205,8 +248,7 @@ def reseal(stream: bytes | bytearray) -> bytes:
         return bytes(data)
     for entry, start, stored in sections_of(data):
         struct.pack_into("<I", data, entry + 16, zlib.crc32(data[start : start + stored]))
-    n_chunks, n_sections = counts_of(data)
-    tables_end = HEADER_BYTES + CHUNK_BYTES * n_chunks + SECTION_BYTES * n_sections
+    tables_end = section_table_at(data) + SECTION_BYTES * counts_of(data)[1]
     checksum = zlib.crc32(data[HEADER_BYTES:tables_end], zlib.crc32(data[:HEADER_CHECKSUM_AT]))
     struct.pack_into("<I", data, HEADER_CHECKSUM_AT, checksum)
     return bytes(data)

@@ -51,9 +51,12 @@ def whole_stream(
     """
     geometry, (n_chunks, n_tokens) = calibration.geometry, counts
     head = struct.pack(
-        "<4sBBBB16sHHHHHHIIII", b"KVTC", 1, profile, 1, 4 if flags & 1 else 0, calibration.fingerprint,
-        geometry.first_layer, geometry.n_layers, geometry.first_kv_head, geometry.n_kv_heads, geometry.head_dim, 0, n_tokens,
-        0, n_chunks, 1 + n_chunks * len(sections),
+        "<4sBBBB16sIII", b"KVTC", 2, profile, 4 if flags & 1 else 0, 1, calibration.fingerprint,
+        n_tokens, n_chunks, 1 + n_chunks * len(sections),
+    )  # fmt: skip
+    group = struct.pack(
+        "<BBHHHHHHHI", 1, 1, geometry.first_layer, geometry.n_layers, geometry.first_kv_head, geometry.n_kv_heads,
+        geometry.head_dim, geometry.head_dim, 0, 0,
     )  # fmt: skip
     chunks = np.zeros(n_chunks, CHUNK)
     chunks["f0"] = np.arange(n_chunks, dtype=np.int64) * n_tokens
@@ -70,7 +73,7 @@ def whole_stream(
             table[name][:, column] = value
     coder, stored, raw_bytes = rate
     first = struct.pack("<BBHIIII", 1, CODER_IDS[coder], 0, STREAM_WIDE, raw_bytes, len(stored), zlib.crc32(stored))
-    tables = chunks.tobytes() + first + table.tobytes()
+    tables = group + chunks.tobytes() + first + table.tobytes()
     checksum = struct.pack("<I", zlib.crc32(tables, zlib.crc32(head)))
     return b"".join([head, checksum, tables, stored, b"".join(section[2] for section in sections) * n_chunks])
 

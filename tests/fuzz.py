@@ -37,12 +37,15 @@ from kvtc.codec.opened_stream import positions_of
 from kvtc.coding.lossless import CODER_IDS, compress
 from kvtc.container import SectionType, parse_stream
 from kvtc.errors import KvtcError
+from kvtc.profiles.rates import Truncation
 
 from . import claims, fuzz_files
 from .builders import (
     CHUNK_BYTES,
+    CHUNKS_AT,
     GOLDEN_TOKEN_IDS,
     HEADER_BYTES,
+    N_GROUPS_AT,
     SECTION_BYTES,
     counts_of,
     gappy_cache,
@@ -53,6 +56,7 @@ from .builders import (
     joint_codec,
     random_cache,
     reseal,
+    section_table_at,
     sections_of,
     tiny_codec,
     told_cache,
@@ -73,8 +77,10 @@ SEVERAL_LANES_TOKENS = 700
 
 # (offset, layout) of the fields of docs/format.md; checksums are left out, the reseal sees to them.
 HEADER_FIELDS = [
-    (0, "I"), (4, "B"), (5, "B"), (6, "B"), (7, "B"), (8, "Q"), (24, "H"), (26, "H"), (28, "H"), (30, "H"), (32, "H"),
-    (34, "H"), (36, "I"), (40, "I"), (44, "I"), (48, "I"),
+    (0, "I"), (4, "B"), (5, "B"), (6, "B"), (7, "B"), (8, "Q"), (24, "I"), (28, "I"), (32, "I"),
+]  # fmt: skip
+GROUP_FIELDS = [
+    (0, "B"), (1, "B"), (2, "H"), (4, "H"), (6, "H"), (8, "H"), (10, "H"), (12, "H"), (14, "H"), (16, "I"),
 ]  # fmt: skip
 CHUNK_FIELDS = [(0, "I"), (4, "H"), (6, "H"), (8, "H"), (10, "H"), (12, "Q")]
 SECTION_FIELDS = [(0, "B"), (1, "B"), (2, "H"), (4, "I"), (8, "I"), (12, "I")]
@@ -131,7 +137,7 @@ def make_targets() -> list[Target]:
         ({"lossless": "deflate", "sink_format": "fp8"}, random_cache(9, torch.bfloat16), range(9)),
         ({"lossless": "none", "window_tokens": 0}, gappy_cache(9, torch.float16), None),
         ({"lossless": "zstd", "chunk_tokens": 32}, random_cache(40, torch.bfloat16, first_position=20), None),
-        ({"lossless": "lz4", "allocation": "truncate"}, random_cache(7, torch.float8_e4m3fn), range(7)),
+        ({"lossless": "lz4", "ratio": None, "rate": Truncation(4)}, random_cache(7, torch.float8_e4m3fn), range(7)),
         ({"lossless": "deflate", "sink_tokens": 0}, gappy_cache(6, torch.float8_e5m2), range(6)),
         ({"lossless": "deflate", "chunk_tokens": 64}, random_cache(5), None),
         ({"lossless": "lz4"}, model_cache, None),
@@ -214,28 +220,41 @@ def set_header_field(draw: random.Random, data: bytearray, _: list[Target]) -> N
     set_field(draw, data, *draw.choice(HEADER_FIELDS))
 
 
+def set_group_field(draw: random.Random, data: bytearray, _: list[Target]) -> None:
+    offset, layout = draw.choice(GROUP_FIELDS)
+    set_field(draw, data, HEADER_BYTES + offset, layout)
+
+
+def add_group(draw: random.Random, data: bytearray, _: list[Target]) -> None:
+    """One entry more in the group table, of any kind, or one that is only claimed."""
+    set_field(draw, data, N_GROUPS_AT, "B")
+    if draw.random() < 0.5 and len(data) >= CHUNKS_AT:
+        data[N_GROUPS_AT] = 2
+        data[CHUNKS_AT:CHUNKS_AT] = bytes([draw.randrange(256)]) + data[HEADER_BYTES + 1 : CHUNKS_AT]
+
+
 def set_chunk_field(draw: random.Random, data: bytearray, _: list[Target]) -> None:
     n_chunks = min(counts_of(data)[0], 8)
     if n_chunks:
         offset, layout = draw.choice(CHUNK_FIELDS)
-        set_field(draw, data, HEADER_BYTES + CHUNK_BYTES * draw.randrange(n_chunks) + offset, layout)
+        set_field(draw, data, CHUNKS_AT + CHUNK_BYTES * draw.randrange(n_chunks) + offset, layout)
 
 
 def move_tokens(draw: random.Random, data: bytearray, _: list[Target]) -> None:
     """Tokens from one region of a chunk to another: the total stays right."""
-    if counts_of(data)[0] and len(data) >= HEADER_BYTES + CHUNK_BYTES:
-        counts = list(struct.unpack_from("<3H", data, HEADER_BYTES + 4))
+    if counts_of(data)[0] and len(data) >= CHUNKS_AT + CHUNK_BYTES:
+        counts = list(struct.unpack_from("<3H", data, CHUNKS_AT + 4))
         source, sink = draw.sample(range(3), 2)
         moved = draw.randint(0, counts[source])
         counts[source], counts[sink] = counts[source] - moved, (counts[sink] + moved) % 65536
-        struct.pack_into("<3H", data, HEADER_BYTES + 4, *counts)
+        struct.pack_into("<3H", data, CHUNKS_AT + 4, *counts)
 
 
 def set_section_field(draw: random.Random, data: bytearray, _: list[Target]) -> None:
     n_chunks, n_sections = counts_of(data)
     if 0 < n_sections < 100 and n_chunks < 100:
         offset, layout = draw.choice(SECTION_FIELDS)
-        entry = HEADER_BYTES + CHUNK_BYTES * n_chunks + SECTION_BYTES * draw.randrange(n_sections)
+        entry = section_table_at(data) + SECTION_BYTES * draw.randrange(n_sections)
         set_field(draw, data, entry + offset, layout)
 
 
@@ -263,7 +282,7 @@ def set_coder_state(draw: random.Random, data: bytearray, _: list[Target]) -> No
         entry, start, _ = draw.choice(bodies)
         (chunk,) = struct.unpack_from("<I", data, entry + 4)
         if chunk < counts_of(data)[0]:
-            (n_tokens,) = struct.unpack_from("<H", data, HEADER_BYTES + CHUNK_BYTES * chunk + 6)
+            (n_tokens,) = struct.unpack_from("<H", data, CHUNKS_AT + CHUNK_BYTES * chunk + 6)
             # The length, up to two lanes, and the first words behind them.
             set_field(draw, data, start + -(-n_tokens // 4) + 4 * draw.randrange(5), "I")
 
@@ -295,7 +314,8 @@ def replace_section(draw: random.Random, target: Target) -> bytearray:
 
 
 MUTATIONS: list[Callable[[random.Random, bytearray, list[Target]], None]] = [
-    flip_bit, set_byte, insert, delete, cut, repeat, splice, set_header_field, set_chunk_field, move_tokens,
+    flip_bit, set_byte, insert, delete, cut, repeat, splice, set_header_field, set_group_field, add_group, set_chunk_field,
+    move_tokens,
     set_section_field, set_allocation_field, set_step, set_coder_state,
 ]  # fmt: skip
 

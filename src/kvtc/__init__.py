@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .codec import Codec
     from .codec.inspection import StreamInfo, inspect
     from .container import join_streams, split_stream
+    from .huggingface.calibrate import calibrate
     from .huggingface.measure_quality import measure_quality
     from .huggingface.model_identity import model_identity
-    from .huggingface.models import calibrate
     from .prefix_cache import PrefixCache
     from .reference import reference_calibration, reference_model
     from .store import open_store
@@ -40,7 +40,7 @@ _HOME = {
     "KVCache": "cache",
     "PrefixCache": "prefix_cache",
     "StreamInfo": "codec.inspection",
-    "calibrate": "huggingface.models",
+    "calibrate": "huggingface.calibrate",
     "inspect": "codec.inspection",
     "join_streams": "container",
     "load_calibration": "calibration",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from .process.torch_state import neutral_torch_state, plain
 
 MAX_EXTENT = (1 << 16) - 1
 """Of layers, heads and features of a head: what a stream's header can say."""
+TokenIds = npt.NDArray[np.int64]
+"""[T]: token ids, or positions."""
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 

@@ -1,6 +1,6 @@
-"""A cache in a file: safetensors with keys, values and, where known, positions and token ids.
+"""A cache in a file: safetensors with keys, values and, if they are known, positions and token ids.
 
-Any program can write one: only the tensors `keys` and `values` [L, H, T, D] are required. Where the metadata says nothing, the
+Any program can write one: only the tensors `keys` and `values` [L, H, T, D] are required. Without metadata the
 cache begins at layer 0 and head 0.
 """
 
@@ -26,9 +26,16 @@ KNOWN_NUMBERS = {"first_layer": MAX_EXTENT, "first_kv_head": MAX_EXTENT, "rope_l
 
 @neutral_torch_state
 def save_cache(path: str | Path, cache: KVCache, token_ids: Tensor | None = None) -> None:
-    """Write a cache, and the ids [T] of its tokens; a reader never sees half of the file.
+    """Write a cache to a file. A reader never sees half of the file.
 
-    Raises `InvalidCache` for a cache that `load_cache` would refuse, `OSError` where the file cannot be written.
+    Parameters:
+        path: the file; one that exists is replaced.
+        cache: the keys and values, with positions and metadata.
+        token_ids: [T] int32 or int64, the ids of its tokens; None: unknown.
+
+    Raises:
+        InvalidCache: for a cache that `load_cache` would refuse.
+        OSError: if the file cannot be written.
     """
     _check(cache, token_ids, "the cache to save")
     tensors = {"keys": cache.keys, "values": cache.values}
@@ -52,9 +59,14 @@ def save_cache(path: str | Path, cache: KVCache, token_ids: Tensor | None = None
 
 @neutral_torch_state
 def load_cache(path: str | Path) -> tuple[KVCache, Tensor | None]:
-    """Read a cache and, if the file has them, the ids [T] int64 of its tokens.
+    """Read a cache from a file.
 
-    Raises FileNotFoundError, or `InvalidCache` where the file is damaged or holds no cache.
+    Returns:
+        The cache, and the ids [T] int64 of its tokens; None if the file has none.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        InvalidCache: if the file is damaged or holds no cache.
     """
     path = Path(path)
     if not path.is_file():

@@ -56,7 +56,7 @@ class CorruptCalibration(KvtcError):
 
 
 class UnsupportedVersion(KvtcError):
-    """The stream or calibration was written by a newer format than this library reads."""
+    """The stream or calibration has a format version, or a kind of layer group, that this library does not read."""
 
 
 class UnsupportedModel(KvtcError):

@@ -20,7 +20,6 @@ import torch
 import kvtc
 from kvtc.cache import KVCache
 from kvtc.calibration import Calibration, KindCalibration, load_calibration
-from kvtc.calibration.fit import fit
 from kvtc.calibration.principal import OVERSAMPLING, block_diagonal, principal_components
 from kvtc.calibration.row_spool import RowSpool
 from kvtc.codec.codec import Codec
@@ -28,7 +27,9 @@ from kvtc.coding.paper.distortion import measure_distortion
 from kvtc.coding.rope import DynamicScaling, LongScaling, Rope, RopeTable
 from kvtc.coding.transform import project, rows_of
 from kvtc.errors import CorruptCalibration, GeometryMismatch, InvalidArgument, InvalidCache, UnsupportedVersion
+from kvtc.process.progress import reporting
 from tests.builders import (
+    fit_caches,
     golden_calibration,
     measured_calibration,
     random_cache,
@@ -145,13 +146,51 @@ def test_rewriting_alone_changes_nothing(calibration, path):
     assert same_calibration(load_calibration(rewritten(path, lambda metadata, tensors: None)), calibration)  # noqa: ARG005
 
 
-def test_a_newer_version_names_both(path):
-    rewritten(path, lambda metadata, _: metadata.update(version="2"))
-    with pytest.raises(UnsupportedVersion, match=r"version 2; .*version 1"):
+@pytest.mark.parametrize(("version", "remedy"), [("1", "calibrate again"), ("3", "upgrade kvtc")])
+def test_another_version_names_both(path, version, remedy):
+    rewritten(path, lambda metadata, _: metadata.update(version=version))
+    with pytest.raises(UnsupportedVersion, match=rf"version {version}; .*version 2: {remedy}"):
         load_calibration(path)
 
 
-METADATA = ["version", "fingerprint", "geometry", "total_variance", "block_sizes", "info"]
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        (["full attention", "sliding window"], r"2 groups of layers \(full attention, sliding window\)"),
+        (["recurrent"], r"1 groups of layers \(recurrent\)"),
+        (["full attention"] * 1000, r"1000 groups of layers \(full attention\)"),
+    ],
+)
+def test_groups_that_a_later_version_may_hold_are_refused_by_their_kinds(path, kinds, found):
+    def change(metadata, _):
+        (group,) = json.loads(metadata["groups"])
+        metadata["groups"] = json.dumps([group | {"kind": kind} for kind in kinds])
+
+    with pytest.raises(UnsupportedVersion, match=f"{found}; this kvtc reads one group"):
+        load_calibration(rewritten(path, change))
+
+
+def test_values_of_another_width_than_keys_are_refused_by_both_widths(path):
+    with pytest.raises(UnsupportedVersion, match="keys of 8 features and values of 4"):
+        load_calibration(rewritten(path, replaced_in_groups('"value_dim": 8', '"value_dim": 4')))
+
+
+def test_a_calibration_without_groups_is_corrupt(path):
+    with pytest.raises(CorruptCalibration, match="at least one group of layers"):
+        load_calibration(rewritten(path, lambda metadata, _: metadata.update(groups="[]")))
+
+
+def replaced_in_groups(old: str, new: str):
+    """A change of a file's metadata, for `rewritten`."""
+
+    def change(metadata, _):
+        assert old in metadata["groups"]
+        metadata["groups"] = metadata["groups"].replace(old, new)
+
+    return change
+
+
+METADATA = ["version", "fingerprint", "groups", "block_sizes", "info"]
 
 
 @pytest.mark.parametrize(
@@ -231,8 +270,8 @@ def test_a_file_without_its_checksum(path):
     [
         ('"n_layers": 3', '"n_layers": 2'),
         ('"n_layers": 3', '"n_layers": 1e999'),
-        ('"head_dim": 8', '"head_dim": 0'),
-        ('"head_dim": 8', '"head_dim": 6'),
+        ('"key_dim": 8, "value_dim": 8', '"key_dim": 0, "value_dim": 0'),
+        ('"key_dim": 8, "value_dim": 8', '"key_dim": 6, "value_dim": 6'),
         ('"layer_tables": [0, 0, 0]', '"layer_tables": [0, 0, 1]'),
         ('"rope": {', '"rope": [], "other": {'),
         ('"first_layer": 0', '"first_layer": -1'),
@@ -256,12 +295,8 @@ def test_a_file_without_its_checksum(path):
     ],
 )
 def test_a_geometry_that_contradicts_itself(path, old, new):
-    def change(metadata, _):
-        assert old in metadata["geometry"]
-        metadata["geometry"] = metadata["geometry"].replace(old, new)
-
     with pytest.raises(CorruptCalibration):
-        load_calibration(rewritten(path, change))
+        load_calibration(rewritten(path, replaced_in_groups(old, new)))
 
 
 @pytest.mark.parametrize("first", ["-1", "0", "16", "17", "1e999", "null", "[]"])
@@ -330,8 +365,12 @@ def test_a_group_past_the_last_coefficient_has_no_error(whole_path):
      ('{"a": 1, "b": 2}', "must be a list"), ("[" + "9" * 400 + ", 1]", "out of all range")],
 )  # fmt: skip
 def test_total_variances_are_two_numbers(whole_path, variances, expected):
+    def change(metadata, _):
+        metadata["groups"], n_replaced = re.subn(r'(?<="total_variance": )\[.*?\]', variances, metadata["groups"])
+        assert n_replaced == 1
+
     with pytest.raises(CorruptCalibration, match=expected):
-        load_calibration(rewritten(whole_path, lambda metadata, _: metadata.update(total_variance=variances)))
+        load_calibration(rewritten(whole_path, change))
 
 
 ODD_JSON = {
@@ -351,7 +390,7 @@ ODD_JSON = {
 }
 
 
-@pytest.mark.parametrize("name", ["geometry", "total_variance", "block_sizes", "info"])
+@pytest.mark.parametrize("name", ["groups", "block_sizes", "info"])
 @pytest.mark.parametrize("case", ODD_JSON)
 def test_odd_json_is_refused_by_name_of_the_file(whole_path, name, case):
     with pytest.raises(CorruptCalibration, match=re.escape(str(whole_path))):
@@ -458,7 +497,7 @@ def caches(count: int = 3, n: int = 60) -> list[KVCache]:
 
 
 def quick_fit(items, **options) -> Calibration:
-    return fit(tiny_geometry(), items, **({"progress": False} | options))
+    return fit_caches(tiny_geometry(), items, **options)
 
 
 def test_caches_are_read_once(tmp_path):
@@ -527,7 +566,7 @@ def test_no_cache_is_asked_for_once_enough_tokens_are_seen(options, read):
 
 def test_a_long_cache_is_spooled_in_parts(monkeypatch):
     whole = quick_fit(caches()).fingerprint
-    monkeypatch.setattr("kvtc.calibration.fit._TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("kvtc.calibration.rows._TOKENS_AT_ONCE", 7)
     assert quick_fit(caches()).fingerprint == whole
 
 
@@ -538,7 +577,7 @@ def test_keys_are_calibrated_before_rotation(calibration):
         assert shares[7] > 0.99
     geometry = tiny_geometry()
     rotated = replace(geometry, rope=replace(geometry.rope, layer_tables=(-1,) * 3))
-    wrong = fit(rotated, caches(), progress=False).key
+    wrong = fit_caches(rotated, caches()).key
     assert wrong.basis.spectrum[:8].sum() < 0.9 * wrong.total_variance
 
 
@@ -602,6 +641,7 @@ def test_caches_of_another_geometry_are_refused():
         {"max_rows": 1},
         {"max_tokens": 1},
         {"rank": 0},
+        {"joint_rank": 0},
         {"layers_per_basis": 0},
         {"layers_per_basis": 4},
     ],
@@ -614,7 +654,8 @@ def test_impossible_options_are_refused(options):
 def test_progress_is_told_and_can_be_silenced(capfd):
     quick_fit(caches())
     assert capfd.readouterr().err == ""
-    quick_fit(caches(), progress=True)
+    with reporting():
+        quick_fit(caches())
     told = capfd.readouterr().err
     assert "calibration rows" in told
     assert "key basis: 168 rows" in told
@@ -628,12 +669,13 @@ def test_the_room_that_is_asked_for_is_that_of_the_rows_that_were_asked_for(capf
     p = tiny_geometry().row_features
     n_bytes = 2 * n_rows * p * 2
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(n_bytes))
-    fitted = fit(tiny_geometry(), caches(), progress=True, **options)
+    with reporting():
+        fitted = quick_fit(caches(), **options)
     assert f"up to {n_bytes / 2**30:.2f} GiB in " in capfd.readouterr().err.partition(f" for at most {n_rows} rows")[0]
     assert fitted.info["n_rows"] <= n_rows
     monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(n_bytes - 1))
     with pytest.raises(InvalidArgument, match="calibration rows may need"):
-        fit(tiny_geometry(), caches(), progress=False, **options)
+        quick_fit(caches(), **options)
 
 
 # The basis.

@@ -7,13 +7,20 @@ import torch
 
 from kvtc.cache import CacheGeometry
 from kvtc.calibration import Calibration, principal
-from kvtc.calibration.fit import fit
 from kvtc.calibration.joint_fit import fit_joint
 from kvtc.calibration.row_spool import RowSpool
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.rope import NO_ROTATION, Rope
 from kvtc.errors import InvalidArgument
-from tests.builders import same_bits, tiny_embeddings, tiny_geometry, tiny_sensitivities, told_cache, told_ids
+from tests.builders import (
+    fit_caches,
+    same_bits,
+    tiny_embeddings,
+    tiny_geometry,
+    tiny_sensitivities,
+    told_cache,
+    told_ids,
+)
 from tests.pretended_device import DEVICE, PretendedDevice
 
 N_TOKENS = 2000
@@ -23,18 +30,17 @@ ENOUGH = 5
 
 def fitted(device: str | torch.device, n_caches: int = ENOUGH) -> Calibration:
     """For all profiles, by the steps that a large model takes."""
-    return fit(
+    return fit_caches(
         tiny_geometry(),
         (told_cache(N_TOKENS, seed=seed) for seed in range(n_caches)),
         sink_tokens=0,
         rank=10,
         joint_rank=12,
-        metric=lambda: Metric.from_sensitivity(*tiny_sensitivities(), power=0.75, ridge=0.01),
+        metric=Metric.from_sensitivity(*tiny_sensitivities(), power=0.75, ridge=0.01),
         token_ids=(told_ids(N_TOKENS, seed) for seed in range(n_caches)),
         embeddings=tiny_embeddings(),
         embedding_rank=8,
         hidden_features=4,
-        progress=False,
         device=device,
     )
 

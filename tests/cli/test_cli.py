@@ -1,4 +1,4 @@
-"""The command line: every verb, and every way in which it may fail."""
+"""The command line: every subcommand, and every way in which it may fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import kvtc
 from kvtc.cache_file import load_cache, save_cache
 from kvtc.cli import main
-from kvtc.cli.calibrate import documents
+from kvtc.cli.texts import documents
 from kvtc.demo.run import CONVERSATION
 from kvtc.errors import InvalidCache
 from kvtc.reference import CALIBRATION_FILE
@@ -62,12 +62,12 @@ def made(tmp_path_factory) -> Path:
     return directory
 
 
-# The verbs
+# The subcommands
 
 
 def test_encode_a_text_as_the_library_does(capsys, made, tmp_path):
     output = tmp_path / "talk.kvtc"
-    options = ["--model", "reference", "--ratio", 8, "--sink-format", "fp8", "--chunk-tokens", 64, "--lossless", "none"]
+    options = ["--model", "reference", "--ratio", 8, "--chunk-tokens", 64, "--lossless", "none"]
     code, out, _ = run(capsys, "encode", made / "talk.txt", "-o", output, *options, "--json")
     result = json.loads(out)
     info = kvtc.inspect(output.read_bytes())
@@ -77,16 +77,17 @@ def test_encode_a_text_as_the_library_does(capsys, made, tmp_path):
     assert info.chunk_tokens == 64
     assert {section.coder for section in info.sections} == {"none"}
     assert info.has_token_digests
+    assert info.profile == kvtc.reference_calibration().profiles[-1]
 
 
 def test_encode_a_saved_cache(capsys, made, tmp_path):
     calibration = CALIBRATION_FILE
     arguments = ["encode", made / "talk.safetensors", "-o", tmp_path / "a.kvtc", "--calibration", calibration]
-    code, out, _ = run(capsys, *arguments, "--key-ratio", 8, "--value-ratio", 32)
+    code, out, _ = run(capsys, *arguments)
     assert code == 0
     assert "body_ratio" in out
     assert "total_ratio" in out
-    code, out, _ = run(capsys, *arguments, "--max-error", 0.2, "--force", "--json")
+    code, out, _ = run(capsys, *arguments, "--profile", "paper", "--ratio", 8, "--force", "--json")
     assert code == 0
     assert json.loads(out)["prefill_seconds"] is None
 
@@ -180,7 +181,7 @@ def test_generate_goes_on_from_the_restored_cache(capsys, made):
 def test_calibrate_reads_documents_and_ranges(capsys, made, tmp_path):
     output = tmp_path / "part.safetensors"
     options = ["--model", "reference", "--text", made / "corpus.txt", made / "talk.txt", "--tokens-per-sequence", 200]
-    options += ["--layers", "2:4", "--kv-heads", "0:2", "--layers-per-basis", 1, "--max-rows", 500, "--sink-tokens", 2]
+    options += ["--layers", "2:4", "--kv-heads", "0:2", "--max-rows", 500, "--sink-tokens", 2]
     code, out, err = run(capsys, "calibrate", *options, "--spool-directory", tmp_path, "-o", output, "--json")
     result = json.loads(out)
     calibration = kvtc.load_calibration(output)
@@ -208,12 +209,22 @@ def test_documents_come_from_each_file_in_turn(tmp_path):
 def test_inspect_a_stream(capsys, made):
     code, out, _ = run(capsys, "inspect", made / "talk.kvtc", "--sections")
     assert code == 0
-    for word in ("profile paper", "body_ratio", "total_ratio", "window", "rate", "deflate", "digest"):
+    for word in (
+        "profile paper",
+        "full attention, bfloat16, layers 0..11, kv heads 0..2, key_dim 32",
+        "body_ratio",
+        "total_ratio",
+        "window",
+        "rate",
+        "deflate",
+        "digest",
+    ):
         assert word in out
     info = kvtc.inspect((made / "talk.kvtc").read_bytes())
     for options, has_sections in (([], False), (["--sections"], True)):
         result = json.loads(run(capsys, "inspect", made / "talk.kvtc", "--json", *options)[1])
         assert result["total_bytes"] == info.total_bytes
+        assert [group["kind"] for group in result["groups"]] == ["full attention"]
         assert ("sections" in result) == has_sections
 
 
@@ -222,7 +233,7 @@ def test_inspect_a_calibration(capsys, made):
     calibration = kvtc.load_calibration(made / "other.safetensors")
     assert code == 0
     assert calibration.fingerprint.hex() in out
-    assert "layers 0..11" in out
+    assert "full attention, layers 0..11" in out
     result = json.loads(run(capsys, "inspect", made / "other.safetensors", "--json")[1])
     assert result["ranks"] == {"key": 100, "value": 100}
     assert result["explained_variance"]["key"] == pytest.approx(calibration.key.explained_variance)
@@ -265,13 +276,11 @@ def test_doctor_without_a_gpu_says_why(capsys, monkeypatch):
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "redis", None)
     monkeypatch.delitem(sys.modules, "kvtc.store.redis_store", raising=False)
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     assert 'pip install "kvtc[coders]"' in out
-    assert 'pip install "kvtc[demo]"' in out
     assert 'pip install "kvtc[redis]"' in out
 
 
@@ -288,7 +297,7 @@ def test_demo(capsys, tmp_path, monkeypatch):
     assert asked == {"directory": tmp_path / "new", "ratio": 32}
     code, out, err = run(capsys, "demo", "--output", tmp_path, "--json")
     assert (code, json.loads(out), err) == (0, {"ratio": 16}, "hello\n")
-    (tmp_path / "spectrum.png").write_bytes(b"mine")
+    (tmp_path / "spectrum.svg").write_bytes(b"mine")
     assert "--force" in fails(capsys, "demo", "--output", tmp_path)
     assert run(capsys, "demo", "--output", tmp_path, "--force")[0] == 0
 
@@ -355,7 +364,6 @@ def test_values_that_cannot_be(capsys, made, tmp_path):
     out = ["-o", tmp_path / "x"]
     encode = ["encode", made / "talk.txt", "--model", "reference", *out]
     assert "at least 1" in fails(capsys, *encode, "--ratio", 0.5)
-    assert "not both" in fails(capsys, *encode, "--max-error", 0.1, "--key-ratio", 8)
     assert "nowhere" in fails(capsys, *encode, "--device", "nowhere")
     assert "cannot keep to a fixed size" in fails(capsys, *encode, "--profile", "paper", "--fixed-size")
     calibrate = ["calibrate", "--model", "reference", "--text", made / "corpus.txt", *out]
@@ -385,7 +393,7 @@ def test_texts_and_models_that_cannot_be_read(capsys, made, tmp_path):
         ["inspect"],
         ["encode", "talk.txt", "-o", "x"],
         ["encode", "cache.safetensors", "-o", "x"],
-        ["encode", "talk.txt", "-o", "x", "--model", "reference", "--ratio", "8", "--max-error", "0.1"],
+        ["encode", "talk.txt", "-o", "x", "--model", "reference", "--ratio", "8", "--step", "0.1"],
         ["decode", "talk.kvtc", "--model", "reference"],
         ["decode", "talk.kvtc", "--model", "reference", "--generate", "5"],
         ["decode", "talk.kvtc", "--text", "talk.txt", "-o", "x", "--calibration", "c"],
@@ -524,7 +532,7 @@ def long_text(tmp_path_factory) -> Path:
 def test_a_text_longer_than_the_context_is_an_error_before_any_work(capsys, long_text, tmp_path, monkeypatch):
     _, tokenizer = kvtc.reference_model()
     n_tokens = 1 + len(tokenizer(long_text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids)
-    monkeypatch.setattr("kvtc.cli.encode_decode.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("kvtc.cli.encode.load_model", lambda *_: pytest.fail("a model was loaded"))
     error = fails(capsys, "encode", long_text, "--model", "reference", "-o", tmp_path / "x")
     assert f"{n_tokens:,} tokens, more than the context of reference, 4,096" in error
     assert "--truncate" in error
@@ -546,8 +554,8 @@ def test_the_beginning_of_a_long_text_can_be_encoded_and_decoded(capsys, long_te
 
 
 def test_sequences_longer_than_the_context_are_refused(capsys, made, tmp_path):
-    for verb in ("calibrate", "measure"):
-        arguments = [verb, "--model", "reference", "--text", made / "corpus.txt", "-o", tmp_path / "x"]
+    for subcommand in ("calibrate", "measure"):
+        arguments = [subcommand, "--model", "reference", "--text", made / "corpus.txt", "-o", tmp_path / "x"]
         assert "5,000 tokens; the context" in fails(capsys, *arguments, "--tokens-per-sequence", 5000)
 
 

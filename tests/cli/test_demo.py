@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+import kvtc
 from kvtc.demo import run_demo
 from kvtc.demo.report import WIDTH
 from kvtc.errors import InvalidArgument
+from kvtc.profiles.paper.rate import allocations_for
+from kvtc.profiles.rates import Ratio
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +72,14 @@ def test_text_names_everything_and_fits_a_terminal(demo):
 
 def test_pictures(demo):
     directory, _, result = demo
-    assert result["plots"] == [str(directory / "spectrum.png"), str(directory / "rate_quality.png")]
-    for name in ("spectrum.png", "rate_quality.png"):
-        assert (directory / name).stat().st_size > 10_000
+    assert result["plots"] == [str(directory / "spectrum.svg"), str(directory / "rate_quality.svg")]
+    spectrum, quality = (Path(path).read_text(encoding="utf-8") for path in result["plots"])
+    allocations = allocations_for(Ratio(16), kvtc.reference_calibration(), 16)
+    stored = [int((kind.bits_per_coefficient(512) > 0).sum()) for kind in allocations]
+    assert f"Bits, which go to {stored[0]} coefficients of keys and {stored[1]} coefficients of values" in spectrum
+    assert "coefficients 1 to 16: 10 bits" in spectrum
+    for measured in result["qualities"]:
+        assert f"<title>{measured['name']}: {measured['body_ratio']:.1f}x, KL {measured['kl']:.5f}</title>" in quality
 
 
 def test_impossible_ratio(tmp_path):

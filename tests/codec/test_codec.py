@@ -13,8 +13,8 @@ from torch import Tensor
 
 import kvtc
 from kvtc.cache import KVCache
-from kvtc.calibration.fit import fit
 from kvtc.codec.codec import Codec
+from kvtc.codec.inspection import GroupInfo
 from kvtc.coding.lossless import CODER_IDS
 from kvtc.coding.paper.group_quantizer import SymbolType
 from kvtc.coding.rope import DynamicScaling, Rope
@@ -29,9 +29,13 @@ from kvtc.errors import (
     StreamTooLarge,
     TokenMismatch,
 )
+from kvtc.profiles.paper.rate import allocations_for
+from kvtc.profiles.rates import MaxError, SideRatios, Truncation
 from tests.builders import (
     DTYPES,
     NAMES,
+    at,
+    fit_caches,
     fresh_codec,
     gappy_cache,
     random_cache,
@@ -45,11 +49,6 @@ from tests.builders import (
 
 SINKS, WINDOW = 4, 128
 MAX_ERROR = 0.05
-
-
-def at(cache: KVCache, tokens) -> KVCache:
-    """Some tokens of a cache, at their positions."""
-    return KVCache(cache.keys[:, :, tokens], cache.values[:, :, tokens], cache.resolved_positions()[tokens])
 
 
 def body_errors(cache: KVCache, decoded: KVCache, tokens: slice) -> list[tuple[float, float, float]]:
@@ -100,10 +99,7 @@ def test_max_error_is_met_and_not_by_far_too_much(calibration, max_error):
 
 
 def test_a_smaller_max_error_costs_more(calibration):
-    bits = [
-        sum(a.bits_per_row for a in Codec(calibration, max_error=e).rate.allocations(16))
-        for e in (0.5, 0.1, 0.02, 5e-3)
-    ]
+    bits = [sum(a.bits_per_row for a in allocations_for(MaxError(e), calibration, 16)) for e in (0.5, 0.1, 0.02, 5e-3)]
     assert bits == sorted(set(bits))
 
 
@@ -246,7 +242,7 @@ def test_the_length_that_chose_the_rotation_travels():
     def rotated(length: int) -> KVCache:
         return KVCache(geometry.rope.rotate(unrotated, place, length), plain.values, rope_length=length)
 
-    codec = Codec(fit(geometry, [rotated(300)], progress=False), max_error=0.02, window_tokens=0)
+    codec = Codec(fit_caches(geometry, [rotated(300)]), max_error=0.02, window_tokens=0)
     for length in (300, 1000):
         decoded = codec.decode(codec.encode(rotated(length)))
         assert decoded.rope_length == length
@@ -305,7 +301,7 @@ def test_kinds_have_ratios_of_their_own(calibration):
     errors = {}
     for key_ratio, value_ratio in ((2, 8), (8, 2)):
         codec = Codec(calibration, key_ratio=key_ratio, value_ratio=value_ratio, window_tokens=0)
-        keys, values = codec.rate.allocations(16)
+        keys, values = allocations_for(codec.rate, calibration, 16)
         assert keys.bits_per_row <= 16 * 48 / key_ratio
         assert values.bits_per_row <= 16 * 48 / value_ratio
         found = body_errors(cache, codec.decode(codec.encode(cache)), slice(4, 400))
@@ -313,12 +309,12 @@ def test_kinds_have_ratios_of_their_own(calibration):
     assert errors[2][0] < 0.5 * errors[8][0]
     assert errors[8][1] < 0.5 * errors[2][1]
     both = Codec(calibration, ratio=8, key_ratio=2)
-    assert both.rate.ratios == (2, 8)
+    assert both.rate == SideRatios(2, 8)
 
 
 def test_truncation_keeps_the_leading_coefficients_in_16_bits(calibration):
-    codec = Codec(calibration, ratio=4, allocation="truncate", window_tokens=0, sink_tokens=0)
-    for allocation in codec.rate.allocations(16):
+    codec = Codec(calibration, rate=Truncation(4), window_tokens=0, sink_tokens=0)
+    for allocation in allocations_for(codec.rate, calibration, 16):
         (run,) = allocation.runs
         assert (run.start, run.size, run.count, run.symbol_type) == (0, 1, 16 * 48 // 4 // 16, SymbolType.FP16)
     cache = random_cache(50)
@@ -414,7 +410,7 @@ def test_costs_add_up(dtype):
         info = kvtc.inspect(stream)
         value_bytes = 1 if dtype.itemsize == 1 else 2
         assert info.total_bytes == len(stream)
-        assert info.total_bytes == 56 + 20 * info.n_chunks + sum(20 + s.stored_bytes for s in info.sections)
+        assert info.total_bytes == 60 + 20 * info.n_chunks + sum(20 + s.stored_bytes for s in info.sections)
         assert info.original_bytes == 2 * 48 * value_bytes * cache.n_tokens
         exact = sum(20 + s.stored_bytes for s in info.sections if s.kind in ("sink", "window"))
         if info.body_tokens:
@@ -432,9 +428,9 @@ def test_inspect_tells_what_a_stream_holds(calibration):
     info = kvtc.inspect(
         tiny_codec(lossless="none").encode(random_cache(11, torch.float16, first_position=1), range(11))
     )
-    assert info.format_version == 1
-    assert (info.profile, info.dtype, info.fingerprint) == ("paper", "float16", calibration.fingerprint.hex())
-    assert (info.layers, info.kv_heads, info.head_dim) == ((0, 3), (0, 2), 8)
+    assert info.format_version == 2
+    assert (info.profile, info.fingerprint) == ("paper", calibration.fingerprint.hex())
+    assert info.groups == (GroupInfo("full attention", "float16", (0, 3), (0, 2), 8, 8),)
     assert (info.first_position, info.last_chunk_position, info.n_chunks, info.chunk_tokens) == (1, 8, 3, 4)
     assert (info.n_tokens, info.sink_tokens, info.body_tokens, info.window_tokens) == (11, 1, 7, 3)
     assert info.has_token_digests
@@ -481,7 +477,7 @@ def test_a_rank_encodes_its_own_part():
     decoded = codec.decode(stream)
     assert (decoded.first_layer, decoded.first_kv_head) == (3, 2)
     assert [layer for layer, _, _ in codec.decode_layers(stream)] == [3, 4, 5]
-    assert kvtc.inspect(stream).layers == (3, 6)
+    assert kvtc.inspect(stream).groups[0].layers == (3, 6)
 
 
 @pytest.mark.parametrize(
@@ -598,7 +594,6 @@ def test_what_is_no_cache_is_refused(thing):
     [
         ({"profile": "draft"}, "'draft' is unknown; expected one of paper"),
         ({"lossless": "brotli"}, "'brotli' is unknown; expected one of none, deflate, zstd, lz4"),
-        ({"allocation": "best"}, "dynamic or truncate; got 'best'"),
         ({"sink_format": "int4"}, "exact or fp8; got 'int4'"),
         ({"sink_tokens": -1}, "sink_tokens -1"),
         ({"window_tokens": -1}, "window_tokens -1"),
@@ -609,13 +604,13 @@ def test_what_is_no_cache_is_refused(thing):
         ({"ratio": float("inf")}, "got inf"),
         ({"key_ratio": -2}, "got -2"),
         ({"ratio": 50}, r"leaves 15 bits a token, too few"),
-        ({"ratio": 50, "allocation": "truncate"}, r"leaves 15 bits a token, too few"),
+        ({"rate": Truncation(50)}, r"leaves 15 bits a token, too few"),
         ({"max_error": 0}, "between 0 and 1; got 0"),
         ({"max_error": 1.5}, "got 1.5"),
         ({"max_error": 1e-6}, "cannot be met"),
-        ({"max_error": 0.1, "ratio": 3}, "not both"),
-        ({"max_error": 0.1, "value_ratio": 3}, "not both"),
-        ({"max_error": 0.1, "allocation": "truncate"}, "needs allocation='dynamic'"),
+        ({"max_error": 0.1, "ratio": 3}, "not several"),
+        ({"max_error": 0.1, "value_ratio": 3}, "not several"),
+        ({"ratio": 3, "rate": Truncation(3)}, "not several"),
     ],
 )
 def test_impossible_settings_are_refused(calibration, options, expected):
@@ -879,7 +874,7 @@ def test_layers_of_a_transformers_cache_keep_their_places(calibration):
     for layer in range(geometry.n_layers):
         cache.update(part.keys[layer][None], part.values[layer][None], layer + 2)
     stream = codec.encode(cache)
-    assert kvtc.inspect(stream).layers == (2, 2 + geometry.n_layers)
+    assert kvtc.inspect(stream).groups[0].layers == (2, 2 + geometry.n_layers)
     restored = codec.decode(stream)
     assert [layer.is_initialized for layer in restored.layers] == [False] * 2 + [True] * geometry.n_layers
     with pytest.raises(GeometryMismatch, match=r"layers 0\.\.2.*layers 2\.\.4"):
@@ -917,7 +912,7 @@ def test_a_kind_that_would_get_nothing_is_refused(calibration):
 
 
 def test_an_error_below_what_the_basis_leaves_is_refused():
-    narrow = fit(tiny_geometry(), [random_cache(200)], rank=2, progress=False)
+    narrow = fit_caches(tiny_geometry(), [random_cache(200)], rank=2)
     with pytest.raises(InvalidArgument, match="the basis alone leaves"):
         Codec(narrow, max_error=0.001)
 

@@ -13,9 +13,10 @@ from kvtc.cache import KVCache
 from kvtc.codec.codec import Codec
 from kvtc.container import STREAM_WIDE, SectionType, join_streams, parse_stream, split_stream
 from kvtc.errors import CorruptStream, InvalidArgument
-from kvtc.profiles.joint.step_search import FINER_WINDOW
+from kvtc.profiles.joint.plan import FINER_WINDOW
 from tests.builders import (
-    HEADER_BYTES,
+    CHUNKS_AT,
+    assert_parts_decode_alone,
     joint_calibration,
     joint_codec,
     patched,
@@ -98,13 +99,8 @@ def test_prediction_sees_what_comes_before_the_window(profile):
 def test_chunks_decode_alone(profile):
     codec, (cache, ids) = window_codec(profile, chunk_tokens=16), told_gappy_cache(60)
     stream = codec.encode(cache, ids)
-    whole, parts, first = codec.decode(stream, ids), split_stream(stream), 0
-    assert join_streams(parts) == stream
-    for part in parts:
-        n = kvtc.inspect(part).n_tokens
-        decoded = codec.decode(part, ids[first : first + n])
-        torch.testing.assert_close(decoded.values, whole.values[:, :, first : first + n], rtol=2**-7, atol=1e-3)
-        first += n
+    whole = codec.decode(stream, ids)
+    assert_parts_decode_alone(codec, stream, ids)
     for n in (0, 1, 20, 31, 45, 60):
         part = codec.decode(stream, ids[:n], tokens=n)
         torch.testing.assert_close(part.keys, whole.keys[:, :, :n], rtol=2**-7, atol=1e-3)
@@ -130,7 +126,7 @@ def test_moved_elsewhere(profile):
 
 @of_both
 def test_a_step_stays_within_what_the_calibration_serves(profile):
-    least, _ = window_codec(profile)._coder._step_bounds()
+    least = window_codec(profile)._encoder._model.steps.least
     stream = window_codec(profile, step=least).encode(told_cache(40), told_ids(40))
     assert steps_of(stream) == [least, least]
 
@@ -160,7 +156,7 @@ def test_a_window_without_a_step_is_corrupt():
 
 def test_windows_are_coded_in_all_chunks_or_in_none():
     stream = window_codec(chunk_tokens=16).encode(told_cache(60))
-    last = HEADER_BYTES + 20 * 3
+    last = CHUNKS_AT + 20 * 3
     assert stream[last + 10] == 8
     with pytest.raises(CorruptStream, match="all or none"):
         kvtc.inspect(patched(stream, last + 10, "H", 0))
@@ -172,6 +168,6 @@ def test_paper_has_no_coded_window():
     with pytest.raises(InvalidArgument, match="exact or coded; got 'fp8'"):
         Codec(joint_calibration(), "joint", window_format="fp8")
     stream = bytearray(tiny_codec().encode(told_cache(3)))
-    stream[HEADER_BYTES + 10] = 8
+    stream[CHUNKS_AT + 10] = 8
     with pytest.raises(CorruptStream, match="all or none"):
         kvtc.inspect(reseal(stream))

@@ -13,11 +13,12 @@ from kvtc.cache import KVCache
 from kvtc.codec.codec import Codec
 from kvtc.container import join_streams, split_stream
 from kvtc.errors import CorruptStream, InvalidArgument
-from kvtc.profiles.joint.step_search import StepRate
+from kvtc.profiles.joint.step_search import FinestStep
+from kvtc.profiles.rates import FixedSize
 from tests.builders import (
     CHUNK_BYTES,
+    CHUNKS_AT,
     DTYPES,
-    HEADER_BYTES,
     N_HEADS,
     N_LAYERS,
     NAMES,
@@ -121,7 +122,7 @@ def test_a_higher_ratio_is_a_smaller_stream_and_a_coarser_cache(profile):
 @of_both
 def test_where_nothing_fits_nothing_is_coded(profile, monkeypatch):
     """The last resort: the mean row, or what token ids say, and the size all the same."""
-    monkeypatch.setattr("kvtc.profiles.joint.coder.finest_step", lambda *_: None)
+    monkeypatch.setattr(FinestStep, "goes_on_after", lambda *_: False)
     codec = fixed_codec(profile, window_tokens=0)
     cache, ids = told_cache(100), told_ids(100)
     stream = codec.encode(cache, ids)
@@ -204,19 +205,19 @@ def test_padding_is_not_coded_again():
 
 def test_padding_needs_its_flag():
     stream = bytearray(padded_stream())
-    assert stream[HEADER_BYTES + 10] == 4
-    stream[HEADER_BYTES + 10] = 0
+    assert stream[CHUNKS_AT + 10] == 4
+    stream[CHUNKS_AT + 10] = 0
     with pytest.raises(CorruptStream, match="need 2 sections; 3 are in the table"):
         kvtc.inspect(reseal(stream))
-    stream[HEADER_BYTES + 10] = 16
+    stream[CHUNKS_AT + 10] = 16
     with pytest.raises(CorruptStream, match="flags 16"):
         kvtc.inspect(reseal(stream))
-    assert len(stream) > HEADER_BYTES + CHUNK_BYTES
+    assert len(stream) > CHUNKS_AT + CHUNK_BYTES
 
 
 def test_an_empty_cache_has_a_size_too():
     codec = fixed_codec()
-    assert len(codec.encode(told_cache(0))) == codec.stream_bytes(0) == 80
+    assert len(codec.encode(told_cache(0))) == codec.stream_bytes(0) == 84
 
 
 @pytest.mark.parametrize(
@@ -253,17 +254,16 @@ def test_other_codecs_promise_no_size():
 
 def test_the_default_ratio_is_sixteen():
     codec = Codec(joint_calibration(), "joint", fixed_size=True)
-    assert isinstance(codec.rate, StepRate)
-    assert codec.rate.ratio == 16
+    assert codec.rate == FixedSize(16)
 
 
 def test_another_ratio_of_the_same_codec():
     codec = fixed_codec(window_tokens=0)
-    other = codec.with_ratio(4)
+    other = codec.with_rate(FixedSize(4))
     cache = told_cache(100)
     assert len(other.encode(cache)) == other.stream_bytes(100, torch.float32) > codec.stream_bytes(100, torch.float32)
     assert other.encode(cache) == fixed_codec(window_tokens=0, ratio=4).encode(cache)
-    with pytest.raises(InvalidArgument, match="fixed_size=True can be given"):
-        joint_codec("joint").with_ratio(4)
+    with pytest.raises(InvalidArgument, match="lack a fixed size"):
+        joint_codec("joint").with_rate(FixedSize(4))
     with pytest.raises(InvalidArgument, match="at least 1"):
-        codec.with_ratio(0.5)
+        codec.with_rate(FixedSize(0.5))

@@ -19,13 +19,16 @@ from kvtc.container import STREAM_WIDE, SectionType, join_streams, parse_stream,
 from kvtc.demo.run import CONVERSATION
 from kvtc.errors import CorruptStream, InvalidArgument, InvalidCache, TokenMismatch
 from kvtc.huggingface.models import capture
-from kvtc.profiles.joint import coder as joint_profile
+from kvtc.profiles.joint import encoder as joint_encoder
 from kvtc.profiles.joint.step_search import CostEstimate
+from kvtc.profiles.rates import Truncation
 from tests.builders import (
     DTYPES,
     NAMES,
     SINK_TOKENS,
     VOCABULARY,
+    assert_parts_decode_alone,
+    at,
     joint_calibration,
     joint_codec,
     patched,
@@ -55,11 +58,6 @@ def conversation_cache() -> tuple[KVCache, Tensor]:
     text = CONVERSATION.read_text(encoding="utf-8")[:4000]
     ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids][:404])
     return capture(model, ids), ids
-
-
-def at(cache: KVCache, tokens) -> KVCache:
-    """Some tokens of a cache, at their positions."""
-    return KVCache(cache.keys[:, :, tokens], cache.values[:, :, tokens], cache.resolved_positions()[tokens])
 
 
 def errors(found: KVCache, expected: KVCache) -> float:
@@ -219,7 +217,7 @@ def test_the_ratio_counts_the_bits_of_the_dtype(profile, dtype):
 @pytest.mark.parametrize("sampled", [64, 300])
 def test_the_ratio_is_met_from_a_sample_of_the_tokens(profile, sampled, monkeypatch):
     """Tokens are few enough here to look at all; a longer cache is sampled, and fairly: not just where chunks begin."""
-    monkeypatch.setattr(joint_profile, "SEARCH_TOKENS", sampled)
+    monkeypatch.setattr(joint_encoder, "SEARCH_TOKENS", sampled)
     codec = Codec(joint_calibration(), profile, 8, chunk_tokens=32, window_tokens=0)
     stream = codec.encode(told_cache(3000), told_ids(3000))
     assert kvtc.inspect(stream).body_ratio == pytest.approx(8, rel=0.015)
@@ -293,16 +291,7 @@ def test_a_ratio_makes_steps_that_differ(profile):
 @of_both
 def test_parts_decode_to_their_own_tokens(profile):
     codec, (cache, ids) = joint_codec(profile), told_gappy_cache(30)
-    stream = codec.encode(cache, ids)
-    whole, parts, first = codec.decode(stream, ids), split_stream(stream), 0
-    assert join_streams(parts) == stream
-    for part in parts:
-        n = kvtc.inspect(part).n_tokens
-        decoded = codec.decode(part, ids[first : first + n])
-        assert decoded.positions.tolist() == whole.positions[first : first + n].tolist()
-        torch.testing.assert_close(decoded.values, whole.values[:, :, first : first + n], rtol=2**-7, atol=1e-3)
-        first += n
-    assert first == 30
+    assert_parts_decode_alone(codec, codec.encode(cache, ids), ids)
 
 
 @of_both
@@ -421,7 +410,7 @@ def test_a_calibration_without_token_coding_serves_joint_alone():
         ("conditional", {"step": 1e9}, "serves steps of"),
         ("joint", {"key_ratio": 4}, "are of the profile paper, not joint"),
         ("conditional", {"max_error": 0.1}, "are of the profile paper"),
-        ("conditional", {"allocation": "truncate"}, "are of the profile paper"),
+        ("conditional", {"rate": Truncation(4)}, "are of the profile paper"),
         ("jointly", {}, "'jointly' is unknown"),
     ],
 )
@@ -434,8 +423,8 @@ def test_impossible_settings_are_refused(profile, options, expected):
 @pytest.mark.parametrize("end", [0, 1])
 def test_the_outermost_steps_decode(profile, end):
     """They are stored as float32; rounding must not take them past what a decoder accepts."""
-    coder = joint_codec(profile)._coder
-    step = coder._step_bounds()[end]
+    steps = joint_codec(profile)._encoder._model.steps
+    step = (steps.least, steps.most)[end]
     codec = joint_codec(profile, step=step)
     cache, ids = told_cache(30), told_ids(30)
     stream = codec.encode(cache, ids)
@@ -500,13 +489,13 @@ def test_symbols_do_not_depend_on_the_prediction(monkeypatch):
     cache, ids = told_cache(200), told_ids(200)
     codec = joint_codec("conditional", step=0.5, window_tokens=0, chunk_tokens=64)
     stream = codec.encode(cache, ids)
-    seen: list[Tensor] = []
-    dequantize = reference.dequantize
-    monkeypatch.setattr(reference, "dequantize", lambda v, *rest: [seen.append(v), dequantize(v, *rest)][1])
+    seen: list[np.ndarray] = []
+    read = reference.decode_symbols
+    monkeypatch.setattr(reference, "decode_symbols", lambda *given: (seen.append(read(*given)), seen[-1])[1])
     first = codec.decode(stream, ids)
     other = Codec(perturbed(codec.calibration, 1e-3), "conditional").decode(stream, ids)
     assert len(seen) == 2 * 4
-    assert all(torch.equal(a, b) for a, b in zip(seen[:4], seen[4:], strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(seen[:4], seen[4:], strict=True))
     assert 0 < errors(other, first) < 2e-3
 
 

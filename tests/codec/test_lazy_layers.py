@@ -15,7 +15,7 @@ import torch
 import kvtc
 from kvtc.codec.codec import Codec
 from kvtc.codec.layer_queue import LayerQueue
-from kvtc.codec.layers import Restoration
+from kvtc.codec.pipeline import Decoding
 from kvtc.errors import CorruptStream, MissingDependency, TokenMismatch
 from tests.builders import joint_calibration, random_cache, tiny_calibration, tiny_geometry, told_cache, told_ids
 
@@ -48,13 +48,13 @@ def stream(model, prompt, codec):
 def events(monkeypatch):
     """What is restored, and what else a test notes, in order."""
     found = []
-    restore = Restoration.write_layer
+    restore = Decoding.write_layer
 
     def write_layer(self, layer, sides):
         found.append(("restored", layer))
         restore(self, layer, sides)
 
-    monkeypatch.setattr(Restoration, "write_layer", write_layer)
+    monkeypatch.setattr(Decoding, "write_layer", write_layer)
     return found
 
 
@@ -143,13 +143,13 @@ def test_what_was_not_looked_at_can_be_coded_copied_and_changed(codec, stream, p
 
 def test_what_layers_are_restored_from_is_let_go_after_the_last(codec, stream, monkeypatch):
     alive = []
-    made = Restoration.__init__
+    made = Decoding.__init__
 
     def init(self, *arguments):
         made(self, *arguments)
         alive.append(weakref.ref(self))
 
-    monkeypatch.setattr(Restoration, "__init__", init)
+    monkeypatch.setattr(Decoding, "__init__", init)
     cache = codec.decode_lazily(stream)
     for layer in cache.layers[:-1]:
         _ = layer.keys

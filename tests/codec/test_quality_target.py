@@ -16,7 +16,8 @@ from kvtc.demo.run import CONVERSATION
 from kvtc.errors import CorruptCalibration, InvalidArgument
 from kvtc.evaluate.quality import evaluate_continuation
 from kvtc.huggingface.continuation import mean_divergence
-from kvtc.huggingface.measure_quality import LEAST_TOKENS, SetAside, measure_quality
+from kvtc.huggingface.measure_quality import LEAST_TOKENS, HeldOut, measure_quality
+from kvtc.profiles.rates import Step
 from tests.builders import (
     joint_calibration,
     joint_codec,
@@ -107,25 +108,25 @@ def test_what_is_no_curve_is_neither_read_nor_written(with_curve, tmp_path, step
 
 def test_another_step_with_the_same_matrices():
     codec = joint_codec("conditional", step=4.0)
-    finer = codec.with_step(0.5)
+    finer = codec.with_rate(Step(0.5))
     cache, ids = told_cache(60), told_ids(60)
     expected = joint_codec("conditional", step=0.5)
     assert finer.encode(cache, ids) == expected.encode(cache, ids)
     assert codec.encode(cache, ids) == joint_codec("conditional", step=4.0).encode(cache, ids)
     assert same_cache(finer.decode(finer.encode(cache, ids), ids), expected.decode(expected.encode(cache, ids), ids))
     with pytest.raises(InvalidArgument, match="serves steps of"):
-        codec.with_step(1e9)
-    with pytest.raises(InvalidArgument, match="takes a step"):
-        tiny_codec().with_step(1.0)
-    with pytest.raises(InvalidArgument, match="takes a step"):
-        joint_codec(ratio=8, fixed_size=True).with_step(1.0)
+        codec.with_rate(Step(1e9))
+    with pytest.raises(InvalidArgument, match="has no step"):
+        tiny_codec().with_rate(Step(1.0))
+    with pytest.raises(InvalidArgument, match="have a fixed size"):
+        joint_codec(ratio=8, fixed_size=True).with_rate(Step(1.0))
 
 
-def test_every_sixteenth_long_sequence_is_set_aside():
-    aside = SetAside()
+def test_every_sixteenth_long_sequence_is_held_out():
+    held_out = HeldOut()
     sequences = [torch.full((LEAST_TOKENS - n % 2,), n) for n in range(400)]
-    rest = list(aside.rest_of(sequences))
-    assert [int(ids[0]) for ids in aside.kept] == [30 + 32 * n for n in range(8)]
+    rest = [ids for ids in sequences if not held_out.takes(ids)]
+    assert [int(ids[0]) for ids in held_out.sequences] == [30 + 32 * n for n in range(8)]
     assert len(rest) == 392
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from kvtc.cache import KVCache
 from kvtc.calibration import load_calibration
 from kvtc.calibration.entropy import fit_coefficients
-from kvtc.calibration.fit import fit
 from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration
 from kvtc.calibration.prediction_fit import fit_predictor
 from kvtc.codec.codec import Codec
@@ -33,13 +32,13 @@ from kvtc.coding.joint.uniform_quantizer import (
     N_SYMBOLS,
     column_classes,
     dequantize,
-    from_symbols,
     quantize,
     to_symbols,
 )
 from kvtc.errors import CorruptCalibration, CorruptStream, InvalidArgument
-from kvtc.huggingface.sensitivity import SensitivityRecorder
+from kvtc.huggingface.sensitivity import Sensitivity
 from tests.builders import (
+    fit_caches,
     joint_calibration,
     relative_error,
     rewritten,
@@ -303,7 +302,7 @@ def test_values_become_symbols_and_escapes(values):
     integers = np.array(values, np.int32)
     symbols = to_symbols(integers)
     assert ((symbols == ESCAPE) == (np.abs(integers.astype(np.int64)) > MAX_SYMBOL)).all()
-    np.testing.assert_array_equal(from_symbols(symbols, integers[symbols == ESCAPE]), integers)
+    assert (symbols[symbols != ESCAPE].astype(int) - MAX_SYMBOL == integers[symbols != ESCAPE]).all()
 
 
 def test_offsets_move_values_towards_zero():
@@ -397,14 +396,14 @@ def test_zero_always_has_room():
 
 def test_symbols_without_room_escape():
     tables = drawn_tables()
-    random = np.random.default_rng(1)
-    symbols = random.integers(0, N_SYMBOLS, (50, 20)).astype(np.uint8)
-    classes, activities = random.integers(0, N_CLASSES, 50).astype(np.uint8), random.integers(0, 4, 20).astype(np.uint8)
-    changed = tables.escape_unlikely(symbols, classes, activities)
-    for column, token in np.ndindex(symbols.shape):
-        row = tables.frequencies[activities[token], classes[column]]
-        expected = symbols[column, token] if row[symbols[column, token]] else ESCAPE
-        assert changed[column, token] == expected
+    classes = np.arange(N_CLASSES, dtype=np.uint8)
+    coefficients = 20 * torch.randn(40, N_CLASSES, generator=torch.Generator().manual_seed(1))
+    rounded = round_coefficients(coefficients, 1.0, classes, tables)
+    for column, token in np.ndindex(rounded.symbols.shape):
+        plain = int(to_symbols(rounded.values[column, token]))
+        has_room = tables.frequencies[rounded.activities[token], classes[column], plain] > 0
+        assert rounded.symbols[column, token] == (plain if has_room else ESCAPE)
+    assert (rounded.symbols[np.abs(rounded.values) <= MAX_SYMBOL] == ESCAPE).any()
 
 
 def test_costs_of_tokens_by_hand():
@@ -604,14 +603,13 @@ def fitted_to(caches, metric=None, embeddings=None, **options):
     ids = [told_ids(cache.n_tokens) for cache in caches]
     usual = Metric.from_sensitivity(*tiny_sensitivities(), power=0.75, ridge=0.01)
     table = tiny_embeddings() if embeddings is None else embeddings
-    return fit(
+    return fit_caches(
         tiny_geometry(),
         caches,
-        metric=lambda: metric or usual,
+        metric=metric or usual,
         token_ids=ids,
         embeddings=table,
         embedding_rank=4,
-        progress=False,
         **options,
     )
 
@@ -687,8 +685,8 @@ def ids_of_length(n: int = LENGTH) -> Tensor:
     return torch.randint(50, (1, n), generator=torch.Generator().manual_seed(1))
 
 
-def recorded(model, geometry, n: int = LENGTH, **options) -> SensitivityRecorder:
-    recorder = SensitivityRecorder(model, geometry, SINKS, DISTANCE, **options)
+def recorded(model, geometry, n: int = LENGTH, **options) -> Sensitivity:
+    recorder = Sensitivity(model, geometry, SINKS, DISTANCE, **options)
     with torch.inference_mode(), recorder.recording(n):
         model(ids_of_length(n))
     return recorder
@@ -782,7 +780,7 @@ def test_recording_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_llama()
     usual = model.config._attn_implementation
     before = {name: len(module._forward_hooks) for name, module in model.named_modules()}
-    recorder = SensitivityRecorder(model, geometry_of(model), SINKS, DISTANCE)
+    recorder = Sensitivity(model, geometry_of(model), SINKS, DISTANCE)
     with torch.inference_mode():
         expected = model(ids_of_length()).logits
         with recorder.recording(LENGTH):
@@ -806,7 +804,7 @@ def test_scores_of_a_long_text_are_never_whole(monkeypatch):
     model = tiny_llama()
     whole = recorded(model, geometry_of(model)).moments()
     n_queries, masks = [], []
-    distance, attend = sensitivity._squared_distance, SensitivityRecorder._attend
+    distance, attend = sensitivity._squared_distance, Sensitivity._attend
     monkeypatch.setattr(sensitivity, "_SCORES_AT_ONCE", 3 * 6 * LENGTH)
     monkeypatch.setattr(
         sensitivity, "_squared_distance", lambda v, o, g: n_queries.append(o.shape[1]) or distance(v, o, g)
@@ -816,7 +814,7 @@ def test_scores_of_a_long_text_are_never_whole(monkeypatch):
         masks.append(attention_mask)
         return attend(self, module, query, key, value, attention_mask, **options)
 
-    monkeypatch.setattr(SensitivityRecorder, "_attend", spy)
+    monkeypatch.setattr(Sensitivity, "_attend", spy)
     # Sums of float32 in another order, which on some processors shows in the sixth digit.
     torch.testing.assert_close(recorded(model, geometry_of(model)).moments(), whole, rtol=1e-4, atol=1e-6)
     assert max(n_queries) == 3

@@ -26,8 +26,11 @@ from kvtc.errors import CorruptStream, InvalidArgument, KvtcError, StreamTooLarg
 from tests import claims
 from tests.builders import (
     CHUNK_BYTES,
+    CHUNK_TOKENS_AT,
+    CHUNKS_AT,
     HEADER_BYTES,
     N_CHUNKS_AT,
+    N_GROUPS_AT,
     N_SECTIONS_AT,
     gappy_cache,
     golden_codec,
@@ -135,9 +138,47 @@ def test_another_kind_of_file_is_named_as_such(read, data):
 
 
 @pytest.mark.parametrize("read", READERS, ids=["inspect", "decode"])
-def test_another_version_names_both(read):
-    with pytest.raises(UnsupportedVersion, match=r"version 2.*version 1\b"):
-        read(patched(tiny_stream(), 4, "B", 2))
+@pytest.mark.parametrize(("version", "remedy"), [(1, "encode the cache again"), (3, "upgrade kvtc")])
+def test_another_version_names_both(read, version, remedy):
+    with pytest.raises(UnsupportedVersion, match=rf"format version {version}; .*version 2: {remedy}"):
+        read(patched(tiny_stream(), 4, "B", version))
+
+
+def with_groups(stream: bytes, *kinds: int) -> bytes:
+    """The stream with a group of each of these kinds, all else as in its own."""
+    group = stream[HEADER_BYTES + 1 : CHUNKS_AT]
+    data = stream[:HEADER_BYTES] + b"".join(bytes([kind]) + group for kind in kinds) + stream[CHUNKS_AT:]
+    return patched(data, N_GROUPS_AT, "B", len(kinds))
+
+
+@pytest.mark.parametrize("read", [*READERS, split_stream], ids=["inspect", "decode", "split"])
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        ([0], r"1 groups of layers \(kind 0\)"),
+        ([2], r"1 groups of layers \(kind 2\)"),
+        ([1, 1], r"2 groups of layers \(full attention\)"),
+        ([1, 7], r"2 groups of layers \(full attention, kind 7\)"),
+        ([255] * 255, r"255 groups of layers \(kind 255\)"),
+    ],
+)
+def test_groups_that_a_later_version_may_hold_are_refused_by_their_kinds(read, kinds, found):
+    with little_memory(), pytest.raises(UnsupportedVersion, match=rf"{found}; this kvtc reads one group"):
+        read(with_groups(tiny_stream(), *kinds))
+
+
+@pytest.mark.parametrize("read", READERS, ids=["inspect", "decode"])
+def test_values_of_another_width_than_keys_are_refused_by_both_widths(read):
+    with pytest.raises(UnsupportedVersion, match="keys have 8 features and values 4"):
+        read(patched(tiny_stream(), HEADER_BYTES + 12, "H", 4))
+
+
+def test_one_group_costs_four_bytes_more_than_none_did():
+    """A stream without tokens is its header, one group, and the rate with its entry of the section table."""
+    stream = tiny_codec().encode(random_cache(0))
+    (_, start, length), *others = sections_of(stream)
+    assert (start, len(stream), others) == (40 + 20 + 20, 80 + length, [])
+    assert with_groups(stream, 1) == stream
 
 
 def test_any_buffer_is_read():
@@ -151,25 +192,26 @@ def test_any_buffer_is_read():
 # Offsets in docs/format.md; a chunk or section table entry is counted from the first one.
 UNKNOWN = {
     "profile": (5, "B", 9),
-    "dtype 0": (6, "B", 0),
-    "dtype 6": (6, "B", 6),
-    "header flags": (7, "B", 8),
-    "reserved in header": (34, "H", 1),
-    "no layers": (26, "H", 0),
-    "no heads": (30, "H", 0),
-    "no features": (32, "H", 0),
-    "chunk_tokens 0": (36, "I", 0),
-    "chunk_tokens past its cap": (36, "I", 32769),
-    "rope_length": (40, "I", 2**31 + 1),
-    "chunk flags": (HEADER_BYTES + 10, "H", 16),
-    "chunk with positions in a stream without gaps": (HEADER_BYTES + 10, "H", 1),
-    "chunk without tokens": (HEADER_BYTES + 2 * CHUNK_BYTES + 4, "HHH", 0, 0, 0),
-    "too many tokens for the cell": (HEADER_BYTES + 4, "HHH", 2, 3, 0),
-    "position past its cap": (HEADER_BYTES, "I", 2**31),
-    "section type": (HEADER_BYTES + 3 * CHUNK_BYTES, "B", 2),
-    "coder": (HEADER_BYTES + 3 * CHUNK_BYTES + 1, "B", 4),
-    "reserved in section": (HEADER_BYTES + 3 * CHUNK_BYTES + 2, "H", 1),
-    "section of another chunk": (HEADER_BYTES + 3 * CHUNK_BYTES + 4, "I", 0),
+    "header flags": (6, "B", 8),
+    "no group": (N_GROUPS_AT, "B", 0),
+    "chunk_tokens 0": (CHUNK_TOKENS_AT, "I", 0),
+    "chunk_tokens past its cap": (CHUNK_TOKENS_AT, "I", 32769),
+    "dtype 0": (HEADER_BYTES + 1, "B", 0),
+    "dtype 6": (HEADER_BYTES + 1, "B", 6),
+    "no layers": (HEADER_BYTES + 4, "H", 0),
+    "no heads": (HEADER_BYTES + 8, "H", 0),
+    "no features": (HEADER_BYTES + 10, "HH", 0, 0),
+    "reserved in group": (HEADER_BYTES + 14, "H", 1),
+    "rope_length": (HEADER_BYTES + 16, "I", 2**31 + 1),
+    "chunk flags": (CHUNKS_AT + 10, "H", 16),
+    "chunk with positions in a stream without gaps": (CHUNKS_AT + 10, "H", 1),
+    "chunk without tokens": (CHUNKS_AT + 2 * CHUNK_BYTES + 4, "HHH", 0, 0, 0),
+    "too many tokens for the cell": (CHUNKS_AT + 4, "HHH", 2, 3, 0),
+    "position past its cap": (CHUNKS_AT, "I", 2**31),
+    "section type": (CHUNKS_AT + 3 * CHUNK_BYTES, "B", 2),
+    "coder": (CHUNKS_AT + 3 * CHUNK_BYTES + 1, "B", 4),
+    "group of a section": (CHUNKS_AT + 3 * CHUNK_BYTES + 2, "H", 1),
+    "section of another chunk": (CHUNKS_AT + 3 * CHUNK_BYTES + 4, "I", 0),
 }
 
 
@@ -184,7 +226,7 @@ def test_unknown_numbers_are_corrupt(case, read):
 def test_digests_without_their_flag_are_corrupt():
     stream = tiny_stream()
     with pytest.raises(CorruptStream):
-        kvtc.inspect(patched(stream, 7, "B", stream[7] & ~1))
+        kvtc.inspect(patched(stream, 6, "B", stream[6] & ~1))
 
 
 def test_a_last_position_past_2_to_the_31_is_corrupt():
@@ -238,15 +280,16 @@ OVERSIZED = {
     "2**20 chunks": lambda s: patched(s, N_CHUNKS_AT, "I", 1 << 20),
     "2**32 chunks": lambda s: patched(s, N_CHUNKS_AT, "I", 2**32 - 1),
     "2**20 chunks and their sections": lambda s: patched(s, N_CHUNKS_AT, "II", 1 << 20, (4 << 20) + 1),
+    "255 groups": lambda s: patched(s, N_GROUPS_AT, "B", 255),
     "2**32 sections": lambda s: patched(s, N_SECTIONS_AT, "I", 2**32 - 1),
     "4 sections a chunk": lambda s: patched(s, N_SECTIONS_AT, "I", 13),
     "stored bytes": lambda s: patched(s, entry_of(s, "body") + 12, "I", 2**32 - 1),
     "raw bytes of a body": lambda s: patched(s, entry_of(s, "body") + 8, "I", 2**32 - 1),
     "raw bytes of sinks": lambda s: patched(s, entry_of(s, "sink") + 8, "I", 2**32 - 1),
     "raw bytes of the rate": lambda s: patched(s, entry_of(s, "rate") + 8, "I", 2**32 - 1),
-    "65535 tokens": lambda s: patched(s, HEADER_BYTES + 6, "H", 65535),
+    "65535 tokens": lambda s: patched(s, CHUNKS_AT + 6, "H", 65535),
     "32766 tokens in one large cell": lambda s: patched(
-        patched(split_stream(s)[1], 36, "I", 32768), HEADER_BYTES, "IHHH", 0, 0, 32766, 0
+        patched(split_stream(s)[1], CHUNK_TOKENS_AT, "I", 32768), CHUNKS_AT, "IHHH", 0, 0, 32766, 0
     ),
     "65535 runs": lambda s: with_allocation(s, pack("<H", 65535) + bytes(100)),
     "a run of 2**32 coefficients": lambda s: with_allocation(s, pack("<HIHHBH", 1, 0, 65535, 65535, 2, 0)),
@@ -344,7 +387,7 @@ def test_parts_do_not_repeat_a_large_rate_without_end():
 
 def test_more_chunks_than_a_reader_takes_are_not_written():
     part = claims.many_chunks(joint_calibration(), 1 << 20)
-    more = patched(claims.many_chunks(joint_calibration(), 1), HEADER_BYTES, "I", 1 << 20)
+    more = patched(claims.many_chunks(joint_calibration(), 1), CHUNKS_AT, "I", 1 << 20)
     with pytest.raises(InvalidArgument, match="1048577 chunks; a stream holds 1048576 at most"):
         join_streams([part, more])
 
@@ -353,7 +396,7 @@ def test_claims_past_the_tokens_agreed_to_are_refused_in_little_memory():
     """Each chunk of 32768 tokens is sound and takes some hundred bytes; two thousand million tokens fit into 8 MB."""
     codec, calibration = Codec(joint_calibration(), "joint", step=4.0), joint_calibration()
     stream = claims.many_tokens(calibration, 65_535)
-    assert (len(stream), kvtc.inspect(stream).n_tokens) == (7_995_359, 65_535 * 32_768)
+    assert (len(stream), kvtc.inspect(stream).n_tokens) == (7_995_363, 65_535 * 32_768)
     for read in (codec.decode, positions_of, codec.decode_layers, lambda s: codec.decode_batch([s])):
         with little_memory(16), pytest.raises(StreamTooLarge, match=r"2147450880 tokens .* 1048576 are allowed"):
             read(stream)
@@ -580,8 +623,8 @@ def with_body(stream: bytes, body: bytes) -> bytes:
 
 def of_many_tokens(stream: bytes, body: bytes) -> bytes:
     """One chunk of 32768 body tokens."""
-    large = patched(split_stream(stream)[1], 36, "I", 32768)
-    alone = patched(large, HEADER_BYTES, "IHHH", 0, 0, 32768, 0)
+    large = patched(split_stream(stream)[1], CHUNK_TOKENS_AT, "I", 32768)
+    alone = patched(large, CHUNKS_AT, "IHHH", 0, 0, 32768, 0)
     return with_body(with_window_dropped(alone), body)
 
 
@@ -635,7 +678,7 @@ def test_tokens_of_many_chunks_are_not_believed_before_their_bodies():
 
 def test_a_body_of_a_few_bytes_may_hold_many_tokens():
     """With the coarsest step nothing is coded: two bits a token are left."""
-    codec = Codec(joint_calibration(), "joint", step=joint_codec("joint")._coder._step_bounds()[1], window_tokens=0)
+    codec = Codec(joint_calibration(), "joint", step=joint_codec("joint")._encoder._model.steps.most, window_tokens=0)
     stream = codec.encode(told_cache(1000))
     info = kvtc.inspect(stream)
     assert sum(s.stored_bytes for s in info.sections if s.kind == "body") == 249 + 4 * 4

@@ -21,7 +21,7 @@ from kvtc.engines.vllm.tier_jobs import RowShard, TierChunk, TierJobs
 from kvtc.engines.windowless_codec import WindowlessCodec
 from kvtc.key_digest import digest, entry_scope
 from kvtc.prefix_cache import Chain
-from kvtc.profiles.joint.step_search import StepRate
+from kvtc.profiles.rates import Truncation
 from kvtc.store import open_store
 from tests.builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, tiny_calibration, told_cache
 
@@ -118,14 +118,14 @@ def test_every_setting_of_a_stream_is_in_the_key():
     assert {field.name for field in fields(StreamSettings)} == {
         "profile", "chunk_tokens", "lossless", "fp8_sinks", "fixed_size", "coded_window"
     }  # fmt: skip
-    assert {field.name for field in fields(StepRate)} == set(StepRate().key_parts)
     joint, paper = joint_calibration(), tiny_calibration()
     codecs = [
         *(Codec(paper, "paper", 8, **changed) for changed in (
-            {}, {"key_ratio": 4}, {"value_ratio": 4}, {"allocation": "truncate"}, {"lossless": "none"}, {"sink_format": "fp8"},
+            {}, {"key_ratio": 4}, {"value_ratio": 4}, {"lossless": "none"}, {"sink_format": "fp8"},
             {"chunk_tokens": 128}, {"sink_tokens": 0}, {"window_tokens": 0},
         )),
         Codec(paper, "paper", max_error=0.2),
+        Codec(paper, "paper", rate=Truncation(8)),
         *(Codec(joint, profile, **changed) for profile in ("joint", "conditional") for changed in (
             {"ratio": 8}, {"ratio": 9}, {"step": 0.1}, {"ratio": 8, "fixed_size": True}, {"ratio": 8, "window_format": "coded"},
         )),

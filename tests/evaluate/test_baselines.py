@@ -1,4 +1,4 @@
-"""The rivals: their bytes by hand, their round trips, and reading on from what they restore."""
+"""The baselines: their bytes by hand, their round trips, and reading on from what they restore."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def names() -> list[str]:
     ]  # fmt: skip
 
 
-def test_the_registry_names_every_rival(model, methods):
+def test_the_registry_names_every_baseline(model, methods):
     assert list(methods) == names()
     assert not any(name.startswith("CacheGen") for name in baselines(geometry_of(model)))
 
@@ -337,7 +337,7 @@ def test_models_without_positions_refuse_evicted_caches():
         predict(model, cache, ids[8:], first_position=9)
 
 
-def test_rivals_and_kvtc_stand_in_one_table(model, methods):
+def test_baselines_and_kvtc_stand_in_one_table(model, methods):
     found = evaluate_continuation(model, drawn_ids(120), methods, 20)
     assert [quality.name for quality in found] == names()
     assert all(quality.n_tokens == 99 for quality in found)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtc.evaluate.derived import MEAN_OF_TASKS, fewer_bytes, ratio_at_kl, within_a_point
+from kvtc.evaluate.method_names import split_name
 from kvtc.evaluate.quality import Quality
-from kvtc.evaluate.schema import ScoreRecord, split_name
+from kvtc.evaluate.schema import ScoreRecord
 
 
 def quality(name, ratio, kl) -> Quality:

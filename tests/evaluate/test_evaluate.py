@@ -1,11 +1,13 @@
-"""Quality against the exact cache, tables, provenance and plots, on the reference model."""
+"""Quality against the exact cache, tables and provenance, on the reference model."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -15,11 +17,9 @@ from kvtc.errors import InvalidArgument
 from kvtc.evaluate.provenance import Provenance, save_result
 from kvtc.evaluate.quality import Quality, evaluate_continuation, summarize
 from kvtc.huggingface.continuation import predict, prefill
-from kvtc.report.plots import plot_rate_quality, plot_spectrum
 from kvtc.report.table import format_bytes, format_fields, format_ratio, format_seconds, format_table
 
 N_TOKENS, N_CONTINUATION = 400, 60
-PNG_SIGNATURE = b"\x89PNG"
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,12 @@ def test_provenance_says_where_a_number_comes_from(tmp_path):
     assert saved["provenance"]["kvtc"] == kvtc.__version__
 
 
+def test_a_module_is_recorded_as_it_is_called(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/gpu/__main__.py", "--small"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("benchmarks.gpu.__main__", None))
+    assert Provenance.now().command == "python -m benchmarks.gpu --small"
+
+
 def test_a_recorded_command_holds_no_secrets_and_no_places(monkeypatch):
     command = [
         "/opt/x/kvtc",
@@ -165,6 +171,7 @@ def test_a_recorded_command_holds_no_secrets_and_no_places(monkeypatch):
     ]
     command += ["--model_args", "pretrained=/models/m,ratio=8", "redis://user:pass@host:1/0"]
     monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     assert shlex.split(Provenance.now().command) == [
         "kvtc", "evaluate", "--text", "a b.txt", "c/d.txt", "--calibration=c.safetensors", "--model_args",
         "pretrained=m,ratio=8", "redis://host:1/0",
@@ -174,16 +181,3 @@ def test_a_recorded_command_holds_no_secrets_and_no_places(monkeypatch):
 def test_figures_that_are_not_finite_are_written_as_none(tmp_path):
     path = save_result("broken", {"kl": float("nan"), "rows": [{"perplexity": float("inf"), "n": (1, 2)}]}, tmp_path)
     assert json.loads(path.read_text())["result"] == {"kl": None, "rows": [{"perplexity": None, "n": [1, 2]}]}
-
-
-def test_plots_are_drawn(tmp_path, calibration, qualities):
-    plot_spectrum(
-        calibration, kvtc.Codec(calibration, "paper", ratio=16), tmp_path / "new" / "spectrum.png", "a workload"
-    )
-    plot_rate_quality(qualities, tmp_path / "one.png")
-    exact = replace(qualities[0], kl=0.0, body_ratio=None)
-    plot_rate_quality({"a": qualities, "b": [exact], "none": []}, tmp_path / "two.png", "a workload")
-    for path in (tmp_path / "new" / "spectrum.png", tmp_path / "one.png", tmp_path / "two.png"):
-        assert path.read_bytes().startswith(PNG_SIGNATURE)
-    with pytest.raises(InvalidArgument):
-        plot_rate_quality([], tmp_path / "empty.png")

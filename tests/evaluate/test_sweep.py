@@ -31,13 +31,13 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def swept(text_file, tmp_path_factory):
-    """One run of the verb with everything in it."""
+    """one run of the subcommand with everything in it."""
     directory = tmp_path_factory.mktemp("swept")
     published = directory / "kv-retrieval-4_keys.jsonl.gz"
     pairs = [[f"key-{n}", f"value-{n}"] for n in range(4)]
     with gzip.open(published, "wt", encoding="utf-8") as file:
         file.write(json.dumps({"ordered_kv_records": pairs, "key": "key-1", "value": "value-1"}) + "\n")
-    options = ["--window", "0", "16", "--turns", "10x2", "--rivals", "KIVI", "--evict", "2", "--bits-per-byte", "1"]
+    options = ["--window", "0", "16", "--turns", "10x2", "--baselines", "KIVI", "--evict", "2", "--bits-per-byte", "1"]
     tasks = ["--tasks", "needle", "copy", "--contexts", "260", "--n-contexts", "1", "--n-questions", "2"]
     output = directory / "all.json"
     published_option = ["--key-value-retrieval", str(published)]
@@ -128,8 +128,8 @@ def test_the_exact_cache_alone_needs_no_calibration(text_file, capsys, tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rivals", "gzip"], "unknown rivals: gzip"),
-        (["--rivals", "CacheGen"], "CacheGen needs text"),
+        (["--baselines", "gzip"], "unknown baselines: gzip"),
+        (["--baselines", "CacheGen"], "CacheGen needs text"),
         (["--tasks", "chess"], "unknown tasks: chess"),
         (["--tokens", "4096"], "expected 4096"),
         (["--tokens", "900000"], "900,000 tokens; the context of reference is 4,096"),
@@ -150,14 +150,14 @@ def test_turns_are_written_tokens_x_turns(text_file, capsys, turns):
     assert "TxN" in capsys.readouterr().err
 
 
-def test_all_rivals_are_known_by_series():
+def test_all_baselines_are_known_by_series():
     calibration = kvtc.reference_calibration()
-    every = methods_of(calibration, Methods(profiles=(), rivals=None), 128)
-    some = methods_of(calibration, Methods(profiles=(), rivals=("H2O", "GEAR (rank 1)")), 128)
+    every = methods_of(calibration, Methods(profiles=(), baselines=None), 128)
+    some = methods_of(calibration, Methods(profiles=(), baselines=("H2O", "GEAR (rank 1)")), 128)
     assert set(some) < set(every)
     assert {name[:3] for name in some} == {"H2O", "GEA"}
     assert "GEAR 2-bit" not in some
-    variants = methods_of(calibration, Methods(profiles=(), rivals=("GEAR",)), 128)
+    variants = methods_of(calibration, Methods(profiles=(), baselines=("GEAR",)), 128)
     assert {"GEAR 2-bit", "GEAR (rank 1) 2-bit"} <= set(variants)
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kvtc.cache import CacheGeometry, KVCache
+from kvtc.calibration import Calibration
+from kvtc.calibration.rows import CalibrationRows
 from kvtc.errors import GeometryMismatch, InvalidArgument, MissingDependency, UnsupportedModel
+from kvtc.huggingface.calibrate import calibrate
 from kvtc.huggingface.model_identity import calibrated_identity
-from kvtc.huggingface.models import calibrate, capture, check_supported, geometry_of
+from kvtc.huggingface.models import capture, check_supported, geometry_of
 from kvtc.huggingface.rope_discovery import context_length, rope_from_config
+from kvtc.huggingface.sensitivity import Sensitivity
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,14 +32,6 @@ SETTINGS: dict[str, Any] = {
     "pad_token_id": 0,
 }
 IDS = list(range(5, 35))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -255,61 +249,106 @@ def test_what_is_no_model_is_refused() -> None:
         check_supported(transformers.BltConfig())
 
 
-class Fitted:
-    """Stands in for the fit and keeps what it was given."""
+class Seen(CalibrationRows):
+    """Keeps the caches and token ids that it is given, and the options that it is made with."""
 
-    def __call__(self, geometry: CacheGeometry, caches: Iterator[KVCache], **options: Any) -> Fitted:
-        self.geometry, self.caches, self.options = geometry, list(caches), options
-        return self
+    made: ClassVar[list[Seen]] = []
+
+    def __init__(self, geometry: CacheGeometry, **options: Any) -> None:
+        super().__init__(geometry, **options | {"device": "cpu"})
+        self.options, self.caches, self.ids = options, list[KVCache](), list[Tensor]()
+        self.made.append(self)
+
+    def add(self, cache: KVCache, token_ids: Tensor | None = None) -> None:
+        super().add(cache, token_ids)
+        self.caches.append(cache)
+        self.ids.append(token_ids)
 
 
 @pytest.fixture
-def fitted(monkeypatch: pytest.MonkeyPatch) -> Fitted:
-    module: Any = ModuleType("kvtc.calibration.fit")
-    module.fit = Fitted()
-    monkeypatch.setitem(sys.modules, "kvtc.calibration.fit", module)
-    return module.fit
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+    monkeypatch.setattr("kvtc.huggingface.calibrate.CalibrationRows", Seen)
+    monkeypatch.setattr(Seen, "made", [])
+    return Seen.made
 
 
-def test_calibrate_passes_every_usable_sequence_once(llama: Any, fitted: Fitted) -> None:
+def quiet(model: Any, sequences: Any, **options: Any) -> Calibration:
+    return calibrate(model, sequences, progress=False, **options)
+
+
+def test_calibrate_passes_every_usable_sequence_once(llama: Any, seen: list[Seen]) -> None:
     sequences: list[list[int] | Tensor] = [[1, 2, 3, 4], IDS, torch.tensor(IDS[:9]), [], IDS[:5]]
-    result: Any = calibrate(llama, iter(sequences), layers=(0, 2), kv_heads=(1, 3), profiles=("paper",), rank=7)
-    assert result is fitted
-    assert fitted.geometry == geometry_of(llama, (0, 2), (1, 3))
-    assert [cache.n_tokens for cache in fitted.caches] == [30, 9, 5]
-    assert torch.equal(fitted.caches[1].keys, capture(llama, IDS[:9], fitted.geometry).keys)
+    found = quiet(llama, iter(sequences), layers=(0, 2), kv_heads=(1, 3), profiles=("paper",), rank=7)
+    (rows,) = seen
+    assert found.geometry == rows.geometry == geometry_of(llama, (0, 2), (1, 3))
+    assert (found.key.basis.rank, found.profiles) == (7, ("paper",))
+    assert [cache.n_tokens for cache in rows.caches] == [30, 9, 5]
+    assert torch.equal(rows.caches[1].keys, capture(llama, IDS[:9], rows.geometry).keys)
     parameters = sum(parameter.numel() for parameter in llama.parameters())
-    where = torch.device("cpu")
     of_model = {"model_parameters": parameters, "model_identity": calibrated_identity(llama)}
-    assert fitted.options == {"sink_tokens": 4, "rank": 7, "device": where} | of_model
-    calibrate(llama, sequences[1:2], profiles=("paper",), device="elsewhere")
-    assert fitted.options["device"] == "elsewhere"
+    assert of_model.items() <= found.info.items()
+    assert (rows.options["sink_tokens"], rows.options["device"]) == (4, torch.device("cpu"))
+    quiet(llama, sequences[1:2], profiles=("paper",), device="elsewhere")
+    assert seen[1].options["device"] == "elsewhere"
 
 
-@pytest.mark.usefixtures("fitted")
-def test_calibrate_verifies_on_a_bounded_prefix_and_captures_lazily(
+def test_calibrate_verifies_on_a_bounded_prefix_and_captures_until_there_are_tokens_enough(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
     hook = llama.model.embed_tokens.register_forward_hook(lambda *call: lengths.append(call[1][0].shape[-1]))
-    monkeypatch.setattr("kvtc.huggingface.models._VERIFICATION_TOKENS", 12)
-    calibrate(llama, ([index] * 20 for index in range(2)), sink_tokens=0)
+    monkeypatch.setattr("kvtc.huggingface.calibrate._VERIFICATION_TOKENS", 12)
+    given = iter([[index] * 20 for index in range(4)])
+    quiet(llama, given, sink_tokens=0, max_tokens=21, joint_rank=8, hidden_features=0)
     hook.remove()
-    assert lengths == [12, 20, 20]
+    assert (lengths, len(list(given))) == ([12, 20, 20], 2)
 
 
-def test_calibrate_refuses_what_cannot_be_calibrated(llama: Any, fitted: Fitted) -> None:
+def test_calibrate_gives_each_cache_its_own_token_ids(llama: Any, seen: list[Seen]) -> None:
+    sequences = [list(range(start, start + 25)) for start in (3, 40, 9)]
+    quiet(llama, sequences, joint_rank=8, hidden_features=0)
+    assert [ids.tolist() for ids in seen[0].ids] == sequences
+    quiet(llama, sequences, layers=(1, 2), profiles=("joint",), joint_rank=8)
+    assert seen[1].triples is None
+
+
+def test_calibrate_holds_sequences_out_of_a_whole_model_alone(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics are captured from all the others; quality is measured on what was held out."""
+    captured: list[int] = []
+    measured: list[list[int]] = []
+    usual = Sensitivity.capture
+
+    def capturing(self: Sensitivity, ids: Tensor) -> KVCache:
+        captured.append(int(ids[0]))
+        return usual(self, ids)
+
+    def measuring(_model: Any, calibration: Calibration, sequences: list[Tensor]) -> Calibration:
+        measured.append([int(ids[0]) for ids in sequences])
+        return calibration
+
+    monkeypatch.setattr(Sensitivity, "capture", capturing)
+    monkeypatch.setattr("kvtc.huggingface.calibrate.measure_quality", measuring)
+    monkeypatch.setattr("kvtc.huggingface.measure_quality.LEAST_TOKENS", 30)
+    monkeypatch.setattr("kvtc.huggingface.measure_quality._HELD_OUT_EVERY", 2)
+    sequences = [[index, *IDS] for index in range(4)]
+    quiet(llama, sequences, profiles=("joint",), joint_rank=8)
+    assert (captured, measured) == ([0, 2], [[1, 3]])
+    quiet(llama, sequences, profiles=("joint",), joint_rank=8, kv_heads=(0, 2))
+    assert (captured, measured) == ([0, 2, 0, 1, 2, 3], [[1, 3]])
+
+
+def test_calibrate_refuses_what_cannot_be_calibrated(llama: Any, seen: list[Seen]) -> None:
     with pytest.raises(InvalidArgument, match="at least one sequence of more than 4 tokens, found none"):
-        calibrate(llama, [[1, 2, 3]])
+        quiet(llama, [[1, 2, 3]])
     with pytest.raises(InvalidArgument, match="one sequence of integer token ids"):
-        calibrate(llama, [[IDS, IDS]])
+        quiet(llama, [[IDS, IDS]])
     mistral = transformers.MistralForCausalLM(config("Mistral", sliding_window=64))
     with pytest.raises(UnsupportedModel, match="layer 0 of mistral"):
-        calibrate(mistral, [IDS])
+        quiet(mistral, [IDS])
     hunyuan = transformers.AutoModelForCausalLM.from_config(config("HunYuanDenseV1", head_dim=8))
     for parameter in hunyuan.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, 1.0, 0.2)
     with pytest.raises(UnsupportedModel, match=r"layer 0 \(HunYuanDenseV1Attention\): un-rotated keys differ"):
-        calibrate(hunyuan, [IDS])
-    assert not hasattr(fitted, "caches")
+        quiet(hunyuan, [IDS])
+    assert not any(rows.caches for rows in seen)

@@ -29,7 +29,6 @@ import kvtc
 from kvtc.cache import KVCache
 from kvtc.cache_file import load_cache, save_cache
 from kvtc.calibration import prediction_fit
-from kvtc.calibration.fit import fit
 from kvtc.codec.codec import Codec
 from kvtc.codec.transformers_cache import to_transformers
 from kvtc.coding.joint.metric import Metric
@@ -41,10 +40,12 @@ from kvtc.errors import InvalidArgument, InvalidCache
 from kvtc.evaluate.quality import evaluate_continuation
 from kvtc.huggingface.continuation import prefill
 from kvtc.process.torch_state import neutral_torch_state, plain
+from kvtc.profiles.rates import FixedSize, Step
 from tests.builders import (
     HEAD_DIM,
     N_HEADS,
     N_LAYERS,
+    fit_caches,
     joint_calibration,
     random_cache,
     same_bits,
@@ -214,7 +215,7 @@ def round_trip(profile: str) -> Found:
 
 def one_step() -> Found:
     codec = Codec(joint_calibration(), "joint", ratio=4, window_format="coded", sink_format="fp8", **REGIONS)
-    return {"stream": codec.with_step(2.0).encode(told(), ids())}
+    return {"stream": codec.with_rate(Step(2.0)).encode(told(), ids())}
 
 
 def fixed_size() -> Found:
@@ -222,7 +223,7 @@ def fixed_size() -> Found:
     return {
         "stream": codec.encode(told(), ids()),
         "size": codec.stream_bytes(N),
-        "other": codec.with_ratio(8).stream_bytes(N),
+        "other": codec.with_rate(FixedSize(8)).stream_bytes(N),
     }
 
 
@@ -350,17 +351,21 @@ def calibrated(calibration: kvtc.Calibration, folder: Path) -> Found:
     return files | {"fingerprint": calibration.fingerprint} | tensors
 
 
+@neutral_torch_state
+def metric() -> Metric:
+    return Metric.from_sensitivity(*sensitivities(), power=0.75, ridge=0.01)
+
+
 def fitted(folder: Path) -> Found:
     caches = [replace(told(200), rope_length=None), replace(told(150), rope_length=None)]
-    calibration = fit(
+    calibration = fit_caches(
         tiny_geometry(),
         iter(caches),
-        metric=lambda: Metric.from_sensitivity(*sensitivities(), power=0.75, ridge=0.01),
+        metric=metric(),
         token_ids=iter([ids(200), ids(150)]),
         embeddings=tiny_embeddings(),
         embedding_rank=8,
         hidden_features=4,
-        progress=False,
     )
     return calibrated(calibration, folder)
 
@@ -756,7 +761,7 @@ def test_ids_that_cannot_be_written_to_are_taken():
 def test_every_public_method_of_the_codec_is_neutral():
     methods = inspect.getmembers(Codec, inspect.isfunction)
     public = {name: method for name, method in methods if not name.startswith("_") or name == "__init__"}
-    copies = {"with_window", "with_ratio"}
+    copies = {"with_window"}
     assert {name for name, method in public.items() if not hasattr(method, "__wrapped__")} == copies
 
 

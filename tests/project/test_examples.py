@@ -21,14 +21,14 @@ def run(example: Path) -> str:
 
 
 def test_there_are_examples():
-    assert [example.name for example in EXAMPLES] == ["01_put_a_chat_away.py", "02_chunks_and_prefixes.py"]
+    assert [example.name for example in EXAMPLES] == ["01_store_a_chat.py", "02_chunks_and_prefixes.py"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
 def test_example(example):
     output = run(example)
     if example.name.startswith("01"):
-        assert output.count("asleep") == 3
+        assert output.count("stored:") == 3
     else:
         assert "the same stream: True" in output
         assert "layer 5" in output

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-OPTIONAL = ("transformers", "tokenizers", "matplotlib", "zstandard", "lz4", "redis", "obstore", "cryptography")
+OPTIONAL = ("transformers", "tokenizers", "zstandard", "lz4", "redis", "obstore", "cryptography")
 
 BLOCK_OPTIONAL = f"""
 import sys
@@ -74,22 +74,58 @@ def test_every_public_name_loads():
     assert done.stdout.split() == ["True", "True"], done.stderr
 
 
-def test_the_rooms_are_those_that_contributors_read_of_in_their_order():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    rooms = re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)
-    found = {path.stem for path in (ROOT / "src" / "kvtc").iterdir() if path.is_dir() or path.suffix == ".py"}
-    assert set(rooms) == {name for name in found if not name.startswith("__")}
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
-        "contracts"
+def contributing() -> str:
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def tree() -> list[tuple[str, str]]:
+    """(path, description) of each line of the tree that contributors read; an indented line lies in the one above it."""
+    (block,) = re.findall(r"^```text\n(.*?)^```$", contributing(), flags=re.MULTILINE | re.DOTALL)
+    found, folders = [], {}
+    for line in block.splitlines():
+        name, _, description = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = folders.get(depth - 1, "") + name
+        folders[depth] = path
+        found.append((path, description.strip()))
+    return found
+
+
+def test_the_tree_is_short():
+    assert len(tree()) <= 60
+    assert [line for line in tree() if len(line[1].split()) > 6] == []
+
+
+def test_the_tree_names_every_module_of_the_first_level_and_every_package():
+    package = ROOT / "src" / "kvtc"
+    folders = {path.parent for path in package.rglob("*.py")}
+    modules = {path for path in package.glob("*.py") if not path.stem.startswith("__")}
+    expected = [f"{path.relative_to(ROOT)}/" for path in folders] + [str(path.relative_to(ROOT)) for path in modules]
+    paths = [path for path, _ in tree()]
+    assert sorted(path for path in paths if path.startswith("src/")) == sorted(expected)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_tree_is_in_the_order_of_the_layers():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    number = {name: index for index, names in enumerate(layers) for name in names.split(" | ")}
+    found = [re.fullmatch(r"src/kvtc/(\w+)(\.py|/)", path) for path, _ in tree()]
+    order = [number[match[1]] for match in found if match]
+    assert len(order) == len(number)
+    assert order == sorted(order)
+
+
+def test_how_to_add_something_takes_ten_lines_at_most():
+    recipes = re.findall(r"^## (How to add .+?)\n\n(.*?)\n\n(?=## )", contributing(), flags=re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in recipes] == [
+        f"How to add {what}" for what in ("a profile", "a store", "an engine", "a baseline")
     ]
-    floors = [layer.split(" | ") for layer in contracts[0]["layers"]]
-    floor = {room: number for number, names in enumerate(floors) for room in names}
-    assert [floor[room] for room in rooms] == sorted(floor[room] for room in rooms)
+    assert [name for name, text in recipes if len(text.splitlines()) > 10] == []
 
 
 def test_modules_that_configurations_name_are_there():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(kvtc(?:\.\w+){3,})`", text)
+    named = re.findall(r"`(kvtc(?:\.\w+){3,})`", contributing())
     assert len(named) == 7
     assert all((ROOT / "src" / Path(*name.split("."))).with_suffix(".py").is_file() for name in named)
 

@@ -27,7 +27,7 @@ from kvtc.store import open_store
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *sorted((ROOT / "docs/guides").glob("*.md")),
-    *(ROOT / f"docs/{name}.md" for name in ("calibration", "prefix_cache", "stores")),
+    *(ROOT / f"docs/{name}.md" for name in ("calibration", "concepts", "prefix_cache", "stores")),
     ROOT / "README.md",
 ]
 FENCE = re.compile(
@@ -60,7 +60,7 @@ def snippets() -> Iterator[Snippet]:
 
 ALL = list(snippets())
 RUN = [snippet for snippet in ALL if snippet.needs is None]
-CONFIGURED = [snippet for snippet in ALL if f"{PREFIX}calibration" in snippet.code]
+CONFIGURED = [snippet for snippet in ALL if f"{PREFIX}calibration" in snippet.code and snippet.language != "python"]
 
 
 def test_what_is_not_run_says_what_it_needs():
@@ -75,6 +75,7 @@ def test_there_are_snippets_of_every_page():
     assert {snippet.page for snippet in RUN} >= {
         "README.md",
         "calibration.md",
+        "concepts.md",
         "prefix_cache.md",
         "stores.md",
         "vllm.md",
@@ -104,7 +105,12 @@ def names_of(page: str) -> dict[str, Any]:
     with torch.no_grad():
         cache = model(token_ids, use_cache=True).past_key_values
     names = {"kvtc": kvtc, "path": str(MODEL_DIRECTORY), "token_sequences": sequences}
-    return names | {"model": model, "token_ids": token_ids, "cache": cache}
+    names |= {"model": model, "token_ids": token_ids, "cache": cache}
+    if page == "concepts.md":
+        codec = kvtc.Codec(kvtc.reference_calibration())
+        prompt_ids = torch.cat([token_ids, token_ids[:, :1]], dim=1)
+        names |= {"codec": codec, "stream": codec.encode(cache, token_ids), "prompt_ids": prompt_ids}
+    return names
 
 
 def tiny_model() -> Any:

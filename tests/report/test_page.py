@@ -17,9 +17,10 @@ from kvtc.cli import main
 from kvtc.errors import InvalidArgument
 from kvtc.evaluate import schema
 from kvtc.evaluate.provenance import save_result
+from kvtc.report.charts import draw, legend
 from kvtc.report.page import render_page
-from kvtc.report.sections import Chart, Table, render_text, sections_of
-from kvtc.report.svg import HEIGHT, WIDTH, draw, family_of, legend
+from kvtc.report.parts import Chart, Table
+from kvtc.report.sections import render_text, sections_of
 
 PROVENANCE = {
     "date": "2026-11-22 08:00 UTC", "commit": "0123456789ab", "machine": "a machine <b>", "n_cores": 2, "n_threads": 2,
@@ -95,10 +96,6 @@ RESULTS = {
 def files(tmp_path):
     paths = [save_result(name, result, tmp_path) for name, result in RESULTS.items()]
     return [schema.ResultFile(file.name, PROVENANCE, file.result) for file in map(schema.read_result, paths)]
-
-
-def drawn(chart):
-    return draw(chart).source
 
 
 # All that a page is made of: nothing of it runs, nothing fetches.
@@ -252,8 +249,12 @@ def test_whatever_a_file_holds_there_is_a_page_or_one_error(tmp_path_factory, da
         file = schema.read_result(path)
     except InvalidArgument:
         return
-    Checker().feed(render_page("t", [file]))
-    render_text(sections_of(file))
+    checker = Checker()
+    checker.feed(render_page("t", [file]))
+    assert checker.open == []
+    # Every part that is shown is shown as text, too.
+    titles = [section.title for section in sections_of(file) if any(isinstance(part, Table) for part in section.parts)]
+    assert all(title in render_text(sections_of(file)) for title in titles)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_curves_are_drawn_by_series_and_lossless_points_are_left_out(files):
     assert [chart.x_title for chart in charts] == ["body_ratio", "total_ratio"]
     assert set(charts[0].lines) == {"paper", "joint", "KIVI", "TOVA 1/4 + joint"}
     assert [x for x, _, _ in charts[0].lines["joint"]] == [16.0, 64.0]
-    assert len(re.findall("<polyline", drawn(charts[0]))) == 4
+    assert len(re.findall("<polyline", draw(charts[0]).source)) == 4
     assert [family for family, _ in legend(charts[0])] == ["quantization", "eviction and kvtc"]
 
 
@@ -368,64 +369,7 @@ def test_results_without_window_and_kind_are_shown():
     assert "4" in text
 
 
-def boxes(svg):
-    """Of every name beside a line: left, top, right, bottom as drawn."""
-    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"(?: class="own")? style="[^"]*">([^<]*)<', svg)
-    return [(float(x), float(y) - 11, float(x) + 6.5 * len(name), float(y) + 3) for x, y, name in found]
-
-
-def test_names_lie_on_the_chart_and_not_on_each_other():
-    lines = {
-        f"method {letter} long": [(4.0, 1e-3, "a"), (8.0 + n / 50, 2e-3, "b")] for n, letter in enumerate("abcdefghij")
-    }
-    svg = drawn(Chart("c", lines, "x", "y"))
-    placed = boxes(svg)
-    assert len(placed) == 10
-    for index, (left, top, right, bottom) in enumerate(placed):
-        assert left >= 0
-        assert top >= 0
-        assert right <= WIDTH + 1
-        assert bottom <= HEIGHT
-        for other in placed[:index]:
-            assert left >= other[2] or other[0] >= right or top >= other[3] - 1 or other[1] >= bottom - 1
-
-
-def test_of_two_lines_that_end_side_by_side_the_upper_one_has_the_upper_name():
-    for order in (("first", "second"), ("second", "first")):
-        lines = {name: [(4.0, 1e-2, "a"), (16.0, {"first": 0.21, "second": 0.19}[name], "b")] for name in order}
-        svg = drawn(Chart("c", {**lines, "far": [(4.0, 1e-3, "a")]}, "x", "y"))
-        heights = {name: float(y) for y, name in re.findall(r' y="([\d.]+)"[^>]*style="[^"]*">([^<]*)<', svg)}
-        assert heights["first"] < heights["second"]
-
-
-@pytest.mark.parametrize("is_log", [True, False])
-@pytest.mark.parametrize(
-    "values",
-    [[3.0], [1.0, 1000.0], [0.2, 0.21], [5.0, 5.0], [0.9, 0.9 + 1e-16], [1e29, 1e30], [1e-30, 1e30]],
-)
-def test_axes_take_any_range(is_log, values):
-    line = [(value, value, "p") for value in values]
-    svg = drawn(Chart("c", {"a": line}, "x", "y", x_log=is_log, y_log=is_log))
-    numbers = [float(n) for n in re.findall(r'(?:cx|cy)="([-\d.]+)"', svg)]
-    assert len(numbers) == 2 * len(values)
-    assert all(0 <= n <= WIDTH for n in numbers)
-    assert svg.count('text-anchor="middle"') > 2  # titles and at least one tick
-
-
-def test_a_chart_without_points_is_nothing():
-    assert draw(Chart("c", {"a": [(0.0, 1.0, "p")]}, "x", "y")) is None
-    assert draw(Chart("c", {}, "x", "y")) is None
-
-
-def test_families():
-    found = [
-        family_of(name)
-        for name in ("paper", "paper 32x", "KIVI 2-bit", "TOVA 1/4 + conditional", "zstd (byte planes)", "other")
-    ]
-    assert found == ["paper", "paper", "quantization", "eviction and kvtc", "entropy coding", "other"]
-
-
-def test_the_verb_writes_the_page_or_prints_the_tables(tmp_path, capsys):
+def test_the_subcommand_writes_the_page_or_prints_the_tables(tmp_path, capsys):
     path = save_result("quality", RESULTS["sweep"], tmp_path)
     assert main(["report", str(path), "-o", str(tmp_path / "report.html")]) == 0
     assert "paper 8x" in (tmp_path / "report.html").read_text()

@@ -177,7 +177,7 @@ def test_a_fork_does_not_carry_the_lock_of_a_directory_away(tmp_path):
             os._exit(0)
     try:
         with directory.ledger.locked():
-            pass
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the child must still live, without the lock"
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)

@@ -106,10 +106,12 @@ class Backend(Protocol):
     """As it is asked for."""
     device: torch.device
     """Where its tensors live."""
-    batch_tokens: int
-    """How many tokens are best encoded at once; a chunk at least is."""
     block_coder: BlockCoder | None
     """Codes the blocks of lossless coders, in place of the host."""
+
+    def batch_tokens(self, row_features: int) -> int:
+        """How many tokens with rows of so many features are best encoded at once; a chunk at least is."""
+        ...
 
     def gather(self, keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor:
         """Keys and values [L, H, n, D] of tokens, as cached -> their joint rows [n, 2 p] float32, keys first, turned back.

@@ -6,6 +6,7 @@ Runs on any device of torch; entropy coding is done on the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -16,27 +17,34 @@ from ..coding.bitpack import pack, unpack
 from ..coding.joint.escapes import decode_escapes, encode_escapes
 from ..coding.joint.probability import ProbabilityTables
 from ..coding.joint.rounding import Rounded, round_coefficients
-from ..coding.joint.uniform_quantizer import ACTIVITY_BITS, ESCAPE, dequantize, from_symbols, to_symbols
+from ..coding.joint.uniform_quantizer import ACTIVITY_BITS, ESCAPE, dequantize
 from ..coding.lossless import BlockCoder
 from ..coding.paper.allocation import BitAllocation
 from ..coding.paper.groups import decode_groups, encode_groups
 from ..coding.rans import decode_symbols, encode_symbols
 from ..coding.rope import Turn, turn_in_place
+from ..coding.threads import in_threads
 from ..coding.transform import rows_of, saturate
 from .interface import Bytes, CodedIntegers, IntegerBytes, Target
+
+_BATCH_FEATURES = 1 << 25
+"""Features, float32, of the rows that are coded at once: 128 MiB."""
+_CODING_OPERATIONS = 32
+"""Of one symbol, about, as `in_threads` counts them."""
 
 
 class ReferenceBackend:
     """device: where coefficients, rows and caches are computed."""
 
     name = "reference"
-    batch_tokens = 1
-    """A chunk by itself: its bytes then depend on nothing but the chunk, to the last bit of a product."""
-
     block_coder: BlockCoder | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def batch_tokens(self, row_features: int) -> int:
+        # Elsewhere than on the CPU a product's last bits depend on the other rows: there a chunk is coded by itself.
+        return max(1, _BATCH_FEATURES // row_features) if self.device.type == "cpu" else 1
 
     def gather(self, keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor:
         plain = keys.to(torch.float32, copy=True)
@@ -60,25 +68,26 @@ class ReferenceBackend:
     def write_integers(
         self, rounded: Rounded, spans: Sequence[slice], classes: npt.NDArray[np.uint8], tables: ProbabilityTables
     ) -> list[IntegerBytes]:
-        written = []
-        for span in spans:
-            values, activities = rounded.values[:, span], rounded.activities[span]
-            symbols = tables.escape_unlikely(to_symbols(values), classes, activities)
-            coded = encode_symbols(symbols, classes, activities, tables.rans)
-            packed = pack(torch.from_numpy(activities), ACTIVITY_BITS).numpy().tobytes()
-            written.append(IntegerBytes(packed, coded, encode_escapes(values[symbols == ESCAPE])))
-        return written
+        written: list[IntegerBytes | None] = [None] * len(spans)
+
+        def write(first: int, stop: int) -> None:
+            for index in range(first, stop):
+                written[index] = _write_chunk(rounded, spans[index], classes, tables)
+
+        in_threads(write, len(spans), _CODING_OPERATIONS * rounded.symbols.size)
+        return [one for one in written if one is not None]
 
     def read_integers(self, chunks: Sequence[CodedIntegers], rank: int) -> Tensor:
-        n_tokens = sum(chunk.n_tokens for chunk in chunks)
-        coefficients = torch.zeros(n_tokens, rank, dtype=torch.float32, device=self.device)
-        first = 0
-        for chunk in chunks:
-            values, offsets = _read_chunk(chunk)
-            here = coefficients[first : first + chunk.n_tokens, : len(chunk.classes)]
-            here.copy_(dequantize(values.to(self.device), offsets.to(self.device), chunk.step))
-            first += chunk.n_tokens
-        return coefficients
+        stops = list(accumulate((chunk.n_tokens for chunk in chunks), initial=0))
+        coefficients = torch.zeros(stops[-1], rank, dtype=torch.float32, device="cpu")
+        rows = coefficients.numpy()
+
+        def read(first: int, stop: int) -> None:
+            for index in range(first, stop):
+                _read_chunk(chunks[index], rows[stops[index] : stops[index + 1]])
+
+        in_threads(read, len(chunks), _CODING_OPERATIONS * coefficients.numel())
+        return coefficients.to(self.device)
 
     def pack_groups(self, coefficients: Tensor, spans: Sequence[slice], allocation: BitAllocation) -> list[bytes]:
         return [encode_groups(coefficients[span], allocation) for span in spans]
@@ -91,17 +100,31 @@ class ReferenceBackend:
         return torch.cat(parts)
 
 
-def _read_chunk(chunk: CodedIntegers) -> tuple[Tensor, Tensor]:
-    """Integers [n, coded] and their offsets [n, coded, 2]."""
+def _write_chunk(
+    rounded: Rounded, span: slice, classes: npt.NDArray[np.uint8], tables: ProbabilityTables
+) -> IntegerBytes:
+    symbols, activities = rounded.symbols[:, span], rounded.activities[span]
+    coded = encode_symbols(symbols, classes, activities, tables.rans)
+    packed = pack(torch.from_numpy(activities), ACTIVITY_BITS).numpy().tobytes()
+    return IntegerBytes(packed, coded, encode_escapes(rounded.values[:, span][symbols == ESCAPE]))
+
+
+def _read_chunk(chunk: CodedIntegers, rows: npt.NDArray[np.float32]) -> None:
+    """Fill rows [n, coded or more] with the coefficients of a chunk."""
     side = torch.frombuffer(bytearray(_on_host(chunk.activities)), dtype=torch.uint8)
     activities = unpack(side, chunk.n_tokens, ACTIVITY_BITS).numpy().astype(np.uint8)
     symbols = decode_symbols(_on_host(chunk.symbols), chunk.classes, activities, chunk.tables.rans)
-    escaped = decode_escapes(_on_host(chunk.escapes), int((symbols == ESCAPE).sum()))
-    values = torch.from_numpy(from_symbols(symbols, escaped)).T
-    offsets = torch.from_numpy(chunk.tables.offsets)
-    # Rows by token, columns by coefficient: each pair of classes has its own.
-    by_token = offsets[torch.from_numpy(activities.astype(np.int64))]
-    return values, by_token[:, torch.from_numpy(chunk.classes.astype(np.int64))]
+    columns, tokens = np.nonzero(symbols == ESCAPE)
+    escaped = torch.from_numpy(decode_escapes(_on_host(chunk.escapes), len(columns)))
+    if not symbols.size:
+        return
+    from ..coding.joint.rounding_kernels import dequantize_symbols
+
+    offsets = chunk.tables.offsets
+    dequantize_symbols(symbols, chunk.classes, activities, offsets, np.float32(chunk.step), rows)
+    if len(columns):
+        its_offsets = torch.from_numpy(offsets[activities[tokens], chunk.classes[columns]])
+        rows[tokens, columns] = dequantize(escaped, its_offsets, chunk.step).numpy()
 
 
 def _on_host(data: Bytes) -> bytes:

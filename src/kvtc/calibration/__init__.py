@@ -1,4 +1,4 @@
-"""Calibration: once per model, from a stream of caches to a basis and a table of measured distortion per kind."""
+"""Calibration: what the codec knows of a model. It is fitted once to rows of the model's caches."""
 
 from .artifact import Calibration, KindCalibration, load_calibration
 

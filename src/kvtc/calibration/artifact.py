@@ -25,13 +25,14 @@ from ..cache import MAX_EXTENT, CacheGeometry
 from ..coding.paper.distortion import SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
+from ..container import FULL_ATTENTION
 from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
 from ..files import write_atomically
 from ..process.torch_state import neutral_torch_state
 from .joint_calibration import LARGEST_SQUARE, JointCalibration, expect, expect_basis
 from .quality_curve import QualityCurve
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 FINGERPRINT_BYTES = 16
 MAX_GROUP_SIZE = 0xFFFF
 KINDS = ("key", "value")
@@ -42,7 +43,7 @@ _MOST_EXPLAINED = 1.01
 
 @dataclass(frozen=True, eq=False)
 class KindCalibration:
-    """What is calibrated for keys, or for values: the basis, the distortion table, the variance of all features summed."""
+    """What is calibrated for keys, or for values: the basis, its distortion, and the summed variance of all features."""
 
     basis: Basis
     distortion: DistortionTable
@@ -56,10 +57,14 @@ class KindCalibration:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Everything the codec knows of a model. key, value: for the profile `paper`; joint: for `joint` and `conditional`.
+    """Everything that the codec knows of a model.
 
-    quality: what steps do to the model's predictions, by profile, where that was measured. `info` says what it was made from. Both
-    play no part in coding.
+    Parameters:
+        geometry: the layers, heads and rotation that it covers.
+        key, value: bases and distortion, for the profile `paper`.
+        info: what it was made from; it plays no part in coding.
+        joint: for `joint` and `conditional`; None: it serves `paper` alone.
+        quality: by profile, what steps do to the model's predictions, if that was measured; it plays no part in coding.
     """
 
     geometry: CacheGeometry
@@ -73,7 +78,7 @@ class Calibration:
     @neutral_torch_state
     def fingerprint(self) -> bytes:
         """First 16 bytes of the SHA-256 of all that decoding depends on: geometry, rotation, means, bases, tables."""
-        digest = hashlib.sha256(json.dumps(_geometry_json(self.geometry), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(_group_json(self.geometry), sort_keys=True).encode())
         for kind in (self.key, self.value):
             for tensor in (kind.basis.mean, kind.basis.vectors):
                 digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -84,26 +89,30 @@ class Calibration:
 
     @property
     def profiles(self) -> tuple[str, ...]:
-        """The profiles it serves; a later one codes closer than those before it."""
+        """The profiles that it serves; a later one needs fewer bytes than those before it."""
         if self.joint is None:
             return ("paper",)
         return ("paper", "joint") if self.joint.tokens is None else ("paper", "joint", "conditional")
 
     @property
     def n_parameters(self) -> int:
-        """Numbers in all that coding needs (means, bases, prediction), to compare with the model's parameters."""
+        """How many numbers coding needs (means, bases, prediction), to compare with the model's parameters."""
         paper = sum(kind.basis.mean.numel() + kind.basis.vectors.numel() for kind in (self.key, self.value))
         return paper + (sum(tensor.numel() for _, tensor in self.joint.tensors()) if self.joint else 0)
 
     @neutral_torch_state
     def save(self, path: str | Path) -> None:
-        """Write the file; a reader never sees half of it. `CorruptCalibration` for what `load_calibration` would refuse."""
+        """Write the file. A reader never sees half of it.
+
+        Raises:
+            CorruptCalibration: for a calibration that `load_calibration` would refuse.
+        """
+        variances = [self.key.total_variance, self.value.total_variance]
         metadata = {
             "format": "kvtc calibration",
             "version": str(CALIBRATION_VERSION),
             "fingerprint": self.fingerprint.hex(),
-            "geometry": json.dumps(_geometry_json(self.geometry)),
-            "total_variance": json.dumps([self.key.total_variance, self.value.total_variance]),
+            "groups": json.dumps([_group_json(self.geometry) | {"total_variance": variances}]),
             "block_sizes": json.dumps(self.key.distortion.sizes),
             "info": json.dumps(self.info),
         }
@@ -126,7 +135,10 @@ class Calibration:
 def load_calibration(path: str | Path) -> Calibration:
     """Read a calibration file.
 
-    Raises FileNotFoundError, `CorruptCalibration` (damaged, or no calibration at all) or `UnsupportedVersion`.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CorruptCalibration: if the file is damaged or holds no calibration.
+        UnsupportedVersion: if the file has another version, or groups of layers that this kvtc does not read.
     """
     path = Path(path)
     if not path.is_file():
@@ -159,21 +171,23 @@ def _check_kind(metadata: Mapping[str, str]) -> None:
         raise CorruptCalibration("a safetensors file, but not a kvtc calibration")
     version = strict_json.whole(strict_json.loads(metadata["version"]), "version", 1, 1 << 32)
     if version != CALIBRATION_VERSION:
+        remedy = "upgrade kvtc" if version > CALIBRATION_VERSION else "calibrate again"
         raise UnsupportedVersion(
-            f"calibration version {version}; this kvtc reads version {CALIBRATION_VERSION}: upgrade kvtc"
+            f"a calibration of version {version}; this kvtc reads version {CALIBRATION_VERSION}: {remedy}"
         )
 
 
 def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Calibration:
     """What a file holds, every number in a range that coding can use; KeyError, ValueError or `KvtcError` where one is not."""
-    read = {name: strict_json.loads(metadata[name]) for name in ("geometry", "total_variance", "block_sizes", "info")}
-    geometry = _geometry_from_json(strict_json.fields(read["geometry"], "geometry"))
+    read = {name: strict_json.loads(metadata[name]) for name in ("groups", "block_sizes", "info")}
+    group = _only_group(strict_json.items(read["groups"], "groups"))
+    geometry = _geometry_of(group)
     found = strict_json.items(read["block_sizes"], "block_sizes")
     sizes = tuple(strict_json.whole(size, "block_sizes", 1, MAX_GROUP_SIZE) for size in found)
     if not sizes or any(after <= before for before, after in pairwise(sizes)):
         raise CorruptCalibration(f"block sizes {sizes}; expected ascending ones of 1 to {MAX_GROUP_SIZE}")
     kinds = []
-    variances = strict_json.items(read["total_variance"], "total_variance")
+    variances = strict_json.items(group["total_variance"], "total_variance")
     if len(variances) != len(KINDS):
         raise CorruptCalibration(
             f"total_variance holds {len(variances)} numbers; expected one of keys and one of values"
@@ -216,21 +230,42 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _geometry_json(geometry: CacheGeometry) -> dict[str, Any]:
+def _group_json(geometry: CacheGeometry) -> dict[str, Any]:
+    """The entry of a group of layers in the file, but for its variances."""
     return {
+        "kind": FULL_ATTENTION,
         "first_layer": geometry.first_layer,
         "n_layers": geometry.n_layers,
         "first_kv_head": geometry.first_kv_head,
         "n_kv_heads": geometry.n_kv_heads,
-        "head_dim": geometry.head_dim,
+        "key_dim": geometry.head_dim,
+        "value_dim": geometry.head_dim,
         "rope": geometry.rope.to_json(),
     }
 
 
-def _geometry_from_json(fields: dict[str, Any]) -> CacheGeometry:
-    names = ("first_layer", "n_layers", "first_kv_head", "n_kv_heads", "head_dim")
-    first_layer, n_layers, first_kv_head, n_kv_heads, head_dim = (
-        strict_json.whole(fields[name], name, 0, MAX_EXTENT) for name in names
-    )
-    rope = Rope.from_json(strict_json.fields(fields["rope"], "rope"))
-    return CacheGeometry(first_layer, n_layers, first_kv_head, n_kv_heads, head_dim, rope)
+def _only_group(groups: list[Any]) -> dict[str, Any]:
+    """The entry of the one group; `UnsupportedVersion`, naming the kinds found, for others that a later kvtc may write."""
+    entries = [strict_json.fields(entry, "a group") for entry in groups]
+    kinds = [str(entry["kind"])[:64] for entry in entries]
+    if not entries:
+        raise CorruptCalibration("groups is an empty list; expected at least one group of layers")
+    if kinds != [FULL_ATTENTION]:
+        raise UnsupportedVersion(
+            f"a calibration of {len(kinds)} groups of layers ({', '.join(sorted(set(kinds))[:8])}); this kvtc reads one "
+            f"group, of {FULL_ATTENTION}: upgrade kvtc"
+        )
+    return entries[0]
+
+
+def _geometry_of(group: dict[str, Any]) -> CacheGeometry:
+    names = ("first_layer", "n_layers", "first_kv_head", "n_kv_heads", "key_dim", "value_dim")
+    *extents, key_dim, value_dim = (strict_json.whole(group[name], name, 0, MAX_EXTENT) for name in names)
+    if key_dim != value_dim:
+        raise UnsupportedVersion(
+            f"a calibration for keys of {key_dim} features and values of {value_dim}; this kvtc reads equal widths: "
+            "upgrade kvtc"
+        )
+    first_layer, n_layers, first_kv_head, n_kv_heads = extents
+    rope = Rope.from_json(strict_json.fields(group["rope"], "rope"))
+    return CacheGeometry(first_layer, n_layers, first_kv_head, n_kv_heads, key_dim, rope)

@@ -1,8 +1,9 @@
 """The command `kvtc`: subcommands, and how they end.
 
-Results go to stdout, as text or with --json as one JSON object; progress and logs go to stderr. Exit codes: 0 done, 1 failed (the
-last line on stderr says why), 2 wrong usage, 130 interrupted. Importing this package costs nothing: what a subcommand needs is
-imported when it runs.
+Results go to stdout, as text or with --json as one JSON object; progress and logs go to stderr.
+Exit codes: 0 done, 1 failed (the last line on stderr says why), 2 wrong usage, 130 interrupted.
+Importing this package costs nothing: what a subcommand needs is imported when it runs, inside of
+its functions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..display import shown, shown_lines, without_credentials
 from ..errors import KvtcError
 from ..process import progress
 from ..strict_json import dumps
-from . import calibrate, demo, doctor, encode_decode, evaluate, inspect, plan, report
+from . import calibrate, decode, demo, doctor, encode, evaluate, inspect, measure, plan, report
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -79,6 +80,6 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="show no progress")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subcommands = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
-    for module in (demo, calibrate, encode_decode, inspect, doctor, evaluate, report, plan):
+    for module in (demo, calibrate, measure, encode, decode, inspect, doctor, evaluate, report, plan):
         module.add_subcommands(subcommands, common)
     return parser

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..display import shown_lines
-from .arguments import Outcome, add_verb, check_directory, check_output, quiet_transformers
+from .arguments import Outcome, add_subcommand, check_directory, check_output
+from .models import quiet_transformers
 
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `demo`."""
-    parser = add_verb(subcommands, common, "demo", run_demo, "show the codec at work on the model that ships with it")
+    parser = add_subcommand(
+        subcommands, common, "demo", run_demo, "show the codec at work on the model that ships with it"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -21,7 +24,9 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for two pictures (default: demo_output)",
     )
-    parser.add_argument("--ratio", type=float, default=16, help="how small the cache is put away (default: 16)")
+    parser.add_argument(
+        "--ratio", type=float, default=16, help="original size over stored size of the cache (default: 16)"
+    )
     parser.add_argument("--force", action="store_true", help="replace the pictures if they exist")
 
 
@@ -38,7 +43,7 @@ def run_demo(options: argparse.Namespace) -> Outcome:
     try:
         quiet_transformers()
     except ImportError as error:
-        raise MissingDependency('the demo needs transformers; pip install "kvtc[demo]"') from error
+        raise MissingDependency('the demo needs transformers; pip install "kvtc[hf]"') from error
 
     def say(block: str) -> None:
         print(shown_lines(block), file=sys.stderr if options.json else sys.stdout, flush=True)

@@ -1,4 +1,6 @@
-"""The subcommand `doctor`: what this installation can do, and why it cannot do the rest. Nothing of it needs a network."""
+"""The subcommand `doctor`: what this installation can do, and why it cannot do the rest. Nothing of
+it needs a network.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..process.progress import task, track
-from .arguments import Outcome, add_verb, quiet_transformers
+from .arguments import Outcome, add_subcommand
+from .models import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +30,6 @@ OPTIONAL = {
     "redis": "stores at redis:// and rediss://",
     "obstore": "stores at s3://",
     "cryptography": "stores encrypted at rest",
-    "matplotlib": "pictures of the demo",
     "lm_eval": "tasks of lm-evaluation-harness",
 }
 STORES = {"stores in Redis": "redis_store", "stores in S3": "object_store", "encrypted stores": "encryption"}
@@ -36,7 +38,9 @@ _TOKENS = 8
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """A device, the backend that `auto` takes for it and why; why_not: what a cache coded and decoded there ran into."""
+    """A device, the backend that `auto` takes for it and why; why_not: what a cache coded and
+    decoded there ran into.
+    """
 
     device: str
     name: str
@@ -47,7 +51,7 @@ class DeviceReport:
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `doctor`."""
-    add_verb(subcommands, common, "doctor", doctor, "say what works on this machine, and why the rest does not")
+    add_subcommand(subcommands, common, "doctor", doctor, "say what works on this machine, and why the rest does not")
 
 
 def doctor(options: argparse.Namespace) -> Outcome:  # noqa: ARG001  every subcommand is called alike
@@ -138,7 +142,6 @@ def _checks() -> dict[str, Callable[[], object]]:
     return {
         **{f"coder {name}": check for name, check in _coder_checks().items()},
         "transformers caches and models": _check_transformers,
-        "pictures of the demo": _check_matplotlib,
         **{name: partial(importlib.import_module, f"kvtc.store.{module}") for name, module in STORES.items()},
         "lossless coding by nvCOMP": _check_nvcomp,
         "reference model": _check_reference_model,
@@ -163,7 +166,7 @@ def _reason(check: Callable[[], object]) -> str | None:
     """Why a check fails, in one line; None if it passes."""
     try:
         check()
-    except Exception as error:  # noqa: BLE001  a doctor reports whatever is wrong
+    except Exception as error:  # noqa: BLE001  whatever is wrong is reported
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
@@ -182,12 +185,6 @@ def _check_transformers() -> None:
     from ..huggingface.rope_discovery import require_transformers
 
     require_transformers()
-
-
-def _check_matplotlib() -> None:
-    from ..report.plots import require_matplotlib
-
-    require_matplotlib()
 
 
 def _check_nvcomp() -> None:
@@ -219,7 +216,9 @@ def _check_reference_calibration() -> None:
 
 
 def _reference_facts() -> dict[str, Any] | None:
-    """The fingerprint of the calibration that ships, and its profiles; None where it cannot be read."""
+    """The fingerprint of the calibration that ships, and its profiles; None where it cannot be
+    read.
+    """
     from ..reference import reference_calibration
 
     if _reason(reference_calibration) is not None:

@@ -6,43 +6,39 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidArgument
 from .arguments import (
-    MODEL_HELP,
     REFERENCE,
     Outcome,
+    add_calibration,
+    add_model,
     add_output,
-    add_verb,
-    check_context,
+    add_subcommand,
     check_output,
-    find_calibration,
-    load_model,
-    load_tokenizer,
+    check_readable,
     positive,
 )
+from .models import find_calibration, open_model
 
 if TYPE_CHECKING:
-    from ..calibration import Calibration
     from ..evaluate.sweep import Sweep
 
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `evaluate`."""
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "evaluate",
         evaluate,
-        "measure rate and quality of kvtc and its rivals against the exact cache",
+        "measure rate and quality of kvtc and its baselines against the exact cache",
         "Give held-out text: none that the calibration was made from. What the result file holds, and how each figure is\n"
         "defined, is in docs/evaluation.md; `kvtc report` makes a page of it.",
     )
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text, UTF-8")
-    parser.add_argument("--model", default=REFERENCE, help=f"{MODEL_HELP} (default)")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="default with --model reference: its own")
+    add_model(parser, default=REFERENCE)
+    add_calibration(parser)
     parser.add_argument("--exact-only", action="store_true", help="the exact cache alone: needs no calibration")
     parser.add_argument("--dtype", default="auto", help="of the model and its cache (default: that of the weights)")
-    parser.add_argument("--device", default="cpu", help="where model and codec run (default: cpu)")
     _add_methods(parser.add_argument_group("what is measured"))
     _add_texts(parser.add_argument_group("on text"))
     _add_tasks(parser.add_argument_group("on tasks"))
@@ -56,7 +52,7 @@ def _add_methods(group: Any) -> None:
         "--window", type=int, nargs="+", default=[128], metavar="N", help="last tokens kept exactly; 0 is page mode"
     )
     group.add_argument(
-        "--rivals",
+        "--baselines",
         nargs="*",
         metavar="NAME",
         help="FP8, KIVI, GEAR, H2O, TOVA, xKV, CacheGen, TurboQuant, zstd; no name: all",
@@ -115,17 +111,12 @@ def evaluate(options: argparse.Namespace) -> Outcome:
     from ..report.sections import render_text, sections_of
 
     if options.output is not None:
-        check_output(options.output, options.force)
-        if options.output.suffix != ".json":
-            raise InvalidArgument(f"{options.output} must end in .json")
-    for path in [*options.text, *options.profile_text, *options.key_value_retrieval]:
-        path.open("rb").close()
+        check_output(options.output, options.force, ".json")
+    check_readable([*options.text, *options.profile_text, *options.key_value_retrieval])
     lengths = [] if options.tasks_only else [options.tokens]
     lengths += [] if options.tasks is None else options.contexts
-    check_context(options.model, max(lengths, default=0), "a text or a context would have")
-    calibration: Calibration | None = None if options.exact_only else find_calibration(options)
-    model = load_model(options.model, options.device, options.dtype)
-    tokenizer = load_tokenizer(options.model)
+    calibration = None if options.exact_only else find_calibration(options)
+    model, tokenizer = open_model(options, max(lengths, default=0), "a text or a context would have")
     name = options.model if options.model == REFERENCE else Path(options.model).name
     result = run_sweep(model, tokenizer, calibration, _sweep(options), name)
     stamped = stamp(result)
@@ -142,7 +133,7 @@ def _sweep(options: argparse.Namespace) -> Sweep:
             profiles=options.profiles,
             ratios=options.ratios,
             windows=options.window,
-            rivals=() if options.rivals is None else options.rivals or None,
+            baselines=() if options.baselines is None else options.baselines or None,
             evicted=options.evict,
         ),
         texts=Texts(

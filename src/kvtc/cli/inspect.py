@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Outcome, add_verb, describe_basis, joint_fields, quality_fields, quality_of, read_stream
+from .arguments import Outcome, add_subcommand, read_stream
 
 if TYPE_CHECKING:
-    from ..codec.inspection import StreamInfo
+    from ..codec.inspection import GroupInfo, StreamInfo
 
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `inspect`."""
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "inspect",
@@ -49,10 +49,7 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
         ("stream", f"format version {info.format_version}, profile {info.profile}"),
         ("tokens", f"{info.n_tokens:,}: {parts}; {info.n_chunks} chunks of at most {info.chunk_tokens}"),
         ("first position", "-" if info.first_position is None else info.first_position),
-        (
-            "cache",
-            f"{info.dtype}, layers {_range(info.layers)}, kv heads {_range(info.kv_heads)}, head_dim {info.head_dim}",
-        ),
+        *(("group", _describe_group(group)) for group in info.groups),
         ("calibration", info.fingerprint),
         ("sinks, window", f"{info.sink_format}, {info.window_format}"),
         ("token ids", "named by a digest: decode can compare them" if info.has_token_digests else "not known"),
@@ -70,7 +67,7 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
     ratios = [
         (
             "original",
-            f"{info.original_bytes:,} bytes, at {'8' if info.dtype.startswith('float8') else '16'} bits a value",
+            f"{info.original_bytes:,} bytes, at {'8' if info.groups[0].dtype.startswith('float8') else '16'} bits a value",
         ),
         (
             "body_ratio",
@@ -94,7 +91,9 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
 
 def _describe_calibration(path: Path) -> Outcome:
     from ..calibration import load_calibration
+    from ..container import FULL_ATTENTION
     from ..report.table import format_bytes, format_fields
+    from .calibration_fields import describe_basis, joint_fields, quality_fields, quality_of
 
     calibration = load_calibration(path)
     kinds = {"key": calibration.key, "value": calibration.value}
@@ -102,7 +101,7 @@ def _describe_calibration(path: Path) -> Outcome:
     result = {
         "path": str(path),
         "fingerprint": calibration.fingerprint.hex(),
-        "geometry": calibration.geometry.describe(),
+        "groups": [{"kind": FULL_ATTENTION, "geometry": calibration.geometry.describe()}],
         "row_features": calibration.geometry.row_features,
         "file_bytes": path.stat().st_size,
         "n_parameters": calibration.n_parameters,
@@ -120,7 +119,7 @@ def _describe_calibration(path: Path) -> Outcome:
     }
     fields: list[tuple[str, object]] = [
         ("calibration", calibration.fingerprint.hex()),
-        ("covers", calibration.geometry.describe()),
+        ("group", f"{FULL_ATTENTION}, {calibration.geometry.describe()}"),
         *((f"{name} basis", describe_basis(kind)) for name, kind in kinds.items()),
         *joint_fields(calibration),
         *(quality_fields(calibration) if calibration.joint else []),
@@ -128,6 +127,11 @@ def _describe_calibration(path: Path) -> Outcome:
         *((name.replace("_", " "), value) for name, value in calibration.info.items() if value is not None),
     ]
     return result, format_fields(fields)
+
+
+def _describe_group(group: GroupInfo) -> str:
+    widths = f"key_dim {group.key_dim}, value_dim {group.value_dim}"
+    return f"{group.kind}, {group.dtype}, layers {_range(group.layers)}, kv heads {_range(group.kv_heads)}, {widths}"
 
 
 def _range(half_open: tuple[int, int]) -> str:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .arguments import Outcome, add_verb, check_output
+from .arguments import Outcome, add_subcommand, check_output
 
 EXAMPLES_HELP = (
     "Two worked examples ship with the package in plan/examples; docs/plan.md explains the fields and the model."
@@ -15,7 +15,7 @@ EXAMPLES_HELP = (
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `plan`."""
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "plan",
@@ -24,7 +24,7 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
         EXAMPLES_HELP,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="PLAN.json", help="the plan")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the sweep of the plan")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the sweep of the plan")
     parser.add_argument("--force", action="store_true", help="replace the plot if it exists")
 
 
@@ -34,7 +34,7 @@ def plan(options: argparse.Namespace) -> Outcome:
     from ..plan.report import format_plan, plot_plan
 
     if options.plot is not None:
-        check_output(options.plot, options.force)
+        check_output(options.plot, options.force, ".svg")
     loaded = load_plan(options.config)
     result = run_plan(loaded)
     if options.plot is not None:

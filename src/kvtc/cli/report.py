@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..process.progress import track
-from .arguments import Outcome, add_output, add_verb, check_output
+from .arguments import Outcome, add_output, add_subcommand, check_output
 
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     """Add `report`."""
-    parser = add_verb(
+    parser = add_subcommand(
         subcommands,
         common,
         "report",
@@ -30,7 +30,8 @@ def report(options: argparse.Namespace) -> Outcome:
     from ..evaluate.schema import read_result
     from ..files import SHARED, write_atomically
     from ..report.page import render_page
-    from ..report.sections import Chart, render_text, sections_of
+    from ..report.parts import Chart
+    from ..report.sections import render_text, sections_of
 
     if options.output is not None:
         check_output(options.output, options.force)

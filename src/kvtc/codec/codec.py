@@ -1,10 +1,4 @@
-"""The codec. The order of the stages stands here and nowhere else:
-
-encode   regions -> un-rotate keys -> predict -> project -> quantize -> entropy-code -> stream
-decode   stream -> entropy-decode -> dequantize -> predict -> reconstruct, layer by layer -> rotate keys -> cache
-
-What stands between un-rotated keys and the stream's sections is the profile's (`profiles`).
-"""
+"""The codec: what users call. The stages that turn a cache into a stream and back stand in `pipeline`, in their order."""
 
 from __future__ import annotations
 
@@ -17,64 +11,76 @@ import torch
 from torch import Tensor
 
 from ..backends import Bytes, Target, make_backend
-from ..cache import CACHE_DTYPES, KVCache
+from ..cache import CACHE_DTYPES, KVCache, TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.device import usable_device
 from ..coding.regions import ChunkSpan, split_regions
-from ..container import FORMAT_VERSION, Chunk, SectionType, parse_stream
+from ..container import FORMAT_VERSION, Chunk, Stream, parse_stream
 from ..errors import InvalidArgument, InvalidCache, StreamTooLarge
 from ..key_digest import digest
 from ..process.forks import in_child
 from ..process.locks import ForkSafeLock
 from ..process.progress import track
 from ..process.torch_state import compute_alone, neutral_torch_state, writing_into
-from ..profiles import Allowance, BodyCoder, JointCoder
-from ..profiles.joint.step_search import StepRate
+from ..profiles import AnyEncoder, AnyProfile, make_profile
+from ..profiles.rates import FixedSize, Rate
+from . import pipeline
 from . import transformers_cache as interop
 from .fixed_size import fixed_stream_bytes
-from .layers import Restoration
-from .opened_stream import MAX_TOKENS, OpenedStream, TokenIds, open_stream, shift_to
+from .opened_stream import MAX_TOKENS, OpenedStream, check_calibration, open_stream, shift_to
 from .options import (
+    RateArguments,
     as_ids,
     as_tensor,
-    asks_for_paper,
-    check_calibration,
+    check_is_calibration,
     check_limit,
     check_regions,
-    coder_and_rate,
-    decoder,
     product_dtype,
     stream_settings,
 )
-from .rows import coded_rows
+from .pipeline import Decoding
 from .sealed_stream import chunks_of, draft_stream
 
 
 class Codec:
-    """Encodes caches of a calibrated model at one rate, and decodes every stream made with the same calibration.
+    """Encodes caches of one calibrated model at one rate, and decodes every stream made with the same calibration.
 
-    profile: "paper", "joint" or "conditional"; the last predicts from token ids, which encode and decode then need. None: the last
-    of these that the calibration serves, or `paper` where an option of it is given.
-    ratio: bits of a cached value over bits the body may spend on it; None means 16. With `paper` it counts bits before lossless
-    coding, as published: the real body_ratio is at least that on texts of ordinary length. With the others it is the body_ratio,
-    and the step is found for each cache. step: instead of a ratio, the step itself, so that chunks of different caches coincide.
-    kl: instead, the step at which the model's predictions are expected to diverge so much, in nats, by the calibration's curve.
-    sink_tokens, window_tokens: tokens kept exactly at the beginning and the end. sink_format: "exact" or "fp8". window_format:
-    "exact", or with `joint` and `conditional` "coded": like the body, with a quarter of its step.
-    fixed_size: every stream of tokens at the same places has the same bytes, `stream_bytes` of them: the step is as fine as
-    fits, and what is left is padded (`joint` and `conditional`, with a ratio).
-    lossless: "deflate", "zstd", "lz4" or "none". chunk_tokens: unit of random access. device: where the arithmetic runs.
-    backend: "reference", "triton", or "auto": the latter on CUDA devices where it is installed (docs/gpu.md). precision: of what
-    transforms multiply, "float32", "bfloat16", or "auto": the latter on CUDA devices. Sums are float32.
-    max_tokens: how many tokens a stream may make decode restore beyond those that `tokens` or `token_ids` name, since a few bytes
-    may stand for many tokens; past it decode raises `StreamTooLarge`.
+    A codec is safe to share between threads, and can be pickled. In a forked child PyTorch computes on one thread; a child that
+    is to use more is spawned.
 
-    Of the profile `paper` alone: key_ratio, value_ratio: the ratio of one kind. max_error: instead of a ratio, the largest relative
-    error (Frobenius norm over the centred calibration rows) of each kind. allocation: "dynamic" (the dynamic program) or
-    "truncate" (leading coefficients in 16 bits; the paper's table 15).
+    Parameters:
+        calibration: of the model, from `kvtc.load_calibration` or `kvtc.calibrate`.
+        profile: "paper", "joint" or "conditional". The last one predicts from token ids, which encode and decode then need.
+            Default: the last of these three that the calibration serves, or "paper" where an option of that profile is given.
+        ratio: bits of the cache over bits of the coded body; default 16. `joint` and `conditional` meet it in real bytes
+            (body_ratio). `paper` counts bits before lossless coding, as published, so its real body_ratio is higher.
+        sink_tokens: tokens at the beginning that are stored exactly; default 4.
+        window_tokens: tokens at the end that are stored exactly; default 128.
+        key_ratio: `paper` only: the ratio of keys alone.
+        value_ratio: `paper` only: the ratio of values alone.
+        step: instead of a ratio, the quantizer's step itself, so that equal chunks of different caches have equal bytes.
+        kl: instead of a ratio, the divergence in nats that the model's predictions are expected to have, by the quality curve of
+            the calibration.
+        max_error: `paper` only, instead of a ratio: the largest relative error of keys, and of values, 0 to 1.
+        rate: instead of all of these, a rate as a type of `kvtc.profiles.rates`; ablations are asked for by it.
+        lossless: coder of exact tokens, and of the body of `paper`: "deflate" (default), "zstd", "lz4" or "none".
+        sink_format: "exact" (default) or "fp8".
+        window_format: "exact" (default), or "coded": as the body, with a quarter of its step (`joint`, `conditional`).
+        fixed_size: whether every stream of tokens at the same positions has the same length, `stream_bytes` of it: the step is as
+            fine as fits, and the rest is padded (`joint`, `conditional`, with a ratio). Default False.
+        chunk_tokens: tokens of a chunk, the unit of random access; default 256.
+        max_tokens: tokens that decode may restore beyond those that `tokens` or `token_ids` name, for few bytes may stand for
+            many tokens; default 2**20.
+        device: where the arithmetic runs; default "cpu".
+        backend: "reference", "triton", or "auto" (default): Triton on CUDA devices where it is installed.
+        precision: dtype that both sides of a product are rounded to: "float32", "bfloat16", or "auto" (default): bfloat16 on
+            CUDA devices, else float32. Sums are float32.
 
-    Safe to share between threads, and can be pickled. In a forked child PyTorch then computes on one thread; a child that is to use
-    more is spawned.
+    Raises:
+        InvalidArgument: for arguments that can never work, or that contradict one another.
+        BackendUnavailable: for a backend that cannot run on the device.
+
+    Source: Staniszewski et al. 2025, "KV Cache Transform Coding for Compact Storage in LLM Inference", for the pipeline.
     """
 
     @neutral_torch_state
@@ -91,7 +97,7 @@ class Codec:
         step: float | None = None,
         kl: float | None = None,
         max_error: float | None = None,
-        allocation: str = "dynamic",
+        rate: Rate | None = None,
         lossless: str = "deflate",
         sink_format: str = "exact",
         window_format: str = "exact",
@@ -102,24 +108,23 @@ class Codec:
         backend: str = "auto",
         precision: str = "auto",
     ) -> None:
-        check_calibration(calibration)
+        check_is_calibration(calibration)
         check_regions(sink_tokens, window_tokens)
         check_limit(max_tokens)
-        of_paper = key_ratio, value_ratio, max_error, allocation
-        if profile is None:
-            profile = "paper" if asks_for_paper(of_paper) else calibration.profiles[-1]
+        arguments = RateArguments(ratio, step, kl, key_ratio, value_ratio, max_error, fixed_size, rate)
+        profile = profile or arguments.profile or calibration.profiles[-1]
         self.calibration = calibration
         self.sink_tokens = sink_tokens
         self.window_tokens = window_tokens
         self.max_tokens = max_tokens
-        self.settings = stream_settings(profile, chunk_tokens, lossless, sink_format, window_format, fixed_size)
+        self.rate = arguments.resolve(profile, calibration)
+        self.settings = stream_settings(profile, chunk_tokens, lossless, sink_format, window_format, self.rate)
         self.device = usable_device(device)
         self.backend = make_backend(self.device, backend)
         self._product = product_dtype(precision, self.device)
         self._lock = ForkSafeLock()
-        made_for = calibration, self.backend, self._product
-        self._coder, self.rate = coder_and_rate(*made_for, self.settings, ratio, step, kl, of_paper)
-        self._coders = {profile: self._coder}
+        self._profiles: dict[str, AnyProfile] = {}
+        self._encoder = self._encoder_at(self.rate)
         in_child(self._renew)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -132,15 +137,19 @@ class Codec:
         compute_alone()
 
     @neutral_torch_state
-    def with_step(self, step: float) -> Codec:
-        """The same codec (`joint`, `conditional`) with another step in place of its rate; the matrices are shared."""
-        if not isinstance(self._coder, JointCoder) or self.settings.fixed_size:
-            raise InvalidArgument("only a codec of joint or conditional, and without fixed size, takes a step")
+    def with_rate(self, rate: Rate) -> Codec:
+        """The same codec at another rate of the same kind of streams; the matrices are shared.
+
+        Raises `InvalidArgument` for a rate that the profile lacks, and for one of fixed size where this one is not, or the reverse.
+        """
+        if isinstance(rate, FixedSize) is not self.settings.fixed_size:
+            raise InvalidArgument(
+                f"streams of this codec {'have' if self.settings.fixed_size else 'lack'} a fixed size"
+            )
         other = copy.copy(self)
         other._lock = ForkSafeLock()
-        other._coder = self._coder.with_step(step)
-        other.rate = StepRate(step=step, finer_window=self._coder.finer_window)
-        other._coders = self._coders | {self.settings.profile: other._coder}
+        other._profiles = dict(self._profiles)
+        other.rate, other._encoder = rate, self._encoder_at(rate)
         return other
 
     @neutral_torch_state
@@ -215,14 +224,6 @@ class Codec:
         other.window_tokens = window_tokens
         return other
 
-    def with_ratio(self, ratio: float) -> Codec:
-        """The same codec of fixed size, but for the ratio that its sizes follow from."""
-        if not self.settings.fixed_size or not isinstance(self.rate, StepRate):
-            raise InvalidArgument("only a codec made with fixed_size=True can be given another ratio")
-        other = copy.copy(self)
-        other.rate = replace(self.rate, ratio=ratio)
-        return other
-
     @neutral_torch_state
     def decode(
         self, stream: Bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
@@ -254,15 +255,15 @@ class Codec:
         self, stream: Bytes, token_ids: Any, tokens: int | None, start_position: int | None
     ) -> tuple[KVCache, bool]:
         """The cache, and whether it was one of transformers."""
-        opened = self._open(stream, as_ids(token_ids), tokens)
+        opened = self._open(parse_stream(stream), as_ids(token_ids), tokens)
         header = opened.header
         shift = shift_to(start_position, opened)
-        restoration = Restoration([opened], [shift], self.calibration, self.backend)
+        decoding = Decoding([opened], [shift], self.calibration, self.backend)
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
         keys = torch.empty(shape, dtype=header.dtype, device=self.device)
         values = torch.empty_like(keys)
         for layer in track(range(header.n_layers), "decoding", "layers"):
-            restoration.write_layer(layer, [(Target.of(keys[layer]), Target.of(values[layer]))])
+            decoding.write_layer(layer, [(Target.of(keys[layer]), Target.of(values[layer]))])
         positions = opened.positions[: opened.n_tokens] + shift
         # 0: it was not recorded, for no frequency depends on it. Moved to the front, a length too short would be negative.
         rope_length = max(0, header.rope_length + shift) if header.rope_length else None
@@ -275,9 +276,9 @@ class Codec:
 
         Arguments and stream are checked, and coefficients decoded, before this returns.
         """
-        opened = self._open(stream, as_ids(token_ids), None)
-        header, restoration = opened.header, Restoration([opened], [0], self.calibration, self.backend)
-        return ((header.first_layer + layer, *restoration.new_layer(layer)) for layer in range(header.n_layers))
+        opened = self._open(parse_stream(stream), as_ids(token_ids), None)
+        header, decoding = opened.header, Decoding([opened], [0], self.calibration, self.backend)
+        return ((header.first_layer + layer, *decoding.new_layer(layer)) for layer in range(header.n_layers))
 
     @neutral_torch_state
     def decode_lazily(self, stream: Bytes, token_ids: Any = None, tokens: int | None = None) -> Any:
@@ -286,9 +287,9 @@ class Codec:
         Arguments and stream are checked, and coefficients decoded, before this returns. On CUDA each layer is restored beside the
         computations of the one before it.
         """
-        opened = self._open(stream, as_ids(token_ids), tokens)
-        restoration = Restoration([opened], [0], self.calibration, self.backend)
-        return interop.lazy_cache(restoration.new_layer, opened.n_tokens, opened.header, self.device)
+        opened = self._open(parse_stream(stream), as_ids(token_ids), tokens)
+        decoding = Decoding([opened], [0], self.calibration, self.backend)
+        return interop.lazy_cache(decoding.new_layer, opened.n_tokens, opened.header, self.device)
 
     @neutral_torch_state
     def decode_into(
@@ -305,17 +306,17 @@ class Codec:
         The others as in `decode`, which also says what is raised; what is read of the stream is checked before anything is
         written.
         """
-        opened = self._open(stream, as_ids(token_ids), tokens)
+        opened = self._open(parse_stream(stream), as_ids(token_ids), tokens)
         places = {len(target.token_offsets) for sides in targets for target in sides}
         if len(targets) != opened.header.n_layers or places != {opened.n_tokens}:
             raise InvalidArgument(
                 f"targets for {len(targets)} layers and {sorted(places)} tokens; the stream holds {opened.header.n_layers} layers, "
                 f"and {opened.n_tokens} tokens are decoded"
             )
-        restoration = Restoration([opened], [shift_to(start_position, opened)], self.calibration, self.backend)
+        decoding = Decoding([opened], [shift_to(start_position, opened)], self.calibration, self.backend)
         with writing_into(*(target.data for sides in targets for target in sides)):
             for layer, sides in enumerate(targets):
-                restoration.write_layer(layer, [sides])
+                decoding.write_layer(layer, [sides])
 
     @neutral_torch_state
     def encode_batch(self, cache: Any, token_ids: Any, attention_mask: Any) -> list[bytes]:
@@ -348,7 +349,8 @@ class Codec:
         """
         if not streams:
             raise InvalidArgument("there are no streams to decode")
-        lengths = [parse_stream(stream).n_tokens for stream in streams]
+        parsed = [parse_stream(stream) for stream in streams]
+        lengths = [stream.n_tokens for stream in parsed]
         longest = max(lengths)
         ids = [None] * len(streams) if token_ids is None else [as_ids(row) for row in token_ids]
         if len(ids) != len(streams):
@@ -366,7 +368,7 @@ class Codec:
                 "give token_ids=, or the codec more max_tokens="
             )
         opened = []
-        for index, (stream, length) in enumerate(zip(streams, lengths, strict=True)):
+        for index, (stream, length) in enumerate(zip(parsed, lengths, strict=True)):
             row = ids[index]
             row = row[longest - length :] if row is not None and is_padded else row
             opened.append(self._open(stream, row, None))
@@ -374,11 +376,14 @@ class Codec:
                 raise InvalidArgument(
                     f"stream {index} holds {opened[index].header.dtype}, stream 0 {opened[0].header.dtype}"
                 )
-        coders = {id(stream.coder): stream.coder for stream in opened}.values()
-        groups = [[index for index, stream in enumerate(opened) if stream.coder is coder] for coder in coders]
+        profiles = {stream.header.profile for stream in parsed}
+        groups = [
+            [index for index, stream in enumerate(parsed) if stream.header.profile == profile]
+            for profile in sorted(profiles)
+        ]
         # Coefficients come first: memory for the batch is asked for once all streams have proved sound.
-        restorations = [
-            Restoration([opened[index] for index in group], [0] * len(group), self.calibration, self.backend)
+        decodings = [
+            Decoding([opened[index] for index in group], [0] * len(group), self.calibration, self.backend)
             for group in groups
         ]
         header = opened[0].header
@@ -388,10 +393,10 @@ class Codec:
         values = torch.zeros_like(keys)
         for index, length in enumerate(lengths):
             mask[index, longest - length :] = 1
-        for group, restoration in zip(groups, restorations, strict=True):
+        for group, decoding in zip(groups, decodings, strict=True):
             for layer in range(header.n_layers):
                 places = [(index, layer, slice(None), slice(longest - lengths[index], None)) for index in group]
-                restoration.write_layer(layer, [(Target.of(keys[at]), Target.of(values[at])) for at in places])
+                decoding.write_layer(layer, [(Target.of(keys[at]), Target.of(values[at])) for at in places])
         return interop.to_transformers(keys, values, header.first_layer), mask
 
     def _encode(
@@ -408,7 +413,7 @@ class Codec:
         self.calibration.geometry.check(cache)
         if token_ids is not None and len(token_ids) != cache.n_tokens:
             raise InvalidArgument(f"the cache holds {cache.n_tokens} tokens, but {len(token_ids)} token ids are given")
-        if token_ids is None and self._coder.needs_tokens:
+        if token_ids is None and self._encoder.needs_tokens:
             raise InvalidArgument(
                 f"the profile {self.settings.profile} predicts from token ids; give token_ids, or use joint"
             )
@@ -416,47 +421,29 @@ class Codec:
         blocks = self.backend.block_coder
         draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans, blocks)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
-        bodies = [index for index, span in enumerate(spans) if span.n_body]
-        windows = [index for index, chunk in enumerate(draft.chunks) if chunk.coded_window]
-        rate_bytes = self._coder.rate_bytes or 0
-        allowance = Allowance(
-            sum(span.n_body for span in spans),
-            cache.original_bits,
-            other_bytes=draft.body_bytes + rate_bytes,
-            at_most=None if size is None else size - draft.n_bytes - rate_bytes,
-        )
-        here = cache, token_ids, self.calibration, self.backend
-        coded = self._coder.encode_all(
-            lambda is_window: coded_rows(*here, [spans[i] for i in (windows if is_window else bodies)], is_window),
-            allowance,
-        )
-        sections = {(SectionType.BODY, index): data for index, data in zip(bodies, coded.bodies, strict=True)}
-        sections |= {(SectionType.WINDOW, index): data for index, data in zip(windows, coded.windows, strict=True)}
-        return draft.seal(coded.plan.to_bytes(), sections, self._coder.is_entropy_coded, size)
+        return pipeline.encode(cache, token_ids, spans, draft, size, self.calibration, self.backend, self._encoder)
 
     def _spans(self, positions: Tensor) -> list[ChunkSpan]:
         return split_regions(positions, self.sink_tokens, self.window_tokens, self.settings.chunk_tokens)
 
     def _size(self, chunks: list[Chunk], dtype: torch.dtype) -> int:
         """Bytes of a stream of fixed size."""
-        if not isinstance(self.rate, StepRate) or self._coder.rate_bytes is None:
+        if not isinstance(self.rate, FixedSize):
             raise InvalidArgument("streams have a size of their own unless the codec is made with fixed_size=True")
-        return fixed_stream_bytes(
-            chunks,
-            self.calibration.geometry,
-            dtype,
-            self.rate.ratio,
-            self._coder.rate_bytes,
-            self._coder.least_bytes,
-        )
+        geometry, encoder = self.calibration.geometry, self._encoder
+        return fixed_stream_bytes(chunks, geometry, dtype, self.rate.ratio, encoder.plan_bytes(), encoder.least_bytes)
 
-    def _open(self, stream: Bytes, token_ids: TokenIds | None, tokens: int | None) -> OpenedStream:
-        limits = token_ids, tokens, self.max_tokens
-        return open_stream(stream, self.calibration, self._coder_of, *limits, self.backend.block_coder)
+    def _open(self, stream: Stream, token_ids: TokenIds | None, tokens: int | None) -> OpenedStream:
+        check_calibration(stream.header, self.calibration)
+        decoder = self._profile(stream.header.profile).decoder()
+        return open_stream(stream, decoder, token_ids, tokens, self.max_tokens, self.backend.block_coder)
 
-    def _coder_of(self, profile: str) -> BodyCoder:
-        """The coder of a stream's profile, whichever this codec writes."""
+    def _encoder_at(self, rate: Rate) -> AnyEncoder:
+        return self._profile(self.settings.profile).encoder(rate, self.settings.coded_window)
+
+    def _profile(self, name: str) -> AnyProfile:
+        """A profile, whichever this codec writes, made ready at first need."""
         with self._lock:
-            if profile not in self._coders:
-                self._coders[profile] = decoder(self.calibration, self.backend, self._product, profile)
-            return self._coders[profile]
+            if name not in self._profiles:
+                self._profiles[name] = make_profile(name, self.calibration, self.backend, self._product)
+            return self._profiles[name]

@@ -5,7 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..coding.lossless import CODER_NAMES
-from ..container import FORMAT_VERSION, SECTION_BYTES, SectionType, Stream, parse_stream
+from ..container import FORMAT_VERSION, FULL_ATTENTION, SECTION_BYTES, Header, SectionType, Stream, parse_stream
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """One group of layers: its kind, the dtype of its cache, and half-open ranges (start, stop) of the model's layers and heads.
+
+    key_dim, value_dim: features of a head's key and of its value.
+    """
+
+    kind: str
+    dtype: str
+    layers: tuple[int, int]
+    kv_heads: tuple[int, int]
+    key_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True)
@@ -21,7 +36,7 @@ class SectionInfo:
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """Geometry, regions and honest cost of a stream.
+    """Groups of layers, regions and honest cost of a stream.
 
     body_bytes: all that the coded tokens cost: every byte of the stream, padding included, but the sections of sinks and window and
     their table entries. sink_format: "exact" or "fp8". window_format: "exact" or "coded". padding_bytes: zeros that fill a stream
@@ -31,11 +46,8 @@ class StreamInfo:
 
     format_version: int
     profile: str
-    dtype: str
     fingerprint: str
-    layers: tuple[int, int]
-    kv_heads: tuple[int, int]
-    head_dim: int
+    groups: tuple[GroupInfo, ...]
     first_position: int | None
     last_chunk_position: int | None
     n_tokens: int
@@ -73,11 +85,8 @@ def describe(stream: Stream) -> StreamInfo:
     return StreamInfo(
         format_version=FORMAT_VERSION,
         profile=header.profile,
-        dtype=str(header.dtype).removeprefix("torch."),
         fingerprint=header.fingerprint.hex(),
-        layers=(header.first_layer, header.first_layer + header.n_layers),
-        kv_heads=(header.first_kv_head, header.first_kv_head + header.n_kv_heads),
-        head_dim=header.head_dim,
+        groups=(_group(header),),
         first_position=chunks[0].first_position if chunks else None,
         last_chunk_position=chunks[-1].first_position if chunks else None,
         n_tokens=n_tokens,
@@ -97,6 +106,13 @@ def describe(stream: Stream) -> StreamInfo:
         total_ratio=n_tokens * token_bytes / total if n_tokens else None,
         sections=_sections(stream),
     )
+
+
+def _group(header: Header) -> GroupInfo:
+    layers = header.first_layer, header.first_layer + header.n_layers
+    heads = header.first_kv_head, header.first_kv_head + header.n_kv_heads
+    dtype = str(header.dtype).removeprefix("torch.")
+    return GroupInfo(FULL_ATTENTION, dtype, layers, heads, header.head_dim, header.head_dim)
 
 
 def _sections(stream: Stream) -> tuple[SectionInfo, ...]:

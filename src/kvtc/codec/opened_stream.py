@@ -5,16 +5,15 @@ What is asked for by token count is bounded by what the caller has agreed to: a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..backends import Bytes
-from ..cache import describe_range
+from ..cache import TokenIds, describe_range
 from ..calibration.artifact import Calibration
 from ..coding.exact import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from ..coding.joint.prediction import NO_TOKEN, token_triples
@@ -39,9 +38,8 @@ from ..errors import (
     TokenMismatch,
 )
 from ..process.torch_state import neutral_torch_state
-from ..profiles.interface import BodyCoder, CodedBody, Plan
-
-TokenIds = npt.NDArray[np.int64]
+from ..profiles import AnyDecoder
+from ..profiles.interface import CodedBody, Plan
 
 MAX_TOKENS = 1 << 20
 """Tokens that are decoded at most unless the caller names more."""
@@ -68,38 +66,42 @@ class OpenedStream:
     """The first `n_tokens` tokens of a stream, read but not yet transformed.
 
     positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: the coded ones among them, with a window
-    that is coded. coder: of the stream's profile. coded: bodies and coded windows, in order.
+    that is coded. decoder: of the stream's profile. coded: bodies and coded windows, in order.
     """
 
     header: Header
     n_tokens: int
-    coder: BodyCoder
+    decoder: AnyDecoder
     positions: Tensor
     body: slice
-    coded: list[CodedBody]
+    coded: list[CodedBody[Any]]
     exact: list[ExactTokens]
 
 
 def open_stream(
-    data: Bytes,
-    calibration: Calibration,
-    coder_of: Callable[[str], BodyCoder],
+    stream: Stream,
+    decoder: AnyDecoder,
     token_ids: TokenIds | None,
     tokens: int | None,
     max_tokens: int,
     block_coder: BlockCoder | None = None,
 ) -> OpenedStream:
-    """Parse, check against calibration and token ids, and read the sections of the first `tokens` tokens (all by default).
+    """Check a stream against token ids, and read the sections of its first tokens.
 
-    max_tokens: how many tokens past those that `tokens`, or else token_ids, name may have to be decoded; `StreamTooLarge`
-    where it is more.
+    Parameters:
+        stream: parsed, and made with the calibration (`check_calibration`). Where its bytes are on a device, bodies that no
+            lossless coder was applied to stay there; their checksums are not verified then.
+        decoder: of its profile.
+        token_ids: int64, those of its tokens, or of the first `tokens`; None where decoding needs none.
+        tokens: how many tokens are wanted; None: all.
+        max_tokens: how many tokens past those that `tokens`, or else token_ids, name may have to be decoded.
+        block_coder: decodes blocks of lossless coders, where it takes them.
 
-    data: bytes, or uint8 [bytes] on a device, where bodies that no lossless coder was applied to stay; their checksums are not
-    verified then. coder_of: profile -> its coder. block_coder: decodes blocks of lossless coders, where it takes them.
+    Raises:
+        StreamTooLarge: for more tokens than may have to be decoded.
+        TruncatedStream, CorruptStream, TokenMismatch, InvalidArgument: as `Codec.decode` says.
     """
-    stream = parse_stream(data)
     header = stream.header
-    _check_calibration(header, calibration)
     n_tokens = stream.n_tokens if tokens is None else tokens
     if not isinstance(n_tokens, int) or not 0 <= n_tokens <= stream.n_tokens:
         raise InvalidArgument(f"tokens must lie in 0 .. {stream.n_tokens}, what the stream holds; got {tokens}")
@@ -107,15 +109,14 @@ def open_stream(
     chunks = _chunks_of(stream, n_tokens, named + max_tokens)
     if token_ids is not None:
         _check_tokens(header, chunks, token_ids, n_tokens)
-    coder = coder_of(header.profile)
-    if coder.needs_tokens and token_ids is None:
+    if decoder.needs_tokens and token_ids is None:
         raise InvalidArgument(
             f"the profile {header.profile} predicts from token ids; give token_ids to decode this stream"
         )
-    plan = coder.read_plan(_rate(stream, coder))
+    plan = decoder.read_plan(_rate(stream, decoder))
     keys = [(kind, index) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
-    wanted = [(kind, index, _raw_bytes(kind, chunks[index], header, coder, plan)) for kind, index in keys]
-    _check_lengths(stream, chunks, wanted, coder)
+    wanted = [(kind, index, _raw_bytes(kind, chunks[index], header, decoder, plan)) for kind, index in keys]
+    _check_lengths(stream, chunks, wanted, decoder)
     left = stream.leave([one for one in wanted if _is_coded(one[0], chunks[one[1]])])
     others = [one for one in wanted if one[:2] not in left]
     read = {one[:2]: raw for one, raw in zip(others, stream.read_all(others, block_coder), strict=True)}
@@ -129,13 +130,13 @@ def open_stream(
             exact.append(_exact(sinks, header, chunk.n_sink, first, chunk.fp8_sinks))
         if chunk.n_body:
             here = slice(chunk.n_sink, chunk.n_sink + chunk.n_body)
-            triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
+            triples = _triples(decoder, chunk, positions[-1], first, token_ids, here)
             coded.append(CodedBody(coded_bytes[SectionType.BODY, index], chunk.n_body, plan, triples))
         if chunk.n_window:
             here = slice(chunk.n_tokens - chunk.n_window, chunk.n_tokens)
             if chunk.coded_window:
                 window = coded_bytes[SectionType.WINDOW, index]
-                triples = _triples(coder, chunk, positions[-1], first, token_ids, here)
+                triples = _triples(decoder, chunk, positions[-1], first, token_ids, here)
                 coded.append(CodedBody(window, chunk.n_window, plan, triples, is_window=True))
             else:
                 exact.append(
@@ -148,7 +149,7 @@ def open_stream(
     n_sink = sum(chunk.n_sink for chunk in chunks)
     body = slice(n_sink, n_sink + sum(rows.n_tokens for rows in coded))
     whole = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
-    return OpenedStream(header, n_tokens, coder, whole, body, coded, exact)
+    return OpenedStream(header, n_tokens, decoder, whole, body, coded, exact)
 
 
 def first_position(stream_bytes: bytes) -> int | None:
@@ -171,7 +172,8 @@ def positions_of(stream_bytes: bytes, max_tokens: int = MAX_TOKENS) -> Tensor:
     return torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
-def _check_calibration(header: Header, calibration: Calibration) -> None:
+def check_calibration(header: Header, calibration: Calibration) -> None:
+    """Raise `GeometryMismatch`, or `CalibrationMismatch`, where a stream was not made with a calibration."""
     geometry = calibration.geometry
     found = (header.first_layer, header.n_layers, header.first_kv_head, header.n_kv_heads, header.head_dim)
     expected = (geometry.first_layer, geometry.n_layers, geometry.first_kv_head, geometry.n_kv_heads, geometry.head_dim)
@@ -197,20 +199,20 @@ def _chunks_of(stream: Stream, n_tokens: int, most: int) -> list[Chunk]:
     return list(stream.chunks[:count])
 
 
-def _rate(stream: Stream, coder: BodyCoder) -> bytes:
+def _rate(stream: Stream, decoder: AnyDecoder) -> bytes:
     """The bytes that say how bits are spent, no more than the profile can use."""
     raw_bytes = stream.find(SectionType.RATE).raw_bytes
-    if raw_bytes > coder.most_rate_bytes:
-        raise CorruptStream(f"section rate claims {raw_bytes} bytes; expected {coder.most_rate_bytes} at most")
+    if raw_bytes > decoder.most_plan_bytes:
+        raise CorruptStream(f"section rate claims {raw_bytes} bytes; expected {decoder.most_plan_bytes} at most")
     return stream.read(SectionType.RATE, STREAM_WIDE, raw_bytes)
 
 
-def _check_lengths(stream: Stream, chunks: list[Chunk], wanted: list[Wanted], coder: BodyCoder) -> None:
+def _check_lengths(stream: Stream, chunks: list[Chunk], wanted: list[Wanted], decoder: AnyDecoder) -> None:
     """Raise `CorruptStream` for coded tokens in fewer bytes than they take at least, whatever they are."""
     for kind, index, raw_bytes in wanted:
         if raw_bytes is None and kind is not SectionType.PADDING:
             n_tokens = chunks[index].n_window if kind is SectionType.WINDOW else chunks[index].n_body
-            section, least = stream.find(kind, index), coder.fewest_bytes(n_tokens)
+            section, least = stream.find(kind, index), decoder.fewest_bytes(n_tokens)
             if section.stored_bytes < least:
                 raise CorruptStream(
                     f"{section.describe()}: {n_tokens} tokens need at least {least} bytes; it has {section.stored_bytes}"
@@ -236,10 +238,10 @@ def _check_tokens(header: Header, chunks: list[Chunk], token_ids: TokenIds, n_to
 
 
 def _triples(
-    coder: BodyCoder, chunk: Chunk, positions: Tensor, first: int, token_ids: TokenIds | None, here: slice
+    decoder: AnyDecoder, chunk: Chunk, positions: Tensor, first: int, token_ids: TokenIds | None, here: slice
 ) -> Tensor | None:
     """What prediction sees of the tokens `here` of a chunk; tokens beyond the ids given will not be looked at."""
-    if token_ids is None or not coder.needs_tokens:
+    if token_ids is None or not decoder.needs_tokens:
         return None
     ids = token_ids[first : first + chunk.n_tokens]
     known = token_triples(ids, positions[: len(ids)].numpy())
@@ -252,19 +254,19 @@ def _is_coded(kind: SectionType, chunk: Chunk) -> bool:
     return kind is SectionType.BODY or (kind is SectionType.WINDOW and chunk.coded_window)
 
 
-def _raw_bytes(kind: SectionType, chunk: Chunk, header: Header, coder: BodyCoder, plan: Plan) -> int | None:
+def _raw_bytes(kind: SectionType, chunk: Chunk, header: Header, decoder: AnyDecoder, plan: Plan) -> int | None:
     """What a section of a chunk holds; None where that does not follow from its tokens."""
     if kind is SectionType.POSITIONS:
         return 2 * chunk.n_tokens
     if kind is SectionType.BODY:
-        return coder.body_bytes(plan, chunk.n_body)
+        return decoder.body_bytes(plan, chunk.n_body)
     if kind is SectionType.SINK and chunk.fp8_sinks:
         return fp8_bytes(2 * header.row_features // header.head_dim * chunk.n_sink, header.head_dim)
     if kind is SectionType.SINK:
         return exact_bytes(2 * header.row_features * chunk.n_sink, header.dtype)
     if kind is SectionType.WINDOW and not chunk.coded_window:
         return exact_bytes(2 * header.row_features * chunk.n_window, header.dtype)
-    return coder.body_bytes(plan, chunk.n_window) if kind is SectionType.WINDOW else None
+    return decoder.body_bytes(plan, chunk.n_window) if kind is SectionType.WINDOW else None
 
 
 def _positions(data: bytes | None, header: Header, index: int, chunk: Chunk) -> Tensor:

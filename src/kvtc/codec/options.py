@@ -1,23 +1,21 @@
-"""What a codec is told, checked: every argument that can never work is refused here, before a cache is seen."""
+"""The arguments of a codec, checked: every argument that can never work is refused here, before a cache is seen."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import Backend
+from ..cache import TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.lossless import require_coder
 from ..container import MAX_CHUNK_TOKENS, PROFILES
 from ..errors import InvalidArgument
 from ..process.torch_state import neutral_torch_state, plain
-from ..profiles import BodyCoder, JointCoder, PaperCoder
-from ..profiles.joint.step_search import FINER_WINDOW, StepRate
-from ..profiles.paper.rate import DEFAULT_RATIO, RateTarget
-from .opened_stream import TokenIds
+from ..profiles.rates import DEFAULT_RATIO, FixedSize, MaxError, Rate, Ratio, SideRatios, Step, Truncation
 from .sealed_stream import StreamSettings
 
 SINK_FORMATS = ("exact", "fp8")
@@ -26,7 +24,7 @@ _LARGEST_ID = 2**63 - 1
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def check_calibration(calibration: Calibration) -> None:
+def check_is_calibration(calibration: Calibration) -> None:
     """Raise `InvalidArgument` for anything but a calibration."""
     if not isinstance(calibration, Calibration):
         raise InvalidArgument(f"expected a kvtc.Calibration (kvtc.load_calibration), got {type(calibration).__name__}")
@@ -45,7 +43,7 @@ def check_limit(max_tokens: int) -> None:
 
 
 def stream_settings(
-    profile: str, chunk_tokens: int, lossless: str, sink_format: str, window_format: str, fixed_size: bool
+    profile: str, chunk_tokens: int, lossless: str, sink_format: str, window_format: str, rate: Rate
 ) -> StreamSettings:
     """What holds for every stream of a codec."""
     if profile not in PROFILES:
@@ -56,65 +54,69 @@ def stream_settings(
         raise InvalidArgument(f"sink_format must be exact or fp8; got {sink_format!r}")
     if window_format not in WINDOW_FORMATS:
         raise InvalidArgument(f"window_format must be exact or coded; got {window_format!r}")
-    if window_format == "coded" and profile == "paper":
-        raise InvalidArgument("the profile paper keeps its window exactly: use joint or conditional to code it")
-    if fixed_size and profile == "paper":
-        raise InvalidArgument("the profile paper cannot keep to a fixed size: use joint or conditional")
     require_coder(lossless)
-    return StreamSettings(profile, chunk_tokens, lossless, sink_format == "fp8", fixed_size, window_format == "coded")
+    is_fixed = isinstance(rate, FixedSize)
+    return StreamSettings(profile, chunk_tokens, lossless, sink_format == "fp8", is_fixed, window_format == "coded")
 
 
-def coder_and_rate(
-    calibration: Calibration,
-    backend: Backend,
-    product: torch.dtype,
-    settings: StreamSettings,
-    ratio: float | None,
-    step: float | None,
-    kl: float | None,
-    of_paper: tuple[float | None, float | None, float | None, str],
-) -> tuple[BodyCoder, RateTarget | StepRate]:
-    """The coder of a profile and what it may spend. of_paper: key_ratio, value_ratio, max_error, allocation."""
-    profile = settings.profile
-    if profile == "paper":
-        if step is not None or kl is not None:
-            raise InvalidArgument("the profile paper has no step, which step and kl decide; give a ratio")
-        target = RateTarget(calibration, ratio, *of_paper)
-        return PaperCoder(calibration, backend, product, target), target
-    if asks_for_paper(of_paper):
-        raise InvalidArgument(
-            f"key_ratio, value_ratio, max_error and allocation are of the profile paper, not {profile}"
-        )
-    if sum(given is not None for given in (ratio, step, kl)) > 1:
-        raise InvalidArgument("give either a ratio or a step or a kl, not several")
-    if settings.fixed_size and (step is not None or kl is not None):
-        raise InvalidArgument("a fixed size needs a ratio: at one step the bytes follow from the cache")
-    step = step if kl is None else _step_for(calibration, profile, kl)
-    finer_window = FINER_WINDOW if settings.coded_window else None
-    rate = StepRate(DEFAULT_RATIO if ratio is None else ratio, step, finer_window)
-    return JointCoder(calibration, backend, product, profile == "conditional", rate), rate
+@dataclass(frozen=True)
+class RateArguments:
+    """The arguments of `Codec` that say what may be spent, as they are given: one of them at most, but for pairs."""
 
+    ratio: float | None = None
+    step: float | None = None
+    kl: float | None = None
+    key_ratio: float | None = None
+    value_ratio: float | None = None
+    max_error: float | None = None
+    fixed_size: bool = False
+    rate: Rate | None = None
 
-def asks_for_paper(of_paper: tuple[float | None, float | None, float | None, str]) -> bool:
-    """Whether an option is given that only the profile paper has: key_ratio, value_ratio, max_error, allocation."""
-    return of_paper != (None, None, None, "dynamic")
+    @property
+    def profile(self) -> str | None:
+        """The only profile that serves them, if there is only one."""
+        of_paper = (self.key_ratio, self.value_ratio, self.max_error) != (None, None, None)
+        return "paper" if of_paper or isinstance(self.rate, SideRatios | MaxError | Truncation) else None
+
+    def resolve(self, profile: str, calibration: Calibration) -> Rate:
+        """The rate. Raises `InvalidArgument` for arguments that contradict one another, or the profile."""
+        sides = self.key_ratio, self.value_ratio
+        if self.profile == "paper" != profile:
+            raise InvalidArgument(
+                f"key_ratio, value_ratio, max_error and their rates are of the profile paper, not {profile}"
+            )
+        # A ratio beside the ratio of one side is that of the other side.
+        one_ratio = self.ratio if sides == (None, None) else True
+        given = [one_ratio, self.step, self.kl, self.max_error, self.rate]
+        if sum(value is not None for value in given) > 1:
+            raise InvalidArgument("give either a ratio or a step or a kl or a max_error, not several")
+        if self.fixed_size and any(value is not None for value in given[1:]):
+            raise InvalidArgument("a fixed size needs a ratio: at one step the bytes follow from the cache")
+        default = DEFAULT_RATIO if self.ratio is None else self.ratio
+        if self.rate is not None:
+            return self.rate
+        if self.step is not None:
+            return Step(self.step)
+        if self.kl is not None:
+            return Step(_step_for(calibration, profile, self.kl))
+        if self.max_error is not None:
+            return MaxError(self.max_error)
+        if sides != (None, None):
+            key_ratio, value_ratio = (default if side is None else side for side in sides)
+            return SideRatios(key_ratio, value_ratio)
+        return FixedSize(default) if self.fixed_size else Ratio(default)
 
 
 def _step_for(calibration: Calibration, profile: str, kl: float) -> float:
     """The step that is expected to make predictions diverge by kl nats."""
+    if profile == "paper":
+        raise InvalidArgument("the profile paper has no step, which step and kl decide; give a ratio")
     if profile not in calibration.quality:
         raise InvalidArgument(
             f"this calibration has no measured quality of the profile {profile}, so kl cannot be given; "
             "kvtc.measure_quality adds it"
         )
     return calibration.quality[profile].step_for(kl)
-
-
-def decoder(calibration: Calibration, backend: Backend, product: torch.dtype, profile: str) -> BodyCoder:
-    """A coder of a profile that only decodes."""
-    if profile == "paper":
-        return PaperCoder(calibration, backend, product)
-    return JointCoder(calibration, backend, product, profile == "conditional")
 
 
 def product_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -31,6 +31,7 @@ from ..container import (
     token_digest,
     write_stream,
 )
+from ..profiles.interface import CodedRows
 
 NOT_BODY = (SectionType.SINK, SectionType.WINDOW)
 
@@ -72,10 +73,20 @@ class StreamDraft:
         stored = sum(len(section.stored) for (kind, _), section in self.sections.items() if kind in NOT_BODY)
         return self.n_bytes - stored - SECTION_BYTES * len(others)
 
-    def seal(self, rate: bytes, coded: dict[tuple[SectionType, int], bytes], is_final: bool, size: int | None) -> bytes:
-        """The stream. coded: bytes of coded rows by section, before lossless coding unless they are final; size: what to pad to."""
-        payloads = [Payload(SectionType.RATE, STREAM_WIDE, rate)]
-        payloads += [Payload(kind, chunk, data, is_final) for (kind, chunk), data in coded.items()]
+    def seal(self, plan: bytes, coded: CodedRows, is_final: bool, size: int | None) -> bytes:
+        """The stream.
+
+        Parameters:
+            plan: bytes of the section `rate`.
+            coded: coded rows of its chunks.
+            is_final: whether no lossless coder is applied to them.
+            size: bytes to pad to; None: no padding.
+        """
+        bodies = [(SectionType.BODY, index) for index, chunk in enumerate(self.chunks) if chunk.n_body]
+        windows = [(SectionType.WINDOW, index) for index, chunk in enumerate(self.chunks) if chunk.coded_window]
+        rows = [*zip(bodies, coded.bodies, strict=True), *zip(windows, coded.windows, strict=True)]
+        payloads = [Payload(SectionType.RATE, STREAM_WIDE, plan)]
+        payloads += [Payload(kind, index, data, is_final) for (kind, index), data in rows]
         sections = dict(self.sections)
         finished = code_payloads(payloads, self.settings.lossless, self.block_coder)
         for payload, section in zip(payloads, finished, strict=True):

@@ -1,4 +1,4 @@
-"""The container: what a stream consists of (`tables`), writing and parsing it (`stream`), cutting and joining it (`parts`)."""
+"""The container: the tables of a stream (`tables`), writing and parsing it (`stream`), splitting and joining it (`parts`)."""
 
 from .parts import join_streams, split_stream
 from .stream import CodedSection, Payload, Stream, Wanted, code_payloads, parse_stream, token_digest, write_stream
@@ -6,6 +6,7 @@ from .tables import (
     CHUNK_BYTES,
     DIGEST_BYTES,
     FORMAT_VERSION,
+    FULL_ATTENTION,
     HEADER_BYTES,
     MAGIC,
     MAX_CHUNK_TOKENS,
@@ -17,6 +18,7 @@ from .tables import (
     Header,
     Section,
     SectionType,
+    name_profile,
     table_bytes,
 )
 
@@ -24,6 +26,7 @@ __all__ = [
     "CHUNK_BYTES",
     "DIGEST_BYTES",
     "FORMAT_VERSION",
+    "FULL_ATTENTION",
     "HEADER_BYTES",
     "MAGIC",
     "MAX_CHUNK_TOKENS",
@@ -41,6 +44,7 @@ __all__ = [
     "Wanted",
     "code_payloads",
     "join_streams",
+    "name_profile",
     "parse_stream",
     "split_stream",
     "table_bytes",

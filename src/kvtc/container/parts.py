@@ -1,4 +1,4 @@
-"""Streams cut into self-contained streams of one chunk, and joined again; nothing is recoded."""
+"""Streams split into self-contained streams of one chunk, and joined again; nothing is recoded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ _LARGEST_GROWTH = 64
 
 
 def split_stream(data: bytes | memoryview) -> list[bytes]:
-    """One self-contained stream per chunk, nothing recoded: section bytes are copied as they are.
+    """Split a stream into self-contained streams of one chunk. Nothing is recoded: stored bytes are copied.
 
-    Raises `StreamTooLarge` where the parts would take far more than the stream, because each repeats a large rate.
+    Parameters:
+        data: the stream.
+
+    Returns:
+        One stream for each chunk, in order; none for an empty cache.
+
+    Raises:
+        TruncatedStream, CorruptStream, UnsupportedVersion: for a stream that cannot be read.
+        StreamTooLarge: if the parts would take far more bytes than the stream, because each repeats a large rate.
     """
     stream = parse_stream(data)
     rate_entry, rate = stream.sections.entries[:1].tobytes(), stream.stored(stream.find(SectionType.RATE))
@@ -45,9 +53,17 @@ def split_stream(data: bytes | memoryview) -> list[bytes]:
 
 
 def join_streams(parts: Sequence[bytes | memoryview]) -> bytes:
-    """Streams of consecutive chunks of one encoding -> one stream; `join_streams(split_stream(s)) == s`.
+    """Join streams of consecutive chunks of one encoding; `join_streams(split_stream(s)) == s`.
 
-    Raises `InvalidArgument` where the parts do not belong together.
+    Parameters:
+        parts: the streams, in the order of their positions; at least one.
+
+    Returns:
+        One stream of all chunks.
+
+    Raises:
+        TruncatedStream, CorruptStream, UnsupportedVersion: for a part that cannot be read.
+        InvalidArgument: if the parts do not belong together, or there are none.
     """
     if not parts:
         raise InvalidArgument("there are no streams to join")

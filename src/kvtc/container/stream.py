@@ -1,8 +1,8 @@
-"""The stream: writer and parser, side by side.
+"""The stream: its writer and its parser.
 
-The parser trusts nothing: it reads lengths, checks them against caps and against each other, and only then looks at sections;
-the last section ends exactly where the stream ends. No length in a stream allocates memory by itself; parsing takes time and
-memory by the bytes that are there (docs/format.md, "Bounds").
+The parser trusts nothing. It reads lengths, checks them against caps and against each other, and only then looks at
+sections; the last section ends exactly where the stream ends. No length in a stream allocates memory by itself:
+parsing takes time and memory by the bytes that are there (docs/format.md, "Bounds").
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from .tables import (
     SectionTable,
     SectionType,
     pack_chunk,
+    pack_groups,
     pack_header,
     pack_section,
     parse_chunks,
@@ -232,7 +233,16 @@ def _compressed(parts: Sequence[bytes], coder: str, block_coder: BlockCoder | No
 
 
 def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[CodedSection]) -> bytes:
-    """Put a stream together from its sections, in the order of the format."""
+    """Put a stream together.
+
+    Parameters:
+        header: of the whole stream; `has_gaps` is set here, from the chunks.
+        chunks: by ascending positions.
+        sections: the rate, and then the sections of each chunk, in the order of `Chunk.sections`.
+
+    Raises:
+        InvalidArgument: for more chunks than a stream may hold.
+    """
     has_gaps = any(chunk.explicit_positions for chunk in chunks) or any(
         after.first_position != before.first_position + before.n_tokens for before, after in pairwise(chunks)
     )
@@ -241,24 +251,31 @@ def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[Cod
 
 
 def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
-    """Read and check the tables of a stream: bytes, or uint8 [bytes] on a device, where sections then stay until they are read.
+    """Read and check the tables of a stream.
 
-    Raises `TruncatedStream`, `CorruptStream` or `UnsupportedVersion`.
+    Parameters:
+        data: bytes, or uint8 [bytes] on a device, where sections then stay until they are read.
+
+    Raises:
+        TruncatedStream: if bytes are missing at the end.
+        CorruptStream: if the tables break a rule of the format or fail their checksum.
+        UnsupportedVersion: for another format version, or groups of layers that this kvtc does not read.
+        InvalidArgument: if data is of another type.
     """
     opened, counts = open_data(data)
     view = opened.head
     if zlib.crc32(view[HEADER_BYTES : counts.tables_end], zlib.crc32(view[: HEADER_BYTES - 4])) != counts.checksum:
         raise CorruptStream("header and tables fail their checksum")
-    header = parse_header(view)
+    header = parse_header(view, counts)
     chunks = parse_chunks(view, counts, header)
     return Stream(header, chunks, parse_sections(view, counts, chunks, opened.n_bytes), opened)
 
 
 def assemble(header: Header, chunks: bytes, sections: bytes, stored: Iterable[bytes | memoryview]) -> bytes:
-    """Header, the bytes of both tables, and the stored bytes of the sections in the order of their table."""
+    """Header, group table, the bytes of the other tables, and the stored bytes of the sections in the order of their table."""
     n_chunks, n_sections = len(chunks) // CHUNK_BYTES, len(sections) // SECTION_BYTES
     if n_chunks > MAX_CHUNKS:
         raise InvalidArgument(f"{n_chunks} chunks; a stream holds {MAX_CHUNKS} at most: use a larger chunk_tokens")
-    head = pack_header(header, n_chunks, n_sections)
-    checksum = zlib.crc32(sections, zlib.crc32(chunks, zlib.crc32(head)))
-    return b"".join([head, struct.pack("<I", checksum), chunks, sections, *stored])
+    head, groups = pack_header(header, n_chunks, n_sections), pack_groups(header)
+    checksum = zlib.crc32(sections, zlib.crc32(chunks, zlib.crc32(groups, zlib.crc32(head))))
+    return b"".join([head, struct.pack("<I", checksum), groups, chunks, sections, *stored])

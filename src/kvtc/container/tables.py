@@ -1,7 +1,8 @@
-"""The tables of a stream: header, chunk table, section table; how each is written and what each may say.
+"""The tables of a stream (header, groups, chunks, sections): how each is written, and which values it may have.
 
-docs/format.md is the specification. Nothing here looks into a section. Tables are checked as arrays over their bytes, all entries
-at once, and an entry becomes an object when it is looked at: a table of a million entries costs little more than its bytes.
+docs/format.md is the specification. Nothing here looks into a section. The chunk table and the section table are
+checked as arrays over their bytes, all entries at once. An entry becomes an object when it is looked at, so a table
+of a million entries costs little more than its bytes.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from ..coding.lossless import CODER_IDS, CODER_NAMES
 from ..errors import CorruptStream, TruncatedStream, UnsupportedVersion
 
 MAGIC = b"KVTC"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_CHUNKS = 1 << 20
 MAX_CHUNK_TOKENS = 1 << 15
 MAX_POSITION = 1 << 31
 DIGEST_BYTES = 8
 STREAM_WIDE = 0xFFFFFFFF
 
-_HEADER = struct.Struct("<4sBBBB16sHHHHHHIIIII")
+_HEADER = struct.Struct("<4sBBBB16sIIII")
+_GROUP = struct.Struct("<BBHHHHHHHI")
 _CHUNK = struct.Struct("<IHHHH8s")
 _SECTION = struct.Struct("<BBHIIII")
-HEADER_BYTES, CHUNK_BYTES, SECTION_BYTES = _HEADER.size, _CHUNK.size, _SECTION.size
+HEADER_BYTES, GROUP_BYTES, CHUNK_BYTES, SECTION_BYTES = _HEADER.size, _GROUP.size, _CHUNK.size, _SECTION.size
 # The same layouts for many entries at once.
 _CHUNKS = np.dtype(
     [("position", "<u4"), ("sink", "<u2"), ("body", "<u2"), ("window", "<u2"), ("flags", "<u2"), ("digest", "<u8")]
@@ -39,7 +41,7 @@ _SECTIONS = np.dtype(
     [
         ("type", "u1"),
         ("coder", "u1"),
-        ("reserved", "<u2"),
+        ("group", "<u2"),
         ("chunk", "<u4"),
         ("raw", "<u4"),
         ("stored", "<u4"),
@@ -47,8 +49,17 @@ _SECTIONS = np.dtype(
     ]
 )
 
+FULL_ATTENTION = "full attention"
+GROUP_KINDS = {FULL_ATTENTION: 1}
 PROFILES = {"paper": 1, "joint": 2, "conditional": 3}
 PROFILE_NAMES = {number: name for name, number in PROFILES.items()}
+
+
+def name_profile(name: str, number: int) -> None:
+    """Let headers name another profile, by a number of 1 to 255."""
+    PROFILES[name], PROFILE_NAMES[number] = number, name
+
+
 DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
 DTYPE_OF = {number: dtype for dtype, number in DTYPES.items()}
 
@@ -71,7 +82,7 @@ class SectionType(IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """What holds for the whole stream."""
+    """What holds for the whole stream, and for the one group of layers that it holds, of full attention."""
 
     profile: str
     dtype: torch.dtype
@@ -259,14 +270,20 @@ class SectionTable(Sequence[Section]):
 class Counts:
     """What the header says of the tables behind it: entries, and the checksum over header and tables."""
 
+    n_groups: int
     n_chunks: int
     n_sections: int
     checksum: int
 
     @property
+    def groups_end(self) -> int:
+        """Offset of the chunk table."""
+        return HEADER_BYTES + self.n_groups * GROUP_BYTES
+
+    @property
     def chunks_end(self) -> int:
         """Offset of the section table."""
-        return HEADER_BYTES + self.n_chunks * CHUNK_BYTES
+        return self.groups_end + self.n_chunks * CHUNK_BYTES
 
     @property
     def tables_end(self) -> int:
@@ -277,25 +294,16 @@ class Counts:
 def pack_header(header: Header, n_chunks: int, n_sections: int) -> bytes:
     """The header without its last field, the checksum."""
     flags = header.has_digests * _HAS_DIGESTS + header.is_transformers * _IS_TRANSFORMERS + header.has_gaps * _HAS_GAPS
-    return _HEADER.pack(
-        MAGIC,
-        FORMAT_VERSION,
-        PROFILES[header.profile],
-        DTYPES[header.dtype],
-        flags,
-        header.fingerprint,
-        header.first_layer,
-        header.n_layers,
-        header.first_kv_head,
-        header.n_kv_heads,
-        header.head_dim,
-        0,
-        header.chunk_tokens,
-        header.rope_length,
-        n_chunks,
-        n_sections,
-        0,
-    )[:-4]
+    profile = PROFILES[header.profile]
+    fields = MAGIC, FORMAT_VERSION, profile, flags, 1, header.fingerprint, header.chunk_tokens, n_chunks, n_sections
+    return _HEADER.pack(*fields, 0)[:-4]
+
+
+def pack_groups(header: Header) -> bytes:
+    """The group table."""
+    layers = header.first_layer, header.n_layers
+    heads = header.first_kv_head, header.n_kv_heads, header.head_dim, header.head_dim
+    return _GROUP.pack(GROUP_KINDS[FULL_ATTENTION], DTYPES[header.dtype], *layers, *heads, 0, header.rope_length)
 
 
 def parse_counts(view: memoryview, n_bytes: int) -> Counts:
@@ -307,39 +315,45 @@ def parse_counts(view: memoryview, n_bytes: int) -> Counts:
         if bytes(view[: len(MAGIC)]) != MAGIC[: len(view)]:
             raise CorruptStream("this is not a kvtc stream: it does not begin with KVTC")
         raise TruncatedStream(f"a stream has a header of {HEADER_BYTES} bytes; only {len(view)} bytes are here")
-    fields = _HEADER.unpack_from(view)
-    magic, version = fields[:2]
-    n_chunks, n_sections, checksum = fields[14:]
+    magic, version, _, _, n_groups, _, _, n_chunks, n_sections, checksum = _HEADER.unpack_from(view)
     if magic != MAGIC:
         raise CorruptStream(f"this is not a kvtc stream: it begins with {magic!r}, not {MAGIC!r}")
     if version != FORMAT_VERSION:
+        remedy = "upgrade kvtc" if version > FORMAT_VERSION else "encode the cache again"
         raise UnsupportedVersion(
-            f"the stream has format version {version}; this kvtc reads version {FORMAT_VERSION}: upgrade kvtc"
+            f"the stream has format version {version}; this kvtc reads version {FORMAT_VERSION}: {remedy}"
         )
-    if n_chunks > MAX_CHUNKS or n_sections > SECTIONS_OF_A_CHUNK * n_chunks + 1:
+    if not n_groups or n_chunks > MAX_CHUNKS or n_sections > SECTIONS_OF_A_CHUNK * n_chunks + 1:
         raise CorruptStream(
-            f"{n_chunks} chunks and {n_sections} sections are claimed; at most {MAX_CHUNKS} and {SECTIONS_OF_A_CHUNK} "
-            "a chunk are possible"
+            f"{n_groups} groups, {n_chunks} chunks and {n_sections} sections are claimed; expected at least one group, "
+            f"at most {MAX_CHUNKS} chunks, and at most {SECTIONS_OF_A_CHUNK} sections a chunk"
         )
-    counts = Counts(n_chunks, n_sections, checksum)
+    counts = Counts(n_groups, n_chunks, n_sections, checksum)
     if n_bytes < counts.tables_end:
         raise TruncatedStream(f"header and tables take {counts.tables_end} bytes; only {n_bytes} bytes are here")
     return counts
 
 
-def parse_header(view: memoryview) -> Header:
-    """The header of a stream whose checksum holds."""
-    fields = _HEADER.unpack_from(view)
-    profile, dtype, flags, fingerprint = fields[2:6]
-    first_layer, n_layers, first_kv_head, n_kv_heads, head_dim, reserved = fields[6:12]
-    chunk_tokens, rope_length = fields[12:14]
+def parse_header(view: memoryview, counts: Counts) -> Header:
+    """The header and the group table of a stream whose checksum holds.
+
+    Raises `UnsupportedVersion` for groups that a later kvtc writes, `CorruptStream` for what no kvtc writes.
+    """
+    _check_kinds([view[HEADER_BYTES + GROUP_BYTES * group] for group in range(counts.n_groups)])
+    _, _, profile, flags, _, fingerprint, chunk_tokens, *_ = _HEADER.unpack_from(view)
+    group = _GROUP.unpack_from(view, HEADER_BYTES)
+    _, dtype, first_layer, n_layers, first_kv_head, n_kv_heads, key_dim, value_dim, reserved, rope_length = group
+    if key_dim != value_dim:
+        raise UnsupportedVersion(
+            f"keys have {key_dim} features and values {value_dim}; this kvtc reads equal widths: upgrade kvtc"
+        )
     if profile not in PROFILE_NAMES or dtype not in DTYPE_OF or flags > 7 or reserved:
         raise CorruptStream(
             f"profile {profile}, dtype {dtype}, flags {flags}, reserved {reserved}: some value is unknown"
         )
-    if not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS or 0 in (n_layers, n_kv_heads, head_dim) or rope_length > MAX_POSITION:
+    if not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS or 0 in (n_layers, n_kv_heads, key_dim) or rope_length > MAX_POSITION:
         raise CorruptStream(
-            f"{n_layers} layers, {n_kv_heads} kv heads, head_dim {head_dim}, chunks of {chunk_tokens} tokens, "
+            f"{n_layers} layers, {n_kv_heads} kv heads, head_dim {key_dim}, chunks of {chunk_tokens} tokens, "
             f"rope_length {rope_length}: some value is out of range"
         )
     return Header(
@@ -350,13 +364,24 @@ def parse_header(view: memoryview) -> Header:
         n_layers,
         first_kv_head,
         n_kv_heads,
-        head_dim,
+        key_dim,
         chunk_tokens,
         rope_length,
         bool(flags & _HAS_DIGESTS),
         bool(flags & _IS_TRANSFORMERS),
         bool(flags & _HAS_GAPS),
     )
+
+
+def _check_kinds(kinds: list[int]) -> None:
+    """Raise `UnsupportedVersion`, naming the kinds found, unless there is one group, of full attention."""
+    if kinds != [GROUP_KINDS[FULL_ATTENTION]]:
+        names = {number: name for name, number in GROUP_KINDS.items()}
+        found = ", ".join(names.get(kind, f"kind {kind}") for kind in sorted(set(kinds)))
+        raise UnsupportedVersion(
+            f"the stream holds {len(kinds)} groups of layers ({found}); this kvtc reads one group, of {FULL_ATTENTION}: "
+            "upgrade kvtc"
+        )
 
 
 def pack_chunk(chunk: Chunk) -> bytes:
@@ -378,14 +403,14 @@ def pack_section(section: Section) -> bytes:
 
 
 def table_bytes(chunks: Sequence[Chunk]) -> int:
-    """Bytes of header, chunk table and section table."""
+    """Bytes of the header and of all tables."""
     n_sections = 1 + sum(len(chunk.sections()) for chunk in chunks)
-    return HEADER_BYTES + CHUNK_BYTES * len(chunks) + SECTION_BYTES * n_sections
+    return HEADER_BYTES + GROUP_BYTES + CHUNK_BYTES * len(chunks) + SECTION_BYTES * n_sections
 
 
 def parse_chunks(view: memoryview, counts: Counts, header: Header) -> ChunkTable:
     """The chunk table in view."""
-    chunks = ChunkTable(np.frombuffer(view, _CHUNKS, counts.n_chunks, HEADER_BYTES))
+    chunks = ChunkTable(np.frombuffer(view, _CHUNKS, counts.n_chunks, counts.groups_end))
     entries, tokens = chunks.entries, chunks.tokens
     position = entries["position"].astype(np.int64)
     room = np.minimum(header.chunk_tokens - position % header.chunk_tokens, MAX_POSITION - position)
@@ -438,13 +463,13 @@ def parse_sections(view: memoryview, counts: Counts, chunks: ChunkTable, n_bytes
     owners, kinds = np.nonzero(present)
     types = np.concatenate([[SectionType.RATE], kinds + SectionType.POSITIONS])
     owners = np.concatenate([[STREAM_WIDE], owners])
-    wrong = (entries["type"] != types) | (entries["chunk"] != owners) | (entries["reserved"] != 0)
+    wrong = (entries["type"] != types) | (entries["chunk"] != owners) | (entries["group"] != 0)
     wrong |= entries["coder"] > max(CODER_NAMES)
     for number in _first(wrong):
         found = entries[number]
         raise CorruptStream(
-            f"section {number} is type {found['type']} of chunk {found['chunk']} (coder {found['coder']}); "
-            f"expected {SectionType(types[number]).name} of chunk {owners[number]}"
+            f"section {number} is type {found['type']} of chunk {found['chunk']} (group {found['group']}, coder "
+            f"{found['coder']}); expected {SectionType(types[number]).name} of chunk {owners[number]} of group 0"
         )
     offsets = np.full(len(entries) + 1, counts.tables_end, np.int64)
     offsets[1:] += entries["stored"].cumsum(dtype=np.int64)

@@ -1,4 +1,6 @@
-"""The demo: a conversation of the reference model is put away and taken up again, and everything it costs is printed."""
+"""The demo: the cache of a conversation is stored and restored, and everything that this costs is
+printed.
+"""
 
 from .run import run_demo
 

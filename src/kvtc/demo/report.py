@@ -39,7 +39,7 @@ def introduction(
     ]
     return "\n\n".join(
         [
-            _heading("kvtc demo: a conversation is put away and taken up again", "="),
+            _heading("kvtc demo: the cache of a conversation is stored and restored", "="),
             _prose(
                 "While a language model reads, it keeps keys and values for every token: its KV cache. Here the cache "
                 "becomes a small stream of bytes, is deleted, is restored from those bytes, and the model goes on."
@@ -88,7 +88,7 @@ def cost(info: StreamInfo, quality: Quality, setting: str, repeats: int) -> str:
         INDENT,
     )
     note = f"Medians of {repeats} runs." if repeats > 1 else "One run."
-    return "\n\n".join([_heading(f"1. Put away: {setting}"), sizes, ratios, _prose(why), times, _prose(note)])
+    return "\n\n".join([_heading(f"1. Stored: {setting}"), sizes, ratios, _prose(why), times, _prose(note)])
 
 
 def continuation(exact: str, restored: str, n_tokens: int) -> str:
@@ -97,7 +97,7 @@ def continuation(exact: str, restored: str, n_tokens: int) -> str:
     verdict = f"The same, all {n_tokens} tokens." if exact == restored else _difference(exact, restored)
     return "\n\n".join(
         [
-            _heading("2. Taken up again"),
+            _heading("2. Continued"),
             _prose(f'The text stops at "Assistant: You should"; the model goes on, greedily, for {n_tokens} tokens:'),
             said,
             _prose(f"{verdict} (So small a model soon goes in circles. What counts is whether both go the same way.)"),
@@ -120,7 +120,7 @@ def facts(told: Sequence[tuple[str, str]], exact: Sequence[str], restored: Seque
     )
     return "\n\n".join(
         [
-            _heading("3. Asked again"),
+            _heading("3. Facts asked for"),
             _prose(f"{len(told)} numbers told in the coded part of the conversation, asked for after its end:"),
             format_table(["question", "told", "exact cache", "restored cache"], rows, INDENT),
             _prose(verdict),
@@ -194,7 +194,7 @@ def ending(provenance: Provenance) -> str:
     return "\n\n".join(
         [
             "\n" + _prose(f"Measured {provenance.describe()}."),
-            _prose("To go on: examples/01_put_a_chat_away.py, or `kvtc calibrate --help` for a model of your own."),
+            _prose("To go on: examples/01_store_a_chat.py, or `kvtc calibrate --help` for a model of your own."),
         ]
     )
 

@@ -1,4 +1,6 @@
-"""What `kvtc demo` does: prefill, put away, restore, go on, and measure; `report.py` puts it into words."""
+"""What `kvtc demo` does: prefill, store, restore, go on, and measure; `report.py` puts it into
+words.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +18,33 @@ from ..calibration import Calibration
 from ..codec import Codec
 from ..codec.inspection import inspect
 from ..container import PROFILES
-from ..errors import MissingDependency
 from ..evaluate.provenance import Provenance
 from ..evaluate.quality import Quality, evaluate_continuation
 from ..huggingface.continuation import prefill
 from ..process.progress import task, track
+from ..profiles.rates import Ratio
 from ..reference import CALIBRATION_FILE, MODEL_NAME, reference_calibration, reference_model
-from ..report.plots import plot_rate_quality, plot_spectrum
-from . import report
+from ..report.charts import save_picture
+from ..report.text_sections import rate_distortion
+from . import pictures, report
 
 CONVERSATION = Path(__file__).parent / "conversation.txt"
 HELD_OUT = "\n=====\n"
 FACT = re.compile(r"The magic number for (\w+) is (\d+)\.")
 QUESTION = "\n\nThe magic number for {} is"
 STORY_PROFILE = "conditional"
-PICTURES = ("spectrum.png", "rate_quality.png")
+PICTURES = ("spectrum.svg", "rate_quality.svg")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids: the model has `read` [T]; `held_out` [n] is how the text goes on.
+    """The text of the demo as token ids.
 
-    facts: (name, number) as told in the part that is read. questions: per fact, the ids that ask for it.
+    Parameters:
+        read: ids [T] of the text that the model has read.
+        held_out: ids [n] of how the text continues.
+        facts: (name, number), as told in the part that is read.
+        questions: for each fact, the ids of the question about it.
     """
 
     read: Tensor
@@ -47,7 +54,9 @@ class Conversation:
 
     @property
     def cached(self) -> Tensor:
-        """[T - 1]: all tokens read but the last, which is fed to the model again to get its prediction."""
+        """[T - 1]: all tokens read but the last, which is fed to the model again to get its
+        prediction.
+        """
         return self.read[:-1]
 
 
@@ -60,13 +69,22 @@ def run_demo(
     repeats: int = 5,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run the demo; `say` gets its text block by block. Returns every figure, ready for JSON.
+    """Run the demo, and write spectrum.svg and rate_quality.svg.
 
-    ratio: what the story is told at, with the profile `conditional`. ratios: rows of the table, for every profile. repeats: runs
-    behind every time (after a warm-up).
-    Writes spectrum.png and rate_quality.png to `output_directory` if matplotlib is installed.
+    Parameters:
+        output_directory: where the two pictures are written.
+        ratio: the ratio of the profile `conditional` in the main part.
+        ratios: ratios of the table, for every profile.
+        n_generated: tokens that the model continues by.
+        repeats: number of runs behind every time, after a warm-up run.
+        say: gets the text block by block.
 
-    Raises `InvalidArgument` for a ratio that cannot be, `MissingDependency` without transformers.
+    Returns:
+        Every figure, ready for JSON.
+
+    Raises:
+        InvalidArgument: if a ratio is impossible.
+        MissingDependency: if transformers is not installed.
     """
     calibration = reference_calibration()
     codecs = {
@@ -108,7 +126,8 @@ def run_demo(
             speaker = _Speaker(model, tokenizer, codec.decode(codec.encode(cache, talk.cached), talk.cached))
             n_known[name] = _n_right(speaker.answers(talk), talk)
     say(report.table(qualities, n_known, len(talk.facts)))
-    plots = _plot(Path(output_directory), calibration, codecs[f"paper {ratio:g}x"], qualities, say)
+    plots = _draw(Path(output_directory), calibration, ratio, qualities)
+    say(report.pictures(plots))
     provenance = Provenance.now()
     say(report.ending(provenance))
     return {
@@ -172,19 +191,14 @@ def _read_conversation(tokenizer: Any) -> Conversation:
     )
 
 
-def _plot(
-    directory: Path, calibration: Calibration, codec: Codec, qualities: list[Quality], say: Callable[[str], None]
-) -> list[Path]:
-    """The two pictures; none, and a word about it, where matplotlib is not installed."""
+def _draw(directory: Path, calibration: Calibration, ratio: float, qualities: list[Quality]) -> list[Path]:
+    """Write the two pictures; the spectrum is that of the profile `paper` at `ratio`."""
     paths = [directory / name for name in PICTURES]
-    first = qualities[0]
-    try:
-        plot_spectrum(calibration, codec, paths[0], f"{MODEL_NAME}, {calibration.info['n_rows']:,} calibration tokens")
-        series = {profile: [q for q in qualities if q.name.startswith(f"{profile} ")] for profile in PROFILES}
-        workload = f"{MODEL_NAME}, {first.n_tokens:,} tokens cached, {first.n_continuation} predictions"
-        plot_rate_quality(series, paths[1], workload)
-    except MissingDependency as error:
-        say(f"No pictures: {error}")
-        return []
-    say(report.pictures(paths))
+    n_rows, first = calibration.info["n_rows"], qualities[0]
+    learnt_from = f"{MODEL_NAME}, {n_rows:,} calibration tokens, ratio {ratio:g}"
+    read = f"{MODEL_NAME}, {first.n_tokens:,} tokens cached, {first.n_continuation} predictions"
+    chart = rate_distortion([asdict(quality) for quality in qualities], "body_ratio")
+    spectrum = pictures.spectrum(calibration, Ratio(ratio))
+    save_picture(paths[0], "Few coefficients carry the cache, and only they get bits", learnt_from, spectrum)
+    save_picture(paths[1], "What quality costs: lower is better, further right is smaller", read, [chart])
     return paths

@@ -17,7 +17,7 @@ from ..codec import Codec
 from ..errors import CorruptStream, InvalidArgument, UnsupportedLayout
 from ..key_digest import digest
 from ..process.torch_state import neutral_torch_state, writing_into
-from ..profiles.joint.step_search import StepRate
+from ..profiles.rates import FixedSize
 from .page_layout import PageLayout
 from .position_search import check_fit, find_start
 from .settings import AT_LEAST_ONE, AUTO, PREFIX, EngineSettings
@@ -161,7 +161,7 @@ class FixedChunkCoder:
         """Of a chunk inside a text, or what the first one takes at the least, where that is
         more."""
         if (n_tokens, dtype) not in self._sizes:
-            least = self._codec.with_ratio(_LARGEST_RATIO).stream_bytes(n_tokens, dtype)
+            least = self._codec.with_rate(FixedSize(_LARGEST_RATIO)).stream_bytes(n_tokens, dtype)
             inside = self._codec.stream_bytes(n_tokens, dtype, first_position=CHUNK_TOKENS)
             self._sizes[n_tokens, dtype] = max(least, inside)
         return self._sizes[n_tokens, dtype]
@@ -170,7 +170,7 @@ class FixedChunkCoder:
         """For the first chunk of a text: the lowest ratio at which it takes no more than any
         other."""
         if (n_tokens, dtype) not in self._firsts:
-            self._firsts[n_tokens, dtype] = self._codec.with_ratio(self._ratio_of_first(n_tokens, dtype))
+            self._firsts[n_tokens, dtype] = self._codec.with_rate(FixedSize(self._ratio_of_first(n_tokens, dtype)))
         return self._firsts[n_tokens, dtype]
 
     def _ratio_of_first(self, n_tokens: int, dtype: torch.dtype) -> float:
@@ -179,14 +179,14 @@ class FixedChunkCoder:
             return low
         while high > low * _NEAR:
             middle = math.sqrt(low * high)
-            fits = self._codec.with_ratio(middle).stream_bytes(n_tokens, dtype) <= most
+            fits = self._codec.with_rate(FixedSize(middle)).stream_bytes(n_tokens, dtype) <= most
             low, high = (low, middle) if fits else (middle, high)
         return high
 
     @property
     def _ratio(self) -> float:
         rate = self._codec.rate
-        if not isinstance(rate, StepRate):
+        if not isinstance(rate, FixedSize):
             raise InvalidArgument("a fixed size needs the profile joint")
         return rate.ratio
 

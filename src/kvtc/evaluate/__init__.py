@@ -1,1 +1,3 @@
-"""What a restored cache is worth: quality against the exact cache on real text, tables, plots, and where numbers come from."""
+"""What a restored cache is worth: quality against the exact cache on text and on tasks, and the
+source of every number.
+"""

@@ -1,4 +1,6 @@
-"""Figures that follow from a sweep: how many times fewer bytes at the same quality, and how small a cache may get."""
+"""Figures that follow from a sweep: how many times fewer bytes at the same quality, and how small a
+cache may get.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..container import PROFILES
+from .method_names import split_name
 from .quality import Quality
-from .schema import ScoreRecord, split_name
+from .schema import ScoreRecord
 from .scoring import EXACT
 
 ONE_POINT = 0.01
@@ -20,11 +23,16 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class FewerBytes:
-    """How many times fewer bytes a series needs at the KL of one point of another.
+    """How many times fewer bytes a series needs at the KL of one point of another series.
 
-    at: the point's name; kl: its KL in nats. body_factor, total_factor: of the coded tokens' bytes, and of all; below 1 it needs
-    more; None where the series never comes down to that KL. is_bound: the series is better than that even at its highest measured
-    ratio, so the factors are the least they can be.
+    Parameters:
+        at: the name of the point.
+        kl: the KL of the point, in nats.
+        series: the series that is compared with it.
+        body_factor, total_factor: times fewer bytes for the coded tokens, and for all tokens. Below
+            1 the series needs more. None: the KL of the series is never as low.
+        is_bound: whether the series is better even at its highest measured ratio, so that the
+            factors are lower bounds.
     """
 
     at: str
@@ -38,10 +46,16 @@ class FewerBytes:
 
 @dataclass(frozen=True)
 class WithinAPoint:
-    """The highest measured ratio at which a series stays within one point (0.01) of the exact cache, as it does at all lower ones.
+    """The highest measured ratio at which a series stays within one point (0.01) of the exact
+    cache.
 
-    task: its name, or "mean of tasks". setting: of the method; None, as are the ratios, where not even the lowest ratio is within.
-    is_bound: nothing higher was measured.
+    The same must be true at all lower ratios.
+
+    Parameters:
+        task: the name of the task, or "mean of tasks".
+        setting: the setting of the method. None, like the ratios, if not even the lowest ratio is
+            within one point.
+        is_bound: whether no higher ratio was measured.
     """
 
     series: str
@@ -54,9 +68,18 @@ class WithinAPoint:
 
 
 def ratio_at_kl(curve: Curve, kl: float) -> tuple[float | None, bool]:
-    """The highest ratio at which a curve of points (ratio, KL) is no worse than `kl`; and whether that is only a lower bound.
+    """The highest ratio at which a curve has no higher KL than `kl`, and whether this is only a
+    lower bound.
 
-    Between measured points the curve is straight on a log-log scale; it is not drawn on past its ends. None: it is always worse.
+    Between measured points the curve is a straight line on a log-log scale; it is not continued
+    beyond its ends.
+
+    Parameters:
+        curve: points (ratio, KL in nats).
+        kl: the KL to reach, in nats.
+
+    Returns:
+        None if the KL of the curve is always higher.
     """
     points = sorted(curve)
     if points and points[-1][1] <= kl:
@@ -71,7 +94,9 @@ def ratio_at_kl(curve: Curve, kl: float) -> tuple[float | None, bool]:
 def fewer_bytes(
     qualities: Mapping[int, Sequence[Quality]], series: Sequence[str] = tuple(PROFILES)
 ) -> list[FewerBytes]:
-    """Each of `series` against every point of every other that is not lossless; qualities by window."""
+    """Each of `series` against every point of every other that is not lossless; qualities by
+    window.
+    """
     found = []
     for window, measured in qualities.items():
         curves = {name: [quality for quality in measured if split_name(quality.name)[0] == name] for name in series}
@@ -92,8 +117,10 @@ def _against(point: Quality, window: int, series: str, curve: Sequence[Quality])
 
 
 def within_a_point(scores: Iterable[ScoreRecord]) -> list[WithinAPoint]:
-    """Of every series and window, task by task and over the mean of tasks. Tasks that the exact cache never solves say nothing and
-    are left out."""
+    """`WithinAPoint` of every series and window, for each task and for the mean of the tasks.
+
+    Tasks that the exact cache never solves are left out.
+    """
     measured = list(scores)
     exact = {(score.task, score.context): share(score) for score in measured if score.codec == EXACT}
     exact = {place: value for place, value in exact.items() if value > 0}

@@ -1,10 +1,12 @@
-"""A model class for lm-evaluation-harness whose context always goes through a codec: any task of the harness measures kvtc.
+"""A model class for lm-evaluation-harness whose context always goes through a codec: any task of
+the harness measures kvtc.
 
     python -m kvtc.evaluate.harness --model kvtc --model_args pretrained=reference,profile=conditional,ratio=32 --tasks ...
 
-takes the options of the harness's own command, and its results hold the ratios over all contexts. The context of every request is
-prefilled, but for its last token; that cache is encoded and decoded; and the rest is scored, or generated, on top of it. With
-codec=none the cache is taken as it is.
+takes the options of the harness's own command, and its results hold the ratios over all contexts.
+The context of every request is prefilled, but for its last token; that cache is encoded and
+decoded; and the rest is scored, or generated, on top of it. With codec=none the cache is taken as
+it is.
 """
 
 from __future__ import annotations
@@ -32,10 +34,17 @@ MAX_NEW_TOKENS = 256
 
 @register_model("kvtc")
 class KvtcLM(TemplateLM):  # type: ignore[misc]
-    """pretrained: a directory or hub name of a causal model, or "reference". calibration: its file; the reference model has one.
+    """A model of lm-evaluation-harness whose contexts go through the codec.
 
-    codec: "kvtc", or "none" for the exact cache. Other arguments are those of `kvtc.Codec`. dtype: of the weights. device: where
-    model and codec run; the CPU where CUDA, which the harness asks for by default, is not there.
+    Parameters:
+        pretrained: a directory or hub name of a causal model, or "reference".
+        calibration: its calibration file; the reference model has one.
+        codec: "kvtc", or "none" for the exact cache.
+        dtype: dtype of the weights.
+        device: where model and codec run. The harness asks for CUDA by default; the CPU is used
+            where it is not there.
+        max_length: most tokens of a context and an answer; None: the context of the model.
+        codec_options: arguments of `kvtc.Codec`.
     """
 
     def __init__(
@@ -71,7 +80,9 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
         self._latest: tuple[list[int], Any] = ([], None)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results: the ratios over all contexts so far, bytes over bytes."""
+        """What the harness writes beside its results: the ratios over all contexts so far, bytes
+        over bytes.
+        """
         body_bytes = sum(cost.body_bytes for cost in self._costs)
         total_bytes = sum(cost.total_bytes for cost in self._costs)
         body_original = sum(cost.body_original_bytes for cost in self._costs)
@@ -99,7 +110,9 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
 
     @model_torch_state()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows: half of each window is context that goes through the codec."""
+        """Log-likelihood of whole texts, in windows: half of each window is context that goes
+        through the codec.
+        """
         totals = []
         for request in tqdm(requests, disable=disable_tqdm):
             ids = [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
@@ -156,7 +169,9 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
         return float(likelihood), bool((logits.argmax(dim=-1) == wanted).all())
 
     def _cache(self, ids: list[int]) -> Any:
-        """The cache of a context after it went through the codec, to be read on from; None for no context."""
+        """The cache of a context after it went through the codec, to be read on from; None for no
+        context.
+        """
         if not ids:
             return None
         # The choices of a question follow one another, with one context.

@@ -1,7 +1,9 @@
-"""The one interface that evaluation has to kvtc and to its rivals: a cache becomes bytes, and these become a cache again.
+"""The one interface that evaluation has to kvtc and to its baselines: a cache becomes bytes, and
+these become a cache again.
 
-Nothing but the bytes passes from one side to the other, so a method cannot forget to count what it needs to restore a cache. What
-is made once for a model (a calibration, a rotation, frequency tables) belongs to the method and is not counted, as for kvtc.
+Nothing but the bytes passes from one side to the other, so a method cannot forget to count what it
+needs to restore a cache. What is made once for a model (a calibration, a rotation, frequency
+tables) belongs to the method and is not counted, as for kvtc.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ Result = TypeVar("Result")
 class Cost:
     """What a stream costs, counted as in `kvtc.StreamInfo`.
 
-    original_bytes: of all n_tokens tokens of the cache, 16 bits a value. body_tokens: those not kept exactly on purpose (sinks and
-    window). body_bytes: every byte of the stream but the exact tokens' values; 0 without a body. total_bytes: its length.
+    Parameters:
+        n_tokens: tokens of the cache.
+        original_bytes: bytes of all tokens at 16 bits a value.
+        body_tokens: tokens that are not kept exactly on purpose (as sinks and window are).
+        body_bytes: all bytes of the stream but the values of exact tokens; 0 without a body.
+        total_bytes: the length of the stream.
     """
 
     n_tokens: int
@@ -52,14 +58,24 @@ class Cost:
 
 
 class Method(Protocol):
-    """A way to put a cache away. The order of the three calls is encode, then decode and measure, of one stream."""
+    """A way to store a cache. The order of the calls is `encode`, then `decode` and `measure`, of
+    one stream.
+    """
 
     def encode(self, model: Any, cache: Any, token_ids: Tensor, /) -> bytes:
-        """A transformers cache of one sequence, as `model` made it from token_ids [T] -> stream. The cache is left as it was."""
+        """A cache as a stream of bytes; the cache is left as it was.
+
+        Parameters:
+            model: the transformers model that made the cache.
+            cache: a transformers cache of one sequence.
+            token_ids: the ids [T] of its tokens.
+        """
         ...
 
     def decode(self, stream: bytes, token_ids: Tensor, /) -> Any:
-        """A stream of this method -> a transformers `DynamicCache`. It holds fewer than T tokens where tokens are evicted."""
+        """A stream of this method -> a transformers `DynamicCache`. It holds fewer than T tokens
+        where tokens are evicted.
+        """
         ...
 
     def measure(self, stream: bytes, /) -> Cost:
@@ -91,7 +107,9 @@ def as_method(method: Method | Codec) -> Method:
 
 @dataclass(frozen=True)
 class Restored:
-    """A cache that went through a method, ready to go on from at position `cost.n_tokens`; medians in seconds."""
+    """A cache that went through a method; the model continues from it at position `cost.n_tokens`.
+    Times are medians, in seconds.
+    """
 
     cache: Any
     cost: Cost
@@ -100,14 +118,18 @@ class Restored:
 
 
 def restore(method: Method, model: Any, cache: Any, token_ids: Tensor, repeats: int = 1) -> Restored:
-    """Encode the cache of token_ids [T] and decode it from the bytes, both timed over `repeats` runs."""
+    """Encode the cache of token_ids [T] and decode it from the bytes, both timed over `repeats`
+    runs.
+    """
     stream, encode_seconds = timed(lambda: method.encode(model, cache, token_ids), repeats)
     restored, decode_seconds = timed(lambda: method.decode(stream, token_ids), repeats)
     return Restored(restored, method.measure(stream), encode_seconds, decode_seconds)
 
 
 def timed(function: Callable[[], Result], repeats: int) -> tuple[Result, float]:
-    """What a function returns, and the median of `repeats` runs in seconds; from 2 runs on, after one warm-up."""
+    """What a function returns, and the median time of `repeats` runs in seconds. From 2 runs on
+    there is a warm-up run.
+    """
     if repeats > 1:
         function()
     runs = []

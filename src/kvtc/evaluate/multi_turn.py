@@ -1,11 +1,14 @@
-"""Repeated use: the cache goes through the codec again and again while the text goes on, and errors may add up.
+"""Repeated use: the cache goes through the codec again and again while the text goes on, and errors
+may add up.
 
-Two uses are measured by one loop. Every 16 tokens, as the kvtc paper simulates generation (arXiv 2511.01815, section 4): with a
-window of 112 tokens after coding it floats between 112 and 128. And between the turns of a conversation, some hundred tokens each.
+Two uses are measured by one loop. Every 16 tokens, as the kvtc paper simulates generation (arXiv
+2511.01815, section 4): with a window of 112 tokens after coding it floats between 112 and 128. And
+between the turns of a conversation, some hundred tokens each.
 
-The text is fed as it is written. What each turn adds to the cache comes from a model that looks at a restored cache, and the whole
-cache is coded anew after every turn, so that the oldest tokens have been coded as often as there were turns. The predictions are
-compared with those from the exact cache, over the same tokens.
+The text is fed as it is written. What each turn adds to the cache comes from a model that looks at
+a restored cache, and the whole cache is coded anew after every turn, so that the oldest tokens have
+been coded as often as there were turns. The predictions are compared with those from the exact
+cache, over the same tokens.
 """
 
 from __future__ import annotations
@@ -32,11 +35,17 @@ PAPER_TURN = 16
 
 @dataclass(frozen=True)
 class MultiTurn:
-    """One method on one text or several.
+    """One method in multi-turn use, on one text or on several.
 
-    turn_tokens: tokens of a turn. n_codings: how often the first tokens were coded. kl, top1_agreement and the perplexities are
-    over all n_continuation predictions, as in `Quality`. kl_by_turn: of each turn, the first turn first. kl_once: of the same
-    predictions where only the prefix was coded, once. The ratios are those of the last stream (of all texts, bytes summed).
+    Parameters:
+        name: the name of the method.
+        turn_tokens: tokens of a turn.
+        n_codings: how many times the first tokens were coded.
+        n_continuation: number of predictions.
+        kl, top1_agreement, perplexity, perplexity_exact: over all predictions, as in `Quality`.
+        kl_by_turn: the KL of each turn, the first turn first.
+        kl_once: the KL of the same predictions where only the prefix was coded, once.
+        body_ratio, total_ratio: those of the last stream (bytes are summed over the texts).
     """
 
     name: str
@@ -64,11 +73,21 @@ def evaluate_turns(
     n_turns: int,
     advance: Advance = nobody,
 ) -> list[MultiTurn]:
-    """Each named method over texts of token ids [T]: all but the last n_turns * turn_tokens + 1 tokens are the prefix, which is
-    prefilled and coded; then follow the turns. advance: called after each method on each text.
+    """Multi-turn use of each method: a prefix is prefilled and coded, and then again after every
+    turn.
 
-    Raises `InvalidArgument` for texts too short, and for methods that drop tokens: what they would drop next depends on tokens that
-    the restored cache no longer holds.
+    Parameters:
+        model: a transformers causal LM.
+        texts: token ids [T] of each text; all but the last n_turns * turn_tokens + 1 tokens are the
+            prefix.
+        methods: methods by name.
+        turn_tokens: tokens of a turn.
+        n_turns: number of turns.
+        advance: called after each method on each text.
+
+    Raises:
+        InvalidArgument: if a text is too short, or a method evicts tokens: what it would evict next
+            depends on tokens that the restored cache no longer holds.
     """
     if turn_tokens < 1 or n_turns < 1:
         raise InvalidArgument(f"expected at least 1 turn of at least 1 token; got {n_turns} of {turn_tokens}")

@@ -29,7 +29,11 @@ _ABSOLUTE = re.compile(r"(?<![^=,])/[^=,]*")
 
 @dataclass(frozen=True)
 class Provenance:
-    """One run. commit: None outside of a checkout of kvtc, with "+changes" where tracked files of the package differ from it."""
+    """Where the numbers of one run come from.
+
+    `commit` is None outside of a checkout of kvtc, and ends in "+changes" where tracked files of
+    the package differ from it.
+    """
 
     date: str
     commit: str | None
@@ -55,7 +59,7 @@ class Provenance:
             python=platform.python_version(),
             torch=torch.__version__,
             kvtc=__version__,
-            command=shlex.join(map(_public, [Path(sys.argv[0]).name, *sys.argv[1:]])),
+            command=shlex.join(map(_public, [*_program(), *sys.argv[1:]])),
         )
 
     def describe(self) -> str:
@@ -67,9 +71,13 @@ class Provenance:
 
 
 def save_result(name: str, result: Mapping[str, Any], directory: Path = RESULTS_DIRECTORY) -> Path:
-    """Write `directory`/`name`.json: the result, of a `kind` that `schema` lists, and its provenance.
+    """Write a result and its provenance to `directory`/`name`.json, in place of an older one, and
+    return the path.
 
-    A later run of the same name replaces it.
+    Parameters:
+        name: the name of the file without its suffix.
+        result: the result, of a `kind` that `schema` lists.
+        directory: where to write; it is made if it is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
@@ -84,8 +92,18 @@ def stamp(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"schema": SCHEMA_VERSION, "provenance": asdict(Provenance.now()), "result": dict(result)}
 
 
+def _program() -> list[str]:
+    """How the running program is called: a module by its name, a script by its file's."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is None:
+        return [Path(sys.argv[0]).name]
+    return ["python", "-m", module.name.removesuffix(".__main__")]
+
+
 def _public(word: str) -> str:
-    """A word of a command without passwords, and of absolute paths the name alone: where a file lay is nobody's business."""
+    """A word of a command without passwords, and of absolute paths the name alone: where a file lay
+    is nobody's business.
+    """
     return _ABSOLUTE.sub(lambda path: Path(path[0]).name, without_credentials(word))
 
 

@@ -1,9 +1,12 @@
-"""Quality of a restored cache: the model reads on from it, and from the exact cache, and the predictions are compared.
+"""Quality of a restored cache: the model reads on from it, and from the exact cache, and the
+predictions are compared.
 
-Which predictions. A text of T tokens is cut before its last n + 1. The first T - n - 1 tokens are prefilled; that cache is coded
-and restored. Then tokens T-n-1 .. T-2 are fed on top of the exact and of the restored cache, in one pass each: their n
-predictions are those of the last n tokens of the text, every one of them made by looking at the cache. All three metrics are
-means over exactly these n predictions. The text is fed as it is written (teacher forcing), so that errors do not accumulate.
+Which predictions. A text of T tokens is cut before its last n + 1. The first T - n - 1 tokens are
+prefilled; that cache is coded and restored. Then tokens T-n-1 .. T-2 are fed on top of the exact
+and of the restored cache, in one pass each: their n predictions are those of the last n tokens of
+the text, every one of them made by looking at the cache. All three metrics are means over exactly
+these n predictions. The text is fed as it is written (teacher forcing), so that errors do not
+accumulate.
 """
 
 from __future__ import annotations
@@ -26,14 +29,20 @@ from .methods import Method, as_method, restore, timed
 
 @dataclass(frozen=True)
 class Quality:
-    """One method on one text, or on several (`summarize`).
+    """Cost and quality of one method on one text, or on several (`summarize`).
 
-    Cost. n_tokens: tokens in the cache. original_bytes counts 16 bits a value; body_bytes, total_bytes and the ratios are as in
-    `kvtc.StreamInfo`.
-    Quality over n_continuation predictions. kl: mean KL(exact || restored) of the next-token distributions, in nats.
-    top1_agreement: share of predictions with the same most likely token, 0 .. 1. perplexity: of the text from the restored
-    cache; perplexity_exact: from the exact one.
-    Time of one text in seconds, medians over the repeats.
+    Parameters:
+        name: the name of the method.
+        n_documents: number of texts.
+        n_tokens: tokens of the cache.
+        n_continuation: number of predictions.
+        original_bytes: bytes of all tokens at 16 bits a value.
+        body_bytes, total_bytes, body_ratio, total_ratio: as in `kvtc.StreamInfo`.
+        kl: mean KL(exact || restored) of the next-token distributions, in nats.
+        top1_agreement: share of predictions with the same most likely token, 0 .. 1.
+        perplexity, perplexity_exact: of the text from the restored cache, and from the exact one.
+        prefill_seconds, encode_seconds, decode_seconds: times of one text, medians over the
+            repeats.
     """
 
     name: str
@@ -64,12 +73,19 @@ def evaluate_continuation(
     repeats: int = 1,
     advance: Advance = nobody,
 ) -> list[Quality]:
-    """Quality of each named method on one text, all against one exact cache.
+    """The quality of each method on one text, all against one exact cache.
 
-    model: a transformers causal LM; it is run in evaluation mode. token_ids: [T]. n_continuation: predictions to compare.
-    repeats: how often prefill, encode and decode are timed; from 2 on a warm-up run goes before. advance: called after each method.
+    Parameters:
+        model: a transformers causal LM; it is run in evaluation mode.
+        token_ids: the ids [T] of the text.
+        methods: methods or codecs by name.
+        n_continuation: number of predictions to compare.
+        repeats: how many times prefill, encode and decode are timed. From 2 on there is a warm-up
+            run.
+        advance: called after each method.
 
-    Raises `InvalidArgument` for a text too short, and what encoding raises.
+    Raises:
+        InvalidArgument: if the text is too short. Encoding raises what it raises.
     """
     ids = torch.as_tensor(token_ids, dtype=torch.int64, device=model.device).reshape(-1)
     n_cached = len(ids) - n_continuation - 1
@@ -97,8 +113,11 @@ def evaluate_continuation(
 
 
 def summarize(qualities: Sequence[Quality]) -> Quality:
-    """Several texts of one method as one: counts, bytes and seconds are sums (ratios follow from the sums, they are not averaged);
-    KL, agreement and log-perplexity are means over all predictions."""
+    """The quality of one method over several texts.
+
+    Counts, bytes and seconds are sums, and ratios are computed from the sums. KL, agreement and
+    log-perplexity are means over all predictions.
+    """
     names = {quality.name for quality in qualities}
     if len(names) != 1:
         raise InvalidArgument(f"expected results of one method, got {len(names)}: {', '.join(sorted(names))}")

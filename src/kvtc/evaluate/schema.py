@@ -1,10 +1,12 @@
-"""The one form that results have, whichever program measured them: `save_result` writes it, `kvtc report` shows it.
+"""The one form that results have, whichever program measured them: `save_result` writes it,
+`kvtc report` shows it.
 
 A result file is JSON:
 
     {"schema": 1, "provenance": {...}, "result": {"kind": "...", ...}}
 
-`kind` says what was measured; the page shows those named here in their own way, any other as plain tables. What a kind holds:
+`kind` says what was measured; the page shows those named here in their own way, any other as plain
+tables. What a kind holds:
 
     evaluation     model, n_layers, cache_dtype; any of
                    qualities: [QualityRecord], scores: [ScoreRecord], turns: [TurnRecord], bits_per_byte: {domain: figure},
@@ -14,13 +16,15 @@ A result file is JSON:
     domain_shift   cells: [ShiftCell]
     recompute      points: [RecomputePoint]
 
-A method is named "<series> <setting>": the setting is the last word if it holds a digit ("paper 16x", "KIVI 2-bit", "H2O 1/8"), so
-that `split_name` finds which points lie on one curve. Ratios are original bytes over stored bytes, the original at 16 bits a value;
-KL is in nats, shares lie in 0 .. 1, times are in seconds, None (null) stands for what there is not. Fields may be added to a record
+A method is named "<series> <setting>": the setting is the last word if it holds a digit ("paper
+16x", "KIVI 2-bit", "H2O 1/8"), so that `split_name` finds which points lie on one curve. Ratios are
+original bytes over stored bytes, the original at 16 bits a value; KL is in nats, shares lie in 0 ..
+1, times are in seconds, None (null) stands for what there is not. Fields may be added to a record
 without a new version; a field that changes its meaning is one.
 
-`read_result` checks what it reads: numbers are finite, and the fields of records named here have the type and the range they are
-given here. Records that lack what tables and charts are computed from are listed as they are.
+`read_result` checks what it reads: numbers are finite, and the fields of records named here have
+the type and the range they are given here. Records that lack what tables and charts are computed
+from are listed as they are.
 """
 
 from __future__ import annotations
@@ -48,7 +52,9 @@ RECOMPUTE = "recompute"
 
 @dataclass(frozen=True, kw_only=True)
 class QualityRecord(Quality):
-    """`Quality` of a method in a sweep. window_tokens: last tokens kept exactly by methods that keep a window."""
+    """`Quality` of a method in a sweep; `window_tokens` are the last tokens that methods with a
+    window keep exactly.
+    """
 
     window_tokens: int
 
@@ -62,7 +68,11 @@ class ScoreRecord(TaskScore):
 
 @dataclass(frozen=True, kw_only=True)
 class TurnRecord(MultiTurn):
-    """`MultiTurn` in a sweep. window_tokens: last tokens kept exactly after coding; then the window grows by a turn."""
+    """`MultiTurn` of a method in a sweep.
+
+    `window_tokens` are the last tokens that are kept exactly after coding; then the window grows by
+    a turn.
+    """
 
     window_tokens: int
 
@@ -71,8 +81,12 @@ class TurnRecord(MultiTurn):
 class PhasePoint:
     """Look-ups whose answers lie at one place of the grid of chunks.
 
-    name: of the method, or "exact cache". phase: tokens by which the context is shifted against the grid. depth: where in the
-    context the answers lie, 0 .. 1; None: everywhere. exact: share of answers that are right; kl as in `TaskScore`.
+    Parameters:
+        name: the name of the method, or "exact cache".
+        phase: tokens by which the context is shifted against the grid.
+        depth: where in the context the answers lie, 0 .. 1; None: everywhere.
+        exact: share of answers that are right, 0 .. 1.
+        kl: as in `TaskScore`.
     """
 
     name: str
@@ -102,7 +116,10 @@ class ShiftCell:
 
 @dataclass(frozen=True)
 class RecomputePoint:
-    """What it costs to have the cache of n_tokens back: computed again, or decoded. original_bytes, total_bytes: of the cache."""
+    """What it costs to have the cache of `n_tokens` tokens again: computed again, or decoded.
+
+    `original_bytes` and `total_bytes` are those of the cache and of its stream.
+    """
 
     name: str
     n_tokens: int
@@ -154,14 +171,10 @@ class ResultFile:
         return kind if isinstance(kind, str) else None
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Of a method: series and setting; "paper 16x" -> ("paper", "16x"), "FP8" -> ("FP8", "")."""
-    series, _, setting = name.rpartition(" ")
-    return (series.rstrip(","), setting) if series and any(map(str.isdigit, setting)) else (name, "")
-
-
 def record_kind(part: str, kind: object) -> type | None:
-    """What the records of a part of a result are, for a result of some kind; None where nobody knows."""
+    """What the records of a part of a result are, for a result of some kind; None where nobody
+    knows.
+    """
     if part == "points":
         return {PHASE_SWEEP: PhasePoint, RECOMPUTE: RecomputePoint}.get(str(kind))
     if part == "cells":
@@ -187,8 +200,12 @@ def is_study(study: object) -> bool:
 
 
 def read_result(path: Path) -> ResultFile:
-    """A result file. Raises `InvalidArgument` for one that is none, holds values that cannot be or is of a later schema; `OSError`
-    where it cannot be read."""
+    """Read and check a result file.
+
+    Raises:
+        InvalidArgument: if it is not a result file, has impossible values or is of a later schema.
+        OSError: if it cannot be read.
+    """
     try:
         found = loads(path.read_bytes())
     except ValueError as error:
@@ -220,7 +237,9 @@ def _records(result: Mapping[str, Any]) -> Iterator[tuple[str, type, Mapping[str
 
 
 def _check(record: Mapping[str, Any], kind: type, where: str) -> None:
-    """Raise `InvalidArgument` for a field that has not the type of the record's, or lies out of its range."""
+    """Raise `InvalidArgument` for a field that has not the type of the record's, or lies out of its
+    range.
+    """
     for name, (container, scalar) in _types(kind).items():
         value = record.get(name)
         if value is None:
@@ -234,7 +253,9 @@ def _check(record: Mapping[str, Any], kind: type, where: str) -> None:
 
 
 def _values(value: Any, container: Any, name: str) -> list[Any]:
-    """What is in a field; None, which is nothing right, where it holds something else than it should."""
+    """What is in a field; None, which is nothing right, where it holds something else than it
+    should.
+    """
     if container is None:
         return [value]
     if not isinstance(value, container) or len(value) not in _LENGTHS.get(name, range(2**31)):

@@ -24,12 +24,20 @@ N_DEPTHS = 4
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One codec on one task.
+    """The score of one codec on one task.
 
-    exact: share of questions whose whole answer is right, 0 .. 1. tokens: share of answer tokens that are right. kl: mean
-    KL(exact cache || restored) in nats over the answers' tokens. by_depth: `exact` for answers in each quarter of the context, the
-    first quarter first; None where none lies. The ratios are as in `kvtc.StreamInfo`, bytes summed over the contexts; None for the
-    exact cache.
+    Parameters:
+        task: the name of the task.
+        context: tokens of a context.
+        codec: the name of the method, or "exact cache".
+        exact: share of questions whose whole answer is right, 0 .. 1.
+        tokens: share of answer tokens that are right, 0 .. 1.
+        n_contexts, n_questions: how many were measured.
+        kl: mean KL(exact cache || restored) over the tokens of the answers, in nats.
+        body_ratio, total_ratio: as in `kvtc.StreamInfo`, bytes summed over the contexts; None for
+            the exact cache.
+        by_depth: `exact` for answers in each quarter of the context, the first quarter first; None
+            where no answer lies.
     """
 
     task: str
@@ -60,9 +68,12 @@ class _Tally:
 def standard_tasks(
     tokenizer: Any, text: str, n_tokens: int, n_contexts: int, n_questions: int, seed: int = 0
 ) -> dict[str, list[tasks.Example]]:
-    """The look-up tasks of the reference model by name, every context n_tokens long with its questions: same seed, same tasks.
+    """The look-up tasks of the reference model by name; the same seed gives the same tasks.
 
-    tokenizer: a transformers tokenizer. text: held-out running text, in which facts are hidden and which is copied from.
+    Parameters:
+        tokenizer: a transformers tokenizer.
+        text: held-out running text, in which facts are hidden and from which passages are copied.
+        n_tokens: tokens of a context with its longest question.
     """
 
     def encode(piece: str) -> list[int]:
@@ -99,10 +110,15 @@ def score_task(
     methods: Mapping[str, Method | Codec],
     advance: Advance = nobody,
 ) -> list[TaskScore]:
-    """The exact cache and each named method on the same examples, in this order.
+    """Scores of the exact cache and of each method on the same examples, in this order.
 
-    bos_token_id: what every text begins with, if anything. advance: called after each method on each example, the exact cache too.
-    A context is prefilled once; each method codes and restores that cache, and every question is asked on top of it.
+    Each context is prefilled once. Each method codes and restores that cache, and every question
+    follows it.
+
+    Parameters:
+        model: a transformers causal LM.
+        bos_token_id: the token that every text begins with, if any.
+        advance: called after each method on each example, the exact cache included.
     """
     if not any(example.questions for example in examples):
         raise InvalidArgument(f"task {name!r} asks nothing: its contexts are too short")
@@ -132,10 +148,11 @@ def score_task(
 
 @model_torch_state()
 def bits_per_byte(model: Any, tokenizer: Any, text: str, n_tokens: int, n_windows: int) -> float:
-    """Cost of a text under the model, in bits per byte of its UTF-8 form.
+    """The cost of a text under the model, in bits per byte of its UTF-8 form.
 
-    n_windows windows of n_tokens, evenly spaced; each begins with the token for the beginning of a text, is read with nothing
-    before it, and all its tokens are counted (but the first, where the tokenizer has no token for the beginning).
+    It is measured on `n_windows` evenly spaced windows of `n_tokens` tokens. Each begins with the
+    token for the beginning of a text, and all its tokens are counted (but the first, if the
+    tokenizer has no such token).
     """
     first = _beginning(tokenizer.bos_token_id)
     nats, n_bytes = 0.0, 0
@@ -155,7 +172,9 @@ def _beginning(bos_token_id: int | None) -> list[int]:
 
 
 def _answer(model: Any, cache: Any, n_read: int, question: tasks.Question) -> torch.Tensor:
-    """Log-probabilities [n, vocabulary] of the answer's n tokens, each given those before it and a context of n_read tokens."""
+    """Log-probabilities [n, vocabulary] of the answer's n tokens, each given those before it and a
+    context of n_read tokens.
+    """
     fed = torch.tensor([*question.prompt, *question.answer[:-1]], device=model.device)
     return predict(model, cache, fed, first_position=n_read)[-len(question.answer) :]
 

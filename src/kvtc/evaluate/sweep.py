@@ -1,4 +1,5 @@
-"""A sweep: profiles of kvtc and their rivals over ratios and windows, on text, on tasks and in multi-turn use, in one result.
+"""A sweep: profiles of kvtc and their baselines over ratios and windows, on text, on tasks and in
+multi-turn use, in one result.
 
 `kvtc evaluate` is this on the command line; the result is of the kind "evaluation" (`schema`).
 """
@@ -21,30 +22,44 @@ from ..process.progress import task, track
 from ..process.torch_state import model_torch_state
 from .baselines import EvictedKvtc, Tova, baselines
 from .derived import fewer_bytes, within_a_point
+from .method_names import split_name
 from .methods import KvtcMethod, Method
 from .multi_turn import MultiTurn, evaluate_turns
 from .quality import Quality, evaluate_continuation, summarize
-from .schema import EVALUATION, QualityRecord, ScoreRecord, TurnRecord, split_name
+from .schema import EVALUATION, QualityRecord, ScoreRecord, TurnRecord
 from .scoring import TaskScore, bits_per_byte, score_task, standard_tasks
 from .tasks import key_value_retrieval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Methods:
-    """What is measured. profiles, ratios: of kvtc, each with each. windows: last tokens kept exactly, each in its own part of the
-    sweep. rivals: series of `baselines` by name (None: all of them). evicted: TOVA keeping 1 / n of the tokens, then the last
-    profile at every ratio, for each n."""
+    """The methods of a sweep.
+
+    Parameters:
+        profiles, ratios: profiles of kvtc, each at each ratio.
+        windows: last tokens kept exactly; each window is a part of the sweep of its own.
+        baselines: names of series in `baselines`; None: all.
+        evicted: for each n, TOVA keeps 1 / n of the tokens and the last profile codes them at every
+            ratio.
+    """
 
     profiles: Sequence[str] = ("paper", "joint", "conditional")
     ratios: Sequence[float] = (8, 16, 32, 64, 128)
     windows: Sequence[int] = (128,)
-    rivals: Sequence[str] | None = ()
+    baselines: Sequence[str] | None = ()
     evicted: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Held-out text: of each file per_file evenly spaced stretches of n_tokens tokens, the last n_continuation predicted."""
+    """Held-out text.
+
+    Parameters:
+        files: text files.
+        n_tokens: tokens of a stretch.
+        n_continuation: last tokens of a stretch, which are predicted.
+        per_file: evenly spaced stretches of each file.
+    """
 
     files: Sequence[Path] = ()
     n_tokens: int = 1792
@@ -54,8 +69,15 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """Look-ups. names: of `standard_tasks` (None: all; empty: none). contexts: tokens of a context, n_contexts of each length with
-    n_questions questions each; published: files of "Lost in the Middle"."""
+    """Look-up tasks.
+
+    Parameters:
+        names: names in `standard_tasks`; None: all, empty: none.
+        contexts: tokens of a context; each length is measured.
+        n_contexts: contexts of each length.
+        n_questions: questions per context.
+        published: files of "Lost in the Middle".
+    """
 
     names: Sequence[str] | None = ()
     contexts: Sequence[int] = (1024,)
@@ -66,9 +88,16 @@ class Tasks:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """All that is measured. turns: (tokens of a turn, number of turns) of multi-turn use. n_bits_windows: windows of 1 024 tokens a
-    file for bits per byte, 0 for none. profile_files: text that CacheGen is profiled on. on_texts: False leaves out what is
-    measured on the texts themselves: they only serve to make tasks."""
+    """All that is measured.
+
+    Parameters:
+        methods, texts, tasks: on what, and with what.
+        turns: (tokens of a turn, number of turns) of multi-turn use.
+        n_bits_windows: windows of 1 024 tokens per file for bits per byte; 0: none.
+        profile_files: text on which CacheGen is profiled.
+        on_texts: whether the texts themselves are measured; otherwise they only serve to make
+            tasks.
+    """
 
     methods: Methods = field(default_factory=Methods)
     texts: Texts = field(default_factory=Texts)
@@ -83,11 +112,21 @@ class Sweep:
 def run_sweep(
     model: Any, tokenizer: Any, calibration: Calibration | None, sweep: Sweep, model_name: str = ""
 ) -> dict[str, Any]:
-    """Measure all of it, the exact cache beside everything; returns a result of the kind "evaluation".
+    """Run a sweep, with the exact cache beside everything.
 
-    model, tokenizer: of transformers. calibration: of the model; None: the exact cache alone, on tasks and for bits per byte.
+    Parameters:
+        model, tokenizer: of transformers.
+        calibration: the calibration of the model. None: only the exact cache is measured, on tasks
+            and for bits per byte.
+        sweep: what to measure.
+        model_name: the name of the model in the result.
 
-    Raises `InvalidArgument` for rivals, tasks and texts that do not exist or are too short, and what encoding raises.
+    Returns:
+        A result of the kind "evaluation".
+
+    Raises:
+        InvalidArgument: if a baseline, task or text does not exist, or a text is too short.
+            Encoding raises what it raises.
     """
     running = [path.read_text(encoding="utf-8") for path in sweep.texts.files]
     result: dict[str, Any] = {
@@ -114,15 +153,19 @@ def run_sweep(
 def methods_of(
     calibration: Calibration, methods: Methods, window_tokens: int, profile_caches: Sequence[Any] = ()
 ) -> dict[str, Method]:
-    """Every method by name, for one window. Raises `InvalidArgument` for rivals that are not known."""
+    """Every method by name, for one window. Raises `InvalidArgument` for baselines that are not
+    known.
+    """
     found: dict[str, Method] = {}
-    if methods.rivals is None or methods.rivals:
+    if methods.baselines is None or methods.baselines:
         known = baselines(calibration.geometry, window_tokens, profile_caches)
         series = dict.fromkeys(split_name(name)[0] for name in known)
-        wanted = set(series if methods.rivals is None else methods.rivals)
+        wanted = set(series if methods.baselines is None else methods.baselines)
         if unknown := {name for name in wanted if not any(_is_of(one, name) for one in series)}:
             hint = "; CacheGen needs text to be profiled on" if "CacheGen" in unknown else ""
-            raise InvalidArgument(f"unknown rivals: {', '.join(sorted(unknown))}; expected {', '.join(series)}{hint}")
+            raise InvalidArgument(
+                f"unknown baselines: {', '.join(sorted(unknown))}; expected {', '.join(series)}{hint}"
+            )
         chosen = {one for one in series if any(_is_of(one, name) for name in wanted)}
         found |= {name: method for name, method in known.items() if split_name(name)[0] in chosen}
     for divisor in methods.evicted:
@@ -143,7 +186,9 @@ def _is_of(series: str, name: str) -> bool:
 
 
 def stretches(tokenizer: Any, texts: Texts, files: Sequence[Path]) -> Iterator[Tensor]:
-    """Token ids [n_tokens] of evenly spaced stretches of each file, each with the token that begins a text, if there is one."""
+    """Token ids [n_tokens] of evenly spaced stretches of each file, each with the token that begins
+    a text, if there is one.
+    """
     first = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     for file in files:
         text = file.read_text(encoding="utf-8")
@@ -194,7 +239,9 @@ def _turns(
     turn_tokens: int,
     n_turns: int,
 ) -> list[TurnRecord]:
-    """All methods that can be used again and again. A window shrinks by a turn when it is coded, and grows to its size again."""
+    """All methods that can be used again and again. A window shrinks by a turn when it is coded,
+    and grows to its size again.
+    """
     after = max(0, window - turn_tokens)
     methods = {
         name: method

@@ -1,11 +1,14 @@
-"""Tasks that can only be answered by looking at the cache: records, needles, variables, frequent words, copied passages.
+"""Tasks that can only be answered by looking at the cache: records, needles, variables, frequent
+words, copied passages.
 
-One generator serves evaluation and the training of the reference model. They can never meet: every key, value, name and word of
-a task is drawn from one of two disjoint parts of all strings (`is_held_out`), and running text is the caller's.
+One generator serves evaluation and the training of the reference model. They can never meet: every
+key, value, name and word of a task is drawn from one of two disjoint parts of all strings
+(`is_held_out`), and running text is the caller's.
 
-A task is a context, and questions that are each asked on top of the same context: the context is prefilled and coded once, and
-every question is answered from the same restored cache. An answer is right if each of its tokens is the most likely one after
-those before it, which is the same as greedy generation giving exactly this answer.
+A task is a context, and questions that are each asked on top of the same context: the context is
+prefilled and coded once, and every question is answered from the same restored cache. An answer is
+right if each of its tokens is the most likely one after those before it, which is the same as
+greedy generation giving exactly this answer.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from ..errors import InvalidArgument
 Encode = Callable[[str], list[int]]
 
 LATEST = 132
-"""Tokens at the end of a context in which nothing asked for is hidden: a codec's exact window would answer for the coded part."""
+"""Tokens at the end of a context in which nothing asked for is hidden: a codec's exact window would
+answer for the coded part.
+"""
 
 HELD_OUT_OF = 8
 LETTERS = string.ascii_uppercase
@@ -46,22 +51,30 @@ class Question:
 
 @dataclass(frozen=True)
 class Example:
-    """One context of token ids (without a token for the beginning of a text) and the questions asked on top of it."""
+    """One context of token ids (without a token for the beginning of a text) and the questions
+    asked on top of it.
+    """
 
     context: list[int]
     questions: list[Question]
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a string is kept for evaluation: one in eight, by its CRC-32, so that no list has to be agreed upon."""
+    """Whether a string is kept for evaluation: one in eight, by its CRC-32, so that no list has to
+    be agreed upon.
+    """
     return zlib.crc32(text.encode()) % HELD_OUT_OF == 0
 
 
 class Source:
-    """What tasks are made of: random strings, words and running text, all from one side of the division.
+    """What tasks are made of: random strings, words and running text, for evaluation or for
+    training.
 
-    encode: text -> token ids, nothing added. text: running text of at least a few thousand words. held_out: for evaluation (True)
-    or for training. rng: every choice is drawn from it, so one seed gives one task.
+    Parameters:
+        encode: text -> token ids, with nothing added.
+        text: running text of at least a few thousand words.
+        held_out: True for evaluation, False for training; no string is in both.
+        rng: every choice is drawn from it, so that one seed gives one task.
     """
 
     def __init__(self, encode: Encode, text: str, held_out: bool, rng: random.Random) -> None:
@@ -165,9 +178,14 @@ KINDS = ("word", "number", "hexadecimal", "uuid")
 def records(
     source: Source, n_tokens: int, n_questions: int, layout: str | None = None, kind: str | None = None
 ) -> tuple[Example, str]:
-    """As many records of key and value as fit in n_tokens, and questions for some; (example, text after an answer).
+    """As many records of key and value as fit in n_tokens, and questions about some of them.
 
-    layout: one of LAYOUTS; kind: one of KINDS for keys and values alike; without them both are drawn, keys and values apart.
+    Parameters:
+        layout: one of LAYOUTS; drawn if it is not given.
+        kind: one of KINDS, for keys and values alike; if it is not given, both are drawn.
+
+    Returns:
+        (the example, the text after an answer).
     """
     rng = source.rng
     chosen = LAYOUTS[layout or rng.choice(list(LAYOUTS))]
@@ -189,10 +207,11 @@ def ask_records(
     rng: random.Random,
     asked: int | None = None,
 ) -> Example:
-    """Records that fit in n_tokens, and questions for some of them.
+    """Records that fit in n_tokens, and questions about some of them.
 
-    asked: index of the one record asked for; those around it are kept, so that it stays as deep in the context as it was. None: the
-    first records are kept, and questions are drawn from all but the latest.
+    Parameters:
+        asked: index of the only record that is asked for; it stays as deep in the context as it
+            was. None: the first records are kept, and questions are drawn from all but the latest.
     """
     opening, closing = list(encode(layout.opening.format())), list(encode(layout.closing.format()))
     separator = list(encode(layout.separator))
@@ -239,7 +258,9 @@ NEEDLES = (
 
 
 def needles(source: Source, n_tokens: int, n_questions: int, template: int | None = None) -> tuple[Example, str]:
-    """n_questions facts hidden in running text at even depths, each asked for; (example, text after an answer)."""
+    """n_questions facts hidden in running text at even depths, each with a question: (example, text
+    after an answer).
+    """
     rng = source.rng
     fact, ask, answer = NEEDLES[rng.randrange(len(NEEDLES)) if template is None else template]
     facts = [(key, source.number()) for key in source.distinct(source.word, n_questions)]
@@ -257,10 +278,11 @@ def needles(source: Source, n_tokens: int, n_questions: int, template: int | Non
 
 
 def variables(source: Source, n_tokens: int, n_questions: int, n_chains: int = 4) -> tuple[Example, str]:
-    """Chains of assignments (QX = 317, TB = QX, ...) in running text, n_chains interleaved; which variables have a value?
+    """Chains of assignments (QX = 317, TB = QX, ...) in running text, n_chains interleaved:
+    (example, text after an answer).
 
-    A question names a value; its answer lists the variables of the chain in order. With more questions than chains the others ask
-    for the value of a variable. (example, text after an answer).
+    A question names a value; its answer lists the variables of the chain in order. If there are
+    more questions than chains, the others ask for the value of a variable.
     """
     rng = source.rng
     names = source.distinct(source.name, n_chains * (N_HOPS + 1))
@@ -284,7 +306,9 @@ def variables(source: Source, n_tokens: int, n_questions: int, n_chains: int = 4
 
 
 def frequent_words(source: Source, n_tokens: int) -> tuple[Example, str]:
-    """A list of words, three of them far more often than the others; (example, text after an answer)."""
+    """A list of words, three of them far more often than the others; (example, text after an
+    answer).
+    """
     rng = source.rng
     words = source.distinct(source.word, 20)
     frequent, rare = words[:3], words[3:]
@@ -297,7 +321,9 @@ def frequent_words(source: Source, n_tokens: int) -> tuple[Example, str]:
 
 
 def passages(source: Source, n_tokens: int, n_questions: int) -> Example:
-    """Running text; a question is the beginning of one of its passages, and the answer how that passage goes on."""
+    """Running text; a question is the beginning of one of its passages, and the answer is the rest
+    of that passage.
+    """
     context = source.passage(n_tokens)
     last = len(context) - LATEST - COPY_CUE - COPY_LENGTH
     prompt = list(source.encode("\n\n"))
@@ -312,7 +338,9 @@ def passages(source: Source, n_tokens: int, n_questions: int) -> Example:
 def key_value_retrieval(
     path: str | Path, encode: Encode, n_tokens: int, n_examples: int, seed: int = 0
 ) -> list[Example]:
-    """Examples of "Lost in the Middle" (jsonl.gz, 75 or 140 records of UUIDs), each cut to the records that fit in n_tokens."""
+    """Examples of "Lost in the Middle" (jsonl.gz, 75 or 140 records of UUIDs), each cut to the
+    records that fit in n_tokens.
+    """
     rng = random.Random(seed)
     examples: list[Example] = []
     with gzip.open(path, "rt", encoding="utf-8") as lines:
@@ -327,7 +355,9 @@ def key_value_retrieval(
 
 
 def _hide(source: Source, inserts: Sequence[Sequence[int]], n_tokens: int) -> tuple[list[int], list[int]]:
-    """Running text with inserts spread over all but its end, n_tokens in all; and where each insert ends."""
+    """Running text with inserts spread over all but its end, n_tokens in all; and where each insert
+    ends.
+    """
     n_text = max(n_tokens - sum(map(len, inserts)), 0)
     text = source.passage(n_text)
     usable = max(n_text - LATEST, n_text // 2)

@@ -1,13 +1,12 @@
-"""Measuring what steps do to a model's predictions, so that a codec can be asked for a quality (`kvtc.Codec(..., kl=0.001)`)."""
+"""Measuring what steps do to a model's predictions, so that a codec can take a quality (`kvtc.Codec(..., kl=0.001)`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..calibration.artifact import Calibration
@@ -16,21 +15,22 @@ from ..calibration.quality_curve import QualityCurve
 from ..codec import Codec
 from ..errors import InvalidArgument
 from ..process.progress import track
-from ..process.torch_state import neutral_torch_state
+from ..profiles.rates import Step
 from .continuation import mean_divergence, predict, prefill
+from .models import as_ids
 
 N_CONTINUATION = 128
 """Predictions compared on each sequence, the last ones."""
 LEAST_TOKENS = 3 * N_CONTINUATION
-"""Shorter sequences leave too little cache to be spoiled."""
+"""A shorter sequence has too little cache before its continuation."""
 RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
 """Where the curve is measured: at the steps that are expected to give these ratios."""
-_SET_ASIDE_EVERY, _MOST_SET_ASIDE = 16, 8
+_HELD_OUT_EVERY, _MOST_HELD_OUT = 16, 8
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A sequence cut before its continuation: ids of the cache, its exact cache, ids fed on top, and what is then predicted."""
+    """A sequence cut before its continuation: ids and exact cache before the cut, ids behind it, and their predictions."""
 
     cached: Tensor
     exact: Any
@@ -41,17 +41,27 @@ class _Case:
 def measure_quality(
     model: Any, calibration: Calibration, token_sequences: Iterable[Tensor | Sequence[int]]
 ) -> Calibration:
-    """The calibration with a curve of steps and KL for each of the profiles `joint` and `conditional` that it serves.
+    """Measure the KL of predictions at several steps, for each of the profiles `joint` and `conditional`.
 
-    token_sequences: text that is neither what the calibration was fitted to nor what it will be judged by; of each of at least
-    384 tokens the last 128 are predicted from a cache of which only the sinks are exact. Eight sequences or more are advised.
-    Everything else of the calibration, its fingerprint too, stays.
+    Time: for each sequence one prefill, and for each of 8 steps and each profile one encoding, one decoding and one
+    pass over 128 tokens. Memory: the exact caches of all sequences.
 
-    Raises `InvalidArgument` for a calibration of `paper` alone or of a part of the model, and where no sequence is long enough.
+    Parameters:
+        model: a transformers causal LM.
+        calibration: of the whole model, for `joint` at least.
+        token_sequences: [T] integers each; text that the calibration was not fitted to and that it will not be judged by.
+            Of each sequence of at least 384 tokens the last 128 are predicted, from a cache of which only the sinks
+            are exact; shorter ones are left out. Eight sequences or more are advised.
+
+    Returns:
+        The calibration with the curves. Everything else, its fingerprint too, is as before.
+
+    Raises:
+        InvalidArgument: for a calibration of `paper` alone or of a part of the model, or if no sequence is long enough.
     """
     if calibration.joint is None:
         raise InvalidArgument("this calibration serves the profile paper alone, which has no step")
-    ids = [_as_ids(sequence) for sequence in token_sequences]
+    ids = [as_ids(sequence) for sequence in token_sequences]
     ids = [sequence for sequence in ids if len(sequence) >= LEAST_TOKENS]
     if not ids:
         raise InvalidArgument(
@@ -71,27 +81,22 @@ def measure_quality(
     return replace(calibration, quality=curves, info=info)
 
 
-class SetAside:
-    """Sequences on their way to a fit, some of which are kept back to measure quality on."""
+@dataclass
+class HeldOut:
+    """Sequences that a calibration is not fitted to, so that its quality can be measured on them."""
 
-    def __init__(self) -> None:
-        self.kept: list[Tensor] = []
+    sequences: list[Tensor] = field(default_factory=list)
+    n_long: int = 0
 
-    def rest_of(self, token_sequences: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The others: every 16th that is long enough is kept, up to 8."""
-        n_long = 0
-        for ids in token_sequences:
-            n_long += len(ids) >= LEAST_TOKENS
-            is_due = len(ids) >= LEAST_TOKENS and n_long % _SET_ASIDE_EVERY == 0
-            if is_due and len(self.kept) < _MOST_SET_ASIDE:
-                self.kept.append(ids)
-            else:
-                yield ids
-
-
-@neutral_torch_state
-def _as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
-    return torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1)
+    def takes(self, token_ids: Tensor) -> bool:
+        """Whether a sequence is kept here: every 16th of at least 384 tokens is, up to 8."""
+        if len(token_ids) < LEAST_TOKENS:
+            return False
+        self.n_long += 1
+        if self.n_long % _HELD_OUT_EVERY or len(self.sequences) == _MOST_HELD_OUT:
+            return False
+        self.sequences.append(token_ids)
+        return True
 
 
 def _case(model: Any, ids: Tensor) -> _Case:
@@ -107,8 +112,8 @@ def _curve(
     original_bits = 32 * calibration.geometry.row_features
     steps = sorted({known.step_for(original_bits / ratio) for ratio in RATIOS})
     codec = Codec(calibration, profile, step=steps[0], window_tokens=0)
-    told = track(steps, f"quality of {profile}", "steps")
-    found = [fmean(_divergence(model, codec.with_step(step), case) for case in cases) for step in told]
+    shown = track(steps, f"quality of {profile}", "steps")
+    found = [fmean(_divergence(model, codec.with_rate(Step(step)), case) for case in cases) for step in shown]
     return QualityCurve.from_measurements(steps, found)
 
 

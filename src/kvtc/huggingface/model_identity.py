@@ -30,15 +30,19 @@ _ADAPTER_STATE = ("_disable_adapters", "_active_adapter")
 
 
 def model_identity(model: Any) -> str:
-    """The identity of a model: of its files, or of its parameters where they are in no file.
+    """The identity of a model: that of its files, or that of its parameters if they are in no file.
 
-    model: a folder, a GGUF file, a name of the Hugging Face hub (`name@revision`) whose files are on this machine, or a live
-    transformers model. A live one has the identity of its files if every byte of its parameters, its configuration and its modules
-    are as loaded from them; otherwise the identity of its parameters, buffers, configuration and modules.
-    Returns "files:" or "parameters:" and 32 hexadecimal digits; one of each kind cannot be compared.
+    Parameters:
+        model: a folder, a GGUF file, a name of the Hugging Face hub (`name@revision`) whose files are on this machine, or
+            a live transformers model. A live one has the identity of its files if every byte of its parameters, its
+            configuration and its modules are as loaded from them; otherwise that of its parameters, buffers,
+            configuration and modules.
 
-    Raises `kvtc.errors.InvalidArgument` where there are no files, no parameters in memory, or a forward hook, which may change
-    what is computed.
+    Returns:
+        "files:" or "parameters:" and 32 hexadecimal digits. An identity of files cannot be compared with one of parameters.
+
+    Raises:
+        InvalidArgument: if there are no files, no parameters in memory, or a forward hook, which may change what is computed.
     """
     if not isinstance(model, nn.Module):
         return files_identity(find_model(str(model)))

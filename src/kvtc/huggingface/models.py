@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import CacheGeometry, KVCache
-from ..coding.joint.metric import Metric
-from ..container import PROFILES
 from ..errors import GeometryMismatch, InvalidArgument, UnsupportedModel
 from ..process.progress import task
 from ..process.torch_state import model_torch_state, neutral_torch_state
-from .measure_quality import SetAside, measure_quality
-from .model_files import UnknownModel
-from .model_identity import calibrated_identity
 from .rope_discovery import (
     refuse_unusual_heads,
     remembered_length,
@@ -29,25 +23,22 @@ from .rope_discovery import (
     rope_from_model,
     text_config,
 )
-from .sensitivity import SensitivityRecorder
-
-if TYPE_CHECKING:
-    from ..calibration import Calibration
 
 # Modules whose output is the key before rotation, or a projection that contains it.
 _KEY_NORMS = frozenset({"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm"})
 _KEY_PROJECTIONS = frozenset({"k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "kv_proj"})
 
-_VERIFICATION_TOKENS = 256
-_SENSITIVITY_PASSES = 64
-METRIC_POWER = 0.75
-METRIC_RIDGE = 0.01
-
 
 def check_supported(config: Any) -> None:
-    """Raise `UnsupportedModel`, naming the first such layer, unless every layer keeps a plain full-attention cache.
+    """Check that every layer of a model keeps a plain full-attention cache.
 
-    `config` is a transformers config (or model). A sliding window is refused even if it spans the whole context.
+    Parameters:
+        config: a transformers config or model. A sliding window is refused even if it spans the whole context.
+
+    Raises:
+        UnsupportedModel: for another cache, naming the first layer that has one.
+        InvalidArgument: for what is no config or model.
+        MissingDependency: without transformers.
     """
     require_transformers()
     from transformers.cache_utils import get_layer_types_and_kwargs
@@ -65,10 +56,15 @@ def check_supported(config: Any) -> None:
 def geometry_of(
     model: Any, layers: tuple[int, int] | None = None, kv_heads: tuple[int, int] | None = None
 ) -> CacheGeometry:
-    """The geometry of a transformers model, or of a bare config.
+    """The geometry of a transformers model, or of a config alone.
 
-    layers, kv_heads: half-open (start, stop) of one pipeline or tensor-parallel rank; None for all.
-    `InvalidArgument` for a range outside the model, `UnsupportedModel` for a cache or rotation that is not supported.
+    Parameters:
+        model: a transformers model or config.
+        layers, kv_heads: half-open (start, stop) of one pipeline or tensor-parallel rank; None: all.
+
+    Raises:
+        InvalidArgument: for a range outside of the model.
+        UnsupportedModel: for a cache or a rotation that kvtc does not support.
     """
     check_supported(model)
     whole = _Extent.of(model)
@@ -87,13 +83,23 @@ def capture(
 ) -> KVCache:
     """Prefill a transformers model on one sequence and return its cache.
 
-    token_ids: [T] integers. geometry: the layers and heads wanted; None for all. piece_tokens: tokens that the model reads at once,
-    on top of those before, which takes less memory and can be watched (`progress`); values then differ by rounding. None for
-    all at once, as is done in any case where the rotation depends on the length of the text.
-    Returns keys and values [L, H, T, D] in the model's dtype on the device of its embeddings, contiguous.
-    The model's training flags are as before on return. Errors: `InvalidArgument` for ids that are empty, not one
-    sequence or outside the vocabulary; `GeometryMismatch` for a geometry outside the model; `UnsupportedModel` for
-    another kind of cache.
+    The model computes in evaluation mode; its training flags are as before on return.
+
+    Parameters:
+        model: a transformers causal LM.
+        token_ids: [T] integers, T >= 1.
+        geometry: the layers and heads wanted; None: all.
+        piece_tokens: tokens that the model reads in one pass, after those before them. This takes less memory and shows
+            progress, and values differ by rounding. None: all at once, which is also done if the rotation depends on
+            the length of the text.
+
+    Returns:
+        Keys and values [L, H, T, D] in the model's dtype, contiguous, on the device of its embeddings.
+
+    Raises:
+        InvalidArgument: for ids that are empty, not one sequence, or outside of the vocabulary.
+        GeometryMismatch: for a geometry outside of the model.
+        UnsupportedModel: for another kind of cache.
     """
     check_supported(model)
     whole = _Extent.of(model)
@@ -104,7 +110,7 @@ def capture(
         if layers.stop > whole.n_layers or heads.stop > whole.n_kv_heads or geometry.head_dim != whole.head_dim:
             raise GeometryMismatch(f"expected a part of a model with {whole.describe()}; got {geometry.describe()}")
     device = model.get_input_embeddings().weight.device
-    ids = _as_ids(token_ids)
+    ids = as_ids(token_ids)
     vocabulary = int(text_config(model).vocab_size)
     if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         found = f"{int(ids.min())} .. {int(ids.max())}" if len(ids) else "none"
@@ -155,12 +161,20 @@ def verify_rope(
 ) -> float:
     """Check `geometry.rope` against the model: cached keys, un-rotated, must be the keys it computed before rotation.
 
-    token_ids: [T] integers, T >= 2 (position 0 is never rotated).
-    tolerance: largest relative error (Frobenius norms) of a layer; None for 1e-4 with float32 keys, 2e-2 with 16-bit.
-    Returns the worst error over the layers.
-    `UnsupportedModel`, naming the layer, if a layer exceeds it or if its keys before rotation cannot be observed.
+    Parameters:
+        model: a transformers causal LM.
+        geometry: the layers and heads to check.
+        token_ids: [T] integers, T >= 2, because position 0 is never rotated.
+        tolerance: largest relative error (Frobenius norms) of a layer; None: 1e-4 with float32 keys, 2e-2 with 16-bit.
+
+    Returns:
+        The largest error of a layer.
+
+    Raises:
+        UnsupportedModel: if a layer exceeds the tolerance, or its keys before rotation cannot be observed.
+        InvalidArgument: for fewer than 2 token ids.
     """
-    ids = _as_ids(token_ids)
+    ids = as_ids(token_ids)
     if len(ids) < 2:
         raise InvalidArgument(
             f"expected at least 2 token ids, as a rotation shows from the second on; found {len(ids)}"
@@ -221,85 +235,6 @@ def _worst_rope_error(
     return worst
 
 
-def calibrate(
-    model: Any,
-    token_sequences: Iterable[Tensor | Sequence[int]],
-    sink_tokens: int = 4,
-    layers: tuple[int, int] | None = None,
-    kv_heads: tuple[int, int] | None = None,
-    *,
-    profiles: Sequence[str] = tuple(PROFILES),
-    metric_power: float = METRIC_POWER,
-    metric_ridge: float = METRIC_RIDGE,
-    device: str | torch.device | None = None,
-    **options: Any,
-) -> Calibration:
-    """Calibrate on the caches of `token_sequences` (any iterable, read once); the first also verifies the rotation.
-
-    Sequences of at most `sink_tokens` tokens hold nothing to learn from and are skipped. `layers` and `kv_heads` are
-    as in `geometry_of`; `options` go to `kvtc.calibration.fit.fit`. profiles: what the calibration shall serve; `paper` always
-    does. metric_power, metric_ridge: as in `Metric.from_sensitivity`. device: where it is fitted; None: where the embeddings are.
-    Of a whole model, every 16th sequence of at least 384 tokens, up to 8, is not fitted to: quality is measured on them
-    (`measure_quality`). Errors as of `geometry_of`, `capture`, `verify_rope` and `fit`; `InvalidArgument` if no sequence is long
-    enough, or an unknown profile.
-    """
-    from ..calibration.fit import fit
-
-    unknown = set(profiles) - set(PROFILES)
-    if unknown:
-        raise InvalidArgument(f"profile {sorted(unknown)[0]!r} is unknown; expected some of {', '.join(PROFILES)}")
-    geometry = geometry_of(model, layers, kv_heads)
-    usable: Iterator[Tensor] = (ids for ids in map(_as_ids, token_sequences) if len(ids) > sink_tokens)
-    is_whole = layers is None and kv_heads is None
-    aside = SetAside()
-    if is_whole and not set(profiles) <= {"paper"}:
-        usable = aside.rest_of(usable)
-    first = next(usable, None)
-    if first is None:
-        raise InvalidArgument(f"expected at least one sequence of more than {sink_tokens} tokens, found none")
-    with task("checking the rotation"):
-        verify_rope(model, geometry, first[:_VERIFICATION_TOKENS])
-    to_capture, to_predict = itertools.tee(itertools.chain([first], usable))
-    # A parameter shared by several modules is listed once.
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    embeddings = model.get_input_embeddings().weight
-    options |= {"sink_tokens": sink_tokens, "model_parameters": parameters, "model_identity": _identity(model)}
-    options["device"] = embeddings.device if device is None else device
-    if set(profiles) <= {"paper"}:
-        return fit(geometry, (capture(model, ids, geometry) for ids in to_capture), **options)
-    recorder = SensitivityRecorder(model, geometry, sink_tokens)
-    if "conditional" in profiles:
-        options |= {"token_ids": to_predict, "embeddings": embeddings}
-    calibration = fit(
-        geometry,
-        _recorded(model, geometry, to_capture, recorder),
-        metric=lambda: Metric.from_sensitivity(*recorder.moments(), metric_power, metric_ridge),
-        **options,
-    )
-    return measure_quality(model, calibration, aside.kept) if aside.kept else calibration
-
-
-def _identity(model: Any) -> str | None:
-    """Which model this is; None where its parameters do not show their bytes, or it has forward hooks."""
-    try:
-        return calibrated_identity(model)
-    except UnknownModel:
-        return None
-
-
-def _recorded(
-    model: Any, geometry: CacheGeometry, token_sequences: Iterable[Tensor], recorder: SensitivityRecorder
-) -> Iterator[KVCache]:
-    """The cache of each sequence; the passes of the first ones also tell how sensitive attention is."""
-    for ids in token_sequences:
-        if recorder.n_passes < _SENSITIVITY_PASSES:
-            with recorder.recording(len(ids)):
-                cache = capture(model, ids, geometry)
-        else:
-            cache = capture(model, ids, geometry)
-        yield cache
-
-
 @dataclass(frozen=True)
 class _Extent:
     """Size of a model's whole cache."""
@@ -330,8 +265,6 @@ class _Extent:
 
 def _range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, int]:
     """Half-open (start, stop) -> (start, length)."""
-    if isinstance(wanted, range):
-        wanted = (wanted.start, wanted.stop)
     if wanted is not None and not (isinstance(wanted, (tuple, list)) and len(wanted) == 2):
         raise InvalidArgument(f"{name}: expected (start, stop), got {wanted!r}")
     start, stop = (0, count) if wanted is None else wanted
@@ -341,7 +274,7 @@ def _range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, 
 
 
 @neutral_torch_state
-def _as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
+def as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
     """[T] int64; `InvalidArgument` for anything but one sequence of integers."""
     try:
         ids = torch.as_tensor(token_ids)

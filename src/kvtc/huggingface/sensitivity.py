@@ -20,23 +20,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import CacheGeometry
+from ..cache import CacheGeometry, KVCache
+from ..coding.joint.metric import Metric
 from ..errors import InvalidArgument, UnsupportedModel
 from ..process.torch_state import neutral_torch_state
+from .models import capture
 
 _NAME = "kvtc_sensitivity"
 _QUERIES_AT_ONCE = 256
 _SCORES_AT_ONCE = 1 << 25
 """Scores of all heads held at a time: fewer queries at once where texts are long."""
 _SAMPLES = 24
+_MOST_PASSES = 64
+METRIC_POWER, METRIC_RIDGE = 0.75, 0.01
+"""Power of the sensitivity in the metric, and the share of its mean diagonal that is added to every direction."""
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
-class SensitivityRecorder:
-    """Sums over every pass of the model made inside `recording`.
+class Sensitivity:
+    """What calibration gathers of a model besides its caches: the statistics behind the metric of `joint` and `conditional`.
 
-    keys, values: [L, H, D, D] float64 of the geometry's layers and heads. distance: a token's neighbours, up to so many later ones,
-    do not count: they see it exactly, from the window. sink_tokens: earlier tokens are never sampled.
+    `calibrate` knows two methods of it: `capture`, which it calls for each sequence, and `metric`, which it calls once
+    when all caches are captured. Other statistics need another class with these two, and nothing else changes.
+
+    keys, values: [L, H, D, D] float64, sums over the passes made inside `recording`.
+
+    Parameters:
+        model: a transformers causal LM.
+        geometry: the layers and heads that are recorded.
+        sink_tokens: earlier tokens are never sampled.
+        distance: tokens; up to so many later tokens do not count for a token: they see it exactly, from the window.
+        seed: of the samples.
     """
 
     @neutral_torch_state
@@ -54,6 +68,18 @@ class SensitivityRecorder:
         self._generator = torch.Generator().manual_seed(seed)
         self._sampled: Tensor = torch.empty(0, dtype=torch.int64)
         self.n_passes = 0
+
+    def capture(self, token_ids: Tensor) -> KVCache:
+        """The cache of one sequence, [T] int64; the passes of the first 64 long enough sequences are recorded."""
+        if self.n_passes == _MOST_PASSES:
+            return capture(self._model, token_ids, self._geometry)
+        with self.recording(len(token_ids)):
+            return capture(self._model, token_ids, self._geometry)
+
+    @neutral_torch_state
+    def metric(self, power: float = METRIC_POWER) -> Metric:
+        """The metric of what was recorded; power: of the sensitivity. Raises as `moments` does."""
+        return Metric.from_sensitivity(*self.moments(), power, METRIC_RIDGE)
 
     @contextmanager
     def recording(self, n_tokens: int) -> Iterator[None]:

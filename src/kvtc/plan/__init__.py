@@ -8,7 +8,7 @@
     simulation     conversations and engines on one clock
     policies       what can be done with a cache between turns
     planning       a plan file: its policies run, its sweep, its results
-    report         tables and plots
+    report         tables and charts
 
 Nothing here needs torch.
 """

@@ -1,9 +1,11 @@
 """A serving engine, event by event.
 
-An engine works in iterations, as continuous batching does. Between two decode steps it looks at its queue: those who wait and for
-whom there is room are admitted together, first come first served. That takes the engine's whole time: one after another, what is
-stored of their prompts is read and decoded, the rest is prefilled, and what is new is encoded and put away; then all of them have
-their first token. A decode step gives every running request one more. Writing to the tiers goes on in the background.
+An engine works in iterations, as continuous batching does. Between two decode steps it looks at its
+queue: those who wait and for whom there is room are admitted together, first come first served.
+That takes the engine's whole time: one after another, what is stored of their prompts is read and
+decoded, the rest is prefilled, and what is new is encoded and stored; then all of them have their
+first token. A decode step gives every running request one more. Writing to the tiers goes on in the
+background.
 """
 
 from __future__ import annotations
@@ -22,7 +24,17 @@ from .storage import Hierarchy, LinkedTier, Tier
 
 @dataclass(frozen=True)
 class Speeds:
-    """How fast an engine is. prefill_points: [tokens, seconds], rising. Codec: bytes of original cache a second."""
+    """How fast an engine is.
+
+    Parameters:
+        prefill_points: (tokens, seconds), increasing.
+        request_seconds: seconds of a request outside of the engine.
+        step_seconds: seconds of a decode step.
+        context_token_seconds: seconds that each token of context in the batch adds to a step.
+        bytes_per_token: bytes of original cache.
+        encode_bytes_per_second, decode_bytes_per_second: bytes of original cache that the codec
+            takes.
+    """
 
     prefill_points: Sequence[tuple[float, float]]
     step_seconds: float
@@ -33,7 +45,9 @@ class Speeds:
     decode_bytes_per_second: float = math.inf
 
     def prefill(self, cached_tokens: int, prompt_tokens: int) -> float:
-        """Seconds for the tokens of a prompt past those that are cached: straight lines between measured points, from 0 at 0."""
+        """Seconds of prefill for the tokens of a prompt that are not cached: straight lines between
+        measured points, from 0 at 0.
+        """
         points = self.prefill_points
         if prompt_tokens > points[-1][0]:
             raise InvalidPlan(
@@ -46,9 +60,13 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine admits. max_running: None where only memory limits it; a number lets so many run whatever their memory.
+    """What an engine admits.
 
-    max_admitted: requests admitted between two steps. blocking_loads: the engine stands still while caches are read from a tier.
+    Parameters:
+        max_running: requests that run at once, whatever their memory; None: only the memory limits
+            them.
+        max_admitted: requests that are admitted between two steps.
+        blocking_loads: whether the engine stands still while it reads caches from a tier.
     """
 
     max_running: int | None = None
@@ -136,7 +154,9 @@ class Engine:
         self._work(sum(spent.values()), lambda: self._prefilled(request))
 
     def _take(self) -> Request | None:
-        """The next request there is room for, with what is known of its prompt; GPU memory is its own from now on."""
+        """The next request there is room for, with what is known of its prompt; GPU memory is its
+        own from now on.
+        """
         limits = self.limits
         while self._may_admit:
             if limits.max_running is not None and len(self._running) + len(self._admitted) >= limits.max_running:
@@ -191,10 +211,12 @@ class Engine:
             )
 
     def _prefilled(self, request: Request) -> None:
-        """The cache of the prompt is put away as soon as it is there, as engines do: others may want it."""
+        """The cache of the prompt is stored as soon as it is there, as engines do: others may want
+        it.
+        """
         source, n_tokens = self.below.find(request.conversation)
         known = min(n_tokens, request.turn.reused_tokens) if source else 0
-        self._put_away(request, request.turn.prompt_tokens, known, self._admit)
+        self._store(request, request.turn.prompt_tokens, known, self._admit)
 
     # Answers
 
@@ -238,7 +260,9 @@ class Engine:
         self._leave(then=self._next)
 
     def _leave(self, then: Callable[[], None]) -> None:
-        """Requests that have their last token are done; what they leave behind is put away before the engine goes on."""
+        """Requests that have their last token are done; what they leave behind is stored before the
+        engine goes on.
+        """
         finished = [request for request in self._running if not request.remaining]
         self._running = [request for request in self._running if request.remaining]
         for request in finished:
@@ -254,12 +278,14 @@ class Engine:
             request = finished.popleft()
             _, known = self.below.find(request.conversation)
             if known:  # a prompt that has been dropped meanwhile is not written again
-                self._put_away(request, request.total_tokens, known, lambda: self._store_answers(finished, then))
+                self._store(request, request.total_tokens, known, lambda: self._store_answers(finished, then))
                 return
         then()
 
-    def _put_away(self, request: Request, n_tokens: int, known_tokens: int, then: Callable[[], None]) -> None:
-        """Encode what is new, in the engine's time, and write it to the tiers below in the background."""
+    def _store(self, request: Request, n_tokens: int, known_tokens: int, then: Callable[[], None]) -> None:
+        """Encode what is new, in the engine's time, and write it to the tiers below in the
+        background.
+        """
         if not self.below.tiers:
             then()
             return

@@ -17,10 +17,11 @@ ACTIVITIES = ("load", "decode_cache", "prefill", "answer", "encode_cache")
 
 @dataclass
 class Request:
-    """One turn on its way, and what became of it.
+    """One turn and its times.
 
-    hit_tier, hit_tokens: where most of its prompt was found. source: a tier to read from; preloaded: what was read already.
-    engine_seconds: engine time spent on it, by activity; a decode step is shared by its batch.
+    `hit_tier` and `hit_tokens` say where most of the prompt was found; `source` is a tier to read
+    from, and `preloaded` the tokens that were already read. `engine_seconds` is the engine's time
+    for it by activity; a decode step is shared by its batch.
     """
 
     conversation: int

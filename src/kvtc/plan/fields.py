@@ -1,4 +1,6 @@
-"""JSON objects whose fields are asked for by name: what is missing, of the wrong kind or unknown is an error that says where."""
+"""JSON objects whose fields are asked for by name: what is missing, of the wrong kind or unknown is
+an error that says where.
+"""
 
 from __future__ import annotations
 

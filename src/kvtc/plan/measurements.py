@@ -6,8 +6,9 @@
                  "fit": {"kind": "fitted", "publication": "..."}},
      "numbers": {"engine.decode_step_seconds": {"value": 0.005, "source": "fit", "note": "how it was found"}, ...}}
 
-`measured` here, `quoted` from a publication as it stands there, or `fitted`: computed so that the simulation meets published
-figures; a fitted number says in its note which. NAMES lists what there is, with units.
+`measured` here, `quoted` from a publication as it stands there, or `fitted`: computed so that the
+simulation meets published figures; a fitted number says in its note which. NAMES lists what there
+is, with units.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Source:
 
 
 class Measurements:
-    """A measurement file, checked. `used` remembers what was asked for: the report lists it with its sources."""
+    """A checked measurement file. `used` holds the numbers that were asked for; the report lists
+    them with their sources.
+    """
 
     def __init__(self, numbers: Mapping[str, Measurement], sources: Mapping[str, Source], where: str) -> None:
         self.numbers, self.sources, self.where = numbers, sources, where
@@ -86,7 +89,12 @@ class Measurements:
 
 
 def load_measurements(path: Path) -> Measurements:
-    """Read and check a measurement file; `InvalidPlan` where a number is of no known name, has no source or cannot be."""
+    """Read and check a measurement file.
+
+    Raises:
+        InvalidPlan: if a number has an unknown name, no source or an impossible value.
+        OSError: if the file cannot be read.
+    """
     return read_measurements(read_json(path), str(path))
 
 

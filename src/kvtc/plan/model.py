@@ -1,4 +1,6 @@
-"""What a model's configuration says about its caches: bytes a token, parameters, and the size of a calibration."""
+"""What a model's configuration says about its caches: bytes a token, parameters, and the size of a
+calibration.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ COUNTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model's cache. n_parameters: all of them; input_embedding: those of the table of input embeddings."""
+    """A model's cache. n_parameters: all of them; input_embedding: those of the table of input
+    embeddings.
+    """
 
     name: str
     n_layers: int
@@ -43,14 +47,18 @@ class PlannedModel:
         return 2 * self.row_features * min(rank, self.row_features)
 
     def calibration_share(self, rank: int) -> float:
-        """Those over the parameters of the model without its input embeddings, which is how table 21 comes out."""
+        """Those over the parameters of the model without its input embeddings, which is how table
+        21 comes out.
+        """
         return self.calibration_parameters(rank) / (self.n_parameters - self.input_embedding)
 
 
 def read_model(fields: Fields, directory: Path) -> PlannedModel:
-    """The field `model` of a plan: {"config": FILE or object of transformers} or a geometry in numbers.
+    """The field `model` of a plan: {"config": FILE or object of transformers}, or a geometry in
+    numbers.
 
-    Raises `InvalidPlan` where something is missing that cannot be computed.
+    Raises:
+        InvalidPlan: if something is missing that cannot be computed.
     """
     bits = fields.whole("bits_per_value", 16, low=4)
     if "config" in fields:
@@ -82,7 +90,9 @@ def read_model(fields: Fields, directory: Path) -> PlannedModel:
 def model_from_config(
     config: Any, where: str = "config", name: str | None = None, parameters: int | None = None, bits: int = 16
 ) -> PlannedModel:
-    """A transformers config.json as read -> its caches. `parameters` is needed where the kind of model is not one counted here."""
+    """The caches of a model, from its transformers config.json. Kinds of models that are not
+    counted here need `parameters`.
+    """
     fields = Fields(config, where)
     kind = fields.text("model_type")
     n_layers, hidden = fields.whole("num_hidden_layers"), fields.whole("hidden_size")

@@ -1,4 +1,6 @@
-"""A plan file, and what comes out of it: each policy simulated at each value of the sweep, with every number's source."""
+"""A plan file, and what comes out of it: each policy simulated at each value of the sweep, with
+every number's source.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,17 @@ MONTH_SECONDS, HOUR_SECONDS, GIB = 30 * 24 * 3600, 3600, 2**30
 
 @dataclass(frozen=True)
 class Published:
-    """One figure of a publication, for one policy, by value of the sweep. fitted: values at which numbers of the measurement file
-    were fitted to it, so that agreement there proves nothing."""
+    """Published figures of one policy, by value of the sweep.
+
+    Parameters:
+        policy: the policy that they are compared with.
+        figure: one of FIGURES.
+        source: the publication.
+        values: values of the sweep.
+        seconds: the figure at each of the values.
+        fitted: values at which numbers of the measurement file were fitted to the figure; agreement
+            there proves nothing.
+    """
 
     policy: str
     figure: str
@@ -39,7 +50,9 @@ class Published:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan file, read and checked. sweep: a field of the workload and the values it takes; ("", [None]) for none."""
+    """A plan file, read and checked. The sweep is a field of the workload and its values; ("",
+    [None]) if there is none.
+    """
 
     description: str
     fleet: Fleet
@@ -63,7 +76,9 @@ class Plan:
 def load_plan(path: str | Path) -> Plan:
     """Read a plan and the files that it names, relative to its own directory.
 
-    Raises `InvalidPlan` for what is missing, unknown or impossible, OSError for a file that cannot be read.
+    Raises:
+        InvalidPlan: if something is missing, unknown or impossible.
+        OSError: if a file cannot be read.
     """
     path = Path(path)
     fields, directory = Fields(read_json(path), str(path)), path.parent
@@ -92,9 +107,14 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def run_plan(plan: Plan) -> dict[str, Any]:
-    """Simulate a plan. Seconds, bytes, shares and, where the measurement file has prices, money; JSON takes it as it is.
+    """Simulate a plan.
 
-    Raises `MissingMeasurement` for a number that is not in the measurement file, `InvalidPlan` for what cannot be simulated.
+    Returns:
+        Seconds, bytes, shares and, if the measurement file has prices, costs; ready for JSON.
+
+    Raises:
+        MissingMeasurement: if the measurement file lacks a number.
+        InvalidPlan: if something cannot be simulated.
     """
     policies = policies_of(plan.codecs)
     wanted = [(*run, policy) for run in zip(plan.sweep_values, plan.workloads, strict=True) for policy in policies]
@@ -175,7 +195,9 @@ def _run(plan: Plan, policy: Policy, workload: Workload) -> dict[str, Any]:
 
 
 def _cost(plan: Plan, engines: Sequence[Engine], gpu_seconds: float, seconds: float) -> float | None:
-    """Of GPUs and tiers as they stand there, used or not; a tier without limit costs what it held at most. None without prices."""
+    """Of GPUs and tiers as they stand there, used or not; a tier without limit costs what it held
+    at most. None without prices.
+    """
     gpu_hour = plan.measurements.optional("price.gpu_hour")
     if gpu_hour is None:
         return None

@@ -1,8 +1,8 @@
-"""The four things that can be done with a cache between turns, each as engines that a simulation can run.
+"""The four things that can be done with a cache between turns, each as engines that a simulation
+can run.
 
-recompute      nothing is kept; every prompt is prefilled from its first token
-hold           what fits into GPU memory stays there
-offload raw    as hold, and a copy goes to the tiers below as it is
+recompute      nothing is kept; every prompt is prefilled from its first token hold           what
+fits into GPU memory stays there offload raw    as hold, and a copy goes to the tiers below as it is
 offload CODEC  as hold, and an encoded copy goes to the tiers below
 """
 
@@ -64,7 +64,9 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class TierPlan:
-    """A tier below the GPU. capacity_bytes: of each engine's own or of the one that all share; infinite without a limit."""
+    """A tier below the GPU. `capacity_bytes` is that of each engine's tier, or of the shared one;
+    infinite without a limit.
+    """
 
     name: str
     capacity_bytes: float
@@ -83,7 +85,13 @@ class TierPlan:
 
 @dataclass(frozen=True)
 class CodecPlan:
-    """A codec that may stand before the tiers. rank: of its calibration. exact_tokens: sinks and window, kept as they are."""
+    """A codec that may encode caches for the tiers.
+
+    Parameters:
+        name: its name in the measurement file.
+        rank: the rank of its calibration.
+        exact_tokens: tokens of sinks and window, which are kept exactly.
+    """
 
     name: str
     rank: int

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidPlan
+from ..report.charts import save_picture
+from ..report.parts import Chart, Marks, Point
 from ..report.table import format_bytes, format_fields, format_table
 from .planning import FIGURES, Published
 
-TITLES = dict(zip(FIGURES, ("Time to first token, seconds", "Latency of the whole answer, seconds"), strict=True))
+TITLES = dict(zip(FIGURES, ("Time to first token", "Latency of the whole answer"), strict=True))
 
 
 def format_plan(result: Mapping[str, Any]) -> str:
@@ -99,45 +101,44 @@ def _numbers(result: Mapping[str, Any]) -> str:
 
 
 def plot_plan(result: Mapping[str, Any], published: Sequence[Published], path: str | Path) -> None:
-    """Mean time to first token and mean latency against the sweep, a line a policy, and published figures. Writes a PNG.
+    """Draw mean time to first token and mean latency against the sweep, a line a policy, beside
+    published figures.
 
-    Raises `InvalidPlan` for a plan without a sweep, `MissingDependency` where matplotlib is not installed.
+    Parameters:
+        result: what `run_plan` returned.
+        published: figures to draw as marks: filled where the plan's numbers were fitted to them,
+            hollow elsewhere.
+        path: the SVG file to write.
+
+    Raises:
+        InvalidPlan: if the plan has no sweep.
     """
-    from ..report.plots import MARKERS, SERIES, plot_style, require_matplotlib, save_figure, set_title
-
     if not result["sweep_field"]:
         raise InvalidPlan("there is nothing to plot against: the plan has no sweep")
-    plt = require_matplotlib()
-    policies = list(dict.fromkeys(run["policy"] for run in result["runs"]))
-    with plt.rc_context(plot_style()):
-        figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-        for panel, (name, title) in zip(panels, TITLES.items(), strict=True):
-            for order, policy in enumerate(policies):
-                runs = [run for run in result["runs"] if run["policy"] == policy]
-                # Where policies come to the same, the earlier one still shows around the later.
-                width, color = max(1.6, 5 - 1.2 * order), SERIES[order % len(SERIES)]
-                points = [run["value"] for run in runs], [run[name]["mean"] for run in runs]
-                panel.plot(*points, color=color, linewidth=width, solid_capstyle="round", label=policy)
-                marker = {"color": color, "marker": MARKERS[order % len(MARKERS)], "markersize": 9, "linestyle": "none"}
-                for figures in (each for each in published if (each.policy, each.figure) == (policy, name)):
-                    _marks(panel, figures, marker)
-            panel.set(yscale="log", xlabel=result["sweep_field"].replace("_", " "))
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.set_title(title, loc="left", fontsize=11)
-            panel.spines.right.set_visible(False)
-        handles = {label: handle for p in panels for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
-        set_title(figure, "What becomes of a cache between two questions", result["description"])
-        save_figure(plt, figure, path)
+    charts = [_chart(result, published, figure, title) for figure, title in TITLES.items()]
+    note = f"{result['description']}. Large marks: published, hollow where nothing was fitted to them."
+    save_picture(path, "What becomes of a cache between two questions", note, charts)
 
 
-def _marks(panel: Any, figures: Published, marker: Mapping[str, Any]) -> None:
-    """Published figures: filled where the plan's numbers were fitted to them, hollow where it predicts them."""
-    for fitted, label, fill in ((True, "published, fitted to", None), (False, "published", "white")):
-        points = [p for p in zip(figures.values, figures.seconds, strict=True) if (p[0] in figures.fitted) == fitted]
-        if points:
-            style = {**marker, **({"markerfacecolor": fill} if fill else {}), "zorder": 5}
-            panel.plot(*zip(*points, strict=True), label=f"{figures.policy}, {label}", **style)
+def _chart(result: Mapping[str, Any], published: Sequence[Published], figure: str, title: str) -> Chart:
+    lines: dict[str, list[Point]] = {}
+    for run in result["runs"]:
+        seconds = run[figure]["mean"]
+        label = f"{run['policy']} at {run['value']:g}: {seconds:.3g} s"
+        lines.setdefault(run["policy"], []).append((run["value"], seconds, label))
+    marks = [_marks(each, fitted) for each in published if each.figure == figure for fitted in (True, False)]
+    across = result["sweep_field"].replace("_", " ")
+    return Chart(title, lines, across, "seconds, mean", x_log=False, x_times=False, marks=marks)
+
+
+def _marks(published: Published, fitted: bool) -> Marks:
+    """Of published figures those that numbers of the plan were fitted to, or the others."""
+    points = [
+        (value, seconds, f"{published.policy} at {value:g}, {published.source}: {seconds:g} s")
+        for value, seconds in zip(published.values, published.seconds, strict=True)
+        if (value in published.fitted) == fitted
+    ]
+    return Marks(published.policy, points, is_hollow=not fitted)
 
 
 def _swept(result: Mapping[str, Any]) -> list[str]:

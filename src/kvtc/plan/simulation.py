@@ -14,10 +14,14 @@ EngineMaker = Callable[[Clock, Callable[[Request], None]], Sequence[Engine]]
 def simulate(
     conversations: Sequence[Conversation], make_engines: EngineMaker
 ) -> tuple[list[Request], Sequence[Engine], float]:
-    """Run all conversations to their end: requests in order of their ends, the engines as they are left, and the seconds it took.
+    """Run all conversations to their end.
 
-    make_engines: builds them, given a clock and what to call at the end of an answer. Conversation i has engine i modulo
-    their number.
+    Parameters:
+        conversations: conversation i has engine i modulo the number of engines.
+        make_engines: builds the engines, given a clock and what to call at the end of an answer.
+
+    Returns:
+        The requests in the order of their ends, the engines, and the seconds that it took.
     """
     clock = Clock()
     done: list[Request] = []

@@ -1,7 +1,8 @@
-"""Where caches lie between turns: tiers with byte budgets, least recently used out first, and the links to them.
+"""Where caches lie between turns: tiers with byte budgets, least recently used out first, and the
+links to them.
 
-A tier keeps, for each conversation, how many of its first tokens it holds. The GPU's own tier holds them raw; the tiers below hold
-them raw or encoded, and what one of them drops moves to the next.
+A tier keeps, for each conversation, how many of its first tokens it holds. The GPU's own tier holds
+them raw; the tiers below hold them raw or encoded, and what one of them drops moves to the next.
 """
 
 from __future__ import annotations
@@ -36,7 +37,13 @@ class Link:
 
 @dataclass
 class Tier:
-    """One tier. capacity_bytes: math.inf for one without limit. stored_bytes: tokens -> the bytes they take here."""
+    """One tier.
+
+    Parameters:
+        name: its name.
+        capacity_bytes: its size; math.inf for a tier without limit.
+        stored_bytes: tokens -> the bytes that they take in this tier.
+    """
 
     name: str
     capacity_bytes: float
@@ -56,7 +63,11 @@ class Tier:
         self.used_bytes -= self.stored_bytes(self._tokens.pop(conversation, 0))
 
     def put(self, conversation: int, n_tokens: int) -> list[tuple[int, int]] | None:
-        """Hold so many tokens, as most recently used. Returns what had to go, (conversation, tokens); None if it cannot fit."""
+        """Hold so many tokens, as the most recently used.
+
+        Returns:
+            What was evicted, as (conversation, tokens); None if the tokens cannot fit.
+        """
         needed = self.stored_bytes(n_tokens)
         pinned = sum(self.stored_bytes(self._tokens[other]) for other in self._pinned if other != conversation)
         if pinned + needed > self.capacity_bytes:
@@ -94,7 +105,9 @@ class LinkedTier:
     _written_at: dict[int, float] = field(default_factory=dict)
 
     def read(self, now: float, conversation: int, n_tokens: int) -> float:
-        """Read the first tokens of a conversation, once they are written; returns when that is done."""
+        """Read the first tokens of a conversation, once they are written; returns when that is
+        done.
+        """
         return self.reading.transfer(max(now, self._written_at[conversation]), self.tier.stored_bytes(n_tokens))
 
     def write(self, now: float, conversation: int, n_tokens: int, known_tokens: int) -> None:
@@ -105,7 +118,9 @@ class LinkedTier:
 
 @dataclass
 class Hierarchy:
-    """The tiers below the GPU, fastest first. A conversation lies in one of them; using it moves it to the first."""
+    """The tiers below the GPU, fastest first. A conversation lies in one of them; using it moves it
+    to the first.
+    """
 
     tiers: Sequence[LinkedTier]
 
@@ -117,7 +132,9 @@ class Hierarchy:
         return None, 0
 
     def store(self, now: float, conversation: int, n_tokens: int, known_tokens: int) -> None:
-        """Put a conversation into the first tier that can hold it at all; only what comes after `known_tokens` crosses the link."""
+        """Put a conversation into the first tier that can hold it; only the tokens after
+        `known_tokens` cross the link.
+        """
         for linked in self.tiers:
             linked.tier.drop(conversation)
         self._place(now, 0, conversation, n_tokens, known_tokens)
@@ -141,7 +158,9 @@ def stored_raw(bytes_per_token: float) -> StoredBytes:
 
 
 def stored_encoded(bytes_per_token: float, body_ratio: float, exact_tokens: int) -> StoredBytes:
-    """Tokens of which `exact_tokens` (sinks and window) are kept as they are, and the rest at 1/body_ratio."""
+    """Bytes of tokens of which `exact_tokens` (sinks and window) are kept exactly, and the rest at
+    1/body_ratio.
+    """
 
     def stored(n_tokens: int) -> int:
         exact = min(n_tokens, exact_tokens)

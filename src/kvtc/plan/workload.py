@@ -1,8 +1,8 @@
 """Who asks what and when.
 
-Everything is conversations of turns: a client that asks about one long text again and again, a chat that comes, takes some turns
-with pauses between and goes, the recorded requests of one conversation. A turn starts when its time has come and the turn before it
-has been answered.
+Everything is conversations of turns: a client that asks about one long text again and again, a chat
+that comes, takes some turns with pauses between and goes, the recorded requests of one
+conversation. A turn starts when its time has come and the turn before it has been answered.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ Random = np.random.Generator
 
 @dataclass(frozen=True)
 class Turn:
-    """One request. reused_tokens: how many of the first tokens of the prompt were in the turn before, as prompt or as answer.
+    """One request of a conversation.
 
-    think_seconds: the pause after the answer to the turn before. not_before: seconds since the start of all, of a recorded request.
+    Parameters:
+        prompt_tokens, answer_tokens: tokens of the prompt and of the answer.
+        reused_tokens: first tokens of the prompt that were in the turn before, as prompt or as
+            answer.
+        think_seconds: the pause after the answer to the turn before.
+        not_before: for a recorded request, seconds since the start of the recording.
     """
 
     prompt_tokens: int
@@ -45,8 +50,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Distribution:
-    """What a number is drawn from: the number itself, or {"exponential": mean}, {"geometric": mean}, {"uniform": [low, high]},
-    {"lognormal": [mean, standard deviation]}, {"one_of": [values]}."""
+    """What a number is drawn from.
+
+    It is the number itself, or {"exponential": mean}, {"geometric": mean}, {"uniform": [low,
+    high]}, {"lognormal": [mean, standard deviation]} or {"one_of": [values]}.
+    """
 
     name: str
     parameters: tuple[float, ...]
@@ -94,7 +102,9 @@ _DRAW: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """Conversations, and which of their requests are left out of the statistics because the caches are still filling."""
+    """Conversations, and which of their requests the statistics leave out because the caches are
+    still filling.
+    """
 
     conversations: Sequence[Conversation]
     warmup_turns: int
@@ -119,7 +129,9 @@ def read_workload(fields: Fields, directory: Path, overrides: dict[str, Any] | N
 
 
 def _clients(fields: Fields, random: Random, _: Path) -> list[Conversation]:
-    """`clients` that each ask `requests_per_client` questions about one text of their own: a closed loop."""
+    """`clients` that each ask `requests_per_client` questions about one text of their own: a closed
+    loop.
+    """
     n_clients, n_requests = fields.whole("clients"), fields.whole("requests_per_client")
     context, question, answer = (
         _tokens(fields, name) for name in ("context_tokens", "question_tokens", "answer_tokens")
@@ -142,7 +154,9 @@ def _clients(fields: Fields, random: Random, _: Path) -> list[Conversation]:
 
 
 def _conversations(fields: Fields, random: Random, _: Path) -> list[Conversation]:
-    """Conversations that come as a Poisson process; a turn's prompt is all that was said before and something new."""
+    """Conversations that come as a Poisson process; a turn's prompt is all that was said before and
+    something new.
+    """
     rate, n = fields.number("conversations_per_second"), fields.whole("conversations")
     first, more, answer = (_tokens(fields, name) for name in ("first_prompt_tokens", "turn_tokens", "answer_tokens"))
     n_turns = _tokens(fields, "turns")
@@ -166,8 +180,9 @@ def _conversations(fields: Fields, random: Random, _: Path) -> list[Conversation
 
 
 def _trace(fields: Fields, _: Random, directory: Path) -> list[Conversation]:
-    """Recorded requests, one JSON object a line: seconds, conversation, prompt_tokens, answer_tokens and, if not all that was said
-    before comes again, reused_tokens."""
+    """Recorded requests, one JSON object a line: seconds, conversation, prompt_tokens,
+    answer_tokens and, if not all that was said before comes again, reused_tokens.
+    """
     path = directory / fields.text("file")
     recorded: dict[str, list[Turn]] = {}
     starts: dict[str, float] = {}

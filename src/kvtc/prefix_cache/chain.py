@@ -17,12 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
-import numpy.typing as npt
-
+from ..cache import TokenIds
 from ..key_digest import digest
-
-TokenIds = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..cache import KVCache
+from ..cache import KVCache, TokenIds
 from ..codec import Codec
 from ..codec import transformers_cache as interop
 from ..codec.options import as_token_ids
@@ -28,7 +28,7 @@ from ..key_digest import entry_scope
 from ..process.torch_state import neutral_torch_state
 from ..process.workers import Workers
 from ..store import Store
-from .chain import Chain, TokenIds, chunk_key
+from .chain import Chain, chunk_key
 from .tails import Tails, tail_key, tail_name
 
 MIN_TOKENS = 512

@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from ..cache import TokenIds
 from ..entries import Entries
 from ..errors import CorruptStream, TruncatedStream
 from ..process.locks import ForkSafeLock
-from .chain import TokenIds, entry_key
+from .chain import entry_key
 
 MAX_TAILS = 32
 NAME_TOKENS = 16

@@ -1,6 +1,6 @@
-"""Profiles: which part stands in each place of the pipeline. Nothing outside the codec asks which one is in use.
+"""Profiles: which part stands at each stage of the pipeline. Adding one takes a folder here and its name below.
 
-place           paper                                   joint                       conditional
+stage           paper                                   joint                       conditional
 prediction      none                                    none                        from token ids
 transform       keys and values apart                   together                    together, of what prediction leaves
 metric          squared error                           sensitivity of attention    the same
@@ -8,8 +8,49 @@ quantizer       groups chosen by a dynamic program      one step                
 entropy coder   DEFLATE, or another lossless coder      rANS, calibrated tables     the same
 """
 
-from .interface import Allowance, BodyCoder, BodyRows, Plan
-from .joint.coder import JointCoder
-from .paper.coder import PaperCoder
+from __future__ import annotations
 
-__all__ = ["Allowance", "BodyCoder", "BodyRows", "JointCoder", "PaperCoder", "Plan"]
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..backends import Backend
+from ..calibration.artifact import Calibration
+from ..container import name_profile
+from .interface import Decoder, Encoder, Profile
+from .joint.profile import JointProfile
+from .paper.profile import PaperProfile
+
+# Any: which types a profile puts between its own stages concerns nobody else.
+AnyProfile = Profile[Any, Any, Any]
+AnyEncoder = Encoder[Any, Any, Any]
+AnyDecoder = Decoder[Any, Any]
+MakeProfile = Callable[[Calibration, Backend, torch.dtype], AnyProfile]
+
+_MADE_BY: dict[str, MakeProfile] = {
+    "paper": PaperProfile,
+    "joint": partial(JointProfile, with_tokens=False),
+    "conditional": partial(JointProfile, with_tokens=True),
+}
+
+
+def register(name: str, number: int, make: MakeProfile) -> None:
+    """Add a profile that does not ship with kvtc.
+
+    Parameters:
+        name: as users ask for it and `inspect` shows it.
+        number: 1 to 255, which names it in a stream's header.
+        make: makes it ready for a calibration, a backend and the dtype that products are rounded to.
+    """
+    name_profile(name, number)
+    _MADE_BY[name] = make
+
+
+def make_profile(name: str, calibration: Calibration, backend: Backend, product: torch.dtype) -> AnyProfile:
+    """A registered profile, ready for a calibration. Raises `InvalidArgument` where the calibration was made without it."""
+    return _MADE_BY[name](calibration, backend, product)
+
+
+__all__ = ["AnyDecoder", "AnyEncoder", "AnyProfile", "make_profile", "register"]

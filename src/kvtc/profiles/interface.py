@@ -1,47 +1,79 @@
-"""What the codec asks of a profile: rows of coded tokens to bytes, and back."""
+"""The seam between the codec and a profile: what passes from one stage to the next, as types.
+
+A profile is a folder beside this file and one line in `profiles/__init__.py`. It brings an encoder and a decoder; which types it
+puts between its own stages (coefficients, symbols, plan) is its own business, and the type checker's:
+
+encoder   rows -> predict -> project -> coefficients -> quantize -> symbols -> entropy_code -> bytes
+decoder   bytes -> entropy_decode -> coefficients -> add_prediction -> reconstruct, layer by layer -> rows
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..backends import Bytes
+from .rates import Rate
 
 
-@dataclass(frozen=True)
-class BodyRows:
-    """Coded tokens of the bodies, or of the windows, of some chunks that follow one another.
+class Plan(Protocol):
+    """How bits are spent in one stream: decided once by the encoder, stored in the section `rate`."""
 
-    rows [n, 2 p] float32: keys before rotation, then values. triples [n, 3] as `token_triples` makes them, chunk by chunk. counts:
-    tokens of each chunk.
+    def to_bytes(self) -> bytes:
+        """The bytes of the section."""
+        ...
+
+
+PlanT = TypeVar("PlanT", bound=Plan)
+CoefficientsT = TypeVar("CoefficientsT")
+SymbolsT = TypeVar("SymbolsT")
+_ProposedT = TypeVar("_ProposedT", bound=Plan, covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Coded tokens of some chunks that follow one another, their keys un-rotated.
+
+    Attributes:
+        values: [n, 2 p] float32 on the backend's device; keys of all layers and heads, then values.
+        triples: [n, 3] int64, what prediction sees of each token (`token_triples`); None where no token ids are given.
+        counts: tokens of each chunk; they sum to n.
+        original_bits: bits of one value in the cache: 16, or 8.
+        is_window: whether these are windows of the chunks; else bodies.
     """
 
-    rows: Tensor
+    values: Tensor
     triples: Tensor | None
     counts: tuple[int, ...]
+    original_bits: int = 16
+    is_window: bool = False
 
     @property
     def n_tokens(self) -> int:
-        return self.rows.shape[0]
+        """n."""
+        return self.values.shape[0]
 
     @property
     def spans(self) -> list[slice]:
-        """The tokens of each chunk."""
+        """The rows of each chunk."""
         stops = list(accumulate(self.counts))
         return [slice(stop - count, stop) for stop, count in zip(stops, self.counts, strict=True)]
 
 
 @dataclass(frozen=True)
-class Allowance:
-    """What the coded rows of a stream may cost.
+class Budget:
+    """What the coded rows of one stream may cost.
 
-    n_tokens: body tokens. original_bits: of a cached value. other_bytes: of the stream that the body pays for, besides its rows.
-    at_most: bytes that all coded rows together may take, whatever they hold; None where there is no such limit.
+    Attributes:
+        n_tokens: body tokens.
+        original_bits: bits of one value in the cache: 16, or 8.
+        other_bytes: bytes of the stream that count for the body besides its coded rows.
+        at_most: bytes that all coded rows together may take, whatever they hold; None where there is no such limit.
     """
 
     n_tokens: int
@@ -50,26 +82,42 @@ class Allowance:
     at_most: int | None = None
 
 
-class Plan(Protocol):
-    """How bits are spent in one stream: decided once, stored in the section `rate`."""
+@dataclass(frozen=True)
+class CodedRows:
+    """The coded bytes of one stream: an entry for each chunk with a body, and for each chunk with a coded window, in order."""
 
-    def to_bytes(self) -> bytes:
-        """The section."""
-        ...
+    bodies: list[bytes] = field(default_factory=list)
+    windows: list[bytes] = field(default_factory=list)
+
+    def add(self, chunks: Sequence[bytes], is_window: bool) -> None:
+        """Append the coded bytes of some chunks."""
+        (self.windows if is_window else self.bodies).extend(chunks)
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self.bodies
+        yield from self.windows
 
 
 @dataclass(frozen=True)
-class CodedBody:
-    """The coded bytes of one chunk's body, or of its window, how its bits are spent, and what is known of its tokens."""
+class CodedBody(Generic[PlanT]):
+    """The coded bytes of one chunk's body, or of its window, with all that its decoder needs besides.
+
+    Attributes:
+        data: bytes, or uint8 [bytes] on a device.
+        n_tokens: tokens that they hold.
+        plan: how bits are spent in the stream that they come from.
+        triples: [n_tokens, 3] int64, what prediction sees of each token; None where the profile predicts nothing.
+        is_window: whether it is a window.
+    """
 
     data: Bytes
     n_tokens: int
-    plan: Any
+    plan: PlanT
     triples: Tensor | None
     is_window: bool = False
 
-    def on(self, device: torch.device) -> CodedBody:
-        """The same, its bytes on that device if they are on any; to be read on the current stream."""
+    def on(self, device: torch.device) -> CodedBody[PlanT]:
+        """The same; bytes that are on a device move to this one, to be read on its current stream."""
         if not isinstance(self.data, Tensor):
             return self
         data = self.data.to(device)
@@ -79,59 +127,128 @@ class CodedBody:
         return replace(self, data=data)
 
 
-@dataclass(frozen=True)
-class CodedRows:
-    """The plan of a stream, and the coded bytes of its bodies and of its windows, in order."""
+class Search(Protocol[_ProposedT]):
+    """The search for the plan whose coded rows take the bytes asked for. It proposes; the codec codes; it looks at the bytes."""
 
-    plan: Plan
-    bodies: list[bytes]
-    windows: list[bytes] = field(default_factory=list)
+    @property
+    def plan(self) -> _ProposedT:
+        """The plan to code with next."""
+        ...
+
+    def goes_on_after(self, coded: CodedRows) -> bool:
+        """Take what was coded with `plan`; whether `plan` is another one now, to be tried as well."""
+        ...
+
+    @property
+    def best(self) -> tuple[_ProposedT, CodedRows]:
+        """The plan that is kept, and what was coded with it."""
+        ...
 
 
-class BodyCoder(Protocol):
-    """A profile made ready for one calibration and device. Safe to share between threads."""
+class Settled(Generic[PlanT]):
+    """The search of a plan that is given: there is nothing to look for."""
+
+    def __init__(self, plan: PlanT) -> None:
+        self.plan = plan
+        self._coded = CodedRows()
+
+    def goes_on_after(self, coded: CodedRows) -> bool:
+        """Keep the rows; there is no other plan."""
+        self._coded = coded
+        return False
+
+    @property
+    def best(self) -> tuple[PlanT, CodedRows]:
+        """The plan, and the rows coded with it."""
+        return self.plan, self._coded
+
+
+class Encoder(Protocol[CoefficientsT, SymbolsT, PlanT]):
+    """The stages of a profile that turn rows into bytes, at one rate. Safe to share between threads.
+
+    A chunk's bytes depend on nothing but the chunk and the plan, as far as the backend's products do.
+    """
 
     needs_tokens: bool
-    """Whether encode and decode need token ids."""
+    """Whether prediction needs token ids."""
     is_entropy_coded: bool
-    """Whether bodies are finished bytes, to which no lossless coder is applied."""
-    rate_bytes: int | None
-    """Bytes of a plan, if they are always as many."""
-    most_rate_bytes: int
-    """Bytes that no plan of the calibration exceeds."""
+    """Whether coded bytes are final; otherwise a lossless coder is applied to them (`coding.lossless`)."""
+
+    def predict(self, rows: Rows) -> Tensor | None:
+        """What the tokens' ids say their coefficients are, [n, r] float32; None where the profile predicts nothing."""
+        ...
+
+    def project(self, rows: Rows, predicted: Tensor | None) -> CoefficientsT:
+        """Rows in the calibrated basis, less what is predicted. Raises `InvalidCache` where float32 overflows."""
+        ...
+
+    def search(self, coefficients: Sequence[CoefficientsT], budget: Budget) -> Search[PlanT]:
+        """The search for the plan that meets the rate, for all coefficients of a stream."""
+        ...
+
+    def quantize(self, coefficients: CoefficientsT, plan: PlanT) -> SymbolsT:
+        """Coefficients as integers."""
+        ...
+
+    def entropy_code(self, symbols: SymbolsT) -> list[bytes]:
+        """Integers as bytes, an entry for each chunk."""
+        ...
+
+    def plan_bytes(self) -> int:
+        """Bytes of the plan of every stream; 0 where streams differ."""
+        ...
 
     def least_bytes(self, n_tokens: int) -> int:
-        """Bytes that suffice for a chunk of n_tokens, whatever it holds; `InvalidArgument` where none do."""
+        """Bytes that suffice for a chunk of n_tokens, whatever it holds. Raises `InvalidArgument` where none do."""
+        ...
+
+
+class Decoder(Protocol[CoefficientsT, PlanT]):
+    """The stages of a profile that turn bytes into rows. Safe to share between threads."""
+
+    needs_tokens: bool
+    """Whether prediction needs token ids."""
+    most_plan_bytes: int
+    """Bytes that no plan of the calibration exceeds."""
+
+    def read_plan(self, data: bytes) -> PlanT:
+        """The plan of a stream. Raises `CorruptStream` where the bytes cannot be one."""
+        ...
+
+    def body_bytes(self, plan: PlanT, n_tokens: int) -> int | None:
+        """Bytes of a chunk of n_tokens before lossless coding; None where they do not follow from its tokens."""
         ...
 
     def fewest_bytes(self, n_tokens: int) -> int:
-        """Bytes that a chunk of n_tokens takes at the least, whatever it holds, where `body_bytes` does not say how many."""
+        """Bytes that no chunk of n_tokens is shorter than, where `body_bytes` does not say how many."""
         ...
 
-    def encode_all(self, chunks: Callable[[bool], Iterable[BodyRows]], allowance: Allowance) -> CodedRows:
-        """Decide how bits are spent, and code every chunk; a chunk's bytes depend on nothing but it and the plan, as far as the
-        backend's products do.
-
-        chunks: gives the rows of all bodies, or with True of all windows that are to be coded, as often as it is called, some
-        chunks at a time.
-        """
-        ...
-
-    def read_plan(self, data: bytes) -> Plan:
-        """The plan of a stream; `CorruptStream` where it cannot be one."""
-        ...
-
-    def body_bytes(self, plan: Any, n_tokens: int) -> int | None:
-        """Bytes of a chunk before lossless coding, if they follow from its tokens."""
-        ...
-
-    def decode(self, bodies: Sequence[CodedBody]) -> Any:
-        """Coefficients of all chunks, of one stream or several, whatever `restore` wants them to be.
+    def entropy_decode(self, bodies: Sequence[CodedBody[PlanT]]) -> CoefficientsT:
+        """Coefficients of all chunks, of one stream or of several, dequantized in the same pass.
 
         Raises `CorruptStream` for what cannot be decoded.
         """
         ...
 
-    def restore(self, coefficients: Any, layer: int) -> tuple[Tensor, Tensor]:
-        """Rows [T, H * D] of one layer: keys before rotation, and values; in the dtype of the product."""
+    def add_prediction(self, coefficients: CoefficientsT, bodies: Sequence[CodedBody[PlanT]]) -> CoefficientsT:
+        """Coefficients with what the tokens' ids say of them."""
+        ...
+
+    def reconstruct(self, coefficients: CoefficientsT, layer: int) -> tuple[Tensor, Tensor]:
+        """Rows of one layer, [T, H * D] in the dtype of the product: keys before rotation, and values."""
+        ...
+
+
+class Profile(Protocol[CoefficientsT, SymbolsT, PlanT]):
+    """A profile made ready for one calibration, backend and precision; encoder and decoder share its matrices."""
+
+    def encoder(self, rate: Rate, codes_windows: bool) -> Encoder[CoefficientsT, SymbolsT, PlanT]:
+        """The encoder at a rate. codes_windows: whether windows are coded rather than exact.
+
+        Raises `InvalidArgument` for a rate, or windows, that the profile cannot serve.
+        """
+        ...
+
+    def decoder(self) -> Decoder[CoefficientsT, PlanT]:
+        """The decoder of every stream of the profile."""
         ...

@@ -1,6 +1,8 @@
-"""The reference model that ships with kvtc: small, real, trained by this project; see its card beside the weights.
+"""The reference model that ships with kvtc: small, real, trained by this project; see its card
+beside the weights.
 
-Every figure of the documentation is measured on it, and the demo and the tests run on it without downloading anything.
+Every figure of the documentation is measured on it, and the demo and the tests run on it without
+downloading anything.
 """
 
 from __future__ import annotations
@@ -18,9 +20,17 @@ CALIBRATION_FILE = Path(__file__).parent / f"{MODEL_NAME}.calibration.safetensor
 
 
 def reference_model(dtype: str = "float32") -> tuple[Any, Any]:
-    """(model, tokenizer): a transformers causal LM in evaluation mode, and its tokenizer.
+    """The reference model in evaluation mode, and its tokenizer.
 
-    dtype: "float32" for exact comparisons, "bfloat16" for caches as they are served, 16 bits a value.
+    Parameters:
+        dtype: dtype of the weights: "float32" (default) for exact comparisons, "bfloat16" for
+            caches of 16 bits a value, as they are served.
+
+    Returns:
+        (a transformers causal LM, its tokenizer).
+
+    Raises:
+        MissingDependency: if transformers is not installed.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer

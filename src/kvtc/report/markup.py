@@ -1,4 +1,6 @@
-"""HTML and SVG put together from elements: text is escaped where it is put in, and there is no other way to put it in."""
+"""HTML and SVG put together from elements: text is escaped where it is put in, and there is no
+other way to put it in.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _VOID = frozenset({"meta"})
 
 @dataclass(frozen=True)
 class Markup:
-    """Markup as it is written to a page. Only `element`, `join` and constants of the source make it."""
+    """Markup as it is written to a page. Only `element`, `join` and constants of the source make
+    it.
+    """
 
     source: str
 
@@ -21,8 +25,14 @@ Content = Markup | str
 
 
 def element(name: str, /, *content: Content, **attributes: object) -> Markup:
-    """An element. content: text, which is escaped, or markup. attributes: None leaves one out; of `class_` and `stroke_width` the
-    names are class and stroke-width."""
+    """An element.
+
+    Parameters:
+        name: the name of its tag.
+        content: text, which is escaped, or markup.
+        attributes: attributes; None leaves one out. `class_` and `stroke_width` stand for class and
+            stroke-width.
+    """
     written = "".join(
         f' {attribute.rstrip("_").replace("_", "-")}="{_escape(value)}"'
         for attribute, value in attributes.items()

@@ -1,6 +1,8 @@
-"""One self-contained HTML page of results: tables and charts, light and dark, no script, nothing fetched.
+"""One self-contained HTML page of results: tables and charts, light and dark, no script, nothing
+fetched.
 
-Foreign text becomes text by `markup`; that nothing runs and nothing is fetched the page also asks of the browser (`POLICY`).
+Foreign text becomes text by `markup`; that nothing runs and nothing is fetched the page also asks
+of the browser (`POLICY`).
 """
 
 from __future__ import annotations
@@ -8,24 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..evaluate.schema import ResultFile
+from . import charts
 from .markup import Content, Markup, element, join
-from .sections import Chart, Section, Table, sections_of
-from .svg import draw, legend
+from .parts import Chart, Section, Table
+from .sections import sections_of
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f27; --muted: #5b6472; --line: #dde1e7; --fine: #eceff3; --ground: #ffffff;
-  --panel: #f7f8fa; --low: #b3400a; --heat: 200 70 20;
-  --own0: #2f6fb5; --own1: #0b7a75; --own2: #7b2d8b;
-  --c0: #b4532a; --c1: #7d7a1f; --c2: #5d6b7c; --c3: #a63d63; --c4: #3b4cc0; --c5: #8a6d3b; --c6: #2f7d4f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7eaf0; --muted: #9aa4b2; --line: #353c47; --fine: #262c35;
-  --ground: #14171c; --panel: #1b1f26; --low: #ff9b66; --heat: 255 140 80;
-  --own0: #74b3f5; --own1: #4fd1c5; --own2: #d79bea;
-  --c0: #f2935f; --c1: #d3cf6a; --c2: #aab6c5; --c3: #f08ab5; --c4: #9aa8ff; --c5: #d8b988; --c6: #6fcf97; } }
+LAYOUT = """
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: var(--ink); background: var(--ground);
   max-width: 62rem; margin: 2.5rem auto 4rem; padding: 0 1.25rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 3rem 0 .4rem; padding-top: .6rem; border-top: 1px solid var(--line); }
+h2 { font-size: 1.2rem; margin: 3rem 0 .4rem; padding-top: .6rem; border-top: 1px solid var(--grid); }
 p { margin: .4rem 0 .8rem; max-width: 48rem; }
 p.note, nav, footer, figcaption, caption, dl { color: var(--muted); font-size: .9rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; margin: .8rem 0; }
@@ -38,21 +33,25 @@ figcaption b, caption { color: var(--ink); font-weight: 600; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }
 caption { text-align: left; padding-bottom: .35rem; }
-th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { font-weight: 600; color: var(--muted); vertical-align: bottom; white-space: normal; min-width: 3.5rem; }
 th:first-child, td:first-child { text-align: left; white-space: nowrap; padding-left: 0; }
 tbody tr:hover td { background: var(--panel); } td.low { color: var(--low); font-weight: 600; }
 td.shade { background: rgb(var(--heat) / calc(var(--s) * .55)); }
 summary { cursor: pointer; font-size: .9rem; font-weight: 600; margin: .8rem 0 .2rem; }
-svg { width: 100%; height: auto; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
-svg text { font: 12px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
-  fill: var(--muted); }
-svg text.own { font-weight: 700; }
-svg .grid { stroke: var(--line); } svg .fine { stroke: var(--fine); } svg .hair { stroke-width: .8; opacity: .6; }
+svg { width: 100%; height: auto; background: var(--panel); border: 1px solid var(--grid); border-radius: 6px; }
 footer ul { padding-left: 1.1rem; } code { overflow-wrap: anywhere; }
 @media (max-width: 40rem) { nav ol { columns: 1; } }
 @media print { details > * { display: block; } body { max-width: none; } }
 """
+PAGE_COLORS = {"ground": ("#ffffff", "#14171c"), "low": ("#b3400a", "#ff9b66"), "heat": ("200 70 20", "255 140 80")}
+LIGHT, DARK = (
+    "; ".join(f"--{name}: {pair[which]}" for name, pair in {**charts.COLORS, **PAGE_COLORS}.items()) for which in (0, 1)
+)
+STYLE = f"""
+:root {{ color-scheme: light dark; {LIGHT}; }}
+@media (prefers-color-scheme: dark) {{ :root {{ {DARK}; }} }}
+{charts.STYLE}{LAYOUT}"""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """Of all that a page may do: its own style."""
@@ -105,10 +104,10 @@ def _section(number: int, section: Section) -> Markup:
 
 
 def _figure(chart: Chart) -> Markup:
-    drawn = draw(chart)
+    drawn = charts.draw(chart)
     if drawn is None:
         return join()
-    families = (element("span", name, style=f"color:{color}") for name, color in legend(chart))
+    families = (element("span", name, class_=color) for name, color in charts.legend(chart))
     return element("figure", element("figcaption", element("b", chart.caption), *families), drawn)
 
 

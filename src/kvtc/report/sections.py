@@ -1,65 +1,25 @@
-"""Results as sections of tables and charts, one function a kind: what the page and the command line show.
+"""Results as sections of tables and charts, one function a kind: what the page and the command line
+show.
 
-Every part of a result is shown: what no function here knows is listed as plain tables, never dropped.
+Every part of a result is shown: what no function here knows is listed as plain tables, never
+dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ..evaluate import schema
-from ..evaluate.quality import Quality
+from . import task_sections, text_sections
+from .parts import Result, Section, Table
 from .table import format_table
-
-Result = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text. low: (row, column) of cells that fall short. shades: how dark a cell is, 0 .. 1, by (row, column).
-    is_long: may be folded away."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    low: frozenset[tuple[int, int]] = frozenset()
-    shades: Mapping[tuple[int, int], float] | None = None
-    is_long: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Lines by series: points (x, y, what a point is). A logarithmic axis leaves out what is not positive.
-
-    x_times: x is a ratio. y_percent: y is a share, shown as per cent.
-    """
-
-    caption: str
-    lines: Mapping[str, Sequence[tuple[float, float, str]]]
-    x_title: str
-    y_title: str
-    x_log: bool = True
-    y_log: bool = True
-    x_times: bool = True
-    y_percent: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, a few words, and what stands under it."""
-
-    title: str
-    note: str
-    parts: Sequence[Table | Chart]
 
 
 def sections_of(file: schema.ResultFile) -> list[Section]:
     """The sections of one result file; their titles begin with its name."""
-    from . import task_sections, text_sections
-
     result = dict(file.result)
     kind = result.pop("kind", None)
     found: list[Section] = []
@@ -130,20 +90,6 @@ def unknown(result: Result, title: str = "other figures") -> Iterator[Section]:
         tables.append(Table(columns, rows, name, is_long=len(rows) > 20))
     if tables:
         yield Section(title, "", tables)
-
-
-def quality_of(record: Result) -> Quality:
-    """A record as a `Quality`; what it does not hold is zero."""
-    names = [field.name for field in fields(Quality)]
-    return Quality(**{name: record.get(name, 0) for name in names})
-
-
-def ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}x"
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
 
 
 def _flat(record: Any, prefix: str = "") -> dict[str, Any]:

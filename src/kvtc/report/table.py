@@ -11,9 +11,15 @@ _NUMBER_MARKS = str.maketrans("", "", " ,.+-%x/")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]], indent: str = "") -> str:
-    """Rows under a header and a rule; columns whose cells all are numbers stand to the right, others to the left.
+    """Rows under a header and a rule, aligned.
 
-    Cells are shown as `shown` shows them: round before. Empty cells and a lone "-" count as numbers.
+    Columns in which all cells are numbers are aligned to the right, others to the left. Empty cells
+    and a lone "-" count as numbers.
+
+    Parameters:
+        header: the names of the columns.
+        rows: cells of any type; `shown` shows them, so that numbers must be rounded before.
+        indent: what every line begins with.
     """
     names, *cells = [[shown(cell) for cell in row] for row in (header, *rows)]
     columns = list(zip(names, *cells, strict=True))

@@ -7,9 +7,10 @@ from dataclasses import fields
 from typing import Any
 
 from ..evaluate.derived import MEAN_OF_TASKS, ONE_POINT, WithinAPoint, share, within_a_point
-from ..evaluate.schema import ScoreRecord, split_name
+from ..evaluate.method_names import split_name
+from ..evaluate.schema import ScoreRecord
 from ..evaluate.scoring import EXACT, N_DEPTHS
-from .sections import Chart, Result, Section, Table, percent, ratio
+from .parts import Chart, Result, Section, Table, percent, ratio
 
 UNKNOWN_WINDOW = -1
 
@@ -71,7 +72,9 @@ def _record(score: Result, window: Any) -> ScoreRecord:
 
 
 def _contexts(records: Sequence[ScoreRecord]) -> dict[int, list[ScoreRecord]]:
-    """Scores by the length that was asked for: the contexts of one run differ by some tokens from task to task."""
+    """Scores by the length that was asked for: the contexts of one run differ by some tokens from
+    task to task.
+    """
     found: dict[int, list[ScoreRecord]] = {}
     for record in sorted(records, key=lambda record: -record.context):
         length = next((known for known in found if record.context >= 0.7 * known), record.context)
@@ -141,7 +144,9 @@ def _depth_table(records: Sequence[ScoreRecord], length: int) -> Table:
 
 
 def _within(figures: Sequence[WithinAPoint]) -> list[Table]:
-    """How small a cache may get: a row a series, body and total ratio over the mean of tasks, then the total ratio task by task."""
+    """How small a cache may get: a row a series, body and total ratio over the mean of tasks, then
+    the total ratio task by task.
+    """
     if not figures:
         return []
     tasks = list(dict.fromkeys(figure.task for figure in figures if figure.task != MEAN_OF_TASKS))

@@ -1,14 +1,18 @@
-"""Sections of what is measured on text: rate and distortion, multi-turn use, ablations, domain shift, recomputation."""
+"""Sections of what is measured on text: rate and distortion, multi-turn use, ablations, domain
+shift, recomputation.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from ..container import PROFILES
 from ..evaluate.derived import FewerBytes, fewer_bytes
-from ..evaluate.schema import split_name
-from .sections import Chart, Result, Section, Table, percent, quality_of, ratio
+from ..evaluate.method_names import split_name
+from ..evaluate.quality import Quality
+from .parts import Chart, Result, Section, Table, percent, ratio
 
 BODY, TOTAL = "body_ratio", "total_ratio"
 FACTORS = ("body_factor", "total_factor")
@@ -27,9 +31,8 @@ def qualities(result: Result) -> Iterator[Section]:
     """Rate and distortion, a section a window."""
     for window, records in _by_window(result, "qualities").items():
         ordered = sorted(records, key=lambda record: record[TOTAL])
-        parts: list[Table | Chart] = [_rate_distortion(records, field) for field in (BODY, TOTAL)]
-        found = [quality_of(record) for record in records]
-        parts += _fewer(fewer_bytes({0: found}))
+        parts: list[Table | Chart] = [rate_distortion(records, field) for field in (BODY, TOTAL)]
+        parts += _fewer(fewer_bytes({0: [_quality(record) for record in records]}))
         parts.append(quality_table(ordered, is_long=len(ordered) > 12))
         first = records[0]
         note = (
@@ -112,7 +115,7 @@ def studies(result: Result) -> Iterator[Section]:
     """Ablations: a section each."""
     for study in result["studies"]:
         records = study["qualities"]
-        parts: list[Table | Chart] = [_rate_distortion(records, BODY)] if len(records) > 2 else []
+        parts: list[Table | Chart] = [rate_distortion(records, BODY)] if len(records) > 2 else []
         yield Section(study["title"], study.get("note", ""), [*parts, quality_table(records)])
 
 
@@ -164,7 +167,10 @@ def recompute(result: Result) -> Iterator[Section]:
     yield Section("computing again or decoding", "", [chart, Table(header, rows)])
 
 
-def _rate_distortion(records: Sequence[Result], field: str) -> Chart:
+def rate_distortion(records: Sequence[Result], field: str) -> Chart:
+    """The KL of records against a ratio, a line a series; records that lose nothing, or have no
+    such ratio, are left out.
+    """
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for record in records:
         if record.get(field) and record["kl"] > 0:
@@ -177,8 +183,15 @@ def _rate_distortion(records: Sequence[Result], field: str) -> Chart:
     return Chart(f"KL against {field}", {name: sorted(line) for name, line in lines.items()}, field, "KL, nats")
 
 
+def _quality(record: Result) -> Quality:
+    """A record as a `Quality`; what it does not hold is zero."""
+    return Quality(**{field.name: record.get(field.name, 0) for field in fields(Quality)})
+
+
 def _fewer(figures: Sequence[FewerBytes]) -> list[Table]:
-    """Two tables: at the KL of each point of `paper`, and of the rivals. A pair of columns a series: body, all bytes."""
+    """Two tables: at the KL of each point of `paper`, and of the baselines. A pair of columns a
+    series: body, all bytes.
+    """
     found = {(figure.at, figure.series): figure for figure in figures}
     points = dict.fromkeys((figure.at, figure.kl) for figure in figures)
     groups = {
@@ -216,7 +229,9 @@ def _window(window: int | None) -> str:
 
 
 def _spread(records: Sequence[Result]) -> list[Result]:
-    """Of every series the middle setting: curves over turns differ little between neighbouring settings."""
+    """Of every series the middle setting: curves over turns differ little between neighbouring
+    settings.
+    """
     series: dict[str, list[Result]] = {}
     for record in records:
         series.setdefault(split_name(record["name"])[0], []).append(record)

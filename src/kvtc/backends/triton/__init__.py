@@ -29,13 +29,15 @@ class TritonBackend:
     """device: a CUDA device; the CPU in the interpreter."""
 
     name = "triton"
-    batch_tokens = 8192
     block_coder: BlockCoder | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._decode_tables = DecodeTables(device)
         self._encode_tables = EncodeTables(device)
+
+    def batch_tokens(self, row_features: int) -> int:  # noqa: ARG002
+        return 8192
 
     def gather(self, keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor:
         return gather(keys, values, turns)

@@ -38,6 +38,11 @@ class ProbabilityTables:
         return bits.astype(np.float32)
 
     @cached_property
+    def costs_by_activity(self) -> npt.NDArray[np.float32]:
+        """The same as [C, S, A]: those of one symbol side by side."""
+        return np.ascontiguousarray(self.costs.transpose(1, 2, 0))
+
+    @cached_property
     def rans(self) -> RansTables:
         """The tables as the coder takes them."""
         return RansTables(self.frequencies.reshape(-1, N_SYMBOLS), N_CLASSES, with_gaps=True)
@@ -45,13 +50,6 @@ class ProbabilityTables:
     def token_costs(self, symbols: npt.NDArray[np.uint8], classes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Symbols [n, T], variance classes [n] -> bits [A, T] of each token's symbols in each activity class."""
         return cost_bits(symbols, classes, self.rans, self.costs.reshape(-1, N_SYMBOLS))
-
-    def escape_unlikely(
-        self, symbols: npt.NDArray[np.uint8], classes: npt.NDArray[np.uint8], activities: npt.NDArray[np.uint8]
-    ) -> npt.NDArray[np.uint8]:
-        """Symbols [n, T] with those turned to escapes that have no room in their table."""
-        rooms = self.frequencies[activities[None, :], classes[:, None], symbols]
-        return np.where(rooms == 0, np.uint8(ESCAPE), symbols)
 
 
 def tables_from_counts(counts: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:

@@ -14,19 +14,23 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from ..threads import in_threads
 from .probability import ProbabilityTables
-from .uniform_quantizer import quantize, to_symbols
 
 BIT_PRICE = 2 * log(2) / 12
 """Squared error, in squared steps, that a bit is worth: what one more bit takes off the error of a fine quantizer, 1/12."""
+_OPERATIONS = 32
+"""Of one coefficient, about, as `in_threads` counts them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """values int32 [n, T] by coefficient and token; activities uint8 [T], the class whose tables each token is coded with; bits
-    float32 [T], what those tables say the token's symbols take."""
+    """values int32 [n, T] by coefficient and token; symbols uint8 [n, T], what they are coded as, `ESCAPE` where there is no room
+    for them; activities uint8 [T], the class whose tables each token is coded with; bits float32 [T], what those tables say the
+    token's symbols take."""
 
     values: npt.NDArray[np.int32]
+    symbols: npt.NDArray[np.uint8]
     activities: npt.NDArray[np.uint8]
     bits: npt.NDArray[np.float32]
 
@@ -39,13 +43,20 @@ def round_coefficients(
     A token's activity class is the one in which its integers cost least when they are rounded by error alone; then each
     integer is chosen among zero and the two next to the coefficient, by distance from what it decodes to and by bits.
     """
-    used = coefficients[:, : len(classes)]
-    values = np.ascontiguousarray(quantize(used, step).cpu().numpy().T)
-    activities = tables.token_costs(to_symbols(values), classes).argmin(axis=0).astype(np.uint8)
-    bits = np.zeros(len(activities), np.float32)
+    n_tokens, n_columns = len(coefficients), len(classes)
+    values, symbols = np.empty((n_columns, n_tokens), np.int32), np.empty((n_columns, n_tokens), np.uint8)
+    activities, bits = np.zeros(n_tokens, np.uint8), np.zeros(n_tokens, np.float32)
     if values.size:
-        from .rounding_kernels import choose_integers
+        from .rounding_kernels import TILE_TOKENS, round_tokens
 
-        scaled = np.ascontiguousarray((used / step).cpu().numpy().T)
-        choose_integers(scaled, classes, activities, tables.costs, tables.offsets, np.float32(BIT_PRICE), values, bits)
-    return Rounded(values, activities, bits)
+        rows = coefficients.detach().cpu().contiguous().numpy()
+        of_tables = tables.costs_by_activity, tables.frequencies, tables.offsets
+        found = values, symbols, activities, bits
+
+        def work(first: int, stop: int) -> None:
+            last = min(stop * TILE_TOKENS, n_tokens)
+            start = first * TILE_TOKENS
+            round_tokens(rows, np.float32(step), classes, *of_tables, np.float32(BIT_PRICE), start, last, found)
+
+        in_threads(work, -(-n_tokens // TILE_TOKENS), _OPERATIONS * values.size)
+    return Rounded(values, symbols, activities, bits)

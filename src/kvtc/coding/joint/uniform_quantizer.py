@@ -54,13 +54,6 @@ def to_symbols(values: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
     return np.where(np.abs(values) <= MAX_SYMBOL, values + MAX_SYMBOL, ESCAPE).astype(np.uint8)
 
 
-def from_symbols(symbols: npt.NDArray[np.uint8], escaped: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Inverse of `to_symbols`; the number of escapes must fit."""
-    values = symbols.astype(np.int32) - MAX_SYMBOL
-    values[symbols == ESCAPE] = escaped
-    return values
-
-
 def dequantize(values: Tensor, offsets: Tensor, step: float | Tensor) -> Tensor:
     """Integers [T, n] -> coefficients float32. step: of all, or a float32 tensor [T, n] of each.
 

@@ -1,4 +1,6 @@
-"""The rivals that kvtc is measured against: one short file each, which names the paper, its settings and what differs."""
+"""The baselines that kvtc is measured against: one short file each, which names the paper, its
+settings and what differs.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,20 @@ __all__ = [
 def baselines(
     geometry: CacheGeometry, window_tokens: int = 128, profile_caches: Iterable[Any] = ()
 ) -> dict[str, Method]:
-    """The rivals of tables and plots by name, each at what was published and over its own dial, fine to coarse.
+    """The baselines that tables and charts show, by name: the published settings, and others from
+    fine to coarse.
 
-    geometry: of the model. window_tokens: last tokens kept exactly by all that quantize or approximate; FP8 and zstd code every
-    token, H2O and TOVA choose for themselves. profile_caches: transformers caches of other texts, which CacheGen needs: it is left
-    out without. zstd is left out where the package zstandard is not installed.
+    Published, or used in the kvtc paper, are KIVI 2-bit, GEAR 2-bit, H2O 1/8, TOVA 1/8, xKV rank/8
+    (keys; values 3/16), CacheGen bins*1, and TurboQuant 4-bit to 2-bit. GEAR's rank of 4 is for
+    heads of 128 features; for heads of 32 features rank 1 is the same share.
 
-    As published or in the kvtc paper: KIVI 2-bit, GEAR 2-bit, H2O 1/8, TOVA 1/8, xKV rank/8 (keys; values 3/16), CacheGen bins*1,
-    TurboQuant 4-bit to 2-bit. GEAR's rank of 4 is that of a head of 128 features: of one of 32, rank 1 is the same share.
+    Parameters:
+        geometry: the geometry of the model.
+        window_tokens: last tokens kept exactly by all methods that quantize or approximate. FP8 and
+            zstd keep no window; H2O and TOVA choose the tokens that they keep.
+        profile_caches: transformers caches of other texts, on which CacheGen is profiled. Without
+            them CacheGen is left out; zstd is left out where the package zstandard is not
+            installed.
     """
     found: dict[str, Method] = {"FP8": Fp8()}
     for bits in (4, 2):

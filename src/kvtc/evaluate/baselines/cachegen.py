@@ -1,18 +1,22 @@
-"""CacheGen: tokens as differences to an anchor token, coarser in deeper layers, entropy-coded by layer and channel.
+"""CacheGen: tokens as differences to an anchor token, coarser in deeper layers, entropy-coded by
+layer and channel.
 
-Liu et al., "CacheGen: KV Cache Compression and Streaming for Fast Large Language Model Serving", arXiv 2310.07240. In every 10
-consecutive tokens the first is the anchor, quantized to 8 bits by its largest value in the layer (16 bits, stored); of the others
-the difference to the anchor is quantized with bins of 0.5, 1 and 1.5 in the first, middle and last third of the layers. Keys keep
-their rotation. Every layer and channel has its own distribution for anchors and for differences, profiled once for a model on other
-caches, as published.
+Liu et al., "CacheGen: KV Cache Compression and Streaming for Fast Large Language Model Serving",
+arXiv 2310.07240. In every 10 consecutive tokens the first is the anchor, quantized to 8 bits by its
+largest value in the layer (16 bits, stored); of the others the difference to the anchor is
+quantized with bins of 0.5, 1 and 1.5 in the first, middle and last third of the layers. Keys keep
+their rotation. Every layer and channel has its own distribution for anchors and for differences,
+profiled once for a model on other caches, as published.
 
-Doubtful: these bins and the 8 bits are quoted second-hand, and their unit is not known here. A bin of 1 is taken as the standard
-deviation of a layer's differences in the profile, which leads to a ratio of 6, near what is published.
+Doubtful: these bins and the 8 bits are quoted second-hand, and their unit is not known here. A bin
+of 1 is taken as the standard deviation of a layer's differences in the profile, which leads to a
+ratio of 6, near what is published.
 
-Other differences: tokens are compared to the anchor as decoded, so that its error does not add to theirs, and differences lie
-within 31 bins. The arithmetic coder is kvtc's interleaved rANS with tables of 12 bits and up to 128 bytes for its states; the
-profile's counts are smoothed by the layer's, for a channel alone has seen few tokens. The code released with LMCache is something
-else (no differences, 32 or 16 bins between a token's extremes), and is not what this is.
+Other differences: tokens are compared to the anchor as decoded, so that its error does not add to
+theirs, and differences lie within 31 bins. The arithmetic coder is kvtc's interleaved rANS with
+tables of 12 bits and up to 128 bytes for its states; the profile's counts are smoothed by the
+layer's, for a channel alone has seen few tokens. The code released with LMCache is something else
+(no differences, 32 or 16 bins between a token's extremes), and is not what this is.
 """
 
 from __future__ import annotations
@@ -41,8 +45,12 @@ _PRIOR_TOKENS = 16.0
 
 @dataclass(frozen=True)
 class Profile:
-    """What is known of a model in advance. steps: [2 L] bin of each kind and layer, keys first. anchors, deltas: tables for each of
-    the 2 L H D channels."""
+    """What CacheGen knows of a model in advance.
+
+    Parameters:
+        steps: the bin of each kind and layer [2 L], keys first.
+        anchors, deltas: tables for each of the 2 L H D channels.
+    """
 
     steps: Tensor
     anchors: RansTables
@@ -51,9 +59,15 @@ class Profile:
     @classmethod
     @neutral_torch_state
     def of(cls, caches: Iterable[Any], bin_factor: float = 1.0) -> Profile:
-        """Of transformers caches of one sequence each, all of one model; `InvalidArgument` for none of more than one token.
+        """The profile of a model.
 
-        bin_factor: multiplies the published bins, as the levels do among which CacheGen chooses by bandwidth.
+        Parameters:
+            caches: transformers caches of one sequence each.
+            bin_factor: a factor for the published bins; CacheGen chooses its level among such
+                factors by bandwidth.
+
+        Raises:
+            InvalidArgument: if no cache has more than one token.
         """
         sides = [channels for channels in map(_channels, map(_joined, caches)) if channels.shape[1] > 1]
         if not sides:
@@ -117,7 +131,9 @@ def _channels(sides: Tensor) -> Tensor:
 
 
 def _anchors(side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[2 L, T, C] -> of each group's first token symbols [2 L, n, C] from 0, scale [2 L, n, 1] float16, and decoded values."""
+    """[2 L, T, C] -> of each group's first token symbols [2 L, n, C] from 0, scale [2 L, n, 1]
+    float16, and decoded values.
+    """
     exact = side[:, ::GROUP_TOKENS]
     scale = to_float16(exact.abs().amax(dim=2, keepdim=True))
     per_unit = ANCHOR_LIMIT / scale.float().clamp_min(torch.finfo(torch.float16).tiny)
@@ -130,7 +146,9 @@ def _anchor_values(symbols: Tensor, scale: Tensor) -> Tensor:
 
 
 def _deltas(side: Tensor, anchors: Tensor) -> Tensor:
-    """[2 L, T, C] -> differences of the other tokens to their anchor [2 L, n, 9, C]; a short last group repeats its anchor."""
+    """[2 L, T, C] -> differences of the other tokens to their anchor [2 L, n, 9, C]; a short last
+    group repeats its anchor.
+    """
     missing = anchors.shape[1] * GROUP_TOKENS - side.shape[1]
     padded = torch.cat([side, anchors[:, -1:].expand(-1, missing, -1)], dim=1)
     groups = padded.reshape(len(side), -1, GROUP_TOKENS, side.shape[2])

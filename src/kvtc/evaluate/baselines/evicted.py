@@ -1,9 +1,11 @@
 """Eviction and kvtc together: some tokens are dropped, the others are coded.
 
-A row of kvtc is one token in all layers and heads, so one choice of tokens is made for all of them: TOVA by the attention averaged
-over the heads of all layers, H2O by what they gathered on average. Published are a choice for each layer (TOVA) and for each head
-(H2O), which keep more of what matters to each. The kept tokens' positions are in the stream and counted; they are rotated, and
-predicted from token ids, as where they stood. A token whose predecessor was dropped is predicted without it.
+A row of kvtc is one token in all layers and heads, so one choice of tokens is made for all of them:
+TOVA by the attention averaged over the heads of all layers, H2O by what they gathered on average.
+Published are a choice for each layer (TOVA) and for each head (H2O), which keep more of what
+matters to each. The kept tokens' positions are in the stream and counted; they are rotated, and
+predicted from token ids, as where they stood. A token whose predecessor was dropped is predicted
+without it.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ _N_TOKENS_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class EvictedKvtc:
-    """eviction: which tokens are kept. codec: codes them; its sinks and window are those among the kept tokens.
+    """Tokens are evicted first, and kvtc codes the rest.
 
-    stream = number of tokens read, 4 bytes | kvtc stream
+        stream = number of tokens read, 4 bytes | kvtc stream
+
+    Parameters:
+        eviction: chooses the tokens that are kept.
+        codec: codes them; its sinks and window are counted among the kept tokens.
     """
 
     eviction: Eviction
@@ -53,7 +59,9 @@ class EvictedKvtc:
         return to_transformers(cache.keys[None], cache.values[None], first_layer=0)
 
     def measure(self, stream: bytes, /) -> Cost:
-        """What is kept stands for all tokens: the body are the dropped and the coded ones; all, where every kept token is exact."""
+        """The cost of a stream: its body are the evicted and the coded tokens, or all tokens if
+        every kept token is exact.
+        """
         n_tokens = int.from_bytes(stream[:_N_TOKENS_BYTES], "little")
         info = inspect(stream[_N_TOKENS_BYTES:])
         is_coded = info.body_tokens > 0

@@ -1,17 +1,21 @@
 """H2O and TOVA: keep some tokens, drop the others, by the attention they get.
 
-Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", arXiv 2306.14048: each
-key-value head keeps its most recent tokens and those that gathered the most attention so far, half of the budget each.
-Oren et al., "Transformers are Multi-State RNNs" (TOVA), arXiv 2401.06104: each layer drops the token that the newest token attends
-to least, on average over the heads. Budgets as in the kvtc paper: 1/8 of the cache, for H2O 1/16 recent and 1/16 heavy.
+Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
+Models", arXiv 2306.14048: each key-value head keeps its most recent tokens and those that gathered
+the most attention so far, half of the budget each. Oren et al., "Transformers are Multi-State RNNs"
+(TOVA), arXiv 2401.06104: each layer drops the token that the newest token attends to least, on
+average over the heads. Budgets as in the kvtc paper: 1/8 of the cache, for H2O 1/16 recent and 1/16
+heavy.
 
-The prompt is read token by token: once the budget is full, each further token drops one. The attention weights are the model's own,
-renormalized over what is kept; scores are computed for a block of queries at a time. Query heads that share a key-value head add
-up. Kept tokens are stored at 16 bits a value, with keys rotated as they were, so that neither positions nor scores are needed to
-read on from them; fed tokens take the positions that follow the whole prompt.
+The prompt is read token by token: once the budget is full, each further token drops one. The
+attention weights are the model's own, renormalized over what is kept; scores are computed for a
+block of queries at a time. Query heads that share a key-value head add up. Kept tokens are stored
+at 16 bits a value, with keys rotated as they were, so that neither positions nor scores are needed
+to read on from them; fed tokens take the positions that follow the whole prompt.
 
-Differences: hidden states are those of the exact prompt (the cache to be stored is given), so dropping a token does not change the
-keys and values of later ones, which favours the rivals. Nothing is dropped any more while the continuation is read.
+Differences: hidden states are those of the exact prompt (the cache to be stored is given), so
+dropping a token does not change the keys and values of later ones, which favours the baselines.
+Nothing is dropped any more while the continuation is read.
 """
 
 from __future__ import annotations
@@ -47,7 +51,9 @@ class Eviction(ABC):
 
     @abstractmethod
     def kept_tokens(self, queries: Tensor, keys: Tensor, n_kept: int) -> Indices:
-        """Queries [H_q, T, D] as scored, keys [H, T, D], float32 -> kept tokens [H, n_kept] of each head, increasing."""
+        """Queries [H_q, T, D] as scored, keys [H, T, D], float32 -> kept tokens [H, n_kept] of each
+        head, increasing.
+        """
 
     def encode(self, model: Any, cache: Any, token_ids: Tensor, /) -> bytes:
         keys, values = cache_sides(cache)
@@ -75,8 +81,13 @@ class Eviction(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class H2O(Eviction):
-    """recent_share: of the kept tokens, those that are kept for being recent. is_shared: one choice for all heads, by the mean of
-    what they gathered; published is a choice for each."""
+    """H2O keeps recent tokens and those that gathered most attention.
+
+    Parameters:
+        recent_share: of the kept tokens, the share that is kept for being recent.
+        is_shared: whether all heads keep the same tokens, by the mean of their attention. Published
+            is a choice per head.
+    """
 
     recent_share: float = 0.5
     is_shared: bool = False
@@ -114,7 +125,9 @@ class Tova(Eviction):
 
 
 def attention_queries(model: Any, token_ids: Tensor) -> list[Tensor]:
-    """Queries [H_q, T, D] float32 of each layer on token_ids [T], as they are multiplied with cached keys: rotated and scaled."""
+    """Queries [H_q, T, D] float32 of each layer on token_ids [T], as they are multiplied with
+    cached keys: rotated and scaled.
+    """
     found: dict[int, Tensor] = {}
     with _recording(model, found), model_torch_state():
         model(token_ids[None].to(model.device), use_cache=False)

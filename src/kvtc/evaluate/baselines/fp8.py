@@ -1,8 +1,9 @@
 """FP8: every value as e4m3, what serving engines offer as an 8-bit cache.
 
-Settings: one float32 scale for the keys and one for the values of each layer and head, so that the largest value becomes 448; all
-tokens are coded. Engines differ in where the scale comes from (1, one a layer, calibrated): here it is that of the cache itself,
-which favours the rival. Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433.
+Settings: one float32 scale for the keys and one for the values of each layer and head, so that the
+largest value becomes 448; all tokens are coded. Engines differ in where the scale comes from (1,
+one a layer, calibrated): here it is that of the cache itself, which favours the baseline.
+Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
 """GEAR: a 2-bit backbone, the outliers apart, and a low-rank matrix of what is still missing.
 
-Kang et al., "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference of LLM", arXiv 2403.05527.
-Settings: KIVI with groups of 64 as the backbone, 2 bits; of each vector (a key channel over the tokens, a value token over the
-layer's features) the largest 1 % and the smallest 1 % are stored apart, 16 bits and an index each, and stand as the vector's mean
-in the backbone, as in the published code; rank 4 for each head. The kvtc paper runs it with groups of 64 and rank 4 as well.
+Kang et al., "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference
+of LLM", arXiv 2403.05527. Settings: KIVI with groups of 64 as the backbone, 2 bits; of each vector
+(a key channel over the tokens, a value token over the layer's features) the largest 1 % and the
+smallest 1 % are stored apart, 16 bits and an index each, and stand as the vector's mean in the
+backbone, as in the published code; rank 4 for each head. The kvtc paper runs it with groups of 64
+and rank 4 as well.
 
-Differences: the best approximation of rank 4 by a singular value decomposition, where the publication takes steps of power
-iteration, which can only be worse; the factors are stored in 16 bits. The published streaming buffer of 64 tokens becomes the
-window that all methods of a table share. In heads of 32 features a rank of 4 costs 2 bits a value, in heads of 128 half a bit.
+Differences: the best approximation of rank 4 by a singular value decomposition, where the
+publication takes steps of power iteration, which can only be worse; the factors are stored in 16
+bits. The published streaming buffer of 64 tokens becomes the window that all methods of a table
+share. In heads of 32 features a rank of 4 costs 2 bits a value, in heads of 128 half a bit.
 """
 
 from __future__ import annotations
@@ -23,7 +26,13 @@ from .stream import BodyMethod, Header, Reader, to_bytes, to_float16
 
 @dataclass(frozen=True, kw_only=True)
 class Gear(BodyMethod):
-    """bits: of the backbone, 2 or 4. rank: of the correction of a head. outliers: share of values stored apart."""
+    """GEAR: a quantized backbone, a correction of low rank per head, and outliers.
+
+    Parameters:
+        bits: bits of the backbone, 2 or 4.
+        rank: rank of the correction of a head.
+        outliers: share of the values that is stored apart, 0 .. 1.
+    """
 
     window_tokens: int = 128
     bits: int = 2

@@ -1,12 +1,14 @@
 """KIVI: asymmetric 2-bit quantization, keys per channel and values per token.
 
-Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", arXiv 2402.02750. Settings as published and as in the
-tables of the kvtc paper: groups of 32, the last 128 tokens exact, keys with their rotation. 32 consecutive tokens share the shift
-(16 bits) and scale (16 bits) of a key channel, 32 consecutive features of a head those of a value token.
+Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", arXiv 2402.02750.
+Settings as published and as in the tables of the kvtc paper: groups of 32, the last 128 tokens
+exact, keys with their rotation. 32 consecutive tokens share the shift (16 bits) and scale (16 bits)
+of a key channel, 32 consecutive features of a head those of a value token.
 
-Differences: the window is the last 128 tokens of keys and values alike, where the published code keeps between 0 and 127 keys (the
-tokens since the last multiple of 128). A last group of fewer than 32 tokens, or a head of fewer features, has a shift and scale of
-its own, so nothing but the window is exact.
+Differences: the window is the last 128 tokens of keys and values alike, where the published code
+keeps between 0 and 127 keys (the tokens since the last multiple of 128). A last group of fewer than
+32 tokens, or a head of fewer features, has a shift and scale of its own, so nothing but the window
+is exact.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Kivi(BodyMethod):
 
 
 def write_groups(vectors: Tensor, group_size: int, bits: int) -> bytes:
-    """float32 [..., n] -> bytes: runs of `group_size` along the last axis, the last one shorter, share a shift and a scale.
+    """float32 [..., n] -> bytes: runs of `group_size` along the last axis, the last one shorter,
+    share a shift and a scale.
 
     First all whole groups, then the rest: packed symbols, shifts float16, scales float16.
     """

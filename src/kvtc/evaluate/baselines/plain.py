@@ -1,7 +1,9 @@
-"""Zstandard over the 16-bit cache: what a general compressor gains, and the only rival that loses nothing.
+"""Zstandard over the 16-bit cache: what a general compressor gains, and the only baseline that
+loses nothing.
 
-Level 3, its default. With `byte_planes` the low bytes of all values come first, then the high ones: the sign and exponent of a
-bfloat16 are then neighbours of their like. A float32 cache is stored, and counted, as float16.
+Level 3, its default. With `byte_planes` the low bytes of all values come first, then the high ones:
+the sign and exponent of a bfloat16 are then neighbours of their like. A float32 cache is stored,
+and counted, as float16.
 """
 
 from __future__ import annotations
@@ -44,4 +46,4 @@ def _zstandard() -> Any:
     try:
         return importlib.import_module("zstandard")
     except ImportError as error:
-        raise MissingDependency('this rival needs the package zstandard; pip install "kvtc[coders]"') from error
+        raise MissingDependency('this baseline needs the package zstandard; pip install "kvtc[coders]"') from error

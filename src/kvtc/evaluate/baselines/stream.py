@@ -1,4 +1,4 @@
-"""What the rivals share: their stream, and the methods that code every token but a window.
+"""What the baselines share: their stream, and the methods that code every token but a window.
 
 stream = header | exact tokens: keys, then values, 16 bits a value | body, as the method writes it
 
@@ -27,7 +27,9 @@ _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 @dataclass(frozen=True)
 class Header:
-    """Shape of a cache, the dtype it is restored in, and how many of its tokens are stored as they are; 15 bytes."""
+    """Shape of a cache, the dtype it is restored in, and how many of its tokens are stored as they
+    are; 15 bytes.
+    """
 
     dtype: torch.dtype
     n_layers: int
@@ -43,7 +45,7 @@ class Header:
         """keys [L, H, T, D] bfloat16, float16 or float32."""
         n_layers, n_kv_heads, n_tokens, head_dim = keys.shape
         if keys.dtype not in _DTYPES:
-            raise InvalidArgument(f"the rivals take bfloat16, float16 and float32 caches; got {keys.dtype}")
+            raise InvalidArgument(f"the baselines take bfloat16, float16 and float32 caches; got {keys.dtype}")
         return cls(keys.dtype, n_layers, n_kv_heads, head_dim, n_tokens, n_exact)
 
     @classmethod
@@ -120,7 +122,9 @@ def cache_sides(cache: Any) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class BodyMethod(ABC):
-    """A method that codes all tokens but the last `window_tokens`, which it keeps at 16 bits a value."""
+    """A method that codes all tokens but the last `window_tokens`, which it keeps at 16 bits a
+    value.
+    """
 
     window_tokens: int = 0
 

@@ -1,16 +1,19 @@
-"""TurboQuant: a random rotation makes every coordinate alike, and one optimal scalar quantizer serves them all.
+"""TurboQuant: a random rotation makes every coordinate alike, and one optimal scalar quantizer
+serves them all.
 
-Zandieh et al., "TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate", arXiv 2504.19874. Each key and value of
-a head is a vector of D features: its norm is stored in 16 bits, its direction is rotated by one random orthogonal matrix (from a
-seed, not stored) and each coordinate becomes the nearest of 2**bits levels. The levels are those of Lloyd and Max for a coordinate
-of a random direction, whose density is (1 - x**2) ** ((D - 3) / 2).
+Zandieh et al., "TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate", arXiv
+2504.19874. Each key and value of a head is a vector of D features: its norm is stored in 16 bits,
+its direction is rotated by one random orthogonal matrix (from a seed, not stored) and each
+coordinate becomes the nearest of 2**bits levels. The levels are those of Lloyd and Max for a
+coordinate of a random direction, whose density is (1 - x**2) ** ((D - 3) / 2).
 
-With `sketched_keys` keys follow the variant for inner products: one bit less for the levels, and of the residual its norm in 16
-bits and the signs of D random projections (QJL), which makes inner products with it right on average.
+With `sketched_keys` keys follow the variant for inner products: one bit less for the levels, and of
+the residual its norm in 16 bits and the signs of D random projections (QJL), which makes inner
+products with it right on average.
 
-Differences: the published half bits (2.5, 3.5), made by giving some outlier channels one bit more, are left out. Keys keep their
-rotation by position, which the random rotation makes irrelevant. The publication keeps no window; the registry gives it the one
-that all methods of a table share.
+Differences: the published half bits (2.5, 3.5), made by giving some outlier channels one bit more,
+are left out. Keys keep their rotation by position, which the random rotation makes irrelevant. The
+publication keeps no window; the registry gives it the one that all methods of a table share.
 """
 
 from __future__ import annotations
@@ -78,7 +81,9 @@ class TurboQuant(BodyMethod):
 
 @cache
 def lloyd_max_levels(dim: int, bits: int) -> Tensor:
-    """Levels [2**bits] float32, increasing, of least squared error for a coordinate of a random direction of dim >= 2 features."""
+    """Levels [2**bits] float32, increasing, of least squared error for a coordinate of a random
+    direction of dim >= 2 features.
+    """
     edges = np.linspace(-1, 1, _GRID + 1)
     middles = (edges[1:] + edges[:-1]) / 2
     density = (1 - middles**2) ** ((dim - 3) / 2)
@@ -93,7 +98,9 @@ def lloyd_max_levels(dim: int, bits: int) -> Tensor:
 
 
 def _pack_planes(symbols: Tensor, bits: int) -> bytes:
-    """Symbols below 2**bits -> one plane of bits after the other: any number of bits a symbol, no padding between."""
+    """Symbols below 2**bits -> one plane of bits after the other: any number of bits a symbol, no
+    padding between.
+    """
     planes = [np.packbits((symbols.reshape(-1) >> bit & 1).numpy().astype(np.uint8)) for bit in range(bits)]
     return b"".join(plane.tobytes() for plane in planes)
 

@@ -1,12 +1,13 @@
 """xKV: one singular value decomposition of each prompt's cache, shared by neighbouring layers.
 
-Chang et al., "xKV: Cross-Layer SVD for KV-Cache Compression", arXiv 2503.18893. Settings as in the kvtc paper: groups of 4 layers;
-of a group's features keys keep 1/8 as rank (512 of 4096) and values 3/16 (768 of 4096); keys before rotation. Both factors take a
-root of the singular values, as in the published code, and are stored in float16; the factor of the features belongs to the prompt
-and is counted.
+Chang et al., "xKV: Cross-Layer SVD for KV-Cache Compression", arXiv 2503.18893. Settings as in the
+kvtc paper: groups of 4 layers; of a group's features keys keep 1/8 as rank (512 of 4096) and values
+3/16 (768 of 4096); keys before rotation. Both factors take a root of the singular values, as in the
+published code, and are stored in float16; the factor of the features belongs to the prompt and is
+counted.
 
-Differences: publication and kvtc paper compress the whole prompt; here a window can be kept, as for the other methods of a table.
-A last group may have fewer layers.
+Differences: publication and kvtc paper compress the whole prompt; here a window can be kept, as for
+the other methods of a table. A last group may have fewer layers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from .stream import BodyMethod, Header, Reader, to_bytes, to_float16
 
 @dataclass(frozen=True, kw_only=True)
 class Xkv(BodyMethod):
-    """geometry: of the model, for its rotation. key_share, value_share: rank over the features of a group of layers."""
+    """xKV: groups of layers share a basis of low rank.
+
+    Parameters:
+        geometry: the geometry of the model, for its rotation.
+        key_share, value_share: rank over the number of features of a group of layers, 0 .. 1.
+    """
 
     geometry: CacheGeometry
     layers_per_group: int = 4

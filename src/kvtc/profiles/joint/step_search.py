@@ -1,28 +1,27 @@
-"""What the profiles with one step may spend, and the search for the step that spends it.
+"""The search for the step at which coded rows take the bytes asked for (`joint`, `conditional`).
 
-Bytes are estimated first, from the tables and for a sample of the tokens. Then the chunks are coded; where their real bytes miss
-what is wanted, the estimate is scaled by how far it was off, and asked again.
+Bytes are estimated first, from the tables and for a sample of the tokens. Then the codec codes all chunks at the step found; where
+their real bytes miss what is wanted, the estimate is scaled by how far it was off, and asked again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite, log2, sqrt
+from math import fsum, inf, log2, sqrt
 
 import numpy as np
+from torch import Tensor
 
+from ...calibration.joint_calibration import CoefficientModel
 from ...coding.joint.escapes import escaped_bytes
 from ...coding.joint.probability import ESCAPED_BITS
 from ...coding.joint.rounding import round_coefficients
-from ...coding.joint.uniform_quantizer import MAX_SYMBOL, column_classes
-from ...errors import InvalidArgument
-from ..paper.rate import DEFAULT_RATIO
-from .transform import Coefficients
+from ...coding.joint.uniform_quantizer import ESCAPE, MAX_SYMBOL, column_classes
+from ..interface import CodedRows
+from .plan import StepPlan
 
 SEARCH_TOKENS = 2048
-FINER_WINDOW = 4.0
-"""The step of the body over that of a coded window; with a finer one a window costs more bits than its tokens are worth."""
 _TURNS = 16
 _ACCURATE = 1e-3
 """Of the logarithm of the bytes."""
@@ -34,41 +33,18 @@ _FILL_TURNS, _MOST_FILL_TURNS = 5, 14
 _AIM, _FULL = 0.995, 0.985
 _APART = 1.0005
 
-Encode = Callable[[float], list[bytes]]
-
-
-@dataclass(frozen=True)
-class StepRate:
-    """What the profiles with one step may spend: a ratio of original bits to all bits of the body or, if given, a step.
-
-    finer_window: the step over that of coded windows; None where windows are kept exactly.
-    """
-
-    ratio: float = DEFAULT_RATIO
-    step: float | None = None
-    finer_window: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (isfinite(self.ratio) and self.ratio >= 1):
-            raise InvalidArgument(f"a ratio is original over stored bytes and at least 1; got {self.ratio}")
-        if self.step is not None and not (isfinite(self.step) and self.step > 0):
-            raise InvalidArgument(f"a step must be positive; got {self.step}")
-
-    @property
-    def key_parts(self) -> dict[str, float | None]:
-        """What of it goes into the keys of entries."""
-        step = None if self.step is None else float(self.step)
-        return {"ratio": float(self.ratio), "step": step, "finer_window": self.finer_window}
+PlanOf = Callable[[float], StepPlan]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Coefficients of every so many-th token, on the CPU; weight: tokens that each stands for.
+    """Coefficients [n, r] of every so many-th token, on the CPU, and their distribution.
 
-    finer: the step over theirs.
+    weight: tokens that each stands for. finer: the stream's step over theirs.
     """
 
-    coefficients: Coefficients
+    values: Tensor
+    model: CoefficientModel
     weight: float
     finer: float = 1.0
 
@@ -87,7 +63,7 @@ class CostEstimate:
 
     def bytes_at(self, step: float) -> float:
         """Expected bytes."""
-        bits = (s.weight * symbol_bits(s.coefficients, step / s.finer) for s in self._samples)
+        bits = (s.weight * symbol_bits(s.values, s.model, step / s.finer) for s in self._samples)
         return self._fixed + fsum(bits) / 8
 
     def step_for(self, n_bytes: float, low: float, high: float) -> float:
@@ -113,57 +89,93 @@ class CostEstimate:
         return float(np.float32(2**place))
 
 
-def symbol_bits(coefficients: Coefficients, step: float) -> float:
-    """Bits of the symbols of all tokens, escaped values included."""
-    model = coefficients.model
-    rounded = round_coefficients(coefficients.values, step, column_classes(model.deviations, step), model.tables)
-    large = rounded.values[np.abs(rounded.values) > MAX_SYMBOL]
+def symbol_bits(values: Tensor, model: CoefficientModel, step: float) -> float:
+    """Bits of the symbols of all coefficients [n, r] at a step, escaped values included."""
+    rounded = round_coefficients(values, step, column_classes(model.deviations, step), model.tables)
+    escaped = rounded.values[rounded.symbols == ESCAPE]
+    large = escaped[np.abs(escaped) > MAX_SYMBOL]
     return float(rounded.bits.sum(dtype=np.float64)) + 8 * escaped_bytes(large) - ESCAPED_BITS * len(large)
 
 
-def nearest_step(
-    n_bytes: float, near: float, estimate: CostEstimate, encode: Encode, low: float, high: float
-) -> tuple[float, list[bytes]]:
-    """The step, low .. high, whose coded rows take n_bytes but for `near`, and these rows; the nearest of a few where none does."""
-    step = estimate.step_for(n_bytes, low, high)
-    best, coded = step, encode(step)
-    least = abs(_size(coded) - n_bytes)
-    tried, size = {step}, _size(coded)
-    for _ in range(_CORRECTIONS):
-        step = estimate.step_for(n_bytes * estimate.bytes_at(step) / size, low, high)
-        if least <= near or step in tried:
-            break
-        found = encode(step)
-        size = _size(found)
-        tried.add(step)
-        if abs(size - n_bytes) < least:
-            best, coded, least = step, found, abs(size - n_bytes)
-    return best, coded
+class NearestStep:
+    """The search for the step whose bodies take n_bytes, but for `near`; the nearest of a few where none does.
+
+    low, high: within which steps may lie. plan_of: the plan of a step.
+    """
+
+    def __init__(
+        self, n_bytes: float, near: float, estimate: CostEstimate, low: float, high: float, plan_of: PlanOf
+    ) -> None:
+        self._wanted, self._near, self._estimate, self._plan_of = n_bytes, near, estimate, plan_of
+        self._bounds = low, high
+        self._tried = [estimate.step_for(n_bytes, low, high)]
+        self.plan = plan_of(self._tried[0])
+        self._missed = inf
+        self._best = self.plan, CodedRows()
+
+    def goes_on_after(self, coded: CodedRows) -> bool:
+        """See `Search`."""
+        size, step = sum(map(len, coded.bodies)), self._tried[-1]
+        if abs(size - self._wanted) < self._missed:
+            self._best, self._missed = (self.plan, coded), abs(size - self._wanted)
+        if self._missed <= self._near or len(self._tried) > _CORRECTIONS:
+            return False
+        step = self._estimate.step_for(self._wanted * self._estimate.bytes_at(step) / size, *self._bounds)
+        if step in self._tried:
+            return False
+        self._tried.append(step)
+        self.plan = self._plan_of(step)
+        return True
+
+    @property
+    def best(self) -> tuple[StepPlan, CodedRows]:
+        """See `Search`."""
+        return self._best
 
 
-def finest_step(
-    n_bytes: int, estimate: CostEstimate, encode: Encode, low: float, high: float
-) -> tuple[float, list[bytes]] | None:
-    """A step, low .. high, whose coded rows take n_bytes at most and hardly less, and these rows; None if none is found."""
-    best: tuple[float, list[bytes]] | None = None
-    off, fits, exceeds = 1.0, high, low
-    for turn in range(_MOST_FILL_TURNS):
-        if best is not None and turn >= _FILL_TURNS:
-            break
-        step = estimate.step_for(_AIM * n_bytes / off, low, high)
-        if turn and not _APART * exceeds < step < fits / _APART:
-            step = float(np.float32(sqrt(exceeds * fits)))
-        coded = encode(step)
-        size = _size(coded)
-        off = size / estimate.bytes_at(step)
-        if size > n_bytes:
-            exceeds = step
+class FinestStep:
+    """The search for a step at which bodies and windows take n_bytes at most, and hardly less.
+
+    low, high: within which steps may lie. plan_of: the plan of a step. nothing: what is coded where no step is found.
+    """
+
+    def __init__(
+        self,
+        n_bytes: int,
+        estimate: CostEstimate,
+        low: float,
+        high: float,
+        plan_of: PlanOf,
+        nothing: Callable[[], tuple[StepPlan, CodedRows]],
+    ) -> None:
+        self._most, self._estimate, self._plan_of, self._nothing = n_bytes, estimate, plan_of, nothing
+        self._bounds = low, high
+        self._exceeds, self._fits = low, high
+        self._turn = 0
+        self._step = estimate.step_for(_AIM * n_bytes, low, high)
+        self.plan = plan_of(self._step)
+        self._best: tuple[StepPlan, CodedRows] | None = None
+
+    def goes_on_after(self, coded: CodedRows) -> bool:
+        """See `Search`."""
+        size, low = sum(map(len, coded)), self._bounds[0]
+        if size > self._most:
+            self._exceeds = self._step
         else:
-            fits, best = step, (step, coded)
-            if size >= _FULL * n_bytes or step <= _APART * low:
-                break
-    return best
+            self._fits, self._best = self._step, (self.plan, coded)
+            if size >= _FULL * self._most or self._step <= _APART * low:
+                return False
+        self._turn += 1
+        if self._turn >= (_MOST_FILL_TURNS if self._best is None else _FILL_TURNS):
+            return False
+        off = size / self._estimate.bytes_at(self._step)
+        step = self._estimate.step_for(_AIM * self._most / off, *self._bounds)
+        if not _APART * self._exceeds < step < self._fits / _APART:
+            step = float(np.float32(sqrt(self._exceeds * self._fits)))
+        self._step, self.plan = step, self._plan_of(step)
+        return True
 
-
-def _size(coded: list[bytes]) -> int:
-    return sum(map(len, coded))
+    @property
+    def best(self) -> tuple[StepPlan, CodedRows]:
+        """See `Search`."""
+        return self._nothing() if self._best is None else self._best

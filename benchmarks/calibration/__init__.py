@@ -1,0 +1,1 @@
+"""What calibrating takes, and how exact it is."""

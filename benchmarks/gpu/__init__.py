@@ -1,0 +1,1 @@
+"""Time of the codec on a CUDA device, by stage."""

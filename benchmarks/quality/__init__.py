@@ -1,0 +1,1 @@
+"""What the codec's parts are worth: rate and quality on held-out text."""

@@ -1,0 +1,263 @@
+"""What each place of the pipeline gives: from `paper` to `conditional`, one place switched after
+another, on the reference model.
+
+    python -m benchmarks.quality.pipeline_steps --calibration-text FILE... --text FILE... --texts-per-file 2 [--windows 0 16 128]
+
+    paper -> one step and rANS, keys and values apart -> one transform of both -> metric -> linear prediction from token ids
+          -> hidden layer -> rounding by cost
+
+and the last one with one place switched off. All are fitted to the same rows of --calibration-text;
+bytes are those of real streams. Without rounding by cost each coefficient is rounded by itself,
+with the dead zone of `uniform.quantize`, and tables are fitted to that. Without the metric keys and
+values are scaled to unit variance.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+import kvtc
+import kvtc.backends.reference
+import kvtc.calibration.entropy
+from benchmarks.shared.calibrations import RANKS, add_calibration_arguments, sequences
+from benchmarks.shared.text_quality import add_text_arguments, measure, print_qualities
+from kvtc.calibration import Calibration
+from kvtc.calibration.artifact import KindCalibration
+from kvtc.calibration.entropy import fit_coefficients
+from kvtc.calibration.joint_calibration import JointCalibration
+from kvtc.calibration.joint_fit import TABLE_ROWS, WeightedRows, fit_joint
+from kvtc.calibration.principal import block_diagonal, principal_components
+from kvtc.calibration.row_spool import RowSpool
+from kvtc.calibration.rows import CHUNK_TOKENS
+from kvtc.coding.joint.metric import Metric
+from kvtc.coding.joint.prediction import N_TOKENS_SEEN, token_triples
+from kvtc.coding.joint.rounding import Rounded
+from kvtc.coding.joint.uniform_quantizer import ESCAPE, quantize, to_symbols
+from kvtc.coding.paper.distortion import MAX_SAMPLE_ROWS, measure_distortion
+from kvtc.coding.transform import project, rows_of
+from kvtc.evaluate.derived import FewerBytes, fewer_bytes
+from kvtc.evaluate.provenance import save_result
+from kvtc.evaluate.quality import Quality
+from kvtc.evaluate.schema import ABLATIONS
+from kvtc.huggingface.models import capture
+from kvtc.report.table import format_table
+
+SINK_TOKENS = 4
+PAPER_RATIOS = (8, 16, 32, 64)
+AT = ("paper 8x", "paper 16x")
+"""Points at whose KL bytes are compared."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a calibration is fitted with. n_hidden: None without prediction."""
+
+    is_joined: bool = True
+    has_metric: bool = True
+    n_hidden: int | None = None
+    rounds_by_cost: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row of the study: a calibration, and how it is used. A fit of prediction serves the profile
+    `joint`, too.
+    """
+
+    name: str
+    fit: Fit
+    profile: str = "conditional"
+
+
+def steps(n_hidden: int) -> list[Step]:
+    """Cumulatively, then all but one."""
+    linear = Fit(n_hidden=0)
+    full = Fit(n_hidden=n_hidden, rounds_by_cost=True)
+    return [
+        Step("one step and rANS", Fit(is_joined=False, has_metric=False), "joint"),
+        Step("+ joint transform", Fit(has_metric=False), "joint"),
+        Step("+ metric", linear, "joint"),
+        Step("+ linear prediction", linear),
+        Step("+ hidden layer", replace(full, rounds_by_cost=False)),
+        Step("+ rounding by cost", full),
+        Step("all but prediction", full, "joint"),
+        Step("all but the metric", replace(full, has_metric=False)),
+    ]
+
+
+def rounded_plainly(coefficients, step, classes, tables) -> Rounded:
+    """As `round_coefficients`, but each coefficient by itself, whatever it costs."""
+    values = np.ascontiguousarray(quantize(coefficients[:, : len(classes)], step).cpu().numpy().T)
+    symbols = to_symbols(values)
+    costs = tables.token_costs(symbols, classes)
+    activities = costs.argmin(axis=0).astype(np.uint8)
+    has_room = tables.frequencies[activities[None, :], classes[:, None], symbols] > 0
+    return Rounded(values, np.where(has_room, symbols, ESCAPE).astype(np.uint8), activities, costs.min(axis=0))
+
+
+@contextmanager
+def plain_rounding() -> Iterator[None]:
+    """Inside, encoders round plainly and tables are fitted to that."""
+    with (
+        patch.object(kvtc.backends.reference, "round_coefficients", rounded_plainly),
+        patch.object(kvtc.calibration.entropy, "round_coefficients", rounded_plainly),
+    ):
+        yield
+
+
+def rounding(fit: Fit):
+    return nullcontext() if fit.rounds_by_cost else plain_rounding()
+
+
+class Rows:
+    """Rows of calibration text on disk, and what prediction sees of each."""
+
+    def __init__(self, model, texts, geometry: kvtc.CacheGeometry, n_rows: int) -> None:
+        self.keys, self.values = (RowSpool(geometry.row_features, n_rows, seed=0) for _ in range(2))
+        self.triples = torch.zeros(n_rows, N_TOKENS_SEEN, dtype=torch.int64)
+        for ids in texts:
+            cache = capture(model, ids, geometry)
+            positions = cache.resolved_positions()
+            slots = self.keys.append(rows_of(geometry.rope.unrotate(cache.keys, positions, len(ids)))[SINK_TOKENS:])
+            self.values.append(rows_of(cache.values)[SINK_TOKENS:], slots)
+            seen = token_triples(ids.numpy(), positions.numpy(), CHUNK_TOKENS).numpy()[SINK_TOKENS:]
+            self.triples.numpy()[slots[slots >= 0]] = seen[slots >= 0]
+            if self.keys.n_offered >= n_rows:
+                return
+        raise SystemExit(f"the calibration text holds {self.keys.n_rows} tokens; {n_rows} are asked for")
+
+
+class Fits:
+    """Calibrations from the same rows; metric, token table and size of the hidden layer are those
+    of the shipped one.
+    """
+
+    def __init__(self, rows: Rows, shipped: Calibration, rank: int) -> None:
+        self._rows, self._shipped, self._rank = rows, shipped, rank
+        self.paper = Calibration(shipped.geometry, self._kind(rows.keys), self._kind(rows.values), {})
+        blocks, size, _ = shipped.joint.metric.roots.shape
+        scales = torch.tensor([_deviation(rows.keys), _deviation(rows.values)]).repeat_interleave(blocks // 2)
+        self._unit_variance = Metric.from_roots(torch.eye(size) / scales[:, None, None])
+
+    def of(self, fit: Fit) -> Calibration:
+        """Its tables are made with its rounding."""
+        metric = self._shipped.joint.metric if fit.has_metric else self._unit_variance
+        with rounding(fit):
+            joint = self._joined(metric, fit.n_hidden) if fit.is_joined else self._separate(metric)
+        return Calibration(self._shipped.geometry, self.paper.key, self.paper.value, {}, joint)
+
+    def _joined(self, metric: Metric, n_hidden: int | None) -> JointCalibration:
+        rows, table = self._rows, self._shipped.joint.tokens.predictor.table
+        given = {} if n_hidden is None else {"table": table, "triples": rows.triples, "n_hidden": n_hidden}
+        return fit_joint(self._shipped.geometry, rows.keys, rows.values, metric, self._rank, 0, **given)
+
+    def _separate(self, metric: Metric) -> JointCalibration:
+        """A basis of keys beside one of values, components of both by falling variance."""
+        weighted = WeightedRows(self._rows.keys, self._rows.values, metric)
+        p = self._rows.keys.features
+        parts = [principal_components(weighted, self._rank, columns) for columns in (slice(0, p), slice(p, 2 * p))]
+        basis = block_diagonal(parts, self._rank).basis
+        chosen = torch.zeros(weighted.n_rows, dtype=torch.bool)
+        chosen[np.random.default_rng(0).permutation(weighted.n_rows)[:TABLE_ROWS]] = True
+        sample, start = [], 0
+        for block in weighted.blocks():
+            sample.append(project(block[chosen[start : start + len(block)]], basis.mean, basis.vectors.float()))
+            start += len(block)
+        return JointCalibration(basis, metric, fit_coefficients(torch.cat(sample)), None)
+
+    def _kind(self, spool: RowSpool) -> KindCalibration:
+        found = principal_components(spool, RANKS["rank"])
+        vectors = found.basis.vectors.float()
+        sample = spool.sample(MAX_SAMPLE_ROWS, seed=0)
+        table = measure_distortion(project(block, found.basis.mean, vectors).numpy() for block in sample)
+        return KindCalibration(found.basis, table, found.total_variance)
+
+
+def _deviation(spool: RowSpool) -> float:
+    """Of all features of a kind, each about its own mean."""
+    n, total, squares = spool.n_rows, 0.0, 0.0
+    for block in spool.blocks():
+        total = total + block.sum(dim=0, dtype=torch.float64)
+        squares = squares + block.square().sum(dim=0, dtype=torch.float64)
+    return float((squares / n - (total / n).square()).mean().sqrt())
+
+
+def measured(model, tokenizer, fitted: Mapping[Fit, Calibration], of_study, paper: Calibration, window: int, options):
+    """Every step at every ratio, `paper` first."""
+    codecs = {f"paper {ratio:g}x": kvtc.Codec(paper, ratio=ratio, window_tokens=window) for ratio in PAPER_RATIOS}
+    found = measure(model, tokenizer, codecs, options)
+    for step in of_study:
+        codecs = {
+            f"{step.name} {ratio:g}x": kvtc.Codec(fitted[step.fit], step.profile, ratio=ratio, window_tokens=window)
+            for ratio in options.ratios
+        }
+        with rounding(step.fit):
+            found += measure(model, tokenizer, codecs, options)
+        print(f"window {window}: {step.name}", flush=True)
+    return found
+
+
+def gains(qualities: list[Quality], window: int, names: list[str]) -> list[FewerBytes]:
+    """Times fewer bytes than `paper` at its KL."""
+    return [figure for figure in fewer_bytes({window: qualities}, names) if figure.at in AT]
+
+
+def print_gains(figures: list[FewerBytes], names: list[str]) -> None:
+    found = {(figure.series, figure.at): figure for figure in figures}
+
+    def shown(figure: FewerBytes) -> str:
+        return "-" if figure.body_factor is None else f"{'>= ' * figure.is_bound}{figure.body_factor:.2f}x"
+
+    print(format_table(["", *AT], [[name, *(shown(found[name, at]) for at in AT)] for name in names]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_arguments(parser)
+    add_calibration_arguments(parser)
+    parser.add_argument("--joint-rank", type=int, default=640)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[10, 32, 80, 192])
+    parser.add_argument("--windows", type=int, nargs="+", default=[0], help="last tokens kept exactly")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    model, tokenizer = kvtc.reference_model(dtype="bfloat16")
+    shipped = kvtc.reference_calibration()
+    texts = sequences(options.calibration_text, tokenizer)
+    fits = Fits(Rows(model, texts, shipped.geometry, options.calibration_tokens), shipped, options.joint_rank)
+    of_study = steps(shipped.joint.tokens.predictor.outputs.shape[0])
+    fitted = {fit: fits.of(fit) for fit in dict.fromkeys(step.fit for step in of_study)}
+    print(f"fitted in {time.perf_counter() - started:.0f} s", flush=True)
+    names = [step.name for step in of_study]
+    studies, figures = [], []
+    for window in options.windows:
+        qualities = measured(model, tokenizer, fitted, of_study, fits.paper, window, options)
+        print_qualities(qualities)
+        of_window = gains(qualities, window, names)
+        print_gains(of_window, names)
+        figures += of_window
+        studies.append(
+            {
+                "title": f"What each place of the pipeline gives, window {window}",
+                "note": "Each row starting with + is the row above with one place more; all are fitted to the same rows.",
+                "qualities": [asdict(quality) for quality in qualities],
+            }
+        )
+    result = {
+        "kind": ABLATIONS,
+        "seconds": round(time.perf_counter() - started, 1),
+        "calibration_tokens": options.calibration_tokens,
+        "joint_rank": options.joint_rank,
+        "studies": studies,
+        "gains": [asdict(figure) for figure in figures],
+    }
+    save_result("pipeline_steps", result)
+
+
+if __name__ == "__main__":
+    main()

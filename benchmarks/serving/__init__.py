@@ -1,0 +1,1 @@
+"""Time to the first token with the prefix cache and its stores."""

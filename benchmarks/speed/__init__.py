@@ -1,0 +1,1 @@
+"""Time of the codec and of its stages on the CPU."""

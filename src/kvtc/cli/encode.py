@@ -1,0 +1,144 @@
+"""The subcommand `encode`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import Outcome, add_calibration, add_model, add_output, add_subcommand, check_output
+from .models import find_calibration, load_model, load_tokenizer
+from .texts import add_truncate, text_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..cache import KVCache
+    from ..calibration import Calibration
+
+CACHE_SUFFIX = ".safetensors"
+PIECE_TOKENS = 512
+"""Of a prefill: progress shows after each piece."""
+
+
+def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `encode`."""
+    parser = add_subcommand(
+        subcommands,
+        common,
+        "encode",
+        encode,
+        "code a cache, or the cache of a text, into a stream",
+        "Options that are not given have the defaults of kvtc.Codec: ratio 16, 4 sink and 128 window tokens, deflate.",
+    )
+    parser.add_argument("input", type=Path, help="a saved cache (.safetensors), or a text to prefill with --model")
+    add_output(parser, "the stream to write")
+    add_calibration(parser)
+    add_model(parser)
+    add_truncate(parser)
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help="paper, joint or conditional (default: the last of these that the calibration serves; for a cache that was "
+        "saved without token ids, which conditional needs to decode, joint)",
+    )
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("--ratio", type=float, help="how many times fewer bits the coded tokens get")
+    rate.add_argument("--step", type=float, help="instead: the step of joint and conditional")
+    rate.add_argument(
+        "--kl",
+        type=float,
+        metavar="NATS",
+        help="instead: the divergence of predictions to expect, by the calibration's curve (joint, conditional)",
+    )
+    parser.add_argument(
+        "--fixed-size",
+        action="store_true",
+        default=None,
+        help="pad to the same bytes for every cache of as many tokens (joint, conditional; with a ratio)",
+    )
+    parser.add_argument("--sink-tokens", type=int, metavar="N", help="first tokens kept exactly")
+    parser.add_argument("--window-tokens", type=int, metavar="N", help="last tokens kept exactly")
+    parser.add_argument(
+        "--window-format",
+        choices=("exact", "coded"),
+        help="coded: like the body, with a quarter of its step (joint, conditional)",
+    )
+    parser.add_argument("--lossless", choices=("deflate", "zstd", "lz4", "none"))
+    parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk, the unit of random access")
+
+
+def encode(options: argparse.Namespace) -> Outcome:
+    """`kvtc encode`."""
+    check_output(options.output, options.force)
+    is_cache = options.input.suffix == CACHE_SUFFIX
+    if not is_cache and options.model is None:
+        options.usage_error(f"a text needs --model; a saved cache ends in {CACHE_SUFFIX}")
+    from ..cache_file import load_cache
+    from ..codec import Codec
+    from ..codec.inspection import inspect
+    from ..files import write_atomically
+
+    calibration = find_calibration(options)
+    taken = signature(Codec).parameters.keys() - {"calibration"}
+    given = {name: value for name, value in vars(options).items() if name in taken and value is not None}
+    prefill_seconds = None
+    if is_cache:
+        cache, token_ids = load_cache(options.input)
+        if token_ids is None and "joint" in calibration.profiles:
+            given.setdefault("profile", "joint")
+    codec = Codec(calibration, **given)
+    if not is_cache:
+        cache, token_ids, prefill_seconds = _prefill(options, calibration)
+    started = time.perf_counter()
+    stream = codec.encode(cache, token_ids)
+    encode_seconds = time.perf_counter() - started
+    write_atomically(options.output, stream)
+
+    from ..report.table import format_bytes, format_fields, format_ratio, format_seconds
+
+    info = inspect(stream)
+    result = {
+        "path": str(options.output),
+        "n_tokens": info.n_tokens,
+        "sink_tokens": info.sink_tokens,
+        "body_tokens": info.body_tokens,
+        "window_tokens": info.window_tokens,
+        "original_bytes": info.original_bytes,
+        "body_bytes": info.body_bytes,
+        "total_bytes": info.total_bytes,
+        "padding_bytes": info.padding_bytes,
+        "body_ratio": info.body_ratio,
+        "total_ratio": info.total_ratio,
+        "prefill_seconds": prefill_seconds,
+        "encode_seconds": encode_seconds,
+    }
+    fields = [
+        (
+            "saved",
+            f"{options.output}, {format_bytes(info.total_bytes)} for {format_bytes(info.original_bytes)} of cache",
+        ),
+        (
+            "tokens",
+            f"{info.n_tokens:,}: {info.sink_tokens} sink, {info.body_tokens:,} body, {info.window_tokens} window",
+        ),
+        ("body_ratio", format_ratio(info.body_ratio)),
+        ("total_ratio", format_ratio(info.total_ratio)),
+        ("encode", format_seconds(encode_seconds)),
+    ]
+    if prefill_seconds is not None:
+        fields.append(("prefill", format_seconds(prefill_seconds)))
+    return result, format_fields(fields)
+
+
+def _prefill(options: argparse.Namespace, calibration: Calibration) -> tuple[KVCache, Tensor, float]:
+    """The cache of a text, the ids of its tokens, and seconds."""
+    from ..huggingface.models import capture
+
+    token_ids = text_ids(options, options.input, load_tokenizer(options.model))
+    model = load_model(options.model, options.device)
+    started = time.perf_counter()
+    cache = capture(model, token_ids, calibration.geometry, PIECE_TOKENS)
+    return cache, token_ids, time.perf_counter() - started

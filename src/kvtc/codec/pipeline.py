@@ -1,0 +1,210 @@
+"""The stages of the codec in their order; `encode` and `Decoding` mirror one another.
+
+encode   un-rotate -> predict -> project -> quantize -> entropy-code -> seal
+decode   open -> entropy-decode -> add prediction -> reconstruct, layer by layer -> rotate
+
+The stages between are the profile's (`profiles.interface`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, Target
+from ..cache import KVCache, TokenIds
+from ..calibration.artifact import Calibration
+from ..coding.joint.prediction import token_triples
+from ..coding.regions import ChunkSpan
+from ..coding.transform import saturate
+from ..process.progress import track
+from ..process.torch_state import neutral_torch_state
+from ..profiles.interface import Budget, CodedRows, Encoder, Plan, Rows
+from .opened_stream import ExactTokens, OpenedStream
+from .sealed_stream import StreamDraft
+
+CoefficientsT = TypeVar("CoefficientsT")
+SymbolsT = TypeVar("SymbolsT")
+PlanT = TypeVar("PlanT", bound=Plan)
+Sides = tuple[Target, Target]
+"""Where keys and values of one layer go."""
+
+
+def encode(
+    cache: KVCache,
+    token_ids: TokenIds | None,
+    spans: list[ChunkSpan],
+    draft: StreamDraft,
+    size: int | None,
+    calibration: Calibration,
+    backend: Backend,
+    encoder: Encoder[CoefficientsT, SymbolsT, PlanT],
+) -> bytes:
+    """A cache -> stream.
+
+    All coefficients are held until the plan is found, 4 r bytes a token for r coefficients, so that rows are un-rotated and
+    projected once however many steps are tried.
+
+    Parameters:
+        cache: checked; on any device.
+        token_ids: int64 [T], or None.
+        spans: its chunks.
+        draft: the sections of the stream that do not depend on the rate.
+        size: bytes of the stream, which is padded to them; None: no padding.
+        calibration: of the cache's model.
+        backend: does the arithmetic.
+        encoder: of a profile, at a rate.
+    """
+    batches = []
+    for rows in unrotated(cache, token_ids, spans, draft.settings.coded_window, calibration, backend):
+        predicted = encoder.predict(rows)
+        batches.append((rows.is_window, encoder.project(rows, predicted)))
+    search = encoder.search([coefficients for _, coefficients in batches], _budget(cache, draft, size, encoder))
+    is_searching = True
+    while is_searching:
+        coded = CodedRows()
+        for is_window, coefficients in batches:
+            symbols = encoder.quantize(coefficients, search.plan)
+            coded.add(encoder.entropy_code(symbols), is_window)
+        is_searching = search.goes_on_after(coded)
+    plan, coded = search.best
+    return draft.seal(plan.to_bytes(), coded, encoder.is_entropy_coded, size)
+
+
+def unrotated(
+    cache: KVCache,
+    token_ids: TokenIds | None,
+    spans: list[ChunkSpan],
+    codes_windows: bool,
+    calibration: Calibration,
+    backend: Backend,
+) -> Iterator[Rows]:
+    """The rows of coded tokens on the backend's device, some chunks at a time: all bodies, then all windows that are coded."""
+    positions, length = cache.resolved_positions(), cache.resolved_rope_length()
+    most = backend.batch_tokens(2 * calibration.geometry.row_features)
+    batches = [(False, batch) for batch in _batches([(span, span.body) for span in spans if span.n_body], most)]
+    if codes_windows:
+        windows = [(span, span.window) for span in spans if span.n_window]
+        batches += [(True, batch) for batch in _batches(windows, most)]
+    for is_window, batch in track(batches, "encoding", "batches"):
+        tokens = slice(batch[0][1].start, batch[-1][1].stop)
+        keys, values = (side[:, :, tokens].to(backend.device) for side in (cache.keys, cache.values))
+        turns = calibration.geometry.rope.turns(positions[tokens].to(backend.device), length, inverse=True)
+        triples = None if token_ids is None else torch.cat([_triples(token_ids, positions, *part) for part in batch])
+        counts = tuple(part.stop - part.start for _, part in batch)
+        yield Rows(backend.gather(keys, values, turns), triples, counts, cache.original_bits, is_window)
+
+
+class Decoding:
+    """Opened streams of one profile on their way back into caches, layer by layer.
+
+    Coefficients are decoded when this is made, which raises `CorruptStream`.
+
+    Parameters:
+        opened: the streams.
+        shifts: how many positions the tokens of each stream move.
+        calibration: of their model.
+        backend: does the arithmetic.
+    """
+
+    def __init__(
+        self, opened: Sequence[OpenedStream], shifts: Sequence[int], calibration: Calibration, backend: Backend
+    ) -> None:
+        self._opened, self._backend = opened, backend
+        self._n_heads, self._head_dim = calibration.geometry.n_kv_heads, calibration.geometry.head_dim
+        self._decoder = opened[0].decoder
+        bodies = [body.on(backend.device) for stream in opened for body in stream.coded]
+        coefficients = self._decoder.entropy_decode(bodies)
+        self._coefficients = self._decoder.add_prediction(coefficients, bodies)
+        rope = calibration.geometry.rope
+        self._turns, self._exact = [], []
+        for stream, shift in zip(opened, shifts, strict=True):
+            # Decoded are whole chunks, wanted is a prefix.
+            body = slice(stream.body.start, min(stream.body.stop, stream.n_tokens))
+            positions = (stream.positions[body] + shift).to(backend.device)
+            self._turns.append(rope.turns(positions, stream.header.rope_length + shift))
+            self._exact.append([self._moved(part, stream, shift, calibration) for part in stream.exact])
+
+    def write_layer(self, layer: int, sides: Sequence[Sides]) -> None:
+        """Restore one layer of every stream.
+
+        Parameters:
+            layer: its index within the calibration.
+            sides: for each stream where its first `n_tokens` tokens go.
+        """
+        keys, values = (
+            rows.view(-1, self._n_heads, self._head_dim)
+            for rows in self._decoder.reconstruct(self._coefficients, layer)
+        )
+        first = 0
+        for stream, targets, turns, exact in zip(self._opened, sides, self._turns, self._exact, strict=True):
+            start, stop = stream.body.start, max(stream.body.start, min(stream.body.stop, stream.n_tokens))
+            here = slice(first, first + stop - start)
+            body = targets[0].part(slice(start, stop)), targets[1].part(slice(start, stop))
+            self._backend.place(keys[here], values[here], turns[layer], body)
+            for part in exact:
+                n = max(0, min(part.tokens.stop, stream.n_tokens) - part.first)
+                for target, side in zip(targets, (part.keys, part.values), strict=True):
+                    target.part(slice(part.first, part.first + n)).write(side[layer][:, :n])
+            first += stream.body.stop - start
+
+    @neutral_torch_state
+    def new_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer of the only stream as keys and values [H, T, D] of their own, in its dtype, on the backend's device."""
+        (stream,) = self._opened
+        shape = (self._n_heads, stream.n_tokens, self._head_dim)
+        keys, values = (
+            torch.empty(shape, dtype=stream.header.dtype, device=self._backend.device) for _ in ("keys", "values")
+        )
+        self.write_layer(layer, [(Target.of(keys), Target.of(values))])
+        return keys, values
+
+    def _moved(self, part: ExactTokens, stream: OpenedStream, shift: int, calibration: Calibration) -> ExactTokens:
+        """Exact tokens on the backend's device, their keys turned to new positions if there is a shift."""
+        keys, values = part.keys.to(self._backend.device), part.values.to(self._backend.device)
+        if shift:
+            rope, length = calibration.geometry.rope, stream.header.rope_length
+            positions = stream.positions[part.tokens]
+            plain = rope.unrotate(keys, positions, length)
+            keys = saturate(rope.rotate(plain, positions + shift, length + shift), keys.dtype)
+        return ExactTokens(part.first, keys, values)
+
+
+def _budget(
+    cache: KVCache, draft: StreamDraft, size: int | None, encoder: Encoder[CoefficientsT, SymbolsT, PlanT]
+) -> Budget:
+    plan_bytes = encoder.plan_bytes()
+    return Budget(
+        sum(chunk.n_body for chunk in draft.chunks),
+        cache.original_bits,
+        other_bytes=draft.body_bytes + plan_bytes,
+        at_most=None if size is None else size - draft.n_bytes - plan_bytes,
+    )
+
+
+_Part = tuple[ChunkSpan, slice]
+"""A chunk, and its tokens that are coded."""
+
+
+def _batches(parts: Sequence[_Part], n_tokens: int) -> Iterator[list[_Part]]:
+    """Neighbours that hold n_tokens at most, or one of them."""
+    batch: list[_Part] = []
+    held = 0
+    for span, tokens in parts:
+        count = tokens.stop - tokens.start
+        if batch and held + count > n_tokens:
+            yield batch
+            batch, held = [], 0
+        batch.append((span, tokens))
+        held += count
+    if batch:
+        yield batch
+
+
+def _triples(token_ids: TokenIds, positions: Tensor, span: ChunkSpan, part: slice) -> Tensor:
+    """What prediction sees of a part of a chunk."""
+    found = token_triples(token_ids[span.tokens], positions[span.tokens].numpy())
+    return found[part.start - span.first : part.stop - span.first]

@@ -1,0 +1,165 @@
+"""Calibration of a transformers model: capture its caches, accumulate their rows, fit, measure quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import CacheGeometry
+from ..calibration import Calibration
+from ..calibration.fit import EMBEDDING_RANK, HIDDEN_FEATURES, RANK_CAP, FitOptions, fit
+from ..calibration.rows import MAX_ROWS, CalibrationRows
+from ..container import PROFILES
+from ..errors import InvalidArgument
+from ..process.progress import reporting, task
+from .measure_quality import HeldOut, measure_quality
+from .model_files import UnknownModel
+from .model_identity import calibrated_identity
+from .models import as_ids, capture, geometry_of, verify_rope
+from .sensitivity import Sensitivity
+
+_VERIFICATION_TOKENS = 256
+
+
+def calibrate(
+    model: Any,
+    token_sequences: Iterable[Tensor | Sequence[int]],
+    *,
+    sink_tokens: int = 4,
+    layers: tuple[int, int] | None = None,
+    kv_heads: tuple[int, int] | None = None,
+    profiles: Sequence[str] = tuple(PROFILES),
+    max_rows: int = MAX_ROWS,
+    max_tokens: int | None = None,
+    rank: int = RANK_CAP,
+    joint_rank: int = RANK_CAP,
+    embedding_rank: int = EMBEDDING_RANK,
+    hidden_features: int = HIDDEN_FEATURES,
+    spool_directory: str | Path | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Calibrate a model on texts of its kind.
+
+    Parameters:
+        model: a transformers causal LM.
+        token_sequences: [T] integers each; any iterable, read once and only until `max_tokens` tokens were seen.
+            Sequences of at most `sink_tokens` tokens hold nothing to learn from and are skipped. The first one
+            also verifies the rotation. Of a whole model, every 16th sequence of at least 384 tokens, up to 8, is
+            not fitted to: quality is measured on it.
+        sink_tokens: first tokens of each sequence, whose rows are left out.
+        layers, kv_heads: half-open (start, stop) of one pipeline or tensor-parallel rank; None: all.
+        profiles: what the calibration shall serve; it always serves `paper`.
+        max_rows: tokens whose rows are kept, as float16 on disk.
+        max_tokens: tokens past the sinks after which no more text is read; None: max_rows.
+        rank, joint_rank, embedding_rank, hidden_features: sizes, as in `kvtc.calibration.fit.FitOptions`.
+        spool_directory: where the rows are; None: the system's directory for temporary files.
+        seed: of all random draws.
+        device: where the calibration is fitted; None: where the model's embeddings are.
+        progress: whether to show on stderr what is being done.
+
+    Returns:
+        The calibration; its `save` writes the file.
+
+    Raises:
+        InvalidArgument: for an option out of range, an unknown profile, too little disk, or too little text.
+        UnsupportedModel: for a model whose cache, rotation or attention cannot be read, naming the layer.
+        InvalidCache: for a model whose cache holds NaN or infinite values.
+    """
+    unknown = set(profiles) - set(PROFILES)
+    if unknown:
+        raise InvalidArgument(f"profile {sorted(unknown)[0]!r} is unknown; expected some of {', '.join(PROFILES)}")
+    is_whole, has_joint = layers is None and kv_heads is None, not set(profiles) <= {"paper"}
+    geometry = geometry_of(model, layers, kv_heads)
+    sizes = FitOptions(rank, joint_rank, embedding_rank, hidden_features, seed)
+    sensitivity = Sensitivity(model, geometry, sink_tokens) if has_joint else None
+    held_out = HeldOut() if has_joint and is_whole else None
+    embeddings = model.get_input_embeddings().weight
+    with reporting(progress):
+        with CalibrationRows(
+            geometry,
+            sink_tokens=sink_tokens,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            with_tokens="conditional" in profiles,
+            spool_directory=spool_directory,
+            seed=seed,
+            device=embeddings.device if device is None else device,
+        ) as rows:
+            sequences = _verified(model, geometry, token_sequences, sink_tokens)
+            accumulate(model, sequences, rows, sensitivity, held_out)
+            calibration = fit(
+                rows,
+                sizes,
+                metric=sensitivity.metric() if sensitivity else None,
+                embeddings=embeddings if "conditional" in profiles else None,
+                info=_about(model),
+            )
+        if held_out and held_out.sequences:
+            calibration = measure_quality(model, calibration, held_out.sequences)
+    return calibration
+
+
+def _verified(
+    model: Any, geometry: CacheGeometry, token_sequences: Iterable[Tensor | Sequence[int]], sink_tokens: int
+) -> Iterator[Tensor]:
+    """The sequences of more than sink_tokens tokens, as [T] int64; the rotation is verified on the first one, here and now.
+
+    Time and memory: one forward pass over at most 256 tokens.
+    """
+    sequences = (ids for ids in map(as_ids, token_sequences) if len(ids) > sink_tokens)
+    first = next(sequences, None)
+    if first is None:
+        raise InvalidArgument(f"expected at least one sequence of more than {sink_tokens} tokens, found none")
+    with task("checking the rotation"):
+        verify_rope(model, geometry, first[:_VERIFICATION_TOKENS])
+    return chain([first], sequences)
+
+
+def accumulate(
+    model: Any,
+    sequences: Iterable[Tensor],
+    rows: CalibrationRows,
+    sensitivity: Sensitivity | None = None,
+    held_out: HeldOut | None = None,
+) -> None:
+    """Capture the cache of one sequence after another and add its rows, until the rows have seen enough tokens.
+
+    Time: one forward pass of the model over each sequence; a pass that is recorded computes attention in float32.
+    Memory: the cache of one sequence.
+
+    Parameters:
+        model: a transformers causal LM.
+        sequences: [T] int64 each; none is asked for once `rows.is_full`.
+        rows: what the caches are added to.
+        sensitivity: captures the caches and records the passes; None: they are captured alone.
+        held_out: takes some of the sequences, whose caches are not captured; None: none are.
+    """
+    with task("reading text", rows.max_tokens, "tokens at most") as advance:
+        for ids in sequences:
+            if held_out is not None and held_out.takes(ids):
+                continue
+            cache = capture(model, ids, rows.geometry) if sensitivity is None else sensitivity.capture(ids)
+            rows.add(cache, ids)
+            advance(len(ids))
+            if rows.is_full:
+                return
+
+
+def _about(model: Any) -> dict[str, Any]:
+    """What a calibration's `info` says of its model: the number of its parameters, and its identity.
+
+    The identity is None where its parameters do not show their bytes, or it has forward hooks.
+    """
+    try:
+        identity = calibrated_identity(model)
+    except UnknownModel:
+        identity = None
+    # A parameter shared by several modules is listed once.
+    return {"model_parameters": sum(parameter.numel() for parameter in model.parameters()), "model_identity": identity}
