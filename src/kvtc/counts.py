@@ -1,5 +1,6 @@
-"""What is counted while caches go to a store and come back, in one vocabulary for all users of
-stores."""
+"""What the users of stores count while caches go to a store and come back, in one vocabulary.
+
+A store counts for itself what it is asked for, in `StoreStatistics`."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from .process.locks import ForkSafeLock
 
 COUNTERS = {
     "lookups": "Questions to the store about what it has.",
-    "misses": "Entries asked for that could not be had, for whatever reason.",
+    "misses": "Entries asked for that could not be had; a load of a prefix ends at the first, and counts it alone.",
     "entries_loaded": "Entries fetched and decoded.",
     "bytes_read": "Bytes of entries fetched.",
-    "damaged": "Entries found damaged, and deleted.",
-    "other": "Entries of another format, calibration or text than asked for, left alone.",
+    "damaged": "Entries found damaged, by their store or when they are decoded, and deleted.",
+    "other": "Entries of another format, encryption key, calibration or text, left alone.",
     "decode_errors": "Entries not decoded for lack of memory or because of an unexpected error, left alone.",
     "entries_saved": "Entries coded and stored.",
     "entries_shared": "Entries that were in the store already.",
@@ -25,10 +26,10 @@ COUNTERS = {
     "store_errors": "Calls that the store refused, did not answer or failed in.",
     "loads": "Loads that have ended.",
     "load_errors": "Loads ended by an unexpected error.",
-    "hits": "Loads, or requests of an engine, for which tokens were found.",
+    "hits": "Loads of a prefix cache that gave tokens, or requests of an engine to which tokens were promised.",
     "tokens_asked": "Tokens of the prompts that were looked up.",
     "tokens_found": "Leading tokens of prompts found in the store.",
-    "tokens_promised": "Tokens that an engine asked to load.",
+    "tokens_promised": "Tokens that an engine was promised and asked to load; tokens_loaded says what came.",
     "tokens_loaded": "Tokens loaded.",
     "tokens_missed": "Tokens that could not be loaded and were left to the engine.",
     "saves": "Prefixes saved.",

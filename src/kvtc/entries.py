@@ -1,14 +1,15 @@
 """Entries of a store, for callers who must not fail because of them: what is a miss, what is
 damage, what is counted and logged.
 
-    load, decode, count_leading    an error is a miss
+    read, decode, count_leading    an error is a miss
     save, forget                   an error means that it is not done
     fetch, put, write, delete      an error is raised, as `StoreError` whatever the store raised
 
-Every error is counted. The fault of an entry decides whether it stays:
+Every error is counted. The fault of an entry, found by its store or by decoding, decides whether it
+stays:
 
-    damaged         it contradicts itself, or ends too early: it is deleted, so that the next save stores it again
-    other           it has a newer format, or another calibration or text than was asked for: it stays, somebody else reads it
+    damaged         it fails a checksum, contradicts itself or ends too early: it is deleted, and the next save stores it again
+    other           it is of a newer format, or of another encryption key, calibration or text: it stays, others read it
     decode_errors   there was no memory to decode it, or code failed: it stays, it may be sound
 
 Every error is logged with its cause, one of each kind a minute. Only `KeyboardInterrupt` and
@@ -26,7 +27,7 @@ from .counts import Counts
 from .errors import PROGRAM_ENDS, CorruptStream, KvtcError, StoreError, TruncatedStream
 from .process.log_limits import log_once
 from .store import Store
-from .store.base import read_count, read_values
+from .store.base import read_count, read_values, telling_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Entries:
         self.store = store
         self.counts = Counts()
 
-    def load(self, keys: Sequence[str], *, is_resident: bool = False) -> list[Any]:
+    def read(self, keys: Sequence[str], *, is_resident: bool = False) -> list[Any]:
         """Read entries.
 
         Parameters:
@@ -68,7 +69,7 @@ class Entries:
 
         Parameters:
             key: Of the entry.
-            entry: As `load` gives it, None too.
+            entry: As `read` gives it, None too.
             decode: Makes of an entry what is wanted.
 
         Returns:
@@ -118,8 +119,8 @@ class Entries:
             self.delete(key)
 
     def fetch(self, keys: Sequence[str], *, is_resident: bool = False) -> list[Any]:
-        """As `load`, but raises `StoreError` where the store fails."""
-        with self._asking("read"):
+        """As `read`, but raises `StoreError` where the store fails."""
+        with self._asking("read"), telling_unreadable(self._count_unreadable):
             entries = (self.store.resident_many if is_resident else self.store.get_many)(keys)
             entries = read_values(entries, len(keys), is_resident=is_resident)
         self.counts.add(bytes_read=sum(len(entry) for entry in entries if entry is not None))
@@ -190,6 +191,10 @@ class Entries:
         self.counts.add(**{counter: 1})
         name, unexpected = type(error).__name__, None if isinstance(error, KvtcError) else error
         log_once(logger, f"{message} {name}", f"{message}: %s: %s", *arguments, name, error, exc_info=unexpected)
+
+    def _count_unreadable(self, found: str) -> None:
+        """Of what a store finds and logs itself."""
+        self.counts.add(**{"other" if found == "foreign" else found: 1})
 
     def _miss(self, counter: str, error: BaseException, message: str, key: str) -> None:
         self.counts.add(misses=1)

@@ -224,6 +224,32 @@ def test_a_damaged_entry_is_computed_and_saved_anew(connector, options):
         engine.finish()
 
 
+def test_bytes_that_change_on_disk_are_counted_logged_once_and_deleted(connector, options, caplog):
+    ids, truth = prompt()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    engine.run("a", ids, truth)
+    engine.finish()
+    store = open_store(options["kvtc.store"])
+    streams = {key: store.get(key) for key in store.keys() if key.startswith("chunk")}  # noqa: SIM118
+    damaged = max(streams, key=lambda key: inspect(streams[key]).first_position)
+    (path,) = (
+        one for one in store._directory.root.rglob("*") if one.is_file() and streams[damaged] in one.read_bytes()
+    )
+    path.write_bytes(path.read_bytes()[:-1] + bytes([streams[damaged][-1] ^ 1]))
+    caplog.clear()
+    engine = FakeEngine(connector, *configs(options, **SHAPE))
+    n_loaded, found = engine.run("b", ids, truth)
+    assert n_loaded == 256
+    assert close_to(found, truth)
+    counts = engine.worker._mover.counts.read()
+    assert (counts["damaged"], counts["misses"], counts["other"]) == (1, 1, 0)
+    assert not path.exists()
+    (message,) = (one.getMessage() for one in caplog.records if one.name.startswith("kvtc"))
+    assert "is damaged and is deleted: checksum does not fit" in message
+    assert str(store._directory.root) in message
+    engine.finish()
+
+
 def test_an_entry_that_vanishes_between_the_question_and_the_load_is_computed(connector, options):
     ids, truth = prompt()
     engine = FakeEngine(connector, *configs(options, **SHAPE))

@@ -49,14 +49,14 @@ def save(prefixes: PrefixCache, n: int = 200) -> Any:
 
 
 def test_what_is_there_is_loaded_and_what_is_not_is_saved_once(entries):
-    assert entries.load(["here", "gone"]) == [b"entry", None]
+    assert entries.read(["here", "gone"]) == [b"entry", None]
     assert entries.decode("here", b"entry", bytes.decode) == "entry"
     assert entries.decode("gone", None, bytes.decode) is None
     assert [entries.save("new", lambda: b"four", 100) for _ in range(2)] == [4, 0]
     assert entries.put("new", lambda: b"other", replace=True) == 5
     assert entries.count_leading(["here", "new", "gone", "new"]) == 2
     entries.forget("new")
-    assert entries.load(["new"]) == [None]
+    assert entries.read(["new"]) == [None]
     assert entries.counts.read() == {
         "bytes_read": 5,
         "entries_loaded": 1,
@@ -72,9 +72,9 @@ def test_what_is_there_is_loaded_and_what_is_not_is_saved_once(entries):
 @pytest.mark.parametrize("error", ERRORS)
 def test_whatever_a_store_raises_is_a_miss_or_an_error_of_the_store(entries, monkeypatch, error):
     break_store(monkeypatch, entries.store, error)
-    (entry,) = entries.load(["here"])
+    (entry,) = entries.read(["here"])
     assert entries.decode("here", entry, bytes.decode) is None
-    assert entries.load(["here"], is_resident=True) == [None]
+    assert entries.read(["here"], is_resident=True) == [None]
     assert entries.count_leading(["here"]) == 0
     assert entries.save("new", lambda: b"four") is None
     entries.forget("here")
@@ -93,7 +93,7 @@ def test_whatever_a_store_raises_is_a_miss_or_an_error_of_the_store(entries, mon
         assert isinstance(raised.value, error) or isinstance(raised.value.__cause__, error)
     assert entries.counts.read()["store_errors"] == 10
     monkeypatch.undo()
-    assert entries.load(["here"]) == [b"entry"]
+    assert entries.read(["here"]) == [b"entry"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -101,7 +101,7 @@ def test_what_ends_a_program_ends_it(entries, monkeypatch, error):
     calls = (
         lambda: entries.decode("here", b"entry", raising(error)),
         lambda: entries.save("new", raising(error)),
-        lambda: entries.load(["here"]),
+        lambda: entries.read(["here"]),
         lambda: entries.count_leading(["here"]),
         lambda: entries.save("new", lambda: b"four"),
         lambda: entries.forget("here"),
@@ -119,7 +119,7 @@ def test_what_ends_a_program_ends_it(entries, monkeypatch, error):
 )
 def test_what_a_store_gives_comes_as_bytes_or_is_an_error_of_the_store(entries, monkeypatch, value, found):
     monkeypatch.setattr(entries.store, "get_many", lambda keys: [value for _ in keys])
-    loaded = entries.load(["here"])
+    loaded = entries.read(["here"])
     assert loaded == [found]
     assert loaded[0] is None or type(loaded[0]) is bytes
     assert entries.counts.read()["store_errors"] == (found is None)
@@ -129,10 +129,10 @@ def test_only_resident_values_may_be_tensors_of_bytes(entries, monkeypatch):
     tensor = torch.zeros(4, dtype=torch.uint8)
     for name in ("get_many", "resident_many"):
         monkeypatch.setattr(entries.store, name, lambda keys: [tensor for _ in keys])
-    assert entries.load(["here"], is_resident=True)[0] is tensor
-    assert entries.load(["here"]) == [None]
+    assert entries.read(["here"], is_resident=True)[0] is tensor
+    assert entries.read(["here"]) == [None]
     monkeypatch.setattr(entries.store, "resident_many", lambda keys: [tensor.float() for _ in keys])
-    assert entries.load(["here"], is_resident=True) == [None]
+    assert entries.read(["here"], is_resident=True) == [None]
 
 
 @pytest.mark.parametrize(("count", "leading"), [(-5, 0), (10**9, 2), (1, 1), (None, 0), ("2", 0)])
@@ -159,6 +159,40 @@ def test_an_entry_of_another_kind_is_left_alone(entries, error):
     assert entries.store.get("here") == b"entry"
 
 
+@pytest.mark.parametrize(
+    ("change", "counter"),
+    [
+        (lambda frame: frame[:-1] + bytes([frame[-1] ^ 1]), "damaged"),
+        (lambda frame: frame[:-1], "damaged"),
+        (lambda frame: frame[:4] + b"\2" + frame[5:], "other"),
+    ],
+)
+def test_what_a_store_finds_damaged_or_foreign_is_counted_by_its_reader_alone_and_logged_once(
+    entries, caplog, change, counter
+):
+    (name,) = entries.store._frames
+    frame = entries.store._frames[name]
+    another = Entries(entries.store)
+    for _ in range(3):
+        entries.store._frames[name] = change(frame)
+        (entry,) = entries.read(["here"])
+        assert entries.decode("here", entry, bytes.decode) is None
+        assert entries.store.contains("here") == (counter == "other")
+    counts = entries.counts.read()
+    assert (counts[counter], counts["misses"], counts["damaged"] + counts["other"]) == (3, 3, 3)
+    assert not another.counts.read()
+    assert len(caplog.messages) == 1
+
+
+def test_damage_that_cannot_be_deleted_is_logged_with_its_cause(entries, monkeypatch, caplog):
+    (name,) = entries.store._frames
+    entries.store._frames[name] = entries.store._frames[name][:-1]
+    monkeypatch.setattr(entries.store, "_discard", raising(OSError))
+    assert entries.read(["here"]) == [None]
+    assert entries.counts.read()["damaged"] == entries.store.statistics().errors == 1
+    assert caplog.messages[1].endswith("is not deleted: OSError: the cause")
+
+
 @pytest.mark.parametrize("error", DECODE_ERRORS)
 def test_an_entry_is_left_alone_where_memory_or_code_fails(entries, error):
     assert entries.decode("here", b"entry", raising(error)) is None
@@ -170,7 +204,7 @@ def test_an_entry_is_left_alone_where_memory_or_code_fails(entries, error):
 @pytest.mark.parametrize("given", [[], [b"a", b"b"], None, [7]])
 def test_a_store_that_gives_what_was_not_asked_for_gives_nothing(entries, monkeypatch, given):
     monkeypatch.setattr(entries.store, "get_many", lambda _: given)
-    assert entries.load(["here"]) == [None]
+    assert entries.read(["here"]) == [None]
     assert entries.counts.read()["store_errors"] == 1
 
 
@@ -181,9 +215,9 @@ def test_failures_are_logged_with_their_cause_once_a_minute_of_each_kind(entries
         entries.decode("here", b"entry", raising(RuntimeError))
         entries.decode("here", b"entry", raising(TokenMismatch))
     break_store(monkeypatch, entries.store, OSError)
-    entries.load(["here"])
+    entries.read(["here"])
     now[0] += 61
-    entries.load(["here"])
+    entries.read(["here"])
     assert [message.split("\n")[0] for message in caplog.messages] == [
         "entry here is not decoded: RuntimeError: the cause",
         "entry here is not what was asked for and is left alone: TokenMismatch: the cause",
@@ -298,7 +332,7 @@ def test_only_damaged_chunks_are_deleted(kind):
 def test_many_threads_count_right(entries):
     def work():
         for _ in range(200):
-            entries.decode("here", entries.load(["here"])[0], bytes.decode)
+            entries.decode("here", entries.read(["here"])[0], bytes.decode)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

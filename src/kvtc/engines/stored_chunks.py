@@ -64,7 +64,7 @@ class StoredChunks:
 
     def read(self, keys: Sequence[str]) -> list[bytes | None]:
         """The streams under these keys; None for each that is missing."""
-        return self.entries.load(keys)
+        return self.entries.read(keys)
 
     def decode(self, worker: int, key: str, stream: bytes | None, decode: Callable[[ChunkCoder, bytes], T]) -> T | None:
         """What `decode` makes of a stream that was read, with the worker's coder; None for a

@@ -303,7 +303,7 @@ class PrefixCache:
             if stop <= (len(nodes) - 1) * size:
                 continue
             key = tail_key(nodes[index], name)
-            (entry,) = self.entries.load([key], is_resident=True)
+            (entry,) = self.entries.read([key], is_resident=True)
             cache = self._decode(key, entry, ids[index * size : stop])
             if cache is not None:
                 return index, cache
@@ -312,7 +312,7 @@ class PrefixCache:
     def _fetch(self, keys: list[str] | None) -> Future[list[Any]] | None:
         if keys is None:
             return None
-        return self._fetcher.submit(lambda: self.entries.load(keys, is_resident=True))
+        return self._fetcher.submit(lambda: self.entries.read(keys, is_resident=True))
 
     def _decode(self, key: str, entry: Any, ids: TokenIds) -> KVCache | None:
         """The first tokens of an entry, whose ids are given."""

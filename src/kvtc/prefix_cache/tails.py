@@ -1,4 +1,4 @@
-"""Tails of prefixes: the tokens behind the last coded chunk, window included.
+"""Tails of prefixes: the tokens behind the last coded chunk, and the window, if any.
 
 Several texts that go on from one chunk have one tail each. Texts that share a chunk and the 16
 tokens behind it share an index, a small entry that says which tails there are:
@@ -95,7 +95,7 @@ class Tails:
             (its name, how many tokens); (b"", 0) if there is none.
         """
         key, digest_of = _index_key(node, token_ids), _digests_of(node, token_ids)
-        tails = self._read(key, self._entries.load([key])[0]) if key else []
+        tails = self._read(key, self._entries.read([key])[0]) if key else []
         common = [(tail.name, tail.n_common(digest_of)) for tail in tails]
         return max(common, key=lambda found: found[1], default=(b"", 0))
 

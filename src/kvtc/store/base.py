@@ -6,17 +6,23 @@ under that key. All methods may be called from any number of threads.
 
 from __future__ import annotations
 
+import logging
 import operator
 import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-from ..errors import InvalidArgument, StoreError, StoreUnavailable
+from ..errors import PROGRAM_ENDS, InvalidArgument, StoreError, StoreUnavailable
 from ..process.forks import in_child
+from ..process.log_limits import log_once
+
+logger = logging.getLogger(__name__)
 
 MAX_KEY_LENGTH = 200
 MAX_NAMESPACE_LENGTH = 48
@@ -24,12 +30,26 @@ _KEY = re.compile(rf"[a-z0-9/._-]{{1,{MAX_KEY_LENGTH}}}", re.ASCII)
 _NAMESPACE = re.compile(rf"[a-z0-9._-]{{1,{MAX_NAMESPACE_LENGTH}}}", re.ASCII)
 
 Value: TypeAlias = bytes | bytearray | memoryview
+Listener: TypeAlias = Callable[[str], None]
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def telling_unreadable(listener: Listener) -> Iterator[None]:
+    """A block whose reads call `listener` with "damaged" or "foreign", as in `StoreStatistics`, for
+    each entry that a store of kvtc finds so. To the reader such an entry is None, as a missing one.
+    """
+    before = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(before)
 
 
 @dataclass(frozen=True)
 class StoreStatistics:
-    """What a store has done since it was opened. Other processes on the same storage count for
-    themselves.
+    """What a store has done for all its users since it was opened; each user has counters of its
+    own, `kvtc.counts.COUNTERS`. Other processes on the same storage count for themselves.
 
     Parameters:
         hits: Values that were found.
@@ -192,6 +212,29 @@ class Store(ABC):
     def _check_open(self) -> None:
         if self._is_closed:
             raise StoreUnavailable(f"{self!r} is closed")
+
+    def _found_damaged(self, name: str, cause: object, discard: Callable[[], None]) -> None:
+        """Count, log and delete an entry that is damaged; where that fails, it is a miss again the
+        next time."""
+        self._tell_unreadable("damaged", "is damaged and is deleted", name, cause)
+        try:
+            discard()
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            self._counters.add(errors=1)
+            kind = type(error).__name__
+            log_once(logger, f"discard {kind}", "%r: damaged entry %s is not deleted: %s: %s", self, name, kind, error)
+
+    def _found_foreign(self, name: str, cause: object) -> None:
+        """Count and log an entry that is left alone."""
+        self._tell_unreadable("foreign", "cannot be read here and is left alone", name, cause)
+
+    def _tell_unreadable(self, counter: str, message: str, name: str, cause: object) -> None:
+        self._counters.add(**{counter: 1})
+        if listener := _listener.get():
+            listener(counter)
+        log_once(logger, counter, "%r: entry %s %s: %s", self, name, message, cause)
 
 
 def _open_again(url: Any, options: dict[str, Any]) -> Store:

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import PROGRAM_ENDS, InvalidArgument, MissingDependency, StoreFull
+from ..errors import InvalidArgument, MissingDependency, StoreFull
 from ..process.log_limits import log_once
 from .base import Names, Store, StoreStatistics, Value, check_value
 
@@ -147,28 +147,22 @@ class EncryptedStore(Store):
             view[_HEADER.size + NONCE_BYTES :],
         )
         if len(content) < TAG_BYTES or bytes(header[:8]) != _HEADER.pack(MAGIC, VERSION, b"")[:8]:
-            self._counters.add(foreign=1)  # in clear, or in a newer format
+            self._found_foreign(key, "it is not encrypted, or in a newer format")
             return None
         cipher = self._ciphers.get(bytes(header[8:]))
         if cipher is None:
-            self._counters.add(foreign=1)
+            self._found_foreign(key, "it is encrypted with another key")
             return None
         try:
             value: bytes = cipher.decrypt(bytes(nonce), content, bytes(header) + self._names.name(key).encode())
         except InvalidTag:
-            self._counters.add(damaged=1)
-            self._discard(key, sealed)
+            self._found_damaged(key, "its authentication tag does not fit", lambda: self._discard(key, sealed))
             return None
         return value
 
     def _discard(self, key: str, sealed: bytes) -> None:
-        try:
-            if self._inner.get(key) == sealed:
-                self._inner.delete(key)
-        except PROGRAM_ENDS:
-            raise
-        except BaseException:  # noqa: BLE001  it stays, and is a miss again the next time
-            self._counters.add(errors=1)
+        if self._inner.get(key) == sealed:
+            self._inner.delete(key)
 
 
 def load_keys(text: str, where: str) -> list[bytes]:

@@ -117,16 +117,10 @@ class FramedStore(Store):
             return None
         try:
             return unseal(name, frame, self._entry_bytes)
-        except ForeignEntry:
-            self._counters.add(foreign=1)
-        except DamagedEntry:
-            self._counters.add(damaged=1)
-            try:
-                self._discard(name, frame)
-            except PROGRAM_ENDS:
-                raise
-            except BaseException:  # noqa: BLE001  it stays, and is a miss again the next time
-                self._counters.add(errors=1)
+        except ForeignEntry as error:
+            self._found_foreign(name, error)
+        except DamagedEntry as error:
+            self._found_damaged(name, error, lambda: self._discard(name, frame))
         return None
 
     def _attempt(self, call: Callable[[], T]) -> T:

@@ -7,8 +7,8 @@ store, load their cache.
 
 vLLM makes one connector in its scheduler and one in each worker, and calls them in this order:
 
-    scheduler   get_num_new_matched_tokens -> update_state_after_alloc -> build_connector_meta -> request_finished
-    worker      register_kv_caches, then every step start_load_kv -> wait_for_save -> get_finished
+    scheduler   get_num_new_matched_tokens -> update_state_after_alloc -> build_connector_meta -> request_finished_all_groups
+    worker      register_kv_caches, then every step start_load_kv -> wait_for_save -> get_finished -> get_block_ids_with_load_errors
 
 The scheduler's connector hands each call to a `PrefixPlanner`, a worker's to a `PageMover`; the
 metadata of a step carries the planner's orders to the movers. `facts` and `layouts` read what vLLM

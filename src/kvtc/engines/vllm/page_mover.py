@@ -187,7 +187,7 @@ class PageMover:
         n_filled = 0
         for first in range(0, len(order.pieces), _FETCHED_AT_ONCE):
             pieces = order.pieces[first : first + _FETCHED_AT_ONCE]
-            entries = self._entries.load([piece.keys[self._rank] for piece in pieces])
+            entries = self._entries.read([piece.keys[self._rank] for piece in pieces])
             for piece, entry in zip(pieces, entries, strict=True):
                 # What the engine has already stays as it is.
                 skipped = max(0, order.start - piece.start)

@@ -211,7 +211,7 @@ class TierJobs:
         return self.entries.save(key, encode, shard.layout.bytes(self._n_tokens, shard.dtype))
 
     def _load_shard(self, key: str, shard: RowShard, chunk: TierChunk, start: int) -> int | None:
-        (stream,) = self.entries.load([key])
+        (stream,) = self.entries.read([key])
         return self.entries.decode(key, stream, partial(self._decode, shard, chunk, start))
 
     def _decode(self, shard: RowShard, chunk: TierChunk, start: int, stream: bytes) -> int:
