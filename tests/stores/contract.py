@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvtc.errors import InvalidArgument, StoreFull, StoreUnavailable
 from kvtc.store import Store, open_store
+from kvtc.store.base import telling_unreadable
 from kvtc.store.framed import FramedStore
 
 KEYS = st.text("abcxyz0189/._-", min_size=1, max_size=40)
@@ -166,6 +167,21 @@ class StoreContract:
         assert not store.contains("k")
         store.put("k", b"again")
         assert store.get("k") == b"again"
+
+    def test_the_reader_of_a_damaged_or_foreign_entry_is_told_and_it_is_logged(self, store, caplog):
+        store.put_many([("damaged", b"value"), ("foreign", b"value"), ("sound", b"value")])
+        store.flush()
+        place = self.place(store)
+        tamper(place, "damaged", lambda frame: frame[:-1])
+        tamper(place, "foreign", lambda frame: frame[:4] + b"\2" + frame[5:])
+        told: list[str] = []
+        with telling_unreadable(told.append):
+            assert store.get_many(["damaged", "foreign", "sound", "absent"]) == [None, None, b"value", None]
+        assert told == ["damaged", "foreign"]
+        assert [("is deleted" in one, "is left alone" in one) for one in caplog.messages] == [(1, 0), (0, 1)]
+        tamper(self.place(store), "sound", lambda frame: frame[:-1])
+        assert store.get("sound") is None
+        assert told == ["damaged", "foreign"], "only reads within the block"
 
     def test_entries_that_changed_places_are_misses(self, store):
         store.put("a", b"value of a")

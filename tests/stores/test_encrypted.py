@@ -7,6 +7,7 @@ import pytest
 
 from kvtc.errors import InvalidArgument
 from kvtc.store import encrypted, open_store
+from kvtc.store.base import telling_unreadable
 
 from .contract import SharedPlaceContract, StoreContract, tamper
 
@@ -111,6 +112,26 @@ def test_damage_below_is_counted_above():
         tamper(inner, "k", lambda frame: frame[:-1])
         assert store.get("k") is None
         assert store.statistics().damaged == 1
+
+
+@pytest.mark.parametrize(
+    ("position", "told", "cause"),
+    [
+        (0, "foreign", "it is not encrypted, or in a newer format"),
+        (9, "foreign", "it is encrypted with another key"),
+        (-1, "damaged", "its authentication tag does not fit"),
+    ],
+)
+def test_a_reader_is_told_why_a_value_is_not_decrypted(caplog, position, told, cause):
+    inner, found = open_store("memory:"), []
+    with encrypted(inner, KEY) as store, telling_unreadable(found.append):
+        store.put("k", b"secret")
+        changed = bytearray(inner.get("k"))
+        changed[position] ^= 1
+        inner.put("k", changed)
+        assert store.get("k") is None
+    assert found == [told]
+    assert caplog.messages[0].endswith(f": {cause}")
 
 
 @pytest.mark.parametrize("text", [KEY.hex() + "\n", base64.b64encode(KEY).decode(), f"\n{KEY.hex()}\n{OTHER.hex()}\n"])
