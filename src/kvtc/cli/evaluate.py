@@ -55,7 +55,7 @@ def _add_methods(group: Any) -> None:
         "--baselines",
         nargs="*",
         metavar="NAME",
-        help="FP8, KIVI, GEAR, H2O, TOVA, xKV, CacheGen, TurboQuant, zstd; no name: all",
+        help="FP8, NVFP4, INT4, KIVI, GEAR, H2O, TOVA, xKV, CacheGen, TurboQuant, zstd; no name: all",
     )
     group.add_argument(
         "--profile-text",
