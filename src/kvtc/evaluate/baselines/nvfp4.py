@@ -64,7 +64,7 @@ def e2m1_values(symbols: Tensor) -> Tensor:
 def _encode(side: Tensor) -> bytes:
     """[L, H, T, D] -> float32 scales [L], e4m3 scales [L, H, T, blocks], then packed symbols."""
     dim = side.shape[-1]
-    blocks = pad(side, (0, -dim % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = pad(side, (0, -dim % BLOCK)).reshape(*side.shape[:-1], -1, BLOCK)
     tiny = torch.finfo(torch.float32).tiny
     scale = (side.abs().amax(dim=(1, 2, 3)) / (E4M3_MAX * E2M1_MAX)).clamp_min(tiny)
     of_layer = scale[:, None, None, None]
