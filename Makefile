@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Engines that `make test-engines` runs kvtc in, each in an environment of its own.
 ENGINES ?= vllm lmcache sglang transports
 
-.PHONY: demo test test-stores test-faults test-engines test-processors soak check fuzz bench clean
+.PHONY: demo test test-stores test-faults test-engines test-processors soak check fuzz bench bench-models clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/kvtc demo --output demo_output --force
@@ -53,6 +53,11 @@ bench: $(VENV)/.test-ready
 	$(BIN)/python -m benchmarks.speed.allocation
 	$(BIN)/python -m benchmarks.calibration.basis
 	$(BIN)/python -m benchmarks.speed.codec
+
+# The model that published numbers are measured on: some minutes, 0.3 GB in ~/.cache/kvtc/models (KVTC_MODELS names another place).
+bench-models: $(VENV)/.torch-ready
+	$(INSTALL) --editable '.[bench-models]'
+	$(BIN)/python -m benchmarks.models.install
 
 # PyTorch goes first: what depends on it then takes the pinned build as it is.
 $(VENV)/.torch-ready: constraints.txt

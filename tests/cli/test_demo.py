@@ -10,9 +10,12 @@ import pytest
 import kvtc
 from kvtc.demo import run_demo
 from kvtc.demo.report import WIDTH
+from kvtc.demo.run import SHIPPED, choose_model
 from kvtc.errors import InvalidArgument
 from kvtc.profiles.paper.rate import allocations_for
 from kvtc.profiles.rates import Ratio
+from kvtc.reference import CALIBRATION_FILE, MODEL_DIRECTORY
+from kvtc.reference.installed import SMOLLM2, places_of
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +88,20 @@ def test_pictures(demo):
 def test_impossible_ratio(tmp_path):
     with pytest.raises(InvalidArgument):
         run_demo(tmp_path, 0.5)
+
+
+def test_the_model_is_smollm2_where_it_is_ready(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVTC_MODELS", str(tmp_path))
+    assert choose_model("reference") == (SHIPPED, "")
+    shipped, why = choose_model()
+    assert shipped == SHIPPED
+    assert "make bench-models" in why
+    with pytest.raises(InvalidArgument, match="not installed"):
+        choose_model(SMOLLM2)
+    place = places_of(SMOLLM2)
+    place.directory.symlink_to(MODEL_DIRECTORY)
+    assert "kvtc calibrate --model smollm2-135m" in choose_model()[1]
+    with pytest.raises(InvalidArgument, match="not calibrated"):
+        choose_model(SMOLLM2)
+    place.calibration.symlink_to(CALIBRATION_FILE)
+    assert choose_model() == (place, "")

@@ -11,8 +11,23 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 import kvtc
 from kvtc.errors import InvalidArgument, MissingDependency, UnsupportedModel
-from kvtc.evaluate.baselines import H2O, CacheGen, Fp8, Gear, Kivi, PlainZstd, Profile, Tova, TurboQuant, Xkv, baselines
+from kvtc.evaluate.baselines import (
+    H2O,
+    CacheGen,
+    Fp8,
+    Gear,
+    Int4,
+    Kivi,
+    Nvfp4,
+    PlainZstd,
+    Profile,
+    Tova,
+    TurboQuant,
+    Xkv,
+    baselines,
+)
 from kvtc.evaluate.baselines.eviction import attention_queries
+from kvtc.evaluate.baselines.nvfp4 import e2m1_symbols, e2m1_values
 from kvtc.evaluate.baselines.stream import Header, cache_sides
 from kvtc.evaluate.baselines.turboquant import lloyd_max_levels
 from kvtc.evaluate.methods import KvtcMethod, Method, as_method, restore
@@ -67,7 +82,8 @@ def error(model, method, n_tokens=70) -> float:
 
 def names() -> list[str]:
     return [
-        "FP8", "KIVI 4-bit", "KIVI 2-bit", "GEAR 4-bit", "GEAR 2-bit", "GEAR (rank 1) 4-bit", "GEAR (rank 1) 2-bit",
+        "FP8", "NVFP4", "INT4", "KIVI 4-bit", "KIVI 2-bit", "GEAR 4-bit", "GEAR 2-bit", "GEAR (rank 1) 4-bit",
+        "GEAR (rank 1) 2-bit",
         "H2O 1/2", "H2O 1/4", "H2O 1/8", "H2O 1/16", "TOVA 1/2", "TOVA 1/4", "TOVA 1/8", "TOVA 1/16",
         "xKV rank/4", "xKV rank/8", "xKV rank/16", "CacheGen bins*0.5", "CacheGen bins*1", "CacheGen bins*2", "CacheGen bins*4",
         "TurboQuant 4-bit", "TurboQuant 3-bit", "TurboQuant 2-bit", "TurboQuant (sketched keys) 4-bit",
@@ -100,7 +116,7 @@ def test_every_length_makes_the_round_trip(model, methods, name, n_tokens):
     assert cost.total_ratio == pytest.approx(4 * VALUES * n_tokens / cost.total_bytes)
     evicts = name[:4] in ("H2O ", "TOVA")
     assert keys.shape[2] == (max(1, round(n_tokens / int(name.split("/")[1]))) if evicts else n_tokens)
-    has_window = not evicts and name not in ("FP8", "zstd", "zstd (byte planes)", "float16")
+    has_window = not evicts and name not in ("FP8", "NVFP4", "INT4", "zstd", "zstd (byte planes)", "float16")
     if has_window:
         assert cost.body_tokens == max(0, n_tokens - 16)
         window = slice(cost.body_tokens, None)
@@ -130,6 +146,9 @@ def test_bytes_are_those_counted_by_hand(model):
 
     n_values = VALUES * 50
     assert total(Fp8()) == 2 * (n_values + 4 * N_LAYERS * N_HEADS)
+    # Half a byte a value, a byte for each head's one block of 8 features, 4 bytes a layer; INT4: 4 bytes for each head.
+    assert total(Nvfp4()) == 2 * (n_values // 2 + n_values // 8 + 4 * N_LAYERS)
+    assert total(Int4()) == 2 * (n_values // 2 + 4 * n_values // 8)
     # Keys in groups of 32 and 18 tokens, values in groups of a head's 8 features, each with 4 bytes.
     scales = 4 * (2 * VALUES + n_values // 8)
     assert total(Kivi(window_tokens=0)) == 2 * n_values * 2 // 8 + scales
@@ -175,6 +194,10 @@ def test_cachegen_costs_what_its_tables_say(model, profile):
         (TurboQuant(bits=3), TurboQuant(bits=4)),
         (TurboQuant(bits=3, sketched_keys=True), TurboQuant(bits=5, sketched_keys=True)),
         (TurboQuant(bits=2), Fp8()),
+        (Nvfp4(), Fp8()),
+        (Int4(), Fp8()),
+        (Kivi(window_tokens=0, bits=2), Int4()),
+        (Int4(group_size=64), Int4(group_size=2)),
         (Fp8(), PlainZstd()),
     ],
     ids=lambda method: str(method).replace(" ", ""),
@@ -210,6 +233,29 @@ def test_errors_have_the_size_that_theory_gives(model):
     levels = lloyd_max_levels(4096, 2) * math.sqrt(4096)
     nearest = (vectors[:, None] - levels).square().amin(dim=1)
     assert float(nearest.mean()) == pytest.approx(0.1175, rel=0.03)
+
+
+def test_e2m1_rounds_to_the_nearest_value_and_ties_to_even():
+    values = torch.tensor([0.0, 0.25, 0.3, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.1, 100.0])
+    expected = torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, 6.0])
+    assert torch.equal(e2m1_values(e2m1_symbols(values)), expected)
+    assert torch.equal(e2m1_values(e2m1_symbols(-values)), -expected)
+    assert torch.equal(e2m1_symbols(e2m1_values(torch.arange(16))), torch.arange(16, dtype=torch.uint8))
+
+
+def test_nvfp4_scales_each_block_so_that_its_largest_value_fits(model):
+    for side, restored in zip(*sides(model, Nvfp4()), strict=True):
+        # A head of 8 features is one block. The widest gap of e2m1 is 2 of 6, and a scale is rounded by 1/16 at most.
+        largest = side.abs().amax(dim=-1, keepdim=True)
+        assert bool(((side - restored).abs() <= largest * (1 / 6 + 1 / 16)).all())
+        assert float((side - restored).square().mean() / side.square().mean()) < 0.02
+
+
+def test_int4_is_a_straight_grid_between_the_extremes_of_a_group(model):
+    for side, restored in zip(*sides(model, Int4()), strict=True):
+        width = side.amax(dim=-1, keepdim=True) - side.amin(dim=-1, keepdim=True)
+        limit = side.abs().amax(dim=-1, keepdim=True) * 2**-10  # shift and scale are rounded to float16
+        assert bool(((side - restored).abs() <= width / 30 + limit).all())
 
 
 def test_sketched_keys_have_inner_products_that_are_right_on_average(model):

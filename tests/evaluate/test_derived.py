@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtc.evaluate.derived import MEAN_OF_TASKS, fewer_bytes, ratio_at_kl, within_a_point
+from kvtc.evaluate.derived import MEAN_OF_TASKS, _student_t, fewer_bytes, ratio_at_kl, within_a_point
 from kvtc.evaluate.method_names import split_name
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import ScoreRecord
@@ -111,3 +112,50 @@ def test_within_a_point_may_hold_for_nothing():
 )  # fmt: skip
 def test_names_fall_into_series_and_setting(name, series, setting):
     assert split_name(name) == (series, setting)
+
+
+def by_text(name, ratios, kls) -> Quality:
+    """A method on texts of one length, each with its ratio and its KL."""
+    sizes = [round(1_000_000 / ratio) for ratio in ratios]
+    kl, ratio = sum(kls) / len(kls), len(sizes) * 1_000_000 / sum(sizes)
+    return replace(quality(name, ratio, kl), kl_by_text=list(kls), body_bytes_by_text=sizes)
+
+
+def test_a_factor_has_an_interval_over_texts():
+    point = by_text("paper 8x", [8.0] * 4, [1e-2] * 4)
+    # At 16x and 64x of the series, every text has the KL of the point half way on logarithms: exactly 4 times fewer bytes.
+    same = [by_text("joint 16x", [16.0] * 4, [1e-3] * 4), by_text("joint 64x", [64.0] * 4, [1e-1] * 4)]
+    (figure,) = [one for one in fewer_bytes({0: [point, *same]}) if one.at == "paper 8x"]
+    assert figure.body_low == pytest.approx(4)
+    assert figure.body_high == pytest.approx(4)
+    differing = [
+        by_text("joint 16x", [16.0] * 4, [1e-3] * 4),
+        by_text("joint 64x", [64.0] * 4, [5e-2, 8e-2, 2e-1, 7e-2]),
+    ]
+    (figure,) = [one for one in fewer_bytes({0: [point, *differing]}) if one.at == "paper 8x"]
+    logs = []
+    for left_out in range(4):
+        kl = (0.4 - [5e-2, 8e-2, 2e-1, 7e-2][left_out]) / 3
+        share = math.log(1e-2 / 1e-3) / math.log(kl / 1e-3)
+        logs.append(math.log(16 * 4**share / 8))
+    deviation = math.sqrt(3 / 4 * sum((log - sum(logs) / 4) ** 2 for log in logs))
+    assert math.log(figure.body_high / figure.body_factor) == pytest.approx(3.182 * deviation, rel=0.01)
+    assert figure.body_low * figure.body_high == pytest.approx(figure.body_factor**2)
+
+
+def test_there_is_no_interval_where_a_text_decides_whether_the_point_is_reached():
+    point = by_text("paper 8x", [8.0] * 3, [1e-2] * 3)
+    bound = [by_text("joint 16x", [16.0] * 3, [1e-3] * 3)]
+    (figure,) = [one for one in fewer_bytes({0: [point, *bound]}) if one.at == "paper 8x"]
+    assert figure.is_bound
+    assert (figure.body_low, figure.body_high) == (None, None)
+    # Without its third text, which is easy, the series never has a KL as low as the point's.
+    just = [by_text("joint 16x", [16.0] * 3, [1.2e-2, 1.2e-2, 1e-3]), by_text("joint 64x", [64.0] * 3, [1e-1] * 3)]
+    (figure,) = [one for one in fewer_bytes({0: [point, *just]}) if one.at == "paper 8x"]
+    assert figure.body_factor is not None
+    assert (figure.body_low, figure.body_high) == (None, None)
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(2, 4.303), (3, 3.182), (7, 2.365), (15, 2.131), (100, 1.984)])
+def test_students_t(freedom, quantile):
+    assert _student_t(freedom) == pytest.approx(quantile, rel=0.04 if freedom == 2 else 0.01)

@@ -17,6 +17,7 @@ from kvtc.errors import InvalidArgument
 from kvtc.evaluate import schema
 from kvtc.evaluate.quality import evaluate_continuation, summarize
 from kvtc.evaluate.sweep import Methods, Sweep, Tasks, Texts, methods_of, run_sweep, stretches
+from kvtc.report.sections import render_text, sections_of
 
 TEXT = CONVERSATION.read_text(encoding="utf-8")
 SMALL = ["--tokens", "180", "--continuation", "30", "--texts-per-file", "2", "--ratios", "16", "--profiles", "joint"]
@@ -123,6 +124,42 @@ def test_the_exact_cache_alone_needs_no_calibration(text_file, capsys, tmp_path)
     assert main(other) == 2
     assert "--calibration is required" in capsys.readouterr().err
     del model
+
+
+def test_a_model_of_ones_own_is_calibrated_and_measured_in_one_command(text_file, capsys, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=4096
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "own")
+    kvtc.reference_model()[1].save_pretrained(tmp_path / "own")
+    calibration = tmp_path / "own.safetensors"
+    made = ["--calibration", str(calibration), "--calibrate-on", str(text_file)]
+    small = ["--tokens", "180", "--continuation", "30", "--texts-per-file", "3", "--window", "0", "--json"]
+    command = ["evaluate", str(tmp_path / "own"), "--text", str(text_file), *made, *small]
+    assert main([*command, "--ratios", "4", "16", "--baselines", "FP8", "NVFP4", "INT4"]) == 0
+    first = json.loads(capsys.readouterr().out)["result"]
+    names = ["FP8", "NVFP4", "INT4"]
+    names += [f"{name} {ratio}x" for name in ("paper", "joint", "conditional") for ratio in (4, 16)]
+    assert [record["name"] for record in first["qualities"]] == names
+    assert all(len(record["kl_by_text"]) == len(record["body_bytes_by_text"]) == 3 for record in first["qualities"])
+    assert first["model"] == "own"
+    # The second time the calibration is there, and is taken as it is.
+    before = calibration.read_bytes()
+    assert main([*command, "--ratios", "16", "--profiles", "joint"]) == 0
+    assert calibration.read_bytes() == before
+
+
+def test_a_ratio_that_cannot_be_reached_is_left_out_and_listed(text_file, capsys):
+    options = ["--profiles", "paper", "--ratios", "16", "1024", "--window", "0"]
+    assert main(["evaluate", "--text", str(text_file), *SMALL[:6], *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    assert [record["name"] for record in result["qualities"]] == ["paper 16x"]
+    (missing,) = result["not_reached"]
+    assert (missing["name"], missing["window_tokens"]) == ("paper 1024x", 0)
+    assert "too few" in missing["why"]
+    shown = render_text(sections_of(schema.ResultFile("x", {}, result)))
+    assert "paper 1024x" in shown
 
 
 @pytest.mark.parametrize(

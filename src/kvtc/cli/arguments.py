@@ -14,7 +14,10 @@ from ..errors import InvalidArgument
 
 Outcome = tuple[dict[str, Any], str]
 REFERENCE = "reference"
-MODEL_HELP = "directory or hub name of a transformers model; 'reference' is the one that ships with kvtc"
+MODEL_HELP = (
+    "directory or hub name of a transformers model; 'reference' is the one that ships with kvtc, "
+    "'smollm2-135m' the one that `make bench-models` installs"
+)
 
 
 def add_subcommand(

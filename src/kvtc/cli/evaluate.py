@@ -18,9 +18,14 @@ from .arguments import (
     positive,
 )
 from .models import find_calibration, open_model
+from .texts import SEQUENCE_TOKENS, documents, token_sequences
 
 if TYPE_CHECKING:
+    from ..calibration import Calibration
     from ..evaluate.sweep import Sweep
+
+RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
+"""The whole range that the profiles are made for."""
 
 
 def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
@@ -34,9 +39,18 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
         "Give held-out text: none that the calibration was made from. What the result file holds, and how each figure is\n"
         "defined, is in docs/evaluation.md; `kvtc report` makes a page of it.",
     )
+    parser.add_argument("named_model", nargs="?", metavar="MODEL", help="the same as --model MODEL")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text, UTF-8")
     add_model(parser, default=REFERENCE)
     add_calibration(parser)
+    parser.add_argument(
+        "--calibrate-on",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="training text: if the file of --calibration does not exist yet, calibrate on it and write the file",
+    )
     parser.add_argument("--exact-only", action="store_true", help="the exact cache alone: needs no calibration")
     parser.add_argument("--dtype", default="auto", help="of the model and its cache (default: that of the weights)")
     _add_methods(parser.add_argument_group("what is measured"))
@@ -46,8 +60,15 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_methods(group: Any) -> None:
-    group.add_argument("--profiles", nargs="+", default=["paper", "joint", "conditional"], metavar="NAME")
-    group.add_argument("--ratios", type=float, nargs="+", default=[8, 16, 32, 64, 128], metavar="R")
+    group.add_argument("--profiles", nargs="+", metavar="NAME", help="default: all that the calibration serves")
+    group.add_argument(
+        "--ratios",
+        type=float,
+        nargs="+",
+        default=list(RATIOS),
+        metavar="R",
+        help="default: 4 to 512; one that a profile cannot reach is left out of its curve and listed",
+    )
     group.add_argument(
         "--window", type=int, nargs="+", default=[128], metavar="N", help="last tokens kept exactly; 0 is page mode"
     )
@@ -55,7 +76,7 @@ def _add_methods(group: Any) -> None:
         "--baselines",
         nargs="*",
         metavar="NAME",
-        help="FP8, KIVI, GEAR, H2O, TOVA, xKV, CacheGen, TurboQuant, zstd; no name: all",
+        help="FP8, NVFP4, INT4, KIVI, GEAR, H2O, TOVA, xKV, CacheGen, TurboQuant, zstd; no name: all",
     )
     group.add_argument(
         "--profile-text",
@@ -110,19 +131,35 @@ def evaluate(options: argparse.Namespace) -> Outcome:
     from ..evaluate.sweep import run_sweep
     from ..report.sections import render_text, sections_of
 
+    if options.named_model is not None:
+        options.model = options.named_model
     if options.output is not None:
         check_output(options.output, options.force, ".json")
-    check_readable([*options.text, *options.profile_text, *options.key_value_retrieval])
+    check_readable([*options.text, *options.profile_text, *options.key_value_retrieval, *options.calibrate_on])
     lengths = [] if options.tasks_only else [options.tokens]
     lengths += [] if options.tasks is None else options.contexts
-    calibration = None if options.exact_only else find_calibration(options)
+    calibrates = bool(options.calibrate_on) and options.calibration is not None and not options.calibration.exists()
+    calibration = None if options.exact_only or calibrates else find_calibration(options)
     model, tokenizer = open_model(options, max(lengths, default=0), "a text or a context would have")
+    if calibrates and not options.exact_only:
+        calibration = _calibrated(options, model, tokenizer)
     name = options.model if options.model == REFERENCE else Path(options.model).name
     result = run_sweep(model, tokenizer, calibration, _sweep(options), name)
     stamped = stamp(result)
     if options.output is not None:
         save_result(options.output.stem, result, options.output.parent)
     return stamped, render_text(sections_of(ResultFile("evaluate", stamped["provenance"], result)))
+
+
+def _calibrated(options: argparse.Namespace, model: Any, tokenizer: Any) -> Calibration:
+    """The calibration that `kvtc calibrate` makes with its default options, written to its file."""
+    from ..huggingface import calibrate as huggingface
+
+    check_output(options.calibration, force=False)
+    sequences = token_sequences(documents(options.calibrate_on), tokenizer, SEQUENCE_TOKENS)
+    calibration = huggingface.calibrate(model, sequences, progress=not options.quiet)
+    calibration.save(options.calibration)
+    return calibration
 
 
 def _sweep(options: argparse.Namespace) -> Sweep:

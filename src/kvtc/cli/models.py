@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument, KvtcError, MissingDependency
@@ -58,23 +59,35 @@ def find_calibration(options: argparse.Namespace) -> Calibration:
     """
     from ..calibration import load_calibration
     from ..reference import reference_calibration
+    from ..reference.installed import INSTALLED_MODELS, places_of
 
     if options.calibration is not None:
         return load_calibration(options.calibration)
+    if options.model in INSTALLED_MODELS and (path := places_of(options.model).calibration).is_file():
+        return load_calibration(path)
     if options.model != REFERENCE:
         options.usage_error("--calibration is required (only the reference model has one that ships with kvtc)")
     return reference_calibration()
 
 
 def _load(loader: Any, name: str, **settings: Any) -> Any:
-    from ..reference import MODEL_DIRECTORY
-
+    source = _source(name)
     try:
-        return loader.from_pretrained(MODEL_DIRECTORY if name == REFERENCE else name, **settings)
+        return loader.from_pretrained(source, **settings)
     except KvtcError:
         raise
     except Exception as error:  # foreign code reads foreign files: whatever it raises, they do not load
         raise InvalidArgument(f"cannot load {name}: {_first_line(error)}") from error
+
+
+def _source(name: str) -> str | Path:
+    """What transformers loads a model from."""
+    from ..reference import MODEL_DIRECTORY
+    from ..reference.installed import INSTALLED_MODELS, installed_model
+
+    if name == REFERENCE:
+        return MODEL_DIRECTORY
+    return installed_model(name).directory if name in INSTALLED_MODELS else name
 
 
 def _transformers() -> Any:

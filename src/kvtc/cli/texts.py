@@ -14,6 +14,9 @@ from .models import context_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+SEQUENCE_TOKENS = 1024
+"""Of a sequence that is learnt from, unless another number is given."""
+
 
 def documents(paths: Sequence[Path]) -> Iterator[str]:
     """The documents of text files, one of each in turn, read as they are needed: whoever stops
@@ -46,7 +49,7 @@ def token_sequences(texts: Iterator[str], tokenizer: Any, length: int) -> Iterat
 def add_training_text(parser: Any, use: str) -> None:
     """--text, files of documents, and --tokens-per-sequence. use: what the text is there to do."""
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help=f"UTF-8 text to {use}")
-    parser.add_argument("--tokens-per-sequence", type=int, default=1024, metavar="N", help="default: 1024")
+    parser.add_argument("--tokens-per-sequence", type=int, default=SEQUENCE_TOKENS, metavar="N", help="default: 1024")
 
 
 def add_truncate(parser: Any) -> None:

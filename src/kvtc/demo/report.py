@@ -11,7 +11,6 @@ from ..calibration import Calibration
 from ..codec.inspection import StreamInfo
 from ..evaluate.provenance import Provenance
 from ..evaluate.quality import Quality
-from ..reference import MODEL_NAME
 from ..report.table import format_bytes, format_fields, format_ratio, format_seconds, format_table
 
 WIDTH = 96
@@ -20,12 +19,18 @@ INDENT = "  "
 
 
 def introduction(
-    config: Any, n_parameters: int, calibration: Calibration, file_bytes: int, n_read: int, n_held_out: int
+    name: str,
+    config: Any,
+    n_parameters: int,
+    calibration: Calibration,
+    file_bytes: int,
+    n_read: int,
+    n_held_out: int,
 ) -> str:
     """What is going to happen, and with what."""
     share = calibration.n_parameters / n_parameters
     model = (
-        f"{MODEL_NAME}, trained by this project: {n_parameters / 1e6:.1f} million parameters, bfloat16;\n"
+        f"{name}: {n_parameters / 1e6:.1f} million parameters, bfloat16;\n"
         f"{config.num_hidden_layers} layers with {config.num_key_value_heads} key-value heads of {config.head_dim}"
     )
     once = (

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Calibration
+from ..calibration import Calibration, load_calibration
 from ..codec import Codec
 from ..codec.inspection import inspect
-from ..container import PROFILES
+from ..errors import InvalidArgument
 from ..evaluate.provenance import Provenance
 from ..evaluate.quality import Quality, evaluate_continuation
 from ..huggingface.continuation import prefill
 from ..process.progress import task, track
 from ..profiles.rates import Ratio
-from ..reference import CALIBRATION_FILE, MODEL_NAME, reference_calibration, reference_model
+from ..reference import CALIBRATION_FILE, MODEL_DIRECTORY, MODEL_NAME, load_model
+from ..reference.installed import SMOLLM2, InstalledModel, installed_model
 from ..report.charts import save_picture
 from ..report.text_sections import rate_distortion
 from . import pictures, report
@@ -32,8 +33,9 @@ CONVERSATION = Path(__file__).parent / "conversation.txt"
 HELD_OUT = "\n=====\n"
 FACT = re.compile(r"The magic number for (\w+) is (\d+)\.")
 QUESTION = "\n\nThe magic number for {} is"
-STORY_PROFILE = "conditional"
 PICTURES = ("spectrum.svg", "rate_quality.svg")
+REFERENCE = "reference"
+SHIPPED = InstalledModel(MODEL_NAME, MODEL_DIRECTORY, CALIBRATION_FILE)
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,18 @@ def run_demo(
     ratios: Sequence[float] = (8, 16, 32, 64),
     n_generated: int = 40,
     repeats: int = 5,
+    source: InstalledModel = SHIPPED,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Run the demo, and write spectrum.svg and rate_quality.svg.
 
     Parameters:
         output_directory: where the two pictures are written.
-        ratio: the ratio of the profile `conditional` in the main part.
+        ratio: the ratio of the calibration's last profile, in the main part.
         ratios: ratios of the table, for every profile.
         n_generated: tokens that the model continues by.
         repeats: number of runs behind every time, after a warm-up run.
+        source: the model, with its calibration; the default is the one that ships with kvtc.
         say: gets the text block by block.
 
     Returns:
@@ -86,19 +90,25 @@ def run_demo(
         InvalidArgument: if a ratio is impossible.
         MissingDependency: if transformers is not installed.
     """
-    calibration = reference_calibration()
+    calibration = load_calibration(source.calibration)
     codecs = {
         f"{profile} {wanted:g}x": Codec(calibration, profile, ratio=wanted)
-        for profile in PROFILES
+        for profile in calibration.profiles
         for wanted in sorted({*ratios, ratio})
     }
-    chosen = f"{STORY_PROFILE} {ratio:g}x"
+    chosen = f"{calibration.profiles[-1]} {ratio:g}x"
     # In bfloat16, as models are served: a token kept exactly then costs 16 bits a value and not 32.
-    model, tokenizer = reference_model(dtype="bfloat16")
+    model, tokenizer = load_model(source.directory, dtype="bfloat16")
     talk = _read_conversation(tokenizer)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     introduction = report.introduction(
-        model.config, n_parameters, calibration, CALIBRATION_FILE.stat().st_size, len(talk.read), len(talk.held_out)
+        source.name,
+        model.config,
+        n_parameters,
+        calibration,
+        source.calibration.stat().st_size,
+        len(talk.read),
+        len(talk.held_out),
     )
     say(introduction)
 
@@ -126,11 +136,12 @@ def run_demo(
             speaker = _Speaker(model, tokenizer, codec.decode(codec.encode(cache, talk.cached), talk.cached))
             n_known[name] = _n_right(speaker.answers(talk), talk)
     say(report.table(qualities, n_known, len(talk.facts)))
-    plots = _draw(Path(output_directory), calibration, ratio, qualities)
+    plots = _draw(Path(output_directory), source.name, calibration, ratio, qualities)
     say(report.pictures(plots))
     provenance = Provenance.now()
     say(report.ending(provenance))
     return {
+        "model": source.name,
         "ratio": ratio,
         "calibration_parameters": calibration.n_parameters,
         "model_parameters": n_parameters,
@@ -143,6 +154,32 @@ def run_demo(
         "plots": [str(path) for path in plots],
         "provenance": asdict(provenance),
     }
+
+
+def choose_model(name: str | None = None) -> tuple[InstalledModel, str]:
+    """The model to show: the one that is named, otherwise smollm2-135m where it is ready, otherwise
+    the one that ships with kvtc.
+
+    Returns:
+        (the model, why it is not smollm2-135m and what to do about that; empty where nothing is to say).
+
+    Raises:
+        InvalidArgument: if the model that is named is not installed or not calibrated.
+    """
+    if name == REFERENCE:
+        return SHIPPED, ""
+    try:
+        found = installed_model(name or SMOLLM2)
+        if not found.calibration.is_file():
+            raise InvalidArgument(
+                f"{found.name} is not calibrated: expected {found.calibration}; "
+                f"`kvtc calibrate --model {found.name} --text FILE -o {found.calibration}` makes it"
+            )
+    except InvalidArgument as error:
+        if name is not None:
+            raise
+        return SHIPPED, f"Shown on {SHIPPED.name}, a small model. {error}."
+    return found, ""
 
 
 class _Speaker:
@@ -191,12 +228,12 @@ def _read_conversation(tokenizer: Any) -> Conversation:
     )
 
 
-def _draw(directory: Path, calibration: Calibration, ratio: float, qualities: list[Quality]) -> list[Path]:
+def _draw(directory: Path, name: str, calibration: Calibration, ratio: float, qualities: list[Quality]) -> list[Path]:
     """Write the two pictures; the spectrum is that of the profile `paper` at `ratio`."""
-    paths = [directory / name for name in PICTURES]
+    paths = [directory / picture for picture in PICTURES]
     n_rows, first = calibration.info["n_rows"], qualities[0]
-    learnt_from = f"{MODEL_NAME}, {n_rows:,} calibration tokens, ratio {ratio:g}"
-    read = f"{MODEL_NAME}, {first.n_tokens:,} tokens cached, {first.n_continuation} predictions"
+    learnt_from = f"{name}, {n_rows:,} calibration tokens, ratio {ratio:g}"
+    read = f"{name}, {first.n_tokens:,} tokens cached, {first.n_continuation} predictions"
     chart = rate_distortion([asdict(quality) for quality in qualities], "body_ratio")
     spectrum = pictures.spectrum(calibration, Ratio(ratio))
     save_picture(paths[0], "Few coefficients carry the cache, and only they get bits", learnt_from, spectrum)

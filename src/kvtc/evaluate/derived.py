@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from ..container import PROFILES
 from .method_names import split_name
@@ -17,6 +18,7 @@ from .scoring import EXACT
 
 ONE_POINT = 0.01
 MEAN_OF_TASKS = "mean of tasks"
+_LEAST_TEXTS = 3
 
 Curve = Sequence[tuple[float, float]]
 
@@ -33,6 +35,9 @@ class FewerBytes:
             1 the series needs more. None: the KL of the series is never as low.
         is_bound: whether the series is better even at its highest measured ratio, so that the
             factors are lower bounds.
+        body_low, body_high: 95 % interval of body_factor over texts: the jackknife of its logarithm,
+            with Student's t. None where fewer than 3 texts are known one by one, or where the
+            factor without one of them is a bound or not reached.
     """
 
     at: str
@@ -42,6 +47,8 @@ class FewerBytes:
     body_factor: float | None
     total_factor: float | None
     is_bound: bool
+    body_low: float | None = None
+    body_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,60 @@ def fewer_bytes(
 
 
 def _against(point: Quality, window: int, series: str, curve: Sequence[Quality]) -> FewerBytes:
-    body, is_bound = ratio_at_kl([(other.body_ratio, other.kl) for other in curve if other.body_ratio], point.kl)
+    body_factor, is_bound = _body_factor(point, curve)
     total, _ = ratio_at_kl([(other.total_ratio, other.kl) for other in curve], point.kl)
-    body_factor = body / point.body_ratio if body and point.body_ratio else None
-    return FewerBytes(
-        point.name, window, point.kl, series, body_factor, total / point.total_ratio if total else None, is_bound
+    total_factor = total / point.total_ratio if total else None
+    low, high = (None, None) if body_factor is None or is_bound else _interval(body_factor, point, curve)
+    return FewerBytes(point.name, window, point.kl, series, body_factor, total_factor, is_bound, low, high)
+
+
+def _body_factor(point: Quality, curve: Sequence[Quality], left_out: int | None = None) -> tuple[float | None, bool]:
+    """Times fewer body bytes at the KL of a point, and whether this is a lower bound; left_out: the
+    number of a text that does not count.
+    """
+    ratio, kl = _without(point, left_out)
+    points = [(own, own_kl) for own, own_kl in (_without(other, left_out) for other in curve) if own]
+    found, is_bound = ratio_at_kl(points, kl)
+    return (found / ratio if found and ratio else None), is_bound
+
+
+def _without(quality: Quality, left_out: int | None) -> tuple[float | None, float]:
+    """Body ratio and KL of all texts, or of all but one; texts are of one length."""
+    if left_out is None or quality.body_ratio is None:
+        return quality.body_ratio, quality.kl
+    sizes, kls, n = quality.body_bytes_by_text, quality.kl_by_text, len(quality.kl_by_text)
+    others = (sum(sizes) - sizes[left_out]) / (n - 1)
+    return quality.body_ratio * sum(sizes) / n / others, (math.fsum(kls) - kls[left_out]) / (n - 1)
+
+
+def _interval(factor: float, point: Quality, curve: Sequence[Quality]) -> tuple[float | None, float | None]:
+    """The 95 % interval of a factor over texts: the jackknife of its logarithm, with Student's t."""
+    n = len(point.kl_by_text)
+    if n < _LEAST_TEXTS or any(len(other.kl_by_text) != n for other in curve):
+        return None, None
+    logs = []
+    for text in range(n):
+        found, is_bound = _body_factor(point, curve, text)
+        if found is None or is_bound:
+            return None, None
+        logs.append(math.log(found))
+    mean = math.fsum(logs) / n
+    deviation = math.sqrt((n - 1) / n * math.fsum((log - mean) ** 2 for log in logs))
+    reach = math.exp(_student_t(n - 1) * deviation)
+    return factor / reach, factor * reach
+
+
+def _student_t(freedom: int) -> float:
+    """The quantile .975 of Student's t, by its expansion about the normal one; from 3 degrees of
+    freedom on within 1 %.
+    """
+    z = NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
+    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 def within_a_point(scores: Iterable[ScoreRecord]) -> list[WithinAPoint]:

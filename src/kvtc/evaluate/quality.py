@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Quality:
         perplexity, perplexity_exact: of the text from the restored cache, and from the exact one.
         prefill_seconds, encode_seconds, decode_seconds: times of one text, medians over the
             repeats.
+        kl_by_text, body_bytes_by_text: KL and body bytes of each text.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Quality:
     prefill_seconds: float
     encode_seconds: float
     decode_seconds: float
+    kl_by_text: list[float] = field(default_factory=list)
+    body_bytes_by_text: list[int] = field(default_factory=list)
 
 
 @model_torch_state()
@@ -151,6 +154,8 @@ def summarize(qualities: Sequence[Quality]) -> Quality:
         prefill_seconds=seconds("prefill_seconds"),
         encode_seconds=seconds("encode_seconds"),
         decode_seconds=seconds("decode_seconds"),
+        kl_by_text=[kl for quality in qualities for kl in quality.kl_by_text],
+        body_bytes_by_text=[size for quality in qualities for size in quality.body_bytes_by_text],
     )
 
 
@@ -189,6 +194,8 @@ def _evaluate(
         prefill_seconds=prefill_seconds,
         encode_seconds=restored.encode_seconds,
         decode_seconds=restored.decode_seconds,
+        kl_by_text=[kl],
+        body_bytes_by_text=[cost.body_bytes],
     )
 
 

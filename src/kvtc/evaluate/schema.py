@@ -10,6 +10,7 @@ tables. What a kind holds:
 
     evaluation     model, n_layers, cache_dtype; any of
                    qualities: [QualityRecord], scores: [ScoreRecord], turns: [TurnRecord], bits_per_byte: {domain: figure},
+                   not_reached: [{"name", "window_tokens", "why"}], ratios that a profile cannot reach,
                    and figures derived from them: fewer_bytes, within_a_point (`derived`)
     ablations      studies: [{"title", "note", "qualities": [Quality]}]
     phase_sweep    points: [PhasePoint]

@@ -36,14 +36,14 @@ class Methods:
     """The methods of a sweep.
 
     Parameters:
-        profiles, ratios: profiles of kvtc, each at each ratio.
+        profiles, ratios: profiles of kvtc, each at each ratio. None: all that the calibration serves.
         windows: last tokens kept exactly; each window is a part of the sweep of its own.
         baselines: names of series in `baselines`; None: all.
         evicted: for each n, TOVA keeps 1 / n of the tokens and the last profile codes them at every
             ratio.
     """
 
-    profiles: Sequence[str] = ("paper", "joint", "conditional")
+    profiles: Sequence[str] | None = None
     ratios: Sequence[float] = (8, 16, 32, 64, 128)
     windows: Sequence[int] = (128,)
     baselines: Sequence[str] | None = ()
@@ -168,16 +168,37 @@ def methods_of(
             )
         chosen = {one for one in series if any(_is_of(one, name) for name in wanted)}
         found |= {name: method for name, method in known.items() if split_name(name)[0] in chosen}
+    codecs, _ = codecs_of(calibration, methods, window_tokens)
+    last = _profiles(calibration, methods)[-1:]
     for divisor in methods.evicted:
+        for (profile, ratio), codec in codecs.items():
+            if profile in last:
+                name = f"TOVA 1/{divisor} + {profile} {ratio:g}x"
+                found[name] = EvictedKvtc(eviction=Tova(share=1 / divisor), codec=codec)
+    return found | {f"{profile} {ratio:g}x": KvtcMethod(codec) for (profile, ratio), codec in codecs.items()}
+
+
+def codecs_of(
+    calibration: Calibration, methods: Methods, window_tokens: int
+) -> tuple[dict[tuple[str, float], Codec], list[dict[str, Any]]]:
+    """Codecs by profile and ratio, and for each ratio that a profile cannot reach its `name`, the
+    window and `why`.
+    """
+    found, not_reached = {}, []
+    for profile in _profiles(calibration, methods):
         for ratio in methods.ratios:
-            codec = Codec(calibration, methods.profiles[-1], ratio=ratio, window_tokens=window_tokens)
-            name = f"TOVA 1/{divisor} + {methods.profiles[-1]} {ratio:g}x"
-            found[name] = EvictedKvtc(eviction=Tova(share=1 / divisor), codec=codec)
-    for profile in methods.profiles:
-        for ratio in methods.ratios:
-            codec = Codec(calibration, profile, ratio=ratio, window_tokens=window_tokens)
-            found[f"{profile} {ratio:g}x"] = KvtcMethod(codec)
-    return found
+            try:
+                found[profile, ratio] = Codec(calibration, profile, ratio=ratio, window_tokens=window_tokens)
+            except InvalidArgument as error:
+                if profile not in calibration.profiles:
+                    raise
+                name = f"{profile} {ratio:g}x"
+                not_reached.append({"name": name, "window_tokens": window_tokens, "why": str(error)})
+    return found, not_reached
+
+
+def _profiles(calibration: Calibration, methods: Methods) -> Sequence[str]:
+    return calibration.profiles if methods.profiles is None else methods.profiles
 
 
 def _is_of(series: str, name: str) -> bool:
@@ -207,9 +228,11 @@ def _on_texts(
 ) -> dict[str, Any]:
     """Qualities and multi-turn use, window by window."""
     qualities: dict[int, list[Quality]] = {}
+    not_reached: list[dict[str, Any]] = []
     turns: list[TurnRecord] = []
     for window in sweep.methods.windows:
         methods = methods_of(calibration, sweep.methods, window, profiled)
+        not_reached += codecs_of(calibration, sweep.methods, window)[1]
         what = f"quality: window {window}, {len(texts)} texts of {sweep.texts.n_tokens:,} tokens"
         with task(what, len(texts) * len(methods), "caches") as advance:
             measured = [
@@ -226,7 +249,11 @@ def _on_texts(
         ],
         "fewer_bytes": [asdict(figure) for figure in fewer_bytes(qualities)],
     }
-    return {**found, "turns": [asdict(turn) for turn in turns]} if turns else found
+    if not_reached:
+        found["not_reached"] = not_reached
+    if turns:
+        found["turns"] = [asdict(turn) for turn in turns]
+    return found
 
 
 def _turns(

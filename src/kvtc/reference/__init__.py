@@ -19,12 +19,12 @@ CALIBRATION_FILE = Path(__file__).parent / f"{MODEL_NAME}.calibration.safetensor
 """Beside the model's directory: engines take every safetensors file inside of it for weights."""
 
 
-def reference_model(dtype: str = "float32") -> tuple[Any, Any]:
-    """The reference model in evaluation mode, and its tokenizer.
+def load_model(directory: Path, dtype: str = "float32") -> tuple[Any, Any]:
+    """A model of transformers in a folder of this machine, in evaluation mode, and its tokenizer.
 
     Parameters:
-        dtype: dtype of the weights: "float32" (default) for exact comparisons, "bfloat16" for
-            caches of 16 bits a value, as they are served.
+        directory: the folder.
+        dtype: dtype of the weights, as in `reference_model`.
 
     Returns:
         (a transformers causal LM, its tokenizer).
@@ -41,11 +41,27 @@ def reference_model(dtype: str = "float32") -> tuple[Any, Any]:
     had_progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
     finally:
         if had_progress_bar:
             logging.enable_progress_bar()
-    return model.eval(), AutoTokenizer.from_pretrained(MODEL_DIRECTORY, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def reference_model(dtype: str = "float32") -> tuple[Any, Any]:
+    """The reference model in evaluation mode, and its tokenizer.
+
+    Parameters:
+        dtype: dtype of the weights: "float32" (default) for exact comparisons, "bfloat16" for
+            caches of 16 bits a value, as they are served.
+
+    Returns:
+        (a transformers causal LM, its tokenizer).
+
+    Raises:
+        MissingDependency: if transformers is not installed.
+    """
+    return load_model(MODEL_DIRECTORY, dtype)
 
 
 def reference_calibration() -> Calibration:

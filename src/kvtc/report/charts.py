@@ -52,7 +52,7 @@ svg .hair { stroke-width: .8; opacity: .6; } svg .hollow { stroke-width: 1.6; }
 
 OWN = ("paper", "joint", "conditional")
 FAMILIES = {
-    "quantization": ("FP8", "KIVI", "GEAR", "TurboQuant"),
+    "quantization": ("FP8", "NVFP4", "INT4", "KIVI", "GEAR", "TurboQuant"),
     "eviction": ("H2O", "TOVA"),
     "low rank": ("xKV",),
     "entropy coding": ("CacheGen", "zstd"),

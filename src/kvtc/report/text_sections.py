@@ -184,8 +184,13 @@ def rate_distortion(records: Sequence[Result], field: str) -> Chart:
 
 
 def _quality(record: Result) -> Quality:
-    """A record as a `Quality`; what it does not hold is zero."""
-    return Quality(**{field.name: record.get(field.name, 0) for field in fields(Quality)})
+    """A record as a `Quality`; a number that it does not hold is zero, and what it knows of no text is
+    empty.
+    """
+    of_texts = ("kl_by_text", "body_bytes_by_text")
+    values = {field.name: record.get(field.name, 0) for field in fields(Quality) if field.name not in of_texts}
+    values |= {name: list(record.get(name) or []) for name in of_texts}
+    return Quality(**values)
 
 
 def _fewer(figures: Sequence[FewerBytes]) -> list[Table]:
@@ -207,14 +212,20 @@ def _fewer(figures: Sequence[FewerBytes]) -> list[Table]:
             for at, kl in chosen
         ]
         if rows:
-            caption = f"Times fewer bytes at the KL of each point of {whose}"
+            caption = f"Times fewer bytes at the KL of each point of {whose} (95 % interval over texts)"
             tables.append(Table(["at the KL of", "KL, nats", *header], rows, caption, is_long=len(rows) > 12))
     return tables
 
 
 def _factor(figure: FewerBytes | None, field: str) -> str:
-    value = None if figure is None else getattr(figure, field)
-    return "-" if figure is None or value is None else f"{'≥ ' if figure.is_bound else ''}{value:.1f}x"
+    if figure is None:
+        return ""
+    value = getattr(figure, field)
+    if value is None:
+        return "not reached"
+    if field == "body_factor" and figure.body_low is not None and figure.body_high is not None:
+        return f"{value:.1f}x ({figure.body_low:.1f} to {figure.body_high:.1f})"
+    return f"{'≥ ' if figure.is_bound else ''}{value:.1f}x"
 
 
 def _by_window(result: Result, name: str) -> dict[int | None, list[Result]]:

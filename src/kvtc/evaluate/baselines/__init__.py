@@ -15,7 +15,9 @@ from .evicted import EvictedKvtc
 from .eviction import H2O, Tova
 from .fp8 import Fp8
 from .gear import Gear
+from .int4 import Int4
 from .kivi import Kivi
+from .nvfp4 import Nvfp4
 from .plain import PlainZstd
 from .turboquant import TurboQuant
 from .xkv import Xkv
@@ -26,7 +28,9 @@ __all__ = [
     "EvictedKvtc",
     "Fp8",
     "Gear",
+    "Int4",
     "Kivi",
+    "Nvfp4",
     "PlainZstd",
     "Profile",
     "Tova",
@@ -48,13 +52,13 @@ def baselines(
 
     Parameters:
         geometry: the geometry of the model.
-        window_tokens: last tokens kept exactly by all methods that quantize or approximate. FP8 and
-            zstd keep no window; H2O and TOVA choose the tokens that they keep.
+        window_tokens: last tokens kept exactly by all methods that quantize or approximate. FP8,
+            NVFP4, INT4 and zstd keep no window; H2O and TOVA choose the tokens that they keep.
         profile_caches: transformers caches of other texts, on which CacheGen is profiled. Without
             them CacheGen is left out; zstd is left out where the package zstandard is not
             installed.
     """
-    found: dict[str, Method] = {"FP8": Fp8()}
+    found: dict[str, Method] = {"FP8": Fp8(), "NVFP4": Nvfp4(), "INT4": Int4()}
     for bits in (4, 2):
         found[f"KIVI {bits}-bit"] = Kivi(window_tokens=window_tokens, bits=bits)
     for rank, name in ((4, "GEAR"), (1, "GEAR (rank 1)")):
