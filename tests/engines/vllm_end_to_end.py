@@ -57,7 +57,7 @@ WAYS = (
         "conditional",
         (8, 1250 + 44),
         {"hit": [288, 1248], "damaged": [1248]},
-        {"tokens_loaded": 512, "tokens_missed": 736},
+        {"tokens_loaded": 512, "tokens_missed": 736, "damaged": 1},
     ),
     Way(
         "tier",
@@ -65,7 +65,7 @@ WAYS = (
         "joint",
         (7, 1024 + 768),
         {"hit": [256, 1024, 768], "damaged": [512]},
-        {"entries_loaded": 3, "misses": 1},
+        {"entries_loaded": 3, "misses": 1, "damaged": 1},
     ),
 )
 
