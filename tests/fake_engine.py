@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from kvtc.cache import KVCache
-from kvtc.engines.page_layout import PageLayout
 
+from .engine_pages import read_tokens, write_tokens
 from .fake_vllm import KVConnectorRole
 
 
@@ -29,11 +29,7 @@ class FakeEngine:
         axes: str = "BHNC",
     ):
         model = vllm_config.model_config
-        n_layers, heads, dim = (
-            model.get_total_num_hidden_layers(),
-            model.get_total_num_kv_heads(),
-            model.get_head_size(),
-        )
+        heads, dim = model.get_total_num_kv_heads(), model.get_head_size()
         self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         inner = kernel_tokens or self.block_size
         sizes = {"B": n_blocks * self.block_size // inner, "H": heads, "N": inner, "C": 2 * dim}
@@ -45,7 +41,7 @@ class FakeEngine:
             for name in vllm_config.layers
         }
         backend = next(iter(vllm_config.layers.values())).get_attn_backend().get_name()
-        self.layout = PageLayout("LBHNC", n_layers, heads, dim, inner, "vec" if backend == "CPU_ATTN" else "split")
+        self.packing = "vec" if backend == "CPU_ATTN" else "split"
         self.scheduler = connector_class(vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config)
         self.worker = connector_class(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
         self.worker.register_kv_caches(self.layers)
@@ -114,22 +110,17 @@ class FakeEngine:
             kv_connector_block_state=SimpleNamespace(get_block_ids=lambda _: (blocks,)),
         )
 
-    def _slots(self, blocks: list[int]) -> list[int]:
-        ratio = self.block_size // self.layout.page_tokens
-        return [block * ratio + inner for block in blocks for inner in range(ratio)]
+    def _slots(self, blocks: list[int], start: int, stop: int) -> torch.Tensor:
+        tokens = torch.arange(start, stop)
+        return torch.tensor(blocks)[tokens // self.block_size] * self.block_size + tokens % self.block_size
 
     def _write(self, blocks: list[int], truth: KVCache, start: int, stop: int) -> None:
         """What the model's attention does: tokens start .. stop - 1 into the blocks."""
-        keys, values = self._both(blocks)
-        keys[:, :, start:stop], values[:, :, start:stop] = truth.keys[:, :, start:stop], truth.values[:, :, start:stop]
-        data = self.layout.write(keys, values)
-        for index, layer in enumerate(sorted(self.layers)):
-            self.layers[layer][self._slots(blocks)] = data[index]
-
-    def _both(self, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        slots = self._slots(blocks)
-        return self.layout.read(torch.stack([self.layers[layer][slots] for layer in sorted(self.layers)]))
+        keys, values = (side[:, :, start:stop] for side in (truth.keys, truth.values))
+        write_tokens(self._layers(), self._slots(blocks, start, stop), keys, values, self.packing)
 
     def _read(self, blocks: list[int], n_tokens: int) -> KVCache:
-        keys, values = self._both(blocks)
-        return KVCache(keys[:, :, :n_tokens], values[:, :, :n_tokens])
+        return KVCache(*read_tokens(self._layers(), self._slots(blocks, 0, n_tokens), self.packing))
+
+    def _layers(self) -> list[torch.Tensor]:
+        return [self.layers[name] for name in sorted(self.layers)]

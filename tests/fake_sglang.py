@@ -17,7 +17,7 @@ import torch
 
 from .fake_modules import fake_modules
 
-ADAPTERS = ("kvtc.engines.sglang.hicache",)
+ADAPTERS = ("kvtc.engines.sglang.hicache", "kvtc.engines.sglang.facts")
 
 
 @dataclass

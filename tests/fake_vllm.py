@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-ADAPTERS = tuple(f"kvtc.engines.vllm.{name}" for name in ("connector", "tier", "metrics"))
+ADAPTERS = tuple(f"kvtc.engines.vllm.{name}" for name in ("connector", "tier", "layouts", "metrics"))
 
 
 class KVConnectorRole(enum.Enum):

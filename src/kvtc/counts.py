@@ -1,4 +1,5 @@
-"""What is counted while caches go to a store and come back: one vocabulary for prefix caches, adapters of engines and metrics."""
+"""What is counted while caches go to a store and come back, in one vocabulary for all users of
+stores."""
 
 from __future__ import annotations
 
@@ -25,21 +26,22 @@ COUNTERS = {
     "loads": "Loads that have ended.",
     "load_errors": "Loads ended by an unexpected error.",
     "hits": "Loads, or requests of an engine, for which tokens were found.",
-    "tokens_asked": "Tokens of prompts looked up.",
+    "tokens_asked": "Tokens of the prompts that were looked up.",
     "tokens_found": "Leading tokens of prompts found in the store.",
     "tokens_promised": "Tokens that an engine asked to load.",
     "tokens_loaded": "Tokens loaded.",
     "tokens_missed": "Tokens that could not be loaded and were left to the engine.",
     "saves": "Prefixes saved.",
     "saves_skipped": "Prefixes too short to be saved.",
-    "requests_unknown": "Requests neither looked up nor saved: nobody can tell which adapter they are of.",
+    "requests_unknown": "Requests neither looked up nor saved, because their adapter cannot be told from others.",
     "other_models": "Chunks of other models than the one served, left alone.",
-    "starts_searched": "Chunks stored whose position was searched, because the engine did not tell it.",
+    "starts_searched": "Chunks stored whose position was searched, because the engine did not give it.",
 }
 
 
 class Counts:
-    """Numbers that only grow, counted by many threads. A forked child counts for itself, from nothing."""
+    """Numbers that only grow, counted by many threads. A forked child counts for itself, from
+    nothing."""
 
     def __init__(self) -> None:
         self._lock = ForkSafeLock()

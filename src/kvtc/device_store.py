@@ -1,6 +1,7 @@
 """`cuda:` entries on a device, up to a byte budget: what is decoded there need not leave it.
 
-An entry is the stream alone, so that idle conversations take a fraction of the device's memory that their caches would.
+An entry is the stream alone, so that idle conversations take a fraction of the device's memory that
+their caches would.
 """
 
 from __future__ import annotations
@@ -41,15 +42,23 @@ class DeviceEntry:
 
 
 class DeviceStore(MemoryStore):
-    """Entries on a device, at most `max_bytes` of them, overhead included; those used longest ago go first.
+    """Entries in the memory of a device.
 
-    Checksums are verified in the host's memory. `get` brings an entry there and verifies its frame, as every store does.
-    `resident_many` gives values as tensors without looking at them again: those that were sound streams when they were put, every
-    section's checksum included; other values it gives as `get_many` does, so that decoding them finds what is wrong. What
-    happens to the device's own memory afterwards, only its error correction can tell.
+    Checksums are verified in the host's memory. `get` brings an entry there and verifies its frame,
+    as every store does. `resident_many` gives tensors that it does not verify again, of values that
+    were sound streams when they were put, every section's checksum included; other values it gives
+    as `get_many` does, so that decoding finds the fault. Only the device's error correction can
+    find what happens to its memory afterwards.
 
-    device: of torch, "cpu" too. Safe to share between threads, as every store is; a tensor that was given out stays as it is when
-    its entry is evicted, and is no part of the budget then.
+    A tensor that was given out stays as it is when its entry is evicted, and does not count in the
+    budget then.
+
+    Parameters:
+        device: Of torch, "cpu" too.
+        max_bytes, namespace, entry_bytes: As of `MemoryStore`.
+
+    Raises:
+        StoreUnavailable: The device cannot be used.
     """
 
     def __init__(
@@ -57,10 +66,9 @@ class DeviceStore(MemoryStore):
         device: str | torch.device,
         max_bytes: int = DEFAULT_BYTES,
         namespace: str | None = None,
-        on_error: str = "raise",
         entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(max_bytes, namespace, on_error, entry_bytes)
+        super().__init__(max_bytes, namespace, entry_bytes)
         self._is_left_behind = False
         try:
             self.device = usable_device(device)
@@ -82,11 +90,12 @@ class DeviceStore(MemoryStore):
         return f"DeviceStore({self.device}, {self._max_bytes} bytes)"
 
     def resident_many(self, keys: Sequence[str]) -> list[Bytes | None]:
-        """Values of sound streams as uint8 [bytes] on the device, not to be written to; any other as bytes, or None for a miss."""
+        """As `Store.resident_many`: the values of sound streams are uint8 [bytes] on the device,
+        which must not be written to.
+        """
         self._check_open()
         names = [self._names.name(key) for key in keys]
-        nothing: list[Bytes | None] = [None] * len(names)
-        values = self._attempt(lambda: self._resident(names), nothing)
+        values = self._attempt(lambda: self._resident(names))
         found = [value for value in values if value is not None]
         self._counters.add(
             hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
@@ -102,8 +111,8 @@ class DeviceStore(MemoryStore):
     def _leave_behind(self) -> None:
         self._is_left_behind = self.device.type != "cpu"
 
-    def _attempt(self, call: Callable[[], T], otherwise: T) -> T:
-        return super()._attempt(self._refuse if self._is_left_behind else call, otherwise)
+    def _attempt(self, call: Callable[[], T]) -> T:
+        return super()._attempt(self._refuse if self._is_left_behind else call)
 
     def _refuse(self) -> NoReturn:
         raise StoreUnavailable(f"{self!r}: a forked process cannot use its parent's device; start it with spawn")
@@ -124,7 +133,8 @@ class DeviceStore(MemoryStore):
     def _hold(self, frame: bytes) -> DeviceEntry:
         head, value = frame[:FRAME_BYTES], frame[FRAME_BYTES:]
         try:
-            # A copy: torch shares memory with what it makes a tensor of, and a frame is not to be written to.
+            # A copy: torch shares memory with what it makes a tensor of, and a frame is not to be
+            # written to.
             nothing = torch.empty(0, dtype=torch.uint8, device=CPU)
             here = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else nothing
             return DeviceEntry(head, here.to(self.device), _is_sound_stream(value))

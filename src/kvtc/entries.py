@@ -1,16 +1,18 @@
-"""Entries of a store, for callers who must not fail because of them: what is a miss, what is damage, what is counted and logged.
+"""Entries of a store, for callers who must not fail because of them: what is a miss, what is
+damage, what is counted and logged.
 
-    load, decode, count_leading    whatever fails is a miss, counted
-    save, forget                   whatever fails is not done, counted
-    fetch, put, write, delete      for callers who are to be told: `StoreError`, whatever the store raised, counted too
+    load, decode, count_leading    an error is a miss
+    save, forget                   an error means that it is not done
+    fetch, put, write, delete      an error is raised, as `StoreError` whatever the store raised
 
-What is wrong with an entry decides what becomes of it:
+Every error is counted. The fault of an entry decides whether it stays:
 
-    damaged         the entry contradicts itself, or ends too early: it is deleted, so that it is stored anew
-    other           it is of a newer format, or of another calibration or text than asked for: left alone, somebody else reads it
-    decode_errors   there was no memory for it, or code failed: left alone, the entry may be sound
+    damaged         it contradicts itself, or ends too early: it is deleted, so that the next save stores it again
+    other           it has a newer format, or another calibration or text than was asked for: it stays, somebody else reads it
+    decode_errors   there was no memory to decode it, or code failed: it stays, it may be sound
 
-What fails is logged with its cause, one of each kind a minute. `KeyboardInterrupt` and `SystemExit` pass, and nothing else does.
+Every error is logged with its cause, one of each kind a minute. Only `KeyboardInterrupt` and
+`SystemExit` (`PROGRAM_ENDS`) reach the caller of the first two groups.
 """
 
 from __future__ import annotations
@@ -32,9 +34,13 @@ T = TypeVar("T")
 
 
 class Entries:
-    """What one user of a store does with it; the store may be anybody's. Safe to share between threads.
+    """The entries of one user of a store. Safe to share between threads.
 
-    counts: see `counts.COUNTERS`; whoever uses this adds counts of its own.
+    Parameters:
+        store: The store, which may be anybody's and may raise anything.
+
+    Attributes:
+        counts: Counters of `counts.COUNTERS`; the user adds counters of its own.
     """
 
     def __init__(self, store: Store) -> None:
@@ -42,14 +48,32 @@ class Entries:
         self.counts = Counts()
 
     def load(self, keys: Sequence[str], *, is_resident: bool = False) -> list[Any]:
-        """Entries, each None where it cannot be had. is_resident: as `Store.resident_many` gives them."""
+        """Read entries.
+
+        Parameters:
+            keys: Of a chain, first to last.
+            is_resident: Whether entries on a device may come as tensors, as of
+                `Store.resident_many`.
+
+        Returns:
+            One entry for each key, None where it is missing or the store fails.
+        """
         try:
             return self.fetch(keys, is_resident=is_resident)
         except StoreError:
             return [None] * len(keys)
 
     def decode(self, key: str, entry: Any, decode: Callable[[Any], T]) -> T | None:
-        """What `decode` makes of an entry of `load`; None, a counted miss, where there is none and where it raises."""
+        """Decode an entry.
+
+        Parameters:
+            key: Of the entry.
+            entry: As `load` gives it, None too.
+            decode: Makes of an entry what is wanted.
+
+        Returns:
+            What `decode` returns; None, a counted miss, where the entry is None or `decode` raises.
+        """
         if entry is None:
             self.counts.add(misses=1)
             return None
@@ -59,7 +83,7 @@ class Entries:
         return decoded
 
     def parse(self, key: str, entry: Any, decode: Callable[[Any], T]) -> T | None:
-        """As `decode`, but of what is there and is no cache: where it is read, nothing is counted."""
+        """As `decode`, for an entry that is not None and holds no cache: success is not counted."""
         try:
             return decode(entry)
         except (CorruptStream, TruncatedStream) as error:
@@ -83,22 +107,18 @@ class Entries:
             return 0
 
     def save(self, key: str, encode: Callable[[], bytes], original_bytes: int = 0) -> int | None:
-        """As `put`, but None where anything fails."""
-        try:
+        """As `put`, but None, counted and logged, where anything fails."""
+        with self.giving_up("save_errors", "entry %s is not saved", key):
             return self.put(key, encode, original_bytes)
-        except PROGRAM_ENDS:
-            raise
-        except BaseException as error:  # noqa: BLE001  what is not saved is a later miss, no more
-            self.count_error("save_errors", error, "entry %s is not saved", key)
-            return None
+        return None
 
     def forget(self, key: str) -> None:
-        """Delete an entry, if the store does."""
+        """Delete an entry, if the store does not fail."""
         with suppress(StoreError):
             self.delete(key)
 
     def fetch(self, keys: Sequence[str], *, is_resident: bool = False) -> list[Any]:
-        """As `load`. Raises `StoreError`."""
+        """As `load`, but raises `StoreError` where the store fails."""
         with self._asking("read"):
             entries = (self.store.resident_many if is_resident else self.store.get_many)(keys)
             entries = read_values(entries, len(keys), is_resident=is_resident)
@@ -106,10 +126,20 @@ class Entries:
         return entries
 
     def put(self, key: str, encode: Callable[[], bytes], original_bytes: int = 0, *, replace: bool = False) -> int:
-        """Store what `encode` gives; its bytes, or 0 where the key had an entry already, which is not looked at.
+        """Store an entry unless the key has one.
 
-        original_bytes: what it takes as a cache, to be counted. replace: store it in any case.
-        Raises `StoreError`, and what `encode` raises.
+        Parameters:
+            key: Of the entry.
+            encode: Gives the entry; called only if it is stored.
+            original_bytes: Bytes of the cache that is stored, to be counted.
+            replace: Whether it is stored in place of an entry that the key has.
+
+        Returns:
+            Bytes of the entry; 0 if the key had one, which is not read.
+
+        Raises:
+            StoreError: The store failed.
+            BaseException: Whatever `encode` raises.
         """
         if not replace:
             with self._asking("tell what it has"):
@@ -123,19 +153,39 @@ class Entries:
         return len(entry)
 
     def write(self, key: str, value: bytes) -> None:
-        """Put what is no cache, and not counted. Raises `StoreError`."""
+        """Store an entry that holds no cache and is not counted. Raises `StoreError`."""
         with self._asking("write"):
             self.store.put(key, value)
 
     def delete(self, key: str) -> None:
-        """Delete an entry, if there is one. Raises `StoreError`."""
+        """Delete an entry, if the key has one. Raises `StoreError`."""
         with self._asking("delete"):
             self.store.delete(key)
 
-    def count_error(self, counter: str, error: BaseException, message: str, *arguments: object) -> None:
-        """Count what was given up because of an error, and log it: with its traceback, where nobody raised it on purpose.
+    @contextmanager
+    def giving_up(self, counter: str, message: str, *arguments: object) -> Iterator[None]:
+        """A block that ends where it raises an error, which is counted and logged and goes no
+        further.
 
-        message, arguments: as of `logging.Logger.warning`; one message and class of errors are one kind.
+        Parameters:
+            counter, message, arguments: As of `count_error`.
+        """
+        try:
+            yield
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            self.count_error(counter, error, message, *arguments)
+
+    def count_error(self, counter: str, error: BaseException, message: str, *arguments: object) -> None:
+        """Count and log an error because of which something was given up.
+
+        Parameters:
+            counter: Of `COUNTERS`.
+            error: Logged with its traceback unless it is a `KvtcError`, which somebody raised on
+                purpose.
+            message, arguments: As of `logging.Logger.warning`. One message and one class of errors
+                are one kind for `log_once`.
         """
         self.counts.add(**{counter: 1})
         name, unexpected = type(error).__name__, None if isinstance(error, KvtcError) else error

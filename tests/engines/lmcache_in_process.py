@@ -24,7 +24,6 @@ from lmcache.v1.metadata import LMCacheMetadata
 from vllm_end_to_end import prompts
 
 from kvtc.codec import transformers_cache as interop
-from kvtc.engines.page_layout import lmcache_layout
 from kvtc.reference import MODEL_DIRECTORY, reference_calibration, reference_model
 
 RATIO = 8
@@ -63,11 +62,10 @@ def main() -> None:
     ids = torch.tensor([prompts()[0]])
     model, _ = reference_model("bfloat16")
     geometry = reference_calibration().geometry
-    sizes = geometry.n_layers, geometry.n_kv_heads, geometry.head_dim
     with torch.no_grad():
         cache = interop.from_transformers(model(ids).past_key_values, geometry)
-    shape = (2, sizes[0], ids.shape[1], sizes[1] * sizes[2])
-    caches = lmcache_layout(shape, *sizes).write(cache.keys, cache.values).reshape(shape)
+    # [2, L, H, T, D] -> [2, L, T, H * D]
+    caches = torch.stack([cache.keys, cache.values]).transpose(2, 3).flatten(3).contiguous()
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
         found, expected = round_trip(store, caches, ids[0])

@@ -34,9 +34,10 @@ def make(directory: Path, texts: list[str]) -> Path:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
     path = directory / "model"
-    model.save_pretrained(path)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    # Loaded and not cast back: a cast to bfloat16 rounds the frequencies of the rotation, too.
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL_DIRECTORY / name, path / name)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIRECTORY, local_files_only=True)
@@ -48,8 +49,6 @@ def make(directory: Path, texts: list[str]) -> Path:
     ]
     each = N_HEADS // N_RANKS
     for rank in range(N_RANKS):
-        calibration = kvtc.calibrate(
-            model.float(), ids[:_SEQUENCES], kv_heads=(rank * each, (rank + 1) * each), progress=False
-        )
+        calibration = kvtc.calibrate(model, ids[:_SEQUENCES], kv_heads=(rank * each, (rank + 1) * each), progress=False)
         calibration.save(directory / CALIBRATION.format(tp_rank=rank))
     return path

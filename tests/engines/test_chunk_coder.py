@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 
 import pytest
 import torch
 
 from kvtc import inspect
-from kvtc.engines.chunk_coder import ChunkCoder, ChunkOptions, FixedChunkCoder
-from kvtc.engines.lmcache.options import LmcacheOptions, worker_of
-from kvtc.engines.lmcache.task_board import TaskBoard
+from kvtc.engines.chunk_coder import ChunkCoder, ChunkSettings, FixedChunkCoder
+from kvtc.engines.lmcache.settings import LmcacheSettings, WorkerCoders, worker_of
 from kvtc.engines.page_layout import lmcache_layout
 from kvtc.engines.position_search import KnownStarts, find_start
-from kvtc.engines.settings import EngineSettings
+from kvtc.engines.served_model import ServedModel
 from kvtc.engines.stored_chunks import StoredChunks
+from kvtc.engines.tasks import Tasks
 from kvtc.errors import CorruptStream, InvalidArgument, StoreUnavailable, UnsupportedLayout
 from kvtc.store import open_store
 from tests.builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache
@@ -28,19 +27,19 @@ SHAPE = (2, N_LAYERS, T, N_HEADS * HEAD_DIM)
 def chunk(start: int, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
     """Tokens start .. start + T - 1 of a text as LMCache holds them."""
     cache = told_cache(start + T, dtype)
-    layout = lmcache_layout(shape, N_LAYERS, N_HEADS, HEAD_DIM)
-    return layout.write(cache.keys[:, :, start:], cache.values[:, :, start:]).reshape(shape)
+    rows = [side[:, :, start:].transpose(1, 2) for side in (cache.keys, cache.values)]  # [L, T, H, D]
+    return (torch.stack(rows) if shape[0] == 2 else torch.cat(rows, dim=-1)).reshape(shape)
 
 
-def settings(**changed) -> EngineSettings:
-    return EngineSettings("reference", "memory:", **({"ratio": 8} | changed))
+def settings(**changed) -> ChunkSettings:
+    return ChunkSettings("reference", "memory:", **({"ratio": 8, "max_tokens": 4096} | changed))
 
 
-def coder(kind: type = ChunkCoder, max_tokens: int = 4096, **changed):
+def coder(kind: type = ChunkCoder, **changed):
     def layout_of(shape):
         return lmcache_layout(shape, N_LAYERS, N_HEADS, HEAD_DIM)
 
-    return kind(joint_calibration(), settings(**changed), layout_of, T, max_tokens)
+    return kind(joint_calibration(), settings(**changed), layout_of, T)
 
 
 @pytest.mark.parametrize("start", [0, 256, 1024, 3072])
@@ -107,7 +106,7 @@ def test_damaged_bytes_are_refused():
 
 
 def test_what_cannot_be_coded_is_refused():
-    with pytest.raises(UnsupportedLayout, match="nobody tells the scales"):
+    with pytest.raises(UnsupportedLayout, match="its scales are not known"):
         coder().encode(chunk(0).to(torch.float8_e4m3fn), 0)
     with pytest.raises(UnsupportedLayout, match="LMCache chunk of shape"):
         coder().encode(torch.zeros(3, 5), 0)
@@ -121,27 +120,36 @@ def test_what_cannot_be_coded_is_refused():
 
 
 def test_options_of_the_servers():
-    chunk_options, others = ChunkOptions.split({"kvtc.packing": "vec", "kvtc.page_tokens": 32, "kvtc.ratio": 4, "x": 1})
-    assert (chunk_options.packing, chunk_options.page_tokens, chunk_options.max_tokens) == ("vec", 32, 131072)
-    assert others == {"kvtc.ratio": 4, "x": 1}
-    with pytest.raises(InvalidArgument, match="expected one of split, vec, amx"):
-        ChunkOptions.split({"kvtc.packing": "tight"})
-    with pytest.raises(InvalidArgument, match=r"kvtc\.page_tokens is 0"):
-        ChunkOptions.split({"kvtc.page_tokens": 0})
+    given = {"kvtc.calibration": "reference", "kvtc.store": "memory:"}
+    options = LmcacheSettings.from_config(
+        {**given, "kvtc.packing": "vec", "kvtc.page_tokens": 32, "kvtc.ratio": 4, "x": 1}
+    )
+    assert (options.packing, options.page_tokens, options.max_tokens, options.ratio) == ("vec", 32, 131072, 4)
+    for wrong, message in (
+        ({"kvtc.packing": "tight"}, r"kvtc\.packing is 'tight'; expected one of split, vec, amx"),
+        ({"kvtc.page_tokens": 0}, r"kvtc\.page_tokens is 0; expected at least 1"),
+        ({"kvtc.threads": True}, r"kvtc\.threads is True; expected at least 1"),
+        ({"kvtc.model": ""}, r"kvtc\.model is ''; expected text"),
+        ({"kvtc.check_model": "no"}, r"kvtc\.check_model is 'no'; expected true or false"),
+        ({"kvtc.profile": ["joint"]}, r"kvtc\.profile is \['joint'\]; expected one of auto, paper, joint, conditional"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            LmcacheSettings.from_config({**given, **wrong})
     with pytest.raises(InvalidArgument, match=r"unknown option kvtc\.store"):
-        LmcacheOptions({"kvtc.calibration": "reference", "kvtc.store": "memory:"}, needs_store=False)
+        LmcacheSettings.from_config(given, needs_store=False)
     with pytest.raises(InvalidArgument, match=r"must give kvtc\.store"):
-        LmcacheOptions({"kvtc.calibration": "reference"})
+        LmcacheSettings.from_config({"kvtc.calibration": "reference"})
 
 
 def test_workers_of_a_server_have_calibrations_of_their_own(tmp_path):
     joint_calibration().save(tmp_path / "tiny-1.safetensors")
     config = {"kvtc.calibration": f"{tmp_path}/tiny-{{tp_rank}}.safetensors", "kvtc.identity": "tiny"}
-    options = LmcacheOptions(config, needs_store=False)
-    model, worker = options.served_model(), worker_of(2 << 24 | 1 << 16 | 2 << 8 | 1)
-    assert options.coder(ChunkCoder, model, worker).calibration.geometry.n_layers == N_LAYERS
+    options = LmcacheSettings.from_config(config, needs_store=False)
+    model, worker = ServedModel.of(options, None), worker_of(2 << 24 | 1 << 16 | 2 << 8 | 1)
+    coders = WorkerCoders(ChunkCoder, options, model, worker)
+    assert coders.of(1) is coders.of(worker)
     with pytest.raises(FileNotFoundError, match="tiny-0"):
-        options.coder(ChunkCoder, model, 0)
+        coders.of(0)
 
 
 def test_known_starts_forget_the_oldest():
@@ -237,11 +245,32 @@ def test_what_a_stream_depends_on_is_in_its_key():
 
 def test_a_task_that_raises_ends_as_failed(caplog):
     told = threading.Semaphore(0)
-    board = TaskBoard[str]("test", told.release, itertools.count(5))
-    assert (board.submit(lambda: "done", "failed"), board.submit(lambda: 1 // 0, "failed")) == (5, 6)
+    tasks = Tasks[int, str]("the test", "kvtc-test", notify=told.release)
+    tasks.submit(5, lambda: "done", "failed")
+    tasks.submit(6, lambda: 1 // 0, "failed")
+    assert tasks.is_busy
+    tasks.drain()
     told.acquire(timeout=10)
     told.acquire(timeout=10)
-    assert (board.take(5), board.take(5)) == ("done", None)
-    assert board.take_all() == {6: "failed"}
+    assert (tasks.take(5), tasks.take(5)) == ("done", None)
+    assert tasks.is_busy
+    assert tasks.take_all() == {6: "failed"}
+    assert not tasks.is_busy
+    assert "the test: a task failed" in caplog.text
     assert "ZeroDivisionError" in caplog.text
-    board.close()
+    tasks.close()
+    with pytest.raises(StoreUnavailable, match="the test is closed"):
+        tasks.submit(7, lambda: "late", "failed")
+    assert not tasks.is_busy
+
+
+def test_a_task_ends_even_with_the_program():
+    tasks = Tasks[int, str]("the test", "kvtc-test")
+
+    def leave():
+        raise SystemExit
+
+    tasks.submit(0, leave, "failed")
+    tasks.drain()
+    assert tasks.take(0) == "failed"
+    tasks.close()

@@ -11,9 +11,9 @@ import torch
 from kvtc import inspect
 from kvtc.cache import CacheGeometry
 from kvtc.codec.codec import Codec
-from kvtc.engines.page_codec import PageCodec
-from kvtc.engines.settings import CachePart, EngineSettings, tensor_parallel_parts
+from kvtc.engines.settings import CacheShard, EngineSettings, worker_shards
 from kvtc.engines.vllm.tier_lookups import StoreLookups
+from kvtc.engines.windowless_codec import WindowlessCodec
 from kvtc.entries import Entries
 from kvtc.errors import InvalidArgument, StoreUnavailable, StreamTooLarge, TokenMismatch, UnsupportedModel
 from kvtc.reference import reference_calibration
@@ -35,7 +35,7 @@ def settings(**changed) -> EngineSettings:
 
 
 def test_a_chunk_is_coded_alone_wherever_it_stands():
-    codec, cache, ids = PageCodec(joint_calibration(), settings()), told_cache(600), told_ids(600)
+    codec, cache, ids = WindowlessCodec(joint_calibration(), settings()), told_cache(600), told_ids(600)
     span = slice(256, 512)
     stream = codec.encode(cache.keys[:, :, span], cache.values[:, :, span], 256, ids[span])
     info = inspect(stream)
@@ -53,7 +53,7 @@ def test_a_chunk_is_coded_alone_wherever_it_stands():
 
 def test_a_page_costs_no_more_than_a_chunk_past_its_tokens():
     """Who writes to the store could have put a chunk of 32768 tokens there: a few hundred bytes, and far more work."""
-    codec = PageCodec(joint_calibration(), settings())
+    codec = WindowlessCodec(joint_calibration(), settings())
     foreign = Codec(joint_calibration(), "joint", step=4.0, window_tokens=0, chunk_tokens=32768)
     stream = foreign.encode(told_cache(600), told_ids(600))
     assert codec.decode(stream, 0, 344)[0].shape[2] == 344
@@ -66,7 +66,7 @@ def test_a_page_costs_no_more_than_a_chunk_past_its_tokens():
 
 
 def test_sinks_are_exact_at_the_beginning_of_a_text_only():
-    codec, cache, ids = PageCodec(joint_calibration(), settings()), told_cache(256), told_ids(256)
+    codec, cache, ids = WindowlessCodec(joint_calibration(), settings()), told_cache(256), told_ids(256)
     stream = codec.encode(cache.keys, cache.values, 0, ids)
     assert inspect(stream).sink_tokens == 4
     keys, _ = codec.decode(stream, 0, 256, ids)
@@ -75,13 +75,13 @@ def test_sinks_are_exact_at_the_beginning_of_a_text_only():
 
 
 def test_the_profile_is_the_best_that_calibration_and_engine_allow():
-    assert PageCodec(joint_calibration(), settings()).profile(has_token_ids=True) == "conditional"
-    assert PageCodec(joint_calibration(), settings()).profile(has_token_ids=False) == "joint"
-    without = PageCodec(joint_calibration(with_tokens=False), settings())
+    assert WindowlessCodec(joint_calibration(), settings()).profile(has_token_ids=True) == "conditional"
+    assert WindowlessCodec(joint_calibration(), settings()).profile(has_token_ids=False) == "joint"
+    without = WindowlessCodec(joint_calibration(with_tokens=False), settings())
     assert without.profile(has_token_ids=True) == "joint"
-    plain = PageCodec(tiny_calibration(), settings(step=None, ratio=4))
+    plain = WindowlessCodec(tiny_calibration(), settings(step=None, ratio=4))
     assert plain.profile(has_token_ids=True) == plain.profile(has_token_ids=False) == "paper"
-    only = PageCodec(joint_calibration(), settings(profile="conditional"))
+    only = WindowlessCodec(joint_calibration(), settings(profile="conditional"))
     assert only.serves(has_token_ids=True)
     assert not only.serves(has_token_ids=False)
     with pytest.raises(InvalidArgument, match="gives no token ids"):
@@ -89,7 +89,7 @@ def test_the_profile_is_the_best_that_calibration_and_engine_allow():
 
 
 def test_a_quality_takes_the_step_of_each_profiles_curve():
-    codec = PageCodec(measured_calibration(), settings(step=None, kl=2e-3))
+    codec = WindowlessCodec(measured_calibration(), settings(step=None, kl=2e-3))
     assert codec.codec(has_token_ids=True).rate.step == pytest.approx(0.05)
     assert codec.codec(has_token_ids=False).rate.step == pytest.approx(0.1)
 
@@ -106,12 +106,12 @@ def test_a_quality_takes_the_step_of_each_profiles_curve():
 )
 def test_rates_that_cannot_be_are_refused(changed, expected):
     with pytest.raises(InvalidArgument, match=expected):
-        PageCodec(measured_calibration(), settings(**{"step": None} | changed))
+        WindowlessCodec(measured_calibration(), settings(**{"step": None} | changed))
 
 
 def test_a_quality_needs_a_curve():
     with pytest.raises(InvalidArgument, match="no measured quality of the profile conditional"):
-        PageCodec(joint_calibration(), settings(step=None, kl=2e-3))
+        WindowlessCodec(joint_calibration(), settings(step=None, kl=2e-3))
 
 
 @pytest.mark.parametrize("name", ["ratio", "step", "kl"])
@@ -137,12 +137,12 @@ def test_rotations_that_depend_on_a_texts_length_are_refused():
         geometry=CacheGeometry(0, geometry.n_layers, 0, geometry.n_kv_heads, geometry.head_dim, LengthDependent()),
     )
     with pytest.raises(UnsupportedModel, match="length of a sequence"):
-        PageCodec(odd, settings())
+        WindowlessCodec(odd, settings())
 
 
 def test_the_reference_model_has_a_name():
     geometry = reference_calibration().geometry
-    part = CachePart(0, geometry.n_layers, 0, geometry.n_kv_heads, geometry.head_dim)
+    part = CacheShard(0, geometry.n_layers, 0, geometry.n_kv_heads, geometry.head_dim)
     assert settings().load_calibration(part).fingerprint == reference_calibration().fingerprint
 
 
@@ -160,15 +160,15 @@ def test_calibrations_of_ranks_are_named_by_the_rank(tmp_path):
 
 
 def test_heads_are_shared_out_as_engines_do():
-    parts = tensor_parallel_parts(12, 8, 64, 4, [(0, 6), (6, 6)])
+    parts = worker_shards(12, 8, 64, 4, [(0, 6), (6, 6)])
     assert [(part.first_layer, part.first_kv_head, part.n_kv_heads) for part in parts[3:6]] == [
         (0, 6, 2),
         (6, 0, 2),
         (6, 2, 2),
     ]
-    assert [part.first_kv_head for part in tensor_parallel_parts(1, 2, 64, 4)] == [0, 0, 1, 1]
+    assert [part.first_kv_head for part in worker_shards(1, 2, 64, 4)] == [0, 0, 1, 1]
     with pytest.raises(InvalidArgument, match="3 key-value heads"):
-        tensor_parallel_parts(1, 3, 64, 2)
+        worker_shards(1, 3, 64, 2)
 
 
 def test_lookups_answer_later_and_in_the_order_of_the_text():

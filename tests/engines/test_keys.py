@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from kvtc import Codec
 from kvtc.codec.sealed_stream import StreamSettings
-from kvtc.engines.page_codec import PageCodec
 from kvtc.engines.page_layout import PageLayout
 from kvtc.engines.settings import EngineSettings
 from kvtc.engines.stored_chunks import StoredChunks
 from kvtc.engines.vllm.prefix_planner import PrefixPlanner
-from kvtc.engines.vllm.tier_jobs import RowPart, TierChunk, TierJobs
+from kvtc.engines.vllm.tier_jobs import RowShard, TierChunk, TierJobs
+from kvtc.engines.windowless_codec import WindowlessCodec
 from kvtc.key_digest import digest, entry_scope
 from kvtc.prefix_cache import Chain
 from kvtc.profiles.rates import Truncation
@@ -141,7 +141,7 @@ def test_chunks_of_another_length_have_other_keys():
 
     def keys(n_tokens, has_token_ids=False):
         rows = np.zeros((1, layout.bytes(n_tokens, torch.bfloat16)), np.uint8)
-        part = RowPart(0, layout, torch.bfloat16, PageCodec(joint_calibration(), STEP))
+        part = RowShard(0, layout, torch.bfloat16, WindowlessCodec(joint_calibration(), STEP))
         with open_store("memory:") as store:
             jobs = TierJobs(rows, [part], store, b"scope", n_tokens)
             found = jobs.keys(b"hash", has_token_ids)
@@ -159,7 +159,7 @@ def test_engines_with_chunks_of_different_lengths_share_a_store():
         tiers = {}
         for n_tokens in (256, 128):
             layout = PageLayout("LBHNC", N_LAYERS, N_HEADS, HEAD_DIM, 32)
-            part = RowPart(0, layout, torch.bfloat16, PageCodec(joint_calibration(), STEP))
+            part = RowShard(0, layout, torch.bfloat16, WindowlessCodec(joint_calibration(), STEP))
             span = slice(256 - n_tokens, 256)
             data = layout.write(cache.keys[:, :, span], cache.values[:, :, span])
             rows = data.flatten().view(torch.uint8).numpy().reshape(1, -1).copy()

@@ -15,7 +15,7 @@ import torch
 from kvtc import inspect
 from kvtc.errors import InvalidArgument, UnsupportedLayout
 from kvtc.store import open_store
-from tests.builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, measured_calibration, relative_error
+from tests.builders import HEAD_DIM, N_HEADS, N_LAYERS, measured_calibration, relative_error
 from tests.engines.test_chunk_coder import SHAPE, T, chunk
 from tests.failing import DECODE_ERRORS, ERRORS, break_decoding, break_store
 from tests.fake_lmcache import MemoryLayoutDesc, MemoryObj, ObjectKey, fake_lmcache
@@ -33,16 +33,9 @@ def lmcache():
 
 
 @pytest.fixture
-def options(tmp_path):
+def options(base_options):
     """What a user configures."""
-    joint_calibration().save(tmp_path / "tiny.safetensors")
-    return {
-        "kvtc.calibration": f"{tmp_path}/tiny.safetensors",
-        "kvtc.store": f"file://{tmp_path}/store",
-        "kvtc.ratio": 8,
-        "kvtc.identity": "tiny",
-        "kvtc.max_tokens": 4096,
-    }
+    return base_options | {"kvtc.ratio": 8, "kvtc.max_tokens": 4096}
 
 
 def serde_options(options):
@@ -163,7 +156,7 @@ def test_whatever_a_store_raises_is_a_miss(options, monkeypatch, error):
         return take(lambda: adapter.query_load_result(number)).bits()
 
     with monkeypatch.context() as broken:
-        break_store(broken, adapter._store, error)
+        break_store(broken, adapter._chunks.entries.store, error)
         lookup = adapter.submit_lookup_and_lock_task(keys, {})
         assert take(lambda: adapter.query_lookup_and_lock_result(lookup)).bits() == [False]
         assert (store(), load()) == (False, [False])

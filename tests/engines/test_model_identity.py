@@ -465,14 +465,9 @@ class TestServedModel:
 
 
 @pytest.fixture
-def options(tmp_path):
-    joint_calibration().save(tmp_path / "tiny.safetensors")
-    return {
-        "kvtc.calibration": f"{tmp_path}/tiny.safetensors",
-        "kvtc.store": f"file://{tmp_path}/store",
-        "kvtc.ratio": 8,
-        "kvtc.max_tokens": 4096,
-    }
+def options(base_options):
+    del base_options["kvtc.identity"]
+    return base_options | {"kvtc.ratio": 8, "kvtc.max_tokens": 4096}
 
 
 @pytest.fixture

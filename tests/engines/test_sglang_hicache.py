@@ -14,7 +14,6 @@ from tests.builders import (
     HEAD_DIM,
     N_HEADS,
     N_LAYERS,
-    joint_calibration,
     measured_calibration,
     relative_error,
     told_cache,
@@ -36,17 +35,9 @@ ALL = torch.arange(PAGE * N_PAGES)
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(base_options):
     """Opens a backend: changed configuration and host layout -> the backend, its pool filled with tokens 0 .. of a text."""
-    joint_calibration().save(tmp_path / "tiny.safetensors")
-    options = {
-        "backend_name": "kvtc",
-        "kvtc.calibration": f"{tmp_path}/tiny.safetensors",
-        "kvtc.store": f"file://{tmp_path}/store",
-        "kvtc.ratio": 8,
-        "kvtc.identity": "tiny",
-        "kvtc.max_tokens": 4096,
-    }
+    options = base_options | {"backend_name": "kvtc", "kvtc.ratio": 8, "kvtc.max_tokens": 4096}
 
     def opened(layout: str = "layer_first", page: int = PAGE, sizes: tuple[int, int, int] = SIZES, **changed):
         config = HiCacheStorageConfig({**options, **changed.pop("options", {})}, **changed)

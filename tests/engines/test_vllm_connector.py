@@ -43,16 +43,9 @@ def connector():
 
 
 @pytest.fixture
-def options(tmp_path):
+def options(base_options):
     """What a user configures."""
-    joint_calibration().save(tmp_path / "tiny.safetensors")
-    return {
-        "kvtc.calibration": str(tmp_path / "tiny.safetensors"),
-        "kvtc.store": f"file://{tmp_path}/store",
-        "kvtc.step": 0.05,
-        "kvtc.identity": "tiny",
-        "of_others": 1,
-    }
+    return base_options | {"kvtc.step": 0.05, "of_others": 1}
 
 
 def prompt(n: int = LENGTH, seed: int = 0) -> tuple[list[int], object]:

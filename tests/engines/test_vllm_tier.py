@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kvtc import inspect
-from kvtc.engines.page_codec import PageCodec
 from kvtc.engines.page_layout import PageLayout
 from kvtc.engines.settings import EngineSettings
-from kvtc.engines.vllm.tier_jobs import RowPart, TierChunk, TierJobs
+from kvtc.engines.vllm.tier_jobs import RowShard, TierChunk, TierJobs
+from kvtc.engines.windowless_codec import WindowlessCodec
 from kvtc.errors import GeometryMismatch, InvalidArgument, StoreUnavailable, UnsupportedLayout, UnsupportedModel
 from kvtc.store import open_store
 from tests.builders import (
@@ -25,6 +25,7 @@ from tests.builders import (
     told_cache,
     told_ids,
 )
+from tests.engine_pages import in_logical_order, read_tokens, write_tokens
 from tests.failing import DECODE_ERRORS, ERRORS, break_decoding, break_store
 from tests.fake_vllm import LookupResult, ReqContext, TransferJob, fake_vllm
 
@@ -43,16 +44,9 @@ def tier_class():
 
 
 @pytest.fixture
-def options(tmp_path):
+def options(base_options):
     """What a user configures."""
-    joint_calibration().save(tmp_path / "tiny.safetensors")
-    return {
-        "kvtc.calibration": str(tmp_path / "tiny.safetensors"),
-        "kvtc.store": f"file://{tmp_path}/store",
-        "kvtc.step": 0.05,
-        "kvtc.identity": "tiny",
-        "kvtc.attention_backend": "FLASH_ATTN",
-    }
+    return base_options | {"kvtc.step": 0.05, "kvtc.attention_backend": "FLASH_ATTN"}
 
 
 def spec(axes: str = "LBNHC", tp_size: int = 1, **changed):
@@ -75,22 +69,30 @@ def spec(axes: str = "LBNHC", tp_size: int = 1, **changed):
     return SimpleNamespace(config=config)
 
 
+def pages_of(row: np.ndarray, axes: str):
+    """The bytes of a worker's shard of a row as pages [L, B, H, N, 2 D]."""
+    sizes = {"L": N_LAYERS, "B": CHUNK // PAGE, "H": N_HEADS, "N": PAGE, "C": 2 * HEAD_DIM}
+    return in_logical_order(torch.from_numpy(row).view(torch.bfloat16), axes, sizes)
+
+
 class Host:
     """Host memory of some chunks, and the tier over it."""
 
     def __init__(self, tier_class, options, axes: str = "LBNHC"):
         self.rows = np.zeros((6, ROW_BYTES), np.uint8)
-        self.layout = PageLayout(axes, N_LAYERS, N_HEADS, HEAD_DIM, PAGE)
+        self.axes = axes
         self.tier = tier_class(spec(axes), memoryview(self.rows.view(np.int8)), "KvtcTier", **options)
         self.n_jobs = 0
 
     def fill(self, row: int, cache, index: int) -> None:
         span = slice(index * CHUNK, (index + 1) * CHUNK)
-        data = self.layout.write(cache.keys[:, :, span], cache.values[:, :, span])
-        self.rows[row, : ROW_BYTES - 64] = data.flatten().view(torch.uint8).numpy()
+        write_tokens(self.pages(row), torch.arange(CHUNK), cache.keys[:, :, span], cache.values[:, :, span])
 
     def read(self, row: int):
-        return self.layout.read(torch.from_numpy(self.rows[row, : ROW_BYTES - 64]).view(torch.bfloat16))
+        return read_tokens(self.pages(row), torch.arange(CHUNK))
+
+    def pages(self, row: int):
+        return pages_of(self.rows[row, : ROW_BYTES - 64], self.axes)
 
     def job(self, keys, rows, context, is_load: bool):
         """Submit a job and wait for its result."""
@@ -258,7 +260,7 @@ def test_whatever_a_store_raises_ends_the_job_and_no_more(tier_class, options, m
     host.tier.shutdown()
 
 
-def test_a_chunk_whose_place_is_not_told_is_not_stored(tier_class, options):
+def test_a_chunk_whose_position_is_not_told_is_not_stored(tier_class, options):
     host = Host(tier_class, options)
     context, keys = ReqContext("a"), [b"x" * 36]
     assert host.tier.lookup(keys[0], context) is LookupResult.MISS
@@ -274,19 +276,19 @@ def test_conditional_alone_serves_only_those_who_tell_ids(tier_class, options):
     host.tier.shutdown()
 
 
-def test_each_rank_has_its_part_of_a_row():
+def test_each_rank_has_its_shard_of_a_row():
     settings = EngineSettings("unused", "memory:", step=0.05)
     layout = PageLayout("LBHNC", N_LAYERS, N_HEADS, HEAD_DIM, PAGE)
     size = layout.bytes(CHUNK, torch.bfloat16)
-    codecs = [PageCodec(joint_calibration(seed), settings) for seed in (0, 1)]
+    codecs = [WindowlessCodec(joint_calibration(seed), settings) for seed in (0, 1)]
     rows = np.zeros((2, 2 * size), np.uint8)
-    parts = [RowPart(rank * size, layout, torch.bfloat16, codec) for rank, codec in enumerate(codecs)]
+    shards = [RowShard(rank * size, layout, torch.bfloat16, codec) for rank, codec in enumerate(codecs)]
     with open_store("memory:") as store:
-        jobs = TierJobs(rows, parts, store, b"model", CHUNK)
+        jobs = TierJobs(rows, shards, store, b"model", CHUNK)
         caches = [told_cache(CHUNK, torch.bfloat16, seed=seed) for seed in (3, 4)]
         for rank, cache in enumerate(caches):
-            data = layout.write(cache.keys, cache.values).flatten().view(torch.uint8)
-            rows[0, rank * size : (rank + 1) * size] = data.numpy()
+            shard = pages_of(rows[0, rank * size : (rank + 1) * size], "LBHNC")
+            write_tokens(shard, torch.arange(CHUNK), cache.keys, cache.values)
         chunk = TierChunk(b"name", 0, 0, None)
         jobs.store(1, [chunk])
         jobs.drain()
@@ -295,8 +297,8 @@ def test_each_rank_has_its_part_of_a_row():
         assert [end.success for end in jobs.take_ends()] == [True, True]
         assert len(set(jobs.keys(b"name", has_token_ids=False))) == 2
         for rank, cache in enumerate(caches):
-            part = torch.from_numpy(rows[1, rank * size : (rank + 1) * size]).view(torch.bfloat16)
-            assert relative_error(layout.read(part)[0], cache.keys) < 0.02
+            shard = pages_of(rows[1, rank * size : (rank + 1) * size], "LBHNC")
+            assert relative_error(read_tokens(shard, torch.arange(CHUNK))[0], cache.keys) < 0.02
         jobs.close()
 
 

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,10 @@ def test_objects_are_renewed_in_a_child_as_long_as_they_live():
     assert in_forked_child(lambda: kept.lock.acquire(timeout=5) and kept.process == os.getpid()) == "True"
     assert kept.process == os.getpid()
     assert kept.lock.locked()
+
+
+def test_nothing_warns_past_the_limit():
+    """What can go wrong thousands of times a second fills no log: every warning of kvtc is one of `log_once`."""
+    sources = Path(log_limits.__file__).parents[1].rglob("*.py")
+    found = {file.name for file in sources if re.search(r"logger\.(warning|error|exception)\(", file.read_text())}
+    assert found == {"log_limits.py"}

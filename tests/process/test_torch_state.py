@@ -33,9 +33,8 @@ from kvtc.codec.codec import Codec
 from kvtc.codec.transformers_cache import to_transformers
 from kvtc.coding.joint.metric import Metric
 from kvtc.device_store import DeviceStore
-from kvtc.engines.chunk_coder import ChunkCoder, FixedChunkCoder
+from kvtc.engines.chunk_coder import ChunkCoder, ChunkSettings, FixedChunkCoder
 from kvtc.engines.page_layout import PageLayout, lmcache_layout
-from kvtc.engines.settings import EngineSettings
 from kvtc.engines.vllm.page_mover import EnginePages
 from kvtc.errors import InvalidArgument, InvalidCache
 from kvtc.evaluate.quality import evaluate_continuation
@@ -312,7 +311,9 @@ def chunks() -> Found:
 
     found: Found = {}
     for kind in (ChunkCoder, FixedChunkCoder):
-        coder = kind(joint_calibration(), EngineSettings("reference", "memory:", ratio=8), layout_of, 256, 2048)
+        coder = kind(
+            joint_calibration(), ChunkSettings("reference", "memory:", ratio=8, max_tokens=2048), layout_of, 256
+        )
         data = chunk()
         found[kind.__name__] = coder.encode(data)
         coder.decode(found[kind.__name__], data)

@@ -11,12 +11,6 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "kvtc"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONGEST_LINE = 100
-# Pages that are not wrapped yet. To be empty.
-NOT_WRAPPED = {
-    "docs/calibration.md", "docs/format.md", "docs/guides/lmcache.md",
-    "docs/guides/multi_node.md", "docs/guides/sglang.md", "docs/guides/transformers.md", "docs/guides/vllm.md",
-    "docs/prefix_cache.md", "docs/stores.md",
-}  # fmt: skip
 FOLDERS = sorted(
     path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "demo_output"))
 )
@@ -45,8 +39,6 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_lines_of_prose_are_short(page):
-    if name_of(page) in NOT_WRAPPED:
-        return
     lines = without_fences(page.read_text(encoding="utf-8")).splitlines()
     # Tables, indented commands and single links cannot be wrapped.
     long = [n for n, line in enumerate(lines, 1) if len(line) > LONGEST_LINE and not re.match(r" *\||    |\S+$", line)]

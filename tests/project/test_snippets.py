@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import kvtc
-from kvtc.engines.chunk_coder import ChunkOptions
-from kvtc.engines.settings import PREFIX, EngineSettings
+from kvtc.engines.lmcache.settings import LmcacheSettings
+from kvtc.engines.settings import PREFIX
 from kvtc.reference import MODEL_DIRECTORY
 from kvtc.store import open_store
 
@@ -154,9 +154,8 @@ def test_options_are_those_that_kvtc_reads(snippet, place):
     found = [o for config in configurations(snippet) for o in objects(config) if f"{PREFIX}calibration" in o]
     assert found
     for options in found:
-        _, others = ChunkOptions.split(options)
-        others.pop(f"{PREFIX}attention_backend", None)
-        needs_store = others.get("type") != "kvtc"
-        settings = EngineSettings.from_config(others, needs_store=needs_store)
+        options.pop(f"{PREFIX}attention_backend", None)
+        needs_store = options.get("type") != "kvtc"
+        settings = LmcacheSettings.from_config(options, needs_store=needs_store)
         if needs_store:
             open_store(settings.store.replace("/var/cache/kvtc", f"{place}/store")).close()

@@ -143,8 +143,6 @@ def test_a_forked_child_cannot_use_its_parents_device_and_says_so():
         assert "StoreUnavailable" in answer
         assert "start it with spawn" in answer
         assert store.contains("k")
-    with DeviceStore("meta", on_error="miss") as store:
-        assert in_forked_child(lambda: (store.put("k", b"v"), store.resident_many(["k"]))) == "(None, [None])"
 
 
 def test_what_a_device_raises_is_an_error_of_the_store(store, monkeypatch):

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kvtc.errors import InvalidArgument, StoreUnavailable
+from kvtc.errors import InvalidArgument, StoreFull, StoreUnavailable
 from kvtc.store import encrypted, open_store
 from kvtc.store.files.directory import Directory
 from kvtc.store.memory import MemoryStore
@@ -123,13 +123,12 @@ def test_a_child_of_an_s3_store_says_at_once_that_it_cannot():
     options = {"access_key_id": "name", "secret_access_key": "secret", "region": "us-east-1"}
     with socket_server(answer_nothing) as place:
         url = f"s3://bucket?endpoint=http://{place}&timeout=0.1"
-        with open_store(url, **options) as store, open_store(url, on_error="miss", **options) as lenient:
+        with open_store(url, **options) as store:
             with pytest.raises(StoreUnavailable):
                 store.get("k")
             answer = in_forked_child(lambda: store.get("k"), seconds=10)
             assert "StoreUnavailable" in answer
             assert "start processes with spawn" in answer
-            assert in_forked_child(lambda: lenient.get("k"), seconds=10) == "None"
 
 
 def test_a_memory_store_forked_in_the_middle_of_a_put_counts_anew():
@@ -206,12 +205,13 @@ def test_stores_are_opened_again_in_other_processes(tmp_path, method, name):
 
 def test_a_pickled_store_has_the_options_it_was_opened_with(tmp_path, monkeypatch):
     monkeypatch.setenv("KVTC_TEST_KEY", KEY.hex())
-    with open_store(f"file://{tmp_path}?key_variable=KVTC_TEST_KEY", namespace="n", on_error="miss") as store:
+    with open_store(f"file://{tmp_path}?key_variable=KVTC_TEST_KEY", namespace="n", entry_bytes=100) as store:
         store.put("k", b"v")
         with copy.copy(store) as other:
             assert other.get("k") == b"v"
             assert other.namespace == "n"
-            assert other.inner._on_error == "miss"
+            with pytest.raises(StoreFull, match="up to 100"):
+                other.put("long", bytes(100))
 
 
 @pytest.mark.parametrize(

@@ -64,21 +64,12 @@ def test_what_exceeds_the_budget_is_refused_and_the_rest_stays():
         assert store.statistics().errors == 1
 
 
-def test_errors_can_be_misses():
-    with open_store("memory:?bytes=10KB&on_error=miss") as store:
-        store.put("large", bytes(10_000))
-        assert store.get("large") is None
-        assert store.statistics().errors == 1
-        assert store.statistics().puts == 0
-
-
 @pytest.mark.parametrize(
     "url",
     [
         "memory:?bytes=0",
         "memory:?bytes=many",
         "memory:/path",
-        "memory:?on_error=panic",
         "tape:",
         "",
         "/path",

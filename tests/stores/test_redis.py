@@ -135,7 +135,7 @@ def test_tls_with_a_certificate_that_must_be_known(tmp_path):
             store.get("k")
 
 
-@pytest.mark.parametrize("query", ["timeout=0", "ttl=soon", "prefix=*", "db=x", "on_error=panic"])
+@pytest.mark.parametrize("query", ["timeout=0", "ttl=soon", "prefix=*", "db=x"])
 def test_options_that_mean_nothing_are_refused(query):
     with pytest.raises(InvalidArgument):
         open_store(f"redis://127.0.0.1:1?{query}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..coding.lossless import BlockCoder, compress, compress_all, decompress, decompress_all
 from ..errors import CorruptStream, InvalidArgument
+from ..process.log_limits import log_once
 from ..process.workers import side_by_side
 from .stream_data import StreamData, open_data
 from .tables import (
@@ -180,7 +181,7 @@ def _decoded_with(
         try:
             read |= zip(mine, decompress_all(coded, coder, block_coder), strict=True)
         except CorruptStream as refusal:
-            logger.warning("%d sections are read without a device: %s", len(mine), refusal)
+            log_once(logger, "no device", "%d sections are read without a device: %s", len(mine), refusal)
     return read
 
 

@@ -1,12 +1,12 @@
-"""Chunks as cache servers hold them, tensors of one worker without token ids, as streams and back."""
+"""Chunks as cache servers hold them, tensors of one worker without token ids, as streams and
+back."""
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from ..errors import CorruptStream, InvalidArgument, UnsupportedLayout
 from ..key_digest import digest
 from ..process.torch_state import neutral_torch_state, writing_into
 from ..profiles.rates import FixedSize
-from .page_codec import CHUNK_TOKENS, PageCodec
-from .page_layout import PACKINGS, SPLIT, PageLayout, lmcache_layout
+from .page_layout import PageLayout
 from .position_search import check_fit, find_start
-from .settings import AUTO, PREFIX, EngineSettings
+from .settings import AT_LEAST_ONE, AUTO, PREFIX, EngineSettings
+from .windowless_codec import CHUNK_TOKENS, WindowlessCodec
 
 LayoutOf = Callable[[Sequence[int]], PageLayout]
 _FRAME = struct.Struct("<I")
@@ -30,102 +30,90 @@ _NEAR = 1.0005
 
 
 @dataclass(frozen=True)
-class ChunkOptions:
-    """What a cache server does not know of the engine's pages, so that the user tells it.
+class ChunkSettings(EngineSettings):
+    """The options of an engine that gives chunks without token ids.
 
-    packing, page_tokens: as of `lmcache_layout`, for engines on CPUs. max_tokens: where a chunk's position is not told, it is
-    searched below this one.
+    Parameters:
+        max_tokens: Where the engine does not say at which position a chunk stands, it is searched
+            below this one.
     """
 
-    packing: str = SPLIT
-    page_tokens: int = 1
-    max_tokens: int = 131072
-
-    @classmethod
-    def split(cls, config: Mapping[str, Any]) -> tuple[ChunkOptions, dict[str, Any]]:
-        """(these options, all others) of an engine's configuration. Raises `InvalidArgument`."""
-        names = [f"{PREFIX}{name}" for name in ("packing", "page_tokens", "max_tokens")]
-        others = {key: value for key, value in config.items() if key not in names}
-        options = cls(**{key.removeprefix(PREFIX): config[key] for key in names if key in config})
-        if options.packing not in PACKINGS:
-            raise InvalidArgument(f"{PREFIX}packing is {options.packing!r}; expected one of {', '.join(PACKINGS)}")
-        for name in ("page_tokens", "max_tokens"):
-            if not isinstance(getattr(options, name), int) or getattr(options, name) < 1:
-                raise InvalidArgument(f"{PREFIX}{name} is {getattr(options, name)!r}; expected at least 1")
-        return options, others
-
-    def lmcache_layout(self, shape: Sequence[int], calibration: Calibration) -> PageLayout:
-        """The layout of an LMCache chunk of this shape."""
-        geometry = calibration.geometry
-        return lmcache_layout(
-            shape,
-            geometry.n_layers,
-            geometry.n_kv_heads,
-            geometry.head_dim,
-            page_tokens=self.page_tokens,
-            packing=self.packing,
-        )
+    max_tokens: int = field(default=131072, metadata=AT_LEAST_ONE)
 
 
 class ChunkCoder:
-    """Chunks of one worker -> streams, each as long as its content asks for. Safe to share between threads.
+    """Codes chunks of one worker, each as long as its content asks for. Safe to share between
+    threads.
 
-    layout_of: shape of a chunk -> its layout. spacing: chunks begin at multiples of so many tokens; None: of
-    their own length.
+    Parameters:
+        calibration: Of the worker's layers and heads.
+        settings: Profile, rate and device.
+        layout_of: Gives the layout of a chunk from its shape.
+        spacing: Chunks begin at multiples of so many tokens; None: of their own length.
+
+    Raises:
+        InvalidArgument: The profile is `conditional`, or the calibration does not serve the
+            settings.
     """
 
     def __init__(
-        self,
-        calibration: Calibration,
-        settings: EngineSettings,
-        layout_of: LayoutOf,
-        spacing: int | None,
-        max_tokens: int,
+        self, calibration: Calibration, settings: ChunkSettings, layout_of: LayoutOf, spacing: int | None = None
     ) -> None:
-        self.calibration = calibration
         if settings.profile == AUTO:
             settings = replace(settings, profile="paper" if calibration.joint is None else "joint")
-        self._codec = PageCodec(calibration, settings)
+        self._codec = WindowlessCodec(calibration, settings)
         self._codec.profile(has_token_ids=False)  # refuses conditional
-        self._layout_of, self._spacing, self._max_tokens = layout_of, spacing, max_tokens
+        self._chunks = _Chunks(calibration, layout_of, spacing, settings.max_tokens)
 
     @property
     def name(self) -> bytes:
         """Digest of all that a stream depends on besides its chunk."""
         settings = self._codec.codec(has_token_ids=False).settings_digest
-        return digest("chunk coder", calibration=self.calibration.fingerprint, settings=settings)
+        return digest("chunk coder", calibration=self._codec.calibration.fingerprint, settings=settings)
 
     @neutral_torch_state
     def encode(self, data: Tensor, start: int | None = None) -> bytes:
-        """A chunk, whose first token stands at start (None: it is searched) -> stream.
+        """The stream of a chunk.
 
-        Raises `UnsupportedLayout`, `InvalidCache`, `GeometryMismatch`.
+        Parameters:
+            data: The chunk, of any shape whose layout is known, in 16 or 32 bits.
+            start: Position of its first token; None: it is searched.
+
+        Raises:
+            UnsupportedLayout: The layout is unknown, or the keys are not those of the calibrated
+                model at this position.
+            InvalidCache, GeometryMismatch: As `Codec.encode`.
         """
-        keys, values = _read(data, self._layout_of(data.shape))
-        start = _checked_start(keys, self.calibration, start, self._spacing, self._max_tokens)
-        return self._codec.encode(keys, values, start)
+        return self._codec.encode(*self._chunks.read(data, start))
 
     @neutral_torch_state
     def decode(self, stream: bytes, data: Tensor) -> None:
-        """Fill a chunk from its stream. Raises `UnsupportedLayout` and what `Codec.decode` raises."""
-        layout = self._layout_of(data.shape)
-        keys, values = self._codec.decode(stream, None, _count_tokens(data.shape, layout))
-        _write(keys, values, data, layout)
+        """Fill a chunk from its stream.
+
+        Raises:
+            UnsupportedLayout: The layout of `data` is unknown.
+            KvtcError: As `Codec.decode`.
+        """
+        keys, values = self._codec.decode(stream, None, self._chunks.n_tokens(data.shape))
+        self._chunks.write(keys, values, data)
 
 
 class FixedChunkCoder:
-    """Chunks of one worker -> as many bytes whatever they hold: 4 that say how long the stream is, the stream, zeros.
+    """Codes chunks of one worker in as many bytes whatever they hold: 4 bytes with the length of
+    the stream, the stream, zeros.
 
-    Where a text begins, four tokens are kept exactly: the rest of that chunk gets a higher ratio, so that its stream fits as well.
+    Where a text begins, four tokens are exact: the rest of that chunk gets a higher ratio, so that
+    its stream fits as well.
+
+    Parameters:
+        calibration, settings, layout_of, spacing: As of `ChunkCoder`.
+
+    Raises:
+        InvalidArgument: The settings give a step or a kl, or another profile than `joint`.
     """
 
     def __init__(
-        self,
-        calibration: Calibration,
-        settings: EngineSettings,
-        layout_of: LayoutOf,
-        spacing: int | None,
-        max_tokens: int,
+        self, calibration: Calibration, settings: ChunkSettings, layout_of: LayoutOf, spacing: int | None = None
     ) -> None:
         for name in ("step", "kl"):
             if getattr(settings, name) is not None:
@@ -134,41 +122,44 @@ class FixedChunkCoder:
             raise InvalidArgument(
                 f"streams of a fixed size are of the profile joint; {PREFIX}profile is {settings.profile}"
             )
-        self.calibration = calibration
-        self._codec = PageCodec(calibration, replace(settings, profile="joint"), fixed_size=True).codec(False)
-        self._layout_of, self._spacing, self._max_tokens = layout_of, spacing, max_tokens
+        self._geometry = calibration.geometry
+        self._codec = WindowlessCodec(calibration, replace(settings, profile="joint"), fixed_size=True).codec(False)
+        self._chunks = _Chunks(calibration, layout_of, spacing, settings.max_tokens)
         self._sizes: dict[tuple[int, torch.dtype], int] = {}
         self._firsts: dict[tuple[int, torch.dtype], Codec] = {}
 
     def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Bytes of every chunk of this shape. Raises `UnsupportedLayout`."""
-        layout = self._layout_of(shape)
-        return _FRAME.size + self._stream_size(_count_tokens(shape, layout), dtype)
+        """Bytes of every chunk of this shape and dtype. Raises `UnsupportedLayout`."""
+        return _FRAME.size + self._stream_size(self._chunks.n_tokens(shape), dtype)
 
     @neutral_torch_state
     def encode(self, data: Tensor, start: int | None = None) -> bytes:
-        """As `ChunkCoder.encode`, but `size` bytes."""
-        keys, values = _read(data, self._layout_of(data.shape))
-        start = _checked_start(keys, self.calibration, start, self._spacing, self._max_tokens)
+        """As `ChunkCoder.encode`, in `size` bytes."""
+        keys, values, start = self._chunks.read(data, start)
         codec = self._codec if start else self._codec_of_first(keys.shape[2], data.dtype)
-        geometry = self.calibration.geometry
         positions = torch.arange(start, start + keys.shape[2])
-        stream = codec.encode(KVCache(keys, values, positions, geometry.first_layer, geometry.first_kv_head))
+        first_layer, first_kv_head = self._geometry.first_layer, self._geometry.first_kv_head
+        stream = codec.encode(KVCache(keys, values, positions, first_layer, first_kv_head))
         return (_FRAME.pack(len(stream)) + stream).ljust(self.size(data.shape, data.dtype), b"\0")
 
     @neutral_torch_state
     def decode(self, framed: bytes, data: Tensor) -> None:
-        """Fill a chunk from its bytes. Raises `CorruptStream`, `UnsupportedLayout` and what `Codec.decode` raises."""
-        layout = self._layout_of(data.shape)
+        """Fill a chunk from its bytes.
+
+        Raises:
+            CorruptStream: There are fewer bytes than the first four say.
+            UnsupportedLayout, KvtcError: As `ChunkCoder.decode`.
+        """
         (n_bytes,) = _FRAME.unpack_from(framed) if len(framed) >= _FRAME.size else (len(framed),)
         stream = framed[_FRAME.size : _FRAME.size + n_bytes]
         if len(stream) != n_bytes:
             raise CorruptStream(f"a stream of {n_bytes} bytes is said to lie in {len(framed)} bytes")
-        cache = self._codec.decode_neutral(stream, None, _count_tokens(data.shape, layout))
-        _write(cache.keys, cache.values, data, layout)
+        cache = self._codec.decode_neutral(stream, None, self._chunks.n_tokens(data.shape))
+        self._chunks.write(cache.keys, cache.values, data)
 
     def _stream_size(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """Of a chunk inside a text, or what the first one takes at the least, where that is more."""
+        """Of a chunk inside a text, or what the first one takes at the least, where that is
+        more."""
         if (n_tokens, dtype) not in self._sizes:
             least = self._codec.with_rate(FixedSize(_LARGEST_RATIO)).stream_bytes(n_tokens, dtype)
             inside = self._codec.stream_bytes(n_tokens, dtype, first_position=CHUNK_TOKENS)
@@ -176,7 +167,8 @@ class FixedChunkCoder:
         return self._sizes[n_tokens, dtype]
 
     def _codec_of_first(self, n_tokens: int, dtype: torch.dtype) -> Codec:
-        """For the first chunk of a text: the lowest ratio at which it takes no more than any other."""
+        """For the first chunk of a text: the lowest ratio at which it takes no more than any
+        other."""
         if (n_tokens, dtype) not in self._firsts:
             self._firsts[n_tokens, dtype] = self._codec.with_rate(FixedSize(self._ratio_of_first(n_tokens, dtype)))
         return self._firsts[n_tokens, dtype]
@@ -199,27 +191,36 @@ class FixedChunkCoder:
         return rate.ratio
 
 
-def _count_tokens(shape: Sequence[int], layout: PageLayout) -> int:
-    return math.prod(shape) // layout.page_values * layout.page_tokens
+@dataclass(frozen=True)
+class _Chunks:
+    """How chunks of one worker lie in memory, and where in their texts they can stand."""
 
+    calibration: Calibration
+    layout_of: LayoutOf
+    spacing: int | None
+    max_tokens: int
 
-def _read(data: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """A chunk -> keys, values [L, H, T, D]; `UnsupportedLayout` for numbers that mean nothing without scales."""
-    if data.dtype.itemsize == 1:
-        raise UnsupportedLayout(f"the cache is {data.dtype}, and nobody tells the scales of its numbers; use 16 bits")
-    return layout.read(data)
+    def n_tokens(self, shape: Sequence[int]) -> int:
+        """Tokens of a chunk of this shape."""
+        layout = self.layout_of(shape)
+        return math.prod(shape) // layout.page_values * layout.page_tokens
 
+    def read(self, data: Tensor, start: int | None) -> tuple[Tensor, Tensor, int]:
+        """keys, values [L, H, T, D] of a chunk, and its position: the one that is given, or the one
+        that is found."""
+        layout = self.layout_of(data.shape)
+        if data.dtype.itemsize == 1:
+            raise UnsupportedLayout(
+                f"the cache is {data.dtype}, and its scales are not known; expected 16 bits or more"
+            )
+        keys, values = layout.read(data)
+        if start is None:
+            start = find_start(keys, self.calibration, self.spacing or keys.shape[2], self.max_tokens)
+        check_fit(keys, self.calibration, start)
+        return keys, values, start
 
-def _checked_start(
-    keys: Tensor, calibration: Calibration, start: int | None, spacing: int | None, max_tokens: int
-) -> int:
-    """Where a chunk stands: as told, or searched."""
-    if start is None:
-        start = find_start(keys, calibration, spacing or keys.shape[2], max_tokens)
-    check_fit(keys, calibration, start)
-    return start
-
-
-def _write(keys: Tensor, values: Tensor, data: Tensor, layout: PageLayout) -> None:
-    with writing_into(data):
-        data.copy_(layout.write(keys.to(data.dtype), values.to(data.dtype)).reshape(data.shape))
+    def write(self, keys: Tensor, values: Tensor, data: Tensor) -> None:
+        """Fill a chunk."""
+        with writing_into(data):
+            written = self.layout_of(data.shape).write(keys.to(data.dtype), values.to(data.dtype))
+            data.copy_(written.reshape(data.shape))

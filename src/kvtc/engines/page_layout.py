@@ -1,12 +1,15 @@
-"""How serving engines lay out their pages of cache, and keys and values `[L, H, T, D]` from and to it.
+"""How serving engines lay out their pages of cache; keys and values `[L, H, T, D]` from pages and
+to them.
 
-Engines keep a cache in pages of N tokens (vLLM says block). What differs between them is the order of the axes, and on CPUs how
-the numbers of one head are packed inside a page. Axis letters of a layout, in the order of memory:
+Engines keep a cache in pages of N tokens (vLLM says block). What differs between them is the order
+of the axes, and on CPUs how the numbers of one head are packed inside a page. Axis letters of a
+layout, in the order of memory:
 
     S side (keys, then values)   L layers   B pages   N tokens of a page   H key-value heads
     D features of a head         C both sides of a head, 2 * D (where there is no S)
 
-Nothing here guesses: a layout is built from what the engine says of itself, and refused if kvtc does not know it.
+Nothing here guesses: a layout is built from what the engine says of itself, and refused if kvtc
+does not know it.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _AMX_TOKENS = 16
 _AMX_FEATURES = 16
 _LOGICAL = "LBHNC"
 
-# Backends of vLLM that read a head's content as keys, then values: `kv_cache.split(head_size, dim=-1)`.
+# Backends of vLLM that read a head's content as keys, then values.
 _SPLITTING_BACKENDS = frozenset({"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION"})
 _VLLM_CPU_BACKEND = "CPU_ATTN"
 _VLLM_PACKINGS = {"vec": VEC, "vec16": VEC, "amx": AMX}
@@ -45,10 +48,18 @@ _CACHE_DTYPES = {
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Some pages of some layers as one tensor, and as keys and values.
+    """How some pages of some layers lie in one tensor.
 
-    axes: order in memory, see above. packing: `split`: keys [.., D] beside values [.., D]; `vec`: of each page and head, keys
-    [D, N], then values [N, D]; `amx`: keys [N / 16, D / 2, 16, 2], then values [D / 16, N / 2, 16, 2]. page_tokens: N.
+    Parameters:
+        axes: The order of the axes in memory, in the letters above.
+        n_layers, n_kv_heads, head_dim: L, H and D.
+        page_tokens: N.
+        packing: How the numbers of a page and head lie. `split`: keys [N, D] beside values [N, D].
+            `vec`: keys [D, N], then values [N, D]. `amx`: keys [N / 16, D / 2, 16, 2], then values
+            [D / 16, N / 2, 16, 2].
+
+    Raises:
+        UnsupportedLayout: The axes or the packing are unknown, or do not go together.
     """
 
     axes: str
@@ -73,11 +84,11 @@ class PageLayout:
 
     @property
     def page_values(self) -> int:
-        """Numbers in one page of all layers, keys and values."""
+        """Numbers in one page, keys and values of all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.page_tokens * self.head_dim
 
     def bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of so many tokens."""
+        """Bytes of so many tokens in this dtype, keys and values of all layers."""
         return n_tokens * self.page_values // self.page_tokens * dtype.itemsize
 
     def shape(self, n_pages: int) -> list[int]:
@@ -94,7 +105,14 @@ class PageLayout:
         return [sizes[axis] for axis in self.axes]
 
     def read(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole pages in any shape of the right size -> keys, values [L, H, B * N, D], copies."""
+        """Keys and values [L, H, B * N, D] of whole pages, copied.
+
+        Parameters:
+            data: The pages, of any shape with as many numbers.
+
+        Raises:
+            UnsupportedLayout: `data` is not a whole number of pages.
+        """
         n_pages, rest = divmod(data.numel(), self.page_values)
         if rest:
             raise UnsupportedLayout(f"{data.numel()} numbers are not whole pages of {self.page_values}: {self}")
@@ -106,7 +124,15 @@ class PageLayout:
         return _tokens_together(keys), _tokens_together(values)
 
     def write(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Inverse of `read`: keys, values [L, H, B * N, D] -> contiguous tensor in the order of the axes."""
+        """The pages of some tokens, a contiguous tensor in the order of the axes: the inverse of
+        `read`.
+
+        Parameters:
+            keys, values: [L, H, B * N, D].
+
+        Raises:
+            UnsupportedLayout: The tokens are not whole pages, or other sizes do not fit.
+        """
         expected = (self.n_layers, self.n_kv_heads, self.head_dim)
         if keys.shape != values.shape or (*keys.shape[:2], keys.shape[3]) != expected:
             raise UnsupportedLayout(
@@ -161,10 +187,17 @@ def vllm_layout(
     isa: str | None = None,
     axes: str = _LOGICAL,
 ) -> PageLayout:
-    """Pages of vLLM's standardised caches, logically [B, H, N, 2 D] a layer.
+    """The layout of vLLM's pages, whose logical order is [B, H, N, 2 D] for each layer.
 
-    backend: `AttentionBackend.get_name()`. isa: of the CPU backend, which packs for it. axes: `KVCacheLayout` for raw bytes; views
-    of a layer are always in logical order. Raises `UnsupportedLayout`.
+    Parameters:
+        n_layers, n_kv_heads, head_dim, page_tokens: Of the pages.
+        backend: Name of the attention backend, as `AttentionBackend.get_name()` gives it.
+        isa: Instruction set for which the CPU backend packs pages; None for other backends.
+        axes: Name of vLLM's `KVCacheLayout`, for raw bytes; vLLM's views of a layer are in logical
+            order.
+
+    Raises:
+        UnsupportedLayout: kvtc does not read pages of this backend, instruction set or order.
     """
     if axes not in _VLLM_AXES:
         raise UnsupportedLayout(f"vLLM's KV cache layout {axes}; kvtc reads {', '.join(_VLLM_AXES)}")
@@ -185,10 +218,17 @@ def vllm_layout(
 def lmcache_layout(
     shape: Sequence[int], n_layers: int, n_kv_heads: int, head_dim: int, *, page_tokens: int = 1, packing: str = SPLIT
 ) -> PageLayout:
-    """A chunk of LMCache: [2, L, T, H * D], or with keys beside values [1, L, T, H * 2 D] or [L, T, H * 2 D].
+    """The layout of a chunk of LMCache.
 
-    page_tokens, packing: of the engine's pages, where they are packed (vLLM on CPU): a chunk holds them slot by slot.
-    Raises `UnsupportedLayout`.
+    Parameters:
+        shape: [2, L, T, H * D], or with keys beside values [1, L, T, H * 2 D] or [L, T, H * 2 D].
+        n_layers, n_kv_heads, head_dim: L, H and D.
+        page_tokens: Tokens of a page of the engine, where it packs pages: the chunk holds their
+            slots one after the other, packed as they are.
+        packing: Of the engine's pages, as of `PageLayout`.
+
+    Raises:
+        UnsupportedLayout: The shape is another one.
     """
     shape, row = tuple(shape), n_kv_heads * head_dim
     sides, layers, _, features = shape if len(shape) == 4 else (1, *shape) if len(shape) == 3 else (0, 0, 0, 0)
@@ -203,7 +243,15 @@ def lmcache_layout(
 
 
 def sglang_layout(name: str, n_layers: int, n_kv_heads: int, head_dim: int, page_tokens: int) -> PageLayout:
-    """A host page of SGLang, of one of its host layouts. Raises `UnsupportedLayout`."""
+    """The layout of a page of SGLang's host memory.
+
+    Parameters:
+        name: Of SGLang's host layout.
+        n_layers, n_kv_heads, head_dim, page_tokens: Of the page.
+
+    Raises:
+        UnsupportedLayout: kvtc does not read this layout.
+    """
     axes = {
         "layer_first": "SLBNHD",
         "page_first": "SBNLHD",
@@ -216,7 +264,8 @@ def sglang_layout(name: str, n_layers: int, n_kv_heads: int, head_dim: int, page
 
 
 def cache_dtype(name: str) -> torch.dtype:
-    """An engine's name of a cache dtype -> the dtype; `UnsupportedLayout` for caches quantized with scales of their own."""
+    """The dtype of an engine's name for it; `UnsupportedLayout` for caches with scales of their
+    own."""
     if name not in _CACHE_DTYPES:
         raise UnsupportedLayout(f"cache dtype {name!r}; kvtc reads {', '.join(_CACHE_DTYPES)}")
     return _CACHE_DTYPES[name]

@@ -1,9 +1,11 @@
-"""Where a chunk stands in its text: told by the engine, or found from the keys themselves.
+"""Where a chunk stands in its text: said by the engine, or found from the keys themselves.
 
-Keys are coded as they were before rotation, so the coder must know how far each was turned. Where an engine does not say, the
-chunk's mean key is turned back by every offset that is possible, and the one nearest to the calibrated mean key is taken. Rotation
-is orthogonal and a stream records its offset, so that a wrong one puts no key elsewhere than it was. But keys turned by a wrong
-offset are not those that the basis was calibrated for, nor are those of another model or a wrong layout: such are refused.
+Keys are coded as they were before rotation, so the coder must know by how much each was rotated. If
+an engine does not say where a chunk stands, its mean key is rotated back by every possible offset,
+and the offset with the result nearest to the calibrated mean key is taken. A wrong offset does not
+falsify the cache: rotation is orthogonal, and the stream records the offset. But keys that are
+rotated back by a wrong offset, like those of another model or layout, are not what the basis was
+calibrated for. Such keys are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from ..process.torch_state import neutral_torch_state
 
 _SAMPLED_TOKENS, _SAMPLED_DIRECTIONS = 8, 256
 _LARGEST_DEVIATION = 2.5
-"""Keys of the calibrated model are near 1, of texts unlike any calibrated on below 2; turned or read wrongly they are above 3."""
+"""Keys of the calibrated model are near 1, of texts unlike any calibrated on below 2; turned or
+read wrongly they are above 3."""
 _TYPICAL = 0.53
 """Geometric mean of the size of a normally distributed number, in standard deviations."""
 _TINY = 1e-12
@@ -30,12 +33,20 @@ _TINY = 1e-12
 
 @neutral_torch_state
 def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int) -> int:
-    """Keys [L, H, T, D] as an engine caches them -> the likeliest position of the first: 0, spacing, .. below limit."""
+    """The likeliest position of a chunk's first token.
+
+    Parameters:
+        keys: [L, H, T, D], as an engine caches them, rotated.
+        calibration: Of these layers and heads.
+        spacing: Positions that are tried are multiples of it.
+        limit: They are below it.
+    """
     geometry = calibration.geometry
     mean = cache_side_of(calibration.key.basis.mean[None], geometry.n_layers, geometry.n_kv_heads).float().cpu()
     starts = torch.arange(0, max(limit, 1), spacing)
     offsets = torch.arange(keys.shape[2])
-    # Frequencies that depend on a text's length are refused before anything is coded, so any length serves here.
+    # Frequencies that depend on a text's length are refused before anything is coded, so any length
+    # serves here.
     distance = torch.zeros(len(starts), dtype=torch.float32)
     for layer in range(geometry.n_layers):
         turned = geometry.rope.turn_layer(layer, keys[layer].cpu(), offsets, 1, inverse=True)
@@ -47,10 +58,19 @@ def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int)
 
 @neutral_torch_state
 def check_fit(keys: Tensor, calibration: Calibration, start: int) -> None:
-    """Raise `UnsupportedLayout` for keys [L, H, T, D] that are none of the calibrated model, or do not begin at start.
+    """Refuse keys that are not those of the calibrated model, or are not at this position.
 
-    Measured on a few tokens and directions of the calibrated basis: how far from the calibrated mean the keys are, over how far
-    keys were at calibration; the geometric mean, so that a few outliers do not count.
+    Of a few tokens and directions of the calibrated basis: the distance of the keys from the
+    calibrated mean, divided by the distance that keys had at calibration. It is a geometric mean,
+    so that a few outliers do not count.
+
+    Parameters:
+        keys: [L, H, T, D], as an engine caches them, rotated.
+        calibration: Of these layers and heads.
+        start: Position of the first token.
+
+    Raises:
+        UnsupportedLayout: The keys do not fit.
     """
     geometry, basis = calibration.geometry, calibration.key.basis
     every = max(1, keys.shape[2] // _SAMPLED_TOKENS)
@@ -68,7 +88,11 @@ def check_fit(keys: Tensor, calibration: Calibration, start: int) -> None:
 
 
 class KnownStarts:
-    """Positions by the engine's name of a chunk, the latest so many. Safe to share between threads."""
+    """Positions of chunks by the engine's names of them. Safe to share between threads.
+
+    Parameters:
+        capacity: Names that are remembered; the oldest is forgotten first.
+    """
 
     def __init__(self, capacity: int = 1 << 20) -> None:
         self._lock = ForkSafeLock()
@@ -76,7 +100,7 @@ class KnownStarts:
         self._capacity = capacity
 
     def learn(self, names: Sequence[bytes], n_tokens: int) -> None:
-        """The chunks of one text in order, each of n_tokens."""
+        """Note the chunks of one text, in order, each of n_tokens."""
         with self._lock:
             for index, name in enumerate(names):
                 self._starts[name] = index * n_tokens
@@ -85,6 +109,6 @@ class KnownStarts:
                 self._starts.popitem(last=False)
 
     def get(self, name: bytes) -> int | None:
-        """The position of a chunk's first token, if it was learnt."""
+        """The position of a chunk's first token; None: not known."""
         with self._lock:
             return self._starts.get(name)

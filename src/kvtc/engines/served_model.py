@@ -1,4 +1,5 @@
-"""Which model an engine's caches are of: what the keys of entries say of it, and whether a calibration was made for it."""
+"""The model that an engine serves: what the keys of entries say of it, and whether a calibration
+was made for it."""
 
 from __future__ import annotations
 
@@ -14,21 +15,26 @@ from ..coding.rope import NO_ROTATION, DynamicScaling, LongScaling, Rope, RopeTa
 from ..errors import CalibrationMismatch
 from ..huggingface.model_files import UnknownModel, config_of, files_identity, find_model
 from ..key_digest import Part, digest, entry_scope
+from ..process.log_limits import log_once
 from .settings import PREFIX, EngineSettings
 
 logger = logging.getLogger(__name__)
 
 _SAME_FREQUENCY = 1e-4
-"""Relative. Both sides compute the same formula in float32; another rotation differs by far more."""
+"""Relative. Both sides compute the same formula in float32; another rotation differs by far
+more."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
     """The model of an engine.
 
-    weights: identity of its files, or the name that the user gave them. identity: of all that its caches depend on besides token
-    ids and what a request brings. scope: for keys of entries. rope: its rotation, None where that is not known. is_checked:
-    whether calibrations are held against it.
+    Parameters:
+        weights: Identity of its files, or the name that the user gave the weights.
+        identity: Of all that a cache depends on besides its tokens and what a request brings.
+        scope: Of the entries of this model and namespace, for their keys.
+        rope: Its rotation; None: not known.
+        is_checked: Whether `checked` compares calibrations with it.
     """
 
     weights: str
@@ -50,32 +56,51 @@ class ServedModel:
         overrides: Mapping[str, Any] | None = None,
         effective: Mapping[str, Part] | None = None,
     ) -> ServedModel:
-        """name, revision: as the engine tells them; None: it does not. is_told, cache_dir: as of `find_model`.
+        """The model of an engine with these settings.
 
-        config: the transformers configuration in use, None where it is that of the files with these overrides. effective: what
-        the engine was told on top of the files, as far as caches depend on it.
+        Parameters:
+            settings: The options of kvtc, of which `model` and `identity` come before what the
+                engine says.
+            name: Of the model, as the engine was given it; None: the engine does not say.
+            revision: Of the model on the hub; None: the engine does not say, or it is the default
+                one.
+            is_told: Whether the engine says its revision, as of `find_model`.
+            cache_dir: Where the engine keeps models of the hub; None: in the hub's own folder.
+            config: The transformers configuration in use; None: that of the files, with
+                `overrides`.
+            overrides: Fields of the configuration that the engine was given in place of the files'.
+            effective: Other options of the engine on which caches depend, by name.
 
-        Raises `UnknownModel` where the files are not found and `kvtc.identity` is not given.
+        Raises:
+            UnknownModel: The files are not found, and the settings give no identity.
         """
-        place = None
+        files = None
         if settings.identity is not None:
             weights = f"named:{settings.identity}"
         else:
-            place = _place(settings.model or name, None if settings.model else revision, cache_dir, is_told)
-            weights = files_identity(place)
+            files = _files_of(settings.model or name, None if settings.model else revision, cache_dir, is_told)
+            weights = files_identity(files)
         identity = digest("served model", weights=weights, overrides=overrides or {}, **(effective or {})).hex()
-        rope = _rope(config, place, overrides or {}) if settings.check_model else None
+        rope = _rope(config, files, overrides or {}) if settings.check_model else None
         return cls(weights, identity, entry_scope(settings.namespace, identity), rope, settings.check_model)
 
     def checked(self, calibration: Calibration, name: str) -> Calibration:
-        """The calibration, if it was made for this model, as far as both say; `CalibrationMismatch` otherwise."""
+        """The calibration, if it was made for this model as far as both say so.
+
+        Parameters:
+            calibration: Of any layers and heads of the model.
+            name: Of the calibration, for messages.
+
+        Raises:
+            CalibrationMismatch: The calibration is of another model or another rotation.
+        """
         if not self.is_checked:
             return calibration
         geometry, made_for = calibration.geometry, calibration.info.get("model_identity")
         override = (
             f"Calibrate the model that is served, or set {PREFIX}check_model to false if the calibration suits it"
         )
-        if isinstance(made_for, str) and _kind(made_for) == _kind(self.weights) and made_for != self.weights:
+        if isinstance(made_for, str) and _scheme(made_for) == _scheme(self.weights) and made_for != self.weights:
             raise CalibrationMismatch(
                 f"calibration {name} was made for the model {made_for}; the engine serves the model {self.weights}. {override}"
             )
@@ -91,39 +116,42 @@ class ServedModel:
         return calibration
 
 
-def _place(name: str | None, revision: str | None, cache_dir: str | None, is_told: bool) -> Path:
+def _files_of(name: str | None, revision: str | None, cache_dir: str | None, is_told: bool) -> Path:
     if name is None:
         raise UnknownModel(
             f"the engine does not tell which model it serves: its configuration must give {PREFIX}model, the model's path or "
             f"name as the engine was given it, or {PREFIX}identity, a name for its weights"
         )
     try:
-        place = find_model(name, revision, cache_dir=cache_dir, is_told=is_told)
-        files_identity(place)
+        files = find_model(name, revision, cache_dir=cache_dir, is_told=is_told)
+        files_identity(files)
     except UnknownModel as error:
         raise UnknownModel(
             f"the weights of {name} are not found, and caches of other weights must not be taken for theirs: {error}. Give "
             f"{PREFIX}model, a path or name@revision on this machine, or {PREFIX}identity, a name for these weights"
         ) from error
-    return place
+    return files
 
 
-def _kind(identity: str) -> str:
+def _scheme(identity: str) -> str:
     return identity.partition(":")[0]
 
 
-def _rope(config: Any, place: Path | None, overrides: Mapping[str, Any]) -> Rope | None:
-    """The rotation of a configuration, or of the files' with overrides; None, logged, where it cannot be found out."""
-    if config is None and (place is None or not place.is_dir() or "model_type" not in config_of(place)):
+def _rope(config: Any, files: Path | None, overrides: Mapping[str, Any]) -> Rope | None:
+    """The rotation of a configuration, or of the files' with overrides; None, logged, where it
+    cannot be found out."""
+    if config is None and (files is None or not files.is_dir() or "model_type" not in config_of(files)):
         return None
     try:
         from transformers import AutoConfig
 
         from ..huggingface.rope_discovery import rope_from_config
 
-        return rope_from_config(config or AutoConfig.from_pretrained(place, local_files_only=True, **overrides))
+        return rope_from_config(config or AutoConfig.from_pretrained(files, local_files_only=True, **overrides))
     except Exception as error:  # noqa: BLE001  models of transformers fail in many ways, and engines serve others too
-        logger.warning("kvtc: the model's rotation is not known and not compared with the calibration's: %s", error)
+        log_once(
+            logger, "rotation", "the model's rotation is not known and not compared with the calibration's: %s", error
+        )
         return None
 
 

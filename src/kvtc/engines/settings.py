@@ -1,15 +1,15 @@
-"""What an engine's configuration says to kvtc, and which part of the model's cache a worker holds.
+"""What an engine's configuration says to kvtc, and which shard of the model's cache a worker holds.
 
-All adapters take the same keys: kvtc.calibration, kvtc.store, kvtc.profile, kvtc.ratio, kvtc.step, kvtc.kl, kvtc.namespace,
-kvtc.model, kvtc.identity, kvtc.check_model, kvtc.device, kvtc.threads (docs/guides/vllm.md).
+The options of all engines are those of `EngineSettings`, each written `kvtc.NAME`;
+docs/guides/vllm.md has them as a table. An adapter that needs more has a subclass with more fields.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..cache import describe_range
 from ..calibration import Calibration, load_calibration
@@ -19,78 +19,111 @@ from ..reference import reference_calibration
 PREFIX = "kvtc."
 REFERENCE = "reference"
 AUTO = "auto"
-PROFILE_CHOICES = (AUTO, "paper", "joint", "conditional")
-RATES = ("ratio", "step", "kl")
+
+
+def option(expected: str, accepts: Callable[[Any], bool]) -> dict[str, Any]:
+    """The metadata of an option's field: which values it takes, in words and as a test."""
+    return {"expected": expected, "accepts": accepts}
+
+
+def one_of(*choices: str) -> dict[str, Any]:
+    """The metadata of an option that takes one of some words."""
+    return option(f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+TEXT = option("text", lambda value: isinstance(value, str) and value != "")
+NUMBER = option("a number", lambda value: _is_integer(value) or isinstance(value, float))
+AT_LEAST_ONE = option("at least 1", lambda value: _is_integer(value) and value >= 1)
+FLAG = option("true or false", lambda value: isinstance(value, bool))
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The keys that begin with `kvtc.`, checked.
+    """The options of an engine's configuration that begin with `kvtc.`.
 
-    calibration: path of the file, with `{tp_rank}` and `{pp_rank}` where every rank has its own, or `reference`. store: URL for
-    `kvtc.store.open_store`. profile: `auto` is the best that the calibration serves and the engine's knowledge allows. ratio, step,
-    kl: one of them, as of `kvtc.Codec`. namespace: separates what must not be shared, such as tenants. model: path or hub name of
-    the model's files, `name@revision` too; the engine's by default. identity: a name for the weights, in place of their files.
-    check_model: whether a calibration of another model, or of another rotation, is refused. device: where the codec computes.
-    threads: coding at a time.
+    Parameters:
+        calibration: Path of the calibration file, in which `{tp_rank}` and `{pp_rank}` stand for
+            the ranks of a worker; or `reference`, the calibration of the model that ships with
+            kvtc.
+        store: URL for `kvtc.store.open_store`.
+        profile: `paper`, `joint`, `conditional`, or `auto`: the best that the calibration serves
+            and the engine's knowledge allows.
+        ratio, step, kl: At most one of them, as of `kvtc.Codec`; none: the codec's default ratio.
+        namespace: Separates what must not be shared, such as the caches of tenants.
+        model: Path of the model's files, or its name on the hub, `name@revision` too; None: as the
+            engine was given it.
+        identity: A name for the weights that stands for the digest of their files.
+        check_model: Whether a calibration of another model, or of another rotation, is refused.
+        device: Where the codec computes.
+        threads: Tasks of coding at a time.
     """
 
-    calibration: str
-    store: str
-    profile: str = AUTO
-    ratio: float | None = None
-    step: float | None = None
-    kl: float | None = None
-    namespace: str = ""
-    model: str | None = None
-    identity: str | None = None
-    check_model: bool = True
-    device: str = "cpu"
-    threads: int = 1
+    calibration: str = field(metadata=TEXT)
+    store: str = field(metadata=TEXT)
+    profile: str = field(default=AUTO, metadata=one_of(AUTO, "paper", "joint", "conditional"))
+    ratio: float | None = field(default=None, metadata=NUMBER)
+    step: float | None = field(default=None, metadata=NUMBER)
+    kl: float | None = field(default=None, metadata=NUMBER)
+    namespace: str = field(default="", metadata=option("text", lambda value: isinstance(value, str)))
+    model: str | None = field(default=None, metadata=TEXT)
+    identity: str | None = field(default=None, metadata=TEXT)
+    check_model: bool = field(default=True, metadata=FLAG)
+    device: str = field(default="cpu", metadata=TEXT)
+    threads: int = field(default=1, metadata=AT_LEAST_ONE)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], *, needs_store: bool = True) -> EngineSettings:
-        """From an engine's free-form options, of which those of others are left alone. Raises `InvalidArgument`.
+    def from_config(cls, config: Mapping[str, Any], *, needs_store: bool = True) -> Self:
+        """The settings that an engine's configuration gives.
 
-        needs_store: False where the engine itself stores the streams; then there is no kvtc.store.
+        Parameters:
+            config: Options of the engine by name; those that do not begin with `kvtc.` are left to
+                others.
+            needs_store: False where the engine itself stores the streams: there is no option
+                `kvtc.store` then.
+
+        Raises:
+            InvalidArgument: For an option that is unknown, missing or of a value that it does not
+                take.
         """
         given = {key.removeprefix(PREFIX): value for key, value in config.items() if key.startswith(PREFIX)}
-        known = [field.name for field in fields(cls) if needs_store or field.name != "store"]
-        if unknown := sorted(set(given) - set(known)):
+        known = {known.name: known for known in fields(cls) if needs_store or known.name != "store"}
+        if unknown := sorted(given.keys() - known.keys()):
             raise InvalidArgument(
                 f"unknown option {PREFIX}{unknown[0]}; expected one of {', '.join(known)} after {PREFIX}"
             )
-        for name in ("calibration", "store") if needs_store else ("calibration",):
-            if not isinstance(given.get(name), str) or not given[name]:
+        for name, known_option in known.items():
+            value = given.get(name, known_option.default)
+            if value is MISSING:
                 raise InvalidArgument(f"the engine's configuration must give {PREFIX}{name}")
-        settings = cls(**{"store": "", **given})
-        if settings.profile not in PROFILE_CHOICES:
-            raise InvalidArgument(
-                f"{PREFIX}profile is {settings.profile!r}; expected one of {', '.join(PROFILE_CHOICES)}"
-            )
-        for name in RATES:
-            value = getattr(settings, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise InvalidArgument(f"{PREFIX}{name} is {value!r}; expected a number")
-        for name in ("namespace", "model", "identity"):
-            value = given.get(name, "unset")
-            if not isinstance(value, str) or not (value or name == "namespace"):
-                raise InvalidArgument(f"{PREFIX}{name} is {value!r}; expected text")
-        if not isinstance(settings.check_model, bool):
-            raise InvalidArgument(f"{PREFIX}check_model is {settings.check_model!r}; expected true or false")
-        if not isinstance(settings.threads, int) or settings.threads < 1:
-            raise InvalidArgument(f"{PREFIX}threads is {settings.threads!r}; expected at least 1")
-        return settings
+            is_left_out = value is None and known_option.default is None
+            if not is_left_out and not known_option.metadata["accepts"](value):
+                raise InvalidArgument(f"{PREFIX}{name} is {value!r}; expected {known_option.metadata['expected']}")
+        return cls(**{"store": "", **given})
 
-    def load_calibration(self, part: CachePart) -> Calibration:
-        """The calibration of one worker's part; as `read_calibration`, and `GeometryMismatch` naming what would be needed."""
-        calibration, name = self.read_calibration(part.tp_rank, part.pp_rank)
-        return part.checked(calibration, name)
+    def load_calibration(self, shard: CacheShard) -> Calibration:
+        """The calibration of one worker's shard.
+
+        Raises:
+            GeometryMismatch: The calibration covers other layers or heads; the message says how to
+                make the one that is needed.
+            FileNotFoundError, CorruptCalibration, UnsupportedVersion, InvalidArgument: As
+                `read_calibration`.
+        """
+        calibration, name = self.read_calibration(shard.tp_rank, shard.pp_rank)
+        return shard.checked(calibration, name)
 
     def read_calibration(self, tp_rank: int = 0, pp_rank: int = 0) -> tuple[Calibration, str]:
-        """(calibration of a rank, its name), whatever it covers.
+        """(calibration, its name in messages) of the worker with these ranks, whatever layers and
+        heads it covers.
 
-        Raises `FileNotFoundError`, `CorruptCalibration`, `UnsupportedVersion`, `InvalidArgument`.
+        Raises:
+            FileNotFoundError: There is no such file.
+            CorruptCalibration, UnsupportedVersion: The file cannot be read.
+            InvalidArgument: `calibration` has another placeholder than the two ranks.
         """
         if self.calibration == REFERENCE:
             return reference_calibration(), self.calibration
@@ -104,8 +137,16 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
-class CachePart:
-    """The layers and key-value heads that one worker holds: all of them, or those of a tensor- or pipeline-parallel rank."""
+class CacheShard:
+    """The layers and key-value heads that one worker holds.
+
+    Parameters:
+        first_layer, n_layers: The layers of the model that the worker's pipeline-parallel rank
+            computes.
+        first_kv_head, n_kv_heads: The key-value heads of its tensor-parallel rank.
+        head_dim: Features of a head.
+        tp_rank, pp_rank: The ranks.
+    """
 
     first_layer: int
     n_layers: int
@@ -120,7 +161,8 @@ class CachePart:
         return self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim
 
     def checked(self, calibration: Calibration, name: str) -> Calibration:
-        """The calibration, if it covers exactly this part; `GeometryMismatch` otherwise."""
+        """The calibration, if it covers exactly this shard; raises `GeometryMismatch` otherwise.
+        name: for the message."""
         geometry = calibration.geometry
         found = (
             geometry.first_layer,
@@ -140,20 +182,29 @@ class CachePart:
         return calibration
 
 
-def tensor_parallel_parts(
+def worker_shards(
     n_layers: int, n_kv_heads: int, head_dim: int, tp_size: int, layer_ranges: list[tuple[int, int]] | None = None
-) -> list[CachePart]:
-    """The parts of all workers, pipeline ranks outermost, as engines share out key-value heads.
+) -> list[CacheShard]:
+    """The shards of all workers, by global rank: the tensor-parallel ranks of the first pipeline
+    rank come first.
 
-    n_layers, n_kv_heads: of the whole model. layer_ranges: (first, number) of each pipeline rank; None for one that has all.
-    Where there are more ranks than heads, neighbouring ranks hold the same head.
+    Parameters:
+        n_layers, n_kv_heads: Of the whole model.
+        head_dim: Features of a head.
+        tp_size: Number of tensor-parallel ranks. If it exceeds `n_kv_heads`, neighbouring ranks
+            hold the same head.
+        layer_ranges: (first layer, number of layers) of each pipeline rank; None: one rank has all
+            layers.
+
+    Raises:
+        InvalidArgument: The heads do not divide among the ranks.
     """
     if n_kv_heads % tp_size and tp_size % n_kv_heads:
         raise InvalidArgument(f"{n_kv_heads} key-value heads do not divide among {tp_size} tensor-parallel ranks")
     each = max(1, n_kv_heads // tp_size)
-    parts = []
+    shards = []
     for pp_rank, (first, number) in enumerate(layer_ranges or [(0, n_layers)]):
         for tp_rank in range(tp_size):
             head = tp_rank * n_kv_heads // tp_size
-            parts.append(CachePart(first, number, head, each, head_dim, tp_rank, pp_rank))
-    return parts
+            shards.append(CacheShard(first, number, head, each, head_dim, tp_rank, pp_rank))
+    return shards

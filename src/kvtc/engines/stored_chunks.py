@@ -1,8 +1,8 @@
-"""Chunks that an engine names, kept as streams in a store: what cannot be saved or loaded is a miss (`entries`)."""
+"""Chunks under the names that an engine gives them, kept as streams in a store. Whatever fails is a
+miss (`Entries`)."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -10,75 +10,78 @@ from torch import Tensor
 
 from ..entries import Entries
 from ..key_digest import Part, digest
-from ..process.locks import ForkSafeLock
 from ..store import Store
 from .chunk_coder import ChunkCoder
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
 class StoredChunks:
-    """coder_of: number of a worker -> its coder, made once. scope: whose entries, as of `entry_scope`.
+    """Saves chunks of an engine's workers, and loads them. Safe to share between threads.
 
-    Safe to share between threads.
+    Parameters:
+        store: Where the streams are kept; `close` closes it.
+        coder_of: Gives the coder of a worker from its number.
+        scope: Whose entries these are, as of `entry_scope`.
     """
 
     def __init__(self, store: Store, coder_of: Callable[[int], ChunkCoder], scope: bytes) -> None:
-        self._entries = Entries(store)
-        self.counts = self._entries.counts
+        self.entries = Entries(store)
+        self.counts = self.entries.counts
         self._coder_of, self._scope = coder_of, scope
-        self._coders: dict[int, ChunkCoder] = {}
-        self._lock = ForkSafeLock()
 
-    def key(self, rank: int, **name: Part) -> str:
-        """The store's key of a chunk of a worker. name: what the engine calls it and all that it depends on besides, by name."""
-        found = digest("chunk of an engine", scope=self._scope, rank=rank, coder=self._coder(rank).name, name=name)
+    def key(self, worker: int, **name: Part) -> str:
+        """The store's key of a chunk of a worker. name: all that the engine calls it and that it
+        depends on, by name."""
+        found = digest(
+            "chunk of an engine", scope=self._scope, rank=worker, coder=self._coder_of(worker).name, name=name
+        )
         return f"chunk/{found.hex()}"
 
-    def save(self, rank: int, key: str, data: Tensor, start: int | None) -> int | None:
-        """Bytes of the stream that was stored, 0 if it was there already; None: it could not be.
+    def save(self, worker: int, key: str, data: Tensor, start: int | None) -> int | None:
+        """Store a chunk.
 
-        data: of any shape that the worker's coder knows. start: position of the first token, None if unknown.
+        Parameters:
+            worker: Number of the worker whose chunk it is.
+            key: As `key` gives it.
+            data: The chunk, of any shape that the worker's coder knows.
+            start: Position of its first token; None: it is searched.
+
+        Returns:
+            Bytes of the stream; 0 if the key has an entry already; None if it cannot be coded or
+            stored.
         """
         original = data.numel() * data.dtype.itemsize
-        n_bytes = self._entries.save(key, lambda: self._coder(rank).encode(data, start), original)
+        n_bytes = self.entries.save(key, lambda: self._coder_of(worker).encode(data, start), original)
         if n_bytes and start is None:
             self.counts.add(starts_searched=1)
         return n_bytes
 
-    def load(self, rank: int, key: str, data: Tensor) -> bool:
-        """Fill a chunk from its stream; whether it was there and sound."""
+    def load(self, worker: int, key: str, data: Tensor) -> bool:
+        """Fill a chunk from its stream. Returns whether there is one that is sound."""
         (stream,) = self.read([key])
-        return self.decode(rank, key, stream, lambda coder, stream: _filled(coder, stream, data)) is not None
+        return self.decode(worker, key, stream, lambda coder, stream: _filled(coder, stream, data)) is not None
 
     def read(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Streams, None for what is not there."""
-        return self._entries.load(keys)
+        """The streams under these keys; None for each that is missing."""
+        return self.entries.load(keys)
 
-    def decode(self, rank: int, key: str, stream: bytes | None, decode: Callable[[ChunkCoder, bytes], T]) -> T | None:
-        """What `decode` makes of a stream that was read, with the worker's coder; None for a miss."""
-        return self._entries.decode(key, stream, lambda stream: decode(self._coder(rank), stream))
+    def decode(self, worker: int, key: str, stream: bytes | None, decode: Callable[[ChunkCoder, bytes], T]) -> T | None:
+        """What `decode` makes of a stream that was read, with the worker's coder; None for a
+        miss."""
+        return self.entries.decode(key, stream, lambda stream: decode(self._coder_of(worker), stream))
 
     def n_stored(self, keys: Sequence[str]) -> int:
-        """How many leading chunks are there."""
-        return self._entries.count_leading(keys)
+        """How many leading keys have entries."""
+        return self.entries.count_leading(keys)
 
     def delete(self, key: str) -> None:
-        """Forget a chunk."""
-        self._entries.forget(key)
+        """Delete a chunk."""
+        self.entries.forget(key)
 
     def close(self) -> None:
-        """Let go of the store."""
-        self._entries.store.close()
-        logger.info("kvtc: %s", dict(self.counts.read()))
-
-    def _coder(self, rank: int) -> ChunkCoder:
-        with self._lock:
-            if rank not in self._coders:
-                self._coders[rank] = self._coder_of(rank)
-            return self._coders[rank]
+        """Close the store."""
+        self.entries.store.close()
 
 
 def _filled(coder: ChunkCoder, stream: bytes, data: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Prefixes of conversations and documents in a store: saved once, shared by all that begin alike, loaded as far as they match."""
+"""Prefixes of conversations and documents in a store: saved once, shared by all that begin alike,
+loaded as far as they match."""
 
 from .chain import Chain, chunk_key
 from .prefix_cache import PrefixCache, SaveReport

@@ -1,11 +1,13 @@
-"""The names that prefixes are stored under: a hash chain over all that the bytes of a chunk depend on.
+"""The names that prefixes are stored under: a hash chain over all that the bytes of a chunk depend
+on.
 
     node 0 = SHA-256(namespace, identity of the model, calibration fingerprint, codec settings, ..)
     node k = SHA-256(node k-1, token ids of chunk k-1)
 
-The parts of node 0 are digested as `kvtc.key_digest` does, each with its length. Node k names the first k chunks of a text, so
-equal prefixes of different conversations meet in one entry, and no entry can be reached with another namespace, model,
-calibration, profile or rate. Tails, the tokens after the last whole chunk that is coded, hang on its node (`tails`).
+The parts of node 0 are digested as `kvtc.key_digest` does, each with its length. Node k names the
+first k chunks of a text, so equal prefixes of different conversations meet in one entry, and no
+entry can be reached with another namespace, model, calibration, profile or rate. Tails, the tokens
+after the last whole chunk that is coded, hang on its node (`tails`).
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
-import numpy.typing as npt
-
+from ..cache import TokenIds
 from ..key_digest import digest
-
-TokenIds = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Chain:
-    """root: node 0. chunk_tokens: tokens of a chunk."""
+    """The hash chain of one model, calibration and codec.
+
+    Parameters:
+        root: Node 0.
+        chunk_tokens: Tokens of a chunk.
+    """
 
     root: bytes
     chunk_tokens: int
@@ -34,9 +37,15 @@ class Chain:
     def of(
         cls, scope: bytes, fingerprint: bytes, settings: bytes, chunk_tokens: int, request: bytes | None = None
     ) -> Chain:
-        """scope: as of `entry_scope`. settings: digest of those of the codec. request: of what else a request's cache depends on.
+        """The chain of entries that depend on all of these.
 
-        None: on nothing else.
+        Parameters:
+            scope: Namespace and identity of the model, as of `entry_scope`.
+            fingerprint: Of the calibration.
+            settings: Digest of the codec's settings.
+            chunk_tokens: Tokens of a chunk.
+            request: Digest of all that a request's cache depends on besides its tokens; None: of
+                nothing.
         """
         root = digest(
             "prefix",
@@ -68,5 +77,5 @@ def _next_node(node: bytes, token_ids: TokenIds) -> bytes:
 
 
 def entry_key(kind: str, node: bytes) -> str:
-    """The key of an entry. kind: chunk, tail, tails."""
+    """The key of an entry. kind: its sort, chunk, tail or tails."""
     return f"{kind}/{node.hex()}"

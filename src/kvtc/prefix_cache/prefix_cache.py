@@ -1,9 +1,10 @@
-"""The prefix cache: token ids and a cache in, the cache of the longest stored prefix out.
+"""The prefix cache: saves the cache of a text, and loads the cache of the longest stored prefix of
+a text.
 
-What is stored. Every whole chunk of the grid (256 tokens) that lies before the window is one entry, coded without a window and
-named by the hash chain (`chain`); what follows the last of them, window included, is one more entry, the tail (`tails`). A
-conversation that grows codes only its new chunks: tokens that leave the window become part of one, and a new tail takes the place
-of the old.
+Every whole chunk of the grid (256 tokens) that lies before the window is one entry, coded without a
+window and named by the hash chain (`chain`). The tokens behind the last of them, window included,
+are one more entry, the tail (`tails`). When a conversation grows, only its new chunks are coded:
+tokens that leave the window become part of a chunk, and a new tail takes the place of the old one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..cache import KVCache
+from ..cache import KVCache, TokenIds
 from ..codec import Codec
 from ..codec import transformers_cache as interop
 from ..codec.options import as_token_ids
@@ -27,7 +28,7 @@ from ..key_digest import entry_scope
 from ..process.torch_state import neutral_torch_state
 from ..process.workers import Workers
 from ..store import Store
-from .chain import Chain, TokenIds, chunk_key
+from .chain import Chain, chunk_key
 from .tails import Tails, tail_key, tail_name
 
 MIN_TOKENS = 512
@@ -37,9 +38,15 @@ READ_AHEAD = 4
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What a save did. n_tokens: of the prefix that a load finds now: 0 where it was too short, and without an end of fewer than 16
-    tokens after the last whole chunk, for which there is no entry. chunks: its whole chunks, of which coded were not there before.
-    written_bytes: of the entries written."""
+    """What a save has done.
+
+    Parameters:
+        n_tokens: Tokens of the prefix that a load finds now. 0 if the prefix was too short. Fewer
+            than 16 tokens behind the last whole chunk have no entry and are not found.
+        chunks: Whole chunks of the prefix.
+        coded: Those of them that were not in the store before.
+        written_bytes: Bytes of the entries that were written.
+    """
 
     n_tokens: int
     chunks: int
@@ -48,13 +55,23 @@ class SaveReport:
 
 
 class PrefixCache:
-    """Keeps caches of prefixes in a store. Safe to share between threads. Processes share a store, each with its own object; a
-    forked child may go on with its parent's, with threads and counts of its own, if the store may be used there.
+    """Keeps caches of prefixes in a store. Safe to share between threads.
 
-    codec: how chunks are coded; its window is the exact end of each saved prefix. store: see `kvtc.store.open_store`; it is not
-    closed here. namespace: a name or secret that separates tenants: entries of another namespace cannot be found. identity: of the
-    model that computes the caches, as `kvtc.model_identity` gives it; entries of another identity cannot be found. min_tokens:
-    shorter prefixes are not saved. max_pending: saves that may wait; further calls of `save` wait for one to end.
+    Processes share a store, each with a PrefixCache of its own. A forked child may go on with that
+    of its parent, with threads and counts of its own, if the store may be used in it.
+
+    Parameters:
+        codec: How chunks are coded; its window is the exact end of each saved prefix.
+        store: As `kvtc.store.open_store` gives it; it is not closed here.
+        namespace: A name or secret that separates tenants: entries of another namespace are not
+            found.
+        identity: Of the model that computes the caches, as `kvtc.model_identity` gives it: entries
+            of another identity are not found.
+        min_tokens: Shorter prefixes are not saved.
+        max_pending: Saves that may wait; a further call of `save` waits until one has ended.
+
+    Raises:
+        InvalidArgument: `min_tokens` or `max_pending` is below 1.
     """
 
     def __init__(
@@ -99,22 +116,36 @@ class PrefixCache:
         self.close()
 
     def close(self) -> None:
-        """Wait for the saves under way. The store stays open. What is asked afterwards is a `StoreUnavailable`."""
+        """Wait for the saves under way. The store stays open; later calls raise
+        `StoreUnavailable`."""
         self._saver.close()
         self._fetcher.close()
 
     @property
     def statistics(self) -> Counter[str]:
-        """Counts so far, 0 for what never happened: those of `kvtc.counts.COUNTERS` that docs/prefix_cache.md names."""
+        """Counts so far, 0 for what never happened: those of `kvtc.counts.COUNTERS` that
+        docs/prefix_cache.md names."""
         return self.entries.counts.read()
 
     def save(self, token_ids: Any, cache: Any) -> Future[SaveReport]:
-        """Store a prefix in the background; `.result()` waits, and raises `StoreError` where the store failed, whatever it raised.
+        """Store a prefix in the background.
 
-        token_ids [T]: of the cached tokens; ids beyond them, as `generate` returns one, are left out. cache: a `DynamicCache` of
-        batch 1 or a `KVCache` that begins at position 0 without gaps; it is read before this returns and may change afterwards.
+        Parameters:
+            token_ids: [T], of the cached tokens; further ids, as `generate` returns one, are left
+                out.
+            cache: A `DynamicCache` of batch 1, or a `KVCache` that begins at position 0 and has no
+                gaps. It is copied before this returns.
 
-        Raises `InvalidCache`, `GeometryMismatch`, `UnsupportedModel`, `InvalidArgument`, and `StoreUnavailable` after `close`.
+        Returns:
+            A future: its `result` waits for the report, and raises `StoreError` if the store
+            failed.
+
+        Raises:
+            InvalidCache, GeometryMismatch, UnsupportedModel: The cache is not one of the calibrated
+                model.
+            InvalidArgument: The cache does not begin at position 0, or has more tokens than there
+                are ids.
+            StoreUnavailable: After `close`.
         """
         self._saver.check_open()
         ids, whole = as_token_ids(token_ids), self._neutral(cache)
@@ -124,12 +155,21 @@ class PrefixCache:
         return self._saver.submit(self._save, ids, whole)
 
     def load(self, token_ids: Any, *, whole: bool = False) -> tuple[Any, int]:
-        """(cache, n_tokens): a transformers `DynamicCache` of the longest stored prefix, ready for `generate(token_ids)`.
+        """The cache of the longest stored prefix of a text, ready for `generate(token_ids)`.
 
-        At most all but the last token, since a model needs one to go on from; whole: all of them. Nothing found: (an empty cache,
-        0). What cannot be fetched or decoded, for whatever reason, is a miss, counted in `statistics`.
+        Whatever cannot be fetched or decoded is a miss, counted in `statistics`.
 
-        Raises `InvalidArgument` for what are no token ids, and `StoreUnavailable` after `close`.
+        Parameters:
+            token_ids: [T], of the text.
+            whole: Whether all tokens are wanted; otherwise all but the last, since a model needs
+                one token to go on from.
+
+        Returns:
+            (a transformers `DynamicCache`, its tokens); (an empty one, 0) if nothing is found.
+
+        Raises:
+            InvalidArgument: `token_ids` are no token ids.
+            StoreUnavailable: After `close`.
         """
         cache, n_tokens = self.load_neutral(token_ids, whole=whole)
         if cache is None:
@@ -137,7 +177,7 @@ class PrefixCache:
         return interop.as_transformers(cache), n_tokens
 
     def load_neutral(self, token_ids: Any, *, whole: bool = False) -> tuple[KVCache | None, int]:
-        """As `load`, but a `KVCache`, and None where nothing is found; without transformers."""
+        """As `load`, but a `KVCache`, or None if nothing is found. Needs no transformers."""
         self._fetcher.check_open()
         ids = as_token_ids(token_ids)
         asked = ids if whole else ids[:-1]
@@ -147,7 +187,8 @@ class PrefixCache:
         if tail is not None:
             n_chunks, end = tail
             parts = [*parts[:n_chunks], end]
-        # Not a fault of any entry, but memory for the whole may be short where there was enough for each part.
+        # Not a fault of any entry, but memory for the whole may be short where there was enough for
+        # each part.
         cache = self.entries.parse("the whole prefix", parts, _join) if parts else None
         n_tokens = 0 if cache is None else cache.n_tokens
         hits = int(n_tokens > 0)
@@ -155,15 +196,30 @@ class PrefixCache:
         return cache, n_tokens
 
     def contains(self, token_ids: Any) -> int:
-        """How many leading tokens of token_ids stand in the store in whole chunks; nothing is fetched or decoded."""
+        """How many leading tokens of a text are in the store in whole chunks. Nothing is fetched or
+        decoded.
+
+        Parameters:
+            token_ids: [T], of the text.
+
+        Raises:
+            InvalidArgument, StoreUnavailable: As `load`.
+        """
         self._fetcher.check_open()
         nodes = self.chain.nodes(as_token_ids(token_ids))
         return self.chain.chunk_tokens * self.entries.count_leading([chunk_key(node) for node in nodes[1:]])
 
     def delete(self, token_ids: Any, *, keep_tokens: int = 0) -> None:
-        """Delete what is stored of this prefix past its first `keep_tokens` tokens, in whole chunks.
+        """Delete what is stored of a prefix. Chunks and tails that other texts share are deleted
+        for them, too.
 
-        Chunks and tails whose beginnings other conversations share are gone for them too. Raises `StoreError`.
+        Parameters:
+            token_ids: [T], of the prefix.
+            keep_tokens: Leading tokens that stay, rounded up to whole chunks.
+
+        Raises:
+            StoreError: The store failed.
+            InvalidArgument, StoreUnavailable: As `load`.
         """
         self._saver.check_open()
         ids, size = as_token_ids(token_ids), self.chain.chunk_tokens
@@ -220,7 +276,8 @@ class PrefixCache:
         return self._tails.save(node, rest, tail_name(node, rest), lambda: self.codec.encode(end, rest), _bytes_of(end))
 
     def _load_chunks(self, ids: TokenIds, nodes: list[bytes]) -> Iterator[KVCache]:
-        """The chunks that are there, first to last, up to the first that is not; the next are fetched while one is decoded."""
+        """The chunks that are there, first to last, up to the first that is not; the next are
+        fetched while one is decoded."""
         size = self.chain.chunk_tokens
         keys = [chunk_key(node) for node in nodes[1:]]
         batches = [keys[start : start + READ_AHEAD] for start in range(0, len(keys), READ_AHEAD)]
@@ -237,7 +294,8 @@ class PrefixCache:
                 index += 1
 
     def _load_tail(self, ids: TokenIds, nodes: list[bytes]) -> tuple[int, KVCache] | None:
-        """(chunks before it, the tail) that reaches furthest, of those on the last node and on the one before it."""
+        """(chunks before it, the tail) that reaches furthest, of those on the last node and on the
+        one before it."""
         size = self.chain.chunk_tokens
         for index in range(len(nodes) - 1, max(-1, len(nodes) - 3), -1):
             name, n_common = self._tails.find(nodes[index], ids[index * size :])

@@ -1,15 +1,18 @@
-"""Ends of prefixes: what follows the last coded chunk, window included. Several texts that go on from one chunk keep one each.
+"""Tails of prefixes: the tokens behind the last coded chunk, window included.
 
-Texts that share a chunk and the 16 tokens after it share an index, a small entry that says which tails there are:
+Several texts that go on from one chunk have one tail each. Texts that share a chunk and the 16
+tokens behind it share an index, a small entry that says which tails there are:
 
-    magic "KVTX" | for each tail, the last saved first: name, 16 bytes | tokens, uint32 | digests, 8 bytes for every 16 tokens
+    magic "KVTX" | for each tail, the last saved first: name, 16 bytes | tokens, uint32 | digests, 8 bytes each
 
-A digest covers all tokens of the tail up to the end of its sixteen, so that a reader finds the tail that has most in common with
-its text, and takes of it what comes before they fork; token ids are not stored. Little-endian. A tail itself is a stream, under its
-name, which says all of its tokens.
+There is a digest for every 16 tokens of a tail, and it covers the tail from its first token to the
+end of these 16. With them a reader finds the tail that has most in common with its text, and takes
+the tokens before the two part. Token ids are not stored. All numbers are little-endian. A tail
+itself is a stream under its name, which is a digest of all of its tokens.
 
-Of one index the last `MAX_TAILS` tails saved are kept. A text that goes on where a tail ended takes that one's place. Two processes
-that save tails of one index at the same moment may keep the later one alone: the other is a miss until it is saved again.
+An index keeps the `MAX_TAILS` tails that were saved last. A text that goes on where a tail ended
+takes its place. If two processes save tails of one index at the same moment, the index may keep
+only the later one; the other is a miss until it is saved again.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from ..cache import TokenIds
 from ..entries import Entries
 from ..errors import CorruptStream, TruncatedStream
 from ..process.locks import ForkSafeLock
-from .chain import TokenIds, entry_key
+from .chain import entry_key
 
 MAX_TAILS = 32
 NAME_TOKENS = 16
@@ -38,7 +42,14 @@ _DIGEST_BYTES = 8
 
 @dataclass(frozen=True)
 class Tail:
-    """n_tokens tokens after a node, as an index tells of them."""
+    """A tail, as an index describes it.
+
+    Parameters:
+        name: Digest of its node and all of its tokens.
+        n_tokens: Tokens behind the node.
+        digests: Of every 16 tokens, one after the other; compared one by one, so that a long index
+            costs no more than its bytes.
+    """
 
     name: bytes
     n_tokens: int
@@ -46,12 +57,16 @@ class Tail:
 
     @classmethod
     def of(cls, node: bytes, token_ids: TokenIds, name: bytes) -> Tail:
-        """token_ids [T]: those of the tail, which follow the node."""
+        """The tail with these token ids [T], which follow the node."""
         n_tokens = len(token_ids)
         return cls(name, n_tokens, b"".join(_digest(node, token_ids[:stop]) for stop in _stops(n_tokens)))
 
     def n_common(self, digest_of: Callable[[int], bytes | None]) -> int:
-        """How many leading tokens are surely those of a text. digest_of: of its first so many tokens, None if it has fewer."""
+        """How many leading tokens a tail has in common with a text, as far as digests say.
+
+        Parameters:
+            digest_of: Gives the digest of so many leading tokens of the text; None if it has fewer.
+        """
         common = 0
         for index, stop in enumerate(_stops(self.n_tokens)):
             if digest_of(stop) != self.digests[index * _DIGEST_BYTES : (index + 1) * _DIGEST_BYTES]:
@@ -61,14 +76,24 @@ class Tail:
 
 
 class Tails:
-    """The tails in a store. Safe to share between threads. node: of a `Chain`. token_ids [T]: those that follow the node."""
+    """The tails in a store. Safe to share between threads.
+
+    In all methods `node` is a node of a `Chain`, and `token_ids` [T] are the tokens that follow it.
+
+    Parameters:
+        entries: The entries of the store.
+    """
 
     def __init__(self, entries: Entries) -> None:
         self._entries = entries
         self._changing = ForkSafeLock()
 
     def find(self, node: bytes, token_ids: TokenIds) -> tuple[bytes, int]:
-        """(name of the tail that has most in common with a text, how many tokens that is); 0 where there is none."""
+        """The tail that has most in common with a text.
+
+        Returns:
+            (its name, how many tokens); (b"", 0) if there is none.
+        """
         key, digest_of = _index_key(node, token_ids), _digests_of(node, token_ids)
         tails = self._read(key, self._entries.load([key])[0]) if key else []
         common = [(tail.name, tail.n_common(digest_of)) for tail in tails]
@@ -77,9 +102,20 @@ class Tails:
     def save(
         self, node: bytes, token_ids: TokenIds, name: bytes, encode: Callable[[], bytes], original_bytes: int = 0
     ) -> int:
-        """Store a tail, given by all of its token ids; its bytes. Those that it goes on from are deleted.
+        """Store a tail, and delete those that it goes on from.
 
-        Raises `StoreError`, and what `encode` raises.
+        Parameters:
+            node, token_ids: Of the tail, all of its tokens.
+            name: As `tail_name` gives it.
+            encode: Gives its stream.
+            original_bytes: Bytes of its cache, to be counted.
+
+        Returns:
+            Bytes of the stream; 0 if the tail is too short to be stored.
+
+        Raises:
+            StoreError: The store failed.
+            BaseException: Whatever `encode` raises.
         """
         key = _index_key(node, token_ids)
         if key is None:
@@ -89,7 +125,8 @@ class Tails:
         return n_bytes
 
     def drop_outgrown(self, node: bytes, token_ids: TokenIds) -> None:
-        """Delete the tails that a text contains, once it is stored otherwise. Raises `StoreError`."""
+        """Delete the tails that a text contains, once its tokens are stored as a chunk. Raises
+        `StoreError`."""
         if key := _index_key(node, token_ids):
             self._change(node, token_ids, key, [])
 
@@ -102,7 +139,8 @@ class Tails:
                 self._entries.delete(key)
 
     def _change(self, node: bytes, token_ids: TokenIds, key: str, news: list[Tail]) -> None:
-        """Put tails first in an index, and take out those that the text contains and those that are too many."""
+        """Put tails first in an index, and take out those that the text contains and those that are
+        too many."""
         digest_of = _digests_of(node, token_ids)
         with self._changing:
             before = self._read(key, self._entries.fetch([key])[0])
@@ -123,7 +161,12 @@ class Tails:
 
 
 def tail_name(node: bytes, token_ids: TokenIds) -> bytes:
-    """Of a tail, from all of its token ids. node: that it follows; of several workers, the first one's, for all."""
+    """The name of a tail.
+
+    Parameters:
+        node: The node that it follows; of several workers the first one's, for all of them.
+        token_ids: [T], all of its tokens.
+    """
     return hashlib.sha256(b"tail" + node + token_ids.astype("<i8").tobytes()).digest()[:_NAME_BYTES]
 
 
@@ -166,12 +209,12 @@ def _from_bytes(data: bytes) -> list[Tail]:
 
 
 def _stops(n_tokens: int) -> Iterator[int]:
-    """Ends of the sixteens of a tail."""
+    """Ends of the groups of 16 tokens of a tail."""
     return (min(start + _BLOCK_TOKENS, n_tokens) for start in range(0, n_tokens, _BLOCK_TOKENS))
 
 
 def _digests_of(node: bytes, token_ids: TokenIds) -> Callable[[int], bytes | None]:
-    """Of a text's first so many tokens, each worked out once."""
+    """Gives the digest of so many leading tokens of a text, each computed once."""
     return cache(lambda stop: _digest(node, token_ids[:stop]) if stop <= len(token_ids) else None)
 
 

@@ -1,4 +1,7 @@
-"""Profiles: which part stands at each stage of the pipeline. Adding one takes a folder here and its name below.
+"""Profiles: which part stands at each stage of the pipeline.
+
+One that ships with kvtc is a folder here, a class in the table below, and a number in `container.tables`; any other one calls
+`register`.
 
 stage           paper                                   joint                       conditional
 prediction      none                                    none                        from token ids

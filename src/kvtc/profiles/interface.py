@@ -1,7 +1,7 @@
 """The seam between the codec and a profile: what passes from one stage to the next, as types.
 
-A profile is a folder beside this file and one line in `profiles/__init__.py`. It brings an encoder and a decoder; which types it
-puts between its own stages (coefficients, symbols, plan) is its own business, and the type checker's:
+A profile is a folder beside this file, and is registered by its name and number (`profiles.register`). It brings an encoder and a
+decoder. Which types it puts between its own stages (coefficients, symbols, plan) is its own business, and the type checker's:
 
 encoder   rows -> predict -> project -> coefficients -> quantize -> symbols -> entropy_code -> bytes
 decoder   bytes -> entropy_decode -> coefficients -> add_prediction -> reconstruct, layer by layer -> rows
@@ -37,7 +37,7 @@ _ProposedT = TypeVar("_ProposedT", bound=Plan, covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Coded tokens of some chunks that follow one another, their keys un-rotated.
+    """The joint rows of coded tokens of some chunks that follow one another, their keys un-rotated.
 
     Attributes:
         values: [n, 2 p] float32 on the backend's device; keys of all layers and heads, then values.

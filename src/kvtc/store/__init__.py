@@ -1,4 +1,5 @@
-"""Stores of opaque bytes, opened by URL: `open_store("file:///var/cache/kvtc?bytes=100GB")`. See docs/stores.md."""
+"""Stores of opaque bytes, opened by URL: `open_store("file:///var/cache/kvtc?bytes=100GB")`. See
+docs/stores.md."""
 
 from __future__ import annotations
 
@@ -27,16 +28,22 @@ _TIERED = "tiered:"
 
 
 def open_store(url: str | Sequence[str | Store], **options: Any) -> Store:
-    """Open the store that a URL names, or several as tiers; options win over those in the URL's query.
+    """Open the store that a URL names, or several stores as tiers.
 
-    `memory:?bytes=1GB`, `cuda:0?bytes=8GB` (`device:` for any device of torch), `file:///path?bytes=100GB`, `redis://host`,
-    `rediss://host`, `s3://bucket/prefix?endpoint=...`; and `tiered:memory:|file:///path`, the same as a list of URLs, whose own
-    options come first: `tiered:?write=back|memory:|...`.
-    Options of every single store: `namespace`, `on_error` (`raise` or `miss`), `entry_bytes` (the longest value, 512MiB),
-    `key_file` or `key_variable` for encryption.
+    Parameters:
+        url: `memory:?bytes=1GB`, `cuda:0?bytes=8GB` (`device:` with the name of any device of
+            torch), `file:///path?bytes=100GB`, `redis://host`, `rediss://host`,
+            `s3://bucket/prefix?endpoint=...`; for tiers `tiered:memory:|file:///path`, or a list of
+            URLs and stores, the fastest first. Options of the tiers themselves come first:
+            `tiered:?write=back|memory:|...`.
+        options: By name, in place of those in the query of the URL. All but tiers take `namespace`,
+            `entry_bytes` (the longest value, 512MiB), and `key_file` or `key_variable` for
+            encryption; docs/stores.md lists the others.
 
-    Raises `InvalidArgument` for a URL or option that means nothing, `MissingDependency` for a store whose package is not installed,
-    `StoreUnavailable` where the place cannot be used.
+    Raises:
+        InvalidArgument: The URL or an option is not understood.
+        MissingDependency: The package that such a store needs is not installed.
+        StoreUnavailable: The place of storage cannot be used.
     """
     store = _open(url, dict(options))
     if isinstance(url, str) or all(isinstance(tier, str) for tier in url):
@@ -45,7 +52,16 @@ def open_store(url: str | Sequence[str | Store], **options: Any) -> Store:
 
 
 def encrypted(store: Store, *keys: bytes) -> Store:
-    """The store with values encrypted by the first of these keys of 32 bytes; entries under any of them can be read."""
+    """A store around another one, which encrypts its values.
+
+    Parameters:
+        store: Holds the encrypted values; closed with the new store.
+        keys: Of 32 bytes each. The first encrypts; entries under any of them can be read.
+
+    Raises:
+        InvalidArgument: A key has another length, or is one byte repeated.
+        MissingDependency: The package cryptography is not installed.
+    """
     from .encryption import EncryptedStore
 
     return EncryptedStore(store, keys)

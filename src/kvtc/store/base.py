@@ -1,7 +1,7 @@
 """The contract of every store: opaque bytes under short keys.
 
-A store may forget anything at any time (it is a cache), but never returns other bytes than were put under that key.
-All methods may be called from any number of threads.
+A store may forget anything at any time (it is a cache), but never returns other bytes than were put
+under that key. All methods may be called from any number of threads.
 """
 
 from __future__ import annotations
@@ -28,19 +28,35 @@ Value: TypeAlias = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class StoreStatistics:
-    """What a store object has done since it was opened; other processes on the same store count for themselves."""
+    """What a store has done since it was opened. Other processes on the same storage count for
+    themselves.
+
+    Parameters:
+        hits: Values that were found.
+        misses: Values that were not: absent, damaged, foreign or out of reach.
+        puts: Values of calls that kept all they were given.
+        bytes_read: Bytes of the values found.
+        bytes_written: Bytes of the values kept.
+        evictions: Entries removed to keep the byte budget.
+        errors: Calls that the place of storage refused or did not answer.
+        damaged: Entries that were truncated, corrupted or swapped, and are removed.
+        foreign: Entries of a newer format, of another encryption key or longer than is read; they
+            stay.
+        stored_entries: Entries in the store now; None: counting them takes long.
+        stored_bytes: Bytes of all entries, frames included; None: as for `stored_entries`.
+    """
 
     hits: int = 0
-    misses: int = 0  # absent, damaged, foreign and unreachable entries alike
-    puts: int = 0  # entries of calls that kept all they were given
-    bytes_read: int = 0  # of values returned
-    bytes_written: int = 0  # of values taken
-    evictions: int = 0  # entries removed to keep the byte budget
-    errors: int = 0  # operations that the place of storage refused or did not answer
-    damaged: int = 0  # entries found truncated, corrupted or swapped, and removed
-    foreign: int = 0  # entries of a newer format, of another encryption key or longer than is read, left alone
-    stored_entries: int | None = None  # what lies in the store now; None where counting it is not cheap
-    stored_bytes: int | None = None  # of entries, frames included
+    misses: int = 0
+    puts: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    evictions: int = 0
+    errors: int = 0
+    damaged: int = 0
+    foreign: int = 0
+    stored_entries: int | None = None
+    stored_bytes: int | None = None
 
     def as_dict(self) -> dict[str, int | None]:
         return asdict(self)
@@ -68,11 +84,20 @@ class Counters:
 
 
 class Store(ABC):
-    """A mapping of keys to bytes. Keys: 1 to 200 of `a-z 0-9 / . _ -`. Values: any bytes, empty ones too.
+    """A mapping of keys to bytes. All methods may be called from any number of threads.
 
-    Every method raises `InvalidArgument` for a key that is none, and `StoreUnavailable` once the store is closed; `statistics` and
-    `close` do not. A child of `os.fork` may use a store that its parent has used: it has locks, threads and connections of its own,
-    or says at once that it cannot.
+    A key has 1 to 200 characters of `a-z 0-9 / . _ -`; a value is any bytes, also none. A child of
+    `os.fork` may use a store that its parent has used: it has locks, threads and connections of its
+    own, or says at once that it cannot.
+
+    Every method but `statistics` and `close` raises:
+        InvalidArgument: A key or value is not of this kind.
+        StoreUnavailable: The storage cannot be reached or has not answered, or the store is closed.
+
+    Attributes:
+        namespace: Of its keys; None: none.
+        is_of_process: Whether its entries are in the memory of this process, so that such a store
+            that another process opens does not have them.
     """
 
     namespace: str | None = None
@@ -89,45 +114,63 @@ class Store(ABC):
 
     @abstractmethod
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
-        """One value or None for each key. Keys of a chain come first to last: its head is then evicted last."""
+        """Read values.
+
+        Parameters:
+            keys: Of a chain, first to last, so that its first entry is evicted last.
+
+        Returns:
+            One value for each key, None for a miss.
+        """
 
     def resident_many(self, keys: Sequence[str]) -> list[Any]:
-        """As `get_many`, but values that lie on a device may be given as they lie there: uint8 tensors, read without a copy."""
+        """As `get_many`, but a value on a device may come as it lies there: a uint8 tensor [bytes],
+        not copied."""
         return self.get_many(keys)
 
     def put(self, key: str, value: Value) -> None:
-        """Keep a value, in place of an older one; `StoreFull` where it has no room."""
+        """Keep a value in place of an older one. Raises `StoreFull` if there is no room for it."""
         self.put_many([(key, value)])
 
     @abstractmethod
     def put_many(self, entries: Iterable[tuple[str, Value]]) -> None:
-        """Keep values in this order; after an error, those before it are kept. Chains come first to last, as in `get_many`."""
+        """Keep values, in this order.
+
+        Parameters:
+            entries: (key, value); those of a chain first to last, as in `get_many`.
+
+        Raises:
+            StoreFull: There is no room for a value. The values before it are kept, here as after
+                any error.
+        """
 
     def contains(self, key: str) -> bool:
-        """Whether there is an entry; only `get` reads it and can say whether it is sound."""
+        """Whether the key has an entry, which is not read: only `get` finds out whether it is
+        sound."""
         return self.contains_prefix([key]) == 1
 
     @abstractmethod
     def contains_prefix(self, keys: Sequence[str]) -> int:
-        """How many leading keys have entries: the question of a prefix lookup, in one round trip where possible."""
+        """How many leading keys have entries, for lookups along a chain; one round trip where
+        possible."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Forget an entry; no error where there is none."""
+        """Delete an entry; no error if the key has none."""
 
     @abstractmethod
     def keys(self) -> Iterator[str]:
-        """Every key of this namespace, in no order. Walks the whole store: for maintenance, not for lookups."""
+        """Every key of this namespace, in no order. Reads the whole store: for maintenance."""
 
     def flush(self) -> None:
-        """Wait until everything put so far lies where it belongs."""
+        """Wait until all values that were put are where they belong."""
         self._check_open()  # nothing is pending in most stores
 
     def statistics(self) -> StoreStatistics:
         return self._counters.snapshot()
 
     def close(self) -> None:
-        """Flush and let go of files and connections. Closing twice is allowed."""
+        """Flush, and close files and connections. May be called twice."""
         self._is_closed = True
 
     def __enter__(self) -> Self:
@@ -139,7 +182,8 @@ class Store(ABC):
         self.close()
 
     def __reduce__(self) -> tuple[Callable[..., Store], tuple[Any, dict[str, Any]]]:
-        """Pickled, a store is what it was opened with, and is opened again: URL and options, passwords in them too."""
+        """A pickle holds the URL and options of the store, passwords too; unpickled, it is opened
+        again."""
         if self._opened_by is None or self.is_of_process:
             reason = "its entries lie in this process" if self.is_of_process else "it was not opened by a URL"
             raise InvalidArgument(f"{self!r} cannot be pickled: {reason}; open a store where it is used")
@@ -171,9 +215,14 @@ def check_value(value: Value) -> Value:
 
 
 def read_value(value: Any, *, is_resident: bool = False) -> Any:
-    """What a store gives for a key, as bytes or None; is_resident: or a uint8 tensor [bytes], as it is.
+    """A value of anybody's store as bytes or None.
 
-    Raises `StoreError` for anything else.
+    Parameters:
+        value: As the store gives it.
+        is_resident: Whether a uint8 tensor [bytes] is taken, too, and left as it is.
+
+    Raises:
+        StoreError: It is something else.
     """
     if value is None or isinstance(value, bytes):
         return value
@@ -185,7 +234,8 @@ def read_value(value: Any, *, is_resident: bool = False) -> Any:
 
 
 def read_values(values: Iterable[Any], n_keys: int, *, is_resident: bool = False) -> list[Any]:
-    """What a store gives for so many keys, each as `read_value` says. Raises `StoreError` for more or fewer."""
+    """The values of anybody's store for so many keys, each as of `read_value`; `StoreError` for
+    another number of them."""
     found = [read_value(value, is_resident=is_resident) for value in values]
     if len(found) != n_keys:
         raise StoreError(f"a store gives {len(found)} values for {n_keys} keys")
@@ -193,7 +243,8 @@ def read_values(values: Iterable[Any], n_keys: int, *, is_resident: bool = False
 
 
 def read_count(count: Any, n_keys: int) -> int:
-    """How many leading ones of so many keys a store says that it has: 0 to all. Raises `StoreError` for what is no integer."""
+    """How many leading keys anybody's store says that it has, within 0 .. n_keys; `StoreError` for
+    what is no integer."""
     try:
         return min(max(operator.index(count), 0), n_keys)
     except TypeError:
@@ -203,8 +254,15 @@ def read_count(count: Any, n_keys: int) -> int:
 class Names:
     """Keys of one namespace as names of entries, and back.
 
-    A name serves as a file name and as an object key alike: `/` becomes `!`, and the namespace stands before `=`.
-    Neither sign occurs in keys, so that no two keys of any namespaces share a name.
+    A name serves as a file name and as an object key alike: `!` stands for `/`, and the namespace
+    is written before it with `=`. Neither sign occurs in keys, so no two keys of any namespaces
+    have one name.
+
+    Parameters:
+        namespace: Of the keys; None: none.
+
+    Raises:
+        InvalidArgument: The namespace has other characters, or too many.
     """
 
     def __init__(self, namespace: str | None) -> None:

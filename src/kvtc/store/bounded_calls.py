@@ -1,4 +1,5 @@
-"""Calls to a place that may never answer: a caller waits at most one deadline, and a bounded number of threads may hang."""
+"""Calls to a place that may never answer: a caller waits at most one deadline, and a bounded number
+of threads may hang."""
 
 from __future__ import annotations
 
@@ -42,13 +43,15 @@ class Call(Future[Any]):
 
 
 def is_given_up() -> bool:
-    """In a thread that performs a call: whether its caller has gone, so that nothing should come of it any more."""
+    """In a thread that performs a call: whether its caller has gone, so that nothing should come of
+    it any more."""
     call: Call | None = getattr(_here, "call", None)
     return call is not None and call.is_given_up
 
 
 class Threads:
-    """At most `limit` daemon threads that perform calls in the order given, and end where there is nothing to do."""
+    """At most `limit` daemon threads that perform calls in the order given, and end where there is
+    nothing to do."""
 
     def __init__(self, place: str, limit: int) -> None:
         self._place, self._limit = place, limit
@@ -106,11 +109,12 @@ class Threads:
 
 
 class BoundedCalls:
-    """The calls of one store. Together they fail and recover: see `CircuitBreaker`.
+    """The calls of one store, which fail and recover together: see `CircuitBreaker`.
 
-    place: names the store in errors.
-    seconds: how long a caller waits at most.
-    probe: asks for something cheap; see `CircuitBreaker`.
+    Parameters:
+        place: Names the store in messages.
+        seconds: The longest that a caller waits.
+        probe: Asks for something cheap, to find out whether the store answers again.
     """
 
     def __init__(self, place: str, seconds: float, probe: Callable[[], object]) -> None:
@@ -119,11 +123,13 @@ class BoundedCalls:
         self._circuit = CircuitBreaker(probe, seconds / 2)
 
     def run(self, call: Callable[[], T]) -> T:
-        """What the call returns or raises; `StoreUnavailable` where it has not come back in time, or none has lately."""
+        """What the call returns or raises; raises `StoreUnavailable` if no answer comes in time, or
+        none has come lately."""
         return self.run_all([call])[0]
 
     def run_all(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """The same for calls side by side, with one deadline for all; the first error is raised and gives up the others."""
+        """As `run`, for calls side by side with one deadline; the first error is raised and gives
+        up the others."""
         if self._circuit.is_open():
             raise StoreUnavailable(f"{self._place} did not answer lately; it is asked again in the background")
         begin = time.monotonic()

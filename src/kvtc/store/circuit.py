@@ -1,4 +1,5 @@
-"""Circuit breaker: a place that has made a caller wait in vain is asked again in the background, not by the next caller."""
+"""Circuit breaker: a place that has made a caller wait in vain is asked again in the background,
+not by the next caller."""
 
 from __future__ import annotations
 
@@ -14,11 +15,15 @@ SLOW_SECONDS = 1.0  # a failure that took longer opens the circuit; a quicker on
 
 
 class CircuitBreaker:
-    """Whether a place may be asked: while the circuit is closed. A slow failure opens it, a probe that succeeds closes it.
+    """Whether a place of storage may be asked: while the circuit is closed. A slow failure opens
+    it, and a probe that succeeds closes it.
 
-    probe: asks the place for something cheap and raises where that fails. It runs in a thread of its own, one at a time, at most
-    every `PAUSE_SECONDS`, and only if somebody wants to ask. It may hang: the circuit stays open as long.
-    slow_seconds: a failure that took at least so long opens the circuit; at most `SLOW_SECONDS`.
+    Parameters:
+        probe: Asks the place for something cheap, and raises if that fails. It runs in a thread of
+            its own, one at a time, at most every `PAUSE_SECONDS`, and only if somebody wants to
+            ask. The circuit stays open as long as it hangs.
+        slow_seconds: A failure that took at least so long opens the circuit; at most
+            `SLOW_SECONDS`.
     """
 
     def __init__(self, probe: Callable[[], object], slow_seconds: float = float("inf")) -> None:
@@ -32,7 +37,7 @@ class CircuitBreaker:
         self._next_probe = 0.0
 
     def is_open(self) -> bool:
-        """Whether nobody is to ask now. Starts the next probe where one is due."""
+        """Whether nobody may ask now. Starts the next probe if it is due."""
         if not self._is_open:
             return False
         with self._lock:

@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import PROGRAM_ENDS, InvalidArgument, MissingDependency, StoreFull
+from ..process.log_limits import log_once
 from .base import Names, Store, StoreStatistics, Value, check_value
 
 try:
@@ -42,11 +43,18 @@ logger = logging.getLogger(__name__)
 
 
 class EncryptedStore(Store):
-    """A store that keeps nothing in clear but names and lengths.
+    """A store that keeps names and lengths in clear, and nothing else.
 
-    The first key encrypts; the others only read what was written under them, so that keys can be changed one after the other.
-    An entry under a key that is not at hand is a miss, counted as foreign and left alone; one that fails authentication under its
-    own key is damaged and is removed.
+    An entry under a key that is not given is a miss, counted as foreign, and stays. An entry that
+    fails authentication under its own key is damaged and is removed.
+
+    Parameters:
+        inner: Holds the encrypted values; it is closed with this store.
+        keys: Of 32 bytes. The first encrypts; the others only read, so that keys can be changed one
+            after the other.
+
+    Raises:
+        InvalidArgument: A key has another length, or is one byte repeated.
     """
 
     def __init__(self, inner: Store, keys: Sequence[bytes]) -> None:
@@ -164,7 +172,8 @@ class EncryptedStore(Store):
 
 
 def load_keys(text: str, where: str) -> list[bytes]:
-    """Keys from text: one a line, 64 hexadecimal digits or base64; the first is the one to encrypt with."""
+    """Keys from text: one a line, 64 hexadecimal digits or base64; the first is the one to encrypt
+    with."""
     keys = [_parse_key(line.strip(), where) for line in text.splitlines() if line.strip()]
     if not keys:
         raise InvalidArgument(f"{where} holds no key; expected {KEY_BYTES} bytes in hexadecimal or base64")
@@ -172,7 +181,8 @@ def load_keys(text: str, where: str) -> list[bytes]:
 
 
 def keys_from_file(path: str) -> list[bytes]:
-    """`load_keys` of a file; one that others than its owner may read is used, with a warning in the log."""
+    """`load_keys` of a file; one that others than its owner may read is used, with a warning in the
+    log."""
     try:
         with Path(path).open(encoding="ascii") as file:
             permissions = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -183,7 +193,8 @@ def keys_from_file(path: str) -> list[bytes]:
     if kind is not None:  # an error of decoding holds what it could not decode
         raise InvalidArgument(f"key file {path} cannot be read: {kind}")
     if permissions & (stat.S_IRWXG | stat.S_IRWXO):
-        logger.warning("key file %s has permissions %04o: others may use it; expected 0600 or 0400", path, permissions)
+        message = "key file %s has permissions %04o: others may use it; expected 0600 or 0400"
+        log_once(logger, f"permissions of {path}", message, path, permissions)
     return load_keys(text, f"key file {path}")
 
 

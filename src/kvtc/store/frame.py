@@ -1,4 +1,5 @@
-"""The frame around every stored value, by which a truncated, corrupted or swapped entry is known for what it is.
+"""The frame around every stored value, by which a truncated, corrupted or swapped entry is known
+for what it is.
 
 offset  size  field
      0     4  magic "kvts"
@@ -56,7 +57,8 @@ def seal(name: str, value: Value) -> bytes:
 
 
 def is_worth_reading(head: bytes, size: int, entry_bytes: int) -> bool:
-    """Whether an entry of that size may be a frame that begins so, with a value within the limit. Asked before memory is."""
+    """Whether an entry of that size may be a frame that begins so, with a value within the limit.
+    Asked before memory is."""
     return FRAME_BYTES <= size <= FRAME_BYTES + entry_bytes and (
         len(head) >= FRAME_BYTES and size == FRAME_BYTES + _HEADER.unpack(head[: _HEADER.size])[2]
     )
@@ -65,7 +67,8 @@ def is_worth_reading(head: bytes, size: int, entry_bytes: int) -> bool:
 def unseal(name: str, frame: Frame, entry_bytes: int) -> bytes:
     """The value of a frame; `DamagedEntry` or `ForeignEntry` where there is none to be had.
 
-    entry_bytes: the longest value to be read. A frame that is as long as it says, and longer than that, is foreign.
+    entry_bytes: the longest value to be read. A frame that is as long as it says, and longer than
+    that, is foreign.
     """
     head, size = frame if isinstance(frame, Head) else (frame, len(frame))
     check_head(name, head, size)
@@ -81,7 +84,8 @@ def unseal(name: str, frame: Frame, entry_bytes: int) -> bytes:
 
 
 def check_head(name: str, head: bytes, n_bytes: int) -> None:
-    """Check what a frame of n_bytes bytes says in its first `FRAME_BYTES`, but for the checksum; errors as of `unseal`."""
+    """Check what a frame of n_bytes bytes says in its first `FRAME_BYTES`, but for the checksum;
+    errors as of `unseal`."""
     if len(head) > len(MAGIC) and head[:4] == MAGIC and head[4] > VERSION:
         raise ForeignEntry(f"frame version {head[4]}; this library reads up to {VERSION}")
     if len(head) < FRAME_BYTES:

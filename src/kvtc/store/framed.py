@@ -1,49 +1,47 @@
-"""What stores that keep bytes in one place have in common: names, frames, counting, and what an error means."""
+"""What stores that keep bytes in one place have in common: names, frames, counting, and what an
+error means."""
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from ..errors import PROGRAM_ENDS, InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
-from ..process.log_limits import log_once
 from .base import Names, Store, Value, check_value
 from .frame import DEFAULT_ENTRY_BYTES, DamagedEntry, ForeignEntry, Frame, seal, unseal
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
-ON_ERROR = ("raise", "miss")
 PROBE_NAME = "kvtc-probe"  # of no entry; to ask whether a place answers
 
 
 class FramedStore(Store):
     """A store whose subclass keeps frames under names.
 
-    namespace: entries of different namespaces in one place never meet.
-    on_error: "raise" a StoreError, or count it and go on with a "miss": reads find nothing, writes are dropped.
-    entry_bytes: the longest value that is put or read. Longer entries are other's, and are not read.
+    Parameters:
+        namespace: Entries of different namespaces in one place of storage never meet.
+        entry_bytes: The longest value that is put or read. A longer entry is foreign and is not
+            read.
+
+    Raises:
+        InvalidArgument: `namespace` or `entry_bytes` is not allowed.
     """
 
-    def __init__(
-        self, namespace: str | None = None, on_error: str = "raise", entry_bytes: int = DEFAULT_ENTRY_BYTES
-    ) -> None:
+    def __init__(self, namespace: str | None = None, entry_bytes: int = DEFAULT_ENTRY_BYTES) -> None:
         super().__init__()
-        if on_error not in ON_ERROR:
-            raise InvalidArgument(f"on_error is {on_error!r}; expected one of {', '.join(ON_ERROR)}")
         if entry_bytes < 1:
             raise InvalidArgument(f"entry_bytes is {entry_bytes}; expected a positive number of bytes")
         self.namespace = namespace
         self._names = Names(namespace)
-        self._on_error = on_error
         self._entry_bytes = entry_bytes
 
-    # What a subclass provides. Each may raise whatever its place of storage does: `_attempt` makes StoreError of it.
+    # What a subclass provides. Each may raise whatever its place of storage does: `_attempt` makes
+    # StoreError of it.
 
     @abstractmethod
     def _read(self, names: Sequence[str]) -> Sequence[Frame | None]:
-        """Frames as they lie there, None where there is none; marks them as used. `Head` for what need not be read whole."""
+        """Frames as they lie there, None where there is none; marks them as used. `Head` for what
+        need not be read whole."""
 
     @abstractmethod
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
@@ -72,8 +70,7 @@ class FramedStore(Store):
         names = [self._names.name(key) for key in keys]
         if not names:
             return []
-        nothing: list[bytes | None] = [None] * len(names)
-        values = self._attempt(lambda: self._open_all(names), nothing)
+        values = self._attempt(lambda: self._open_all(names))
         found = [value for value in values if value is not None]
         self._counters.add(
             hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
@@ -85,24 +82,23 @@ class FramedStore(Store):
         checked = [(self._names.name(key), check_value(value)) for key, value in entries]
         names = [name for name, _ in checked]
         frames = (self._seal(name, value) for name, value in checked)  # one by one: a batch is not in memory twice
-        if self._attempt(lambda: self._write(names, frames) or True, False):
-            written = sum(memoryview(value).nbytes for _, value in checked)
-            self._counters.add(puts=len(checked), bytes_written=written)
+        self._attempt(lambda: self._write(names, frames))
+        written = sum(memoryview(value).nbytes for _, value in checked)
+        self._counters.add(puts=len(checked), bytes_written=written)
 
     def contains_prefix(self, keys: Sequence[str]) -> int:
         self._check_open()
         names = [self._names.name(key) for key in keys]
-        return self._attempt(lambda: self._leading(names), 0) if names else 0
+        return self._attempt(lambda: self._leading(names)) if names else 0
 
     def delete(self, key: str) -> None:
         self._check_open()
         name = self._names.name(key)
-        self._attempt(lambda: self._remove(name), None)
+        self._attempt(lambda: self._remove(name))
 
     def keys(self) -> Iterator[str]:
         self._check_open()
-        nothing: list[str] = []
-        names = self._attempt(lambda: list(self._list()), nothing)
+        names = self._attempt(lambda: list(self._list()))
         return (key for key in map(self._names.key, names) if key is not None)
 
     def _seal(self, name: str, value: Value) -> bytes:
@@ -115,7 +111,8 @@ class FramedStore(Store):
         return [self._open(name, frame) for name, frame in zip(names, self._read(names), strict=True)]
 
     def _open(self, name: str, frame: Frame | None) -> bytes | None:
-        """The value of a frame, or None for a miss; a damaged entry is removed, one of others is left alone."""
+        """The value of a frame, or None for a miss; a damaged entry is removed, one of others is
+        left alone."""
         if frame is None:
             return None
         try:
@@ -132,16 +129,13 @@ class FramedStore(Store):
                 self._counters.add(errors=1)
         return None
 
-    def _attempt(self, call: Callable[[], T], otherwise: T) -> T:
+    def _attempt(self, call: Callable[[], T]) -> T:
+        """What the call returns; whatever it raises is counted."""
         try:
             return self._translated(call)
-        except StoreError as error:
+        except StoreError:
             self._counters.add(errors=1)
-            if self._on_error == "raise":
-                raise
-            kind = f"{type(self).__name__} {type(error).__name__}"
-            log_once(logger, kind, "counted as a miss: %s: %s", type(error).__name__, error)
-            return otherwise
+            raise
 
     def _translated(self, call: Callable[[], T]) -> T:
         try:

@@ -19,7 +19,13 @@ ENTRY_BYTES = 512  # what Python spends on an entry beside its frame, roughly: e
 
 
 class MemoryStore(FramedStore):
-    """Entries in memory, at most `max_bytes` of them, overhead included. A forked child has a copy of its own."""
+    """Entries in the memory of this process. A forked child has a copy of its own.
+
+    Parameters:
+        max_bytes: Byte budget, with 512 bytes for each entry beside its frame. The entries that
+            were used longest ago are evicted first.
+        namespace, entry_bytes: As of `FramedStore`.
+    """
 
     is_of_process = True
 
@@ -27,10 +33,9 @@ class MemoryStore(FramedStore):
         self,
         max_bytes: int = DEFAULT_BYTES,
         namespace: str | None = None,
-        on_error: str = "raise",
         entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(namespace, on_error, entry_bytes)
+        super().__init__(namespace, entry_bytes)
         if max_bytes < 1:
             raise InvalidArgument(f"bytes is {max_bytes}; expected a positive byte budget")
         self._max_bytes = max_bytes

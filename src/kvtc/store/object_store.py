@@ -34,7 +34,8 @@ SERVER_OPTIONS = (
 
 
 class _Client:
-    """Whether obstore, whose threads serve all stores of a process, has been used by this process's parent: then it hangs here."""
+    """Whether obstore, whose threads serve all stores of a process, has been used by this process's
+    parent: then it hangs here."""
 
     def __init__(self) -> None:
         self.is_used = self.is_left_behind = False
@@ -48,12 +49,19 @@ _client = _Client()
 
 
 class ObjectStore(FramedStore):
-    """Entries as objects `prefix/<name>.entry`, up to 16 requests in flight at once.
+    """Entries as objects `prefix/<name>.entry` of an S3 server, up to 16 requests at once.
 
-    timeout: seconds that a caller waits for a group of up to 16 entries, retries included; see `BoundedCalls`.
-    ca_file: PEM certificates of authorities to trust beside the usual ones.
+    In the child of a process that has used such a store it raises `StoreUnavailable`: the threads
+    of its client are not there.
 
-    After a fork the child of a process that has used such a store cannot: the client's threads are not there. It says so.
+    Parameters:
+        bucket, prefix: Where the objects are.
+        timeout: Seconds that a caller waits for a group of up to 16 entries, retries included; see
+            `BoundedCalls`.
+        server: Options of the client: `endpoint`, `region`, credentials and others of
+            `SERVER_OPTIONS`.
+        ca_file: PEM certificates of authorities to trust beside the usual ones.
+        namespace, entry_bytes: As of `FramedStore`.
     """
 
     def __init__(
@@ -64,10 +72,9 @@ class ObjectStore(FramedStore):
         server: dict[str, Any] | None = None,
         ca_file: str | None = None,
         namespace: str | None = None,
-        on_error: str = "raise",
         entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(namespace, on_error, entry_bytes)
+        super().__init__(namespace, entry_bytes)
         self._place = f"s3://{bucket}/{prefix}".rstrip("/")
         self._bucket, self._prefix = bucket, prefix
         self._timeout, self._server, self._ca_file = timeout, server or {}, ca_file
@@ -140,7 +147,8 @@ class ObjectStore(FramedStore):
             self._remove(name)
 
     def _list(self) -> Iterator[str]:
-        """Page by page. A name that obstore cannot parse, such as with an empty part, ends it with an error that shows the name."""
+        """Page by page. A name that obstore cannot parse, such as with an empty part, ends it with
+        an error that shows the name."""
         (pages,) = self._run([lambda: iter(obstore.list(self._objects))])
         while page := self._run([lambda: next(pages, None)])[0]:
             for entry in page:
@@ -194,7 +202,8 @@ def _groups(names: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _secrets(server: dict[str, Any]) -> Iterator[object]:
-    """What must not be shown of a server's options and of the environment, which the client reads too."""
+    """What must not be shown of a server's options and of the environment, which the client reads
+    too."""
     environment = {
         name.removeprefix("AWS_").lower(): text for name, text in os.environ.items() if name.startswith("AWS_")
     }

@@ -1,4 +1,5 @@
-"""Secrets of a store, and the one way by which errors of other libraries become messages without them."""
+"""Secrets of a store, and the one way by which errors of other libraries become messages without
+them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ SHORTEST_TO_CUT = 4  # a shorter one may stand in any text by chance
 
 
 def user_info(url: str) -> list[str]:
-    """User and password of a URL, as written there. Whatever stands before the last `@` counts, however malformed."""
+    """User and password of a URL, as written there. Whatever stands before the last `@` counts,
+    however malformed."""
     before, found, _ = url.partition("?")[0].rpartition("@")
     written = before.rpartition("//")[2] if "//" in before else before.partition(":")[2] or before
     return [written, *written.split(":", 1)] if found else []
@@ -46,7 +48,8 @@ class Redactor:
 
 
 def translated(call: Callable[[], T], meaning: Callable[[BaseException], BaseException]) -> T:
-    """What the call returns. An error is replaced by its meaning and not chained to it: its own text may hold secrets."""
+    """What the call returns. An error is replaced by its meaning and not chained to it: its own
+    text may hold secrets."""
     try:
         return call()
     except PROGRAM_ENDS:

@@ -1,4 +1,5 @@
-"""`redis://` and `rediss://` entries in a Redis or Valkey server; budget and eviction are the server's (maxmemory, ttl)."""
+"""`redis://` and `rediss://` entries in a Redis or Valkey server; budget and eviction are the
+server's (maxmemory, ttl)."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ CONNECTION_OPTIONS = (
     "ssl_cert_reqs", "ssl_check_hostname", "health_check_interval", "max_connections",
 )  # fmt: skip
 _PREFIX = re.compile(r"[A-Za-z0-9:._/-]*", re.ASCII)
-# Atomic on the server: a sound entry that was written since must stay. Looked at: its length, and as much as had been read.
+# Atomic on the server: a sound entry that was written since must stay. Looked at: its length, and
+# as much as had been read.
 _DISCARD = """
 if redis.call('STRLEN', KEYS[1]) == tonumber(ARGV[2])
     and redis.sha1hex(redis.call('GETRANGE', KEYS[1], 0, tonumber(ARGV[3]))) == ARGV[1] then
@@ -44,11 +46,17 @@ return 0
 
 
 class RedisStore(FramedStore):
-    """Entries as strings under `prefix` + name.
+    """Entries as strings of a Redis server, under `prefix` and their name.
 
-    timeout: seconds that a caller waits for a batch of up to 64 entries, connecting included; see `BoundedCalls`. A lost connection
-    is made anew once.
-    ttl: seconds until the server forgets an entry, counted from `put`; None: the server's own policy.
+    Parameters:
+        url: `redis://` or `rediss://`, without options.
+        timeout: Seconds that a caller waits for a batch of up to 64 entries, connecting included;
+            see `BoundedCalls`. A lost connection is made again once.
+        ttl: Seconds after `put` until the server forgets an entry; None: as the server is
+            configured.
+        prefix: Of the strings' keys.
+        connection: Options of redis-py.
+        namespace, entry_bytes: As of `FramedStore`.
     """
 
     def __init__(
@@ -59,10 +67,9 @@ class RedisStore(FramedStore):
         prefix: str = "kvtc:",
         connection: dict[str, Any] | None = None,
         namespace: str | None = None,
-        on_error: str = "raise",
         entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(namespace, on_error, entry_bytes)
+        super().__init__(namespace, entry_bytes)
         if _PREFIX.fullmatch(prefix) is None:
             raise InvalidArgument(f"prefix {prefix!r:.80}: expected characters of a-z A-Z 0-9 : . _ / -")
         self._place = str(StoreUrl(url))
@@ -155,7 +162,8 @@ class RedisStore(FramedStore):
         return (key.decode("utf-8", "replace").removeprefix(self._prefix) for key in seen)
 
     def _get(self, names: Sequence[str]) -> list[Frame | None]:
-        """Lengths first, so that no value is read that is longer than allowed; MGET knows the absent from the empty."""
+        """Lengths first, so that no value is read that is longer than allowed; MGET knows the
+        absent from the empty."""
         keys = [self._prefix + name for name in names]
         with self._client.pipeline(transaction=False) as pipeline:
             for key in keys:

@@ -1,4 +1,5 @@
-"""Stores over stores, the fastest first: `tiered:memory:?bytes=1GB|file:///var/cache/kvtc|redis://host`."""
+"""Stores over stores, the fastest first:
+`tiered:memory:?bytes=1GB|file:///var/cache/kvtc|redis://host`."""
 
 from __future__ import annotations
 
@@ -27,8 +28,12 @@ logger = logging.getLogger(__name__)
 
 class Tier:
     """A store whose failures, of whatever kind, are counted and logged, and hinder no other tier.
+    If it has made a caller wait in vain, it is asked again in the background, as `CircuitBreaker`
+    says.
 
-    One that has made a caller wait in vain is asked again in the background, as `CircuitBreaker` says.
+    Parameters:
+        store: Anybody's.
+        count_error: Called for each failure.
     """
 
     def __init__(self, store: Store, count_error: Callable[[], None]) -> None:
@@ -65,7 +70,8 @@ class Tier:
         return self.attempt(lambda store: read_count(store.contains_prefix(keys), len(keys)), 0)
 
     def put(self, entries: Sequence[tuple[str, bytes]]) -> list[bool]:
-        """Which of the entries it has taken; one that has no room there does not hinder the others."""
+        """Which of the entries it has kept. An entry for which it has no room does not hinder the
+        others."""
 
         def put_all(store: Store) -> list[bool]:
             try:
@@ -108,12 +114,20 @@ class Tier:
 
 
 class TieredStore(Store):
-    """Reads ask one tier after the other, and a hit is copied into those above; a tier that fails is a counted miss.
+    """A store over several. Reads ask one tier after the other, and a hit is copied into the tiers
+    above. A tier that fails is a counted miss.
 
-    write: "through" all tiers before `put` returns, or "back": the first at once, the others in the background.
-    queue_bytes: how much may wait in the background.
+    A key names its content: if another process gives a key another value, the tiers of this process
+    may go on with the old one.
 
-    Keys name contents: where another process gives a key another value, tiers of this process may hold the old one.
+    Parameters:
+        tiers: The stores, the fastest first; they are closed with this one.
+        write: `through`: all tiers have the value before `put` returns. `back`: the first one has,
+            and the others get it in the background.
+        queue_bytes: Bytes that may wait in the background; with more, `put` waits.
+
+    Raises:
+        InvalidArgument: There are no tiers, or `write` is another word.
     """
 
     def __init__(self, tiers: Sequence[Store], write: str = "through", queue_bytes: int = DEFAULT_QUEUE_BYTES) -> None:
@@ -143,7 +157,8 @@ class TieredStore(Store):
         return self._get(keys)
 
     def resident_many(self, keys: Sequence[str]) -> list[Any]:
-        """What the first tier holds on a device comes as it lies there; what lies below comes as bytes."""
+        """What the first tier holds on a device comes as it lies there; what lies below comes as
+        bytes."""
         return self._get(keys, is_resident=True)
 
     def _get(self, keys: Sequence[str], *, is_resident: bool = False) -> list[Any]:
@@ -220,7 +235,8 @@ class TieredStore(Store):
             tier.attempt(lambda store: store.flush(), None)
 
     def statistics(self) -> StoreStatistics:
-        """Of the tiers together: a hit in any is a hit, errors are theirs; what is stored, `tiers` say each for itself."""
+        """Of the tiers together: a hit in any is a hit, errors are theirs; what is stored, `tiers`
+        say each for itself."""
         below = [tier.statistics() for tier in self._tiers]
         return replace(
             self._counters.snapshot(),
@@ -256,7 +272,8 @@ class TieredStore(Store):
         return longest
 
     def _promote(self, depth: int, entries: Sequence[tuple[str, bytes, int]]) -> None:
-        """Copy hits into the tiers above, unless their keys have been written since they were read."""
+        """Copy hits into the tiers above, unless their keys have been written since they were
+        read."""
         with ExitStack() as stack:
             held: dict[int, bool] = {}
             fresh = []

@@ -45,7 +45,8 @@ class StoreUrl:
         return f"{self.scheme}:{host}{port}{self.path.rpartition('@')[2]}"
 
     def take(self, name: str, convert: Callable[[Any], T], default: Any = None) -> Any:
-        """The option's value, converted and removed, or the default; `InvalidArgument` where it cannot be converted."""
+        """The option's value, converted and removed, or the default; `InvalidArgument` where it
+        cannot be converted."""
         self._known.append(name)
         value = self._options.pop(name, None)
         if value is None:
@@ -59,7 +60,6 @@ class StoreUrl:
         """The options of all stores, as keyword arguments; nothing may be left after them."""
         common = {
             "namespace": self.take("namespace", str),
-            "on_error": self.take("on_error", str, "raise"),
             "entry_bytes": self.take("entry_bytes", parse_bytes, DEFAULT_ENTRY_BYTES),
         }
         self.expect_no_rest()

@@ -1,4 +1,5 @@
-"""Writing to slow tiers in the background: a bounded queue, one worker, and an answer for what is still on its way."""
+"""Writing to slow tiers in the background: a bounded queue, one worker, and an answer for what is
+still on its way."""
 
 from __future__ import annotations
 
@@ -17,11 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 class WriteBack:
-    """Entries on their way to `write`, in the order in which they were put.
+    """Entries on their way to slow tiers, written in the order in which they were put.
 
-    A later value of a key takes the place of one that still waits. At most `max_bytes` wait; more makes `put` wait instead.
-    What `write` raises is logged, and the next entry is written. What waits when the process ends regularly is written then.
-    In a forked child nothing waits: what the parent has put is the parent's to write.
+    A later value of a key takes the place of one that waits. An error of `write` is logged, and the
+    next entry is written. Entries that wait when the process ends regularly are written then. In a
+    forked child nothing waits: the parent writes what the parent has put.
+
+    Parameters:
+        write: Writes one entry.
+        max_bytes: Bytes that may wait; with more, `put` waits.
     """
 
     def __init__(self, write: Callable[[str, bytes], None], max_bytes: int) -> None:
@@ -70,7 +75,8 @@ class WriteBack:
             return [*self._waiting, *([self._in_flight[0]] if self._in_flight else ())]
 
     def delete(self, key: str) -> None:
-        """Forget what waits under that key, and let what is being written arrive: nothing of it comes after this."""
+        """Forget what waits under that key, and let what is being written arrive: nothing of it
+        comes after this."""
         with self._changed:
             self._forget(key)
             self._changed.notify_all()

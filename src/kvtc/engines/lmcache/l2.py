@@ -4,14 +4,22 @@
         "class_name": "KvtcL2Adapter", "adapter_params": {"kvtc.calibration": "model.safetensors",
         "kvtc.model": "MODEL", "kvtc.store": "file:///var/cache/kvtc"}}'
 
-LMCache's controllers submit tasks and poll event descriptors; the work is done on threads. LMCache tells an adapter neither token
-ids nor positions, but publishes the hashes of each prompt's chunks in order when it looks them up. Written for LMCache 0.5.6.
+LMCache's controllers submit tasks, whose ends they learn from event descriptors; the work is done
+on threads (`Tasks`, `Workers`):
+
+    submit_store_task          -> StoredChunks.save       pop_completed_store_tasks
+    submit_lookup_and_lock_task -> StoredChunks.n_stored  query_lookup_and_lock_result
+    submit_load_task           -> StoredChunks.load       query_load_result
+
+LMCache gives an adapter neither token ids nor positions, but it publishes the hashes of the chunks
+of each prompt in order when it looks them up (`learn_starts`). Written for LMCache 0.5.6.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from lmcache.lmcache_native import Bitmap
@@ -27,34 +35,43 @@ from ...process.workers import Workers
 from ...store import open_store
 from ..chunk_coder import ChunkCoder
 from ..position_search import KnownStarts
+from ..served_model import ServedModel
 from ..stored_chunks import StoredChunks
-from .options import LmcacheOptions, worker_of
-from .task_board import TaskBoard
+from ..tasks import Tasks
+from .settings import LmcacheSettings, WorkerCoders, learn_starts, worker_of
 
 logger = init_logger(f"lmcache.{__name__}")
 
 
 class KvtcL2Adapter(L2AdapterInterface):
-    """Options: docs/guides/lmcache.md. The store keeps its own byte budget, so LMCache evicts nothing here."""
+    """The adapter. Its store keeps its own byte budget, so LMCache evicts nothing here.
+
+    Parameters:
+        adapter_params: The options of docs/guides/lmcache.md.
+        l1_memory_desc: LMCache's host memory, which is not used.
+
+    Raises:
+        KvtcError, FileNotFoundError: Whatever cannot work is refused when the server starts.
+    """
 
     def __init__(self, adapter_params: dict[str, Any], l1_memory_desc: Any = None) -> None:  # noqa: ARG002
         super().__init__()
-        self._options = options = LmcacheOptions(adapter_params)
-        model = options.served_model()
-        options.coder(ChunkCoder, model, 0)  # what cannot work ends the server's start
-        self._store = open_store(options.settings.store)
-        self._chunks = StoredChunks(self._store, lambda worker: options.coder(ChunkCoder, model, worker), model.scope)
+        self._settings = LmcacheSettings.from_config(adapter_params)
+        model = ServedModel.of(self._settings, None)
+        coders = WorkerCoders(ChunkCoder, self._settings, model)
+        self._chunks = StoredChunks(open_store(self._settings.store), coders.of, model.scope)
         self._starts = KnownStarts()
-        get_event_bus().subscribe(EventType.MP_LOOKUP, self._learn_starts)
+        get_event_bus().subscribe(EventType.MP_LOOKUP, partial(learn_starts, self._starts))
         self._sizes: dict[Any, int] = {}
+        self._numbers = itertools.count()
         self._events = [create_event_notifier() for _ in range(3)]
-        numbers, threads = itertools.count(), options.settings.threads
-        self._stores = TaskBoard[Any]("kvtc-stores", self._events[0].notify, numbers)
-        self._lookups = TaskBoard[Any]("kvtc-lookups", self._events[1].notify, numbers)
-        self._loads = TaskBoard[Any]("kvtc-loads", self._events[2].notify, numbers)
+        self._stores, self._lookups, self._loads = (
+            Tasks[int, Any](f"the {name} of LMCache", f"kvtc-{name}", notify=event.notify)
+            for name, event in zip(("stores", "lookups", "loads"), self._events, strict=True)
+        )
         # Apart: a request waits for a load, nothing waits for a store.
-        self._storing = Workers(threads, "the storing of chunks", "kvtc-store")
-        self._loading = Workers(threads, "the loading of chunks", "kvtc-load")
+        self._storing = Workers(self._settings.threads, "the storing of chunks", "kvtc-store")
+        self._loading = Workers(self._settings.threads, "the loading of chunks", "kvtc-load")
 
     def get_store_event_fd(self) -> int:
         return int(self._events[0].fileno())
@@ -66,22 +83,23 @@ class KvtcL2Adapter(L2AdapterInterface):
         return int(self._events[2].fileno())
 
     def submit_store_task(self, keys: Sequence[Any], objects: Sequence[Any]) -> int:
-        return self._stores.submit(lambda: self._store_chunks(keys, objects), L2StoreResult(False, 0))
+        return self._submit(self._stores, partial(self._store_chunks, keys, objects), L2StoreResult(False, 0))
 
     def pop_completed_store_tasks(self) -> dict[int, Any]:
         return self._stores.take_all()
 
     def submit_lookup_and_lock_task(self, keys: Sequence[Any], group_layout_descs: Any) -> int:  # noqa: ARG002
-        return self._lookups.submit(lambda: self._look_up(keys), Bitmap(len(keys)))
+        return self._submit(self._lookups, partial(self._look_up, keys), Bitmap(len(keys)))
 
     def query_lookup_and_lock_result(self, task_id: int) -> Any:
         return self._lookups.take(task_id)
 
     def submit_unlock(self, keys: Sequence[Any]) -> None:
-        """A store of kvtc holds nothing back for readers: what is gone when it is loaded is a miss."""
+        """A store of kvtc holds nothing back for readers: what is gone when it is loaded is a
+        miss."""
 
     def submit_load_task(self, keys: Sequence[Any], objects: Sequence[Any]) -> int:
-        return self._loads.submit(lambda: self._load_chunks(keys, objects), Bitmap(len(keys)))
+        return self._submit(self._loads, partial(self._load_chunks, keys, objects), Bitmap(len(keys)))
 
     def query_load_result(self, task_id: int) -> Any:
         return self._loads.take(task_id)
@@ -96,14 +114,19 @@ class KvtcL2Adapter(L2AdapterInterface):
         return {"is_healthy": True, "type": "kvtc", **self._chunks.counts.read()}
 
     def close(self) -> None:
-        for board in (self._stores, self._lookups, self._loads):
-            board.close()
-        for pool in (self._storing, self._loading):
-            pool.close()
+        for tasks in (self._stores, self._lookups, self._loads):
+            tasks.close()
+        for workers in (self._storing, self._loading):
+            workers.close()
         logger.info("kvtc, l2: %s", dict(self._chunks.counts.read()))
         self._chunks.close()
         for event in self._events:
             event.close()
+
+    def _submit(self, tasks: Tasks[int, Any], work: Callable[[], Any], otherwise: Any) -> int:
+        number = next(self._numbers)
+        tasks.submit(number, work, otherwise)
+        return number
 
     def _store_chunks(self, keys: Sequence[Any], objects: Sequence[Any]) -> Any:
         def save(key: Any, item: Any) -> int | None:
@@ -123,7 +146,7 @@ class KvtcL2Adapter(L2AdapterInterface):
         for index, key in enumerate(keys):
             rows.setdefault((key.kv_rank, key.object_group_id), []).append(index)
         for row in rows.values():
-            # In the order of the text: what follows the first that is missing is of no use.
+            # In the order of the text: chunks behind the first that is missing are of no use.
             names = [name for index in row if (name := self._key(keys[index])) is not None]
             n_stored = self._chunks.n_stored(names)
             for index in row[:n_stored]:
@@ -142,16 +165,12 @@ class KvtcL2Adapter(L2AdapterInterface):
         self._notify_keys_accessed([key for key, is_loaded in zip(keys, done, strict=True) if is_loaded])
         return loaded
 
-    def _learn_starts(self, event: Any) -> None:
-        self._starts.learn([bytes(name) for name in event.metadata["chunk_hashes"]], event.metadata["chunk_size"])
-
     def _key(self, key: Any) -> str | None:
         """The store's key; None, counted, for a chunk of another model."""
         try:
-            model = self._options.model_part(key.model_name)
+            model = self._settings.model_in_key(key.model_name)
         except UnknownModel as error:
-            logger.warning("kvtc: %s", error)
-            self._chunks.counts.add(other_models=1)
+            self._chunks.entries.count_error("other_models", error, "a chunk is left alone")
             return None
         return self._chunks.key(
             worker_of(key.kv_rank),

@@ -1,4 +1,5 @@
-"""A remote storage plugin for LMCache inside the engine's process: chunks go as streams into any store of kvtc.
+"""A remote storage plugin for LMCache inside the engine's process: chunks go as streams into any
+store of kvtc.
 
     remote_storage_plugins: ["kvtc"]
     extra_config:
@@ -7,7 +8,9 @@
       kvtc.calibration: model.safetensors
       kvtc.store: file:///var/cache/kvtc
 
-LMCache does not say where a chunk stands in its text, so that is searched. Written for LMCache 0.5.6.
+LMCache awaits `exists`, `get` and `put` of one chunk at a time; they are those of `StoredChunks`.
+It seldom says at which position of its text a chunk stands; if not, the position is searched.
+Written for LMCache 0.5.6.
 """
 
 from __future__ import annotations
@@ -22,27 +25,35 @@ from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 from ...codec.inspection import inspect
 from ...store import open_store
 from ..chunk_coder import ChunkCoder
+from ..served_model import ServedModel
 from ..stored_chunks import StoredChunks
-from .options import LmcacheOptions
+from .settings import LmcacheSettings, WorkerCoders
 
 logger = init_logger(f"lmcache.{__name__}")
 
 
 class KvtcRemoteConnector(RemoteConnector):
-    """Options: docs/guides/lmcache.md. LMCache awaits these calls in one event loop, so each works in a thread."""
+    """The plugin. LMCache awaits its calls in one event loop, so each works in a thread.
+
+    Parameters:
+        loop: LMCache's event loop, which is not used.
+        local_cpu_backend: Gives memory for chunks, and says which model and worker this is.
+        config: LMCache's configuration, whose `extra_config` has the options of
+            docs/guides/lmcache.md.
+
+    Raises:
+        KvtcError, FileNotFoundError: Whatever cannot work is refused when LMCache starts.
+    """
 
     def __init__(self, loop: Any, local_cpu_backend: Any, config: Any) -> None:  # noqa: ARG002
         super().__init__(local_cpu_backend.config, local_cpu_backend.metadata)
-        self._memory = local_cpu_backend
-        options = LmcacheOptions(config.extra_config or {})
-        metadata = local_cpu_backend.metadata
-        self._chunk_tokens = spacing = int(metadata.chunk_size)
-        model = options.served_model(metadata.model_name)
-        options.coder(ChunkCoder, model, metadata.worker_id, spacing)  # what cannot work is told when LMCache starts
-        self._store = open_store(options.settings.store)
-        self._chunks = StoredChunks(
-            self._store, lambda worker: options.coder(ChunkCoder, model, worker, spacing), model.scope
-        )
+        self._memory, metadata = local_cpu_backend, local_cpu_backend.metadata
+        settings = LmcacheSettings.from_config(config.extra_config or {})
+        model = ServedModel.of(settings, metadata.model_name)
+        self._chunk_tokens = int(metadata.chunk_size)
+        coders = WorkerCoders(ChunkCoder, settings, model, metadata.worker_id, self._chunk_tokens)
+        self._store = open_store(settings.store)
+        self._chunks = StoredChunks(self._store, coders.of, model.scope)
 
     async def exists(self, key: Any) -> bool:
         return await asyncio.to_thread(self.exists_sync, key)
@@ -51,8 +62,8 @@ class KvtcRemoteConnector(RemoteConnector):
         return self._chunks.n_stored([self._key(key)]) == 1
 
     async def put(self, key: Any, memory_obj: Any) -> None:
-        told = memory_obj.meta.cached_positions
-        start = None if told is None else int(told[0])
+        positions = memory_obj.meta.cached_positions
+        start = None if positions is None else int(positions[0])
         await asyncio.to_thread(self._chunks.save, key.worker_id, self._key(key), memory_obj.tensor, start)
 
     async def get(self, key: Any) -> Any:

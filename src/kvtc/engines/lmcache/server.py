@@ -1,4 +1,5 @@
-"""LMCache's command line with kvtc's serde known to it: `python -m kvtc.engines.lmcache.server server ..`."""
+"""LMCache's command line with kvtc's serde known to it: `python -m kvtc.engines.lmcache.server
+server ..`."""
 
 from __future__ import annotations
 

@@ -1,75 +1,67 @@
-"""A storage backend for SGLang's HiCache: pages leave host memory as streams, into any store of kvtc.
+"""A storage backend for SGLang's HiCache: pages leave host memory as streams, into any store of
+kvtc.
 
     --enable-hierarchical-cache --page-size 64 --hicache-storage-backend dynamic --hicache-storage-backend-extra-config
         '{"backend_name": "kvtc", "module_path": "kvtc.engines.sglang.hicache", "class_name": "KvtcHiCache",
           "interface_v1": 1, "hicache_storage_pass_prefix_keys": true,
           "kvtc.calibration": "model.safetensors", "kvtc.store": "file:///var/cache/kvtc"}'
 
-SGLang calls a backend from threads of its own, so the calls here work and return. It tells how many pages come before those of a
-call if `hicache_storage_pass_prefix_keys` is set; else where they stand is searched. Written for SGLang 0.5.23.
+SGLang calls a backend from threads of its own, so a call returns when its work is done:
+
+    register_mem_pool_host                              the layout of pages, and the coder
+    batch_set_v1, batch_get_v1, batch_exists            pages of host memory -> StoredChunks.save, read and decode, n_stored
+    batch_set, batch_get, set, get, exists              the same with flat pages, where `interface_v1` is not set
+    batch_set_v2, batch_get_v2, batch_exists_v2         the same for models with several pools
+
+SGLang says how many pages come before those of a call if `hicache_storage_pass_prefix_keys` is set;
+if it does not, the position of each page is searched. Written for SGLang 0.5.23.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolName, PoolTransferResult
-from sglang.srt.runtime_context import get_lora, get_model
 from torch import Tensor
 
-from ...calibration import Calibration
-from ...errors import InvalidArgument, UnsupportedModel
-from ...huggingface.model_files import UnknownModel, files_identity, find_model
 from ...process.workers import Workers
 from ...store import open_store
-from ..chunk_coder import ChunkCoder, ChunkOptions
-from ..page_codec import CHUNK_TOKENS
-from ..page_layout import sglang_layout
-from ..served_model import ServedModel
-from ..settings import PREFIX, EngineSettings
+from ..chunk_coder import ChunkCoder, ChunkSettings
 from ..stored_chunks import StoredChunks
+from .facts import host_layout, refuse_other_caches, served_model
 
 
 class KvtcHiCache(HiCacheStorage):
-    """Options: docs/guides/sglang.md. What cannot work is refused when SGLang registers its host memory."""
+    """The backend.
+
+    Parameters:
+        storage_config: SGLang's configuration, whose `extra_config` has the options of
+            docs/guides/sglang.md.
+        kwargs: SGLang's, not used.
+
+    Raises:
+        KvtcError, FileNotFoundError: Whatever cannot work is refused here or when SGLang registers
+            its host memory.
+    """
 
     def __init__(self, storage_config: Any, kwargs: Any) -> None:  # noqa: ARG002
-        if storage_config.is_mla_model:
-            raise UnsupportedModel("this model caches latents (MLA); kvtc codes keys and values of heads")
-        if storage_config.attn_cp_size != 1:
-            raise UnsupportedModel("context-parallel ranks hold some tokens of a page; kvtc needs all")
+        refuse_other_caches(storage_config)
         self._config = storage_config
-        self._options, others = ChunkOptions.split(storage_config.extra_config or {})
-        self._settings = EngineSettings.from_config(others)
-        self._model = _served_model(self._settings, storage_config.model_name)
+        self._settings = ChunkSettings.from_config(storage_config.extra_config or {})
+        self._model = served_model(self._settings, storage_config.model_name)
         self._store = open_store(self._settings.store)
         self._threads = Workers(self._settings.threads, "the backend of SGLang", "kvtc-page")
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         super().register_mem_pool_host(mem_pool_host)
-        pool, calibration = mem_pool_host, self._read_calibration()
-        geometry = calibration.geometry
-        wanted, found = (
-            (pool.layer_num, pool.head_num, pool.head_dim),
-            (geometry.n_layers, geometry.n_kv_heads, geometry.head_dim),
-        )
-        if wanted != found:
-            raise InvalidArgument(
-                f"the calibration covers {geometry.describe()}; this rank holds {wanted[0]} layers of {wanted[1]} key-value heads "
-                f"of {wanted[2]} features"
-            )
-        if CHUNK_TOKENS % pool.page_size and pool.page_size % CHUNK_TOKENS:
-            raise InvalidArgument(
-                f"pages of {pool.page_size} tokens; expected a multiple or a divisor of {CHUNK_TOKENS}"
-            )
-        layout = sglang_layout(pool.layout, *wanted, pool.page_size)
-        self._page_values, self._page_tokens = layout.page_values, pool.page_size
-        coder = ChunkCoder(calibration, self._settings, lambda _: layout, pool.page_size, self._options.max_tokens)
-        self._format = getattr(pool, "storage_format_tag", None)
+        calibration = self._model.checked(*self._settings.read_calibration(self._config.tp_rank, self._config.pp_rank))
+        layout = host_layout(mem_pool_host, calibration.geometry)
+        self._page_values, self._page_tokens = layout.page_values, mem_pool_host.page_size
+        self._format = getattr(mem_pool_host, "storage_format_tag", None)
+        coder = ChunkCoder(calibration, self._settings, lambda _: layout)
         self._pages = StoredChunks(self._store, lambda _: coder, self._model.scope)
 
     def batch_set_v1(self, keys: Sequence[str], host_indices: Tensor, extra_info: Any = None) -> list[bool]:
@@ -123,7 +115,8 @@ class KvtcHiCache(HiCacheStorage):
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:  # noqa: ARG002
         return self._save(key, value, None)
 
-    # Of models with several pools: only keys and values are kept, so a prefix that needs other pools too is not found.
+    # Of models with several pools: only keys and values are kept, so a prefix that needs other
+    # pools too is not found.
 
     def batch_exists_v2(self, keys: Sequence[str], pool_transfers: Any = None, extra_info: Any = None) -> Any:
         others = [transfer.name for transfer in pool_transfers or [] if transfer.name != PoolName.KV]
@@ -184,39 +177,3 @@ class KvtcHiCache(HiCacheStorage):
             format=self._format,
             ranks=[config.tp_size, config.pp_rank, config.pp_size],
         )
-
-    def _read_calibration(self) -> Calibration:
-        return self._model.checked(*self._settings.read_calibration(self._config.tp_rank, self._config.pp_rank))
-
-
-def _served_model(settings: EngineSettings, name: str | None) -> ServedModel:
-    """The model of SGLang's server, with what the server was told on top of its files.
-
-    SGLang's hashes of pages know an adapter by its name and path, so the weights of those given at start are part of the identity.
-    """
-    try:
-        model, lora = get_model(), get_lora()
-    except ValueError:  # outside of a server there are no settings of one
-        return ServedModel.of(settings, name)
-    if settings.identity is None and model.load_format == "dummy":
-        raise UnknownModel(
-            f"load_format is dummy, so the weights are in no file: give {PREFIX}identity, a name for them"
-        )
-    given = lora.lora_paths or ()
-    adapters = [[ref.lora_name, files_identity(find_model(ref.lora_path))] for ref in given if ref.lora_path]
-    return ServedModel.of(
-        settings,
-        model.model_path,
-        model.revision,
-        is_told=True,
-        cache_dir=model.download_dir,
-        overrides=json.loads(model.json_model_override_args or "{}"),
-        effective={
-            "dtype": str(model.dtype),
-            "cache_dtype": str(model.kv_cache_dtype),
-            "quantization": model.quantization,
-            "modelopt_quant": str(model.modelopt_quant),
-            "loader": str(model.model_loader_extra_config),
-            "adapters": adapters,
-        },
-    )

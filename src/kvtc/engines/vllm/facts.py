@@ -1,12 +1,12 @@
-"""What kvtc needs to know of a vLLM engine, read from vLLM's own configuration objects, or refused.
+"""What kvtc needs to know of a vLLM engine, read from vLLM's own objects, or refused.
 
-Objects of vLLM are only looked at here, not imported. Attribute names are those of vLLM 0.32.
+Nothing of vLLM is imported here: its objects are only read. Attribute names are those of vLLM 0.32.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
@@ -17,32 +17,48 @@ from ...huggingface.model_files import UnknownModel, config_of, files_identity, 
 from ...key_digest import Part, digest
 from ..page_layout import cache_dtype
 from ..served_model import ServedModel
-from ..settings import PREFIX, CachePart, EngineSettings, tensor_parallel_parts
+from ..settings import PREFIX, CacheShard, EngineSettings, worker_shards
 
 CPU_BACKEND = "CPU_ATTN"
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """parts: what each worker holds, by global rank. rank: of this process. page_tokens: of a block. layer_names: in order."""
+    """How a vLLM engine caches.
 
-    parts: list[CachePart]
+    Parameters:
+        shards: What each worker holds, by global rank.
+        rank: Global rank of this process.
+        page_tokens: Tokens of a block.
+        dtype: Of the cache.
+        layer_names: vLLM's names of the layers that this process holds, in their order.
+    """
+
+    shards: list[CacheShard]
     rank: int
     page_tokens: int
     dtype: torch.dtype
     layer_names: tuple[str, ...]
 
     @property
-    def part(self) -> CachePart:
-        return self.parts[self.rank]
+    def shard(self) -> CacheShard:
+        """What this process holds."""
+        return self.shards[self.rank]
 
 
 def engine_facts(
     vllm_config: Any, kv_cache_config: Any, layer_ranges: list[tuple[int, int]] | None = None
 ) -> EngineFacts:
-    """From vLLM's `VllmConfig` and `KVCacheConfig`. layer_ranges: (first, number) of each pipeline rank.
+    """The facts of an engine.
 
-    Raises `UnsupportedModel` for caches that are not plain full attention, `UnsupportedLayout` for dtypes that kvtc cannot read.
+    Parameters:
+        vllm_config, kv_cache_config: vLLM's `VllmConfig` and `KVCacheConfig`.
+        layer_ranges: (first layer, number of layers) of each pipeline-parallel rank; None: one rank
+            has all.
+
+    Raises:
+        UnsupportedModel: The model's caches are not keys and values of full attention.
+        UnsupportedLayout: kvtc cannot read the dtype of the cache.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model.use_mla:
@@ -53,18 +69,19 @@ def engine_facts(
     spec, layer_names = _only_group(kv_cache_config.kv_cache_groups)
     cache_name = vllm_config.cache_config.cache_dtype
     name = str(model.dtype).removeprefix("torch.") if cache_name == "auto" else cache_name
-    parts = tensor_parallel_parts(
+    shards = worker_shards(
         model.get_total_num_hidden_layers(),
         model.get_total_num_kv_heads(),
         model.get_head_size(),
         parallel.tensor_parallel_size,
         layer_ranges,
     )
-    return EngineFacts(parts, parallel.rank, spec.block_size, cache_dtype(name), layer_names)
+    return EngineFacts(shards, parallel.rank, spec.block_size, cache_dtype(name), layer_names)
 
 
 def layers_in_order(names: Sequence[str]) -> tuple[str, ...]:
-    """Names such as `model.layers.3.self_attn.attn`, sorted by the layer they name. Raises `UnsupportedModel`."""
+    """Names such as `model.layers.3.self_attn.attn`, sorted by the layer they name. Raises
+    `UnsupportedModel`."""
     found = [re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name) for name in names]
     if any(len(numbers) != 1 for numbers in found) or len({numbers[0] for numbers in found}) != len(names):
         raise UnsupportedModel(f"expected names that each tell one layer's number; got {', '.join(names[:4])} ..")
@@ -72,7 +89,8 @@ def layers_in_order(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def refuse_scaled_fp8(layers: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Raise `UnsupportedLayout` if an fp8 cache holds values divided by a scale: streams would depend on the engine's scales."""
+    """Raise `UnsupportedLayout` if an fp8 cache holds values divided by a scale: streams would
+    depend on the engine's scales."""
     if dtype.itemsize != 1:
         return
     for name, layer in layers.items():
@@ -85,9 +103,11 @@ def refuse_scaled_fp8(layers: Mapping[str, Any], dtype: torch.dtype) -> None:
 
 
 def served_model(vllm_config: Any, settings: EngineSettings) -> ServedModel:
-    """The model of vLLM's `VllmConfig`, with what vLLM was told on top of its files.
+    """The model of vLLM's `VllmConfig`, with the configuration that vLLM was given besides the
+    model's files.
 
-    Raises `UnknownModel` where nobody can tell which weights are served.
+    Raises:
+        UnknownModel: It cannot be told which weights are served.
     """
     model, load = vllm_config.model_config, vllm_config.load_config
     if settings.identity is None and load.load_format == "dummy":
@@ -127,15 +147,27 @@ def served_model(vllm_config: Any, settings: EngineSettings) -> ServedModel:
 class Adapters:
     """The identities of LoRA adapters, as they were when their first request came.
 
-    An adapter whose files have changed since may be in memory as it was, or as it is: nobody can tell.
+    An adapter whose files have changed since may be in memory as it was, or as it is: nobody can
+    tell.
+
+    Parameters:
+        lora_dtype: In which vLLM computes adapters; None: it serves none.
     """
 
     def __init__(self, lora_dtype: str | None = None) -> None:
         self._dtype = lora_dtype
         self._known: dict[tuple[int, str], str] = {}
 
+    def request_digest(self, request: Any) -> Callable[[], bytes] | None:
+        """Gives the digest of a request's adapter and salt, or raises `UnknownModel`; None: the
+        request has neither."""
+        lora_request, salt = request.lora_request, request.cache_salt
+        if lora_request is None and salt is None:
+            return None
+        return lambda: digest("request", adapter=lora_request and self.digest(lora_request), salt=salt)
+
     def digest(self, lora_request: Any) -> bytes:
-        """Names the weights of an adapter. Raises `UnknownModel`."""
+        """Stands for the weights of an adapter. Raises `UnknownModel`."""
         path = lora_request.lora_path
         found = files_identity(find_model(path))
         key = lora_request.lora_int_id, path
@@ -146,11 +178,20 @@ class Adapters:
         return digest("adapter", weights=found, dtype=self._dtype)
 
 
-def request_parts(request: Any) -> tuple[Any, str | None] | None:
-    """(LoRA request, salt): what besides token ids a request's cache depends on; None where kvtc cannot tell caches apart."""
-    if request.mm_features or request.prompt_embeds is not None or not request.prompt_token_ids:
-        return None
-    return request.lora_request, request.cache_salt
+def is_told_apart(request: Any) -> bool:
+    """Whether token ids, adapter and salt tell a request's cache from all others: not where it has
+    images or embeddings."""
+    return not request.mm_features and request.prompt_embeds is None and bool(request.prompt_token_ids)
+
+
+def step_requests(scheduler_output: Any) -> Iterator[tuple[str, int, list[int]]]:
+    """(request, leading tokens that are computed after this step, its blocks) of all requests of a
+    `SchedulerOutput`."""
+    cached, state = scheduler_output.scheduled_cached_reqs, scheduler_output.kv_connector_block_state
+    news = [(new.req_id, new.num_computed_tokens) for new in scheduler_output.scheduled_new_reqs]
+    for request_id, n_computed in [*news, *zip(cached.req_ids, cached.num_computed_tokens, strict=True)]:
+        (block_ids,) = state.get_block_ids(request_id)
+        yield request_id, n_computed + scheduler_output.num_scheduled_tokens[request_id], block_ids
 
 
 def _plain(value: Any) -> Part:

@@ -1,12 +1,13 @@
-"""A worker's side of a connector: chunks from the store into pages of the engine, and pages into the store.
+"""A worker's side of a connector: pieces of prompts from the store into pages of the engine, and
+back.
 
-Knows no engine: pages are tensors, orders are the scheduler's. Coding and the store's work happen on threads of their own;
-whatever fails there is a miss (`entries`), and the engine computes what is missing.
+Imports no engine: pages are tensors, and the orders come from the scheduler's side
+(`PrefixPlanner`). Coding and the store's work happen on threads of their own; whatever fails there
+is a miss (`Entries`), and the engine computes what is missing.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -16,24 +17,31 @@ from torch import Tensor
 
 from ...backends import Target
 from ...entries import Entries
-from ...errors import PROGRAM_ENDS
 from ...prefix_cache.tails import Tails
 from ...process.torch_state import neutral_torch_state, writing_into
 from ...process.workers import Workers
 from ...store import Store
-from ..page_codec import PageCodec
 from ..page_layout import SPLIT, PageLayout
+from ..tasks import Tasks
+from ..windowless_codec import WindowlessCodec
 from .prefix_planner import LoadOrder, Piece, SaveOrder
 
 MAX_PENDING_SAVES = 64
-"""Pieces copied out of the engine that may wait to be coded; more are not saved, so that memory stays bounded."""
+"""Pieces copied out of the engine that may wait to be coded; more are not saved, so that memory
+stays bounded."""
 _FETCHED_AT_ONCE = 4
 
 
 class EnginePages:
-    """The engine's tensors, one a layer, [B, H, N, 2 D] in logical order.
+    """The pages of an engine on its device.
 
-    layout: of these tensors, in axes LBHNC; its pages may be smaller than the engine's, which then count several of them.
+    Parameters:
+        layers: One tensor for each layer, [B, H, N, 2 D] in this order of axes, whatever their
+            order in memory.
+        layout: Of these tensors, with axes LBHNC. Its pages may be smaller than the engine's; then
+            an engine's page is several.
+        engine_page_tokens: Tokens of a page of the engine.
+        dtype: Of the numbers, which the tensors may hold as bytes.
     """
 
     def __init__(
@@ -46,7 +54,8 @@ class EnginePages:
 
     @neutral_torch_state
     def read(self, page_ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """keys, values [L, H, T, D] of whole pages, copies on a device: the engine may use the pages again."""
+        """keys, values [L, H, T, D] of whole pages, copies on a device: the engine may use the
+        pages again."""
         index = self._index(page_ids)
         gathered = torch.stack([layer[index] for layer in self._layers])
         keys, values = self._layout.read(gathered.to(device))
@@ -66,7 +75,8 @@ class EnginePages:
 
     @neutral_torch_state
     def targets(self, page_ids: Sequence[int], n_tokens: int) -> list[tuple[Target, Target]] | None:
-        """Places of the first tokens of these pages in each layer, keys and values; None where pages pack them otherwise."""
+        """Places of the first tokens of these pages in each layer, keys and values; None where
+        pages pack them otherwise."""
         if self._layout.packing != SPLIT:
             return None
         index, size = self._index(page_ids), self._layout.page_tokens
@@ -102,70 +112,75 @@ class EnginePages:
 
 
 class PageMover:
-    """rank: which of an order's keys are this worker's. page_tokens: of the engine."""
+    """Loads and saves pieces of prompts for one worker.
+
+    Parameters:
+        pages: The engine's pages.
+        codec: The codec of this worker's layers and heads.
+        store: Where the entries are.
+        rank: Global rank of the worker: which keys of a piece are its own.
+        page_tokens: Tokens of a page of the engine.
+        threads: Loads at a time, and saves at a time.
+    """
 
     def __init__(
-        self, pages: EnginePages, codec: PageCodec, store: Store, rank: int, page_tokens: int, threads: int = 1
+        self, pages: EnginePages, codec: WindowlessCodec, store: Store, rank: int, page_tokens: int, threads: int = 1
     ) -> None:
         self._entries = Entries(store)
         self.counts = self._entries.counts
         self._tails = Tails(self._entries)
         self._pages, self._codec = pages, codec
         self._rank, self._page_tokens = rank, page_tokens
-        # Apart, so that a request that waits for its chunks does not wait for other requests' to be saved.
-        self._loading = Workers(threads, "the loading of pages", "kvtc-load")
+        # Apart, so that a request that waits for its chunks does not wait for other requests' to be
+        # saved.
+        self._loads = Tasks[str, list[int]]("the loading of pages", "kvtc-load", threads)
         self._saving = Workers(threads, "the saving of pages", "kvtc-save")
         self._room = threading.BoundedSemaphore(MAX_PENDING_SAVES)
-        self._loaded: queue.SimpleQueue[tuple[str, list[int]]] = queue.SimpleQueue()
+        self._unfilled: set[int] = set()
 
     def start_load(self, order: LoadOrder) -> None:
-        """Begin in the background; `take_loaded` tells when it is done."""
-        self._loading.submit(self._load, order)
+        """Begin a load in the background; `take_loaded` says when it has ended."""
+        self._loads.submit(order.request_id, partial(self._load, order), order.page_ids)
 
-    def take_loaded(self) -> tuple[set[str], set[int]]:
-        """(requests whose loads are over since the last call, pages of theirs that could not be filled)."""
-        requests: set[str] = set()
-        failed: set[int] = set()
-        while not self._loaded.empty():
-            request_id, missing = self._loaded.get()
-            requests.add(request_id)
-            failed.update(missing)
-        return requests, failed
+    def take_loaded(self) -> set[str]:
+        """The requests whose loads have ended since the last call."""
+        ended = self._loads.take_all()
+        self._unfilled.update(*ended.values())
+        return set(ended)
+
+    def take_unfilled(self) -> set[int]:
+        """Ids of the pages that the loads which `take_loaded` has given could not fill, since the
+        last call."""
+        unfilled, self._unfilled = self._unfilled, set()
+        return unfilled
 
     def save(self, order: SaveOrder) -> None:
         """Copy the pages now, and code and store them in the background."""
         if not self._room.acquire(blocking=False):
             self.counts.add(saves_dropped=1)
             return
-        try:
+        is_begun = False
+        # A cache that cannot be saved is no reason to end the engine's step.
+        with self._entries.giving_up("save_errors", "%s is not saved", order.piece):
             n_tokens = len(order.piece.token_ids)
             keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids, self._codec.device))
             self._saving.submit(self._save, order, keys, values)
-        except PROGRAM_ENDS:
-            raise
-        except BaseException as error:  # noqa: BLE001  a cache that cannot be saved is no reason to end the engine's step
-            self._entries.count_error("save_errors", error, "%s is not saved", order.piece)
+            is_begun = True
+        if not is_begun:
             self._room.release()
 
     def close(self) -> None:
-        """Finish what was begun."""
-        self._loading.close()
+        """Finish the loads and saves that were begun."""
+        self._loads.close()
         self._saving.close()
 
-    def _load(self, order: LoadOrder) -> None:
+    def _load(self, order: LoadOrder) -> list[int]:
+        """Fill the pages of an order; the ids of those that are not filled."""
         n_filled = 0
-        try:
+        with self._entries.giving_up("load_errors", "tokens %d .. %d are not loaded", order.start, order.stop - 1):
             n_filled = self._fill(order)
-        except PROGRAM_ENDS:
-            raise
-        except BaseException as error:  # noqa: BLE001
-            self._entries.count_error(
-                "load_errors", error, "tokens %d .. %d are not loaded", order.start, order.stop - 1
-            )
-        finally:  # an engine that waits for this request must hear of it, whatever went wrong
-            n_missing = order.stop - order.start - n_filled
-            self.counts.add(loads=1, tokens_loaded=n_filled, tokens_missed=n_missing)
-            self._loaded.put((order.request_id, order.page_ids[n_filled // self._page_tokens :]))
+        self.counts.add(loads=1, tokens_loaded=n_filled, tokens_missed=order.stop - order.start - n_filled)
+        return order.page_ids[n_filled // self._page_tokens :]
 
     def _fill(self, order: LoadOrder) -> int:
         """Tokens filled, up to the first piece that cannot be had."""
@@ -205,13 +220,10 @@ class PageMover:
             return self._codec.encode(keys, values, piece.start, piece.token_ids)
 
         try:
-            if piece.tail_name is not None:
-                self._tails.save(node, piece.token_ids, piece.tail_name, encode, original)
-            elif self._entries.put(piece.keys[self._rank], encode, original):
-                self._tails.drop_outgrown(node, order.following)
-        except PROGRAM_ENDS:
-            raise
-        except BaseException as error:  # noqa: BLE001  what is not saved is a later miss, no more
-            self._entries.count_error("save_errors", error, "%s is not saved", piece)
+            with self._entries.giving_up("save_errors", "%s is not saved", piece):
+                if piece.tail_name is not None:
+                    self._tails.save(node, piece.token_ids, piece.tail_name, encode, original)
+                elif self._entries.put(piece.keys[self._rank], encode, original):
+                    self._tails.drop_outgrown(node, order.following)
         finally:
             self._room.release()

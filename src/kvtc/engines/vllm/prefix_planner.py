@@ -1,7 +1,9 @@
 """The scheduler's side of a connector: what is stored of a prompt, what to load, and what to save.
 
-Knows no engine. An engine's scheduler must never wait, so the store is asked in the background, and asked again here. Entries
-are those of the prefix cache (`kvtc.prefix_cache`): whole chunks under a hash chain, and a tail for what follows the last one.
+Imports no engine. An engine's scheduler must never wait: the store is asked in the background, and
+the scheduler asks here until there is an answer. Entries are those of the prefix cache
+(`kvtc.prefix_cache`): whole chunks under a hash chain, and a tail for the tokens behind the last
+one.
 """
 
 from __future__ import annotations
@@ -15,25 +17,32 @@ import numpy as np
 
 from ...codec.options import as_token_ids
 from ...entries import Entries
-from ...errors import PROGRAM_ENDS, InvalidArgument
+from ...errors import InvalidArgument
 from ...key_digest import digest
 from ...prefix_cache import Chain, chunk_key
 from ...prefix_cache.tails import NAME_TOKENS, Tails, tail_key, tail_name
 from ...process.workers import Workers
 from ...store import Store
-from ..page_codec import CHUNK_TOKENS
+from ..windowless_codec import CHUNK_TOKENS
 
 _LOOKED_AT_TOKENS = 2 * CHUNK_TOKENS
-"""Of the text behind a chunk's beginning, to find tails that it outgrows; longer tails stay until they are the oldest."""
+"""Of the text behind a chunk's beginning, to find tails that it outgrows; longer tails stay until
+they are the oldest."""
 
 RequestDigest = Callable[[], bytes | None]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The tokens from start on whose ids are token_ids: a whole chunk, or what is wanted of a tail.
+    """Tokens of a prompt that are one entry for each worker: a whole chunk, or the beginning of a
+    tail.
 
-    keys: of the entry, one a worker. nodes: of the chain, that it follows, one a worker. tail_name: None for a chunk.
+    Parameters:
+        start: Position of the first token.
+        token_ids: Of the tokens.
+        keys: Of the entry, for each worker.
+        nodes: Of the hash chain, that the tokens follow, for each worker.
+        tail_name: Of a tail; None for a chunk.
     """
 
     start: int
@@ -52,7 +61,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class LoadOrder:
-    """Bring tokens start .. stop - 1 of a request into its pages page_ids; the first piece may begin before start."""
+    """Fill pages of a request from the store.
+
+    Parameters:
+        request_id: Of the request.
+        start, stop: Positions of the first token that is wanted, and behind the last one.
+        pieces: That hold these tokens; the first may begin before `start`.
+        page_ids: The pages of these tokens.
+    """
 
     request_id: str
     start: int
@@ -63,7 +79,14 @@ class LoadOrder:
 
 @dataclass(frozen=True)
 class SaveOrder:
-    """Store a piece that lies in page_ids. following: token ids from the piece's first on, which say what tails it outgrows."""
+    """Store a piece from pages.
+
+    Parameters:
+        piece: The tokens.
+        page_ids: Their pages.
+        following: Token ids of the prompt from the piece's first on, which say which tails the
+            piece outgrows.
+    """
 
     piece: Piece
     page_ids: list[int]
@@ -72,10 +95,18 @@ class SaveOrder:
 
 @dataclass
 class _Prompt:
-    """nodes: [worker][0 .. chunks]. n_stored: leading chunks in the store when first asked; n_tail: tokens of the tail after them,
-    which tail_name names.
+    """What is known of a request's prompt.
 
-    n_saved: chunks stored or handed over since.
+    Parameters:
+        token_ids: Of the prompt.
+        nodes: Of its hash chain, [worker][0 .. chunks].
+        n_stored: Leading chunks in the store when it was looked up.
+        n_tail: Tokens that the tail behind them, `tail_name`, has in common with the prompt, up to
+            a whole page.
+        n_saved: Leading chunks that are stored or ordered to be saved.
+        start: Leading tokens that the engine has itself.
+        was_loaded, has_tail: Whether a load was ordered; whether the tail of the prompt is stored
+            or ordered to be saved.
     """
 
     token_ids: np.ndarray
@@ -103,7 +134,8 @@ class _Prompt:
         )
 
     def tail(self, index: int, name: bytes, n_tokens: int | None = None) -> Piece:
-        """Of the tail of that name after `index` chunks, the first tokens; None: all, to the end of the prompt."""
+        """Of the tail of that name after `index` chunks, the first tokens; None: all, to the end of
+        the prompt."""
         nodes = self.before(index)
         ids = self.following(index)[:n_tokens]
         return Piece(index * CHUNK_TOKENS, ids, [tail_key(node, name) for node in nodes], nodes, name)
@@ -118,10 +150,18 @@ class _Prompt:
 
 
 class PrefixPlanner:
-    """For one scheduler thread.
+    """Plans the loads and saves of requests, for one scheduler thread.
 
-    scope: whose entries, as of `entry_scope`. codecs: of each worker, its calibration's fingerprint and its `settings_digest`.
-    page_tokens: of the engine, a divisor of a chunk; entries do not depend on it.
+    Parameters:
+        store: Where the entries are; it is asked in the background.
+        scope: Whose entries, as of `entry_scope`.
+        codecs: For each worker, the fingerprint of its calibration and the `settings_digest` of its
+            codec.
+        page_tokens: Tokens of a page of the engine, a divisor of a chunk. Entries do not depend on
+            it.
+
+    Raises:
+        InvalidArgument: The pages do not divide a chunk.
     """
 
     def __init__(self, store: Store, scope: bytes, codecs: Sequence[tuple[bytes, bytes]], page_tokens: int) -> None:
@@ -136,15 +176,25 @@ class PrefixPlanner:
         self._page_tokens = page_tokens
         self._asking = Workers(1, "the lookup of prompts", "kvtc-lookup")
         self._prompts: dict[str, Future[_Prompt]] = {}
+        self._loads: list[LoadOrder] = []
 
     def matched_tokens(
         self, request_id: str, token_ids: Sequence[int], n_computed: int, request: RequestDigest | None = None
     ) -> int | None:
-        """Tokens stored past the first n_computed ones, to whole pages; None: not known yet, ask again.
+        """How many tokens of a prompt can be loaded. A request is served once: if its load fails,
+        it is computed.
 
-        request: gives, in the background, the digest of whatever besides token ids the cache depends on (an adapter's weights, a
-        tenant); where it raises, the request is neither looked up nor saved. None: on nothing else. A request is served once: one
-        whose load failed is computed.
+        Parameters:
+            request_id: Of the request.
+            token_ids: Of its prompt.
+            n_computed: Leading tokens that the engine has itself.
+            request: Gives, in the background, the digest of all that the cache depends on besides
+                token ids, such as an adapter's weights; if it raises, the request is neither looked
+                up nor saved. None: there is nothing of the kind.
+
+        Returns:
+            Tokens stored behind the first `n_computed`, up to a whole page; None: not known yet,
+            ask again.
         """
         if request_id not in self._prompts:
             self._prompts[request_id] = self._asking.submit(self._look_up, token_ids, request)
@@ -157,8 +207,14 @@ class PrefixPlanner:
         prompt.start = n_computed
         return prompt.n_found - n_computed
 
-    def plan_load(self, request_id: str, n_tokens: int, page_ids: Sequence[int]) -> LoadOrder:
-        """The order for n_tokens that `matched_tokens` promised; page_ids: of the request from its first token on."""
+    def plan_load(self, request_id: str, n_tokens: int, page_ids: Sequence[int]) -> None:
+        """Order the n_tokens that `matched_tokens` has promised.
+
+        Parameters:
+            request_id: Of the request.
+            n_tokens: Tokens that the engine wants.
+            page_ids: Of the request's pages from its first token on.
+        """
         prompt = self._prompts[request_id].result()
         prompt.was_loaded = True
         start, stop = prompt.start, prompt.start + n_tokens
@@ -166,10 +222,21 @@ class PrefixPlanner:
         if prompt.n_tail:
             pieces.append(prompt.tail(prompt.n_stored, prompt.tail_name, prompt.n_tail))
         self.counts.add(hits=1, tokens_promised=n_tokens)
-        return LoadOrder(request_id, start, stop, pieces, self._pages(page_ids, start, stop))
+        self._loads.append(LoadOrder(request_id, start, stop, pieces, self._pages(page_ids, start, stop)))
+
+    def take_loads(self) -> list[LoadOrder]:
+        """The loads ordered since the last call."""
+        loads, self._loads = self._loads, []
+        return loads
 
     def plan_saves(self, request_id: str, n_covered: int, page_ids: Sequence[int]) -> list[SaveOrder]:
-        """What is not stored yet of the prompt's first n_covered tokens, which are about to be computed."""
+        """The saves of what is not stored yet of a prompt.
+
+        Parameters:
+            request_id: Of the request.
+            n_covered: Leading tokens of the prompt that are computed when the step has ended.
+            page_ids: Of the request's pages from its first token on.
+        """
         asked = self._prompts.get(request_id)
         if asked is None or not asked.done():
             return []
@@ -195,41 +262,34 @@ class PrefixPlanner:
             asked.cancel()
 
     def start_over(self) -> None:
-        """Find nothing that was stored before: the model is another one now. Older entries have names that nobody asks for."""
+        """The model has changed: from now on find nothing that was stored before, by giving entries
+        other names."""
         self._scope = digest("scope after a change of weights", scope=self._scope, change=uuid4().bytes)
 
     def close(self) -> None:
-        """Wait for the question under way."""
+        """Wait for the lookup that runs, and drop those that wait."""
         self._asking.close(finish=False)
 
     def _pages(self, page_ids: Sequence[int], start: int, stop: int) -> list[int]:
         return list(page_ids[start // self._page_tokens : -(-stop // self._page_tokens)])
 
     def _look_up(self, token_ids: Sequence[int], request: RequestDigest | None) -> _Prompt:
-        """The work of `matched_tokens`, in the background."""
-        nothing = _Prompt(np.empty(0, np.int64), [[b""]], has_tail=True)
-        try:
-            more = request() if request is not None else None
-        except PROGRAM_ENDS:
-            raise
-        except BaseException as error:  # noqa: BLE001  the scheduler waits for an answer
-            self._entries.count_error("requests_unknown", error, "a request is neither looked up nor saved")
-            return nothing
-        try:
-            ids = as_token_ids(token_ids)
-            chains = [Chain.of(self._scope, *codec, CHUNK_TOKENS, more) for codec in self._codecs]
-            prompt = _Prompt(ids, [chain.nodes(ids) for chain in chains])
-            self._find(prompt)
-        except PROGRAM_ENDS:
-            raise
-        except BaseException as error:  # noqa: BLE001  the scheduler waits for an answer
-            self._entries.count_error("load_errors", error, "a prompt is not looked up")
-            return nothing
-        self.counts.add(tokens_asked=len(ids), tokens_found=prompt.n_found)
-        return prompt
+        """The work of `matched_tokens`, in the background; the scheduler waits for an answer,
+        whatever fails."""
+        with self._entries.giving_up("requests_unknown", "a request is neither looked up nor saved"):
+            of_request = request() if request is not None else None
+            with self._entries.giving_up("load_errors", "a prompt is not looked up"):
+                ids = as_token_ids(token_ids)
+                chains = [Chain.of(self._scope, *codec, CHUNK_TOKENS, of_request) for codec in self._codecs]
+                prompt = _Prompt(ids, [chain.nodes(ids) for chain in chains])
+                self._find(prompt)
+                self.counts.add(tokens_asked=len(ids), tokens_found=prompt.n_found)
+                return prompt
+        return _Prompt(np.empty(0, np.int64), [[b""]], has_tail=True)  # of which nothing is loaded and nothing saved
 
     def _find(self, prompt: _Prompt) -> None:
-        """How many chunks every worker finds, and the tail on the last of them that has most in common with this prompt."""
+        """How many chunks every worker finds, and the tail on the last of them that has most in
+        common with this prompt."""
         keys = [key for index in range(prompt.n_chunks) for key in prompt.chunk(index).keys]
         prompt.n_stored = prompt.n_saved = self._entries.count_leading(keys) // len(prompt.nodes)
         # The workers' tails have one name, so one index says what there is.

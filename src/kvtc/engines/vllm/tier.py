@@ -1,4 +1,5 @@
-"""A secondary tier for vLLM's native offloading: chunks leave host memory as streams, into any store.
+"""A secondary tier for vLLM's native offloading: chunks leave host memory as streams, into any
+store.
 
     --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": {
         "spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 8589934592, "block_size": 256,
@@ -6,21 +7,27 @@
             "kvtc.attention_backend": "FLASH_ATTN", "kvtc.calibration": "model.safetensors",
             "kvtc.store": "file:///var/cache/kvtc"}]}}'
 
-vLLM runs a tier in its scheduler's process, so nothing here computes or waits: the work is `TierJobs`' and `StoreLookups`'.
-vLLM names chunks by hashes and tells where they stand, but not their token ids, so streams are `joint`; a client that gives the ids
-of its prompt as `kv_transfer_params: {"kvtc.token_ids": [..]}` gets `conditional` ones, which only such clients can read again.
-Written for vLLM 0.32.
+vLLM runs a tier in its scheduler's process, so nothing here computes or waits. Two objects work on
+threads:
+
+    lookup, on_schedule_end                       -> StoreLookups: which chunks are in the store
+    submit_store, submit_load, get_finished_jobs  -> TierJobs: chunks from host memory into the store, and back
+
+vLLM names chunks by hashes and says where they stand. It does not give their token ids, so streams
+are of the profile `joint`. A client that gives the ids of its prompt as `kv_transfer_params:
+{"kvtc.token_ids": [..]}` gets streams of the profile `conditional`, which only such clients can
+read. Written for vLLM 0.32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import (
     LookupResult,
     Medium,
@@ -31,25 +38,44 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
-from ...errors import InvalidArgument, UnsupportedLayout, UnsupportedModel
+from ...errors import InvalidArgument
+from ...process.log_limits import log_once
 from ...store import open_store
-from ..page_codec import PageCodec
-from ..page_layout import cache_dtype, vllm_layout
 from ..served_model import ServedModel
-from ..settings import PREFIX, CachePart, EngineSettings
-from .facts import CPU_BACKEND, layers_in_order
+from ..settings import PREFIX, TEXT, EngineSettings
+from .layouts import row_shards
 from .metrics import tier_metric_definitions, tier_stats
-from .tier_jobs import RowPart, TierChunk, TierJobs
+from .tier_jobs import TierChunk, TierJobs
 from .tier_lookups import StoreLookups
 
 logger = init_logger(f"vllm.{__name__}")
 
 TOKEN_IDS = f"{PREFIX}token_ids"
-_BACKEND = f"{PREFIX}attention_backend"
+
+
+@dataclass(frozen=True)
+class TierSettings(EngineSettings):
+    """The options of a tier.
+
+    Parameters:
+        attention_backend: Of vLLM, as it logs it at start, such as FLASH_ATTN; None: on CPUs, where
+            there is one.
+    """
+
+    attention_backend: str | None = field(default=None, metadata=TEXT)
 
 
 class KvtcTier(SecondaryTierManager):
-    """Options: docs/guides/vllm.md. What cannot work is refused here, at start."""
+    """The tier.
+
+    Parameters:
+        offloading_spec, tier_type, backpressure_detector: vLLM's.
+        primary_kv_view: [chunks, bytes], the host memory.
+        options: Those of docs/guides/vllm.md.
+
+    Raises:
+        KvtcError, FileNotFoundError: Whatever cannot work is refused when vLLM starts.
+    """
 
     medium: ClassVar[Medium] = Medium.STORAGE
 
@@ -63,21 +89,15 @@ class KvtcTier(SecondaryTierManager):
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         config = offloading_spec.config
-        backend = options.pop(_BACKEND, None)
-        settings = EngineSettings.from_config(options)
+        settings = TierSettings.from_config(options)
         if others := sorted(name for name in options if not name.startswith(PREFIX)):
             raise InvalidArgument(f"unknown option {others[0]}; those of kvtc begin with {PREFIX}")
         model = ServedModel.of(settings, config.model.name, effective={"cache_dtype": config.model.dtype})
         self._n_tokens = config.groups[0].tokens_per_block * config.cache.blocks_per_chunk
+        rows = np.asarray(primary_kv_view).view(np.uint8)
+        shards = row_shards(config, settings, model, settings.attention_backend)
         self._store = open_store(settings.store)
-        self._jobs = TierJobs(
-            np.asarray(primary_kv_view).view(np.uint8),
-            _row_parts(config, settings, model, backend),
-            self._store,
-            model.scope,
-            self._n_tokens,
-            settings.threads,
-        )
+        self._jobs = TierJobs(rows, shards, self._store, model.scope, self._n_tokens, settings.threads)
         self._lookups = StoreLookups(self._jobs.entries)
         self._load_jobs: dict[int, tuple[str, tuple[OffloadKey, ...]]] = {}
 
@@ -112,11 +132,11 @@ class KvtcTier(SecondaryTierManager):
             request_id, keys = self._load_jobs.pop(end.job_id, ("", ()))
             loaded = tuple(OffloadKey(name) for name in end.done) if keys and not end.success else None
             if loaded is not None:
-                # vLLM asks again for what failed: the answer must be that it is not there.
-                failed = set(keys) - set(loaded)
-                kinds = [has_ids for has_ids in (True, False) if self._jobs.serves(has_ids)]
-                names = [self._jobs.keys(key, has_ids)[0] for key in failed for has_ids in kinds]
-                self._lookups.set_missing(request_id, names)
+                # vLLM asks again for the chunks that failed: the answer must be that they are
+                # missing.
+                served = [has_ids for has_ids in (True, False) if self._jobs.serves(has_ids)]
+                failed = [self._jobs.keys(key, has_ids)[0] for key in set(keys) - set(loaded) for has_ids in served]
+                self._lookups.set_missing(request_id, failed)
             results.append(JobResult(end.job_id, end.success, loaded, end.seconds, end.n_bytes))
         return results
 
@@ -143,7 +163,7 @@ class KvtcTier(SecondaryTierManager):
         logger.info("kvtc, tier: %s", dict(self._jobs.counts.read()))
 
     def _start(self, key: OffloadKey, req_context: ReqContext) -> int | None:
-        """First token of a chunk; vLLM tells where it ends."""
+        """Position of a chunk's first token; vLLM says where it ends."""
         stop = req_context.get_offload_key_position(key)
         return None if stop is None else stop - self._n_tokens
 
@@ -157,75 +177,20 @@ class KvtcTier(SecondaryTierManager):
 
 
 class _TokenIds:
-    """The ids of a request's prompt, if its client tells them."""
+    """The ids of a request's prompt, if its client gives them."""
 
     def __init__(self, ids: Any) -> None:
         try:
             self.ids: npt.NDArray[np.int64] | None = np.asarray(ids, dtype=np.int64).reshape(-1)
-        except (TypeError, ValueError):
-            logger.warning("%s is not a list of token ids and is ignored", TOKEN_IDS)
+        except (TypeError, ValueError, OverflowError):
+            log_once(logger, "token ids", "%s is not a list of token ids and is ignored", TOKEN_IDS)
             self.ids = None
 
 
 def _chunk_ids(req_context: ReqContext, start: int, n_tokens: int) -> npt.NDArray[np.int64] | None:
     """Ids [n_tokens] of a chunk; None where not all are known."""
-    told = req_context.get_state(_TokenIds)
-    if told is None or told.ids is None or start + n_tokens > len(told.ids):
+    prompt = req_context.get_state(_TokenIds)
+    if prompt is None or prompt.ids is None or start + n_tokens > len(prompt.ids):
         return None
-    ids: npt.NDArray[np.int64] = told.ids[start : start + n_tokens]
+    ids: npt.NDArray[np.int64] = prompt.ids[start : start + n_tokens]
     return ids
-
-
-def _row_parts(config: Any, settings: EngineSettings, model: ServedModel, backend: str | None) -> list[RowPart]:
-    """The workers' parts of a row of host memory, side by side; `UnsupportedLayout` or `UnsupportedModel` where unknown."""
-    parallel = config.parallel
-    if len(config.groups) != 1:
-        raise UnsupportedModel(f"layers cache in {len(config.groups)} different ways; kvtc needs full attention in all")
-    sizes = {name: getattr(parallel, name) for name in ("pp_size", "pcp_size", "dcp_size")}
-    if set(sizes.values()) != {1}:
-        raise UnsupportedModel(f"{sizes}: the tier codes tensor-parallel ranks only; use KvtcConnector for pipelines")
-    if config.canonical_layout or config.replicated_layout:
-        raise UnsupportedLayout("canonical_layout is not read by kvtc; leave it out")
-    dtype = cache_dtype(config.model.dtype)
-    if dtype.itemsize == 1:
-        raise UnsupportedLayout(
-            "the cache is fp8, and vLLM does not tell a tier the scales of its numbers; use KvtcConnector, or a 16-bit cache"
-        )
-    page_tokens, n_layers = config.groups[0].tokens_per_block, len(layers_in_order(config.groups[0].layer_names))
-    parts = []
-    for rank in range(parallel.tp_size):
-        calibration, calibration_name = settings.read_calibration(rank)
-        geometry = calibration.geometry
-        part = CachePart(0, n_layers, rank * geometry.n_kv_heads, geometry.n_kv_heads, geometry.head_dim, rank)
-        model.checked(part.checked(calibration, calibration_name), calibration_name)
-        name, isa = _backend(backend, dtype, page_tokens, geometry.head_dim)
-        layout = vllm_layout(
-            n_layers,
-            geometry.n_kv_heads,
-            geometry.head_dim,
-            page_tokens,
-            backend=name,
-            isa=isa,
-            axes=config.kv_cache_layout,
-        )
-        n_bytes = layout.bytes(page_tokens, dtype)
-        if n_bytes != config.worker_kv_bytes_per_block:
-            raise UnsupportedLayout(
-                f"a worker's block has {config.worker_kv_bytes_per_block} bytes; {geometry.describe()} in {dtype} takes {n_bytes}"
-            )
-        offset = rank * n_bytes * config.cache.blocks_per_chunk
-        parts.append(RowPart(offset, layout, dtype, PageCodec(calibration, settings)))
-    return parts
-
-
-def _backend(told: str | None, dtype: Any, page_tokens: int, head_dim: int) -> tuple[str, str | None]:
-    """(attention backend, isa): on CPUs there is one; elsewhere vLLM does not tell a tier, so the user must."""
-    if not current_platform.is_cpu():
-        if told is None:
-            raise UnsupportedLayout(
-                f"vLLM does not tell a tier its attention backend: give {_BACKEND}, as vLLM logs it at start (FLASH_ATTN, ..)"
-            )
-        return told, None
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    return CPU_BACKEND, _get_attn_isa(dtype, page_tokens, head_dim)

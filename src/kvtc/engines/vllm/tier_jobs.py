@@ -1,14 +1,13 @@
-"""The work of a secondary tier: chunks in an engine's host memory into a store as streams, and back.
+"""The work of a secondary tier: chunks in an engine's host memory into a store as streams, and
+back.
 
-Knows no engine. Host memory is rows of bytes, one a chunk, in which each worker has its part. The engine's scheduler hands in jobs
-and polls for their ends; the coding is done on threads of their own. What fails is a miss
-(`entries`) and reported, and the engine computes it.
+Imports no engine. Host memory is rows of bytes, one for each chunk, in which each worker has its
+shard. The engine's scheduler hands in jobs and polls for their ends; the coding is done on threads
+of their own. Whatever fails is a miss (`Entries`) and reported, and the engine computes it.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,29 +19,40 @@ import torch
 from torch import Tensor
 
 from ...entries import Entries
-from ...errors import PROGRAM_ENDS, InvalidArgument
+from ...errors import InvalidArgument
 from ...key_digest import digest
-from ...process.workers import Workers
 from ...store import Store
-from ..page_codec import CHUNK_TOKENS, PageCodec
 from ..page_layout import PageLayout
+from ..tasks import Tasks
+from ..windowless_codec import CHUNK_TOKENS, WindowlessCodec
 
 
 @dataclass(frozen=True)
-class RowPart:
-    """Where in a row a worker's part lies, how it is laid out, and with what it is coded."""
+class RowShard:
+    """A worker's shard of a row of host memory.
+
+    Parameters:
+        offset: Its first byte in the row.
+        layout: Of its pages.
+        dtype: Of its numbers.
+        codec: Of the worker's layers and heads.
+    """
 
     offset: int
     layout: PageLayout
     dtype: torch.dtype
-    codec: PageCodec
+    codec: WindowlessCodec
 
 
 @dataclass(frozen=True)
 class TierChunk:
-    """One chunk of a job. name: the engine's. row: in host memory. start: its first token, None if the engine does not say.
+    """One chunk of a job.
 
-    token_ids [n]: of its tokens, where known.
+    Parameters:
+        name: The engine's name of it.
+        row: Its row of host memory.
+        start: Position of its first token; None: the engine does not say.
+        token_ids: [n] of its tokens; None: not known.
     """
 
     name: bytes
@@ -53,7 +63,15 @@ class TierChunk:
 
 @dataclass(frozen=True)
 class JobEnd:
-    """done: names of the chunks for which it worked out. n_bytes: of streams."""
+    """How a job ended.
+
+    Parameters:
+        job_id: The engine's number of it.
+        success: Whether all of its chunks were stored or loaded.
+        done: Names of the chunks that were.
+        seconds: That it took.
+        n_bytes: Of the streams that were stored or loaded.
+    """
 
     job_id: int
     success: bool
@@ -62,16 +80,28 @@ class JobEnd:
     n_bytes: int
 
 
-_Work = Callable[[str, RowPart, TierChunk, int], int | None]
+_Work = Callable[[str, RowShard, TierChunk, int], int | None]
 
 
 class TierJobs:
-    """rows: [chunks, bytes] uint8, shared with the engine. parts: of all workers. scope: whose entries. n_tokens: of a chunk."""
+    """Codes rows of an engine's host memory into a store, and back.
+
+    Parameters:
+        rows: [chunks, bytes] uint8, memory that is shared with the engine.
+        shards: Where the shards of all workers lie in a row.
+        store: Where the streams are kept.
+        scope: Whose entries these are, as of `entry_scope`.
+        n_tokens: Tokens of a chunk of the engine, a multiple or a divisor of kvtc's.
+        threads: Jobs that load at a time, and jobs that store at a time.
+
+    Raises:
+        InvalidArgument: The chunks or the shards do not fit.
+    """
 
     def __init__(
         self,
         rows: npt.NDArray[np.uint8],
-        parts: Sequence[RowPart],
+        shards: Sequence[RowShard],
         store: Store,
         scope: bytes,
         n_tokens: int,
@@ -81,33 +111,33 @@ class TierJobs:
             raise InvalidArgument(
                 f"the engine's chunks hold {n_tokens} tokens; expected a multiple or a divisor of {CHUNK_TOKENS}"
             )
-        for part in parts:
-            end = part.offset + part.layout.bytes(n_tokens, part.dtype)
+        for shard in shards:
+            end = shard.offset + shard.layout.bytes(n_tokens, shard.dtype)
             if end > rows.shape[1]:
-                raise InvalidArgument(f"a row of host memory has {rows.shape[1]} bytes; {part.layout} ends at {end}")
+                raise InvalidArgument(f"a row of host memory has {rows.shape[1]} bytes; {shard.layout} ends at {end}")
         self.entries = Entries(store)
         self.counts = self.entries.counts
-        self._rows, self._parts, self._n_tokens = rows, list(parts), n_tokens
+        self._rows, self._shards, self._n_tokens = rows, list(shards), n_tokens
         self._scope = scope
         # Apart: a request waits for a load, nothing waits for a store.
-        self._loading = Workers(threads, "the loading of chunks", "kvtc-load")
-        self._storing = Workers(threads, "the storing of chunks", "kvtc-store")
-        self._ends: queue.SimpleQueue[JobEnd] = queue.SimpleQueue()
-        self._idle = threading.Condition()
-        self._n_pending = 0
+        self._loads = Tasks[int, JobEnd]("the loading of chunks", "kvtc-load", threads)
+        self._stores = Tasks[int, JobEnd]("the storing of chunks", "kvtc-store", threads)
 
     def serves(self, has_token_ids: bool) -> bool:
-        """Whether chunks with, or without, token ids can be coded in the profile that is asked for."""
-        return all(part.codec.serves(has_token_ids) for part in self._parts)
+        """Whether chunks with, or without, token ids can be coded in the profile that is asked
+        for."""
+        return all(shard.codec.serves(has_token_ids) for shard in self._shards)
 
     def keys(self, name: bytes, has_token_ids: bool) -> list[str]:
-        """The store's keys of a chunk, one a worker. Streams made with token ids stand apart: without ids nobody can read them.
+        """The store's keys of a chunk, one a worker. Streams made with token ids stand apart:
+        without ids nobody can read them.
 
-        Engines name a chunk by the hash of its last block, so that chunks of another length can have the same name.
+        Engines name a chunk by the hash of its last block, so that chunks of another length can
+        have the same name.
         """
-        return [f"page/{self._key(part.codec, name, has_token_ids).hex()}" for part in self._parts]
+        return [f"page/{self._key(shard.codec, name, has_token_ids).hex()}" for shard in self._shards]
 
-    def _key(self, codec: PageCodec, name: bytes, has_token_ids: bool) -> bytes:
+    def _key(self, codec: WindowlessCodec, name: bytes, has_token_ids: bool) -> bytes:
         return digest(
             "page",
             scope=self._scope,
@@ -119,92 +149,79 @@ class TierJobs:
 
     def store(self, job_id: int, chunks: Sequence[TierChunk]) -> None:
         """Begin to code rows of host memory; they must stay as they are until the job has ended."""
-        self._submit(self._storing, job_id, chunks, self._store_part, "save_errors")
+        self._submit(self._stores, job_id, chunks, self._store_shard, "save_errors")
 
     def load(self, job_id: int, chunks: Sequence[TierChunk]) -> None:
         """Begin to fill rows of host memory."""
-        self._submit(self._loading, job_id, chunks, self._load_part, "load_errors")
+        self._submit(self._loads, job_id, chunks, self._load_shard, "load_errors")
 
     def take_ends(self) -> list[JobEnd]:
         """Jobs that have ended since the last call."""
-        ends = []
-        while not self._ends.empty():
-            ends.append(self._ends.get())
-        return ends
+        return [*self._loads.take_all().values(), *self._stores.take_all().values()]
 
     @property
     def is_busy(self) -> bool:
         """Whether jobs are under way or ended but not taken."""
-        return self._n_pending > 0 or not self._ends.empty()
+        return self._loads.is_busy or self._stores.is_busy
 
     def drain(self) -> None:
         """Wait until no job is under way."""
-        with self._idle:
-            self._idle.wait_for(lambda: self._n_pending == 0)
+        self._loads.drain()
+        self._stores.drain()
 
     def close(self) -> None:
         """Finish what was begun."""
-        self._loading.close()
-        self._storing.close()
+        self._loads.close()
+        self._stores.close()
 
-    def _submit(self, pool: Workers, job_id: int, chunks: Sequence[TierChunk], work: _Work, errors: str) -> None:
-        pool.check_open()
-        with self._idle:
-            self._n_pending += 1
-        pool.submit(self._run, job_id, chunks, work, errors)
+    def _submit(
+        self, tasks: Tasks[int, JobEnd], job_id: int, chunks: Sequence[TierChunk], work: _Work, errors: str
+    ) -> None:
+        tasks.submit(job_id, partial(self._run, job_id, chunks, work, errors), JobEnd(job_id, False, (), 0.0, 0))
 
-    def _run(self, job_id: int, chunks: Sequence[TierChunk], work: _Work, errors: str) -> None:
+    def _run(self, job_id: int, chunks: Sequence[TierChunk], work: _Work, errors: str) -> JobEnd:
         begin, n_bytes, done = time.monotonic(), 0, []
-        try:
-            for chunk in chunks:
-                sizes = self._of_parts(chunk, work, errors)
-                if None not in sizes:
-                    done.append(chunk.name)
-                n_bytes += sum(size or 0 for size in sizes)
-        finally:  # the engine waits for the end of each job, whatever went wrong
-            end = JobEnd(job_id, len(done) == len(chunks), tuple(done), time.monotonic() - begin, n_bytes)
-            with self._idle:
-                self._ends.put(end)
-                self._n_pending -= 1
-                self._idle.notify_all()
+        for chunk in chunks:
+            sizes = self._of_shards(chunk, work, errors)
+            if None not in sizes:
+                done.append(chunk.name)
+            n_bytes += sum(size or 0 for size in sizes)
+        return JobEnd(job_id, len(done) == len(chunks), tuple(done), time.monotonic() - begin, n_bytes)
 
-    def _of_parts(self, chunk: TierChunk, work: _Work, errors: str) -> list[int | None]:
-        """Bytes of each worker's entry of a chunk, 0 for one that was stored already; up to the first None, which failed."""
+    def _of_shards(self, chunk: TierChunk, work: _Work, errors: str) -> list[int | None]:
+        """Bytes of each worker's entry of a chunk, 0 for one that was stored already; up to the
+        first None, which failed."""
         sizes: list[int | None] = []
-        try:
+        with self.entries.giving_up(errors, "chunk %s is given up", chunk.name.hex()):
             if chunk.start is None:
                 raise InvalidArgument("the engine does not say where the chunk stands")
             keys = self.keys(chunk.name, chunk.token_ids is not None)
-            for key, part in zip(keys, self._parts, strict=True):
-                sizes.append(work(key, part, chunk, chunk.start))
+            for key, shard in zip(keys, self._shards, strict=True):
+                sizes.append(work(key, shard, chunk, chunk.start))
                 if sizes[-1] is None:
                     break
-        except PROGRAM_ENDS:
-            raise
-        except BaseException as error:  # noqa: BLE001
-            self.entries.count_error(errors, error, "chunk %s is given up", chunk.name.hex())
-            sizes.append(None)
-        return sizes
+            return sizes
+        return [*sizes, None]
 
-    def _store_part(self, key: str, part: RowPart, chunk: TierChunk, start: int) -> int | None:
+    def _store_shard(self, key: str, shard: RowShard, chunk: TierChunk, start: int) -> int | None:
         def encode() -> bytes:
-            keys, values = part.layout.read(self._window(chunk, part))
-            return part.codec.encode(keys, values, start, chunk.token_ids)
+            keys, values = shard.layout.read(self._window(chunk, shard))
+            return shard.codec.encode(keys, values, start, chunk.token_ids)
 
-        return self.entries.save(key, encode, part.layout.bytes(self._n_tokens, part.dtype))
+        return self.entries.save(key, encode, shard.layout.bytes(self._n_tokens, shard.dtype))
 
-    def _load_part(self, key: str, part: RowPart, chunk: TierChunk, start: int) -> int | None:
+    def _load_shard(self, key: str, shard: RowShard, chunk: TierChunk, start: int) -> int | None:
         (stream,) = self.entries.load([key])
-        return self.entries.decode(key, stream, partial(self._decode, part, chunk, start))
+        return self.entries.decode(key, stream, partial(self._decode, shard, chunk, start))
 
-    def _decode(self, part: RowPart, chunk: TierChunk, start: int, stream: bytes) -> int:
-        """A stream into its part of a row; its bytes."""
-        keys, values = part.codec.decode(stream, start, self._n_tokens, chunk.token_ids)
-        data = part.layout.write(keys.to(part.dtype), values.to(part.dtype))
-        self._window(chunk, part).copy_(data.flatten())
+    def _decode(self, shard: RowShard, chunk: TierChunk, start: int, stream: bytes) -> int:
+        """A stream into its shard of a row; its bytes."""
+        keys, values = shard.codec.decode(stream, start, self._n_tokens, chunk.token_ids)
+        data = shard.layout.write(keys.to(shard.dtype), values.to(shard.dtype))
+        self._window(chunk, shard).copy_(data.flatten())
         return len(stream)
 
-    def _window(self, chunk: TierChunk, part: RowPart) -> Tensor:
-        """The part's numbers in a row, shared memory."""
-        end = part.offset + part.layout.bytes(self._n_tokens, part.dtype)
-        return torch.from_numpy(self._rows[chunk.row, part.offset : end]).view(part.dtype)
+    def _window(self, chunk: TierChunk, shard: RowShard) -> Tensor:
+        """The shard's numbers in a row, shared memory."""
+        end = shard.offset + shard.layout.bytes(self._n_tokens, shard.dtype)
+        return torch.from_numpy(self._rows[chunk.row, shard.offset : end]).view(shard.dtype)

@@ -1,4 +1,5 @@
-"""Whether entries are in a store, for a thread that asks one by one, must not wait, and asks again."""
+"""Which chunks are in a store, for a scheduler that asks for one after the other, must not wait,
+and asks again."""
 
 from __future__ import annotations
 
@@ -11,59 +12,80 @@ from ...process.workers import Workers
 
 
 @dataclass
-class _Question:
-    """Of one request. answers: by name, None until it is known. asked: (place in the text, name, keys) since the last flush."""
+class _Request:
+    """What one request has asked.
+
+    Parameters:
+        answers: By name of a chunk; None until it is known.
+        asked: (position in the text, name, keys) since the last flush.
+    """
 
     answers: dict[str, bool | None] = field(default_factory=dict)
     asked: list[tuple[int, str, Sequence[str]]] = field(default_factory=list)
 
 
 class StoreLookups:
-    """Questions are gathered until `flush`, then put to the store together, in the order of the text.
+    """Gathers lookups until `flush`, then asks the store for all of a request together, in the
+    order of its text.
 
-    An entry is of use only if those before it are there too, so what follows the first that is missing counts as missing.
+    A chunk is of use only if those before it are there too, so all behind the first that is missing
+    count as missing.
+
+    Parameters:
+        entries: The entries that are asked for.
     """
 
     def __init__(self, entries: Entries) -> None:
         self._entries = entries
         self._asking = Workers(1, "the lookup of chunks", "kvtc-lookup")
         self._lock = ForkSafeLock()
-        self._questions: dict[str, _Question] = {}
+        self._requests: dict[str, _Request] = {}
 
-    def ask(self, request_id: str, place: int, name: str, keys: Sequence[str]) -> bool | None:
-        """Whether all keys of a name are stored; None: not known yet, ask again after a flush."""
+    def ask(self, request_id: str, position: int, name: str, keys: Sequence[str]) -> bool | None:
+        """Whether a chunk is stored.
+
+        Parameters:
+            request_id: Of the request that asks.
+            position: Of the chunk in the request's text.
+            name: Of the chunk.
+            keys: Of its entries, one for each worker.
+
+        Returns:
+            Whether all keys have entries; None: not known yet, ask again after a flush.
+        """
         with self._lock:
-            question = self._questions.setdefault(request_id, _Question())
-            if name not in question.answers:
-                question.answers[name] = None
-                question.asked.append((place, name, keys))
-            return question.answers[name]
+            request = self._requests.setdefault(request_id, _Request())
+            if name not in request.answers:
+                request.answers[name] = None
+                request.asked.append((position, name, keys))
+            return request.answers[name]
 
     def flush(self) -> None:
         """Begin to look for what was asked since the last time."""
         with self._lock:
-            news = [question for question in self._questions.values() if question.asked]
-            batches = [(question, sorted(question.asked, key=lambda asked: asked[0])) for question in news]
-            for question in news:
-                question.asked = []
-        for question, batch in batches:
-            self._asking.submit(self._look, question, batch)
+            news = [request for request in self._requests.values() if request.asked]
+            batches = [(request, sorted(request.asked, key=lambda asked: asked[0])) for request in news]
+            for request in news:
+                request.asked = []
+        for request, batch in batches:
+            self._asking.submit(self._look, request, batch)
 
     def set_missing(self, request_id: str, names: Sequence[str]) -> None:
-        """What was found could not be read: for this request it is not there."""
+        """These chunks were found and could not be loaded: for this request they are missing."""
         with self._lock:
-            if question := self._questions.get(request_id):
-                question.answers.update(dict.fromkeys(names, False))
+            if request := self._requests.get(request_id):
+                request.answers.update(dict.fromkeys(names, False))
 
     def forget(self, request_id: str) -> None:
         """The request is over."""
         with self._lock:
-            self._questions.pop(request_id, None)
+            self._requests.pop(request_id, None)
 
     def close(self) -> None:
+        """Wait for the lookup that runs, and drop those that wait."""
         self._asking.close(finish=False)
 
-    def _look(self, question: _Question, batch: list[tuple[int, str, Sequence[str]]]) -> None:
+    def _look(self, request: _Request, batch: list[tuple[int, str, Sequence[str]]]) -> None:
         keys = [key for _, _, of_name in batch for key in of_name]
         n_stored = 0
         try:
@@ -72,4 +94,4 @@ class StoreLookups:
             with self._lock:
                 for _, name, of_name in batch:
                     n_stored -= len(of_name)
-                    question.answers[name] = n_stored >= 0
+                    request.answers[name] = n_stored >= 0

@@ -1,8 +1,11 @@
-"""The directory of a file store: where entries lie, how one comes to be there whole or not at all, and which go first.
+"""The directory of a file store: where entries are, how each comes to be there whole or not at all,
+and which are evicted first.
 
-entries/<2 hex digits>/<name>.entry    the file system is the index; a file's modification time is its recency
-partial/<random>.part                  being written, locked by whoever writes it
-ledger                                 lock, clock and count of bytes; may be deleted at any time
+    entries/<2 hex digits>/<name>.entry   an entry; the modification time is its recency
+    partial/<random>.part                 an entry that is being written, locked by its writer
+    ledger                                lock, clock and count of bytes; may be deleted at any time
+
+There is no index but the file system.
 """
 
 from __future__ import annotations
@@ -38,9 +41,15 @@ class Found(NamedTuple):
 
 
 class Directory:
-    """Entries as files under one root, shared with other processes. OSError becomes StoreError in `translating`.
+    """Entries as files under one root, shared with other processes. `translating` makes StoreError
+    of OSError.
 
-    mode: permissions of files that are made here, less those that the umask forbids; directories may be searched by who may read.
+    Parameters:
+        root: The directory.
+        sync: As of `FileStore`.
+        timeout: Seconds to wait for the lock.
+        mode: Permissions of files that are made here, less those that the umask forbids.
+            Directories may be searched by those who may read the files.
     """
 
     def __init__(self, root: Path, sync: str, timeout: float, mode: int) -> None:
@@ -56,7 +65,8 @@ class Directory:
             self._make(directory)
 
     def _make(self, directory: Path) -> None:
-        """Parents too have these permissions, which `Path.mkdir` would not give them. Below the root no link is followed."""
+        """Parents too have these permissions, which `Path.mkdir` would not give them. Below the
+        root no link is followed."""
         if not self._is_made(directory):
             if directory.parent != directory:
                 self._make(directory.parent)
@@ -90,7 +100,8 @@ class Directory:
         return []
 
     def load(self, name: str, tick: int | None, entry_bytes: int) -> Frame | None:
-        """The file's bytes, or its head where it is longer than allowed or than it says; stamped with a new recency."""
+        """The file's bytes, or its head where it is longer than allowed or than it says; stamped
+        with a new recency."""
         try:
             # Of a pipe that lies there, no writer is waited for.
             descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -119,7 +130,8 @@ class Directory:
             os.close(descriptor)
 
     def begin(self, size: int) -> tuple[int, Path]:
-        """A new locked partial file of that length, so that a scan counts it in full. The ledger must be locked."""
+        """A new locked partial file of that length, so that a scan counts it in full. The ledger
+        must be locked."""
         path = self._partial / f"{secrets.token_hex(12)}.part"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptor = os.open(path, flags, self._mode)
@@ -132,7 +144,8 @@ class Directory:
         return descriptor, path
 
     def finish(self, descriptor: int, partial: Path, name: str, frame: bytes, tick: int) -> None:
-        """Fill the partial file and give it the entry's name: the moment from which the entry is there."""
+        """Fill the partial file and give it the entry's name: the moment from which the entry is
+        there."""
         view = memoryview(frame)
         while view:
             view = view[os.write(descriptor, view) :]
@@ -166,7 +179,8 @@ class Directory:
                 self.remove(name)
 
     def scan(self) -> tuple[int, list[Found]]:
-        """Bytes in use, in whole blocks, and all entries; partial files of the dead are removed. The ledger must be locked."""
+        """Bytes in use, in whole blocks, and all entries; partial files of the dead are removed.
+        The ledger must be locked."""
         total = sum(
             self._living_partials()
         )  # first: a file that is finished meanwhile counts twice rather than not at all
@@ -181,9 +195,11 @@ class Directory:
         return total, found
 
     def evict(self, held: LockedLedger, total: int, found: list[Found], target: int) -> tuple[int, int]:
-        """Remove entries until at most `target` bytes are in use: those used longest ago, of equals the largest.
+        """Remove entries until at most `target` bytes are in use: those used longest ago, of equals
+        the largest.
 
-        Size does not weigh more, since what an entry saves grows with its size as well. Returns bytes in use and entries removed.
+        Size does not weigh more, since what an entry saves grows with its size as well. Returns
+        bytes in use and entries removed.
         """
         newest = held.last_tick + FUTURE_NS
         order = sorted(found, key=lambda entry: (entry.tick if entry.tick <= newest else 0, -entry.size))

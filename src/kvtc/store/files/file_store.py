@@ -29,12 +29,19 @@ FILLED_AFTER_EVICTION = 0.9  # of the budget, so that one scan pays for many put
 
 
 class FileStore(FramedStore):
-    """Entries as files under `root`, at most `max_bytes` of disk (None: as much as there is).
+    """Entries as files of a directory.
 
-    sync: "none" leaves it to the operating system when bytes reach the disk (a killed process loses nothing, a power cut may cost
-    the last entries), "data" writes every entry through before it appears, "full" its directory as well.
-    timeout: seconds that a caller waits for a batch of up to 16 entries, the lock of the directory included; see `BoundedCalls`.
-    mode: permissions of files that are made, less those that the umask forbids; directories may be searched by who may read.
+    Parameters:
+        root: The directory, which is made.
+        max_bytes: Byte budget on disk; None: none.
+        sync: When bytes reach the disk. `none`: when the operating system writes them; a killed
+            process loses nothing, a power cut may cost the last entries. `data`: before the entry
+            appears. `full`: as `data`, and its name in the directory, too.
+        timeout: Seconds that a caller waits for a batch of up to 16 entries, the lock of the
+            directory included; see `BoundedCalls`.
+        mode: Permissions of files that are made, less those that the umask forbids. Directories may
+            be searched by those who may read the files.
+        namespace, entry_bytes: As of `FramedStore`.
     """
 
     def __init__(
@@ -45,10 +52,9 @@ class FileStore(FramedStore):
         timeout: float = DEFAULT_SECONDS,
         mode: int = DEFAULT_MODE,
         namespace: str | None = None,
-        on_error: str = "raise",
         entry_bytes: int = DEFAULT_ENTRY_BYTES,
     ) -> None:
-        super().__init__(namespace, on_error, entry_bytes)
+        super().__init__(namespace, entry_bytes)
         if max_bytes is not None and max_bytes < 1:
             raise InvalidArgument(f"bytes is {max_bytes}; expected a positive byte budget")
         if sync not in SYNC:
@@ -59,7 +65,8 @@ class FileStore(FramedStore):
             )
         self._max_bytes = max_bytes
         self._directory = Directory(Path(root), sync, LOCK_SHARE * timeout, mode)
-        # Writing waits for a lock, and may hang where reading does not: neither uses up the other's threads.
+        # Writing waits for a lock, and may hang where reading does not: neither uses up the other's
+        # threads.
         self._reading = BoundedCalls(repr(self), timeout, lambda: self._directory.path(PROBE_NAME).exists())
         self._writing = BoundedCalls(repr(self), timeout, self._probe_writing)
         self._translated(lambda: self._run(self._writing, self._recover))
@@ -78,7 +85,8 @@ class FileStore(FramedStore):
         return f"FileStore({str(self._directory.root)!r})"
 
     def statistics(self) -> StoreStatistics:
-        """stored_bytes is what the processes on this directory have counted together: never too few, sometimes too many."""
+        """stored_bytes is what the processes on this directory have counted together: never too
+        few, sometimes too many."""
         try:
             stored_bytes = self._run(self._reading, self._directory.ledger.read)[1]
         except StoreError:
@@ -91,7 +99,8 @@ class FileStore(FramedStore):
             pass
 
     def _recover(self) -> None:
-        """Clean up after the dead and count what is there; a store that can only be read stays as it is."""
+        """Clean up after the dead and count what is there; a store that can only be read stays as
+        it is."""
         self._directory.create()
         try:
             if self._max_bytes is None:
@@ -160,7 +169,8 @@ class FileStore(FramedStore):
             if self._max_bytes is not None and (held.usage is None or held.usage + size > self._max_bytes):
                 self._make_room(held, size)
             if held.usage is not None:
-                # Taken back by a scan alone: whoever dies meanwhile leaves the count too high and not too low.
+                # Taken back by a scan alone: whoever dies meanwhile leaves the count too high and
+                # not too low.
                 held.usage += size
             descriptor, partial = self._directory.begin(len(frame))
         try:

@@ -1,6 +1,7 @@
 """What processes on one directory share: a lock, a clock for recency, and a count of bytes.
 
-The ledger is a help, not an index: lost or damaged, it is made anew, and the count is taken again from the files themselves.
+The ledger is a help, not an index: lost or damaged, it is made anew, and the count is taken again
+from the files themselves.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ MAX_PAUSE_SECONDS = 0.02
 
 
 class Ledger:
-    """The file behind the three. It is opened anew for every use, so that it serves threads, forks and processes alike.
+    """The file that processes on one directory share. It is opened for every use, so that threads,
+    forks and processes may use it alike.
 
-    timeout: seconds to wait for the lock. mode: of the file, where it is made.
+    Parameters:
+        path: Of the file.
+        timeout: Seconds to wait for the lock.
+        mode: Permissions of the file, if it is made.
     """
 
     def __init__(self, path: Path, timeout: float, mode: int) -> None:
@@ -42,14 +47,16 @@ class Ledger:
 
     @contextmanager
     def locked(self) -> Iterator[LockedLedger]:
-        """Exclude every other thread and process; a holder that dies lets go. `StoreUnavailable` after the timeout."""
+        """Exclude every other thread and process; a holder that dies lets go. `StoreUnavailable`
+        after the timeout."""
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode)
         try:
             self._wait_for(descriptor)
             try:
                 yield LockedLedger(descriptor)
             finally:
-                # Not by closing alone: a child forked meanwhile has the descriptor too, and would hold the lock.
+                # Not by closing alone: a child forked meanwhile has the descriptor too, and would
+                # hold the lock.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
@@ -57,7 +64,8 @@ class Ledger:
     def ticks(self, count: int) -> range:
         """Ascending recency stamps, later than all given out before by any process.
 
-        They are nanoseconds of the wall clock as long as it runs forward, and go on by ones where it was set back.
+        They are nanoseconds of the wall clock as long as it runs forward, and go on by ones where
+        it was set back.
         """
         with self._mutex:
             start = max(time.time_ns(), self._last_tick + 1)
@@ -68,7 +76,8 @@ class Ledger:
             try:
                 start = max(start, (_parse(descriptor)[0] or 0) + 1)
                 if start + count < MAX_TICK:
-                    # Not under the lock: two processes may give out the same stamps, which is as good as an order of them.
+                    # Not under the lock: two processes may give out the same stamps, which is as
+                    # good as an order of them.
                     os.pwrite(descriptor, (start + count).to_bytes(8, "little"), _TICK_OFFSET)
             finally:
                 os.close(descriptor)

@@ -1,7 +1,9 @@
-"""Pages of an engine as streams: the tokens of one chunk, at known positions, coded alone.
+"""The codec of engines: the tokens of one chunk, or of the end of a text, coded alone and without
+an exact window.
 
-An engine reuses a chunk in any conversation that begins alike, so nothing here is kept exact at the end of a text (a window of 0);
-sinks are exact where a chunk begins at position 0. Where token ids are known, they predict (`conditional`).
+An engine reuses a chunk in every conversation that begins with the same text, so no tokens at its
+end are kept exactly. Sinks are exact where a chunk begins at position 0. Where token ids are known,
+they predict the values (`conditional`).
 """
 
 from __future__ import annotations
@@ -27,32 +29,42 @@ SINK_TOKENS = 4
 Ids = Sequence[int] | np.ndarray | Tensor
 
 
-class PageCodec:
-    """Keys and values of the tokens start .. stop - 1 -> one stream, and back. Safe to share between threads.
+class WindowlessCodec:
+    """Codes keys and values of consecutive tokens of a text as one stream, and back. Safe to share
+    between threads.
 
-    fixed_size: as of `Codec`.
+    Parameters:
+        calibration: Of the layers and heads of one worker.
+        settings: Profile, rate and device.
+        fixed_size: Whether all streams of as many tokens have the same length, as of `Codec`.
+
+    Raises:
+        UnsupportedModel: The rotation of the model depends on the length of a text, which an engine
+            does not tell.
+        InvalidArgument: The calibration does not serve these settings.
     """
 
     def __init__(self, calibration: Calibration, settings: EngineSettings, *, fixed_size: bool = False) -> None:
         if calibration.geometry.rope.depends_on_length:
             raise UnsupportedModel(
-                "the rotation of this model depends on the length of a sequence, which pages of an engine do not tell"
+                "the rotation of this model depends on the length of a sequence, which an engine does not tell with a chunk"
             )
         self.calibration = calibration
         joint = calibration.joint
         best = "paper" if joint is None else "joint" if joint.tokens is None else "conditional"
-        self._told = best if settings.profile == AUTO else settings.profile
-        self._untold = "joint" if self._told == "conditional" and settings.profile == AUTO else self._told
-        profiles = dict.fromkeys((self._told, self._untold))
+        self._with_ids = best if settings.profile == AUTO else settings.profile
+        self._without_ids = "joint" if self._with_ids == "conditional" and settings.profile == AUTO else self._with_ids
+        profiles = dict.fromkeys((self._with_ids, self._without_ids))
         self._codecs = {profile: _codec(calibration, profile, settings, fixed_size) for profile in profiles}
 
     def serves(self, has_token_ids: bool) -> bool:
-        """Whether there is a profile for chunks with, or without, token ids."""
-        return has_token_ids or self._untold != "conditional"
+        """Whether there is a profile for streams with token ids, or without."""
+        return has_token_ids or self._without_ids != "conditional"
 
     def profile(self, has_token_ids: bool) -> str:
-        """The profile of streams written with token ids, or without; `InvalidArgument` where that cannot be."""
-        profile = self._told if has_token_ids else self._untold
+        """The profile of streams written with token ids, or without; raises `InvalidArgument` if
+        there is none."""
+        profile = self._with_ids if has_token_ids else self._without_ids
         if not self.serves(has_token_ids):
             raise InvalidArgument(
                 f"{PREFIX}profile is conditional, but the engine gives no token ids here; use {AUTO} or joint"
@@ -60,14 +72,21 @@ class PageCodec:
         return profile
 
     def codec(self, has_token_ids: bool) -> Codec:
-        """The codec of that profile."""
+        """The codec of streams written with token ids, or without; raises `InvalidArgument` if
+        there is none."""
         return self._codecs[self.profile(has_token_ids)]
 
     @neutral_torch_state
     def encode(self, keys: Tensor, values: Tensor, start: int, token_ids: Ids | None = None) -> bytes:
-        """keys, values [L, H, T, D] of the tokens at positions start .. start + T - 1 -> stream.
+        """The stream of some tokens.
 
-        token_ids [T], where known. Raises `InvalidCache`, `GeometryMismatch`, `InvalidArgument`.
+        Parameters:
+            keys, values: [L, H, T, D], as the engine caches them, rotated.
+            start: Position of the first token in its text; the others follow without gaps.
+            token_ids: [T], if they are known.
+
+        Raises:
+            InvalidCache, GeometryMismatch, InvalidArgument: As `Codec.encode`.
         """
         geometry = self.calibration.geometry
         positions = torch.arange(start, start + keys.shape[2], device="cpu")
@@ -78,10 +97,18 @@ class PageCodec:
     def decode(
         self, stream: bytes, start: int | None, n_tokens: int, token_ids: Ids | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A stream that begins at position start -> keys, values [L, H, n_tokens, D] of its first tokens, in its dtype.
+        """keys, values [L, H, n_tokens, D] of the first tokens of a stream, in the dtype in which
+        they were coded.
 
-        start None: wherever the stream says. token_ids: those of the whole stream, or of the tokens wanted.
-        Raises what `Codec.decode` raises.
+        Parameters:
+            stream: As `encode` gives it.
+            start: Position at which it must begin; None: at any.
+            n_tokens: Tokens that are wanted.
+            token_ids: Of the whole stream, or of the tokens that are wanted; None: not known.
+
+        Raises:
+            TokenMismatch: The stream is of other positions or token ids.
+            KvtcError: As `Codec.decode`.
         """
         cache = self.codec(token_ids is not None).decode_neutral(stream, token_ids, n_tokens)
         if n_tokens and start is not None:
@@ -92,9 +119,15 @@ class PageCodec:
     def decode_into(
         self, stream: bytes, start: int, targets: Sequence[tuple[Target, Target]], token_ids: Ids | None = None
     ) -> None:
-        """A stream that begins at position start -> its first tokens, as many as the targets have places for, layer by layer.
+        """Decode the first tokens of a stream to where they belong, layer by layer.
 
-        targets, on the codec's device, and token_ids as in `Codec.decode_into`, which says what is raised.
+        Parameters:
+            stream, start, token_ids: As in `decode`.
+            targets: For each layer, where its keys and its values go, on the codec's device; each
+                has offsets of as many tokens as are wanted.
+
+        Raises:
+            TokenMismatch, KvtcError: As `decode`.
         """
         _check_start(first_position(stream), start)
         n_tokens = len(targets[0][0].token_offsets)
@@ -122,7 +155,7 @@ def _codec(calibration: Calibration, profile: str, settings: EngineSettings, fix
         kl=settings.kl,
         fixed_size=fixed_size,
         chunk_tokens=CHUNK_TOKENS,
-        # Whoever decodes pages names their tokens; past them lies at most the rest of a chunk.
+        # The caller says how many tokens it wants; behind them lies at most the rest of a chunk.
         max_tokens=CHUNK_TOKENS,
         device=settings.device,
     )
