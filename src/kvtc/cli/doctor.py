@@ -5,7 +5,6 @@ it needs a network.
 from __future__ import annotations
 
 import argparse
-import importlib
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
