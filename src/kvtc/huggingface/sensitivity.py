@@ -9,6 +9,7 @@ costs e^T E[g g^T] e / 2 nats of divergence. Gradients of keys are un-rotated, f
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ METRIC_POWER, METRIC_RIDGE = 0.75, 0.01
 READ_SHARE = 0.75
 """Of a text that is cached; the rest is predicted."""
 _MOST_PASSES = 64
-_LEAST_TOKENS = 8
+_LEAST_TOKENS = 4
 
 
 class Sensitivity:
@@ -65,9 +66,9 @@ class Sensitivity:
         Raises:
             UnsupportedModel: for a model that gives no gradients.
         """
-        n_read = int(READ_SHARE * len(token_ids))
-        if self.n_passes == _MOST_PASSES or min(n_read - self._sink_tokens, len(token_ids) - n_read) < _LEAST_TOKENS:
+        if self.n_passes == _MOST_PASSES or not self._is_enough(len(token_ids)):
             return capture(self._model, token_ids, self._geometry)
+        n_read = int(READ_SHARE * len(token_ids))
         cached, leaves = self._passes(token_ids, n_read)
         self._add(leaves, n_read)
         self.n_passes += 1
@@ -84,11 +85,15 @@ class Sensitivity:
             InvalidArgument: where no sequence was long enough.
         """
         if not self.n_tokens:
-            needed = int(max(_LEAST_TOKENS + self._sink_tokens, _LEAST_TOKENS / (1 - READ_SHARE)) / READ_SHARE) + 1
+            needed = next(n for n in count() if self._is_enough(n))
             raise InvalidArgument(
-                f"the metric of joint and conditional needs a text of about {needed} tokens or more; the profile paper needs none"
+                f"the metric of joint and conditional needs a text of {needed} tokens or more; the profile paper needs none"
             )
         return Metric.from_sensitivity(self.keys / self.n_tokens, self.values / self.n_tokens, power, METRIC_RIDGE)
+
+    def _is_enough(self, n_tokens: int) -> bool:
+        n_read = int(READ_SHARE * n_tokens)
+        return min(n_read - self._sink_tokens, n_tokens - n_read) >= _LEAST_TOKENS
 
     def _passes(self, token_ids: Tensor, n_read: int) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         """The whole cache, and the read part's keys and values of each layer [1, H, n_read, D] with their gradients."""
