@@ -35,7 +35,7 @@ from kvtc.coding.joint.uniform_quantizer import (
     quantize,
     to_symbols,
 )
-from kvtc.errors import CorruptCalibration, CorruptStream, InvalidArgument
+from kvtc.errors import CorruptCalibration, CorruptStream, InvalidArgument, UnsupportedModel
 from kvtc.huggingface.sensitivity import Sensitivity
 from tests.builders import (
     fit_caches,
@@ -655,12 +655,13 @@ def test_a_basis_without_components_is_refused():
 def test_sensitivities_that_say_nothing_are_refused(factor, ridge, expected):
     keys, values = tiny_sensitivities()
     with pytest.raises(InvalidArgument, match=expected):
-        Metric.from_sensitivity(keys, values * factor, power=0.75, ridge=ridge)
+        Metric.from_sensitivity(keys * factor, values * factor, power=0.75, ridge=ridge)
 
 
-# Sensitivity, against derivatives of attention.
+# Sensitivity, against derivatives by un-rotated keys.
 
-DISTANCE, SINKS, LENGTH = 3, 2, 24
+SINKS, LENGTH = 2, 48
+N_READ = 36
 
 
 def tiny_llama(**rope):
@@ -682,54 +683,37 @@ def tiny_llama(**rope):
 
 
 def ids_of_length(n: int = LENGTH) -> Tensor:
-    return torch.randint(50, (1, n), generator=torch.Generator().manual_seed(1))
+    return torch.randint(50, (n,), generator=torch.Generator().manual_seed(1))
 
 
-def recorded(model, geometry, n: int = LENGTH, **options) -> Sensitivity:
-    recorder = Sensitivity(model, geometry, SINKS, DISTANCE, **options)
-    with torch.inference_mode(), recorder.recording(n):
-        model(ids_of_length(n))
-    return recorder
+def gathered(model, geometry, n: int = LENGTH) -> Sensitivity:
+    found = Sensitivity(model, geometry, SINKS)
+    cache = found.capture(ids_of_length(n))
+    assert (cache.n_layers, cache.n_tokens) == (geometry.n_layers, n)
+    return found
 
 
 def derived(model) -> tuple[Tensor, Tensor]:
-    """By automatic differentiation: moments of the Jacobians of each head's write to the residual stream, [L, H, D, D]."""
+    """Sums of g g^T, [L, H, D, D], by the model's own rotation of keys that are leaves before it."""
+    from transformers import DynamicCache
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    seen, residuals, hooks = [], [], []
-    for layer in model.model.layers:
-        hooks.append(layer.self_attn.register_forward_pre_hook(lambda _, __, k: seen.append(k), with_kwargs=True))
-        hooks.append(layer.register_forward_hook(lambda _, __, out: residuals.append(out)))
-    with torch.no_grad():
-        model(ids_of_length())
-    for hook in hooks:
-        hook.remove()
-    sides = [[], []]
-    for layer, inputs, residual in zip(model.model.layers, seen, residuals, strict=True):
-        attention, (cos, sin) = layer.self_attn, inputs["position_embeddings"]
-        hidden = inputs["hidden_states"]
-        query, key, value = (
-            projection(hidden).view(1, LENGTH, -1, 8).transpose(1, 2).detach()
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        output = attention.o_proj.weight.detach().view(24, 6, 8)
+    from kvtc.huggingface.models import capture, geometry_of
 
-        def written(key, value, query=query, cos=cos, sin=sin, attention=attention, output=output):
-            """What each head writes at each token, [H_q, T, hidden]."""
-            turned, rotated = apply_rotary_pos_emb(query, key, cos, sin)
-            scores = turned[0] @ rotated[0].repeat_interleave(3, 0).mT * attention.scaling
-            weights = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf).softmax(-1)
-            return torch.einsum("htd,chd->htc", weights @ value[0].repeat_interleave(3, 0), output)
-
-        scale = residual[0].square().sum(-1).mean() if residual.dim() == 3 else residual.square().sum(-1).mean()
-        for side, jacobian in enumerate(torch.autograd.functional.jacobian(written, (key, value), vectorize=True)):
-            moments = torch.zeros(2, 8, 8)
-            for s in range(SINKS, LENGTH - DISTANCE - 1):
-                for head in range(2):
-                    part = jacobian[:, s + DISTANCE + 1 :, :, 0, head, s].reshape(-1, 8)
-                    moments[head] += part.T @ part
-            sides[side].append(moments / scale)
-    return torch.stack(sides[0]), torch.stack(sides[1])
+    ids, rope = ids_of_length(), geometry_of(model).rope
+    read = capture(model, ids[:N_READ])
+    positions = torch.arange(N_READ)
+    plain = [side.clone().requires_grad_() for side in rope.unrotate(read.keys, positions, N_READ)]
+    values = [side.clone().requires_grad_() for side in read.values]
+    cosines, sines = model.model.rotary_emb(read.values, positions[None])
+    cache = DynamicCache()
+    for layer, (keys, side) in enumerate(zip(plain, values, strict=True)):
+        cache.update(apply_rotary_pos_emb(keys[None], keys[None], cosines, sines)[1], side[None], layer)
+    scores = model(ids[None, N_READ:], past_key_values=cache).logits[0].log_softmax(-1)
+    labels = torch.multinomial(scores.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
+    scores.gather(1, labels).sum().backward()
+    keys, side = (torch.stack([leaf.grad[:, SINKS:] for leaf in leaves]) for leaves in (plain, values))
+    return keys.mT @ keys, side.mT @ side
 
 
 ROPES = {
@@ -746,87 +730,63 @@ ROPES = {
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_sensitivity_is_the_first_order_change_of_attention(rope):
+def test_sensitivity_is_the_second_moment_of_gradients(rope):
     """With grouped heads; `scaled` has a factor on cosines and sines, which the derivative has too."""
     from kvtc.huggingface.models import geometry_of
 
     model = tiny_llama(**ROPES[rope])
     geometry = geometry_of(model)
     assert (geometry.rope.tables[0].attention_scaling == 1) == (rope == "plain")
-    keys, values = recorded(model, geometry).moments()
-    expected_keys, expected_values = derived(model)
-    torch.testing.assert_close(keys.float(), expected_keys, rtol=1e-3, atol=1e-4 * float(expected_keys.abs().max()))
-    torch.testing.assert_close(
-        values.float(), expected_values, rtol=1e-3, atol=1e-4 * float(expected_values.abs().max())
-    )
+    found = gathered(model, geometry)
+    assert found.n_tokens == N_READ - SINKS
+    for side, expected in zip((found.keys, found.values), derived(model), strict=True):
+        torch.testing.assert_close(side.float(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_sensitivity_of_a_part_of_the_model():
     from kvtc.huggingface.models import geometry_of
 
     model = tiny_llama()
-    whole = recorded(model, geometry_of(model)).moments()
-    part = recorded(model, geometry_of(model, layers=(1, 2), kv_heads=(1, 2))).moments()
-    for found, of_all in zip(part, whole, strict=True):
-        torch.testing.assert_close(found, of_all[1:2, 1:2])
+    whole = gathered(model, geometry_of(model))
+    part = gathered(model, geometry_of(model, layers=(1, 2), kv_heads=(1, 2)))
+    torch.testing.assert_close(part.keys, whole.keys[1:2, 1:2])
+    torch.testing.assert_close(part.values, whole.values[1:2, 1:2])
 
 
-def test_recording_leaves_the_model_as_it_was(monkeypatch):
-    from kvtc.huggingface import sensitivity
-    from kvtc.huggingface.models import geometry_of
+def test_a_model_stays_as_it_was():
+    from kvtc.huggingface.models import capture, geometry_of
 
-    # So that queries come in several blocks.
-    monkeypatch.setattr(sensitivity, "_QUERIES_AT_ONCE", 7)
-    model = tiny_llama()
-    usual = model.config._attn_implementation
-    before = {name: len(module._forward_hooks) for name, module in model.named_modules()}
-    recorder = Sensitivity(model, geometry_of(model), SINKS, DISTANCE)
+    model = tiny_llama().train()
+    model.lm_head.requires_grad_(False)
+    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    found = Sensitivity(model, geometry_of(model), SINKS)
     with torch.inference_mode():
-        expected = model(ids_of_length()).logits
-        with recorder.recording(LENGTH):
-            assert model.config._attn_implementation != usual
-            during = model(ids_of_length()).logits
-        after = model(ids_of_length()).logits
-    torch.testing.assert_close(during, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(after, expected)
-    with pytest.raises(ZeroDivisionError), recorder.recording(LENGTH):
-        raise ZeroDivisionError
-    assert model.config._attn_implementation == usual
-    assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == before
-    assert recorder.n_passes == 1
-    torch.testing.assert_close(recorder.moments(), recorded(model, geometry_of(model)).moments())
+        cache = found.capture(ids_of_length())
+    assert found.n_passes == 1
+    assert model.training
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == frozen
+    assert all(parameter.grad is None for parameter in model.parameters())
+    expected = capture(model, ids_of_length())
+    torch.testing.assert_close(cache.keys, expected.keys, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.values, expected.values, rtol=1e-4, atol=1e-4)
 
 
-def test_scores_of_a_long_text_are_never_whole(monkeypatch):
-    from kvtc.huggingface import sensitivity
+def test_short_texts_are_captured_alone():
     from kvtc.huggingface.models import geometry_of
 
     model = tiny_llama()
-    whole = recorded(model, geometry_of(model)).moments()
-    n_queries, masks = [], []
-    distance, attend = sensitivity._squared_distance, Sensitivity._attend
-    monkeypatch.setattr(sensitivity, "_SCORES_AT_ONCE", 3 * 6 * LENGTH)
-    monkeypatch.setattr(
-        sensitivity, "_squared_distance", lambda v, o, g: n_queries.append(o.shape[1]) or distance(v, o, g)
-    )
-
-    def spy(self, module, query, key, value, attention_mask=None, **options):
-        masks.append(attention_mask)
-        return attend(self, module, query, key, value, attention_mask, **options)
-
-    monkeypatch.setattr(Sensitivity, "_attend", spy)
-    # Sums of float32 in another order, which on some processors shows in the sixth digit.
-    torch.testing.assert_close(recorded(model, geometry_of(model)).moments(), whole, rtol=1e-4, atol=1e-6)
-    assert max(n_queries) == 3
-    assert masks == [None] * 2
+    found = gathered(model, geometry_of(model), 12)
+    assert found.n_passes == 0
+    with pytest.raises(InvalidArgument, match="a text of 13 tokens or more"):
+        found.metric()
+    assert gathered(model, geometry_of(model), 13).n_passes == 1
 
 
-def test_texts_too_short_for_the_distance_are_not_recorded():
+def test_a_model_without_gradients_is_named(monkeypatch):
     from kvtc.huggingface.models import geometry_of
 
     model = tiny_llama()
-    recorder = recorded(model, geometry_of(model), SINKS + DISTANCE + 1)
-    assert recorder.n_passes == 0
-    with pytest.raises(InvalidArgument, match="more than 6 tokens"):
-        recorder.moments()
-    assert recorded(model, geometry_of(model), SINKS + DISTANCE + 2).n_passes == 1
+    plain = type(model.model).forward
+    monkeypatch.setattr(type(model.model), "forward", lambda *given, **named: torch.no_grad()(plain)(*given, **named))
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM gives no gradients"):
+        Sensitivity(model, geometry_of(model), SINKS).capture(ids_of_length())

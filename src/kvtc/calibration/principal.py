@@ -34,8 +34,10 @@ class Rows(Protocol):
 
 POWER_ITERATIONS = 8
 OVERSAMPLING = 64
-EXACT_FEATURES = 4096
-"""Up to here one pass with all features is cheaper than nine with a part, and a matrix of them is small."""
+EXACT_FEATURES = 16384
+"""Up to here one pass with all features is cheaper than nine with a part; a matrix of them takes 2 GiB in float64."""
+_DOUBLE_FEATURES = 4096
+"""Up to here the decomposition is in float64; of larger matrices it would take minutes more."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def principal_components(
     The arithmetic runs where the rows are; the components are on the CPU. Time 4 * n * p * l operations a pass, nine passes, with
     l = rank + `OVERSAMPLING`. Memory at most 12 p l + 4 l^2 bytes (a guess's image, its factors and their copy), or 4 p l + 40 l^2
     (a guess and the eigenvectors of its Gram matrix in float64), and a block of rows with its intermediate results; up to
-    `EXACT_FEATURES` features 2 * n * p * p operations and 40 p^2 bytes.
+    `EXACT_FEATURES` features 2 * n * p * p operations and 40 p^2 bytes, or 24 p^2 where the decomposition is in float32.
     """
     mean = _mean(spool, columns)
     features = mean.numel()
@@ -98,6 +100,8 @@ def _components(
         image = block if guess is None else block @ guess
         gram += image.T @ image
         advance(len(block))
+    if n_directions > _DOUBLE_FEATURES:
+        gram = gram.float()
     values, directions = torch.linalg.eigh(gram)
     leading = directions.flip(1)[:, :rank].float()
     spectrum = values.flip(0)[:rank].clamp_min(0).float() / spool.n_rows

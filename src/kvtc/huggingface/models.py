@@ -102,13 +102,7 @@ def capture(
         UnsupportedModel: for another kind of cache.
     """
     check_supported(model)
-    whole = _Extent.of(model)
-    layers, heads = range(whole.n_layers), range(whole.n_kv_heads)
-    if geometry is not None:
-        layers = range(geometry.first_layer, geometry.first_layer + geometry.n_layers)
-        heads = range(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
-        if layers.stop > whole.n_layers or heads.stop > whole.n_kv_heads or geometry.head_dim != whole.head_dim:
-            raise GeometryMismatch(f"expected a part of a model with {whole.describe()}; got {geometry.describe()}")
+    _extent_of(model, geometry)
     device = model.get_input_embeddings().weight.device
     ids = as_ids(token_ids)
     vocabulary = int(text_config(model).vocab_size)
@@ -118,24 +112,24 @@ def capture(
     arguments = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     if piece_tokens is None or geometry_of(model).rope.depends_on_length:
         piece_tokens = len(ids)
-    with model_torch_state(), _evaluation_mode(model):
+    with model_torch_state(), evaluation_mode(model):
         cached = _read_in_pieces(model, ids.to(device), piece_tokens, arguments)
-    return _captured(cached, layers, heads, whole, device, len(ids), remembered_length(model))
+    return captured(model, cached, len(ids), geometry)
 
 
 @neutral_torch_state
-def _captured(
-    cached: Any, layers: range, heads: range, whole: _Extent, device: torch.device, n_tokens: int, remembered: int
-) -> KVCache:
-    """Those layers and heads of a transformers cache, side by side."""
+def captured(model: Any, cached: Any, n_tokens: int, geometry: CacheGeometry | None = None) -> KVCache:
+    """Those layers and heads of a cache of n_tokens tokens that a model has made; the parameters and errors of `capture`."""
+    whole, layers, heads = _extent_of(model, geometry)
+    device, remembered = model.get_input_embeddings().weight.device, remembered_length(model)
     expected = (1, whole.n_kv_heads, n_tokens, whole.head_dim)
     keys, values = [], []
     for layer in layers:
         shapes = tuple(cached.layers[layer].keys.shape), tuple(cached.layers[layer].values.shape)
         if shapes != (expected, expected):
             raise UnsupportedModel(f"layer {layer} caches keys {shapes[0]} and values {shapes[1]}; expected {expected}")
-        keys.append(cached.layers[layer].keys[0, heads.start : heads.stop].to(device))
-        values.append(cached.layers[layer].values[0, heads.start : heads.stop].to(device))
+        keys.append(cached.layers[layer].keys[0, heads.start : heads.stop].detach().to(device))
+        values.append(cached.layers[layer].values[0, heads.start : heads.stop].detach().to(device))
     return KVCache(
         torch.stack(keys),
         torch.stack(values),
@@ -143,6 +137,18 @@ def _captured(
         first_kv_head=heads.start,
         rope_length=remembered if remembered > n_tokens else None,
     )
+
+
+def _extent_of(model: Any, geometry: CacheGeometry | None) -> tuple[_Extent, range, range]:
+    """The extent of a model's cache, and the layers and heads of a geometry. Raises `GeometryMismatch` for one outside."""
+    whole = _Extent.of(model)
+    if geometry is None:
+        return whole, range(whole.n_layers), range(whole.n_kv_heads)
+    layers = range(geometry.first_layer, geometry.first_layer + geometry.n_layers)
+    heads = range(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
+    if layers.stop > whole.n_layers or heads.stop > whole.n_kv_heads or geometry.head_dim != whole.head_dim:
+        raise GeometryMismatch(f"expected a part of a model with {whole.describe()}; got {geometry.describe()}")
+    return whole, layers, heads
 
 
 def _read_in_pieces(model: Any, ids: Tensor, piece_tokens: int, arguments: dict[str, Any]) -> Any:
@@ -288,7 +294,7 @@ def as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and the like; afterwards every module has the training flag it had."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

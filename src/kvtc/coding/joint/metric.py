@@ -27,22 +27,19 @@ class Metric:
     def from_sensitivity(cls, keys: Tensor, values: Tensor, power: float, ridge: float) -> Metric:
         """Sensitivities of keys and of values [L, H, D, D] -> the roots of their `power`.
 
-        ridge: share of the mean diagonal of each kind that is added to every direction, so that none counts for nothing.
+        ridge: share of the mean diagonal of all that is added to every direction, so that none counts for nothing.
         Raises `InvalidArgument` where some direction still does, or a sensitivity is not finite.
         """
-        roots = []
-        for moments in (keys, values):
-            blocks = moments.flatten(0, 1).double()
-            if not bool(blocks.isfinite().all()):
-                raise InvalidArgument("a sensitivity is not finite")
-            floor = ridge * blocks.diagonal(dim1=1, dim2=2).mean()
-            scales, directions = torch.linalg.eigh(blocks)
-            scales = (scales.clamp_min(0) + floor).pow(power / 2)
-            if not bool((scales > 0).all()):
-                raise InvalidArgument("some direction has no sensitivity at all; give a ridge above 0, or other texts")
-            roots.append((directions * scales[:, None]) @ directions.mT)
+        blocks = torch.cat([keys.flatten(0, 1), values.flatten(0, 1)]).double()
+        if not bool(blocks.isfinite().all()):
+            raise InvalidArgument("a sensitivity is not finite")
+        floor = ridge * blocks.diagonal(dim1=1, dim2=2).mean()
+        scales, directions = torch.linalg.eigh(blocks)
+        scales = (scales.clamp_min(0) + floor).pow(power / 2)
+        if not bool((scales > 0).all()):
+            raise InvalidArgument("some direction has no sensitivity at all; give a ridge above 0, or other texts")
         # One overall scale is free: with unit determinant on average steps are comparable between models.
-        root = torch.cat(roots)
+        root = (directions * scales[:, None]) @ directions.mT
         scale = torch.linalg.slogdet(root).logabsdet.mean().div(root.shape[-1]).exp()
         # The inverses of what a file keeps: a calibration codes alike before and after it is saved.
         return cls.from_roots((root / scale).float())
