@@ -6,7 +6,7 @@ One that ships with kvtc is a folder here, a class in the table below, and a num
 stage           paper                                   joint                       conditional
 prediction      none                                    none                        from token ids
 transform       keys and values apart                   together                    together, of what prediction leaves
-metric          squared error                           sensitivity of attention    the same
+metric          squared error                           sensitivity of predictions  the same
 quantizer       groups chosen by a dynamic program      one step                    one step
 entropy coder   DEFLATE, or another lossless coder      rANS, calibrated tables     the same
 """

@@ -1,4 +1,4 @@
-"""The metric in which rows are coded: how much a change of each feature changes what attention writes.
+"""The metric in which rows are coded: how much a change of each feature changes what the model predicts.
 
 A sensitivity is a positive matrix [D, D] for each layer and head, of keys and of values. Its power, split evenly over the two sides
 of the squared error, is a symmetric root M for each of them; errors are measured, and the transform is fitted, on rows times M.
