@@ -309,7 +309,7 @@ GOLDEN_TOKEN_IDS = [11, 7, 5, 2]
 
 def golden_codec() -> Codec:
     """One sink, one window token, cells of 4 positions, no lossless coder: zlib may change its output, this must not."""
-    return Codec(golden_calibration(), ratio=1.25, sink_tokens=1, window_tokens=1, chunk_tokens=4, lossless="none")
+    return Codec(golden_calibration(), ratio=1.25, sink_tokens=1, window_tokens=1, chunk_tokens=4, coder="none")
 
 
 def with_section(
@@ -400,7 +400,7 @@ def golden_joint_calibration() -> Calibration:
 
 def golden_joint_codec(profile: str, **options: object) -> Codec:
     """As `golden_codec`; the step is an eighth, so that some values escape."""
-    defaults = {"step": 0.125, "sink_tokens": 1, "window_tokens": 1, "chunk_tokens": 4, "lossless": "none"}
+    defaults = {"step": 0.125, "sink_tokens": 1, "window_tokens": 1, "chunk_tokens": 4, "coder": "none"}
     return Codec(golden_joint_calibration(), profile, **(defaults | options))
 
 

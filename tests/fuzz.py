@@ -31,11 +31,11 @@ from typing import Any
 import torch
 
 import kvtc
-from kvtc.cache import KVCache
+from kvtc.cache import CACHE_DTYPES, KVCache
 from kvtc.codec.codec import Codec
 from kvtc.codec.opened_stream import positions_of
 from kvtc.coding.lossless import CODER_IDS, compress
-from kvtc.container import SectionType, parse_stream
+from kvtc.container import LOSSLESS, SectionType, parse_stream
 from kvtc.errors import KvtcError
 from kvtc.profiles.rates import Truncation
 
@@ -134,14 +134,15 @@ def make_targets() -> list[Target]:
         needed = known if codec.settings.profile == "conditional" else None
         made.append((codec, codec.encode(cache, known), needed))
     for options, cache, ids in (
-        ({"lossless": "deflate", "sink_format": "fp8"}, random_cache(9, torch.bfloat16), range(9)),
-        ({"lossless": "none", "window_tokens": 0}, gappy_cache(9, torch.float16), None),
-        ({"lossless": "zstd", "chunk_tokens": 32}, random_cache(40, torch.bfloat16, first_position=20), None),
-        ({"lossless": "lz4", "ratio": None, "rate": Truncation(4)}, random_cache(7, torch.float8_e4m3fn), range(7)),
-        ({"lossless": "deflate", "sink_tokens": 0}, gappy_cache(6, torch.float8_e5m2), range(6)),
-        ({"lossless": "deflate", "chunk_tokens": 64}, random_cache(5), None),
-        ({"lossless": "lz4"}, model_cache, None),
+        ({"coder": "deflate", "sink_format": "fp8"}, random_cache(9, torch.bfloat16), range(9)),
+        ({"coder": "none", "window_tokens": 0}, gappy_cache(9, torch.float16), None),
+        ({"coder": "zstd", "chunk_tokens": 32}, random_cache(40, torch.bfloat16, first_position=20), None),
+        ({"coder": "lz4", "ratio": None, "rate": Truncation(4)}, random_cache(7, torch.float8_e4m3fn), range(7)),
+        ({"coder": "deflate", "sink_tokens": 0}, gappy_cache(6, torch.float8_e5m2), range(6)),
+        ({"coder": "deflate", "chunk_tokens": 64}, random_cache(5), None),
+        ({"coder": "lz4"}, model_cache, None),
         ({}, random_cache(0), None),
+        *(({"lossless": True, "ratio": None}, gappy_cache(9, dtype), None) for dtype in CACHE_DTYPES),
     ):
         codec = tiny_codec(**(small | options))
         made.append((codec, codec.encode(cache, ids), None))
@@ -151,7 +152,7 @@ def make_targets() -> list[Target]:
         codec.max_tokens = MAX_TOKENS
         parsed = parse_stream(stream)
         raw = tuple(parsed.read(s.type, s.chunk, s.raw_bytes) for s in parsed.sections)
-        is_final = parsed.header.profile != "paper"
+        is_final = parsed.header.profile not in ("paper", LOSSLESS)
         finished = {SectionType.BODY, SectionType.PADDING} if is_final else set()
         finished |= {SectionType.WINDOW} if any(chunk.coded_window for chunk in parsed.chunks) else set()
         final = frozenset(i for i, s in enumerate(parsed.sections) if s.type in finished)

@@ -46,6 +46,7 @@ CODED = {
     "conditional": {"step": 1.0, "profile": "conditional"},
     "conditional, ratio": {"ratio": 32.0, "profile": "conditional"},
     "joint, coded window": {"step": 1.0, "profile": "joint", "window_format": "coded"},
+    "lossless": {"lossless": True},
     "joint, bfloat16": {"step": 1.0, "profile": "joint", "precision": "bfloat16"},
 }
 CORE = ["coding/test_product", "container/test_golden", "coding/test_rans", "coding/test_rope", "coding/test_joint_parts",

@@ -74,7 +74,7 @@ class Setting:
 
     def searching_codec(self, calibration: Calibration, case: Case) -> kvtc.Codec:
         """No window: every token past the sinks is coded, as engines with prefix caching need it."""
-        options: dict[str, Any] = {"window_tokens": 0, "lossless": case.lossless, "chunk_tokens": CHUNK_TOKENS}
+        options: dict[str, Any] = {"window_tokens": 0, "coder": case.lossless, "chunk_tokens": CHUNK_TOKENS}
         options |= {"device": self.device, "backend": self.backend, "ratio": self.ratio(case)}
         return kvtc.Codec(calibration, case.profile, **options)
 

@@ -91,7 +91,7 @@ def budgets(calibrations: Calibrations) -> Cases:
 
 def lossless(calibrations: Calibrations) -> Cases:
     return {
-        f"{coder} {ratio}x": kvtc.Codec(calibrations.shipped, "paper", ratio=ratio, lossless=coder)
+        f"{coder} {ratio}x": kvtc.Codec(calibrations.shipped, "paper", ratio=ratio, coder=coder)
         for ratio in (16, 64)
         for coder in ("none", "lz4", "deflate", "zstd")
     }

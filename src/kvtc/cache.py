@@ -145,8 +145,11 @@ class KVCache:
         return int(positions[-1]) + 1 if positions.numel() else 0
 
     @neutral_torch_state
-    def validate(self) -> None:
-        """Raise `InvalidCache` unless tensors are dense, and shapes, dtypes, positions and values are sound."""
+    def validate(self, is_finite: bool = True) -> None:
+        """Raise `InvalidCache` unless tensors are dense, and shapes, dtypes, positions and values are sound.
+
+        is_finite: whether NaN and infinities are refused, which only lossless streams can hold.
+        """
         for name, tensor in (("keys", self.keys), ("values", self.values)):
             plain(tensor, name, InvalidCache)
         if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
@@ -174,7 +177,7 @@ class KVCache:
             raise InvalidCache("positions must be strictly increasing")
         if self.rope_length is not None and not 0 <= self.rope_length < 2**31:
             raise InvalidCache(f"rope_length must lie in 0 .. 2**31 - 1; got {self.rope_length}")
-        for name, tensor in (("keys", self.keys), ("values", self.values)):
+        for name, tensor in (("keys", self.keys), ("values", self.values)) if is_finite else ():
             for layer in range(self.n_layers):
                 if not bool(tensor[layer].float().isfinite().all()):
                     raise InvalidCache(f"{name} of layer {self.first_layer + layer} hold NaN or infinite values")

@@ -107,7 +107,7 @@ def _check(cache: KVCache, token_ids: Tensor | None, where: str) -> None:
     if cache.positions is not None and cache.positions.dtype not in (torch.int32, torch.int64):
         raise InvalidCache(f"{where}: positions are {cache.positions.dtype}; expected int64 [tokens]")
     try:
-        cache.validate()
+        cache.validate(is_finite=False)
     except InvalidCache as error:
         raise InvalidCache(f"{where}: {error}") from error
     if token_ids is not None and (

@@ -73,11 +73,11 @@ def test_little_data_and_other_coders_are_left_to_the_host(made):
     cache = random_cache(100)
     for left in (
         device_codec(coder(least_bytes=1 << 20)),
-        device_codec(coder(), lossless="zstd"),
-        device_codec(coder(), lossless="none"),
+        device_codec(coder(), coder="zstd"),
+        device_codec(coder(), coder="none"),
     ):
         stream = left.encode(cache)
-        assert stream == tiny_codec(chunk_tokens=64, lossless=left.settings.lossless).encode(cache)
+        assert stream == tiny_codec(chunk_tokens=64, coder=left.settings.coder).encode(cache)
         left.decode(stream)
     assert made.made == []
     with pytest.raises(InvalidArgument, match="not zstd"):

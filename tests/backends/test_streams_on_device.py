@@ -60,7 +60,7 @@ OPTIONS = [
     {"profile": "conditional"},
     {"profile": "joint", "window_format": "coded"},
     {"profile": "conditional", "fixed_size": True, "sink_format": "fp8"},
-    {"profile": "paper", "lossless": "none"},
+    {"profile": "paper", "coder": "none"},
     {"profile": "paper"},
 ]
 

@@ -209,7 +209,7 @@ UNKNOWN = {
     "too many tokens for the cell": (CHUNKS_AT + 4, "HHH", 2, 3, 0),
     "position past its cap": (CHUNKS_AT, "I", 2**31),
     "section type": (CHUNKS_AT + 3 * CHUNK_BYTES, "B", 2),
-    "coder": (CHUNKS_AT + 3 * CHUNK_BYTES + 1, "B", 4),
+    "coder": (CHUNKS_AT + 3 * CHUNK_BYTES + 1, "B", 5),
     "group of a section": (CHUNKS_AT + 3 * CHUNK_BYTES + 2, "H", 1),
     "section of another chunk": (CHUNKS_AT + 3 * CHUNK_BYTES + 4, "I", 0),
 }
@@ -303,7 +303,7 @@ OVERSIZED = {
 @pytest.mark.parametrize("claim", OVERSIZED)
 @pytest.mark.parametrize("coder", CODER_IDS)
 def test_oversized_claims_are_refused_in_little_memory(coder, claim):
-    codec, stream = tiny_codec(), OVERSIZED[claim](tiny_stream(lossless=coder))
+    codec, stream = tiny_codec(), OVERSIZED[claim](tiny_stream(coder=coder))
     with little_memory(), pytest.raises((CorruptStream, TruncatedStream)):
         codec.decode(stream)
 
@@ -320,7 +320,7 @@ BOMBS = {
 def test_a_block_that_decodes_to_far_too_much_is_refused_in_little_memory(kind):
     """A few KiB that would become 256 MiB, where a body of some hundred bytes is due."""
     coder = kind.split()[0]
-    codec, stream = tiny_codec(lossless=coder), tiny_stream(lossless=coder)
+    codec, stream = tiny_codec(coder=coder), tiny_stream(coder=coder)
     number = next(i for i, s in enumerate(kvtc.inspect(stream).sections) if s.kind == "body")
     due = kvtc.inspect(stream).sections[number].raw_bytes
     size = 16 * MIB if coder == "lz4" else 256 * MIB
@@ -470,7 +470,7 @@ def long_cache(seed: int = 0, n: int = 22) -> KVCache:
 def test_joining_what_was_split_gives_the_stream_back():
     for stream in (
         tiny_codec().encode(long_cache(), range(22)),
-        tiny_codec(lossless="none", sink_format="fp8").encode(long_cache()),
+        tiny_codec(coder="none", sink_format="fp8").encode(long_cache()),
         tiny_codec().encode(gappy_cache(14)),
     ):
         parts = split_stream(stream)

@@ -164,6 +164,40 @@ def test_the_specification_suffices_for_the_golden_stream():
     np.testing.assert_array_equal(values, golden_cache().values.float().numpy())
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_the_specification_suffices_for_lossless_streams(calibration, dtype):
+    cache = ragged_cache(dtype)
+    stream = Codec(calibration, lossless=True, chunk_tokens=32).encode(cache)
+    positions, rope_length, keys, values = decode_by_the_page(stream, calibration)
+    assert (positions, rope_length) == (cache.positions.tolist(), 90)
+    np.testing.assert_array_equal(keys, cache.keys.float().numpy())
+    np.testing.assert_array_equal(values, cache.values.float().numpy())
+
+
+def golden_lossless_cache() -> KVCache:
+    """Integers by formula as bfloat16, with a number that escapes, a NaN, infinities, -0.0 and a denormal."""
+    patterns = 16256 + (torch.arange(2 * 20 * 8).reshape(2, 1, 1, 20, 8) * 7919) % 389 - 128
+    patterns[1] -= 32768 * (torch.arange(8) % 3 == 1)
+    patterns[0, 0, 0, 4, :6] = torch.tensor([0x7FC1, 0x7F80, -128, -32768, 1, 0x0080])
+    keys, values = patterns.to(torch.int16).view(torch.bfloat16)
+    return KVCache(keys, values)
+
+
+def test_the_golden_lossless_stream():
+    """Integers alone decide its bytes, so they never change."""
+    cache, stream = golden_lossless_cache(), golden_stream("lossless")
+    codec = Codec(golden_calibration(), lossless=True, chunk_tokens=16)
+    assert codec.encode(cache).hex() == stream.hex()
+    decoded = codec.decode(stream)
+    assert torch.equal(decoded.keys.view(torch.int16), cache.keys.view(torch.int16))
+    assert torch.equal(decoded.values.view(torch.int16), cache.values.view(torch.int16))
+    *_, keys, values = decode_by_the_page(stream, golden_calibration())
+    np.testing.assert_array_equal(keys, cache.keys.float().numpy())
+    np.testing.assert_array_equal(values, cache.values.float().numpy())
+
+
 def ragged_cache(dtype: torch.dtype) -> KVCache:
     """60 tokens whose positions begin inside a cell and leave some out."""
     whole = random_cache(90, dtype, seed=3)
@@ -171,7 +205,7 @@ def ragged_cache(dtype: torch.dtype) -> KVCache:
     return KVCache(whole.keys[:, :, places], whole.values[:, :, places], places, rope_length=90)
 
 
-@pytest.mark.parametrize("lossless", ["none", "deflate", "zstd", "lz4"])
+@pytest.mark.parametrize("coder", ["none", "deflate", "zstd", "lz4"])
 @pytest.mark.parametrize(
     ("dtype", "sink_format", "rate"),
     [
@@ -182,14 +216,14 @@ def ragged_cache(dtype: torch.dtype) -> KVCache:
         (torch.float8_e5m2, "fp8", Ratio(3)),
     ],
 )
-def test_the_specification_suffices_for_every_feature(calibration, lossless, dtype, sink_format, rate):
+def test_the_specification_suffices_for_every_feature(calibration, coder, dtype, sink_format, rate):
     codec = Codec(
         calibration,
         rate=rate,
         window_tokens=9,
         sink_tokens=6,
         chunk_tokens=16,
-        lossless=lossless,
+        coder=coder,
         sink_format=sink_format,
     )
     cache = ragged_cache(dtype)
@@ -225,7 +259,12 @@ def decode_by_the_page(
         kind, coder, group, chunk, raw, stored, crc = struct.unpack_from("<BBHIIII", data, section_table + 20 * index)
         part = data[start : start + stored]
         assert (group, zlib.crc32(part)) == (0, crc)
-        sections[kind, chunk] = undo_coder(part, coder, raw)
+        if coder == 4:
+            n_tokens = struct.unpack_from("<3H", data, 64 + 20 * chunk)[kind - 3]
+            sections[kind, chunk] = exact_floats(part, (2 * layers * heads, n_tokens, dim), dtype)
+            assert len(sections[kind, chunk]) == raw
+        else:
+            sections[kind, chunk] = undo_coder(part, coder, raw)
         start += stored
     assert start == len(data)
 
@@ -236,6 +275,7 @@ def decode_by_the_page(
         allocations.append([struct.unpack_from("<IHHB", rate, at + 2 + 9 * i) for i in range(count)])
         at += 2 + 9 * count
 
+    assert profile != 4 or not rate
     steps = struct.unpack(f"<{len(rate) // 4}f", rate) if profile > 1 else ()
     positions: list[int] = []
     parts: list[np.ndarray] = []
@@ -251,8 +291,10 @@ def decode_by_the_page(
         if n_sink and chunk_flags & 2:
             parts.append(fp8_vectors(sections[3, index], (2, layers, heads, n_sink, dim), dtype))
         elif n_sink:
-            parts.append(planes(sections[3, index], (2, layers, heads, n_sink, dim), dtype))
-        if n_body:
+            parts.append(numbers(sections[3, index], (2, layers, heads, n_sink, dim), dtype))
+        if n_body and profile == 4:
+            parts.append(numbers(sections[4, index], (2, layers, heads, n_body, dim), dtype))
+        elif n_body:
             if profile == 1:
                 rows = body_rows(sections[4, index], n_body, allocations, calibration)
             else:
@@ -266,7 +308,7 @@ def decode_by_the_page(
             rotate(both[0], np.array(here[n_sink + n_body :]), rope_length, calibration)
             parts.append(round_to(both, dtype))
         elif n_window:
-            parts.append(planes(sections[5, index], (2, layers, heads, n_window, dim), dtype))
+            parts.append(numbers(sections[5, index], (2, layers, heads, n_window, dim), dtype))
         if chunk_flags & 4:
             assert not any(sections[6, index])
         positions += here
@@ -304,16 +346,89 @@ def small_floats(exponent_bits: int, mantissa_bits: int, bias: int) -> np.ndarra
 E4M3, E5M2 = small_floats(4, 3, 7), small_floats(5, 2, 15)
 
 
-def planes(data: bytes, shape: tuple[int, ...], dtype: int) -> np.ndarray:
-    size = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1}[dtype]
-    octets = np.frombuffer(data, np.uint8).reshape(size, -1).T.copy()
+def numbers(data: bytes, shape: tuple[int, ...], dtype: int) -> np.ndarray:
     if dtype == 1:
-        values = (octets.view("<u2").astype("<u4") << 16).view("<f4")
+        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     elif dtype in (2, 3):
-        values = octets.view("<f2" if dtype == 2 else "<f4").astype(np.float32)
+        values = np.frombuffer(data, "<f2" if dtype == 2 else "<f4").astype(np.float32)
     else:
-        values = (E4M3 if dtype == 4 else E5M2)[octets].astype(np.float32)
+        values = (E4M3 if dtype == 4 else E5M2)[np.frombuffer(data, np.uint8)].astype(np.float32)
     return values.reshape(shape)
+
+
+def exact_floats(data: bytes, shape: tuple[int, int, int], dtype: int) -> bytes:
+    """Coder 4; numbers are ordered [group][token][feature]."""
+    n_bits, m = {1: (16, 7), 2: (16, 10), 3: (32, 23), 4: (8, 3), 5: (8, 2)}[dtype]
+    n_words, x = struct.unpack_from("<2I", data)
+    words = iter(struct.unpack_from(f"<{n_words}H", data, 8))
+    plain, n_plain = int.from_bytes(data[8 + 2 * n_words :], "little"), 0
+    counts = [[1] * 64 for _ in range(128)]
+    tables = [[64] * 64 for _ in range(128)]
+    left, negatives = [16] * 128, [32768] * 132
+    running = [(2 ** (n_bits - 2 - m) - 1) * 2 ** (m + 4), 2 ** (m + 4)]
+    groups, n_tokens, n_features = shape
+    state: dict[tuple[int, int], list[int]] = {}
+    found = np.zeros(shape, np.uint32)
+
+    def step(frequencies: list[int]) -> int:
+        nonlocal x
+        slot, symbol, first = x % 4096, 0, 0
+        while first + frequencies[symbol] <= slot:
+            first += frequencies[symbol]
+            symbol += 1
+        x = frequencies[symbol] * (x // 4096) + slot - first
+        if x < 65536:
+            x = 65536 * x + next(words)
+        return symbol
+
+    for token in range(n_tokens):
+        for group in range(groups):
+            for feature in range(n_features):
+                mean, spread, sign = state.get((group, feature), [*running, 0])
+                if token == 0:
+                    mean, spread = running
+                spread_class = 0
+                octave = max(spread, 16).bit_length() - 1
+                quarter = max(spread, 16) * 4 // 2**octave % 4
+                spread_class = min(4 * (octave - 4) + quarter, 127)
+                u = min(max(spread_class // 4 - 2, 0), max(m - 2, 0))
+                symbol = step(tables[spread_class])
+                counts[spread_class][symbol] += 1
+                left[spread_class] -= 1
+                if not left[spread_class]:
+                    its, total = counts[spread_class], sum(counts[spread_class])
+                    frequencies = [1 + 4032 * count // total for count in its]
+                    frequencies[its.index(max(its))] += 4096 - sum(frequencies)
+                    tables[spread_class], left[spread_class] = frequencies, total // 4
+                if symbol == 63:
+                    u, above = n_bits - 1, 0
+                else:
+                    above = mean // 16 // 2**u + symbol - 40
+                magnitude = above * 2**u + (plain >> n_plain) % 2**u
+                n_plain += u
+                context = 4 * (sign // 64 + 16) + sum(symbol >= bound for bound in (35, 40, 45))
+                f = min(max(negatives[context] // 16, 16), 4080)
+                negative = 1 - step([f, 4096 - f])
+                negatives[context] += (65536 * negative - negatives[context]) // 32
+                found[group, token, feature] = magnitude + negative * 2 ** (n_bits - 1)
+                deviation = 16 * magnitude - mean
+                if token == 0:
+                    running = [mean + deviation // 8, spread + (abs(deviation) - spread) // 16]
+                    state[group, feature] = [16 * magnitude, running[1], -256 if negative else 256]
+                else:
+                    most = 6 * max(spread, 16)
+                    clipped = min(max(deviation, -most), most)
+                    by_mean, by_spread = 65536 // (min(token, 15) + 1), 65536 // (min(token + 1, 15) + 1)
+                    state[group, feature] = [
+                        mean + clipped * by_mean // 65536,
+                        spread + (abs(clipped) - spread) * by_spread // 65536,
+                        sign + ((-1024 if negative else 1024) - sign) // 8,
+                    ]
+    assert x == 65536
+    assert next(words, None) is None
+    assert len(data) == 8 + 2 * n_words + -(-n_plain // 8)
+    assert not plain >> n_plain
+    return found.astype(f"<u{n_bits // 8}").tobytes()
 
 
 def fp8_vectors(data: bytes, shape: tuple[int, ...], dtype: int) -> np.ndarray:

@@ -51,7 +51,7 @@ def test_a_profile_of_ones_own(monkeypatch):
     monkeypatch.setitem(profiles._MADE_BY, "halves", None)
     monkeypatch.setitem(PROFILES, "halves", 0)
     profiles.register("halves", 200, Halves)
-    codec, cache = kvtc.Codec(tiny_calibration(), "halves", lossless="zstd"), random_cache(300)
+    codec, cache = kvtc.Codec(tiny_calibration(), "halves", coder="zstd"), random_cache(300)
     stream = codec.encode(cache)
     assert kvtc.inspect(stream).profile == "halves"
     decoded = codec.decode(stream)

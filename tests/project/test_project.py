@@ -34,7 +34,7 @@ cache = kvtc.KVCache(torch.randn(shape), torch.randn(shape))
 codec = kvtc.Codec(calibration, "paper", ratio=16)
 restored = codec.decode(codec.encode(cache))
 assert restored.keys.shape == shape
-coders = [lambda name=name: kvtc.Codec(calibration, "paper", lossless=name) for name in ("zstd", "lz4")]
+coders = [lambda name=name: kvtc.Codec(calibration, "paper", coder=name) for name in ("zstd", "lz4")]
 urls = ("redis://localhost", "s3://bucket", "memory:?key_variable=KEY")
 stores = [lambda url=url: kvtc.store.open_store(url) for url in urls]
 for call in (*coders, *stores, kvtc.reference_model):

@@ -53,6 +53,7 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
         metavar="NATS",
         help="instead: the divergence of predictions to expect, by the calibration's curve (joint, conditional)",
     )
+    rate.add_argument("--lossless", action="store_true", default=None, help="instead: keep every token bit for bit")
     parser.add_argument(
         "--fixed-size",
         action="store_true",
@@ -66,7 +67,11 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
         choices=("exact", "coded"),
         help="coded: like the body, with a quarter of its step (joint, conditional)",
     )
-    parser.add_argument("--lossless", choices=("deflate", "zstd", "lz4", "none"))
+    parser.add_argument(
+        "--coder",
+        choices=("deflate", "zstd", "lz4", "none"),
+        help="of the bodies of paper (default: deflate); none: of exact tokens, too",
+    )
     parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk, the unit of random access")
 
 
@@ -87,7 +92,7 @@ def encode(options: argparse.Namespace) -> Outcome:
     prefill_seconds = None
     if is_cache:
         cache, token_ids = load_cache(options.input)
-        if token_ids is None and "joint" in calibration.profiles:
+        if token_ids is None and "joint" in calibration.profiles and not options.lossless:
             given.setdefault("profile", "joint")
     codec = Codec(calibration, **given)
     if not is_cache:

@@ -15,7 +15,7 @@ from ..cache import CACHE_DTYPES, KVCache, TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.device import usable_device
 from ..coding.regions import ChunkSpan, split_regions
-from ..container import FORMAT_VERSION, Chunk, Stream, parse_stream
+from ..container import FORMAT_VERSION, LOSSLESS, Chunk, Stream, parse_stream
 from ..errors import InvalidArgument, InvalidCache, StreamTooLarge
 from ..key_digest import digest
 from ..process.forks import in_child
@@ -23,7 +23,8 @@ from ..process.locks import ForkSafeLock
 from ..process.progress import track
 from ..process.torch_state import compute_alone, neutral_torch_state, writing_into
 from ..profiles import AnyEncoder, AnyProfile, make_profile
-from ..profiles.rates import FixedSize, Rate
+from ..profiles.interface import CodedRows
+from ..profiles.rates import FixedSize, Lossless, Rate
 from . import pipeline
 from . import transformers_cache as interop
 from .fixed_size import fixed_stream_bytes
@@ -63,7 +64,9 @@ class Codec:
             the calibration.
         max_error: `paper` only, instead of a ratio: the largest relative error of keys, and of values, 0 to 1.
         rate: instead of all of these, a rate as a type of `kvtc.profiles.rates`; ablations are asked for by it.
-        lossless: coder of exact tokens, and of the body of `paper`: "deflate" (default), "zstd", "lz4" or "none".
+        lossless: instead of a rate, keep every token exactly, bit for bit; sinks, window and profile then say nothing.
+        coder: of the body of `paper`, fp8 sinks and positions: "deflate" (default), "zstd", "lz4" or "none". Exact tokens have a
+            coder of their own, which "none" leaves out, too.
         sink_format: "exact" (default) or "fp8".
         window_format: "exact" (default), or "coded": as the body, with a quarter of its step (`joint`, `conditional`).
         fixed_size: whether every stream of tokens at the same positions has the same length, `stream_bytes` of it: the step is as
@@ -98,7 +101,8 @@ class Codec:
         kl: float | None = None,
         max_error: float | None = None,
         rate: Rate | None = None,
-        lossless: str = "deflate",
+        lossless: bool = False,
+        coder: str = "deflate",
         sink_format: str = "exact",
         window_format: str = "exact",
         fixed_size: bool = False,
@@ -111,14 +115,14 @@ class Codec:
         check_is_calibration(calibration)
         check_regions(sink_tokens, window_tokens)
         check_limit(max_tokens)
-        arguments = RateArguments(ratio, step, kl, key_ratio, value_ratio, max_error, fixed_size, rate)
+        arguments = RateArguments(ratio, step, kl, key_ratio, value_ratio, max_error, fixed_size, rate, lossless)
         profile = profile or arguments.profile or calibration.profiles[-1]
         self.calibration = calibration
-        self.sink_tokens = sink_tokens
-        self.window_tokens = window_tokens
         self.max_tokens = max_tokens
         self.rate = arguments.resolve(profile, calibration)
-        self.settings = stream_settings(profile, chunk_tokens, lossless, sink_format, window_format, self.rate)
+        # Sections cost a little: where all tokens are exact, none is kept apart.
+        self.sink_tokens, self.window_tokens = (0, 0) if self.is_lossless else (sink_tokens, window_tokens)
+        self.settings = stream_settings(profile, chunk_tokens, coder, sink_format, window_format, self.rate)
         self.device = usable_device(device)
         self.backend = make_backend(self.device, backend)
         self._product = product_dtype(precision, self.device)
@@ -196,6 +200,11 @@ class Codec:
         return self._size(chunks_of(self.settings, spans, places), dtype)
 
     @property
+    def is_lossless(self) -> bool:
+        """Whether every token is kept exactly."""
+        return isinstance(self.rate, Lossless)
+
+    @property
     def settings_digest(self) -> bytes:
         """SHA-256 of all that a stream depends on besides the cache and the calibration, for the keys of entries.
 
@@ -207,7 +216,7 @@ class Codec:
             format_version=FORMAT_VERSION,
             profile=settings.profile,
             chunk_tokens=settings.chunk_tokens,
-            lossless=settings.lossless,
+            coder=settings.coder,
             fp8_sinks=settings.fp8_sinks,
             fixed_size=settings.fixed_size,
             coded_window=settings.coded_window,
@@ -409,17 +418,19 @@ class Codec:
         if positions is not None:
             cache = replace(cache, positions=torch.from_numpy(positions))
         cache = cache.plain()
-        cache.validate()
+        cache.validate(is_finite=not self.is_lossless)
         self.calibration.geometry.check(cache)
         if token_ids is not None and len(token_ids) != cache.n_tokens:
             raise InvalidArgument(f"the cache holds {cache.n_tokens} tokens, but {len(token_ids)} token ids are given")
-        if token_ids is None and self._encoder.needs_tokens:
+        if token_ids is None and self._encoder is not None and self._encoder.needs_tokens:
             raise InvalidArgument(
                 f"the profile {self.settings.profile} predicts from token ids; give token_ids, or use joint"
             )
         spans = self._spans(cache.resolved_positions())
         blocks = self.backend.block_coder
         draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans, blocks)
+        if self._encoder is None:
+            return draft.seal(b"", CodedRows(), is_final=True, size=None)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
         return pipeline.encode(cache, token_ids, spans, draft, size, self.calibration, self.backend, self._encoder)
 
@@ -428,7 +439,7 @@ class Codec:
 
     def _size(self, chunks: list[Chunk], dtype: torch.dtype) -> int:
         """Bytes of a stream of fixed size."""
-        if not isinstance(self.rate, FixedSize):
+        if not isinstance(self.rate, FixedSize) or self._encoder is None:
             raise InvalidArgument("streams have a size of their own unless the codec is made with fixed_size=True")
         geometry, encoder = self.calibration.geometry, self._encoder
         return fixed_stream_bytes(chunks, geometry, dtype, self.rate.ratio, encoder.plan_bytes(), encoder.least_bytes)
@@ -438,7 +449,14 @@ class Codec:
         decoder = self._profile(stream.header.profile).decoder()
         return open_stream(stream, decoder, token_ids, tokens, self.max_tokens, self.backend.block_coder)
 
-    def _encoder_at(self, rate: Rate) -> AnyEncoder:
+    def _encoder_at(self, rate: Rate) -> AnyEncoder | None:
+        """The encoder at a rate; None where every token is exact."""
+        if isinstance(rate, Lossless) is not (self.settings.profile == LOSSLESS):
+            raise InvalidArgument(
+                f"the rate {rate} in a codec that writes streams of the profile {self.settings.profile}"
+            )
+        if isinstance(rate, Lossless):
+            return None
         return self._profile(self.settings.profile).encoder(rate, self.settings.coded_window)
 
     def _profile(self, name: str) -> AnyProfile:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..cache import CacheGeometry
-from ..coding.exact import exact_bytes, fp8_bytes
+from ..coding.exact.tokens import exact_bytes, fp8_bytes
 from ..container import SECTION_BYTES, Chunk, table_bytes
 
 WINDOW_SHARE = 2.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import Bytes
 from ..cache import TokenIds, describe_range
 from ..calibration.artifact import Calibration
-from ..coding.exact import decode_exact, decode_fp8, exact_bytes, fp8_bytes
+from ..coding.exact.tokens import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from ..coding.joint.prediction import NO_TOKEN, token_triples
 from ..coding.lossless import BlockCoder
 from ..container import (
@@ -117,7 +117,7 @@ def open_stream(
     keys = [(kind, index) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
     wanted = [(kind, index, _raw_bytes(kind, chunks[index], header, decoder, plan)) for kind, index in keys]
     _check_lengths(stream, chunks, wanted, decoder)
-    left = stream.leave([one for one in wanted if _is_coded(one[0], chunks[one[1]])])
+    left = stream.leave([one for one in wanted if _is_coded(one[0], chunks[one[1]], header)])
     others = [one for one in wanted if one[:2] not in left]
     read = {one[:2]: raw for one, raw in zip(others, stream.read_all(others, block_coder), strict=True)}
     coded_bytes: dict[tuple[SectionType, int], Bytes] = {**read, **left}
@@ -128,7 +128,10 @@ def open_stream(
         if chunk.n_sink:
             sinks = read[SectionType.SINK, index]
             exact.append(_exact(sinks, header, chunk.n_sink, first, chunk.fp8_sinks))
-        if chunk.n_body:
+        n_exact = chunk.exact_tokens(SectionType.BODY, header.profile)
+        if n_exact:
+            exact.append(_exact(read[SectionType.BODY, index], header, n_exact, first + chunk.n_sink, is_fp8=False))
+        elif chunk.n_body:
             here = slice(chunk.n_sink, chunk.n_sink + chunk.n_body)
             triples = _triples(decoder, chunk, positions[-1], first, token_ids, here)
             coded.append(CodedBody(coded_bytes[SectionType.BODY, index], chunk.n_body, plan, triples))
@@ -145,7 +148,7 @@ def open_stream(
         if chunk.is_padded and read[SectionType.PADDING, index].strip(b"\0"):
             raise CorruptStream(f"the padding of chunk {index} holds other bytes than zeros")
         first += chunk.n_tokens
-    # Regions follow one another over the whole stream, so the coded tokens are one range.
+    # Regions follow one another over the whole stream, so the coded tokens are one range. An exact body has none.
     n_sink = sum(chunk.n_sink for chunk in chunks)
     body = slice(n_sink, n_sink + sum(rows.n_tokens for rows in coded))
     whole = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
@@ -249,23 +252,22 @@ def _triples(
     return torch.cat([known, missing])[here]
 
 
-def _is_coded(kind: SectionType, chunk: Chunk) -> bool:
+def _is_coded(kind: SectionType, chunk: Chunk, header: Header) -> bool:
     """Whether a section holds coded tokens, rather than exact ones or none."""
-    return kind is SectionType.BODY or (kind is SectionType.WINDOW and chunk.coded_window)
+    return kind in (SectionType.BODY, SectionType.WINDOW) and not chunk.exact_tokens(kind, header.profile)
 
 
 def _raw_bytes(kind: SectionType, chunk: Chunk, header: Header, decoder: AnyDecoder, plan: Plan) -> int | None:
     """What a section of a chunk holds; None where that does not follow from its tokens."""
     if kind is SectionType.POSITIONS:
         return 2 * chunk.n_tokens
+    n_exact = chunk.exact_tokens(kind, header.profile)
+    if n_exact:
+        return exact_bytes(2 * header.row_features * n_exact, header.dtype)
     if kind is SectionType.BODY:
         return decoder.body_bytes(plan, chunk.n_body)
-    if kind is SectionType.SINK and chunk.fp8_sinks:
-        return fp8_bytes(2 * header.row_features // header.head_dim * chunk.n_sink, header.head_dim)
     if kind is SectionType.SINK:
-        return exact_bytes(2 * header.row_features * chunk.n_sink, header.dtype)
-    if kind is SectionType.WINDOW and not chunk.coded_window:
-        return exact_bytes(2 * header.row_features * chunk.n_window, header.dtype)
+        return fp8_bytes(2 * header.row_features // header.head_dim * chunk.n_sink, header.head_dim)
     return decoder.body_bytes(plan, chunk.n_window) if kind is SectionType.WINDOW else None
 
 

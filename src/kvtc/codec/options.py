@@ -12,10 +12,10 @@ from torch import Tensor
 from ..cache import TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.lossless import require_coder
-from ..container import MAX_CHUNK_TOKENS, PROFILES
+from ..container import LOSSLESS, MAX_CHUNK_TOKENS, PROFILES
 from ..errors import InvalidArgument
 from ..process.torch_state import neutral_torch_state, plain
-from ..profiles.rates import DEFAULT_RATIO, FixedSize, MaxError, Rate, Ratio, SideRatios, Step, Truncation
+from ..profiles.rates import DEFAULT_RATIO, FixedSize, Lossless, MaxError, Rate, Ratio, SideRatios, Step, Truncation
 from .sealed_stream import StreamSettings
 
 SINK_FORMATS = ("exact", "fp8")
@@ -43,10 +43,11 @@ def check_limit(max_tokens: int) -> None:
 
 
 def stream_settings(
-    profile: str, chunk_tokens: int, lossless: str, sink_format: str, window_format: str, rate: Rate
+    profile: str, chunk_tokens: int, coder: str, sink_format: str, window_format: str, rate: Rate
 ) -> StreamSettings:
     """What holds for every stream of a codec."""
-    if profile not in PROFILES:
+    is_lossless = isinstance(rate, Lossless)
+    if profile not in PROFILES and not is_lossless:
         raise InvalidArgument(f"profile {profile!r} is unknown; expected one of {', '.join(PROFILES)}")
     if not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS:
         raise InvalidArgument(f"chunk_tokens must lie in 1 .. {MAX_CHUNK_TOKENS}; got {chunk_tokens}")
@@ -54,9 +55,11 @@ def stream_settings(
         raise InvalidArgument(f"sink_format must be exact or fp8; got {sink_format!r}")
     if window_format not in WINDOW_FORMATS:
         raise InvalidArgument(f"window_format must be exact or coded; got {window_format!r}")
-    require_coder(lossless)
+    if is_lossless and (sink_format, window_format) != ("exact", "exact"):
+        raise InvalidArgument("lossless keeps every token exactly: sink_format and window_format must be exact")
+    require_coder(coder)
     is_fixed = isinstance(rate, FixedSize)
-    return StreamSettings(profile, chunk_tokens, lossless, sink_format == "fp8", is_fixed, window_format == "coded")
+    return StreamSettings(profile, chunk_tokens, coder, sink_format == "fp8", is_fixed, window_format == "coded")
 
 
 @dataclass(frozen=True)
@@ -71,28 +74,35 @@ class RateArguments:
     max_error: float | None = None
     fixed_size: bool = False
     rate: Rate | None = None
+    lossless: bool = False
 
     @property
     def profile(self) -> str | None:
-        """The only profile that serves them, if there is only one."""
+        """The only profile that serves them, if there is only one; of lossless streams what their headers call it."""
+        if self.lossless or isinstance(self.rate, Lossless):
+            return LOSSLESS
         of_paper = (self.key_ratio, self.value_ratio, self.max_error) != (None, None, None)
         return "paper" if of_paper or isinstance(self.rate, SideRatios | MaxError | Truncation) else None
 
     def resolve(self, profile: str, calibration: Calibration) -> Rate:
         """The rate. Raises `InvalidArgument` for arguments that contradict one another, or the profile."""
         sides = self.key_ratio, self.value_ratio
+        if self.profile == LOSSLESS != profile:
+            raise InvalidArgument(f"lossless streams are not of the profile {profile}: give no profile")
         if self.profile == "paper" != profile:
             raise InvalidArgument(
                 f"key_ratio, value_ratio, max_error and their rates are of the profile paper, not {profile}"
             )
         # A ratio beside the ratio of one side is that of the other side.
         one_ratio = self.ratio if sides == (None, None) else True
-        given = [one_ratio, self.step, self.kl, self.max_error, self.rate]
+        given = [one_ratio, self.step, self.kl, self.max_error, self.rate, self.lossless or None]
         if sum(value is not None for value in given) > 1:
-            raise InvalidArgument("give either a ratio or a step or a kl or a max_error, not several")
+            raise InvalidArgument("give either a ratio or a step or a kl or a max_error or lossless, not several")
         if self.fixed_size and any(value is not None for value in given[1:]):
             raise InvalidArgument("a fixed size needs a ratio: at one step the bytes follow from the cache")
         default = DEFAULT_RATIO if self.ratio is None else self.ratio
+        if self.lossless:
+            return Lossless()
         if self.rate is not None:
             return self.rate
         if self.step is not None:

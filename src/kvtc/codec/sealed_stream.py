@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..calibration.artifact import Calibration
-from ..coding.exact import encode_exact, encode_fp8
+from ..coding.exact.floats import FloatLayout
+from ..coding.exact.tokens import encode_exact, encode_fp8
 from ..coding.lossless import BlockCoder
 from ..coding.regions import ChunkSpan
 from ..container import (
@@ -42,7 +43,7 @@ class StreamSettings:
 
     profile: str
     chunk_tokens: int
-    lossless: str
+    coder: str
     fp8_sinks: bool
     fixed_size: bool = False
     coded_window: bool = False
@@ -79,16 +80,17 @@ class StreamDraft:
         Parameters:
             plan: bytes of the section `rate`.
             coded: coded rows of its chunks.
-            is_final: whether no lossless coder is applied to them.
+            is_final: whether no coder is applied to them.
             size: bytes to pad to; None: no padding.
         """
         bodies = [(SectionType.BODY, index) for index, chunk in enumerate(self.chunks) if chunk.n_body]
+        bodies = [key for key in bodies if key not in self.sections]
         windows = [(SectionType.WINDOW, index) for index, chunk in enumerate(self.chunks) if chunk.coded_window]
         rows = [*zip(bodies, coded.bodies, strict=True), *zip(windows, coded.windows, strict=True)]
         payloads = [Payload(SectionType.RATE, STREAM_WIDE, plan)]
         payloads += [Payload(kind, index, data, is_final) for (kind, index), data in rows]
         sections = dict(self.sections)
-        finished = code_payloads(payloads, self.settings.lossless, self.block_coder)
+        finished = code_payloads(payloads, self.settings.coder, self.block_coder)
         for payload, section in zip(payloads, finished, strict=True):
             sections[payload.type, payload.chunk] = section
         if size is not None and self.chunks:
@@ -115,17 +117,19 @@ def draft_stream(
     chunks = chunks_of(settings, spans, positions, token_ids)
     payloads = []
     for index, (span, chunk) in enumerate(zip(spans, chunks, strict=True)):
+        regions = {SectionType.SINK: span.sink, SectionType.BODY: span.body, SectionType.WINDOW: span.window}
         for section in chunk.sections():
+            n_exact, layout = chunk.exact_tokens(section, settings.profile), None
             if section is SectionType.POSITIONS:
                 raw = (positions[span.tokens] % settings.chunk_tokens).numpy().astype("<u2").tobytes()
+            elif n_exact:
+                layout = FloatLayout(n_exact, cache.head_dim, cache.dtype)
+                raw = encode_exact(*(side[:, :, regions[section]] for side in (cache.keys, cache.values)))
             elif section is SectionType.SINK:
-                encode = encode_fp8 if chunk.fp8_sinks else encode_exact
-                raw = encode(cache.keys[:, :, span.sink], cache.values[:, :, span.sink])
-            elif section is SectionType.WINDOW and not chunk.coded_window:
-                raw = encode_exact(cache.keys[:, :, span.window], cache.values[:, :, span.window])
+                raw = encode_fp8(cache.keys[:, :, span.sink], cache.values[:, :, span.sink])
             else:
                 continue
-            payloads.append(Payload(section, index, raw))
+            payloads.append(Payload(section, index, raw, layout=layout))
     geometry = calibration.geometry
     header = Header(
         settings.profile,
@@ -141,7 +145,7 @@ def draft_stream(
         has_digests=token_ids is not None,
         is_transformers=is_transformers,
     )
-    coded = code_payloads(payloads, settings.lossless, block_coder)
+    coded = code_payloads(payloads, settings.coder, block_coder)
     sections = {(payload.type, payload.chunk): section for payload, section in zip(payloads, coded, strict=True)}
     return StreamDraft(settings, header, tuple(chunks), sections, block_coder)
 

@@ -17,7 +17,9 @@ from ..errors import CorruptStream, InvalidArgument, MissingDependency
 
 BLOCK_BYTES = 1 << 16
 CODER_IDS = {"none": 0, "deflate": 1, "zstd": 2, "lz4": 3}
-CODER_NAMES = {number: name for name, number in CODER_IDS.items()}
+FLOATS = "floats"
+"""The coder of exact tokens (`coding.exact.floats`), which is not one of blocks."""
+CODER_NAMES = {number: name for name, number in CODER_IDS.items()} | {4: FLOATS}
 _DEFLATE_LEVEL = 6
 _ZSTD_LEVEL = 19
 
@@ -49,7 +51,7 @@ class BlockCoder(Protocol):
 def require_coder(name: str) -> None:
     """Raise `InvalidArgument` for an unknown coder and `MissingDependency` where its package is absent."""
     if name not in CODER_IDS:
-        raise InvalidArgument(f"lossless coder {name!r} is unknown; expected one of {', '.join(CODER_IDS)}")
+        raise InvalidArgument(f"coder {name!r} is unknown; expected one of {', '.join(CODER_IDS)}")
     if name == "zstd":
         _optional("zstandard")
     elif name == "lz4":

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ..coding.lossless import BlockCoder, compress, compress_all, decompress, decompress_all
+from ..coding.exact.floats import FloatLayout, compress_floats, decompress_floats
+from ..coding.lossless import FLOATS, BlockCoder, compress, compress_all, decompress, decompress_all
 from ..errors import CorruptStream, InvalidArgument
 from ..process.log_limits import log_once
 from ..process.workers import side_by_side
@@ -58,12 +59,16 @@ _WORTH_THREADS = 1 << 20
 
 @dataclass(frozen=True)
 class Payload:
-    """Section bytes before lossless coding, on their way into a stream; is_final: they are entropy-coded already."""
+    """Section bytes before lossless coding, on their way into a stream.
+
+    is_final: they are entropy-coded already. layout: of exact tokens, which have a coder of their own; None: others.
+    """
 
     type: SectionType
     chunk: int
     raw: bytes
     is_final: bool = False
+    layout: FloatLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,11 @@ class Stream:
         read = {} if block_coder is None else _decoded_with(block_coder, sections, stored)
         left = [index for index in range(len(sections)) if index not in read]
         its_sections, its_bytes = [sections[index] for index in left], [stored[index] for index in left]
+        layouts = [self._layout(section.type, section.chunk) for section in its_sections]
         if sum(map(len, its_bytes)) < _WORTH_THREADS:
-            rest = list(map(_decoded, its_sections, its_bytes))
+            rest = list(map(_decoded, its_sections, its_bytes, layouts))
         else:
-            rest = side_by_side(_decoded, _threads(), its_sections, its_bytes)
+            rest = side_by_side(_decoded, _threads(), its_sections, its_bytes, layouts)
         read |= zip(left, rest, strict=True)
         return [read[index] for index in range(len(sections))]
 
@@ -154,11 +160,18 @@ class Stream:
             )
         if raw_bytes is not None and section.raw_bytes != raw_bytes:
             raise CorruptStream(f"{section.describe()} claims {section.raw_bytes} bytes; its tokens need {raw_bytes}")
+        if section.coder == FLOATS and self._layout(section_type, chunk) is None:
+            raise CorruptStream(f"{section.describe()} holds no exact tokens, but has their coder")
         if section.coder == "none" and section.raw_bytes != section.stored_bytes:
             raise CorruptStream(
                 f"{section.describe()}: {section.raw_bytes} bytes expected, {section.stored_bytes} stored without a coder"
             )
         return section
+
+    def _layout(self, section_type: SectionType, chunk: int) -> FloatLayout | None:
+        """How the exact tokens of a section are ordered; None where it holds none."""
+        n_exact = 0 if chunk == STREAM_WIDE else self.chunks[chunk].exact_tokens(section_type, self.header.profile)
+        return FloatLayout(n_exact, self.header.head_dim, self.header.dtype) if n_exact else None
 
 
 def _threads() -> int:
@@ -185,10 +198,12 @@ def _decoded_with(
     return read
 
 
-def _decoded(section: Section, stored: memoryview) -> bytes:
-    """The bytes behind a section's own, verified."""
+def _decoded(section: Section, stored: memoryview, layout: FloatLayout | None) -> bytes:
+    """The bytes behind a section's own, verified. layout: of exact tokens."""
     _verify(section, stored)
     try:
+        if layout is not None and section.coder == FLOATS:
+            return decompress_floats(stored, section.raw_bytes, layout)
         return decompress(stored, section.raw_bytes, section.coder)
     except CorruptStream as error:
         raise CorruptStream(f"{section.describe()}: {error}") from error
@@ -207,19 +222,26 @@ def token_digest(token_ids: npt.NDArray[np.int64]) -> bytes:
 def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCoder | None = None) -> list[CodedSection]:
     """Each payload as it will be stored; one that coding would lengthen is stored as it is.
 
-    block_coder: codes the blocks of all of them at once, where it takes them.
+    coder: of all but exact tokens, which have their own; "none" leaves these as they are, too. block_coder: codes the blocks of
+    all of them at once, where it takes them.
     """
     for payload in payloads:
         if len(payload.raw) >= 1 << 32:
             raise InvalidArgument(
                 f"a section of {len(payload.raw)} bytes; 4 GiB is the limit: use a smaller chunk_tokens"
             )
-    coded = iter(_compressed([payload.raw for payload in payloads if not payload.is_final], coder, block_coder))
+    coders = ["none" if payload.is_final else coder for payload in payloads]
+    if coder != "none":
+        coders = [FLOATS if payload.layout else its for payload, its in zip(payloads, coders, strict=True)]
+    floats = [(payload.raw, payload.layout) for payload, its in zip(payloads, coders, strict=True) if its == FLOATS]
+    others = [payload.raw for payload, its in zip(payloads, coders, strict=True) if its == coder]
+    coded_others = iter(_compressed(others, coder, block_coder))
+    coded_floats = iter(side_by_side(lambda one: compress_floats(*one), _threads(), floats))
     sections = []
-    for payload in payloads:
-        data = payload.raw if payload.is_final else next(coded)
+    for payload, its in zip(payloads, coders, strict=True):
+        data = next(coded_floats) if its == FLOATS else next(coded_others) if its == coder else payload.raw
         is_shorter = len(data) < len(payload.raw)
-        stored, used = (data, coder) if is_shorter else (payload.raw, "none")
+        stored, used = (data, its) if is_shorter else (payload.raw, "none")
         entry = Section(payload.type, used, payload.chunk, len(payload.raw), len(stored), zlib.crc32(stored), 0)
         sections.append(CodedSection(entry, stored))
     return sections

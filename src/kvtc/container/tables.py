@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..coding.lossless import CODER_IDS, CODER_NAMES
+from ..coding.lossless import CODER_NAMES
 from ..errors import CorruptStream, TruncatedStream, UnsupportedVersion
 
 MAGIC = b"KVTC"
@@ -52,7 +52,10 @@ _SECTIONS = np.dtype(
 FULL_ATTENTION = "full attention"
 GROUP_KINDS = {FULL_ATTENTION: 1}
 PROFILES = {"paper": 1, "joint": 2, "conditional": 3}
-PROFILE_NAMES = {number: name for name, number in PROFILES.items()}
+LOSSLESS = "lossless"
+"""What headers call a stream all of whose tokens are exact: no profile codes it."""
+_LOSSLESS_NUMBER = 4
+PROFILE_NAMES = {number: name for name, number in PROFILES.items()} | {_LOSSLESS_NUMBER: LOSSLESS}
 
 
 def name_profile(name: str, number: int) -> None:
@@ -61,6 +64,7 @@ def name_profile(name: str, number: int) -> None:
 
 
 DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
+_CODER_NUMBERS = {name: number for number, name in CODER_NAMES.items()}
 DTYPE_OF = {number: dtype for dtype, number in DTYPES.items()}
 
 _HAS_DIGESTS, _IS_TRANSFORMERS, _HAS_GAPS = 1, 2, 4
@@ -138,6 +142,15 @@ class Chunk:
             SectionType.PADDING: self.is_padded,
         }
         return [section for section, is_there in present.items() if is_there]
+
+    def exact_tokens(self, kind: SectionType, profile: str) -> int:
+        """Tokens that a section holds bit for bit; 0 where it holds others, or none. profile: of the stream."""
+        counts = {
+            SectionType.SINK: 0 if self.fp8_sinks else self.n_sink,
+            SectionType.BODY: self.n_body if profile == LOSSLESS else 0,
+            SectionType.WINDOW: 0 if self.coded_window else self.n_window,
+        }
+        return counts.get(kind, 0)
 
 
 @dataclass(frozen=True)
@@ -294,7 +307,7 @@ class Counts:
 def pack_header(header: Header, n_chunks: int, n_sections: int) -> bytes:
     """The header without its last field, the checksum."""
     flags = header.has_digests * _HAS_DIGESTS + header.is_transformers * _IS_TRANSFORMERS + header.has_gaps * _HAS_GAPS
-    profile = PROFILES[header.profile]
+    profile = _LOSSLESS_NUMBER if header.profile == LOSSLESS else PROFILES[header.profile]
     fields = MAGIC, FORMAT_VERSION, profile, flags, 1, header.fingerprint, header.chunk_tokens, n_chunks, n_sections
     return _HEADER.pack(*fields, 0)[:-4]
 
@@ -396,7 +409,7 @@ def pack_chunk(chunk: Chunk) -> bytes:
 
 def pack_section(section: Section) -> bytes:
     """One entry of the section table."""
-    coder = CODER_IDS[section.coder]
+    coder = _CODER_NUMBERS[section.coder]
     return _SECTION.pack(
         section.type, coder, 0, section.chunk, section.raw_bytes, section.stored_bytes, section.checksum
     )
@@ -429,6 +442,9 @@ def parse_chunks(view: memoryview, counts: Counts, header: Header) -> ChunkTable
 def check_order(chunks: ChunkTable, header: Header) -> None:
     """Cells ascend, without gaps chunks adjoin, and the regions follow one another: sinks first, then body, then window."""
     entries, tokens = chunks.entries, chunks.tokens
+    if header.profile == LOSSLESS:
+        for index in _first(chunks.has(_FP8_SINKS | _CODED_WINDOW)):
+            raise CorruptStream(f"chunk {index} of a lossless stream has flags {entries['flags'][index]}: not exact")
     coded = chunks.has(_CODED_WINDOW)[entries["window"] > 0]
     if coded.any() and (header.profile == "paper" or not coded.all()):
         raise CorruptStream(f"windows of the profile {header.profile} are coded in some chunks: expected all or none")

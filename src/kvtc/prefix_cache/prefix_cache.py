@@ -333,7 +333,7 @@ class PrefixCache:
             found = replace(found, keys=found.keys.clone(), values=found.values.clone())
         else:
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
-        found.validate()
+        found.validate(is_finite=not self.codec.is_lossless)
         geometry.check(found)
         positions = found.resolved_positions()
         if positions.numel() and int(positions[-1]) != len(positions) - 1:

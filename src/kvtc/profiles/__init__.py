@@ -8,7 +8,9 @@ prediction      none                                    none                    
 transform       keys and values apart                   together                    together, of what prediction leaves
 metric          squared error                           sensitivity of predictions  the same
 quantizer       groups chosen by a dynamic program      one step                    one step
-entropy coder   DEFLATE, or another lossless coder      rANS, calibrated tables     the same
+entropy coder   DEFLATE, or another general coder       rANS, calibrated tables     the same
+
+Lossless streams have none of these stages (`lossless`).
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import torch
 
 from ..backends import Backend
 from ..calibration.artifact import Calibration
-from ..container import name_profile
+from ..container import LOSSLESS, name_profile
 from .interface import Decoder, Encoder, Profile
 from .joint.profile import JointProfile
+from .lossless import LosslessProfile
 from .paper.profile import PaperProfile
 
 # Any: which types a profile puts between its own stages concerns nobody else.
@@ -36,6 +39,7 @@ _MADE_BY: dict[str, MakeProfile] = {
     "paper": PaperProfile,
     "joint": partial(JointProfile, with_tokens=False),
     "conditional": partial(JointProfile, with_tokens=True),
+    LOSSLESS: LosslessProfile,
 }
 
 

@@ -76,6 +76,11 @@ class Truncation(Ratio):
     """A ratio met by leading coefficients in 16 bits, without the dynamic program: the ablation of the paper's table 15."""
 
 
+@dataclass(frozen=True)
+class Lossless(Rate):
+    """Every bit is kept: all tokens are exact, and no profile codes any."""
+
+
 def checked_ratio(ratio: float) -> float:
     """The ratio as a float. Raises `InvalidArgument` unless it is finite and at least 1."""
     if not (isfinite(ratio) and ratio >= 1):

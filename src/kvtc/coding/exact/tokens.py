@@ -1,15 +1,11 @@
-"""Tokens kept as they are: the bytes of sinks and window, bit for bit, or sinks in fp8 (paper, B.15).
-
-Exact bytes are split into planes, first all lowest bytes, last all highest ones: exponents resemble each other, and the lossless
-coder that follows finds that.
-"""
+"""Tokens kept as they are, bit for bit, or sinks in fp8 (paper, B.15). `floats` codes exact ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .float_formats import E4M3_MAX, FLOAT16_MAX
+from ..float_formats import E4M3_MAX, FLOAT16_MAX
 
 
 def exact_bytes(n_values: int, dtype: torch.dtype) -> int:
@@ -19,14 +15,12 @@ def exact_bytes(n_values: int, dtype: torch.dtype) -> int:
 
 def encode_exact(keys: Tensor, values: Tensor) -> bytes:
     """Keys and values [L, H, n, D] of one dtype -> bytes."""
-    planes = torch.stack([keys, values]).reshape(-1).view(torch.uint8).reshape(-1, keys.dtype.itemsize).T
-    return planes.reshape(-1).cpu().numpy().tobytes()
+    return bytes(torch.stack([keys, values]).reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
 
 
 def decode_exact(data: bytes, shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Inverse of `encode_exact`: keys and values of `shape` [L, H, n, D]."""
-    planes = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(dtype.itemsize, -1)
-    both = planes.T.reshape(-1).view(dtype).reshape(2, *shape)
+    both = torch.frombuffer(bytearray(data), dtype=dtype).reshape(2, *shape)
     return both[0], both[1]
 
 
