@@ -28,16 +28,16 @@ SMALL_RANKS = {3000: 24, 6000: 32, 10000: 40}
 
 @dataclass(frozen=True)
 class Case:
-    """A profile at a rank on a shape. lossless: of the sections that are not entropy-coded yet."""
+    """A profile at a rank on a shape. coder: of the sections that are not entropy-coded yet."""
 
     shape: str
     profile: str
     rank: int
-    lossless: str = "none"
+    coder: str = "none"
 
     @property
     def name(self) -> str:
-        return "-".join([self.shape, self.profile, str(self.rank), *([self.lossless] * (self.lossless != "none"))])
+        return "-".join([self.shape, self.profile, str(self.rank), *([self.coder] * (self.coder != "none"))])
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Setting:
 
     def searching_codec(self, calibration: Calibration, case: Case) -> kvtc.Codec:
         """No window: every token past the sinks is coded, as engines with prefix caching need it."""
-        options: dict[str, Any] = {"window_tokens": 0, "coder": case.lossless, "chunk_tokens": CHUNK_TOKENS}
+        options: dict[str, Any] = {"window_tokens": 0, "coder": case.coder, "chunk_tokens": CHUNK_TOKENS}
         options |= {"device": self.device, "backend": self.backend, "ratio": self.ratio(case)}
         return kvtc.Codec(calibration, case.profile, **options)
 
