@@ -26,7 +26,7 @@ from kvtc.cache import KVCache
 from kvtc.codec import transformers_cache as interop
 from kvtc.reference import MODEL_DIRECTORY, reference_calibration, reference_model
 
-RATIO = 8
+RATIO = 4
 N_TOKENS, N_NEW = 1024, 32
 
 
