@@ -33,6 +33,7 @@ from kvtc.coding.paper.distortion import DistortionTable
 from kvtc.coding.rope import NO_ROTATION, Rope, RopeTable
 from kvtc.coding.transform import Basis, cache_side_of
 from kvtc.container import join_streams, split_stream
+from kvtc.process.torch_state import neutral_torch_state
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 8
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -130,6 +131,7 @@ def told_cache(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> KVC
     return KVCache(geometry.rope.rotate(keys, places, n).to(dtype), values.to(dtype, copy=True).contiguous())
 
 
+@neutral_torch_state
 def tiny_sensitivities(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Sensitivities of keys and of values [L, H, D, D], some directions a thousand times those of others."""
     generator = torch.Generator().manual_seed(40 + seed)

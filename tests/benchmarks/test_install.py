@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.models import smollm2 as program
-from kvtc.reference.installed import SMOLLM2, installed_model, places_of
+from kvtc.installed_models import SMOLLM2, installed_model, places_of
 
 
 @pytest.fixture

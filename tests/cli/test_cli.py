@@ -287,13 +287,13 @@ def test_doctor_names_what_is_missing(capsys, monkeypatch):
 def test_demo(capsys, tmp_path, monkeypatch):
     asked = {}
 
-    def quick(directory, ratio, say):
+    def quick(directory, ratio, say, source):  # noqa: ARG001
         asked.update(directory=directory, ratio=ratio)
         say("hello")
         return {"ratio": ratio}
 
     monkeypatch.setattr("kvtc.demo.run.run_demo", quick)
-    assert run(capsys, "demo", "--output", tmp_path / "new", "--ratio", 32)[:2] == (0, "hello\n")
+    assert run(capsys, "demo", "--output", tmp_path / "new", "--ratio", 32, "--model", "reference")[:2] == (0, "hello\n")
     assert asked == {"directory": tmp_path / "new", "ratio": 32}
     code, out, err = run(capsys, "demo", "--output", tmp_path, "--json")
     assert (code, json.loads(out), err) == (0, {"ratio": 16}, "hello\n")

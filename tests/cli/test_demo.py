@@ -12,10 +12,10 @@ from kvtc.demo import run_demo
 from kvtc.demo.report import WIDTH
 from kvtc.demo.run import SHIPPED, choose_model
 from kvtc.errors import InvalidArgument
+from kvtc.installed_models import SMOLLM2, places_of
 from kvtc.profiles.paper.rate import allocations_for
 from kvtc.profiles.rates import Ratio
 from kvtc.reference import CALIBRATION_FILE, MODEL_DIRECTORY
-from kvtc.reference.installed import SMOLLM2, places_of
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,8 @@ def test_pages_of_a_usual_cache_are_full(profile, dtype):
     stream = codec.encode(told_cache(600, dtype), told_ids(600))
     info = kvtc.inspect(stream)
     assert info.padding_bytes < 0.02 * info.total_bytes
-    assert info.body_ratio == pytest.approx(16, rel=0.01)
+    # What coding saves of the exact sinks is there for the body.
+    assert info.body_ratio == pytest.approx(16, rel=0.02)
 
 
 @of_both

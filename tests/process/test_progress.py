@@ -115,7 +115,7 @@ def text(tmp_path_factory) -> Path:
         (["encode", "TEXT", "-o", "out.json", "--truncate"], "prefill: 4,096 tokens"),
         (["calibrate", "--text", "TEXT", "-o", "out.json", "--tokens", "60000"], "reading text: 60,000 tokens"),
         (["measure", "--text", "TEXT", "-o", "out.json"], "exact predictions: "),
-        (["evaluate", "--text", "TEXT", "-o", "out.json"], "quality: window 128, 4 texts of 1,792 tokens: 60 caches"),
+        (["evaluate", "--text", "TEXT", "-o", "out.json"], "quality: window 128, 4 texts of 1,792 tokens: 96 caches"),
     ],
 )
 def test_an_interruption_leaves_the_old_file_and_says_one_line(tmp_path, text, arguments, told):

@@ -7,8 +7,8 @@ import pytest
 
 from kvtc.cli.models import find_calibration, load_tokenizer
 from kvtc.errors import InvalidArgument
+from kvtc.installed_models import SMOLLM2, installed_model, models_directory, places_of
 from kvtc.reference import CALIBRATION_FILE, MODEL_DIRECTORY
-from kvtc.reference.installed import SMOLLM2, installed_model, models_directory, places_of
 
 
 def test_the_variable_goes_before_the_cache_directory_and_that_before_the_home(monkeypatch, tmp_path):

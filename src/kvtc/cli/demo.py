@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..display import shown_lines
-from ..reference.installed import INSTALLED_MODELS, SMOLLM2
+from ..installed_models import INSTALLED_MODELS, SMOLLM2
 from .arguments import REFERENCE, Outcome, add_subcommand, check_directory, check_output
 from .models import quiet_transformers
 

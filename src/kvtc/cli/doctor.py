@@ -182,15 +182,15 @@ def _coder_checks() -> dict[str, Callable[[], object]]:
 
 
 def _check_redis() -> None:
-    from ..store import redis_store  # noqa: F401
+    import kvtc.store.redis_store  # noqa: F401
 
 
 def _check_s3() -> None:
-    from ..store import object_store  # noqa: F401
+    import kvtc.store.object_store  # noqa: F401
 
 
 def _check_encryption() -> None:
-    from ..store import encryption  # noqa: F401
+    import kvtc.store.encryption  # noqa: F401
 
 
 def _check_transformers() -> None:

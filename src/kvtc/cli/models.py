@@ -58,8 +58,8 @@ def find_calibration(options: argparse.Namespace) -> Calibration:
     it.
     """
     from ..calibration import load_calibration
+    from ..installed_models import INSTALLED_MODELS, places_of
     from ..reference import reference_calibration
-    from ..reference.installed import INSTALLED_MODELS, places_of
 
     if options.calibration is not None:
         return load_calibration(options.calibration)
@@ -82,8 +82,8 @@ def _load(loader: Any, name: str, **settings: Any) -> Any:
 
 def _source(name: str) -> str | Path:
     """What transformers loads a model from."""
+    from ..installed_models import INSTALLED_MODELS, installed_model
     from ..reference import MODEL_DIRECTORY
-    from ..reference.installed import INSTALLED_MODELS, installed_model
 
     if name == REFERENCE:
         return MODEL_DIRECTORY

@@ -21,10 +21,10 @@ from ..errors import InvalidArgument
 from ..evaluate.provenance import Provenance
 from ..evaluate.quality import Quality, evaluate_continuation
 from ..huggingface.continuation import prefill
+from ..installed_models import SMOLLM2, InstalledModel, installed_model
 from ..process.progress import task, track
 from ..profiles.rates import Ratio
 from ..reference import CALIBRATION_FILE, MODEL_DIRECTORY, MODEL_NAME, load_model
-from ..reference.installed import SMOLLM2, InstalledModel, installed_model
 from ..report.charts import save_picture
 from ..report.text_sections import rate_distortion
 from . import pictures, report

@@ -31,7 +31,7 @@ class LosslessProfile:
 
     def __init__(self, calibration: Calibration, backend: Backend, product: torch.dtype) -> None:  # noqa: ARG002
         geometry = calibration.geometry
-        self._none = torch.empty(0, geometry.n_kv_heads * geometry.head_dim, device=backend.device)
+        self._none = torch.empty(0, geometry.n_kv_heads * geometry.head_dim, dtype=torch.float32, device=backend.device)
 
     def encoder(self, rate: Rate, codes_windows: bool) -> Encoder[None, None, NoPlan]:
         raise InvalidArgument(

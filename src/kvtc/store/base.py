@@ -202,7 +202,7 @@ class Store(ABC):
         self.close()
 
     def __reduce__(self) -> tuple[Callable[..., Store], tuple[Any, dict[str, Any]]]:
-        """A pickle holds the URL and options of the store, passwords too; unpickled, it is opened
+        """What is written of it holds the URL and options of the store, passwords too; unpickled, it is opened
         again."""
         if self._opened_by is None or self.is_of_process:
             reason = "its entries lie in this process" if self.is_of_process else "it was not opened by a URL"

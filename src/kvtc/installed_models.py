@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InvalidArgument
+from .errors import InvalidArgument
 
 VARIABLE = "KVTC_MODELS"
 SMOLLM2 = "smollm2-135m"
