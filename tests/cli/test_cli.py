@@ -293,13 +293,16 @@ def test_demo(capsys, tmp_path, monkeypatch):
         return {"ratio": ratio}
 
     monkeypatch.setattr("kvtc.demo.run.run_demo", quick)
-    assert run(capsys, "demo", "--output", tmp_path / "new", "--ratio", 32, "--model", "reference")[:2] == (0, "hello\n")
+    assert run(capsys, "demo", "--model", "reference", "--output", tmp_path / "new", "--ratio", 32)[:2] == (
+        0,
+        "hello\n",
+    )
     assert asked == {"directory": tmp_path / "new", "ratio": 32}
-    code, out, err = run(capsys, "demo", "--output", tmp_path, "--json")
+    code, out, err = run(capsys, "demo", "--model", "reference", "--output", tmp_path, "--json")
     assert (code, json.loads(out), err) == (0, {"ratio": 16}, "hello\n")
     (tmp_path / "spectrum.svg").write_bytes(b"mine")
     assert "--force" in fails(capsys, "demo", "--output", tmp_path)
-    assert run(capsys, "demo", "--output", tmp_path, "--force")[0] == 0
+    assert run(capsys, "demo", "--model", "reference", "--output", tmp_path, "--force")[0] == 0
 
 
 # What goes wrong
