@@ -54,10 +54,11 @@ of_both = pytest.mark.parametrize("profile", PROFILES)
 def conversation_cache() -> tuple[KVCache, Tensor]:
     """The reference model's cache of the first 404 tokens of the demo's conversation, and their ids."""
     pytest.importorskip("transformers")
-    model, tokenizer = kvtc.reference_model(dtype="bfloat16")
+    model, tokenizer = kvtc.reference_model()
     text = CONVERSATION.read_text(encoding="utf-8")[:4000]
     ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids][:404])
-    return capture(model, ids), ids
+    cache = capture(model, ids)
+    return KVCache(cache.keys.bfloat16(), cache.values.bfloat16()), ids
 
 
 def errors(found: KVCache, expected: KVCache) -> float:

@@ -134,7 +134,7 @@ def test_every_sixteenth_long_sequence_is_held_out():
 def conversation() -> tuple[object, list[torch.Tensor]]:
     """The reference model, and a sequence as short as can be measured on."""
     pytest.importorskip("transformers")
-    model, tokenizer = kvtc.reference_model(dtype="bfloat16")
+    model, tokenizer = kvtc.reference_model()
     ids = tokenizer(CONVERSATION.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
     parts = [ids[start : start + LEAST_TOKENS - 1] for start in (0,)]
     return model, [torch.tensor([tokenizer.bos_token_id, *part]) for part in parts]

@@ -21,7 +21,7 @@ SPLITS = {"layers": [{"layers": part} for part in LAYERS], "heads": [{"kv_heads"
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return kvtc.reference_model(dtype="bfloat16")[0]
+    return kvtc.reference_model()[0]
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_turns_shrink_the_window_and_leave_evicting_methods_out(swept):
     assert {turn["n_codings"] for turn in swept["turns"]} == {3}
 
 
-def test_the_verb_measures_what_the_library_measures(swept, text_file):
+def test_the_subcommand_measures_what_the_library_measures(swept, text_file):
     model, tokenizer = kvtc.reference_model(dtype="bfloat16")
     codecs = {"joint 16x": kvtc.Codec(kvtc.reference_calibration(), "joint", ratio=16, window_tokens=16)}
     texts = stretches(tokenizer, Texts(n_tokens=180, per_file=2), [text_file])

@@ -123,7 +123,7 @@ class EngineSettings:
         Raises:
             FileNotFoundError: There is no such file.
             CorruptCalibration, UnsupportedVersion: The file cannot be read.
-            InvalidArgument: `calibration` has another placeholder than the two ranks.
+            InvalidArgument: `calibration` has other names in braces than those of the two ranks.
         """
         if self.calibration == REFERENCE:
             return reference_calibration(), self.calibration
