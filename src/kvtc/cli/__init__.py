@@ -21,6 +21,7 @@ from ..errors import KvtcError
 from ..process import progress
 from ..strict_json import dumps
 from . import calibrate, decode, demo, doctor, encode, evaluate, inspect, measure, plan, report
+from .arguments import Subcommands
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -75,11 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="kvtc", description="LLM key-value caches as small streams of bytes, and back.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"kvtc {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    common.add_argument("--quiet", action="store_true", help="show no progress")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subcommands = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+    subcommands = Subcommands(parser)
     for module in (demo, calibrate, measure, encode, decode, inspect, doctor, evaluate, report, plan):
-        module.add_subcommands(subcommands, common)
+        module.add_subcommands(subcommands)
     return parser

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,34 @@ MODEL_HELP = (
 )
 
 
-def add_subcommand(
-    subcommands: Any, common: argparse.ArgumentParser, name: str, run: Any, summary: str, details: str = ""
-) -> Any:
-    """A subcommand with the options of all subcommands; `run` gets the parsed options and returns
-    an `Outcome`.
-    """
-    parser = subcommands.add_parser(
-        name,
-        parents=[common],
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run, usage_error=parser.error)
-    return parser
+class Subcommands:
+    """Makes the parsers of subcommands; all of them take --json, --quiet and --debug."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+        self._common = argparse.ArgumentParser(add_help=False)
+        self._common.add_argument("--json", action="store_true", help="print the result as one JSON object")
+        self._common.add_argument("--quiet", action="store_true", help="show no progress")
+        self._common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def add(self, run: Callable[[argparse.Namespace], Outcome]) -> Any:
+        """The parser of a subcommand.
+
+        Parameters:
+            run: Gets the parsed options. Its name is the subcommand's, and its docstring the help.
+        """
+        description = getdoc(run) or ""
+        summary = description.partition("\n\n")[0].replace("\n", " ").removesuffix(".")
+        parser = self._parsers.add_parser(
+            run.__name__,
+            parents=[self._common],
+            help=f"{summary[:1].lower()}{summary[1:]}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        parser.set_defaults(run=run, usage_error=parser.error)
+        return parser
 
 
 def add_output(parser: Any, what: str, required: bool = True) -> None:
@@ -71,10 +83,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def check_output(path: Path, force: bool, suffix: str = "") -> None:
-    """Raise `InvalidArgument` before any work is done if the output cannot be written there, or has
-    another suffix.
+def check_output(path: Path | None, force: bool, suffix: str = "") -> None:
+    """Raise `InvalidArgument` before any work is done if the output, where one is asked for, cannot
+    be written there, or has another suffix.
     """
+    if path is None:
+        return
     if not path.name.endswith(suffix):
         raise InvalidArgument(f"{path} must end in {suffix}")
     if path.is_dir():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .arguments import Outcome, add_model, add_output, add_subcommand, check_output, check_readable, half_open_range
+from .arguments import Outcome, Subcommands, add_model, add_output, check_output, check_readable, half_open_range
 from .models import open_model
 from .texts import add_training_text, documents, token_sequences
 
@@ -15,17 +15,9 @@ if TYPE_CHECKING:
     from ..calibration import Calibration
 
 
-def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+def add_subcommands(subcommands: Subcommands) -> None:
     """Add `calibrate`."""
-    parser = add_subcommand(
-        subcommands,
-        common,
-        "calibrate",
-        calibrate,
-        "learn the caches of a model from text, once per model",
-        "A text file holds documents, separated by two blank lines. They are read one at a time, from each file in turn,\n"
-        "and cut into sequences; each begins with the tokenizer's bos token, if it has one. Reading ends after --tokens.",
-    )
+    parser = subcommands.add(calibrate)
     add_model(parser, "the model runs and bases are found", required=True)
     add_training_text(parser, "learn from")
     add_output(parser, "the calibration file to write")
@@ -55,7 +47,12 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def calibrate(options: argparse.Namespace) -> Outcome:
-    """`kvtc calibrate`."""
+    """Learn the caches of a model from text, once per model.
+
+    A text file holds documents, separated by two blank lines. They are read one at a time, from each
+    file in turn, and cut into sequences; each begins with the tokenizer's bos token, if it has one.
+    Reading ends after --tokens.
+    """
     from ..coding.device import usable_device
     from ..huggingface import calibrate as huggingface
 

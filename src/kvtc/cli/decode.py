@@ -11,10 +11,10 @@ from ..errors import InvalidArgument
 from ..process.progress import Advance, task
 from .arguments import (
     Outcome,
+    Subcommands,
     add_calibration,
     add_model,
     add_output,
-    add_subcommand,
     check_output,
     positive,
     read_stream,
@@ -26,11 +26,9 @@ if TYPE_CHECKING:
     from ..cache import KVCache
 
 
-def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+def add_subcommands(subcommands: Subcommands) -> None:
     """Add `decode`."""
-    parser = add_subcommand(
-        subcommands, common, "decode", decode, "restore a cache from a stream, or go on writing from it"
-    )
+    parser = subcommands.add(decode)
     parser.add_argument("stream", type=Path)
     add_output(parser, "the cache file to write (.safetensors)", required=False)
     add_calibration(parser)
@@ -45,7 +43,7 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def decode(options: argparse.Namespace) -> Outcome:
-    """`kvtc decode`."""
+    """Restore a cache from a stream, or go on writing from it."""
     if options.output is None and options.generate is None:
         options.usage_error("nothing to do: give -o FILE, or --model, --text and --generate N")
     if options.generate is not None and (options.model is None or options.text is None):
@@ -56,8 +54,7 @@ def decode(options: argparse.Namespace) -> Outcome:
         )
     if options.text is not None and options.model is None:
         options.usage_error("--text needs --model, for its tokenizer")
-    if options.output is not None:
-        check_output(options.output, options.force)
+    check_output(options.output, options.force)
     from ..cache_file import save_cache
     from ..codec import Codec
     from ..report.table import format_bytes, format_fields, format_seconds

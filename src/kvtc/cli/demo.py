@@ -5,23 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from ..display import shown_lines
 from ..installed_models import INSTALLED_MODELS, SMOLLM2
-from .arguments import REFERENCE, Outcome, add_subcommand, check_directory, check_output
+from .arguments import REFERENCE, Outcome, Subcommands, check_directory, check_output
 from .models import quiet_transformers
 
 
-def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+def add_subcommands(subcommands: Subcommands) -> None:
     """Add `demo`."""
-    parser = add_subcommand(
-        subcommands,
-        common,
-        "demo",
-        run_demo,
-        "show the codec at work on smollm2-135m, or on the small model that ships with it",
-    )
+    parser = subcommands.add(demo)
     parser.add_argument(
         "--output",
         type=Path,
@@ -40,20 +33,18 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the pictures if they exist")
 
 
-def run_demo(options: argparse.Namespace) -> Outcome:
-    """`kvtc demo`: the text is printed as it comes; with --json it goes to stderr."""
-    from ..demo.run import PICTURES, choose_model
-    from ..demo.run import run_demo as demonstrate
-    from ..errors import MissingDependency
+def demo(options: argparse.Namespace) -> Outcome:
+    """Show the codec at work on smollm2-135m, or on the small model that ships with it.
+
+    The text is printed as it comes; with --json it goes to stderr.
+    """
+    from ..demo.run import PICTURES, choose_model, run_demo
 
     check_directory(options.output)
     for name in PICTURES:
         if (options.output / name).exists():
             check_output(options.output / name, options.force)
-    try:
-        quiet_transformers()
-    except ImportError as error:
-        raise MissingDependency('the demo needs transformers; pip install "kvtc[hf]"') from error
+    quiet_transformers()
 
     def say(block: str) -> None:
         print(shown_lines(block), file=sys.stderr if options.json else sys.stdout, flush=True)
@@ -61,4 +52,4 @@ def run_demo(options: argparse.Namespace) -> Outcome:
     source, why = choose_model(options.model)
     if why:
         say(why)
-    return demonstrate(options.output, options.ratio, source=source, say=say), ""
+    return run_demo(options.output, options.ratio, source=source, say=say), ""

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..process.progress import task, track
-from .arguments import Outcome, add_subcommand
+from .arguments import Outcome, Subcommands
 from .models import quiet_transformers
 
 if TYPE_CHECKING:
@@ -47,13 +47,13 @@ class DeviceReport:
     why_not: str | None
 
 
-def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+def add_subcommands(subcommands: Subcommands) -> None:
     """Add `doctor`."""
-    add_subcommand(subcommands, common, "doctor", doctor, "say what works on this machine, and why the rest does not")
+    subcommands.add(doctor)
 
 
 def doctor(options: argparse.Namespace) -> Outcome:  # noqa: ARG001  every subcommand is called alike
-    """`kvtc doctor`: everything is tried, nothing is fatal."""
+    """Say what works on this machine, and why the rest does not."""
     versions = {"python": platform.python_version(), "kvtc": _version("kvtc"), **{p: _version(p) for p in CORE}}
     packages = [{"package": p, "version": _version(p), "for": purpose} for p, purpose in OPTIONAL.items()]
     with task("coding a cache on every device"):

@@ -6,9 +6,9 @@ import argparse
 import time
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .arguments import Outcome, add_calibration, add_model, add_output, add_subcommand, check_output
+from .arguments import Outcome, Subcommands, add_calibration, add_model, add_output, check_output
 from .models import find_calibration, load_model, load_tokenizer
 from .texts import add_truncate, text_ids
 
@@ -23,16 +23,9 @@ PIECE_TOKENS = 512
 """Of a prefill: progress shows after each piece."""
 
 
-def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+def add_subcommands(subcommands: Subcommands) -> None:
     """Add `encode`."""
-    parser = add_subcommand(
-        subcommands,
-        common,
-        "encode",
-        encode,
-        "code a cache, or the cache of a text, into a stream",
-        "Options that are not given have the defaults of kvtc.Codec: ratio 16, 4 sink and 128 window tokens, deflate.",
-    )
+    parser = subcommands.add(encode)
     parser.add_argument("input", type=Path, help="a saved cache (.safetensors), or a text to prefill with --model")
     add_output(parser, "the stream to write")
     add_calibration(parser)
@@ -76,7 +69,11 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def encode(options: argparse.Namespace) -> Outcome:
-    """`kvtc encode`."""
+    """Code a cache, or the cache of a text, into a stream.
+
+    Options that are not given have the defaults of kvtc.Codec: ratio 16, 4 sink and 128 window
+    tokens, deflate.
+    """
     check_output(options.output, options.force)
     is_cache = options.input.suffix == CACHE_SUFFIX
     if not is_cache and options.model is None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from .arguments import (
     REFERENCE,
     Outcome,
+    Subcommands,
     add_calibration,
     add_model,
     add_output,
-    add_subcommand,
     check_output,
     check_readable,
     positive,
@@ -28,17 +28,9 @@ RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
 """The whole range that the profiles are made for."""
 
 
-def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+def add_subcommands(subcommands: Subcommands) -> None:
     """Add `evaluate`."""
-    parser = add_subcommand(
-        subcommands,
-        common,
-        "evaluate",
-        evaluate,
-        "measure rate and quality of kvtc and its baselines against the exact cache",
-        "Give held-out text: none that the calibration was made from. What the result file holds, and how each figure is\n"
-        "defined, is in docs/evaluation.md; `kvtc report` makes a page of it.",
-    )
+    parser = subcommands.add(evaluate)
     parser.add_argument("named_model", nargs="?", metavar="MODEL", help="the same as --model MODEL")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text, UTF-8")
     add_model(parser, default=REFERENCE)
@@ -125,7 +117,11 @@ def _add_tasks(group: Any) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> Outcome:
-    """`kvtc evaluate`: progress goes to stderr."""
+    """Measure rate and quality of kvtc and its baselines against the exact cache.
+
+    Give held-out text: none that the calibration was made from. What the result file holds, and how
+    each figure is defined, is in docs/evaluation.md; `kvtc report` makes a page of it.
+    """
     from ..evaluate.provenance import save_result, stamp
     from ..evaluate.schema import ResultFile
     from ..evaluate.sweep import run_sweep
@@ -133,8 +129,7 @@ def evaluate(options: argparse.Namespace) -> Outcome:
 
     if options.named_model is not None:
         options.model = options.named_model
-    if options.output is not None:
-        check_output(options.output, options.force, ".json")
+    check_output(options.output, options.force, ".json")
     check_readable([*options.text, *options.profile_text, *options.key_value_retrieval, *options.calibrate_on])
     lengths = [] if options.tasks_only else [options.tokens]
     lengths += [] if options.tasks is None else options.contexts

@@ -5,36 +5,33 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .arguments import Outcome, add_subcommand, read_stream
+from .arguments import Outcome, Subcommands, read_stream
 
 if TYPE_CHECKING:
     from ..codec.inspection import GroupInfo, StreamInfo
 
 
-def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+def add_subcommands(subcommands: Subcommands) -> None:
     """Add `inspect`."""
-    parser = add_subcommand(
-        subcommands,
-        common,
-        "inspect",
-        inspect_file,
-        "describe a stream or a calibration file (checksums of sections are verified by decode)",
-    )
+    parser = subcommands.add(inspect)
     parser.add_argument("file", type=Path)
     parser.add_argument("--sections", action="store_true", help="list every section of a stream")
 
 
-def inspect_file(options: argparse.Namespace) -> Outcome:
-    """`kvtc inspect`."""
-    from ..codec.inspection import inspect
+def inspect(options: argparse.Namespace) -> Outcome:
+    """Describe a stream or a calibration file.
+
+    The checksums of a stream's sections are verified by decode.
+    """
+    from ..codec import inspection
     from ..container import MAGIC
 
     stream = read_stream(options.file)
     if not stream.startswith(MAGIC) and options.file.suffix == ".safetensors":
         return _describe_calibration(options.file)
-    info = inspect(stream)
+    info = inspection.inspect(stream)
     result = asdict(info)
     if not options.sections:
         del result["sections"]

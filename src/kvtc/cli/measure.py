@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from .arguments import (
     Outcome,
+    Subcommands,
     add_calibration,
     add_model,
     add_output,
-    add_subcommand,
     check_output,
     check_readable,
 )
@@ -18,16 +17,9 @@ from .models import find_calibration, open_model
 from .texts import add_training_text, documents, token_sequences
 
 
-def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
+def add_subcommands(subcommands: Subcommands) -> None:
     """Add `measure`."""
-    parser = add_subcommand(
-        subcommands,
-        common,
-        "measure",
-        measure,
-        "measure what steps do to a model's predictions and add it to a calibration, for encode --kl",
-        "Texts are cut as by calibrate. Give others than those that were calibrated on; some ten sequences suffice.",
-    )
+    parser = subcommands.add(measure)
     add_model(parser, "the model runs", required=True)
     add_calibration(parser)
     add_training_text(parser, "measure on")
@@ -35,7 +27,11 @@ def add_subcommands(subcommands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> Outcome:
-    """`kvtc measure`."""
+    """Measure what steps do to a model's predictions and add it to a calibration, for encode --kl.
+
+    Texts are cut as by calibrate. Give others than those that were calibrated on; some ten sequences
+    suffice.
+    """
     from ..huggingface.measure_quality import measure_quality
     from ..report.table import format_fields
     from .calibration_fields import quality_fields, quality_of

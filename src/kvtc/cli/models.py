@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidArgument, KvtcError, MissingDependency
+from ..errors import InvalidArgument, KvtcError
 from ..process.progress import note
 from .arguments import REFERENCE
 
@@ -29,7 +29,7 @@ def load_model(name: str, device: str, dtype: str = "auto") -> Any:
     from ..coding.device import usable_device
 
     usable_device(device)
-    classes = _transformers()
+    classes = quiet_transformers()
     note(f"loading {name}")  # transformers draws a bar of its own
     return _load(classes.AutoModelForCausalLM, name, dtype=dtype).to(device).eval()
 
@@ -38,7 +38,7 @@ def context_of(name: str) -> int | None:
     """Tokens that a model reads at most, from its config alone; None where that does not say."""
     from ..huggingface.rope_discovery import context_length
 
-    return context_length(_load(_transformers().AutoConfig, name))
+    return context_length(_load(quiet_transformers().AutoConfig, name))
 
 
 def check_context(name: str, n_tokens: int, what: str) -> None:
@@ -50,7 +50,7 @@ def check_context(name: str, n_tokens: int, what: str) -> None:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model."""
-    return _load(_transformers().AutoTokenizer, name)
+    return _load(quiet_transformers().AutoTokenizer, name)
 
 
 def find_calibration(options: argparse.Namespace) -> Calibration:
@@ -90,22 +90,15 @@ def _source(name: str) -> str | Path:
     return installed_model(name).directory if name in INSTALLED_MODELS else name
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingDependency('models and tokenizers need transformers; pip install "kvtc[hf]"') from error
-    quiet_transformers()
-    return transformers
+def quiet_transformers() -> Any:
+    """The package transformers, which then logs no advice and draws progress bars only on a terminal."""
+    from ..huggingface.rope_discovery import require_transformers
 
-
-def quiet_transformers() -> None:
-    """No advice in the log, and progress bars only on a terminal."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
+    transformers = require_transformers()
+    transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def _first_line(error: BaseException) -> str:
