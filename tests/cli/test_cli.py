@@ -187,14 +187,14 @@ def test_calibrate_reads_documents_and_ranges(capsys, made, tmp_path):
     calibration = kvtc.load_calibration(output)
     assert code == 0
     assert "calibration rows" in err
-    assert result["geometry"] == "layers 2..3, kv heads 0..1, head_dim 32"
+    assert result["groups"][0]["geometry"] == "layers 2..3, kv heads 0..1, head_dim 32"
     assert result["fingerprint"] == calibration.fingerprint.hex()
-    assert result["n_rows"] == 500
+    assert result["info"]["n_rows"] == 500
     assert result["file_bytes"] == output.stat().st_size
-    assert 3 <= result["n_sequences"] < 7
-    assert result["n_tokens_seen"] < 700
+    assert 3 <= result["info"]["n_sequences"] < 7
+    assert result["info"]["n_tokens_seen"] < 700
     code, out, _ = run(capsys, "calibrate", *options, "--tokens", 1200, "-o", output, "--force", "--json")
-    assert 1200 <= json.loads(out)["n_tokens_seen"] < 1400
+    assert 1200 <= json.loads(out)["info"]["n_tokens_seen"] < 1400
     assert [path.name for path in tmp_path.iterdir()] == ["part.safetensors"]
 
 
@@ -568,7 +568,7 @@ def test_calibrate_names_the_room_that_it_asks_for(capsys, made, tmp_path):
     assert code == 0
     assert f"up to {600 * p * 4 / 2**30:.2f} GiB in " in err
     assert f" for at most 600 rows of 2 x {p} features" in err
-    assert json.loads(out)["n_rows"] == 600
+    assert json.loads(out)["info"]["n_rows"] == 600
 
 
 def test_progress_can_be_silenced(capsys, made, tmp_path):

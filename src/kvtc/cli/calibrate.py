@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .arguments import Outcome, Subcommands, add_model, add_output, check_output, check_readable, half_open_range
 from .models import open_model
 from .texts import add_training_text, documents, token_sequences
-
-if TYPE_CHECKING:
-    from ..calibration import Calibration
 
 
 def add_subcommands(subcommands: Subcommands) -> None:
@@ -21,7 +17,9 @@ def add_subcommands(subcommands: Subcommands) -> None:
     add_model(parser, "the model runs and bases are found", required=True)
     add_training_text(parser, "learn from")
     add_output(parser, "the calibration file to write")
-    parser.add_argument("--tokens", type=int, metavar="N", help="tokens read, then no more (default: --max-rows)")
+    parser.add_argument(
+        "--tokens", dest="max_tokens", type=int, metavar="N", help="tokens read, then no more (default: --max-rows)"
+    )
     parser.add_argument("--max-rows", type=int, metavar="N", help="tokens kept, drawn from those (default: 160000)")
     parser.add_argument("--rank", type=int, metavar="R", help="most coefficients of a basis (default: 10000)")
     parser.add_argument(
@@ -55,63 +53,29 @@ def calibrate(options: argparse.Namespace) -> Outcome:
     """
     from ..coding.device import usable_device
     from ..huggingface import calibrate as huggingface
+    from ..report.table import format_fields, format_seconds
+    from .calibration_fields import describe_calibration
 
     check_output(options.output, options.force)
     check_readable(options.text)
     usable_device(options.fit_device or options.device)
     started = time.perf_counter()
     model, tokenizer = open_model(options, options.tokens_per_sequence, "a sequence would have")
-    names = ("max_rows", "rank", "joint_rank", "embedding_rank", "hidden_features", "profiles")
+    names = (
+        "max_tokens", "max_rows", "rank", "joint_rank", "embedding_rank", "hidden_features", "profiles",
+        "layers", "kv_heads", "sink_tokens", "spool_directory",
+    )  # fmt: skip
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.tokens is not None:
-        given["max_tokens"] = options.tokens
+    sequences = token_sequences(documents(options.text), tokenizer, options.tokens_per_sequence)
     calibration = huggingface.calibrate(
-        model,
-        token_sequences(documents(options.text), tokenizer, options.tokens_per_sequence),
-        sink_tokens=options.sink_tokens,
-        layers=options.layers,
-        kv_heads=options.kv_heads,
-        spool_directory=options.spool_directory,
-        device=options.fit_device,
-        progress=not options.quiet,
-        **given,
+        model, sequences, device=options.fit_device, progress=not options.quiet, **given
     )
     calibration.save(options.output)
-    return _describe(calibration, options.output, time.perf_counter() - started)
-
-
-def _describe(calibration: Calibration, path: Path, seconds: float) -> Outcome:
-    from ..report.table import format_bytes, format_fields, format_seconds
-    from .calibration_fields import describe_basis, joint_fields
-
-    info = calibration.info
-    result = {
-        "path": str(path),
-        "fingerprint": calibration.fingerprint.hex(),
-        "geometry": calibration.geometry.describe(),
-        "n_sequences": info["n_sequences"],
-        "n_tokens_seen": info["n_tokens_seen"],
-        "n_rows": info["n_rows"],
-        "key_rank": calibration.key.basis.rank,
-        "value_rank": calibration.value.basis.rank,
-        "key_explained_variance": calibration.key.explained_variance,
-        "value_explained_variance": calibration.value.explained_variance,
-        "file_bytes": path.stat().st_size,
-        "n_parameters": calibration.n_parameters,
-        "model_parameters": info["model_parameters"],
-        "seconds": seconds,
-    }
-    share = calibration.n_parameters / info["model_parameters"]
-    text = format_fields(
-        [
-            ("saved", f"{path}, {format_bytes(result['file_bytes'])}"),
-            ("covers", result["geometry"]),
-            ("rows", f"{info['n_rows']:,} of {info['n_tokens_seen']:,} tokens in {info['n_sequences']:,} sequences"),
-            ("key basis", describe_basis(calibration.key)),
-            ("value basis", describe_basis(calibration.value)),
-            *joint_fields(calibration),
-            ("size", f"{calibration.n_parameters:,} numbers, {share:.1%} as many as the model has parameters"),
-            ("time", format_seconds(seconds)),
-        ]
-    )
-    return result, text
+    result, fields = describe_calibration(calibration, options.output)
+    result["seconds"] = time.perf_counter() - started
+    share = calibration.n_parameters / calibration.info["model_parameters"]
+    fields += [
+        ("share", f"{share:.1%} as many numbers as the model has parameters"),
+        ("time", format_seconds(result["seconds"])),
+    ]
+    return result, format_fields(fields)

@@ -1,46 +1,71 @@
-"""What a calibration holds and is worth, as fields that several subcommands show."""
+"""What a calibration file holds and is worth, as the subcommands that write or read one show it."""
 
 from __future__ import annotations
 
-from ..calibration import Calibration, KindCalibration
+from pathlib import Path
+from typing import Any
+
+from ..calibration import Calibration
+from ..container import FULL_ATTENTION
 from ..report.table import format_bytes
 
-
-def describe_basis(kind: KindCalibration) -> str:
-    """Size and worth of a basis."""
-    return f"{kind.basis.rank:,} coefficients explain {kind.explained_variance:.2%} of the variance"
+Fields = list[tuple[str, object]]
 
 
-def joint_fields(calibration: Calibration) -> list[tuple[str, object]]:
-    """What a calibration has for the profiles `joint` and `conditional`, in words."""
+def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str, Any], Fields]:
+    """A calibration and its file, for JSON and in words."""
+    kinds = {"key": calibration.key, "value": calibration.value}
+    joint, n_bytes, info = calibration.joint, path.stat().st_size, calibration.info
+    parts = {} if joint is None else joint.parts
+    result = {
+        "path": str(path),
+        "fingerprint": calibration.fingerprint.hex(),
+        "groups": [{"kind": FULL_ATTENTION, "geometry": calibration.geometry.describe()}],
+        "row_features": calibration.geometry.row_features,
+        "file_bytes": n_bytes,
+        "n_parameters": calibration.n_parameters,
+        "ranks": {name: kind.basis.rank for name, kind in kinds.items()},
+        "explained_variance": {name: kind.explained_variance for name, kind in kinds.items()},
+        "joint_rank": joint.basis.rank if joint else None,
+        "quality": {
+            profile: [
+                {"step": step, "kl": kl} for step, kl in zip(curve.steps.tolist(), curve.kl.tolist(), strict=True)
+            ]
+            for profile, curve in calibration.quality.items()
+        },
+        "predicted_variance": joint.tokens.explained.tolist() if joint and joint.tokens else None,
+        "joint_parts": {name.replace(" ", "_"): {"numbers": n, "bytes": size} for name, (n, size) in parts.items()},
+        "info": info,
+    }
+    fields: Fields = [
+        ("calibration", calibration.fingerprint.hex()),
+        ("group", f"{FULL_ATTENTION}, {calibration.geometry.describe()}"),
+    ]
+    for name, kind in kinds.items():
+        worth = f"{kind.basis.rank:,} coefficients explain {kind.explained_variance:.2%} of the variance"
+        fields.append((f"{name} basis", worth))
+    fields += _joint_fields(calibration)
+    fields.append(("size", f"{format_bytes(n_bytes)}, {calibration.n_parameters:,} numbers"))
+    fields += [(name.replace("_", " "), value) for name, value in info.items() if value is not None]
+    return result, fields
+
+
+def _joint_fields(calibration: Calibration) -> Fields:
+    """What a calibration has for the profiles `joint` and `conditional`."""
     joint = calibration.joint
     if joint is None:
         return [("joint basis", "none: this calibration serves the profile paper alone")]
-    fields: list[tuple[str, object]] = [
-        ("joint rank", f"{joint.basis.rank:,} coefficients of keys and values together")
-    ]
+    fields: Fields = [("joint rank", f"{joint.basis.rank:,} coefficients of keys and values together")]
     fields += [(f"joint {name}", f"{n:,} numbers, {format_bytes(size)}") for name, (n, size) in joint.parts.items()]
     if joint.tokens is not None:
         for name, shares in zip(("keys", "values"), joint.tokens.explained.T.tolist(), strict=True):
             by_layer = " ".join(f"{share:.2f}" for share in shares)
             fields.append((f"predicted {name}", f"share of variance by layer: {by_layer}"))
-    return fields
-
-
-def quality_of(calibration: Calibration) -> dict[str, list[dict[str, float]]]:
-    """The measured quality of each profile: step and KL, for JSON."""
-    return {
-        profile: [{"step": step, "kl": kl} for step, kl in zip(curve.steps.tolist(), curve.kl.tolist(), strict=True)]
-        for profile, curve in calibration.quality.items()
-    }
-
-
-def quality_fields(calibration: Calibration) -> list[tuple[str, object]]:
-    """The same in words."""
-    return [
-        (
-            f"KL of {profile}",
-            f"{curve.kl[0]:.2g} to {curve.kl[-1]:.2g} nats at steps of {curve.steps[0]:.3g} to {curve.steps[-1]:.3g}",
+    for profile, curve in calibration.quality.items():
+        measured = (
+            f"{curve.kl[0]:.2g} to {curve.kl[-1]:.2g} nats at steps of {curve.steps[0]:.3g} to {curve.steps[-1]:.3g}"
         )
-        for profile, curve in calibration.quality.items()
-    ] or [("KL", "not measured: kvtc measure adds it")]
+        fields.append((f"KL of {profile}", measured))
+    if not calibration.quality:
+        fields.append(("KL", "not measured: kvtc measure adds it"))
+    return fields

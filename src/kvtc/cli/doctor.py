@@ -7,10 +7,12 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
+from ..errors import KvtcError, MissingDependency
 from ..process.progress import task, track
 from .arguments import Outcome, Subcommands
 from .models import quiet_transformers
@@ -18,7 +20,7 @@ from .models import quiet_transformers
 if TYPE_CHECKING:
     import torch
 
-CORE = ("torch", "numpy", "numba", "safetensors", "tqdm")
+CORE = ("kvtc", "torch", "numpy", "numba", "safetensors", "tqdm")
 OPTIONAL = {
     "triton": "kernels for CUDA devices",
     "nvidia-nvcomp-cu12": "DEFLATE of streams written on CUDA devices",
@@ -34,19 +36,6 @@ OPTIONAL = {
 _TOKENS = 8
 
 
-@dataclass(frozen=True)
-class DeviceReport:
-    """A device, the backend that `auto` takes for it and why; why_not: what a cache coded and
-    decoded there ran into.
-    """
-
-    device: str
-    name: str
-    backend: str | None
-    reason: str | None
-    why_not: str | None
-
-
 def add_subcommands(subcommands: Subcommands) -> None:
     """Add `doctor`."""
     subcommands.add(doctor)
@@ -54,18 +43,15 @@ def add_subcommands(subcommands: Subcommands) -> None:
 
 def doctor(options: argparse.Namespace) -> Outcome:  # noqa: ARG001  every subcommand is called alike
     """Say what works on this machine, and why the rest does not."""
-    versions = {"python": platform.python_version(), "kvtc": _version("kvtc"), **{p: _version(p) for p in CORE}}
-    packages = [{"package": p, "version": _version(p), "for": purpose} for p, purpose in OPTIONAL.items()]
+    packages = [{"package": name, "version": _version(name), "for": purpose} for name, purpose in OPTIONAL.items()]
     with task("coding a cache on every device"):
         devices = _devices()
-    checks = [
-        {"what": what, "why_not": _reason(check)} for what, check in track(list(_checks().items()), "checking", "parts")
-    ]
+    checks = [{"what": what, **_tried(check)} for what, check in track(list(_checks().items()), "checking", "parts")]
     result = {
-        "versions": versions | {str(entry["package"]): entry["version"] for entry in packages},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in (*CORE, *OPTIONAL)}},
         "packages": packages,
-        "devices": [{**asdict(device), "works": device.why_not is None} for device in devices],
-        "checks": [{**entry, "works": entry["why_not"] is None} for entry in checks],
+        "devices": devices,
+        "checks": checks,
         "reference_calibration": _reference_facts(),
     }
     return result, _describe(result)
@@ -92,29 +78,34 @@ def _describe(result: dict[str, Any]) -> str:
 
 
 def _state(entry: dict[str, Any]) -> str:
-    return "works" if entry["why_not"] is None else f"no: {entry['why_not']}"
+    return "works" if entry["works"] else f"no: {entry['why_not']}"
 
 
-def _devices() -> list[DeviceReport]:
+def _devices() -> list[dict[str, Any]]:
+    """The devices, the backend that `auto` takes for each and why, and whether a cache was coded
+    and decoded there.
+    """
     import torch
 
-    processor = platform.processor() or platform.machine()
-    found = [_device_report(torch.device("cpu"), processor)]
+    found = [_try_device(torch.device("cpu"), platform.processor() or platform.machine())]
     if not torch.cuda.is_available():
         built = "no NVIDIA GPU is visible" if torch.version.cuda else "this torch is built without CUDA"
-        return [*found, DeviceReport("cuda", "-", None, None, f"{built}; see https://pytorch.org/get-started/locally")]
+        why_not = f"{built}; see https://pytorch.org/get-started/locally"
+        absent = {"device": "cuda", "name": "-", "backend": None, "reason": None, "works": False, "why_not": why_not}
+        return [*found, absent]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         name = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}"
-        found.append(_device_report(torch.device("cuda", index), name))
+        found.append(_try_device(torch.device("cuda", index), name))
     return found
 
 
-def _device_report(device: torch.device, name: str) -> DeviceReport:
+def _try_device(device: torch.device, name: str) -> dict[str, Any]:
     from ..backends import choose
 
     choice = choose(device)
-    return DeviceReport(str(device), name, choice.name, choice.reason, _reason(partial(_code_a_cache, device)))
+    facts = {"device": str(device), "name": name, "backend": choice.name, "reason": choice.reason}
+    return facts | _tried(partial(_code_a_cache, device))
 
 
 def _code_a_cache(device: torch.device) -> None:
@@ -137,23 +128,22 @@ def _code_a_cache(device: torch.device) -> None:
 
 
 def _checks() -> dict[str, Callable[[], object]]:
+    from ..coding.lossless import CODER_IDS
+    from ..reference import reference_calibration, reference_model
+
     return {
-        **{f"coder {name}": check for name, check in _coder_checks().items()},
-        "transformers caches and models": _check_transformers,
-        "stores in Redis": _check_redis,
-        "stores in S3": _check_s3,
-        "encrypted stores": _check_encryption,
+        **{f"coder {name}": partial(_code_bytes, name) for name in CODER_IDS},
+        "transformers caches and models": quiet_transformers,
+        "stores in Redis": partial(import_module, "kvtc.store.redis_store"),
+        "stores in S3": partial(import_module, "kvtc.store.object_store"),
+        "encrypted stores": partial(import_module, "kvtc.store.encryption"),
         "lossless coding by nvCOMP": _check_nvcomp,
-        "reference model": _check_reference_model,
-        "reference calibration": _check_reference_calibration,
+        "reference model": reference_model,
+        "reference calibration": reference_calibration,
     }
 
 
 def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    from .. import __version__
-
     if package == "kvtc":
         return __version__
     try:
@@ -162,78 +152,37 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _reason(check: Callable[[], object]) -> str | None:
-    """Why a check fails, in one line; None if it passes."""
+def _tried(check: Callable[[], object]) -> dict[str, Any]:
+    """Whether a check passes and, in one line, why not."""
     try:
         check()
     except Exception as error:  # noqa: BLE001  whatever is wrong is reported
-        return " ".join(str(error).split()) or type(error).__name__
-    return None
+        return {"works": False, "why_not": " ".join(str(error).split()) or type(error).__name__}
+    return {"works": True, "why_not": None}
 
 
-def _coder_checks() -> dict[str, Callable[[], object]]:
-    from ..coding.lossless import CODER_IDS, compress, decompress
+def _code_bytes(coder: str) -> None:
+    from ..coding.lossless import compress, decompress
 
-    def round_trip(name: str) -> None:
-        if decompress(compress(bytes(1000), name), 1000, name) != bytes(1000):
-            raise RuntimeError("it does not give back what went in")
-
-    return {name: partial(round_trip, name) for name in CODER_IDS}
-
-
-def _check_redis() -> None:
-    import kvtc.store.redis_store  # noqa: F401
-
-
-def _check_s3() -> None:
-    import kvtc.store.object_store  # noqa: F401
-
-
-def _check_encryption() -> None:
-    import kvtc.store.encryption  # noqa: F401
-
-
-def _check_transformers() -> None:
-    from ..huggingface.rope_discovery import require_transformers
-
-    require_transformers()
+    if decompress(compress(bytes(1000), coder), 1000, coder) != bytes(1000):
+        raise RuntimeError("it does not give back what went in")
 
 
 def _check_nvcomp() -> None:
     import torch
 
     from ..backends.nvcomp import obstacle
-    from ..errors import MissingDependency
 
     reason = obstacle(torch.device("cuda"))
     if reason is not None:
         raise MissingDependency(reason)
 
 
-def _check_reference_model() -> None:
-    from ..errors import MissingDependency
-    from ..reference import reference_model
+def _reference_facts() -> dict[str, Any] | None:
+    from ..reference import reference_calibration
 
     try:
-        quiet_transformers()
-    except ImportError as error:
-        raise MissingDependency('it needs transformers; pip install "kvtc[hf]"') from error
-    reference_model()
-
-
-def _check_reference_calibration() -> None:
-    from ..reference import reference_calibration
-
-    reference_calibration()
-
-
-def _reference_facts() -> dict[str, Any] | None:
-    """The fingerprint of the calibration that ships, and its profiles; None where it cannot be
-    read.
-    """
-    from ..reference import reference_calibration
-
-    if _reason(reference_calibration) is not None:
+        calibration = reference_calibration()
+    except KvtcError:
         return None
-    calibration = reference_calibration()
     return {"fingerprint": calibration.fingerprint.hex(), "profiles": list(calibration.profiles)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,21 +103,10 @@ def encode(options: argparse.Namespace) -> Outcome:
     from ..report.table import format_bytes, format_fields, format_ratio, format_seconds
 
     info = inspect(stream)
-    result = {
-        "path": str(options.output),
-        "n_tokens": info.n_tokens,
-        "sink_tokens": info.sink_tokens,
-        "body_tokens": info.body_tokens,
-        "window_tokens": info.window_tokens,
-        "original_bytes": info.original_bytes,
-        "body_bytes": info.body_bytes,
-        "total_bytes": info.total_bytes,
-        "padding_bytes": info.padding_bytes,
-        "body_ratio": info.body_ratio,
-        "total_ratio": info.total_ratio,
-        "prefill_seconds": prefill_seconds,
-        "encode_seconds": encode_seconds,
-    }
+    facts = asdict(replace(info, sections=()))
+    times = {"prefill_seconds": prefill_seconds, "encode_seconds": encode_seconds}
+    result = {"path": str(options.output), **facts, **times}
+    del result["sections"]
     fields = [
         (
             "saved",

@@ -25,12 +25,16 @@ def inspect(options: argparse.Namespace) -> Outcome:
 
     The checksums of a stream's sections are verified by decode.
     """
+    from ..calibration import load_calibration
     from ..codec import inspection
     from ..container import MAGIC
+    from ..report.table import format_fields
+    from .calibration_fields import describe_calibration
 
     stream = read_stream(options.file)
     if not stream.startswith(MAGIC) and options.file.suffix == ".safetensors":
-        return _describe_calibration(options.file)
+        result, fields = describe_calibration(load_calibration(options.file), options.file)
+        return result, format_fields(fields)
     info = inspection.inspect(stream)
     result = asdict(info)
     if not options.sections:
@@ -84,46 +88,6 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
         ]
         blocks.append(format_table(["chunk", "section", "coder", "raw bytes", "stored bytes"], every))
     return "\n\n".join(blocks)
-
-
-def _describe_calibration(path: Path) -> Outcome:
-    from ..calibration import load_calibration
-    from ..container import FULL_ATTENTION
-    from ..report.table import format_bytes, format_fields
-    from .calibration_fields import describe_basis, joint_fields, quality_fields, quality_of
-
-    calibration = load_calibration(path)
-    kinds = {"key": calibration.key, "value": calibration.value}
-    tokens = calibration.joint.tokens if calibration.joint else None
-    result = {
-        "path": str(path),
-        "fingerprint": calibration.fingerprint.hex(),
-        "groups": [{"kind": FULL_ATTENTION, "geometry": calibration.geometry.describe()}],
-        "row_features": calibration.geometry.row_features,
-        "file_bytes": path.stat().st_size,
-        "n_parameters": calibration.n_parameters,
-        "ranks": {name: kind.basis.rank for name, kind in kinds.items()},
-        "explained_variance": {name: kind.explained_variance for name, kind in kinds.items()},
-        "joint_rank": calibration.joint.basis.rank if calibration.joint else None,
-        "quality": quality_of(calibration),
-        "predicted_variance": tokens.explained.tolist() if tokens else None,
-        "joint_parts": {
-            name.replace(" ", "_"): {"numbers": n, "bytes": size} for name, (n, size) in calibration.joint.parts.items()
-        }
-        if calibration.joint
-        else None,
-        "info": calibration.info,
-    }
-    fields: list[tuple[str, object]] = [
-        ("calibration", calibration.fingerprint.hex()),
-        ("group", f"{FULL_ATTENTION}, {calibration.geometry.describe()}"),
-        *((f"{name} basis", describe_basis(kind)) for name, kind in kinds.items()),
-        *joint_fields(calibration),
-        *(quality_fields(calibration) if calibration.joint else []),
-        ("size", f"{format_bytes(path.stat().st_size)}, {calibration.n_parameters:,} numbers"),
-        *((name.replace("_", " "), value) for name, value in calibration.info.items() if value is not None),
-    ]
-    return result, format_fields(fields)
 
 
 def _describe_group(group: GroupInfo) -> str:

@@ -34,7 +34,7 @@ def measure(options: argparse.Namespace) -> Outcome:
     """
     from ..huggingface.measure_quality import measure_quality
     from ..report.table import format_fields
-    from .calibration_fields import quality_fields, quality_of
+    from .calibration_fields import describe_calibration
 
     check_output(options.output, options.force)
     check_readable(options.text)
@@ -43,9 +43,5 @@ def measure(options: argparse.Namespace) -> Outcome:
     sequences = token_sequences(documents(options.text), tokenizer, options.tokens_per_sequence)
     calibration = measure_quality(model, calibration, sequences)
     calibration.save(options.output)
-    result = {
-        "path": str(options.output),
-        "fingerprint": calibration.fingerprint.hex(),
-        "quality": quality_of(calibration),
-    }
-    return result, format_fields([("saved", options.output), *quality_fields(calibration)])
+    result, fields = describe_calibration(calibration, options.output)
+    return result, format_fields(fields)
