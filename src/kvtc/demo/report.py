@@ -42,71 +42,52 @@ def introduction(
         ("calibration", once),
         ("text", f"a conversation: {n_read:,} tokens are read, the {n_held_out} that follow are held out"),
     ]
-    return "\n\n".join(
-        [
-            _heading("kvtc demo: the cache of a conversation is stored and restored", "="),
-            _prose(
-                "While a language model reads, it keeps keys and values for every token: its KV cache. Here the cache "
-                "becomes a small stream of bytes, is deleted, is restored from those bytes, and the model goes on."
-            ),
-            _fields(fields),
-        ]
+    what = (
+        "While a language model reads, it keeps keys and values for every token: its KV cache. Here the cache "
+        "becomes a small stream of bytes, is deleted, is restored from those bytes, and the model goes on."
     )
+    return _part("kvtc demo: the cache of a conversation is stored and restored", _prose(what), _fields(fields))
 
 
 def cost(info: StreamInfo, quality: Quality, setting: str, repeats: int) -> str:
     """Bytes before and after, both ratios, and time."""
-    sizes = format_table(
-        ["", "bytes", "KiB per token"],
-        [
-            ["cache", f"{info.original_bytes:,}", _kib(info.original_bytes, info.n_tokens)],
-            ["stream", f"{info.total_bytes:,}", _kib(info.total_bytes, info.n_tokens)],
-        ],
-        INDENT,
-    )
+    sizes = [
+        [name, f"{n_bytes:,}", _kib(n_bytes, info.n_tokens)]
+        for name, n_bytes in (("cache", info.original_bytes), ("stream", info.total_bytes))
+    ]
     exact_tokens = info.sink_tokens + info.window_tokens
     exact_bytes = info.total_bytes - info.body_bytes
     token_bytes = info.original_bytes / info.n_tokens
     coded_bytes = info.body_bytes / max(1, info.body_tokens) * (LONG_TEXT - exact_tokens)
     at_length = LONG_TEXT * token_bytes / (coded_bytes + exact_bytes)
-    ratios = format_fields(
-        [
-            ("body_ratio", f"{_ratio(info.body_ratio)}  {info.body_tokens:,} coded tokens against all that they cost"),
-            (
-                "total_ratio",
-                f"{_ratio(info.total_ratio)}  all {info.n_tokens:,} tokens against every byte of the stream",
-            ),
-        ],
-        INDENT,
-    )
+    ratios = [
+        ("body_ratio", f"{_ratio(info.body_ratio)}  {info.body_tokens:,} coded tokens against all that they cost"),
+        ("total_ratio", f"{_ratio(info.total_ratio)}  all {info.n_tokens:,} tokens against every byte of the stream"),
+    ]
     why = (
         f"total_ratio is lower because the first {info.sink_tokens} and the last {info.window_tokens} tokens are kept "
         f"exactly, at full price: {exact_bytes / info.total_bytes:.0%} of this stream. With {LONG_TEXT:,} tokens of such text "
         f"it would be about {at_length:.0f}x."
     )
-    times = format_fields(
-        [
-            ("prefill", f"{_time(quality.prefill_seconds)}  what it takes the model to read the conversation"),
-            ("encode", f"{_time(quality.encode_seconds)}  cache to stream"),
-            ("decode", f"{_time(quality.decode_seconds)}  stream to cache, instead of prefill"),
-        ],
-        INDENT,
-    )
+    times = [
+        ("prefill", f"{_time(quality.prefill_seconds)}  what it takes the model to read the conversation"),
+        ("encode", f"{_time(quality.encode_seconds)}  cache to stream"),
+        ("decode", f"{_time(quality.decode_seconds)}  stream to cache, instead of prefill"),
+    ]
     note = f"Medians of {repeats} runs." if repeats > 1 else "One run."
-    return "\n\n".join([_heading(f"1. Stored: {setting}"), sizes, ratios, _prose(why), times, _prose(note)])
+    table = format_table(["", "bytes", "KiB per token"], sizes, INDENT)
+    return _part(f"1. Stored: {setting}", table, _fields(ratios), _prose(why), _fields(times), note)
 
 
 def continuation(exact: str, restored: str, n_tokens: int) -> str:
     """What the model says next, from either cache."""
     said = _fields([("exact cache", _quote(exact)), ("restored cache", _quote(restored))])
     verdict = f"The same, all {n_tokens} tokens." if exact == restored else _difference(exact, restored)
-    return "\n\n".join(
-        [
-            _heading("2. Continued"),
-            _prose(f'The text stops at "Assistant: You should"; the model goes on, greedily, for {n_tokens} tokens:'),
-            said,
-            _prose(f"{verdict} (So small a model soon goes in circles. What counts is whether both go the same way.)"),
-        ]
+    return _part(
+        "2. Continued",
+        _prose(f'The text stops at "Assistant: You should"; the model goes on, greedily, for {n_tokens} tokens:'),
+        said,
+        _prose(f"{verdict} (So small a model soon goes in circles. What counts is whether both go the same way.)"),
     )
 
 
@@ -123,69 +104,46 @@ def facts(told: Sequence[tuple[str, str]], exact: Sequence[str], restored: Seque
     verdict = (
         f"Right from the exact cache: {right[0]} of {len(told)}; from the restored one: {right[1]} of {len(told)}."
     )
-    return "\n\n".join(
-        [
-            _heading("3. Facts asked for"),
-            _prose(f"{len(told)} numbers told in the coded part of the conversation, asked for after its end:"),
-            format_table(["question", "told", "exact cache", "restored cache"], rows, INDENT),
-            _prose(verdict),
-        ]
+    return _part(
+        "3. Facts asked for",
+        f"{len(told)} numbers told in the coded part of the conversation, asked for after its end:",
+        format_table(["question", "told", "exact cache", "restored cache"], rows, INDENT),
+        verdict,
     )
 
 
 def predictions(quality: Quality) -> str:
     """The held-out text, predicted from either cache."""
-    measures = format_table(
-        ["", "exact cache", "restored cache"],
-        [
-            ["perplexity of the text", f"{quality.perplexity_exact:.2f}", f"{quality.perplexity:.2f}"],
-            ["same most likely token", "100.0%", f"{quality.top1_agreement:.1%}"],
-            ["KL(exact || restored), nats", "0", f"{quality.kl:.4f}"],
-        ],
-        INDENT,
-    )
-    return "\n\n".join(
-        [
-            _heading("4. Compared token by token"),
-            _prose(f"How the conversation really went on: {quality.n_continuation} predictions from either cache."),
-            measures,
-        ]
+    measures = [
+        ["perplexity of the text", f"{quality.perplexity_exact:.2f}", f"{quality.perplexity:.2f}"],
+        ["same most likely token", "100.0%", f"{quality.top1_agreement:.1%}"],
+        ["KL(exact || restored), nats", "0", f"{quality.kl:.4f}"],
+    ]
+    return _part(
+        "4. Compared token by token",
+        f"How the conversation really went on: {quality.n_continuation} predictions from either cache.",
+        format_table(["", "exact cache", "restored cache"], measures, INDENT),
     )
 
 
 def table(qualities: Sequence[Quality], n_known: Mapping[str, int], n_facts: int) -> str:
     """One row a profile and ratio, after the exact cache."""
     first = qualities[0]
-    rows = [
-        [
-            "exact",
-            "1.0x",
-            "1.0x",
-            _kib(first.original_bytes, first.n_tokens),
-            "0",
-            "100.0%",
-            f"{first.perplexity_exact:.2f}",
-            f"{n_known['exact']}/{n_facts}",
-        ]
-    ]
-    rows += [
-        [
-            quality.name,
-            format_ratio(quality.body_ratio),
-            format_ratio(quality.total_ratio),
-            _kib(quality.total_bytes, quality.n_tokens),
-            f"{quality.kl:.4f}",
-            f"{quality.top1_agreement:.1%}",
-            f"{quality.perplexity:.2f}",
-            f"{n_known[quality.name]}/{n_facts}",
-        ]
-        for quality in qualities
-    ]
+
+    def row(
+        name: str, ratios: Sequence[float | None], n_bytes: int, kl: str, top1: float, perplexity: float
+    ) -> list[str]:
+        known = f"{n_known[name]}/{n_facts}"
+        size = _kib(n_bytes, first.n_tokens)
+        return [name, *map(format_ratio, ratios), size, kl, f"{top1:.1%}", f"{perplexity:.2f}", known]
+
+    rows = [row("exact", (1.0, 1.0), first.original_bytes, "0", 1.0, first.perplexity_exact)]
+    for one in qualities:
+        ratios = one.body_ratio, one.total_ratio
+        rows.append(row(one.name, ratios, one.total_bytes, f"{one.kl:.4f}", one.top1_agreement, one.perplexity))
     header = ["", "body_ratio", "total_ratio", "KiB/token", "KL, nats", "top-1", "perplexity", "facts"]
     note = "top-1: same most likely token as from the exact cache. facts: numbers of part 3 that are right."
-    return "\n\n".join(
-        [_heading("5. Every profile, at other ratios"), format_table(header, rows, INDENT), _prose(note)]
-    )
+    return _part("5. Every profile, at other ratios", format_table(header, rows, INDENT), _prose(note))
 
 
 def pictures(paths: Sequence[Path]) -> str:
@@ -196,16 +154,12 @@ def pictures(paths: Sequence[Path]) -> str:
 
 def ending(provenance: Provenance) -> str:
     """Where the figures come from, and where to go on."""
-    return "\n\n".join(
-        [
-            "\n" + _prose(f"Measured {provenance.describe()}."),
-            _prose("To go on: examples/01_store_a_chat.py, or `kvtc calibrate --help` for a model of your own."),
-        ]
-    )
+    measured = _prose(f"Measured {provenance.describe()}.")
+    return f"\n{measured}\n\nTo go on: examples/01_store_a_chat.py, or `kvtc calibrate --help` for a model of your own."
 
 
-def _heading(text: str, underline: str = "-") -> str:
-    return f"\n{text}\n{underline * len(text)}"
+def _part(heading: str, *blocks: str) -> str:
+    return "\n\n".join([f"\n{heading}\n{'-' * len(heading)}", *blocks])
 
 
 def _prose(text: str) -> str:

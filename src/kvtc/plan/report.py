@@ -37,11 +37,9 @@ def _model(result: Mapping[str, Any]) -> str:
 
 
 def _times(result: Mapping[str, Any]) -> str:
-    swept = _swept(result)
-    header = [*swept, "policy", "TTFT s", "p50", "p95", "latency s", "p50", "p95", "hits", "requests/s"]
+    header = ["policy", "TTFT s", "p50", "p95", "latency s", "p50", "p95", "hits", "requests/s"]
     rows = [
         [
-            *_sweep_cells(swept, run),
             run["policy"],
             *(f"{run[name][key]:.2f}" for name in FIGURES for key in ("mean", "p50", "p95")),
             _hits(run["hit_rate"]),
@@ -49,23 +47,13 @@ def _times(result: Mapping[str, Any]) -> str:
         ]
         for run in result["runs"]
     ]
-    return format_table(header, rows)
+    return _swept_table(result, header, rows)
 
 
 def _costs(result: Mapping[str, Any]) -> str:
-    swept = _swept(result)
     activities = list(result["runs"][0]["gpu_seconds_per_request"])
-    header = [
-        *swept,
-        "policy",
-        "a conversation",
-        "stored",
-        *(activity.replace("_", " ") for activity in activities),
-        "busy",
-        "provisioned",
-        "used",
-        "cost/1000",
-    ]
+    names = [activity.replace("_", " ") for activity in activities]
+    header = ["policy", "a conversation", "stored", *names, "busy", "provisioned", "used", "cost/1000"]
     rows = []
     for run in result["runs"]:
         spent, stored, cost = (
@@ -73,20 +61,20 @@ def _costs(result: Mapping[str, Any]) -> str:
             run["stored_bytes_per_conversation"],
             run["cost_per_1000_requests"],
         )
+        busy, provisioned = sum(spent.values()), run["provisioned_gpu_seconds_per_request"]
         rows.append(
             [
-                *_sweep_cells(swept, run),
                 run["policy"],
                 format_bytes(run["raw_bytes_per_conversation"]),
                 format_bytes(stored) if stored else "-",
                 *(f"{spent[activity]:.2f}" for activity in activities),
-                f"{sum(spent.values()):.2f}",
-                f"{run['provisioned_gpu_seconds_per_request']:.2f}",
-                f"{sum(spent.values()) / run['provisioned_gpu_seconds_per_request']:.0%}",
+                f"{busy:.2f}",
+                f"{provisioned:.2f}",
+                f"{busy / provisioned:.0%}",
                 "-" if cost is None else f"{cost:.2f}",
             ]
         )
-    return "Bytes, and GPU-seconds a request by what they go into\n" + format_table(header, rows)
+    return "Bytes, and GPU-seconds a request by what they go into\n" + _swept_table(result, header, rows)
 
 
 def _numbers(result: Mapping[str, Any]) -> str:
@@ -141,12 +129,14 @@ def _marks(published: Published, fitted: bool) -> Marks:
     return Marks(published.policy, points, is_hollow=not fitted)
 
 
-def _swept(result: Mapping[str, Any]) -> list[str]:
-    return [result["sweep_field"]] if result["sweep_field"] else []
-
-
-def _sweep_cells(swept: Sequence[str], run: Mapping[str, Any]) -> list[str]:
-    return [f"{run['value']:g}"] if swept else []
+def _swept_table(result: Mapping[str, Any], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A row a run, behind the run's value of the field that is swept, if one is."""
+    if not result["sweep_field"]:
+        return format_table(header, rows)
+    values = [f"{run['value']:g}" for run in result["runs"]]
+    return format_table(
+        [result["sweep_field"], *header], [[value, *row] for value, row in zip(values, rows, strict=True)]
+    )
 
 
 def _hits(rates: Mapping[str, float]) -> str:

@@ -4,7 +4,7 @@ shift, recomputation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,6 +17,30 @@ from .parts import Chart, Result, Section, Table, percent, ratio
 BODY, TOTAL = "body_ratio", "total_ratio"
 FACTORS = ("body_factor", "total_factor")
 PAPER = "paper"
+Columns = dict[str, Callable[[Result], str]]
+QUALITY: Columns = {
+    "method": lambda record: record["name"],
+    BODY: lambda record: ratio(record.get(BODY)),
+    TOTAL: lambda record: ratio(record[TOTAL]),
+    "KL, nats": lambda record: f"{record['kl']:.5f}",
+    "top-1, %": lambda record: percent(record["top1_agreement"]),
+    "perplexity": lambda record: f"{record['perplexity']:.2f}",
+    "exact cache's": lambda record: f"{record['perplexity_exact']:.2f}",
+}
+TURNS: Columns = {
+    "KL coded once": lambda record: f"{record['kl_once']:.5f}",
+    "KL first turn": lambda record: f"{record['kl_by_turn'][0]:.5f}",
+    "KL last turn": lambda record: f"{record['kl_by_turn'][-1]:.5f}",
+}
+RECOMPUTE: Columns = {
+    "method": lambda point: point["name"],
+    "tokens": lambda point: f"{point['n_tokens']:,}",
+    "prefill, s": lambda point: f"{point['prefill_seconds']:.3g}",
+    "encode, s": lambda point: "" if point.get("encode_seconds") is None else f"{point['encode_seconds']:.3g}",
+    "decode, s": lambda point: f"{point['decode_seconds']:.3g}",
+    "prefill over decode": lambda point: f"{point['prefill_seconds'] / point['decode_seconds']:.1f}x",
+    TOTAL: lambda point: ratio(point["original_bytes"] / point["total_bytes"]),
+}
 
 
 def bits_per_byte(result: Result) -> Iterator[Section]:
@@ -44,20 +68,7 @@ def qualities(result: Result) -> Iterator[Section]:
 
 def quality_table(records: Sequence[Result], is_long: bool = False) -> Table:
     """One row a record."""
-    header = ["method", BODY, TOTAL, "KL, nats", "top-1, %", "perplexity", "exact cache's"]
-    rows = [
-        [
-            record["name"],
-            ratio(record.get(BODY)),
-            ratio(record[TOTAL]),
-            f"{record['kl']:.5f}",
-            percent(record["top1_agreement"]),
-            f"{record['perplexity']:.2f}",
-            f"{record['perplexity_exact']:.2f}",
-        ]
-        for record in records
-    ]
-    return Table(header, rows, is_long=is_long)
+    return _table(records, QUALITY, is_long=is_long)
 
 
 def turns(result: Result) -> Iterator[Section]:
@@ -67,33 +78,6 @@ def turns(result: Result) -> Iterator[Section]:
         groups.setdefault((record["turn_tokens"], record.get("window_tokens")), []).append(record)
     for (turn_tokens, window), records in groups.items():
         first = records[0]
-        header = [
-            "method",
-            BODY,
-            TOTAL,
-            "KL, nats",
-            "coded once",
-            "first turn",
-            "last turn",
-            "top-1, %",
-            "perplexity",
-            "exact cache's",
-        ]
-        rows = [
-            [
-                record["name"],
-                ratio(record.get(BODY)),
-                ratio(record[TOTAL]),
-                f"{record['kl']:.5f}",
-                f"{record['kl_once']:.5f}",
-                f"{record['kl_by_turn'][0]:.5f}",
-                f"{record['kl_by_turn'][-1]:.5f}",
-                percent(record["top1_agreement"]),
-                f"{record['perplexity']:.2f}",
-                f"{record['perplexity_exact']:.2f}",
-            ]
-            for record in records
-        ]
         lines = {
             record["name"]: [
                 (float(turn), kl, f"turn {turn}: KL {kl:.5f}") for turn, kl in enumerate(record["kl_by_turn"], start=1)
@@ -107,7 +91,9 @@ def turns(result: Result) -> Iterator[Section]:
             f"prefix was coded, once. The window of {window} tokens grows to {window + turn_tokens} between two codings."
         )
         yield Section(
-            f"multi-turn use, every {turn_tokens} tokens{_window(window)}", note, [chart, Table(header, rows)]
+            f"multi-turn use, every {turn_tokens} tokens{_window(window)}",
+            note,
+            [chart, _table(records, QUALITY | TURNS)],
         )
 
 
@@ -127,9 +113,10 @@ def domain_shift(result: Result) -> Iterator[Section]:
         sources = list(dict.fromkeys(cell["calibrated_on"] for cell in cells))
         found = {(cell["calibrated_on"], cell["text"]): cell for cell in cells}
         parts = []
-        for title, show in (("KL, nats", _kl), (BODY, lambda cell: ratio(cell.get(BODY)))):
-            rows = [[source, *(_of(found.get((source, text)), show) for text in texts)] for source in sources]
-            shades = _shades(found, sources, texts) if title.startswith("KL") else None
+        for title in ("KL, nats", BODY):
+            shown = {place: QUALITY[title](cell) for place, cell in found.items()}
+            rows = [[source, *(shown.get((source, text), "") for text in texts)] for source in sources]
+            shades = _shades(found, sources, texts) if title != BODY else None
             parts.append(Table(["calibrated on", *texts], rows, f"{title}, by the text measured on", shades=shades))
         yield Section(f"domain shift, {name}", "Darker is worse than the best calibration for that text.", parts)
 
@@ -150,21 +137,8 @@ def recompute(result: Result) -> Iterator[Section]:
         lines.setdefault(f"decode {point['name']}" if len(names) > 1 else "decode", []).append(
             (n, point["decode_seconds"], label)
         )
-    header = ["method", "tokens", "prefill, s", "encode, s", "decode, s", "prefill over decode", TOTAL]
-    rows = [
-        [
-            point["name"],
-            f"{point['n_tokens']:,}",
-            f"{point['prefill_seconds']:.3g}",
-            "" if point.get("encode_seconds") is None else f"{point['encode_seconds']:.3g}",
-            f"{point['decode_seconds']:.3g}",
-            f"{point['prefill_seconds'] / point['decode_seconds']:.1f}x",
-            ratio(point["original_bytes"] / point["total_bytes"]),
-        ]
-        for point in points
-    ]
     chart = Chart("Seconds until the cache is there", lines, "tokens", "seconds", x_times=False)
-    yield Section("computing again or decoding", "", [chart, Table(header, rows)])
+    yield Section("computing again or decoding", "", [chart, _table(points, RECOMPUTE)])
 
 
 def rate_distortion(records: Sequence[Result], field: str) -> Chart:
@@ -181,6 +155,11 @@ def rate_distortion(records: Sequence[Result], field: str) -> Chart:
             )
             lines.setdefault(split_name(record["name"])[0], []).append(point)
     return Chart(f"KL against {field}", {name: sorted(line) for name, line in lines.items()}, field, "KL, nats")
+
+
+def _table(records: Sequence[Result], columns: Columns, *, is_long: bool = False) -> Table:
+    rows = [[show(record) for show in columns.values()] for record in records]
+    return Table(list(columns), rows, is_long=is_long)
 
 
 def _quality(record: Result) -> Quality:
@@ -247,14 +226,6 @@ def _spread(records: Sequence[Result]) -> list[Result]:
     for record in records:
         series.setdefault(split_name(record["name"])[0], []).append(record)
     return [of_one[len(of_one) // 2] for of_one in series.values()]
-
-
-def _kl(cell: Result) -> str:
-    return f"{cell['kl']:.5f}"
-
-
-def _of(cell: Result | None, show: Any) -> str:
-    return "" if cell is None else str(show(cell))
 
 
 def _shades(
