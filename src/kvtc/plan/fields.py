@@ -5,13 +5,15 @@ an error that says where.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import strict_json
 from ..errors import InvalidPlan
 
+T = TypeVar("T")
 REQUIRED: Any = object()
 LARGEST_WHOLE = 1 << 53
 """Of whole numbers: float64 has all of them up to this one."""
@@ -38,11 +40,12 @@ class Fields:
         self._asked: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
+        self._asked.add(name)
         return self._value.get(name) is not None
 
-    def names(self) -> list[str]:
-        """Of all fields."""
-        return list(self._value)
+    def override(self, values: Mapping[str, Any]) -> None:
+        """Take these values in place of those of the plan."""
+        self._value = {**self._value, **values}
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
         """A field as it is; null counts as missing."""
@@ -100,14 +103,37 @@ class Fields:
             raise InvalidPlan(f"{self.where}.{name}: expected a list, found {_kind(value)}")
         return value
 
-    def inside(self, name: str, default: Any = REQUIRED) -> Fields:
-        """An object within."""
-        return Fields(self.get(name, default), f"{self.where}.{name}")
+    def inside(self, name: str, read: Callable[[Fields], T]) -> T:
+        """What is read from an object."""
+        return read_object(self.get(name), f"{self.where}.{name}", read)
+
+    def each(self, name: str, read: Callable[[Fields], T], default: Any = REQUIRED) -> list[T]:
+        """What is read from each object of a list."""
+        return [
+            read_object(value, f"{self.where}.{name}[{index}]", read)
+            for index, value in enumerate(self.items(name, default))
+        ]
+
+    def named(self, name: str, read: Callable[[str, Fields], T]) -> dict[str, T]:
+        """What is read from each object of an object, by name."""
+        where = f"{self.where}.{name}"
+        return {
+            each: read_object(value, f"{where}.{each}", partial(read, each))
+            for each, value in Fields(self.get(name), where)._value.items()
+        }
 
     def finish(self) -> None:
         """Raise for a field that nobody asked for: a misspelt option is never silently ignored."""
         if unknown := sorted(self._value.keys() - self._asked):
             raise InvalidPlan(f"{self.where}: unknown field {unknown[0]}; known are {', '.join(sorted(self._asked))}")
+
+
+def read_object(value: Any, where: str, read: Callable[[Fields], T]) -> T:
+    """What is read from an object of a plan; a field that was not asked for raises `InvalidPlan`."""
+    fields = Fields(value, where)
+    found = read(fields)
+    fields.finish()
+    return found
 
 
 def check_number(value: Any, where: str, above: float = 0, inclusive: bool = False) -> float:

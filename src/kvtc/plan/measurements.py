@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidPlan, MissingMeasurement
-from .fields import REQUIRED, Fields, check_number, read_json
+from .fields import REQUIRED, Fields, check_number, read_json, read_object
 
 # <codec> and <tier> stand for names that a plan gives.
 NAMES = {
@@ -100,35 +101,26 @@ def load_measurements(path: Path) -> Measurements:
 
 def read_measurements(content: Any, where: str) -> Measurements:
     """A measurement file as read from JSON."""
-    fields = Fields(content, where)
+    return read_object(content, where, _measurements)
+
+
+def _measurements(fields: Fields) -> Measurements:
     fields.text("description")
-    sources = {
-        name: _source(name, Fields(value, f"{where}.sources.{name}")) for name, value in _objects(fields, "sources")
-    }
-    numbers = {}
-    for name, value in _objects(fields, "numbers"):
-        if _pattern(name) not in NAMES:
-            raise InvalidPlan(f"{where}: no number is called {name}; known are {', '.join(NAMES)}")
-        entry = Fields(value, f"{where}.numbers.{name}")
-        source = entry.choice("source", sources)
-        note = entry.text("note", REQUIRED if sources[source].kind == "fitted" else "")
-        numbers[name] = Measurement(name, _value(entry, name), source, note)
-        entry.finish()
-    fields.finish()
-    return Measurements(numbers, sources, where)
+    sources = fields.named("sources", _source)
+    return Measurements(fields.named("numbers", partial(_number, sources)), sources, fields.where)
 
 
-def _objects(fields: Fields, name: str) -> list[tuple[str, Any]]:
-    value = fields.get(name)
-    Fields(value, f"{fields.where}.{name}")
-    return list(value.items())
+def _number(sources: Mapping[str, Source], name: str, entry: Fields) -> Measurement:
+    if _pattern(name) not in NAMES:
+        raise InvalidPlan(f"{entry.where}: no number is called {name}; known are {', '.join(NAMES)}")
+    source = entry.choice("source", sources)
+    note = entry.text("note", REQUIRED if sources[source].kind == "fitted" else "")
+    return Measurement(name, _value(entry, name), source, note)
 
 
 def _source(name: str, fields: Fields) -> Source:
     kind = fields.choice("kind", SOURCES)
-    text = ", ".join(fields.text(field) for field in SOURCES[kind])
-    fields.finish()
-    return Source(name, kind, text)
+    return Source(name, kind, ", ".join(fields.text(field) for field in SOURCES[kind]))
 
 
 def _value(entry: Fields, name: str) -> Any:

@@ -79,7 +79,6 @@ def read_model(fields: Fields, directory: Path) -> PlannedModel:
             fields.whole("input_embedding_parameters", 0, low=0),
             bits,
         )
-    fields.finish()
     if model.input_embedding >= model.n_parameters:
         raise InvalidPlan(
             f"{fields.where}: the input embeddings have {model.input_embedding:,} of {model.n_parameters:,} parameters"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from ..errors import InvalidPlan
 from ..process.progress import track
 from .engine import Engine
 from .events import ACTIVITIES, GPU
-from .fields import Fields, check_number, read_json
-from .measurements import Measurements, load_measurements
-from .model import PlannedModel, read_model
+from .fields import Fields, check_number, read_json, read_object
+from .measurements import load_measurements
+from .model import read_model
 from .policies import CodecPlan, EnginePlan, Fleet, Policy, TierPlan, policies_of
 from .simulation import simulate
 from .workload import Workload, read_workload
@@ -62,16 +63,6 @@ class Plan:
     sweep_values: Sequence[float | None]
     published: Sequence[Published]
 
-    @property
-    def model(self) -> PlannedModel:
-        """The model whose caches it is about."""
-        return self.fleet.model
-
-    @property
-    def measurements(self) -> Measurements:
-        """The numbers it computes with."""
-        return self.fleet.measurements
-
 
 def load_plan(path: str | Path) -> Plan:
     """Read a plan and the files that it names, relative to its own directory.
@@ -81,29 +72,26 @@ def load_plan(path: str | Path) -> Plan:
         OSError: if a file cannot be read.
     """
     path = Path(path)
-    fields, directory = Fields(read_json(path), str(path)), path.parent
-    description = fields.text("description")
-    model = read_model(fields.inside("model"), directory)
+    return read_object(read_json(path), str(path), partial(_plan, path.parent))
+
+
+def _plan(directory: Path, fields: Fields) -> Plan:
+    model = fields.inside("model", partial(read_model, directory=directory))
     measurements = load_measurements(directory / fields.text("measurements"))
-    engine = EnginePlan.read(fields.inside("engine"))
-    tiers = [TierPlan.read(_entry(fields, "tiers", i, value)) for i, value in enumerate(fields.items("tiers"))]
-    codecs = [CodecPlan.read(_entry(fields, "codecs", i, value)) for i, value in enumerate(fields.items("codecs"))]
+    engine = fields.inside("engine", EnginePlan.read)
+    tiers, codecs = fields.each("tiers", TierPlan.read), fields.each("codecs", CodecPlan.read)
     for kind, names in (("tiers", [tier.name for tier in tiers]), ("codecs", [codec.name for codec in codecs])):
         if len(set(names)) < len(names):
-            raise InvalidPlan(f"{path}: two {kind} have one name")
-    sweep_field, values = _sweep(fields)
+            raise InvalidPlan(f"{fields.where}: two {kind} have one name")
+    sweep_field, values = fields.inside("sweep", _sweep) if "sweep" in fields else ("", [None])
+    swept = [{sweep_field: value} if sweep_field else {} for value in values]
     workloads = [
-        read_workload(fields.inside("workload"), directory, {sweep_field: value} if sweep_field else None)
-        for value in values
+        fields.inside("workload", partial(read_workload, directory=directory, overrides=override)) for override in swept
     ]
     policies = [policy.name for policy in policies_of(codecs)]
-    published = [
-        _published(_entry(fields, "published", i, v), policies) for i, v in enumerate(fields.items("published", []))
-    ]
-    fields.finish()
-    return Plan(
-        description, Fleet(model, engine, tiers, measurements), codecs, workloads, sweep_field, values, published
-    )
+    published = fields.each("published", partial(_published, policies), [])
+    fleet = Fleet(model, engine, tiers, measurements)
+    return Plan(fields.text("description"), fleet, codecs, workloads, sweep_field, values, published)
 
 
 def run_plan(plan: Plan) -> dict[str, Any]:
@@ -122,7 +110,7 @@ def run_plan(plan: Plan) -> dict[str, Any]:
         {"value": value, **_run(plan, policy, workload)}
         for value, workload, policy in track(wanted, "simulating", "runs")
     ]
-    model = plan.model
+    model = plan.fleet.model
     return {
         "description": plan.description,
         "model": {
@@ -142,11 +130,11 @@ def run_plan(plan: Plan) -> dict[str, Any]:
         ],
         "sweep_field": plan.sweep_field or None,
         "runs": runs,
-        "numbers": [asdict(number) for _, number in sorted(plan.measurements.used.items())],
+        "numbers": [asdict(number) for _, number in sorted(plan.fleet.measurements.used.items())],
         "sources": [
             asdict(source)
-            for name, source in plan.measurements.sources.items()
-            if any(number.source == name for number in plan.measurements.used.values())
+            for name, source in plan.fleet.measurements.sources.items()
+            if any(number.source == name for number in plan.fleet.measurements.used.values())
         ],
     }
 
@@ -165,7 +153,7 @@ def _run(plan: Plan, policy: Policy, workload: Workload) -> dict[str, Any]:
     n_gpus = plan.fleet.engine.n_gpus
     span = max(request.finished for request in measured) - min(request.arrival for request in measured)
     provisioned = span * plan.fleet.engine.n_engines * n_gpus / len(measured)
-    stored = policy.stored_bytes(plan.model, plan.measurements) if policy.offloads else None
+    stored = policy.stored_bytes(plan.fleet.model, plan.fleet.measurements) if policy.offloads else None
     names = [GPU, *(tier.name for tier in plan.fleet.tiers)] if policy.offloads else [GPU] if policy.keeps else []
     prompts = sum(request.turn.prompt_tokens for request in measured)
     hits = {name: [request for request in measured if request.hit_tier == name] for name in names}
@@ -179,7 +167,7 @@ def _run(plan: Plan, policy: Policy, workload: Workload) -> dict[str, Any]:
             name: sum(request.hit_tokens for request in found) / prompts for name, found in hits.items()
         },
         "raw_bytes_per_conversation": _mean(
-            [request.total_tokens * plan.model.bytes_per_token for request in measured]
+            [request.total_tokens * plan.fleet.model.bytes_per_token for request in measured]
         ),
         "stored_bytes_per_conversation": _mean([stored(request.total_tokens) for request in measured])
         if stored
@@ -198,13 +186,13 @@ def _cost(plan: Plan, engines: Sequence[Engine], gpu_seconds: float, seconds: fl
     """Of GPUs and tiers as they stand there, used or not; a tier without limit costs what it held
     at most. None without prices.
     """
-    gpu_hour = plan.measurements.optional("price.gpu_hour")
+    gpu_hour = plan.fleet.measurements.optional("price.gpu_hour")
     if gpu_hour is None:
         return None
     cost = gpu_seconds / HOUR_SECONDS * gpu_hour
     # Engines that share a tier hold one and the same object.
     for tier in {id(linked.tier): linked.tier for engine in engines for linked in engine.below.tiers}.values():
-        price = plan.measurements.number(f"price.{tier.name}.gib_month")
+        price = plan.fleet.measurements.number(f"price.{tier.name}.gib_month")
         held = tier.capacity_bytes if np.isfinite(tier.capacity_bytes) else tier.peak_bytes
         cost += held / GIB * price * seconds / MONTH_SECONDS
     return 1000 * cost
@@ -219,29 +207,20 @@ def _mean(numbers: Sequence[float]) -> float:
     return float(np.mean(numbers))
 
 
-def _entry(fields: Fields, name: str, index: int, value: Any) -> Fields:
-    return Fields(value, f"{fields.where}.{name}[{index}]")
-
-
 def _sweep(fields: Fields) -> tuple[str, list[float | None]]:
-    if "sweep" not in fields:
-        fields.get("sweep", None)
-        return "", [None]
-    sweep = fields.inside("sweep")
-    name, values = sweep.text("field"), sweep.items("values")
-    sweep.finish()
+    name, values = fields.text("field"), fields.items("values")
     if not values or any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-        raise InvalidPlan(f"{sweep.where}.values: expected a list of numbers, found {values!r}")
+        raise InvalidPlan(f"{fields.where}.values: expected a list of numbers, found {values!r}")
     return name, values
 
 
-def _published(fields: Fields, policies: Sequence[str]) -> Published:
+def _published(policies: Sequence[str], fields: Fields) -> Published:
     values, seconds = fields.items("values"), fields.items("seconds")
     if len(values) != len(seconds):
         raise InvalidPlan(f"{fields.where}: {len(values)} values and {len(seconds)} seconds")
     for number in (*values, *seconds):
         check_number(number, f"{fields.where}: a value or seconds")
-    published = Published(
+    return Published(
         fields.choice("policy", policies),
         fields.choice("figure", FIGURES),
         fields.text("source"),
@@ -249,5 +228,3 @@ def _published(fields: Fields, policies: Sequence[str]) -> Published:
         seconds,
         fields.items("fitted", []),
     )
-    fields.finish()
-    return published

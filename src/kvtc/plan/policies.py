@@ -36,7 +36,7 @@ class EnginePlan:
     @classmethod
     def read(cls, fields: Fields) -> EnginePlan:
         """The field `engine` of a plan."""
-        plan = cls(
+        return cls(
             fields.whole("engines", 1),
             fields.whole("gpus"),
             fields.number("gpu_memory_bytes"),
@@ -48,8 +48,6 @@ class EnginePlan:
                 fields.truth("blocking_loads", True),
             ),
         )
-        fields.finish()
-        return plan
 
     def cache_bytes(self, model: PlannedModel) -> float:
         """GPU memory of one engine that the weights leave for caches."""
@@ -77,7 +75,6 @@ class TierPlan:
         """One entry of the field `tiers` of a plan."""
         share = fields.number("usable_share", 1.0)
         tier = cls(fields.text("name"), fields.number("bytes", math.inf) * share, fields.truth("shared", False))
-        fields.finish()
         if tier.name == GPU:
             raise InvalidPlan(f"{fields.where}: {GPU} is the GPU's own memory; give the tier another name")
         return tier
@@ -100,9 +97,7 @@ class CodecPlan:
     @classmethod
     def read(cls, fields: Fields) -> CodecPlan:
         """One entry of the field `codecs` of a plan."""
-        codec = cls(fields.text("name"), fields.whole("rank"), fields.whole("exact_tokens", low=0))
-        fields.finish()
-        return codec
+        return cls(fields.text("name"), fields.whole("rank"), fields.whole("exact_tokens", low=0))
 
 
 @dataclass(frozen=True)

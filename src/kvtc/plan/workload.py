@@ -7,7 +7,7 @@ conversation. A turn starts when its time has come and the turn before it has be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,21 +111,18 @@ class Workload:
     warmup_seconds: float
 
 
-def read_workload(fields: Fields, directory: Path, overrides: dict[str, Any] | None = None) -> Workload:
+def read_workload(fields: Fields, directory: Path, overrides: Mapping[str, Any] | None = None) -> Workload:
     """The field `workload` of a plan. overrides: fields that a sweep sets."""
-    if overrides:
-        fields = Fields({**{name: fields.get(name) for name in fields.names()}, **overrides}, fields.where)
+    fields.override(overrides or {})
     kind = fields.choice("kind", _READERS)
     random = np.random.default_rng(fields.whole("seed", 0, low=0))
     conversations = _READERS[kind](fields, random, directory)
     default = 1 if kind == "clients" else 0
-    workload = Workload(
+    return Workload(
         conversations,
         fields.whole("warmup_turns", default, low=0),
         fields.number("warmup_seconds", 0.0, inclusive=True),
     )
-    fields.finish()
-    return workload
 
 
 def _clients(fields: Fields, random: Random, _: Path) -> list[Conversation]:
