@@ -23,38 +23,25 @@ TokenIds = npt.NDArray[np.int64]
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def describe_range(first_layer: int, n_layers: int, first_kv_head: int, n_kv_heads: int, head_dim: int) -> str:
-    """A part of a model's cache in words, for messages."""
-    return (
-        f"layers {first_layer}..{first_layer + n_layers - 1}, "
-        f"kv heads {first_kv_head}..{first_kv_head + n_kv_heads - 1}, head_dim {head_dim}"
-    )
-
-
 @dataclass(frozen=True)
-class CacheGeometry:
-    """Which part of which cache a calibration covers: layers and key-value heads (a rank holds a range of each), and rotation."""
+class CacheExtent:
+    """Which part of a model's cache something holds: a range of layers and a range of key-value heads."""
 
     first_layer: int
     n_layers: int
     first_kv_head: int
     n_kv_heads: int
     head_dim: int
-    rope: Rope
 
-    def __post_init__(self) -> None:
-        if min(self.n_layers, self.n_kv_heads, self.head_dim) < 1 or min(self.first_layer, self.first_kv_head) < 0:
-            raise InvalidArgument(f"a cache geometry needs at least one layer, head and feature; got {self.describe()}")
-        extents = self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim
-        if max(extents) > MAX_EXTENT:
-            raise InvalidArgument(
-                f"{self.describe()}: {max(extents)} is more than the {MAX_EXTENT} that streams can say"
-            )
-        if len(self.rope.layer_tables) != self.n_layers:
-            raise InvalidArgument(f"{self.n_layers} layers, but rotations for {len(self.rope.layer_tables)}")
-        for table in self.rope.tables:
-            if table.rotated_dim > self.head_dim:
-                raise InvalidArgument(f"{table.rotated_dim} rotated features in heads of {self.head_dim}")
+    @property
+    def extent(self) -> CacheExtent:
+        """The ranges alone."""
+        return CacheExtent(self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Number of layers, number of key-value heads, features of a head."""
+        return self.n_layers, self.n_kv_heads, self.head_dim
 
     @property
     def row_features(self) -> int:
@@ -63,12 +50,33 @@ class CacheGeometry:
 
     def describe(self) -> str:
         """Ranges in words, for messages."""
-        return describe_range(self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
+        return (
+            f"layers {self.first_layer}..{self.first_layer + self.n_layers - 1}, "
+            f"kv heads {self.first_kv_head}..{self.first_kv_head + self.n_kv_heads - 1}, head_dim {self.head_dim}"
+        )
+
+
+@dataclass(frozen=True)
+class CacheGeometry(CacheExtent):
+    """Which part of which cache a calibration covers: layers and key-value heads (a rank holds a range of each), and rotation."""
+
+    rope: Rope
+
+    def __post_init__(self) -> None:
+        if min(self.sizes) < 1 or min(self.first_layer, self.first_kv_head) < 0:
+            raise InvalidArgument(f"a cache geometry needs at least one layer, head and feature; got {self.describe()}")
+        largest = max(*self.sizes, self.first_layer, self.first_kv_head)
+        if largest > MAX_EXTENT:
+            raise InvalidArgument(f"{self.describe()}: {largest} is more than the {MAX_EXTENT} that streams can say")
+        if len(self.rope.layer_tables) != self.n_layers:
+            raise InvalidArgument(f"{self.n_layers} layers, but rotations for {len(self.rope.layer_tables)}")
+        for table in self.rope.tables:
+            if table.rotated_dim > self.head_dim:
+                raise InvalidArgument(f"{table.rotated_dim} rotated features in heads of {self.head_dim}")
 
     def check(self, cache: KVCache) -> None:
         """Raise `GeometryMismatch` unless the cache covers exactly this range."""
-        found = (cache.first_layer, cache.n_layers, cache.first_kv_head, cache.n_kv_heads, cache.head_dim)
-        if found != (self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim):
+        if cache.extent != self.extent:
             raise GeometryMismatch(f"the calibration covers {self.describe()}; the cache holds {cache.describe()}")
 
 
@@ -114,9 +122,14 @@ class KVCache:
         """Bits that a value counts in the original: 16, or 8 where the cache is fp8."""
         return 8 if self.dtype.itemsize == 1 else 16
 
+    @property
+    def extent(self) -> CacheExtent:
+        """Which part of a model's cache this is."""
+        return CacheExtent(self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
+
     def describe(self) -> str:
         """Ranges in words, for messages."""
-        return describe_range(self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
+        return self.extent.describe()
 
     def span(self, start: int, stop: int) -> KVCache:
         """Tokens start .. stop - 1, with their positions; a view of this cache."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Bytes
-from ..cache import TokenIds, describe_range
+from ..cache import CacheExtent, TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.exact.tokens import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from ..coding.joint.prediction import NO_TOKEN, token_triples
@@ -178,12 +178,9 @@ def positions_of(stream_bytes: bytes, max_tokens: int = MAX_TOKENS) -> Tensor:
 def check_calibration(header: Header, calibration: Calibration) -> None:
     """Raise `GeometryMismatch`, or `CalibrationMismatch`, where a stream was not made with a calibration."""
     geometry = calibration.geometry
-    found = (header.first_layer, header.n_layers, header.first_kv_head, header.n_kv_heads, header.head_dim)
-    expected = (geometry.first_layer, geometry.n_layers, geometry.first_kv_head, geometry.n_kv_heads, geometry.head_dim)
-    if found != expected:
-        raise GeometryMismatch(
-            f"the calibration covers {geometry.describe()}; the stream holds {describe_range(*found)}"
-        )
+    found = CacheExtent(header.first_layer, header.n_layers, header.first_kv_head, header.n_kv_heads, header.head_dim)
+    if found != geometry.extent:
+        raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the stream holds {found.describe()}")
     if header.fingerprint != calibration.fingerprint:
         raise CalibrationMismatch(
             f"the stream was made with calibration {header.fingerprint.hex()}; this one is {calibration.fingerprint.hex()}"

@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from ..cache import describe_range
+from ..cache import CacheExtent
 from ..calibration import Calibration, load_calibration
 from ..errors import GeometryMismatch, InvalidArgument
 from ..reference import reference_calibration
@@ -137,7 +137,7 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
-class CacheShard:
+class CacheShard(CacheExtent):
     """The layers and key-value heads that one worker holds.
 
     Parameters:
@@ -148,35 +148,20 @@ class CacheShard:
         tp_rank, pp_rank: The ranks.
     """
 
-    first_layer: int
-    n_layers: int
-    first_kv_head: int
-    n_kv_heads: int
-    head_dim: int
     tp_rank: int = 0
     pp_rank: int = 0
-
-    @property
-    def ranges(self) -> tuple[int, int, int, int, int]:
-        return self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim
 
     def checked(self, calibration: Calibration, name: str) -> Calibration:
         """The calibration, if it covers exactly this shard; raises `GeometryMismatch` otherwise.
         name: for the message."""
         geometry = calibration.geometry
-        found = (
-            geometry.first_layer,
-            geometry.n_layers,
-            geometry.first_kv_head,
-            geometry.n_kv_heads,
-            geometry.head_dim,
-        )
-        if found != self.ranges:
-            first, layers, head, heads, _ = self.ranges
+        if geometry.extent != self.extent:
+            layers = self.first_layer, self.first_layer + self.n_layers
+            heads = self.first_kv_head, self.first_kv_head + self.n_kv_heads
             raise GeometryMismatch(
                 f"calibration {name} covers {geometry.describe()}; the worker of tensor-parallel rank {self.tp_rank} and pipeline "
-                f"rank {self.pp_rank} holds {describe_range(*self.ranges)}. Make one for it with kvtc.calibrate(model, texts, "
-                f"layers=({first}, {first + layers}), kv_heads=({head}, {head + heads})), and let {PREFIX}calibration name "
+                f"rank {self.pp_rank} holds {self.describe()}. Make one for it with kvtc.calibrate(model, texts, "
+                f"layers={layers}, kv_heads={heads}), and let {PREFIX}calibration name "
                 "the rank: model-{tp_rank}-{pp_rank}.safetensors"
             )
         return calibration

@@ -52,15 +52,8 @@ class LmcacheSettings(ChunkSettings):
 
     def layout(self, shape: Sequence[int], calibration: Calibration) -> PageLayout:
         """The layout of a chunk of this shape. Raises `UnsupportedLayout`."""
-        geometry = calibration.geometry
-        return lmcache_layout(
-            shape,
-            geometry.n_layers,
-            geometry.n_kv_heads,
-            geometry.head_dim,
-            page_tokens=self.page_tokens,
-            packing=self.packing,
-        )
+        sizes = calibration.geometry.sizes
+        return lmcache_layout(shape, *sizes, page_tokens=self.page_tokens, packing=self.packing)
 
 
 class WorkerCoders(Generic[Coder]):

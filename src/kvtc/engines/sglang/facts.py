@@ -38,7 +38,7 @@ def host_layout(pool: Any, geometry: CacheGeometry) -> PageLayout:
         UnsupportedLayout: kvtc does not read this layout.
     """
     sizes = (pool.layer_num, pool.head_num, pool.head_dim)
-    if sizes != (geometry.n_layers, geometry.n_kv_heads, geometry.head_dim):
+    if sizes != geometry.sizes:
         raise InvalidArgument(
             f"the calibration covers {geometry.describe()}; this rank holds {sizes[0]} layers of {sizes[1]} key-value heads "
             f"of {sizes[2]} features"

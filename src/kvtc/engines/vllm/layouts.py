@@ -62,7 +62,7 @@ def registered_pages(facts: EngineFacts, kv_caches: dict[str, torch.Tensor], vll
     if backend == CPU_BACKEND:
         model, cache = vllm_config.model_config, vllm_config.cache_config
         isa = _cpu_isa(model.dtype, page_tokens, shard.head_dim, cache.cache_dtype)
-    layout = vllm_layout(shard.n_layers, shard.n_kv_heads, shard.head_dim, page_tokens, backend=backend, isa=isa)
+    layout = vllm_layout(*shard.sizes, page_tokens, backend=backend, isa=isa)
     logger.info("kvtc codes pages of %s, %s, %s", backend, layout, facts.dtype)
     return EnginePages(tensors, layout, facts.page_tokens, facts.dtype)
 
@@ -102,15 +102,7 @@ def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backen
         shard = CacheShard(0, n_layers, rank * geometry.n_kv_heads, geometry.n_kv_heads, geometry.head_dim, rank)
         model.checked(shard.checked(calibration, calibration_name), calibration_name)
         name, isa = _backend(backend, dtype, page_tokens, geometry.head_dim)
-        layout = vllm_layout(
-            n_layers,
-            geometry.n_kv_heads,
-            geometry.head_dim,
-            page_tokens,
-            backend=name,
-            isa=isa,
-            axes=config.kv_cache_layout,
-        )
+        layout = vllm_layout(*shard.sizes, page_tokens, backend=name, isa=isa, axes=config.kv_cache_layout)
         n_bytes = layout.bytes(page_tokens, dtype)
         if n_bytes != config.worker_kv_bytes_per_block:
             raise UnsupportedLayout(
