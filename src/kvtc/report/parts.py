@@ -4,9 +4,14 @@ needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from ..evaluate.method_names import split_name
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 Result = Mapping[str, Any]
 Point = tuple[float, float, str]
@@ -81,6 +86,20 @@ class Section:
     title: str
     note: str
     parts: Sequence[Table | Chart]
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by their key, in the order in which they come."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def by_series(points: Iterable[tuple[str, Point]]) -> dict[str, list[Point]]:
+    """Points, each with the name of its method, as lines of a chart: one for each series."""
+    groups = grouped(points, lambda named: split_name(named[0])[0])
+    return {series: sorted(point for _, point in group) for series, group in groups.items()}
 
 
 def ratio(value: float | None) -> str:

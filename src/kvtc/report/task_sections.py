@@ -7,10 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 from ..evaluate.derived import MEAN_OF_TASKS, ONE_POINT, WithinAPoint, share, within_a_point
-from ..evaluate.method_names import split_name
 from ..evaluate.schema import ScoreRecord
 from ..evaluate.scoring import EXACT, N_DEPTHS
-from .parts import Chart, Result, Section, Table, percent, ratio
+from .parts import Chart, Result, Section, Table, by_series, grouped, percent, ratio
 
 UNKNOWN_WINDOW = -1
 
@@ -18,8 +17,7 @@ UNKNOWN_WINDOW = -1
 def scores(result: Result) -> Iterator[Section]:
     """A section a window: a row a method, a column a task, contexts one after the other."""
     records = [_record(score, result.get("window_tokens", UNKNOWN_WINDOW)) for score in result["scores"]]
-    for window in dict.fromkeys(record.window_tokens for record in records):
-        chosen = [record for record in records if record.window_tokens == window]
+    for window, chosen in grouped(records, lambda record: record.window_tokens).items():
         lengths = _contexts(chosen)
         parts: list[Table | Chart] = []
         for length, of_length in lengths.items():
@@ -110,33 +108,24 @@ def _score_table(records: Sequence[ScoreRecord], caption: str) -> Table:
 
 def _accuracy_chart(records: Sequence[ScoreRecord], length: int, field: str) -> Chart:
     exact = {record.task: share(record) for record in records if record.codec == EXACT}
-    by_codec: dict[str, list[ScoreRecord]] = {}
-    for record in records:
-        by_codec.setdefault(record.codec, []).append(record)
-    lines: dict[str, list[tuple[float, float, str]]] = {}
-    for codec, of_codec in by_codec.items():
+    points = []
+    for codec, of_codec in grouped(records, lambda record: record.codec).items():
         mean, at = _mean(of_codec, exact), _ratios(of_codec)[field == "total_ratio"]
         if mean is not None and (at is not None or codec == EXACT):
-            lines.setdefault(split_name(codec)[0], []).append(
-                (at or 1.0, mean, f"{codec}: {100 * mean:.1f} % at {at or 1:.1f}x")
-            )
-    if len(lines) < 2:
-        lines = {}
+            points.append((codec, (at or 1.0, mean, f"{codec}: {100 * mean:.1f} % at {at or 1:.1f}x")))
+    lines = by_series(points)
     return Chart(
-        f"Mean of tasks against {field}, contexts of up to {length:,} tokens", {name: sorted(line) for name, line in lines.items()},
+        f"Mean of tasks against {field}, contexts of up to {length:,} tokens", lines if len(lines) > 1 else {},
         field, "answers right, mean of tasks, %", y_log=False, y_percent=True,
     )  # fmt: skip
 
 
 def _depth_table(records: Sequence[ScoreRecord], length: int) -> Table:
     rows = []
-    for codec in dict.fromkeys(record.codec for record in records):
-        quarters = [
-            [record.by_depth[quarter] for record in records if record.codec == codec and record.by_depth]
-            for quarter in range(N_DEPTHS)
-        ]
-        means = [[value for value in found if value is not None] for found in quarters]
-        rows.append([codec, *(percent(sum(found) / len(found)) if found else "" for found in means)])
+    for codec, of_codec in grouped(records, lambda record: record.codec).items():
+        depths = [record.by_depth for record in of_codec if record.by_depth]
+        quarters = [[value for depth in depths if (value := depth[n]) is not None] for n in range(N_DEPTHS)]
+        rows.append([codec, *(percent(sum(found) / len(found)) if found else "" for found in quarters)])
     header = ["method", *(f"{quarter + 1}. quarter" for quarter in range(N_DEPTHS))]
     return Table(
         header, rows, f"Whole answers right, %, by where they lie, contexts of up to {length:,} tokens", is_long=True

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
 
-from ..container import PROFILES
+from ..container.tables import PROFILES
 from ..evaluate.derived import FewerBytes, fewer_bytes
 from ..evaluate.method_names import split_name
 from ..evaluate.quality import Quality
-from .parts import Chart, Result, Section, Table, percent, ratio
+from .parts import Chart, Result, Section, Table, by_series, grouped, percent, ratio
 
 BODY, TOTAL = "body_ratio", "total_ratio"
 FACTORS = ("body_factor", "total_factor")
@@ -53,7 +52,8 @@ def bits_per_byte(result: Result) -> Iterator[Section]:
 
 def qualities(result: Result) -> Iterator[Section]:
     """Rate and distortion, a section a window."""
-    for window, records in _by_window(result, "qualities").items():
+    groups = grouped(result["qualities"], lambda record: record.get("window_tokens", result.get("window_tokens")))
+    for window, records in groups.items():
         ordered = sorted(records, key=lambda record: record[TOTAL])
         parts: list[Table | Chart] = [rate_distortion(records, field) for field in (BODY, TOTAL)]
         parts += _fewer(fewer_bytes({0: [_quality(record) for record in records]}))
@@ -73,9 +73,7 @@ def quality_table(records: Sequence[Result], is_long: bool = False) -> Table:
 
 def turns(result: Result) -> Iterator[Section]:
     """Multi-turn use: a section a turn length, with the KL of turn after turn."""
-    groups: dict[tuple[int, Any], list[Result]] = {}
-    for record in result["turns"]:
-        groups.setdefault((record["turn_tokens"], record.get("window_tokens")), []).append(record)
+    groups = grouped(result["turns"], lambda record: (record["turn_tokens"], record.get("window_tokens")))
     for (turn_tokens, window), records in groups.items():
         first = records[0]
         lines = {
@@ -107,8 +105,7 @@ def studies(result: Result) -> Iterator[Section]:
 
 def domain_shift(result: Result) -> Iterator[Section]:
     """A matrix a method: calibrated on (row), measured on (column)."""
-    for name in dict.fromkeys(cell["name"] for cell in result["cells"]):
-        cells = [cell for cell in result["cells"] if cell["name"] == name]
+    for name, cells in grouped(result["cells"], lambda cell: cell["name"]).items():
         texts = list(dict.fromkeys(cell["text"] for cell in cells))
         sources = list(dict.fromkeys(cell["calibrated_on"] for cell in cells))
         found = {(cell["calibrated_on"], cell["text"]): cell for cell in cells}
@@ -124,19 +121,18 @@ def domain_shift(result: Result) -> Iterator[Section]:
 def recompute(result: Result) -> Iterator[Section]:
     """Seconds to have a cache back: computed again or decoded."""
     points = result["points"]
-    names = list(dict.fromkeys(point["name"] for point in points))
-    lines: dict[str, list[tuple[float, float, str]]] = {}
-    for point in points:
-        n = float(point["n_tokens"])
-        lines.setdefault("prefill", [])
-        if all(x != n for x, _, _ in lines["prefill"]):
-            lines["prefill"].append(
-                (n, point["prefill_seconds"], f"prefill of {n:,.0f} tokens: {point['prefill_seconds']:.3g} s")
-            )
-        label = f"decoding {n:,.0f} tokens: {point['decode_seconds']:.3g} s"
-        lines.setdefault(f"decode {point['name']}" if len(names) > 1 else "decode", []).append(
-            (n, point["decode_seconds"], label)
-        )
+    by_name = grouped(points, lambda point: point["name"])
+    prefills = {float(point["n_tokens"]): point["prefill_seconds"] for point in reversed(points)}
+    lines = {
+        "prefill": [
+            (n, seconds, f"prefill of {n:,.0f} tokens: {seconds:.3g} s") for n, seconds in sorted(prefills.items())
+        ]
+    }
+    for name, of_name in by_name.items():
+        lines[f"decode {name}" if len(by_name) > 1 else "decode"] = [
+            (float(n), seconds, f"decoding {n:,} tokens: {seconds:.3g} s")
+            for n, seconds in ((point["n_tokens"], point["decode_seconds"]) for point in of_name)
+        ]
     chart = Chart("Seconds until the cache is there", lines, "tokens", "seconds", x_times=False)
     yield Section("computing again or decoding", "", [chart, _table(points, RECOMPUTE)])
 
@@ -145,16 +141,12 @@ def rate_distortion(records: Sequence[Result], field: str) -> Chart:
     """The KL of records against a ratio, a line a series; records that lose nothing, or have no
     such ratio, are left out.
     """
-    lines: dict[str, list[tuple[float, float, str]]] = {}
+    points = []
     for record in records:
         if record.get(field) and record["kl"] > 0:
-            point = (
-                float(record[field]),
-                float(record["kl"]),
-                f"{record['name']}: {record[field]:.1f}x, KL {record['kl']:.5f}",
-            )
-            lines.setdefault(split_name(record["name"])[0], []).append(point)
-    return Chart(f"KL against {field}", {name: sorted(line) for name, line in lines.items()}, field, "KL, nats")
+            label = f"{record['name']}: {record[field]:.1f}x, KL {record['kl']:.5f}"
+            points.append((record["name"], (float(record[field]), float(record["kl"]), label)))
+    return Chart(f"KL against {field}", by_series(points), field, "KL, nats")
 
 
 def _table(records: Sequence[Result], columns: Columns, *, is_long: bool = False) -> Table:
@@ -207,13 +199,6 @@ def _factor(figure: FewerBytes | None, field: str) -> str:
     return f"{'≥ ' if figure.is_bound else ''}{value:.1f}x"
 
 
-def _by_window(result: Result, name: str) -> dict[int | None, list[Result]]:
-    found: dict[int | None, list[Result]] = {}
-    for record in result[name]:
-        found.setdefault(record.get("window_tokens", result.get("window_tokens")), []).append(record)
-    return found
-
-
 def _window(window: int | None) -> str:
     return "" if window is None else f", window {window}"
 
@@ -222,9 +207,7 @@ def _spread(records: Sequence[Result]) -> list[Result]:
     """Of every series the middle setting: curves over turns differ little between neighbouring
     settings.
     """
-    series: dict[str, list[Result]] = {}
-    for record in records:
-        series.setdefault(split_name(record["name"])[0], []).append(record)
+    series = grouped(records, lambda record: split_name(record["name"])[0])
     return [of_one[len(of_one) // 2] for of_one in series.values()]
 
 
