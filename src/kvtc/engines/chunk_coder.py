@@ -7,11 +7,11 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ..cache import KVCache
 from ..calibration import Calibration
 from ..codec import Codec
 from ..errors import CorruptStream, InvalidArgument, UnsupportedLayout
@@ -21,7 +21,7 @@ from ..profiles.rates import FixedSize
 from .page_layout import PageLayout
 from .position_search import check_fit, find_start
 from .settings import AT_LEAST_ONE, AUTO, PREFIX, EngineSettings
-from .windowless_codec import CHUNK_TOKENS, WindowlessCodec
+from .windowless_codec import CHUNK_TOKENS, WindowlessCodec, cache_of
 
 LayoutOf = Callable[[Sequence[int]], PageLayout]
 _FRAME = struct.Struct("<I")
@@ -122,11 +122,9 @@ class FixedChunkCoder:
             raise InvalidArgument(
                 f"streams of a fixed size are of the profile joint; {PREFIX}profile is {settings.profile}"
             )
-        self._geometry = calibration.geometry
         self._codec = WindowlessCodec(calibration, replace(settings, profile="joint"), fixed_size=True).codec(False)
         self._chunks = _Chunks(calibration, layout_of, spacing, settings.max_tokens)
-        self._sizes: dict[tuple[int, torch.dtype], int] = {}
-        self._firsts: dict[tuple[int, torch.dtype], Codec] = {}
+        self._stream_size, self._codec_of_first = cache(self._find_stream_size), cache(self._find_codec_of_first)
 
     def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Bytes of every chunk of this shape and dtype. Raises `UnsupportedLayout`."""
@@ -137,9 +135,7 @@ class FixedChunkCoder:
         """As `ChunkCoder.encode`, in `size` bytes."""
         keys, values, start = self._chunks.read(data, start)
         codec = self._codec if start else self._codec_of_first(keys.shape[2], data.dtype)
-        positions = torch.arange(start, start + keys.shape[2])
-        first_layer, first_kv_head = self._geometry.first_layer, self._geometry.first_kv_head
-        stream = codec.encode(KVCache(keys, values, positions, first_layer, first_kv_head))
+        stream = codec.encode(cache_of(codec.calibration.geometry, keys, values, start))
         return (_FRAME.pack(len(stream)) + stream).ljust(self.size(data.shape, data.dtype), b"\0")
 
     @neutral_torch_state
@@ -157,21 +153,16 @@ class FixedChunkCoder:
         cache = self._codec.decode_neutral(stream, None, self._chunks.n_tokens(data.shape))
         self._chunks.write(cache.keys, cache.values, data)
 
-    def _stream_size(self, n_tokens: int, dtype: torch.dtype) -> int:
+    def _find_stream_size(self, n_tokens: int, dtype: torch.dtype) -> int:
         """Of a chunk inside a text, or what the first one takes at the least, where that is
         more."""
-        if (n_tokens, dtype) not in self._sizes:
-            least = self._codec.with_rate(FixedSize(_LARGEST_RATIO)).stream_bytes(n_tokens, dtype)
-            inside = self._codec.stream_bytes(n_tokens, dtype, first_position=CHUNK_TOKENS)
-            self._sizes[n_tokens, dtype] = max(least, inside)
-        return self._sizes[n_tokens, dtype]
+        least = self._codec.with_rate(FixedSize(_LARGEST_RATIO)).stream_bytes(n_tokens, dtype)
+        return max(least, self._codec.stream_bytes(n_tokens, dtype, first_position=CHUNK_TOKENS))
 
-    def _codec_of_first(self, n_tokens: int, dtype: torch.dtype) -> Codec:
+    def _find_codec_of_first(self, n_tokens: int, dtype: torch.dtype) -> Codec:
         """For the first chunk of a text: the lowest ratio at which it takes no more than any
         other."""
-        if (n_tokens, dtype) not in self._firsts:
-            self._firsts[n_tokens, dtype] = self._codec.with_rate(FixedSize(self._ratio_of_first(n_tokens, dtype)))
-        return self._firsts[n_tokens, dtype]
+        return self._codec.with_rate(FixedSize(self._ratio_of_first(n_tokens, dtype)))
 
     def _ratio_of_first(self, n_tokens: int, dtype: torch.dtype) -> float:
         most, low, high = self._stream_size(n_tokens, dtype), self._ratio, _LARGEST_RATIO

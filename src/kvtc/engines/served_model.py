@@ -116,6 +116,14 @@ class ServedModel:
         return calibration
 
 
+def refuse_dummy_weights(settings: EngineSettings, load_format: str) -> None:
+    """Raise `UnknownModel` where an engine has made up its weights, and nobody has named them."""
+    if settings.identity is None and load_format == "dummy":
+        raise UnknownModel(
+            f"load_format is dummy, so the weights are in no file: give {PREFIX}identity, a name for them"
+        )
+
+
 def _files_of(name: str | None, revision: str | None, cache_dir: str | None, is_told: bool) -> Path:
     if name is None:
         raise UnknownModel(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Target
-from ..cache import KVCache
+from ..cache import CacheGeometry, KVCache
 from ..calibration import Calibration
 from ..codec import Codec
 from ..codec.opened_stream import first_position
@@ -88,9 +88,7 @@ class WindowlessCodec:
         Raises:
             InvalidCache, GeometryMismatch, InvalidArgument: As `Codec.encode`.
         """
-        geometry = self.calibration.geometry
-        positions = torch.arange(start, start + keys.shape[2], device="cpu")
-        cache = KVCache(keys, values, positions, geometry.first_layer, geometry.first_kv_head)
+        cache = cache_of(self.calibration.geometry, keys, values, start)
         return self.codec(token_ids is not None).encode(cache, token_ids)
 
     @neutral_torch_state
@@ -137,6 +135,12 @@ class WindowlessCodec:
     def device(self) -> torch.device:
         """Where streams are decoded."""
         return next(iter(self._codecs.values())).device
+
+
+def cache_of(geometry: CacheGeometry, keys: Tensor, values: Tensor, start: int) -> KVCache:
+    """The tokens of a chunk, of which the first stands at position `start`."""
+    positions = torch.arange(start, start + keys.shape[2], device="cpu")
+    return KVCache(keys, values, positions, geometry.first_layer, geometry.first_kv_head)
 
 
 def _check_start(found: int | None, expected: int) -> None:

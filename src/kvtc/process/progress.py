@@ -91,36 +91,28 @@ def _bar(what: str, total: int | None, unit: str) -> Iterator[Advance]:
 
 @contextmanager
 def _lines(what: str, total: int | None, unit: str) -> Iterator[Advance]:
-    lines = _Lines(what, total, unit)
-    yield lines.advance
-    lines.finish()
-
-
-class _Lines:
     """A task told in lines: when it begins, at a sane pace meanwhile, and at its end if it took long."""
+    done, started = 0, time.monotonic()
+    told = started
 
-    def __init__(self, what: str, total: int | None, unit: str) -> None:
-        self._what, self._total, self._unit = what, total, unit
-        self._done = 0
-        self._started = self._told = time.monotonic()
-        self._say(what if total is None else f"{what}: {total:,} {unit}")
-
-    def advance(self, n: int = 1) -> None:
-        self._done += n
-        now = time.monotonic()
-        if now - self._told < LINE_SECONDS:
-            return
-        self._told = now
-        if self._total is None:
-            self._say(f"{self._what}: {self._done:,} {self._unit}")
-            return
-        left = (now - self._started) * max(0, self._total - self._done) / self._done if self._done else 0.0
-        self._say(f"{self._what}: {self._done:,} of {self._total:,} {self._unit}, about {left:,.0f} s left")
-
-    def finish(self) -> None:
-        seconds = time.monotonic() - self._started
-        if seconds >= LONG_SECONDS:
-            self._say(f"{self._what}: done in {seconds:,.1f} s")
-
-    def _say(self, line: str) -> None:
+    def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
+
+    def advance(n: int = 1) -> None:
+        nonlocal done, told
+        done += n
+        now = time.monotonic()
+        if now - told < LINE_SECONDS:
+            return
+        told = now
+        if total is None:
+            say(f"{what}: {done:,} {unit}")
+            return
+        left = (now - started) * max(0, total - done) / done if done else 0.0
+        say(f"{what}: {done:,} of {total:,} {unit}, about {left:,.0f} s left")
+
+    say(what if total is None else f"{what}: {total:,} {unit}")
+    yield advance
+    seconds = time.monotonic() - started
+    if seconds >= LONG_SECONDS:
+        say(f"{what}: done in {seconds:,.1f} s")

@@ -9,10 +9,10 @@ from sglang.srt.runtime_context import get_lora, get_model
 
 from ...cache import CacheGeometry
 from ...errors import InvalidArgument, UnsupportedModel
-from ...huggingface.model_files import UnknownModel, files_identity, find_model
+from ...huggingface.model_files import files_identity, find_model
 from ..page_layout import PageLayout, sglang_layout
-from ..served_model import ServedModel
-from ..settings import PREFIX, EngineSettings
+from ..served_model import ServedModel, refuse_dummy_weights
+from ..settings import EngineSettings
 from ..windowless_codec import CHUNK_TOKENS
 
 
@@ -66,10 +66,7 @@ def served_model(settings: EngineSettings, name: str | None) -> ServedModel:
         model, lora = get_model(), get_lora()
     except ValueError:  # outside of a server there are no settings of one
         return ServedModel.of(settings, name)
-    if settings.identity is None and model.load_format == "dummy":
-        raise UnknownModel(
-            f"load_format is dummy, so the weights are in no file: give {PREFIX}identity, a name for them"
-        )
+    refuse_dummy_weights(settings, model.load_format)
     refs = [ref for ref in lora.lora_paths or () if ref.lora_path]
     adapters = [[ref.lora_name, files_identity(find_model(ref.lora_path))] for ref in refs]
     return ServedModel.of(

@@ -16,7 +16,7 @@ from ...errors import UnsupportedLayout, UnsupportedModel
 from ...huggingface.model_files import UnknownModel, config_of, files_identity, find_model, without_effect
 from ...key_digest import Part, digest
 from ..page_layout import cache_dtype
-from ..served_model import ServedModel
+from ..served_model import ServedModel, refuse_dummy_weights
 from ..settings import PREFIX, CacheShard, EngineSettings, worker_shards
 
 CPU_BACKEND = "CPU_ATTN"
@@ -110,10 +110,7 @@ def served_model(vllm_config: Any, settings: EngineSettings) -> ServedModel:
         UnknownModel: It cannot be told which weights are served.
     """
     model, load = vllm_config.model_config, vllm_config.load_config
-    if settings.identity is None and load.load_format == "dummy":
-        raise UnknownModel(
-            f"load_format is dummy, so the weights are in no file: give {PREFIX}identity, a name for them"
-        )
+    refuse_dummy_weights(settings, load.load_format)
     overrides = model.hf_overrides
     if not isinstance(overrides, Mapping):
         if settings.identity is None:
