@@ -300,7 +300,7 @@ def test_demo(capsys, tmp_path, monkeypatch):
     assert asked == {"directory": tmp_path / "new", "ratio": 32}
     code, out, err = run(capsys, "demo", "--model", "reference", "--output", tmp_path, "--json")
     assert (code, json.loads(out), err) == (0, {"ratio": 16}, "hello\n")
-    (tmp_path / "spectrum.svg").write_bytes(b"mine")
+    (tmp_path / "rate_quality.svg").write_bytes(b"mine")
     assert "--force" in fails(capsys, "demo", "--output", tmp_path)
     assert run(capsys, "demo", "--model", "reference", "--output", tmp_path, "--force")[0] == 0
 

@@ -120,7 +120,7 @@ def read_stream(path: Path) -> bytes:
     """The bytes of a stream; only the first of a file that begins otherwise: enough to say what is
     wrong.
     """
-    from ..container import MAGIC
+    from ..container.tables import MAGIC
 
     with path.open("rb") as file:
         start = file.read(4096)

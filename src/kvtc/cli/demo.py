@@ -20,7 +20,7 @@ def add_subcommands(subcommands: Subcommands) -> None:
         type=Path,
         default=Path("demo_output"),
         metavar="DIR",
-        help="for two pictures (default: demo_output)",
+        help="for a picture (default: demo_output)",
     )
     parser.add_argument(
         "--ratio", type=float, default=16, help="original size over stored size of the cache (default: 16)"
@@ -30,7 +30,7 @@ def add_subcommands(subcommands: Subcommands) -> None:
         choices=[*INSTALLED_MODELS, REFERENCE],
         help=f"default: {SMOLLM2} where it is installed and calibrated, otherwise the model that ships with kvtc",
     )
-    parser.add_argument("--force", action="store_true", help="replace the pictures if they exist")
+    parser.add_argument("--force", action="store_true", help="replace the picture if it exists")
 
 
 def demo(options: argparse.Namespace) -> Outcome:
@@ -38,12 +38,11 @@ def demo(options: argparse.Namespace) -> Outcome:
 
     The text is printed as it comes; with --json it goes to stderr.
     """
-    from ..demo.run import PICTURES, choose_model, run_demo
+    from ..demo.run import PICTURE, choose_model, run_demo
 
     check_directory(options.output)
-    for name in PICTURES:
-        if (options.output / name).exists():
-            check_output(options.output / name, options.force)
+    if (options.output / PICTURE).exists():
+        check_output(options.output / PICTURE, options.force)
     quiet_transformers()
 
     def say(block: str) -> None:

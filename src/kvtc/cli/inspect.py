@@ -27,7 +27,7 @@ def inspect(options: argparse.Namespace) -> Outcome:
     """
     from ..calibration import load_calibration
     from ..codec import inspection
-    from ..container import MAGIC
+    from ..container.tables import MAGIC
     from ..report.table import format_fields
     from .calibration_fields import describe_calibration
 

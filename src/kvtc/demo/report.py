@@ -146,10 +146,9 @@ def table(qualities: Sequence[Quality], n_known: Mapping[str, int], n_facts: int
     return _part("5. Every profile, at other ratios", format_table(header, rows, INDENT), _prose(note))
 
 
-def pictures(paths: Sequence[Path]) -> str:
-    """Where the pictures are."""
-    captions = ("which coefficients get bits", "what quality costs")
-    return "\n" + _fields([(f"saved {path}", caption) for path, caption in zip(paths, captions, strict=True)], "")
+def picture(path: Path) -> str:
+    """Where the picture is."""
+    return f"\nsaved {path}  what quality costs"
 
 
 def ending(provenance: Provenance) -> str:

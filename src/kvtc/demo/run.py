@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import Calibration, load_calibration
+from ..calibration import load_calibration
 from ..codec import Codec
 from ..codec.inspection import inspect
 from ..errors import InvalidArgument
@@ -23,17 +23,16 @@ from ..evaluate.quality import Quality, evaluate_continuation
 from ..huggingface.continuation import prefill
 from ..installed_models import SMOLLM2, InstalledModel, installed_model
 from ..process.progress import task, track
-from ..profiles.rates import Ratio
 from ..reference import CALIBRATION_FILE, MODEL_DIRECTORY, MODEL_NAME, load_model
 from ..report.charts import save_picture
 from ..report.text_sections import rate_distortion
-from . import pictures, report
+from . import report
 
 CONVERSATION = Path(__file__).parent / "conversation.txt"
 HELD_OUT = "\n=====\n"
 FACT = re.compile(r"The magic number for (\w+) is (\d+)\.")
 QUESTION = "\n\nThe magic number for {} is"
-PICTURES = ("spectrum.svg", "rate_quality.svg")
+PICTURE = "rate_quality.svg"
 REFERENCE = "reference"
 SHIPPED = InstalledModel(MODEL_NAME, MODEL_DIRECTORY, CALIBRATION_FILE)
 
@@ -72,10 +71,10 @@ def run_demo(
     source: InstalledModel = SHIPPED,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run the demo, and write spectrum.svg and rate_quality.svg.
+    """Run the demo, and write rate_quality.svg.
 
     Parameters:
-        output_directory: where the two pictures are written.
+        output_directory: where the picture is written.
         ratio: the ratio of the calibration's last profile, in the main part.
         ratios: ratios of the table, for every profile.
         n_generated: tokens that the model continues by.
@@ -136,8 +135,8 @@ def run_demo(
             speaker = _Speaker(model, tokenizer, codec.decode(codec.encode(cache, talk.cached), talk.cached))
             n_known[name] = _n_right(speaker.answers(talk), talk)
     say(report.table(qualities, n_known, len(talk.facts)))
-    plots = _draw(Path(output_directory), source.name, calibration, ratio, qualities)
-    say(report.pictures(plots))
+    plot = _draw(Path(output_directory), source.name, qualities)
+    say(report.picture(plot))
     provenance = Provenance.now()
     say(report.ending(provenance))
     return {
@@ -151,7 +150,7 @@ def run_demo(
             for (name, told), from_exact, from_restored in zip(talk.facts, exact_answers, restored_answers, strict=True)
         ],
         "qualities": [{**asdict(quality), "n_known": n_known[quality.name]} for quality in qualities],
-        "plots": [str(path) for path in plots],
+        "plot": str(plot),
         "provenance": asdict(provenance),
     }
 
@@ -228,14 +227,9 @@ def _read_conversation(tokenizer: Any) -> Conversation:
     )
 
 
-def _draw(directory: Path, name: str, calibration: Calibration, ratio: float, qualities: list[Quality]) -> list[Path]:
-    """Write the two pictures; the spectrum is that of the profile `paper` at `ratio`."""
-    paths = [directory / picture for picture in PICTURES]
-    n_rows, first = calibration.info["n_rows"], qualities[0]
-    learnt_from = f"{name}, {n_rows:,} calibration tokens, ratio {ratio:g}"
+def _draw(directory: Path, name: str, qualities: list[Quality]) -> Path:
+    path, first = directory / PICTURE, qualities[0]
     read = f"{name}, {first.n_tokens:,} tokens cached, {first.n_continuation} predictions"
     chart = rate_distortion([asdict(quality) for quality in qualities], "body_ratio")
-    spectrum = pictures.spectrum(calibration, Ratio(ratio))
-    save_picture(paths[0], "Few coefficients carry the cache, and only they get bits", learnt_from, spectrum)
-    save_picture(paths[1], "What quality costs: lower is better, further right is smaller", read, [chart])
-    return paths
+    save_picture(path, "What quality costs: lower is better, further right is smaller", read, [chart])
+    return path
