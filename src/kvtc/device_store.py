@@ -15,13 +15,14 @@ from torch import Tensor
 
 from .backends import Bytes
 from .coding.device import CPU, usable_device
-from .container import MAGIC, parse_stream
+from .container.stream import parse_stream
+from .container.tables import MAGIC
 from .errors import InvalidArgument, KvtcError, StoreFull, StoreUnavailable
 from .process.forks import in_child
 from .process.torch_state import neutral_torch_state
-from .store.frame import DEFAULT_ENTRY_BYTES, FRAME_BYTES, DamagedEntry, ForeignEntry, check_head
-from .store.memory import DEFAULT_BYTES, MemoryStore
-from .store.urls import StoreUrl, parse_bytes
+from .store.frame import FRAME_BYTES, DamagedEntry, ForeignEntry, check_head
+from .store.memory import MemoryStore
+from .store.urls import StoreUrl
 
 T = TypeVar("T")
 
@@ -54,37 +55,26 @@ class DeviceStore(MemoryStore):
     budget then.
 
     Parameters:
-        device: Of torch, "cpu" too.
-        max_bytes, namespace, entry_bytes: As of `MemoryStore`.
+        url: `cuda:`, `cuda:0`, or `device:` with the name of any device of torch. Options: as of
+            `MemoryStore`.
 
     Raises:
         StoreUnavailable: The device cannot be used.
     """
 
-    def __init__(
-        self,
-        device: str | torch.device,
-        max_bytes: int = DEFAULT_BYTES,
-        namespace: str | None = None,
-        entry_bytes: int = DEFAULT_ENTRY_BYTES,
-    ) -> None:
-        super().__init__(max_bytes, namespace, entry_bytes)
+    def __init__(self, url: StoreUrl) -> None:
+        super().__init__(url)
         self._is_left_behind = False
-        try:
-            self.device = usable_device(device)
-        except InvalidArgument as error:
-            raise StoreUnavailable(f"no store can be there: {error}") from error
         in_child(self._leave_behind)
 
-    @classmethod
-    def from_url(cls, url: StoreUrl) -> DeviceStore:
-        """`cuda:`, `cuda:0`, or `device:` with the name of any device of torch."""
+    def _take_place(self, url: StoreUrl) -> None:
         if url.host or (url.scheme == "device" and not url.path):
             raise InvalidArgument(f"{url}: expected a device after the colon, as in cuda:0 or device:cpu")
-        is_cuda = url.scheme == "cuda"
-        device = (f"cuda:{url.path}" if url.path else "cuda") if is_cuda else url.path
-        max_bytes = url.take("bytes", parse_bytes, DEFAULT_BYTES)
-        return cls(device, max_bytes, **url.take_common())
+        name = url.path if url.scheme == "device" else f"cuda:{url.path}".removesuffix(":")
+        try:
+            self.device = usable_device(name)
+        except InvalidArgument as error:
+            raise StoreUnavailable(f"no store can be there: {error}") from error
 
     def __repr__(self) -> str:
         return f"DeviceStore({self.device}, {self._max_bytes} bytes)"
@@ -95,12 +85,7 @@ class DeviceStore(MemoryStore):
         """
         self._check_open()
         names = [self._names.name(key) for key in keys]
-        values = self._attempt(lambda: self._resident(names))
-        found = [value for value in values if value is not None]
-        self._counters.add(
-            hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
-        )
-        return values
+        return self._counted(self._attempt(lambda: self._resident(names)))
 
     def _resident(self, names: Sequence[str]) -> list[Bytes | None]:
         with self._lock:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kvtc.backends import reference
 from kvtc.codec.codec import Codec
-from kvtc.container import SectionType, parse_stream, stream_data
-from kvtc.device_store import DeviceStore
+from kvtc.container import stream_data
+from kvtc.container.stream import parse_stream
+from kvtc.container.tables import SectionType
 from kvtc.errors import CorruptStream, InvalidArgument, KvtcError, TruncatedStream, UnsupportedVersion
 from kvtc.prefix_cache import PrefixCache
 from kvtc.profiles.joint.chunk_bytes import heads_of
@@ -240,7 +241,7 @@ def test_prefixes_are_the_same_as_over_memory(bodies, profile):
 
 
 def test_after_the_device_has_lost_them_prefixes_come_from_files(tmp_path, bodies):
-    upper = DeviceStore("cpu")
+    upper = open_store("device:cpu")
     with (
         open_store([upper, f"file://{tmp_path}"]) as store,
         PrefixCache(codec(), store, min_tokens=1) as prefixes,
@@ -258,7 +259,7 @@ def test_after_the_device_has_lost_them_prefixes_come_from_files(tmp_path, bodie
 
 
 def test_a_chunk_that_was_damaged_before_it_was_put_is_a_counted_miss():
-    with DeviceStore("cpu") as store, PrefixCache(codec(), store, min_tokens=1) as prefixes:
+    with open_store("device:cpu") as store, PrefixCache(codec(), store, min_tokens=1) as prefixes:
         prefixes.save(told_ids(N), told_cache(N)).result()
         keys = [key for key in prefixes.store.keys() if key.startswith("chunk")]  # noqa: SIM118
         for key in keys:

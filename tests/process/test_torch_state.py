@@ -32,7 +32,6 @@ from kvtc.calibration import prediction_fit
 from kvtc.codec.codec import Codec
 from kvtc.codec.transformers_cache import to_transformers
 from kvtc.coding.joint.metric import Metric
-from kvtc.device_store import DeviceStore
 from kvtc.engines.chunk_coder import ChunkCoder, ChunkSettings, FixedChunkCoder
 from kvtc.engines.page_layout import PageLayout, lmcache_layout
 from kvtc.engines.vllm.page_mover import EnginePages
@@ -297,7 +296,7 @@ def in_a_store() -> Found:
 
 def on_a_device() -> Found:
     codec = Codec(tiny_calibration(), ratio=4, **REGIONS)
-    with DeviceStore("cpu") as store:
+    with kvtc.open_store("device:cpu") as store:
         store.put("stream", codec.encode(told()))
         store.put("nothing", b"")
         (held,) = store.resident_many(["stream"])

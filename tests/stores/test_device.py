@@ -9,7 +9,7 @@ import kvtc.device_store
 from kvtc.device_store import DeviceStore
 from kvtc.errors import InvalidArgument, StoreFull, StoreUnavailable
 from kvtc.store import encrypted, open_store
-from kvtc.store.memory import ENTRY_BYTES, MemoryStore
+from kvtc.store.memory import ENTRY_BYTES
 
 from ..builders import random_cache, reseal, sections_of, tiny_codec
 from ..forking import in_forked_child
@@ -40,7 +40,7 @@ def a_stream(n: int = 200) -> bytes:
 
 @pytest.fixture
 def store():
-    with DeviceStore("cpu", 10_000_000) as opened:
+    with open_store("device:cpu?bytes=10MB") as opened:
         yield opened
 
 
@@ -93,7 +93,7 @@ def test_an_entry_of_a_newer_format_is_left_alone(store):
 
 def test_those_used_longest_ago_go_first_and_tensors_given_out_stay():
     size = len(a_stream()) + 48 + ENTRY_BYTES
-    with DeviceStore("cpu", 3 * size) as store:
+    with open_store(f"device:cpu?bytes={3 * size}") as store:
         for key in "abc":
             store.put(key, a_stream())
         (held,) = store.resident_many(["a"])
@@ -122,7 +122,7 @@ def test_a_device_without_memory_is_a_full_store(store, monkeypatch):
 
 
 def test_over_another_tier_only_what_lies_on_the_device_is_a_tensor():
-    upper, lower = DeviceStore("cpu"), MemoryStore()
+    upper, lower = open_store("device:cpu"), open_store("memory:")
     with open_store([upper, lower]) as store:
         lower.put("k", a_stream())
         assert store.resident_many(["k"]) == [a_stream()]
@@ -137,7 +137,7 @@ def test_encrypted_it_gives_bytes(store):
 
 
 def test_a_forked_child_cannot_use_its_parents_device_and_says_so():
-    with DeviceStore("meta") as store:
+    with open_store("device:meta") as store:
         store.put("k", b"v")
         answer = in_forked_child(lambda: store.get("k"))
         assert "StoreUnavailable" in answer
@@ -154,7 +154,7 @@ def test_what_a_device_raises_is_an_error_of_the_store(store, monkeypatch):
     monkeypatch.setattr(DeviceStore, "_frame", fail)
     with pytest.raises(StoreUnavailable, match="illegal memory access"):
         store.get("k")
-    with open_store([store, MemoryStore()]) as tiers:
+    with open_store([store, open_store("memory:")]) as tiers:
         assert tiers.get("k") is None
 
 

@@ -16,10 +16,10 @@ import pytest
 from kvtc.errors import InvalidArgument, StoreFull, StoreUnavailable
 from kvtc.store import encrypted, open_store
 from kvtc.store.files.directory import Directory
-from kvtc.store.memory import MemoryStore
 from kvtc.store.tiered import TieredStore
 
 from ..forking import in_forked_child
+from .contract import InMemory
 from .servers import answer_nothing, redis_server, s3_server, socket_server
 from .test_tiered import Gate
 
@@ -132,7 +132,7 @@ def test_a_child_of_an_s3_store_says_at_once_that_it_cannot():
 
 
 def test_a_memory_store_forked_in_the_middle_of_a_put_counts_anew():
-    class Forking(MemoryStore):
+    class Forking(InMemory):
         def _hold(self, frame):
             if self.answers is None:
                 self.answers = ""
@@ -147,7 +147,7 @@ def test_a_memory_store_forked_in_the_middle_of_a_put_counts_anew():
 
 def test_what_waits_to_be_written_is_the_parents_to_write():
     lower = Gate()
-    with TieredStore([MemoryStore(), lower], write="back") as store:
+    with TieredStore([open_store("memory:"), lower], write="back") as store:
         lower.is_open.clear()
         store.put("in-flight", b"1")
         assert lower.is_waiting.wait(30)
@@ -327,7 +327,7 @@ def test_closed_while_others_put_and_flush(tmp_path, name):
 
 def test_who_waits_for_room_in_the_background_is_told_of_the_end():
     lower = Gate()
-    store = TieredStore([MemoryStore(), lower], write="back", queue_bytes=1)
+    store = TieredStore([open_store("memory:"), lower], write="back", queue_bytes=1)
     lower.is_open.clear()
     store.put("a", b"1")
     assert lower.is_waiting.wait(30)

@@ -10,11 +10,10 @@ import pytest
 from kvtc.errors import InvalidArgument, StoreFull, StoreUnavailable
 from kvtc.process import log_limits
 from kvtc.store import circuit, open_store
-from kvtc.store.memory import MemoryStore
 from kvtc.store.tiered import TieredStore
 
 from ..failing import Panic
-from .contract import StoreContract, wait_until
+from .contract import InMemory, StoreContract, wait_until
 
 
 class Tiers(StoreContract):
@@ -47,11 +46,11 @@ class TestWriteBackWithTinyQueueAndMemory(Tiers):
         return f"tiered:?write=back&queue_bytes=1|memory:?bytes=1500|file://{tmp_path}/store"
 
 
-class Gate(MemoryStore):
+class Gate(InMemory):
     """A store that can be dead, full, or as slow as a test wants."""
 
-    def __init__(self, **options):
-        super().__init__(**options)
+    def __init__(self):
+        super().__init__()
         self.fault = None
         self.calls = 0
         self.is_open = threading.Event()
@@ -80,7 +79,7 @@ class Gate(MemoryStore):
 
 
 def test_a_hit_below_is_copied_above():
-    upper, middle, lower = MemoryStore(), MemoryStore(), MemoryStore()
+    upper, middle, lower = open_store("memory:"), open_store("memory:"), open_store("memory:")
     with TieredStore([upper, middle, lower]) as store:
         lower.put_many([("a", b"1"), ("b", b"2")])
         middle.put("b", b"2")
@@ -104,7 +103,7 @@ def test_every_tier_keeps_its_own_budget(tmp_path):
 
 
 def test_a_prefix_may_lie_in_several_tiers():
-    upper, lower = MemoryStore(), MemoryStore()
+    upper, lower = open_store("memory:"), open_store("memory:")
     with TieredStore([upper, lower]) as store:
         upper.put_many([("0", b""), ("3", b"")])
         lower.put_many([("1", b""), ("2", b""), ("4", b""), ("6", b"")])
@@ -120,7 +119,7 @@ def test_a_tier_that_failed_slowly_is_left_alone_until_it_answers_in_the_backgro
 
     monkeypatch.setattr(circuit, "PAUSE_SECONDS", 1000)
     monkeypatch.setattr(circuit, "SLOW_SECONDS", 0.1)
-    upper, lower = MemoryStore(max_bytes=1000), Slow()
+    upper, lower = open_store("memory:?bytes=1000"), Slow()
     with TieredStore([upper, lower]) as store:
         lower.fault = StoreUnavailable("gone")
         store.put("k", b"v")
@@ -167,7 +166,7 @@ class TestErrorsOfAnyKind:
         return store
 
     def test_in_the_first_tier(self, broken, kind, caplog):
-        lower = MemoryStore()
+        lower = open_store("memory:")
         store = TieredStore([broken, lower])
         store.put_many([("a", b"1"), ("b", b"2")])
         assert lower.get_many(["a", "b"]) == [b"1", b"2"]
@@ -187,7 +186,7 @@ class TestErrorsOfAnyKind:
         assert trace[-1].endswith(f"{kind.__name__}: the cause")
 
     def test_in_a_lower_tier_in_the_background(self, broken):
-        upper, lowest = MemoryStore(), MemoryStore()
+        upper, lowest = open_store("memory:"), open_store("memory:")
         with TieredStore([upper, broken, lowest], write="back") as store:
             for number in range(20):
                 store.put(str(number), b"v")
@@ -207,12 +206,12 @@ def test_interrupts_are_the_callers(signal):
     upper = TestErrorsOfAnyKind.Broken()
     upper.fault = signal()
     with pytest.raises(signal):
-        TieredStore([upper, MemoryStore()]).get("k")
+        TieredStore([upper, open_store("memory:")]).get("k")
 
 
 @pytest.mark.parametrize("make", [list, str, len, lambda value: (value,)])
 def test_values_that_are_no_bytes_are_a_miss_of_that_tier(make):
-    class Odd(MemoryStore):
+    class Odd(InMemory):
         def get_many(self, keys):
             return [make(value) for value in super().get_many(keys)]
 
@@ -222,7 +221,7 @@ def test_values_that_are_no_bytes_are_a_miss_of_that_tier(make):
         def statistics(self):
             return None
 
-    with TieredStore([Odd(), MemoryStore()]) as store:
+    with TieredStore([Odd(), open_store("memory:")]) as store:
         store.put("k", b"v")
         assert store.get("k") == b"v"
         assert store.resident_many(["k"]) == [b"v"]
@@ -232,7 +231,7 @@ def test_values_that_are_no_bytes_are_a_miss_of_that_tier(make):
 
 @pytest.mark.parametrize("kind", [bytearray, memoryview])
 def test_what_is_like_bytes_is_given_as_bytes(kind):
-    class Alike(MemoryStore):
+    class Alike(InMemory):
         def get_many(self, keys):
             return [kind(value) for value in super().get_many(keys)]
 
@@ -246,11 +245,11 @@ def test_what_is_like_bytes_is_given_as_bytes(kind):
     ("count", "leading", "errors"), [(None, 1, 2), ("3", 1, 2), (2.5, 1, 2), (-5, 1, 0), (10**9, 2, 0)]
 )
 def test_numbers_of_entries_that_cannot_be_are_none(count, leading, errors):
-    class Odd(MemoryStore):
+    class Odd(InMemory):
         def contains_prefix(self, _):
             return count
 
-    with TieredStore([Odd(), MemoryStore()]) as store:
+    with TieredStore([Odd(), open_store("memory:")]) as store:
         store.put("k", b"v")
         assert store.contains_prefix(["k", "l"]) == leading
         assert store.statistics().errors == errors
@@ -258,7 +257,7 @@ def test_numbers_of_entries_that_cannot_be_are_none(count, leading, errors):
 
 @pytest.mark.parametrize("ending", ["flush", "close"])
 def test_an_entry_that_a_panic_keeps_from_a_tier_is_given_up_and_the_next_are_written(ending):
-    class Panicking(MemoryStore):
+    class Panicking(InMemory):
         n_puts = 0
 
         def put_many(self, entries):
@@ -270,7 +269,7 @@ def test_an_entry_that_a_panic_keeps_from_a_tier_is_given_up_and_the_next_are_wr
         def close(self):
             self.kept = sorted(self.keys())
 
-    upper, lower = MemoryStore(), Panicking()
+    upper, lower = open_store("memory:"), Panicking()
     store = TieredStore([upper, lower], write="back")
     store.put_many([("a", b"1"), ("b", b"2"), ("c", b"3")])
     getattr(store, ending)()
@@ -279,7 +278,7 @@ def test_an_entry_that_a_panic_keeps_from_a_tier_is_given_up_and_the_next_are_wr
 
 
 def test_a_store_may_be_closed_by_a_signal_handler():
-    store = TieredStore([MemoryStore(), MemoryStore()])
+    store = TieredStore([open_store("memory:"), open_store("memory:")])
     counters, (upper, lower) = store._counters._lock, store.tiers
     with counters, upper._lock, lower._lock, upper._counters._lock:  # where the handler interrupts its thread
         store.close()
@@ -288,14 +287,14 @@ def test_a_store_may_be_closed_by_a_signal_handler():
 
 
 def test_a_store_that_breaks_the_contract_is_a_tier_that_failed():
-    class Odd(MemoryStore):
+    class Odd(InMemory):
         def get_many(self, _):
             return []
 
         def contains_prefix(self, _):
             return -1
 
-    with TieredStore([Odd(), MemoryStore()]) as store:
+    with TieredStore([Odd(), open_store("memory:")]) as store:
         store.put("k", b"v")
         assert store.get("k") == b"v"
         assert store.contains_prefix(["k", "l"]) == 1
@@ -303,7 +302,7 @@ def test_a_store_that_breaks_the_contract_is_a_tier_that_failed():
 
 def test_a_tier_that_came_back_is_used_again():
     lower = Gate()
-    with TieredStore([MemoryStore(max_bytes=600), lower]) as store:
+    with TieredStore([open_store("memory:?bytes=600"), lower]) as store:
         store.put("k", b"v")
         lower.fault = StoreUnavailable("gone")
         store.put("l", b"v")
@@ -313,7 +312,7 @@ def test_a_tier_that_came_back_is_used_again():
 
 
 def test_what_one_tier_cannot_hold_another_takes():
-    with TieredStore([MemoryStore(max_bytes=2000), MemoryStore()]) as store:
+    with TieredStore([open_store("memory:?bytes=2000"), open_store("memory:")]) as store:
         entries = [("small", b"1"), ("large", bytes(5000)), ("after", b"2")]
         store.put_many(entries)
         assert store.get_many([key for key, _ in entries]) == [value for _, value in entries]
@@ -322,7 +321,7 @@ def test_what_one_tier_cannot_hold_another_takes():
 
 @pytest.mark.parametrize("write", ["through", "back"])
 def test_an_older_value_does_not_outlive_one_that_has_no_room(write):
-    with TieredStore([MemoryStore(max_bytes=2000), MemoryStore()], write=write) as store:
+    with TieredStore([open_store("memory:?bytes=2000"), open_store("memory:")], write=write) as store:
         store.put("k", b"old")
         store.put("k", bytes(5000))
         assert store.get("k") == bytes(5000)
@@ -332,7 +331,7 @@ def test_an_older_value_does_not_outlive_one_that_has_no_room(write):
 
 def test_what_no_tier_takes_is_an_error():
     lower = Gate()
-    with TieredStore([MemoryStore(max_bytes=600), lower]) as store:
+    with TieredStore([open_store("memory:?bytes=600"), lower]) as store:
         lower.fault = StoreFull("full")
         store.put("small", b"1")
         with pytest.raises(StoreUnavailable, match="1 of 1"):
@@ -340,7 +339,7 @@ def test_what_no_tier_takes_is_an_error():
 
 
 def test_write_back_returns_at_once_and_close_waits_for_it():
-    upper, lower = MemoryStore(max_bytes=700), Gate()
+    upper, lower = open_store("memory:?bytes=700"), Gate()
     store = TieredStore([upper, lower], write="back")
     lower.is_open.clear()
     store.put_many([("a", b"1"), ("b", b"2"), ("c", b"3")])  # the first tier has room for one
@@ -357,7 +356,7 @@ def test_write_back_returns_at_once_and_close_waits_for_it():
 
 def test_deleted_on_its_way_stays_deleted():
     lower = Gate()
-    with TieredStore([MemoryStore(), lower], write="back") as store:
+    with TieredStore([open_store("memory:"), lower], write="back") as store:
         lower.is_open.clear()
         store.put("in-flight", b"1")
         assert lower.is_waiting.wait(30)
@@ -375,7 +374,7 @@ def test_deleted_on_its_way_stays_deleted():
 
 def test_a_full_queue_makes_writers_wait():
     lower = Gate()
-    with TieredStore([MemoryStore(), lower], write="back", queue_bytes=1) as store:
+    with TieredStore([open_store("memory:"), lower], write="back", queue_bytes=1) as store:
         lower.is_open.clear()
         store.put("a", b"1")
         assert lower.is_waiting.wait(30)
@@ -402,14 +401,14 @@ def test_a_full_queue_makes_writers_wait():
 def test_a_value_read_before_a_write_is_not_copied_over_it(change, upper_value):
     class SlowAnswer(Gate):
         def _read(self, names):
-            frames = MemoryStore._read(self, names)
+            frames = InMemory._read(self, names)
             self._pass()
             return frames
 
         def _write(self, names, frames):
-            MemoryStore._write(self, names, frames)
+            InMemory._write(self, names, frames)
 
-    upper, lower = MemoryStore(), SlowAnswer()
+    upper, lower = open_store("memory:"), SlowAnswer()
     with TieredStore([upper, lower]) as store:
         lower.put("k", b"old")
         lower.is_open.clear()
@@ -436,7 +435,7 @@ store.put_many((str(i), bytes(100_000)) for i in range(50))
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_that_died_is_followed_by_another():
-    class Deadly(MemoryStore):
+    class Deadly(InMemory):
         n_exits = 0
 
         def put_many(self, entries):
@@ -447,7 +446,7 @@ def test_a_worker_that_died_is_followed_by_another():
             super().put_many(entries)
 
     lower = Deadly()
-    with TieredStore([MemoryStore(), lower], write="back", queue_bytes=1) as store:
+    with TieredStore([open_store("memory:"), lower], write="back", queue_bytes=1) as store:
         for key in ("deadly/1", "a", "deadly/2", "b"):
             store.put(key, b"v")
         store.flush()
@@ -459,8 +458,8 @@ def test_a_worker_that_died_is_followed_by_another():
 
 
 def test_no_thread_to_write_with_is_an_error_and_writing_goes_on_later(monkeypatch):
-    lower = MemoryStore()
-    with TieredStore([MemoryStore(), lower], write="back") as store:
+    lower = open_store("memory:")
+    with TieredStore([open_store("memory:"), lower], write="back") as store:
 
         def refuse(_):
             raise RuntimeError("can't start new thread")

@@ -83,7 +83,7 @@ def _open_one(url: StoreUrl) -> Store:
     module, _, name = _SCHEMES[url.scheme].partition(":")
     keys = _take_keys(url)
     opener = getattr(importlib.import_module(module, __name__), name)
-    store: Store = opener.from_url(url)
+    store: Store = opener(url)
     return encrypted(store, *keys) if keys else store
 
 

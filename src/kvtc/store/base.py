@@ -14,9 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Self, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias, TypeVar
 
 from ..errors import PROGRAM_ENDS, InvalidArgument, StoreError, StoreUnavailable
 from ..process.forks import in_child
@@ -31,6 +30,7 @@ _NAMESPACE = re.compile(rf"[a-z0-9._-]{{1,{MAX_NAMESPACE_LENGTH}}}", re.ASCII)
 
 Value: TypeAlias = bytes | bytearray | memoryview
 Listener: TypeAlias = Callable[[str], None]
+T = TypeVar("T")
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
@@ -77,9 +77,6 @@ class StoreStatistics:
     foreign: int = 0
     stored_entries: int | None = None
     stored_bytes: int | None = None
-
-    def as_dict(self) -> dict[str, int | None]:
-        return asdict(self)
 
 
 class Counters:
@@ -196,9 +193,7 @@ class Store(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Callable[..., Store], tuple[Any, dict[str, Any]]]:
@@ -208,6 +203,13 @@ class Store(ABC):
             reason = "its entries lie in this process" if self.is_of_process else "it was not opened by a URL"
             raise InvalidArgument(f"{self!r} cannot be pickled: {reason}; open a store where it is used")
         return _open_again, self._opened_by
+
+    def _counted(self, values: list[T]) -> list[T]:
+        """Values that were read, of which None is a miss."""
+        found: list[Any] = [value for value in values if value is not None]
+        n_bytes = sum(len(value) for value in found)
+        self._counters.add(hits=len(found), misses=len(values) - len(found), bytes_read=n_bytes)
+        return values
 
     def _check_open(self) -> None:
         if self._is_closed:

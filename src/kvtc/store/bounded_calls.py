@@ -115,10 +115,17 @@ class BoundedCalls:
         place: Names the store in messages.
         seconds: The longest that a caller waits.
         probe: Asks for something cheap, to find out whether the store answers again.
+        meaning: What a caller gets in place of an error of a call.
     """
 
-    def __init__(self, place: str, seconds: float, probe: Callable[[], object]) -> None:
-        self._place, self._seconds = place, seconds
+    def __init__(
+        self,
+        place: str,
+        seconds: float,
+        probe: Callable[[], object],
+        meaning: Callable[[BaseException], BaseException] = lambda error: error,
+    ) -> None:
+        self._place, self._seconds, self._meaning = place, seconds, meaning
         self._threads = Threads(place, MAX_THREADS)
         self._circuit = CircuitBreaker(probe, seconds / 2)
 
@@ -136,17 +143,19 @@ class BoundedCalls:
         begun = [Call(call) for call in calls]
         try:
             return self._results(begun)
-        except (StoreFull, InvalidArgument):
-            raise  # an answer
         except PROGRAM_ENDS:
             raise
-        except BaseException:
-            self._circuit.failed(time.monotonic() - begin)
-            raise
+        except BaseException as error:
+            failure = self._meaning(error)
+            if not isinstance(failure, StoreFull | InvalidArgument):  # they are answers
+                self._circuit.failed(time.monotonic() - begin)
+            if failure is error:
+                raise
         finally:
             for call in begun:
                 if not call.done():
                     self._threads.give_up(call)
+        raise failure  # out of reach of the error, which may hold a password
 
     def _results(self, begun: Sequence[Call]) -> list[Any]:
         for call in begun:

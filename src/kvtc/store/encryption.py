@@ -83,12 +83,9 @@ class EncryptedStore(Store):
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         self._check_open()
         sealed = self._inner.get_many(keys)
-        values = [None if one is None else self._open(key, one) for key, one in zip(keys, sealed, strict=True)]
-        found = [value for value in values if value is not None]
-        self._counters.add(
-            hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
+        return self._counted(
+            [None if one is None else self._open(key, one) for key, one in zip(keys, sealed, strict=True)]
         )
-        return values
 
     def put_many(self, entries: Iterable[tuple[str, Value]]) -> None:
         self._check_open()
@@ -119,16 +116,9 @@ class EncryptedStore(Store):
 
     def statistics(self) -> StoreStatistics:
         own, below = self._counters.snapshot(), self._inner.statistics()
-        return replace(
-            below,
-            hits=own.hits,
-            misses=own.misses,
-            puts=own.puts,
-            bytes_read=own.bytes_read,
-            bytes_written=own.bytes_written,
-            damaged=own.damaged + below.damaged,
-            foreign=own.foreign + below.foreign,
-        )
+        unreadable = {"damaged": own.damaged + below.damaged, "foreign": own.foreign + below.foreign}
+        kept = {name: getattr(below, name) for name in ("evictions", "errors", "stored_entries", "stored_bytes")}
+        return replace(own, **unreadable, **kept)
 
     def close(self) -> None:
         super().close()

@@ -7,9 +7,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from ..errors import PROGRAM_ENDS, InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
+from ..errors import PROGRAM_ENDS, KvtcError, StoreError, StoreFull, StoreUnavailable
 from .base import Names, Store, Value, check_value
-from .frame import DEFAULT_ENTRY_BYTES, DamagedEntry, ForeignEntry, Frame, seal, unseal
+from .frame import DamagedEntry, ForeignEntry, Frame, seal, unseal
+from .urls import StoreUrl
 
 T = TypeVar("T")
 PROBE_NAME = "kvtc-probe"  # of no entry; to ask whether a place answers
@@ -19,21 +20,19 @@ class FramedStore(Store):
     """A store whose subclass keeps frames under names.
 
     Parameters:
-        namespace: Entries of different namespaces in one place of storage never meet.
-        entry_bytes: The longest value that is put or read. A longer entry is foreign and is not
-            read.
+        url: Names the place of storage and its options, of which a subclass takes its own before
+            it calls this: here are `namespace`, for entries of different namespaces in one place
+            never meet, and `entry_bytes`, the longest value that is put or read. A longer entry is
+            foreign and is not read.
 
     Raises:
-        InvalidArgument: `namespace` or `entry_bytes` is not allowed.
+        InvalidArgument: An option is unknown or not allowed.
     """
 
-    def __init__(self, namespace: str | None = None, entry_bytes: int = DEFAULT_ENTRY_BYTES) -> None:
+    def __init__(self, url: StoreUrl) -> None:
         super().__init__()
-        if entry_bytes < 1:
-            raise InvalidArgument(f"entry_bytes is {entry_bytes}; expected a positive number of bytes")
-        self.namespace = namespace
-        self._names = Names(namespace)
-        self._entry_bytes = entry_bytes
+        self.namespace, self._entry_bytes = url.take_common()
+        self._names = Names(self.namespace)
 
     # What a subclass provides. Each may raise whatever its place of storage does: `_attempt` makes
     # StoreError of it.
@@ -70,12 +69,7 @@ class FramedStore(Store):
         names = [self._names.name(key) for key in keys]
         if not names:
             return []
-        values = self._attempt(lambda: self._open_all(names))
-        found = [value for value in values if value is not None]
-        self._counters.add(
-            hits=len(found), misses=len(values) - len(found), bytes_read=sum(len(value) for value in found)
-        )
-        return values
+        return self._counted(self._attempt(lambda: self._open_all(names)))
 
     def put_many(self, entries: Iterable[tuple[str, Value]]) -> None:
         self._check_open()

@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import InvalidArgument, StoreFull
+from ..errors import StoreFull
 from ..process.forks import in_child
 from .base import StoreStatistics
-from .frame import DEFAULT_ENTRY_BYTES, Frame
+from .frame import Frame
 from .framed import FramedStore
 from .urls import StoreUrl, parse_bytes
 
@@ -22,37 +22,27 @@ class MemoryStore(FramedStore):
     """Entries in the memory of this process. A forked child has a copy of its own.
 
     Parameters:
-        max_bytes: Byte budget, with 512 bytes for each entry beside its frame. The entries that
-            were used longest ago are evicted first.
-        namespace, entry_bytes: As of `FramedStore`.
+        url: `memory:`. Option `bytes`: the budget, with 512 bytes for each entry beside its frame.
+            The entries that were used longest ago are evicted first.
     """
 
     is_of_process = True
 
-    def __init__(
-        self,
-        max_bytes: int = DEFAULT_BYTES,
-        namespace: str | None = None,
-        entry_bytes: int = DEFAULT_ENTRY_BYTES,
-    ) -> None:
-        super().__init__(namespace, entry_bytes)
-        if max_bytes < 1:
-            raise InvalidArgument(f"bytes is {max_bytes}; expected a positive byte budget")
-        self._max_bytes = max_bytes
+    def __init__(self, url: StoreUrl) -> None:
+        self._take_place(url)
+        self._max_bytes = url.take("bytes", parse_bytes, DEFAULT_BYTES)
+        super().__init__(url)
         self._frames: OrderedDict[str, Any] = OrderedDict()  # as `_hold` gives them; used longest ago comes first
         self._renew()
         in_child(self._renew)
+
+    def _take_place(self, url: StoreUrl) -> None:
+        url.expect_no_path()
 
     def _renew(self) -> None:
         self._lock = threading.RLock()  # a signal handler may close the store while its thread is in here
         # Counted anew: room may be reserved for what only the parent goes on to put.
         self._bytes = sum(len(held) + ENTRY_BYTES for held in self._frames.values())
-
-    @classmethod
-    def from_url(cls, url: StoreUrl) -> MemoryStore:
-        url.expect_no_path()
-        max_bytes = url.take("bytes", parse_bytes, DEFAULT_BYTES)
-        return cls(max_bytes, **url.take_common())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._max_bytes} bytes)"

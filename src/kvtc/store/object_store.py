@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from ..errors import InvalidArgument, KvtcError, MissingDependency, StoreFull, StoreUnavailable
 from ..process.forks import in_child
 from .bounded_calls import MAX_THREADS, BoundedCalls
-from .frame import DEFAULT_ENTRY_BYTES, FRAME_BYTES, Frame, Head
+from .frame import FRAME_BYTES, Frame, Head
 from .framed import PROBE_NAME, FramedStore
 from .redaction import SECRET_OPTIONS, Redactor, translated, user_info
 from .urls import StoreUrl, parse_seconds
@@ -55,43 +55,26 @@ class ObjectStore(FramedStore):
     of its client are not there.
 
     Parameters:
-        bucket, prefix: Where the objects are.
-        timeout: Seconds that a caller waits for a group of up to 16 entries, retries included; see
-            `BoundedCalls`.
-        server: Options of the client: `endpoint`, `region`, credentials and others of
-            `SERVER_OPTIONS`.
-        ca_file: PEM certificates of authorities to trust beside the usual ones.
-        namespace, entry_bytes: As of `FramedStore`.
+        url: `s3://bucket/prefix`. Options: `timeout`, seconds that a caller waits for a group of up
+            to 16 entries, retries included (see `BoundedCalls`); `endpoint`, `region`, credentials
+            and others of `SERVER_OPTIONS`; `ca_file`, PEM certificates of authorities to trust
+            beside the usual ones.
     """
 
-    def __init__(
-        self,
-        bucket: str,
-        prefix: str = "",
-        timeout: float = DEFAULT_SECONDS,
-        server: dict[str, Any] | None = None,
-        ca_file: str | None = None,
-        namespace: str | None = None,
-        entry_bytes: int = DEFAULT_ENTRY_BYTES,
-    ) -> None:
-        super().__init__(namespace, entry_bytes)
-        self._place = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._bucket, self._prefix = bucket, prefix
-        self._timeout, self._server, self._ca_file = timeout, server or {}, ca_file
+    def __init__(self, url: StoreUrl) -> None:
+        if not url.host or url.has_user:
+            raise InvalidArgument(f"{url}: expected s3://bucket/prefix, and credentials as options")
+        self._bucket, self._prefix = url.host, url.path.strip("/")
+        self._place = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        self._timeout = url.take("timeout", parse_seconds, DEFAULT_SECONDS)
+        self._server = {name: text for name in SERVER_OPTIONS if (text := url.take(name, str)) is not None}
+        self._ca_file = url.take("ca_file", str)
+        super().__init__(url)
         self._redactor = Redactor(_secrets(self._server))
         self._objects = translated(
             self._connect, lambda error: InvalidArgument(f"{self._place}: {self._redactor.message(error)}")
         )
-        self._calls = BoundedCalls(self._place, timeout, lambda: self._perform(partial(self._is_there, PROBE_NAME)))
-
-    @classmethod
-    def from_url(cls, url: StoreUrl) -> ObjectStore:
-        if not url.host or url.has_user:
-            raise InvalidArgument(f"{url}: expected s3://bucket/prefix, and credentials as options")
-        timeout = url.take("timeout", parse_seconds, DEFAULT_SECONDS)
-        server = {name: text for name in SERVER_OPTIONS if (text := url.take(name, str)) is not None}
-        ca_file = url.take("ca_file", str)
-        return cls(url.host, url.path.strip("/"), timeout, server, ca_file, **url.take_common())
+        self._calls = BoundedCalls(self._place, self._timeout, partial(self._is_there, PROBE_NAME), self._meaning)
 
     def __repr__(self) -> str:
         return f"ObjectStore({self._place!r})"
@@ -186,10 +169,7 @@ class ObjectStore(FramedStore):
                 "here; start processes with spawn, or use the store in the children alone"
             )
         _client.is_used = True
-        return self._calls.run_all([partial(self._perform, call) for call in calls])
-
-    def _perform(self, call: Callable[[], T]) -> T:
-        return translated(call, self._meaning)
+        return self._calls.run_all(list(calls))
 
     def _meaning(self, error: BaseException) -> BaseException:
         if isinstance(error, KvtcError | MemoryError):

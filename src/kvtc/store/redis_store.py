@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..errors import InvalidArgument, KvtcError, MissingDependency, StoreFull, StoreUnavailable
 from ..process.forks import in_child
 from .bounded_calls import BoundedCalls
-from .frame import DEFAULT_ENTRY_BYTES, FRAME_BYTES, Frame, Head
+from .frame import FRAME_BYTES, Frame, Head
 from .framed import PROBE_NAME, FramedStore
 from .redaction import SECRET_OPTIONS, Redactor, translated, user_info
 from .urls import StoreUrl, parse_seconds
@@ -49,55 +49,30 @@ class RedisStore(FramedStore):
     """Entries as strings of a Redis server, under `prefix` and their name.
 
     Parameters:
-        url: `redis://` or `rediss://`, without options.
-        timeout: Seconds that a caller waits for a batch of up to 64 entries, connecting included;
-            see `BoundedCalls`. A lost connection is made again once.
-        ttl: Seconds after `put` until the server forgets an entry; None: as the server is
-            configured.
-        prefix: Of the strings' keys.
-        connection: Options of redis-py.
-        namespace, entry_bytes: As of `FramedStore`.
+        url: `redis://` or `rediss://`. Options: `timeout`, seconds that a caller waits for a batch
+            of up to 64 entries, connecting included (see `BoundedCalls`; a lost connection is made
+            again once); `ttl`, seconds after `put` until the server forgets an entry, where it
+            should not be as the server is configured; `prefix` of the strings' keys;
+            `CONNECTION_OPTIONS`, of redis-py.
     """
 
-    def __init__(
-        self,
-        url: str,
-        timeout: float = DEFAULT_SECONDS,
-        ttl: float | None = None,
-        prefix: str = "kvtc:",
-        connection: dict[str, Any] | None = None,
-        namespace: str | None = None,
-        entry_bytes: int = DEFAULT_ENTRY_BYTES,
-    ) -> None:
-        super().__init__(namespace, entry_bytes)
-        if _PREFIX.fullmatch(prefix) is None:
-            raise InvalidArgument(f"prefix {prefix!r:.80}: expected characters of a-z A-Z 0-9 : . _ / -")
-        self._place = str(StoreUrl(url))
-        self._url, self._timeout, self._connection = url, timeout, connection or {}
-        self._redactor = Redactor(
-            [*user_info(url), *(value for name, value in self._connection.items() if name in SECRET_OPTIONS)]
-        )
-        self._prefix = prefix
-        self._ttl_milliseconds = None if ttl is None else max(1, round(1000 * ttl))
-        translated(self._connect, lambda error: InvalidArgument(f"{self._place}: {self._redactor.message(error)}"))
-        in_child(self._connect)
-        self._calls = BoundedCalls(self._place, timeout, lambda: self._perform(partial(self._exists, [PROBE_NAME])))
-
-    @classmethod
-    def from_url(cls, url: StoreUrl) -> RedisStore:
-        timeout = url.take("timeout", parse_seconds, DEFAULT_SECONDS)
+    def __init__(self, url: StoreUrl) -> None:
+        self._place, self._url = str(url), url.base
+        self._timeout = url.take("timeout", parse_seconds, DEFAULT_SECONDS)
         ttl = url.take("ttl", parse_seconds)
-        prefix = url.take("prefix", str, "kvtc:")
+        self._ttl_milliseconds = None if ttl is None else max(1, round(1000 * ttl))
+        self._prefix = url.take("prefix", str, "kvtc:")
+        if _PREFIX.fullmatch(self._prefix) is None:
+            raise InvalidArgument(f"prefix {self._prefix!r:.80}: expected characters of a-z A-Z 0-9 : . _ / -")
         options = {name: text for name in CONNECTION_OPTIONS if (text := url.take(name, str)) is not None}
-        common = url.take_common()
-        hidden = Redactor([*user_info(url.base), *(options[name] for name in SECRET_OPTIONS & options.keys())])
-        connection = translated(
-            lambda: redis.connection.parse_url(url.with_query(options)),
-            lambda error: InvalidArgument(f"{url}: {hidden.cut(str(error))}"),
-        )
+        super().__init__(url)
+        self._redactor = Redactor([*user_info(url.base), *(options[name] for name in SECRET_OPTIONS & options.keys())])
+        self._connection = translated(lambda: redis.connection.parse_url(url.with_query(options)), self._refusal)
         for fixed in ("host", "port", "connection_class"):  # stay in the URL
-            connection.pop(fixed, None)
-        return cls(url.base, timeout, ttl, prefix, connection, **common)
+            self._connection.pop(fixed, None)
+        translated(self._connect, self._refusal)
+        in_child(self._connect)
+        self._calls = BoundedCalls(self._place, self._timeout, partial(self._exists, [PROBE_NAME]), self._meaning)
 
     def __repr__(self) -> str:
         return f"RedisStore({self._place!r})"
@@ -122,7 +97,7 @@ class RedisStore(FramedStore):
     def _read(self, names: Sequence[str]) -> list[Frame | None]:
         frames: list[Frame | None] = []
         for start in range(0, len(names), BATCH_KEYS):
-            frames += self._run(partial(self._get, names[start : start + BATCH_KEYS]))
+            frames += self._calls.run(partial(self._get, names[start : start + BATCH_KEYS]))
         return frames
 
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
@@ -136,27 +111,27 @@ class RedisStore(FramedStore):
                 n_waiting += len(frame)
                 if n_waiting >= BATCH_BYTES:
                     full, batch, n_waiting = batch, [], 0
-                    self._run(partial(self._set, full))
+                    self._calls.run(partial(self._set, full))
         finally:  # what comes before an entry that is too large is kept
-            self._run(partial(self._set, batch))
+            self._calls.run(partial(self._set, batch))
 
     def _leading(self, names: Sequence[str]) -> int:
-        found = self._run(partial(self._exists, names))
+        found = self._calls.run(partial(self._exists, names))
         return found.index(0) if 0 in found else len(found)
 
     def _remove(self, name: str) -> None:
-        self._run(lambda: self._client.delete(self._prefix + name))
+        self._calls.run(lambda: self._client.delete(self._prefix + name))
 
     def _discard(self, name: str, frame: Frame) -> None:
         head, size = frame if isinstance(frame, Head) else (frame, len(frame))
         digest = hashlib.sha1(head, usedforsecurity=False).hexdigest()
-        self._run(lambda: self._client.eval(_DISCARD, 1, self._prefix + name, digest, size, len(head) - 1))
+        self._calls.run(lambda: self._client.eval(_DISCARD, 1, self._prefix + name, digest, size, len(head) - 1))
 
     def _list(self) -> Iterator[str]:
         cursor, seen = None, set()
         while cursor != 0:
             scan = partial(self._client.scan, cursor or 0, match=f"{self._prefix}*", count=1000)
-            cursor, keys = self._run(scan)
+            cursor, keys = self._calls.run(scan)
             seen.update(keys)
         # Keys of other programs may be any bytes; what is no text is no name.
         return (key.decode("utf-8", "replace").removeprefix(self._prefix) for key in seen)
@@ -196,11 +171,8 @@ class RedisStore(FramedStore):
             found: list[int] = pipeline.execute()
         return found
 
-    def _run(self, call: Callable[[], T]) -> T:
-        return self._calls.run(partial(self._perform, call))
-
-    def _perform(self, call: Callable[[], T]) -> T:
-        return translated(call, self._meaning)
+    def _refusal(self, error: BaseException) -> InvalidArgument:
+        return InvalidArgument(f"{self._place}: {self._redactor.message(error)}")
 
     def _meaning(self, error: BaseException) -> BaseException:
         if isinstance(error, KvtcError | MemoryError):

@@ -45,16 +45,23 @@ class Tier:
             self._count_error()
             return otherwise
         begin = time.monotonic()
-        try:
-            return call(self.store)
-        except PROGRAM_ENDS:
-            raise
-        except BaseException as error:  # noqa: BLE001  a store of somebody else's may raise anything
+        result, error = self._tried(call, otherwise)
+        if error is not None:
             self._count_error()
             if not isinstance(error, StoreFull):
                 self._circuit.failed(time.monotonic() - begin)
-            self._log(error)
-        return otherwise
+        return result
+
+    def _tried(self, call: Callable[[Store], T], otherwise: T) -> tuple[T, BaseException | None]:
+        try:
+            return call(self.store), None
+        except PROGRAM_ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001  a store of somebody else's may raise anything
+            unexpected = None if isinstance(error, KvtcError) else error
+            name, kind = type(self.store).__name__, type(error).__name__
+            log_once(logger, f"{name} {kind}", "tier %s: %s: %s", name, kind, error, exc_info=unexpected)
+            return otherwise, error
 
     def read(self, keys: Sequence[str], *, is_resident: bool = False) -> list[Any]:
         """One value or None for each key."""
@@ -86,31 +93,17 @@ class Tier:
         return self.attempt(put_all, [False] * len(entries))
 
     def statistics(self) -> StoreStatistics:
-        try:
-            found = self.store.statistics()
-            if not isinstance(found, StoreStatistics):
-                raise StoreError(f"a store gives {type(found).__name__} as statistics; expected StoreStatistics")
-            return found
-        except PROGRAM_ENDS:
-            raise
-        except BaseException as error:  # noqa: BLE001  as in `attempt`
-            self._log(error)
-            return StoreStatistics()
+        return self._tried(lambda store: _checked(store.statistics()), StoreStatistics())[0]
 
     def close(self) -> None:
-        try:
-            self.store.close()
-        except PROGRAM_ENDS:
-            raise
-        except BaseException as error:  # noqa: BLE001  as in `attempt`; the other tiers are to be closed too
+        if self._tried(lambda store: store.close(), None)[1] is not None:
             self._count_error()
-            self._log(error)
 
-    def _log(self, error: BaseException) -> None:
-        unexpected = None if isinstance(error, KvtcError) else error
-        name = type(self.store).__name__
-        kind = f"{name} {type(error).__name__}"
-        log_once(logger, kind, "tier %s: %s: %s", name, type(error).__name__, error, exc_info=unexpected)
+
+def _checked(statistics: StoreStatistics) -> StoreStatistics:
+    if not isinstance(statistics, StoreStatistics):
+        raise StoreError(f"a store gives {type(statistics).__name__} as statistics; expected StoreStatistics")
+    return statistics
 
 
 class TieredStore(Store):
@@ -178,9 +171,7 @@ class TieredStore(Store):
             if depth:
                 self._promote(depth, [(keys[i], values[i] or b"", versions[i]) for i in hits])
             absent = [i for i in absent if values[i] is None]
-        n_read = sum(len(value) for value in values if value is not None)
-        self._counters.add(hits=len(keys) - len(absent), misses=len(absent), bytes_read=n_read)
-        return values
+        return self._counted(values)
 
     def put_many(self, entries: Iterable[tuple[str, Value]]) -> None:
         self._check_open()

@@ -56,14 +56,11 @@ class StoreUrl:
         except (TypeError, ValueError, OverflowError) as error:
             raise InvalidArgument(f"{self}: option {name}={value!r:.80}: {error}") from error
 
-    def take_common(self) -> dict[str, Any]:
-        """The options of all stores, as keyword arguments; nothing may be left after them."""
-        common = {
-            "namespace": self.take("namespace", str),
-            "entry_bytes": self.take("entry_bytes", parse_bytes, DEFAULT_ENTRY_BYTES),
-        }
+    def take_common(self) -> tuple[str | None, int]:
+        """`namespace` and `entry_bytes`, options of all stores; nothing may be left after them."""
+        namespace, entry_bytes = self.take("namespace", str), self.take("entry_bytes", parse_bytes, DEFAULT_ENTRY_BYTES)
         self.expect_no_rest()
-        return common
+        return namespace, entry_bytes
 
     def with_query(self, options: dict[str, str]) -> str:
         """The URL with these options alone, for a library that parses it in its own way."""
@@ -81,15 +78,16 @@ class StoreUrl:
 
 
 def parse_bytes(text: str | int) -> int:
-    """`4096`, `1GB` (decimal) or `512MiB` (binary) in bytes."""
-    if isinstance(text, int):
-        return text
-    match = _BYTES.fullmatch(text.strip())
+    """`4096`, `1GB` (decimal) or `512MiB` (binary) in bytes, at least 1."""
+    match = _BYTES.fullmatch(str(text).strip())
     if match is None:
         raise ValueError("expected a number of bytes such as 500MB or 2GiB")
     number, unit, binary = match.groups()
     exponent = " KMGT".index(unit.upper()) if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** exponent)
+    n_bytes = int(float(number) * (1024 if binary else 1000) ** exponent)
+    if n_bytes < 1:
+        raise ValueError("expected a positive number of bytes")
+    return n_bytes
 
 
 def parse_seconds(text: str | float) -> float:
@@ -102,7 +100,10 @@ def parse_seconds(text: str | float) -> float:
 
 def parse_mode(text: str | int) -> int:
     """`0640`, permissions in octal digits."""
-    return text if isinstance(text, int) else int(text, 8)
+    mode = text if isinstance(text, int) else int(text, 8)
+    if mode & ~0o666 or mode & 0o600 != 0o600:
+        raise ValueError("expected permissions such as 0600 or 0640, for the owner to read and write")
+    return mode
 
 
 def parse_choice(*choices: str) -> Callable[[Any], str]:

@@ -17,7 +17,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -235,6 +235,14 @@ class Directory:
             finally:
                 os.close(descriptor)
 
+    def meaning(self, error: BaseException) -> BaseException:
+        """What a caller learns of an error of the disk: whether it is full or cannot be used."""
+        if not isinstance(error, OSError):
+            return error
+        kind = StoreFull if error.errno in _NO_ROOM else StoreUnavailable
+        code = errno.errorcode.get(error.errno or 0, "?")
+        return kind(f"file store {self.root}: {error.strerror or error} ({code})")
+
     def _sync_directory(self, path: Path) -> None:
         if self._sync != "full":
             return
@@ -248,15 +256,3 @@ class Directory:
 def blocks(size: int) -> int:
     """Bytes that a file of that size takes on disk."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
-
-
-@contextmanager
-def translating(root: Path) -> Iterator[None]:
-    """OSError as the StoreError that it means."""
-    try:
-        yield
-    except OSError as error:
-        kind = StoreFull if error.errno in _NO_ROOM else StoreUnavailable
-        raise kind(
-            f"file store {root}: {error.strerror or error} ({errno.errorcode.get(error.errno or 0, '?')})"
-        ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import TypeVar
 from ...errors import InvalidArgument, StoreError, StoreFull
 from ..base import StoreStatistics
 from ..bounded_calls import BoundedCalls
-from ..frame import DEFAULT_ENTRY_BYTES, Frame
+from ..frame import Frame
 from ..framed import PROBE_NAME, FramedStore
 from ..urls import StoreUrl, parse_bytes, parse_choice, parse_mode, parse_seconds
-from .directory import SUFFIX, Directory, blocks, translating
+from .directory import SUFFIX, Directory, blocks
 from .ledger import LockedLedger
 
 T = TypeVar("T")
@@ -32,54 +32,31 @@ class FileStore(FramedStore):
     """Entries as files of a directory.
 
     Parameters:
-        root: The directory, which is made.
-        max_bytes: Byte budget on disk; None: none.
-        sync: When bytes reach the disk. `none`: when the operating system writes them; a killed
-            process loses nothing, a power cut may cost the last entries. `data`: before the entry
-            appears. `full`: as `data`, and its name in the directory, too.
-        timeout: Seconds that a caller waits for a batch of up to 16 entries, the lock of the
+        url: `file:///path`, of a directory, which is made. Options:
+            `bytes`: Byte budget on disk.
+            `sync`: When bytes reach the disk. `none`: when the operating system writes them; a
+            killed process loses nothing, a power cut may cost the last entries. `data`: before the
+            entry appears. `full`: as `data`, and its name in the directory, too.
+            `timeout`: Seconds that a caller waits for a batch of up to 16 entries, the lock of the
             directory included; see `BoundedCalls`.
-        mode: Permissions of files that are made, less those that the umask forbids. Directories may
-            be searched by those who may read the files.
-        namespace, entry_bytes: As of `FramedStore`.
+            `mode`: Permissions of files that are made, less those that the umask forbids.
+            Directories may be searched by those who may read the files.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        max_bytes: int | None = None,
-        sync: str = "none",
-        timeout: float = DEFAULT_SECONDS,
-        mode: int = DEFAULT_MODE,
-        namespace: str | None = None,
-        entry_bytes: int = DEFAULT_ENTRY_BYTES,
-    ) -> None:
-        super().__init__(namespace, entry_bytes)
-        if max_bytes is not None and max_bytes < 1:
-            raise InvalidArgument(f"bytes is {max_bytes}; expected a positive byte budget")
-        if sync not in SYNC:
-            raise InvalidArgument(f"sync is {sync!r}; expected one of {', '.join(SYNC)}")
-        if mode & ~0o666 or mode & 0o600 != 0o600:
-            raise InvalidArgument(
-                f"mode is {mode:04o}; expected permissions such as 0600 or 0640, for the owner to read and write"
-            )
-        self._max_bytes = max_bytes
-        self._directory = Directory(Path(root), sync, LOCK_SHARE * timeout, mode)
-        # Writing waits for a lock, and may hang where reading does not: neither uses up the other's
-        # threads.
-        self._reading = BoundedCalls(repr(self), timeout, lambda: self._directory.path(PROBE_NAME).exists())
-        self._writing = BoundedCalls(repr(self), timeout, self._probe_writing)
-        self._translated(lambda: self._run(self._writing, self._recover))
-
-    @classmethod
-    def from_url(cls, url: StoreUrl) -> FileStore:
+    def __init__(self, url: StoreUrl) -> None:
         if url.host or not url.path.startswith("/"):
             raise InvalidArgument(f"{url}: expected file:///absolute/path")
-        max_bytes = url.take("bytes", parse_bytes)
+        self._max_bytes: int | None = url.take("bytes", parse_bytes)
         sync = url.take("sync", parse_choice(*SYNC), "none")
         timeout = url.take("timeout", parse_seconds, DEFAULT_SECONDS)
         mode = url.take("mode", parse_mode, DEFAULT_MODE)
-        return cls(url.path, max_bytes, sync, timeout, mode, **url.take_common())
+        super().__init__(url)
+        self._directory = Directory(Path(url.path), sync, LOCK_SHARE * timeout, mode)
+        # Writing waits for a lock, and may hang where reading does not: neither uses up the other's
+        # threads.
+        self._reading = BoundedCalls(repr(self), timeout, self._probe_reading, self._directory.meaning)
+        self._writing = BoundedCalls(repr(self), timeout, self._probe_writing, self._directory.meaning)
+        self._translated(lambda: self._writing.run(self._recover))
 
     def __repr__(self) -> str:
         return f"FileStore({str(self._directory.root)!r})"
@@ -88,10 +65,13 @@ class FileStore(FramedStore):
         """stored_bytes is what the processes on this directory have counted together: never too
         few, sometimes too many."""
         try:
-            stored_bytes = self._run(self._reading, self._directory.ledger.read)[1]
+            stored_bytes = self._reading.run(self._directory.ledger.read)[1]
         except StoreError:
             stored_bytes = None
         return self._counters.snapshot(stored_bytes=stored_bytes)
+
+    def _probe_reading(self) -> None:
+        self._directory.path(PROBE_NAME).exists()
 
     def _probe_writing(self) -> None:
         self._directory.create()
@@ -112,18 +92,11 @@ class FileStore(FramedStore):
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
 
-    def _run(self, calls: BoundedCalls, call: Callable[[], T]) -> T:
-        def translated() -> T:
-            with translating(self._directory.root):
-                return call()
-
-        return calls.run(translated)
-
     def _read(self, names: Sequence[str]) -> list[Frame | None]:
         frames: list[Frame | None] = []
         ticks: list[int] = []
         for start in range(0, len(names), BATCH_NAMES):
-            frames += self._run(self._reading, partial(self._read_batch, names, start, ticks))
+            frames += self._reading.run(partial(self._read_batch, names, start, ticks))
         return frames
 
     def _read_batch(self, names: Sequence[str], start: int, ticks: list[int]) -> list[Frame | None]:
@@ -139,7 +112,7 @@ class FileStore(FramedStore):
     def _write(self, names: Sequence[str], frames: Iterator[bytes]) -> None:
         ticks: list[int] = []
         for start in range(0, len(names), BATCH_NAMES):
-            self._run(self._writing, partial(self._write_batch, names, start, ticks, frames))
+            self._writing.run(partial(self._write_batch, names, start, ticks, frames))
 
     def _write_batch(self, names: Sequence[str], start: int, ticks: list[int], frames: Iterator[bytes]) -> None:
         if start == 0:
@@ -195,18 +168,17 @@ class FileStore(FramedStore):
         held.usage = total
 
     def _leading(self, names: Sequence[str]) -> int:
-        return self._run(
-            self._reading,
+        return self._reading.run(
             lambda: next((i for i, name in enumerate(names) if not self._directory.path(name).exists()), len(names)),
         )
 
     def _remove(self, name: str) -> None:
-        self._run(self._writing, lambda: self._directory.remove(name))
+        self._writing.run(lambda: self._directory.remove(name))
 
     def _discard(self, name: str, frame: Frame) -> None:
-        self._run(self._writing, lambda: self._directory.discard(name, frame, self._entry_bytes))
+        self._writing.run(lambda: self._directory.discard(name, frame, self._entry_bytes))
 
     def _list(self) -> Iterator[str]:
-        for shard in self._run(self._reading, self._directory.shards):
-            for entry in self._run(self._reading, partial(self._directory.entries, shard)):
+        for shard in self._reading.run(self._directory.shards):
+            for entry in self._reading.run(partial(self._directory.entries, shard)):
                 yield entry.name.removesuffix(SUFFIX)
