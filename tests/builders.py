@@ -32,7 +32,7 @@ from kvtc.coding.joint.probability import ProbabilityTables
 from kvtc.coding.paper.distortion import DistortionTable
 from kvtc.coding.rope import NO_ROTATION, Rope, RopeTable
 from kvtc.coding.transform import Basis, cache_side_of
-from kvtc.container import join_streams, split_stream
+from kvtc.container.parts import join_streams, split_stream
 from kvtc.process.torch_state import neutral_torch_state
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 8

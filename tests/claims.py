@@ -12,7 +12,7 @@ import zstandard
 
 from kvtc.calibration import Calibration
 from kvtc.coding.lossless import BLOCK_BYTES, CODER_IDS
-from kvtc.container import STREAM_WIDE, SectionType
+from kvtc.container.tables import STREAM_WIDE, SectionType
 
 CHUNK = np.dtype("<u4, <u2, <u2, <u2, <u2, <u8")
 SECTION = np.dtype("u1, u1, <u2, <u4, <u4, <u4, <u4")

@@ -35,7 +35,8 @@ from kvtc.cache import CACHE_DTYPES, KVCache
 from kvtc.codec.codec import Codec
 from kvtc.codec.opened_stream import positions_of
 from kvtc.coding.lossless import CODER_IDS, compress
-from kvtc.container import LOSSLESS, SectionType, parse_stream
+from kvtc.container.stream import parse_stream
+from kvtc.container.tables import LOSSLESS, SectionType
 from kvtc.errors import KvtcError
 from kvtc.profiles.rates import Truncation
 

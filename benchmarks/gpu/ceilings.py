@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-import kvtc.codec.codec
 from benchmarks.gpu.cases import CHUNK_TOKENS, caches, calibration_for, coefficient_model, drawn, shipped
 from benchmarks.gpu.coding import Case, Setting
 from kvtc.backends import CodedIntegers, make_backend, nvcomp
 from kvtc.coding.joint.uniform_quantizer import column_classes
 from kvtc.coding.lossless import BLOCK_BYTES
-from kvtc.container import SectionType
+from kvtc.container.stream import parse_stream
+from kvtc.container.tables import SectionType
 from kvtc.errors import KvtcError
 
 RANKS = (3000, 6000, 10000)
@@ -133,7 +133,7 @@ def lossless(setting: Setting) -> dict[str, Any]:
     codec = setting.codec(calibration, case)
     batch = (1, 300) if setting.is_small else (1, 8192)
     (sequence,) = caches(calibration, "paper", batch, setting.device)
-    stream = kvtc.container.parse_stream(codec.encode(sequence.cache, sequence.token_ids))
+    stream = parse_stream(codec.encode(sequence.cache, sequence.token_ids))
     bodies = [
         stream.read(SectionType.BODY, index, stream.find(SectionType.BODY, index).raw_bytes)
         for index in range(len(stream.chunks))

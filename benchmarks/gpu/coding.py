@@ -16,7 +16,7 @@ from kvtc.calibration.joint_calibration import CoefficientModel
 from kvtc.codec.pipeline import Decoding
 from kvtc.codec.sealed_stream import StreamDraft
 from kvtc.coding.joint.uniform_quantizer import column_classes
-from kvtc.container import parse_stream
+from kvtc.container.stream import parse_stream
 from kvtc.profiles.rates import Step
 
 PAPER_RATIO = 16

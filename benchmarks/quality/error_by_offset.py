@@ -25,7 +25,8 @@ from kvtc.codec import transformers_cache as interop
 from kvtc.coding.joint.prediction import token_triples
 from kvtc.coding.joint.uniform_quantizer import column_classes, quantize, to_symbols
 from kvtc.coding.transform import project, rows_of
-from kvtc.container import STREAM_WIDE, SectionType, parse_stream
+from kvtc.container.stream import parse_stream
+from kvtc.container.tables import STREAM_WIDE, SectionType
 from kvtc.evaluate.provenance import save_result
 from kvtc.huggingface.continuation import prefill
 from kvtc.report.table import format_table

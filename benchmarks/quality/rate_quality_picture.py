@@ -7,7 +7,7 @@ that was saved last.
 import argparse
 from pathlib import Path
 
-from kvtc.container import PROFILES
+from kvtc.container.tables import PROFILES
 from kvtc.evaluate.method_names import split_name
 from kvtc.evaluate.provenance import RESULTS_DIRECTORY
 from kvtc.evaluate.schema import read_result

@@ -19,17 +19,22 @@ from . import errors
 from .process import forks  # noqa: F401  what a forked child inherits is noted from here on
 
 if TYPE_CHECKING:
-    from .cache import CacheGeometry, KVCache
-    from .calibration import Calibration, load_calibration
-    from .codec import Codec
-    from .codec.inspection import StreamInfo, inspect
-    from .container import join_streams, split_stream
-    from .huggingface.calibrate import calibrate
-    from .huggingface.measure_quality import measure_quality
-    from .huggingface.model_identity import model_identity
-    from .prefix_cache import PrefixCache
-    from .reference import reference_calibration, reference_model
-    from .store import open_store
+    from .cache import CacheGeometry as CacheGeometry
+    from .cache import KVCache as KVCache
+    from .calibration import Calibration as Calibration
+    from .calibration import load_calibration as load_calibration
+    from .codec import Codec as Codec
+    from .codec.inspection import StreamInfo as StreamInfo
+    from .codec.inspection import inspect as inspect
+    from .container.parts import join_streams as join_streams
+    from .container.parts import split_stream as split_stream
+    from .huggingface.calibrate import calibrate as calibrate
+    from .huggingface.measure_quality import measure_quality as measure_quality
+    from .huggingface.model_identity import model_identity as model_identity
+    from .prefix_cache import PrefixCache as PrefixCache
+    from .reference import reference_calibration as reference_calibration
+    from .reference import reference_model as reference_model
+    from .store import open_store as open_store
 
 __version__ = "0.1.0"
 
@@ -42,35 +47,17 @@ _HOME = {
     "StreamInfo": "codec.inspection",
     "calibrate": "huggingface.calibrate",
     "inspect": "codec.inspection",
-    "join_streams": "container",
+    "join_streams": "container.parts",
     "load_calibration": "calibration",
     "measure_quality": "huggingface.measure_quality",
     "model_identity": "huggingface.model_identity",
     "open_store": "store",
     "reference_calibration": "reference",
     "reference_model": "reference",
-    "split_stream": "container",
+    "split_stream": "container.parts",
 }
 
-__all__ = [
-    "CacheGeometry",
-    "Calibration",
-    "Codec",
-    "KVCache",
-    "PrefixCache",
-    "StreamInfo",
-    "calibrate",
-    "errors",
-    "inspect",
-    "join_streams",
-    "load_calibration",
-    "measure_quality",
-    "model_identity",
-    "open_store",
-    "reference_calibration",
-    "reference_model",
-    "split_stream",
-]
+__all__ = ["errors", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

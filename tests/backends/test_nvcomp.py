@@ -11,7 +11,8 @@ import kvtc
 from kvtc.backends import make_backend, nvcomp
 from kvtc.backends.nvcomp import ALGORITHMS, Algorithm, NvcompBlockCoder
 from kvtc.coding.lossless import CODER_IDS, compress, compress_all, decompress, decompress_all
-from kvtc.container import SectionType, parse_stream
+from kvtc.container.stream import parse_stream
+from kvtc.container.tables import SectionType
 from kvtc.errors import BackendUnavailable, CorruptStream, InvalidArgument
 from tests.builders import fresh_codec, random_cache, tiny_codec, with_section
 from tests.fake_nvcomp import fake_nvcomp

@@ -11,7 +11,9 @@ import torch
 import kvtc
 from kvtc.cache import KVCache
 from kvtc.codec.codec import Codec
-from kvtc.container import STREAM_WIDE, SectionType, join_streams, parse_stream, split_stream
+from kvtc.container.parts import join_streams, split_stream
+from kvtc.container.stream import parse_stream
+from kvtc.container.tables import STREAM_WIDE, SectionType
 from kvtc.errors import CorruptStream, InvalidArgument
 from kvtc.profiles.joint.plan import FINER_WINDOW
 from tests.builders import (

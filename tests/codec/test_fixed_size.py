@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import kvtc
 from kvtc.cache import KVCache
 from kvtc.codec.codec import Codec
-from kvtc.container import join_streams, split_stream
+from kvtc.container.parts import join_streams, split_stream
 from kvtc.errors import CorruptStream, InvalidArgument
 from kvtc.profiles.joint.step_search import FinestStep
 from kvtc.profiles.rates import FixedSize

@@ -8,7 +8,8 @@ import torch
 import kvtc
 from kvtc.cache import KVCache
 from kvtc.codec import transformers_cache as interop
-from kvtc.container import SectionType, parse_stream
+from kvtc.container.stream import parse_stream
+from kvtc.container.tables import SectionType
 from kvtc.demo.run import CONVERSATION
 from kvtc.huggingface.continuation import predict, prefill
 

@@ -15,7 +15,10 @@ from kvtc.backends import reference
 from kvtc.cache import KVCache
 from kvtc.calibration import Calibration, load_calibration
 from kvtc.codec.codec import Codec
-from kvtc.container import STREAM_WIDE, SectionType, join_streams, parse_stream, split_stream
+from kvtc.container.parts import join_streams, split_stream
+from kvtc.container.stream import parse_stream
+from kvtc.container.tables import PROFILES as PROFILE_NUMBERS
+from kvtc.container.tables import STREAM_WIDE, SectionType
 from kvtc.demo.run import CONVERSATION
 from kvtc.errors import CorruptStream, InvalidArgument, InvalidCache, TokenMismatch
 from kvtc.huggingface.models import capture
@@ -380,7 +383,7 @@ def test_every_codec_decodes_what_the_calibration_can(writer, reader):
 def test_a_calibration_without_the_joint_part_says_what_to_do(profile):
     with pytest.raises(InvalidArgument, match=f"made without the profile {profile}; calibrate again with it"):
         Codec(tiny_calibration(), profile)
-    stream = patched(tiny_codec().encode(random_cache(20), range(20)), 5, "B", kvtc.container.PROFILES[profile])
+    stream = patched(tiny_codec().encode(random_cache(20), range(20)), 5, "B", PROFILE_NUMBERS[profile])
     with pytest.raises(InvalidArgument, match="calibrate again"):
         tiny_codec().decode(stream, range(20))
 

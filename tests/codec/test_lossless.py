@@ -11,7 +11,7 @@ import torch
 import kvtc
 from kvtc.cache import CACHE_DTYPES, KVCache
 from kvtc.codec.codec import Codec
-from kvtc.container import join_streams, split_stream
+from kvtc.container.parts import join_streams, split_stream
 from kvtc.errors import CorruptStream, InvalidArgument, InvalidCache, TokenMismatch
 from kvtc.profiles.rates import Lossless, Ratio
 from tests.builders import (

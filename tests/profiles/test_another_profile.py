@@ -10,7 +10,7 @@ import torch
 
 import kvtc
 from kvtc import profiles
-from kvtc.container import PROFILES
+from kvtc.container.tables import PROFILES
 from kvtc.profiles.interface import Settled
 from tests.builders import random_cache, same_cache, tiny_calibration
 

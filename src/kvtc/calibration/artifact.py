@@ -25,7 +25,7 @@ from ..cache import MAX_EXTENT, CacheGeometry
 from ..coding.paper.distortion import SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
-from ..container import FULL_ATTENTION
+from ..container.tables import FULL_ATTENTION
 from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
 from ..files import write_atomically
 from ..process.torch_state import neutral_torch_state

@@ -15,7 +15,8 @@ from ..cache import CACHE_DTYPES, KVCache, TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.device import usable_device
 from ..coding.regions import ChunkSpan, split_regions
-from ..container import FORMAT_VERSION, LOSSLESS, Chunk, Stream, parse_stream
+from ..container.stream import Stream, parse_stream
+from ..container.tables import FORMAT_VERSION, LOSSLESS, Chunk
 from ..errors import InvalidArgument, InvalidCache, StreamTooLarge
 from ..key_digest import digest
 from ..process.forks import in_child

@@ -8,7 +8,7 @@ import torch
 
 from ..cache import CacheGeometry
 from ..coding.exact.tokens import exact_bytes, fp8_bytes
-from ..container import SECTION_BYTES, Chunk, table_bytes
+from ..container.tables import SECTION_BYTES, Chunk, table_bytes
 
 WINDOW_SHARE = 2.0
 """How many times a body token's bytes a token of a coded window gets."""

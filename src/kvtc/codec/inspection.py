@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..coding.lossless import CODER_NAMES
-from ..container import FORMAT_VERSION, FULL_ATTENTION, SECTION_BYTES, Header, SectionType, Stream, parse_stream
+from ..container.stream import Stream, parse_stream
+from ..container.tables import FORMAT_VERSION, FULL_ATTENTION, SECTION_BYTES, Header, SectionType
 
 
 @dataclass(frozen=True)

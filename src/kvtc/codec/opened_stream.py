@@ -18,17 +18,8 @@ from ..calibration.artifact import Calibration
 from ..coding.exact.tokens import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from ..coding.joint.prediction import NO_TOKEN, token_triples
 from ..coding.lossless import BlockCoder
-from ..container import (
-    MAX_POSITION,
-    STREAM_WIDE,
-    Chunk,
-    Header,
-    SectionType,
-    Stream,
-    Wanted,
-    parse_stream,
-    token_digest,
-)
+from ..container.stream import Stream, Wanted, parse_stream, token_digest
+from ..container.tables import MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType
 from ..errors import (
     CalibrationMismatch,
     CorruptStream,
@@ -196,7 +187,7 @@ def _chunks_of(stream: Stream, n_tokens: int, most: int) -> list[Chunk]:
             f"{stops[count - 1]} tokens would have to be decoded; {most} are allowed: name as many by tokens= or token_ids=, "
             "or give the codec more max_tokens="
         )
-    return list(stream.chunks[:count])
+    return [stream.chunks[index] for index in range(count)]
 
 
 def _rate(stream: Stream, decoder: AnyDecoder) -> bytes:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cache import TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.lossless import require_coder
-from ..container import LOSSLESS, MAX_CHUNK_TOKENS, PROFILES
+from ..container.tables import LOSSLESS, MAX_CHUNK_TOKENS, PROFILES
 from ..errors import InvalidArgument
 from ..process.torch_state import neutral_torch_state, plain
 from ..profiles.rates import DEFAULT_RATIO, FixedSize, Lossless, MaxError, Rate, Ratio, SideRatios, Step, Truncation

@@ -18,20 +18,8 @@ from ..coding.exact.floats import FloatLayout
 from ..coding.exact.tokens import encode_exact, encode_fp8
 from ..coding.lossless import BlockCoder
 from ..coding.regions import ChunkSpan
-from ..container import (
-    DIGEST_BYTES,
-    SECTION_BYTES,
-    STREAM_WIDE,
-    Chunk,
-    CodedSection,
-    Header,
-    Payload,
-    SectionType,
-    code_payloads,
-    table_bytes,
-    token_digest,
-    write_stream,
-)
+from ..container.stream import CodedSection, Payload, code_payloads, token_digest, write_stream
+from ..container.tables import DIGEST_BYTES, SECTION_BYTES, STREAM_WIDE, Chunk, Header, SectionType, table_bytes
 from ..profiles.interface import CodedRows
 
 NOT_BODY = (SectionType.SINK, SectionType.WINDOW)

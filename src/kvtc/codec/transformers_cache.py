@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cache import CacheGeometry, KVCache
-from ..container import Header
+from ..container.tables import Header
 from ..errors import InvalidCache, MissingDependency, UnsupportedModel
 from ..process.torch_state import neutral_torch_state, plain
 from .layer_queue import Layer, LayerQueue

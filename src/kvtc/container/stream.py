@@ -137,10 +137,10 @@ class Stream:
 
         Their checksums are not verified there: that was done, if at all, before the stream came to the device.
         """
-        sections = [] if self.data.whole is None else [self._checked(*one) for one in wanted]
-        plain = [section for section in sections if section.coder == "none"]
-        found = [(section, self.data.on_device(section.span)) for section in plain]
-        return {(section.type, section.chunk): data for section, data in found if data is not None}
+        if (whole := self.data.whole) is None:
+            return {}
+        sections = [self._checked(*one) for one in wanted]
+        return {(section.type, section.chunk): whole[section.span] for section in sections if section.coder == "none"}
 
     def verify(self) -> None:
         """Raise `CorruptStream` unless every section has the bytes that its checksum was made of."""

@@ -39,10 +39,6 @@ class StreamData:
             found[index], start = copied[start:stop], stop
         return found
 
-    def on_device(self, span: slice) -> Tensor | None:
-        """A range of bytes without a copy; None where they lie in the host's memory."""
-        return None if self.whole is None else self.whole[span]
-
 
 def open_data(data: bytes | bytearray | memoryview | Tensor) -> tuple[StreamData, Counts]:
     """The bytes of a stream with header and tables at hand, and what the header says of them.

@@ -11,7 +11,6 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -175,7 +174,7 @@ class Section:
         return f"section {self.type.name.lower()}" + ("" if self.chunk == STREAM_WIDE else f" of chunk {self.chunk}")
 
 
-class ChunkTable(Sequence[Chunk]):
+class ChunkTable:
     """The chunk table, an entry made when it is looked at. entries: its bytes as an array, checked."""
 
     def __init__(self, entries: npt.NDArray[np.void]) -> None:
@@ -184,13 +183,7 @@ class ChunkTable(Sequence[Chunk]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    @overload
-    def __getitem__(self, index: int) -> Chunk: ...
-    @overload
-    def __getitem__(self, index: slice) -> ChunkTable: ...
-    def __getitem__(self, index: int | slice) -> Chunk | ChunkTable:
-        if isinstance(index, slice):
-            return ChunkTable(self.entries[index])
+    def __getitem__(self, index: int) -> Chunk:
         position, n_sink, n_body, n_window, flags, digest = self.entries[index].item()
         return Chunk(
             position,
@@ -239,7 +232,7 @@ class ChunkTable(Sequence[Chunk]):
         return found
 
 
-class SectionTable(Sequence[Section]):
+class SectionTable:
     """The section table, an entry made when it is looked at.
 
     entries: its bytes as an array, checked. offsets int64 [n + 1]: where each section's bytes begin, and where the last one's end.
@@ -255,13 +248,7 @@ class SectionTable(Sequence[Section]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    @overload
-    def __getitem__(self, index: int) -> Section: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Section, ...]: ...
-    def __getitem__(self, index: int | slice) -> Section | tuple[Section, ...]:
-        if isinstance(index, slice):
-            return tuple(self[number] for number in range(*index.indices(len(self))))
+    def __getitem__(self, index: int) -> Section:
         kind, coder, _, chunk, raw, stored, checksum = self.entries[index].item()
         return Section(
             SectionType(kind), CODER_NAMES[coder], chunk, raw, stored, checksum, int(self.offsets[:-1][index])

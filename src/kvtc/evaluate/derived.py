@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from ..container import PROFILES
+from ..container.tables import PROFILES
 from .method_names import split_name
 from .quality import Quality
 from .schema import ScoreRecord

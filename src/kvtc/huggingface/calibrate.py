@@ -14,7 +14,7 @@ from ..cache import CacheGeometry
 from ..calibration import Calibration
 from ..calibration.fit import EMBEDDING_RANK, HIDDEN_FEATURES, RANK_CAP, FitOptions, fit
 from ..calibration.rows import MAX_ROWS, CalibrationRows
-from ..container import PROFILES
+from ..container.tables import PROFILES
 from ..errors import InvalidArgument
 from ..process.progress import reporting, task
 from .measure_quality import HeldOut, measure_quality

@@ -23,7 +23,7 @@ import torch
 
 from ..backends import Backend
 from ..calibration.artifact import Calibration
-from ..container import LOSSLESS, name_profile
+from ..container.tables import LOSSLESS, name_profile
 from .interface import Decoder, Encoder, Profile
 from .joint.profile import JointProfile
 from .lossless import LosslessProfile
