@@ -7,7 +7,7 @@ conversation. A turn starts when its time has come and the turn before it has be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..errors import InvalidPlan
 from .fields import Fields, check_number
 
 Random = np.random.Generator
+Draw = Callable[[Random], float]
 
 
 @dataclass(frozen=True)
@@ -48,41 +49,24 @@ class Conversation:
     turns: Sequence[Turn]
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """What a number is drawn from.
+def read_draw(value: Any, where: str, allow_zero: bool = False) -> Draw:
+    """What draws a number, from JSON; `InvalidPlan` where it is none of these.
 
     It is the number itself, or {"exponential": mean}, {"geometric": mean}, {"uniform": [low,
     high]}, {"lognormal": [mean, standard deviation]} or {"one_of": [values]}.
     """
-
-    name: str
-    parameters: tuple[float, ...]
-
-    @classmethod
-    def read(cls, value: Any, where: str, allow_zero: bool = False) -> Distribution:
-        """From JSON; `InvalidPlan` where it is none of these."""
-        if not isinstance(value, dict):
-            return cls("constant", (check_number(value, where, inclusive=allow_zero),))
-        if len(value) != 1 or next(iter(value)) not in _DRAW:
-            raise InvalidPlan(
-                f"{where}: expected a number or an object with one of {', '.join(_DRAW)}; found {value!r}"
-            )
-        ((name, parameters),) = value.items()
-        numbers = parameters if isinstance(parameters, list) else [parameters]
-        checked = tuple(check_number(number, f"{where}.{name}", inclusive=allow_zero) for number in numbers)
-        needed = {"uniform": 2, "lognormal": 2, "exponential": 1, "geometric": 1, "constant": 1}.get(name)
-        if not checked or (needed and len(checked) != needed):
-            raise InvalidPlan(f"{where}.{name}: expected {needed or 'some'} numbers, found {len(checked)}")
-        return cls(name, checked)
-
-    def draw(self, random: Random) -> float:
-        """One number."""
-        return float(_DRAW[self.name](random, *self.parameters))
-
-    def draw_tokens(self, random: Random) -> int:
-        """One whole number of at least 1."""
-        return max(1, round(self.draw(random)))
+    if not isinstance(value, dict):
+        constant = check_number(value, where, inclusive=allow_zero)
+        return lambda _: constant
+    if len(value) != 1 or next(iter(value)) not in _DRAW:
+        raise InvalidPlan(f"{where}: expected a number or an object with one of {', '.join(_DRAW)}; found {value!r}")
+    ((name, parameters),) = value.items()
+    numbers = parameters if isinstance(parameters, list) else [parameters]
+    checked = [check_number(number, f"{where}.{name}", inclusive=allow_zero) for number in numbers]
+    needed = {"uniform": 2, "lognormal": 2, "exponential": 1, "geometric": 1, "constant": 1}.get(name)
+    if not checked or (needed and len(checked) != needed):
+        raise InvalidPlan(f"{where}.{name}: expected {needed or 'some'} numbers, found {len(checked)}")
+    return lambda random: float(_DRAW[name](random, *checked))
 
 
 def _lognormal(random: Random, mean: float, deviation: float) -> float:
@@ -133,16 +117,16 @@ def _clients(fields: Fields, random: Random, _: Path) -> list[Conversation]:
     context, question, answer = (
         _tokens(fields, name) for name in ("context_tokens", "question_tokens", "answer_tokens")
     )
-    think = Distribution.read(fields.get("think_seconds", 0), f"{fields.where}.think_seconds", allow_zero=True)
+    think = read_draw(fields.get("think_seconds", 0), f"{fields.where}.think_seconds", allow_zero=True)
     conversations = []
     for _client in range(n_clients):
-        own = context.draw_tokens(random)
+        own = context(random)
         turns = [
             Turn(
-                own + question.draw_tokens(random),
-                answer.draw_tokens(random),
+                own + question(random),
+                answer(random),
                 own if turn else 0,
-                think.draw(random) if turn else 0.0,
+                think(random) if turn else 0.0,
             )
             for turn in range(n_requests)
         ]
@@ -157,19 +141,19 @@ def _conversations(fields: Fields, random: Random, _: Path) -> list[Conversation
     rate, n = fields.number("conversations_per_second"), fields.whole("conversations")
     first, more, answer = (_tokens(fields, name) for name in ("first_prompt_tokens", "turn_tokens", "answer_tokens"))
     n_turns = _tokens(fields, "turns")
-    think = Distribution.read(fields.get("think_seconds"), f"{fields.where}.think_seconds", allow_zero=True)
+    think = read_draw(fields.get("think_seconds"), f"{fields.where}.think_seconds", allow_zero=True)
     limit = fields.whole("max_tokens")
     conversations, now = [], 0.0
     for _conversation in range(n):
         now += random.exponential(1 / rate)
         turns: list[Turn] = []
         said = 0
-        for turn in range(n_turns.draw_tokens(random)):
-            prompt = said + (more if turn else first).draw_tokens(random)
-            answered = answer.draw_tokens(random)
+        for turn in range(n_turns(random)):
+            prompt = said + (more if turn else first)(random)
+            answered = answer(random)
             if prompt + answered > limit:  # a conversation ends where the context does
                 break
-            turns.append(Turn(prompt, answered, said, think.draw(random) if turn else 0.0))
+            turns.append(Turn(prompt, answered, said, think(random) if turn else 0.0))
             said = prompt + answered
         if turns:
             conversations.append(Conversation(now, turns))
@@ -210,8 +194,10 @@ def _trace(fields: Fields, _: Random, directory: Path) -> list[Conversation]:
     return [Conversation(starts[name], turns) for name, turns in recorded.items()]
 
 
-def _tokens(fields: Fields, name: str) -> Distribution:
-    return Distribution.read(fields.get(name), f"{fields.where}.{name}")
+def _tokens(fields: Fields, name: str) -> Callable[[Random], int]:
+    """Draws a whole number of at least 1."""
+    draw = read_draw(fields.get(name), f"{fields.where}.{name}")
+    return lambda random: max(1, round(draw(random)))
 
 
 _READERS = {"clients": _clients, "conversations": _conversations, "trace": _trace}
