@@ -162,24 +162,17 @@ class FixedChunkCoder:
     def _find_codec_of_first(self, n_tokens: int, dtype: torch.dtype) -> Codec:
         """For the first chunk of a text: the lowest ratio at which it takes no more than any
         other."""
-        return self._codec.with_rate(FixedSize(self._ratio_of_first(n_tokens, dtype)))
-
-    def _ratio_of_first(self, n_tokens: int, dtype: torch.dtype) -> float:
-        most, low, high = self._stream_size(n_tokens, dtype), self._ratio, _LARGEST_RATIO
+        rate, most = self._codec.rate, self._stream_size(n_tokens, dtype)
+        if not isinstance(rate, FixedSize):
+            raise InvalidArgument("a fixed size needs the profile joint")
         if self._codec.stream_bytes(n_tokens, dtype) <= most:
-            return low
+            return self._codec
+        low, high = rate.ratio, _LARGEST_RATIO
         while high > low * _NEAR:
             middle = math.sqrt(low * high)
             fits = self._codec.with_rate(FixedSize(middle)).stream_bytes(n_tokens, dtype) <= most
             low, high = (low, middle) if fits else (middle, high)
-        return high
-
-    @property
-    def _ratio(self) -> float:
-        rate = self._codec.rate
-        if not isinstance(rate, FixedSize):
-            raise InvalidArgument("a fixed size needs the profile joint")
-        return rate.ratio
+        return self._codec.with_rate(FixedSize(high))
 
 
 @dataclass(frozen=True)
