@@ -104,8 +104,6 @@ def _check(cache: KVCache, token_ids: Tensor | None, where: str) -> None:
         raise InvalidCache(
             f"{where}: first layer {cache.first_layer} and head {cache.first_kv_head} must not be negative"
         )
-    if cache.positions is not None and cache.positions.dtype not in (torch.int32, torch.int64):
-        raise InvalidCache(f"{where}: positions are {cache.positions.dtype}; expected int64 [tokens]")
     try:
         cache.validate(is_finite=False)
     except InvalidCache as error:

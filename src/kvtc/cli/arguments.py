@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,13 @@ def add_model(parser: Any, runs: str = "model and codec run", **model: Any) -> N
 def add_calibration(parser: Any) -> None:
     """--calibration."""
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="default with --model reference: its own")
+
+
+def add_many(
+    parser: Any, name: str, kind: Any, metavar: str, text: str, default: Sequence[Any] = (), **more: Any
+) -> None:
+    """An option of one value or several."""
+    parser.add_argument(name, type=kind, nargs="+", default=list(default), metavar=metavar, help=text, **more)
 
 
 def half_open_range(text: str) -> tuple[int, int]:

@@ -107,15 +107,11 @@ def encode(options: argparse.Namespace) -> Outcome:
     times = {"prefill_seconds": prefill_seconds, "encode_seconds": encode_seconds}
     result = {"path": str(options.output), **facts, **times}
     del result["sections"]
+    sizes = format_bytes(info.total_bytes), format_bytes(info.original_bytes)
+    regions = f"{info.sink_tokens} sink, {info.body_tokens:,} body, {info.window_tokens} window"
     fields = [
-        (
-            "saved",
-            f"{options.output}, {format_bytes(info.total_bytes)} for {format_bytes(info.original_bytes)} of cache",
-        ),
-        (
-            "tokens",
-            f"{info.n_tokens:,}: {info.sink_tokens} sink, {info.body_tokens:,} body, {info.window_tokens} window",
-        ),
+        ("saved", f"{options.output}, {sizes[0]} for {sizes[1]} of cache"),
+        ("tokens", f"{info.n_tokens:,}: {regions}"),
         ("body_ratio", format_ratio(info.body_ratio)),
         ("total_ratio", format_ratio(info.total_ratio)),
         ("encode", format_seconds(encode_seconds)),

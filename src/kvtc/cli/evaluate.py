@@ -11,6 +11,7 @@ from .arguments import (
     Outcome,
     Subcommands,
     add_calibration,
+    add_many,
     add_model,
     add_output,
     check_output,
@@ -32,17 +33,11 @@ def add_subcommands(subcommands: Subcommands) -> None:
     """Add `evaluate`."""
     parser = subcommands.add(evaluate)
     parser.add_argument("named_model", nargs="?", metavar="MODEL", help="the same as --model MODEL")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text, UTF-8")
+    add_many(parser, "--text", Path, "FILE", "held-out text, UTF-8", required=True)
     add_model(parser, default=REFERENCE)
     add_calibration(parser)
-    parser.add_argument(
-        "--calibrate-on",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="training text: if the file of --calibration does not exist yet, calibrate on it and write the file",
-    )
+    training = "training text: if the file of --calibration does not exist yet, calibrate on it and write the file"
+    add_many(parser, "--calibrate-on", Path, "FILE", training)
     parser.add_argument("--exact-only", action="store_true", help="the exact cache alone: needs no calibration")
     parser.add_argument("--dtype", default="auto", help="of the model and its cache (default: that of the weights)")
     _add_methods(parser.add_argument_group("what is measured"))
@@ -53,53 +48,25 @@ def add_subcommands(subcommands: Subcommands) -> None:
 
 def _add_methods(group: Any) -> None:
     group.add_argument("--profiles", nargs="+", metavar="NAME", help="default: all that the calibration serves")
-    group.add_argument(
-        "--ratios",
-        type=float,
-        nargs="+",
-        default=list(RATIOS),
-        metavar="R",
-        help="default: 4 to 512; one that a profile cannot reach is left out of its curve and listed",
-    )
-    group.add_argument(
-        "--window", type=int, nargs="+", default=[128], metavar="N", help="last tokens kept exactly; 0 is page mode"
-    )
+    ratios = "default: 4 to 512; one that a profile cannot reach is left out of its curve and listed"
+    add_many(group, "--ratios", float, "R", ratios, RATIOS)
+    add_many(group, "--window", int, "N", "last tokens kept exactly; 0 is page mode", [128])
     group.add_argument(
         "--baselines",
         nargs="*",
         metavar="NAME",
         help="FP8, NVFP4, INT4, KIVI, GEAR, H2O, TOVA, xKV, CacheGen, TurboQuant, zstd; no name: all",
     )
-    group.add_argument(
-        "--profile-text",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="other text, that CacheGen is profiled on",
-    )
-    group.add_argument(
-        "--evict",
-        type=positive,
-        nargs="+",
-        default=[],
-        metavar="N",
-        help="also TOVA keeping 1/N, then the last profile",
-    )
+    add_many(group, "--profile-text", Path, "FILE", "other text, that CacheGen is profiled on")
+    add_many(group, "--evict", positive, "N", "also TOVA keeping 1/N, then the last profile")
 
 
 def _add_texts(group: Any) -> None:
     group.add_argument("--tokens", type=positive, default=1792, metavar="N", help="of a stretch (default: 1792)")
     group.add_argument("--continuation", type=positive, default=256, metavar="N", help="predictions (default: 256)")
     group.add_argument("--texts-per-file", type=positive, default=4, metavar="N", help="stretches (default: 4)")
-    group.add_argument(
-        "--turns",
-        type=_turns,
-        nargs="+",
-        default=[],
-        metavar="TxN",
-        help="multi-turn use: N turns of T tokens, the cache coded after each; 16x16 is the paper's simulation",
-    )
+    use = "multi-turn use: N turns of T tokens, the cache coded after each; 16x16 is the paper's simulation"
+    add_many(group, "--turns", _turns, "TxN", use)
     group.add_argument(
         "--bits-per-byte", type=int, default=0, metavar="N", help="of the model, on N windows a file (default: none)"
     )
@@ -108,12 +75,10 @@ def _add_texts(group: Any) -> None:
 def _add_tasks(group: Any) -> None:
     group.add_argument("--tasks", nargs="*", metavar="NAME", help="look-ups from the cache; no name: all of them")
     group.add_argument("--tasks-only", action="store_true", help="nothing on text: it is what tasks are made of")
-    group.add_argument("--contexts", type=positive, nargs="+", default=[1024], metavar="N", help="tokens of a context")
+    add_many(group, "--contexts", positive, "N", "tokens of a context", [1024])
     group.add_argument("--n-contexts", type=positive, default=6, metavar="N", help="a task (default: 6)")
     group.add_argument("--n-questions", type=positive, default=8, metavar="N", help="a context (default: 8)")
-    group.add_argument(
-        "--key-value-retrieval", type=Path, nargs="+", default=[], metavar="FILE", help='"Lost in the Middle", jsonl.gz'
-    )
+    add_many(group, "--key-value-retrieval", Path, "FILE", '"Lost in the Middle", jsonl.gz')
 
 
 def evaluate(options: argparse.Namespace) -> Outcome:

@@ -65,16 +65,12 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
     tables = info.total_bytes - sum(size for _, _, size in stored.values())
     rows.append(["header and tables", "-", f"{tables:,}", f"{tables:,}", f"{tables / info.total_bytes:.1%}"])
     rows.append(["stream", len(info.sections), "-", f"{info.total_bytes:,}", "100.0%"])
+    bits = 8 if info.groups[0].dtype.startswith("float8") else 16
+    body, total = (f"{format_ratio(one):>6}" for one in (info.body_ratio, info.total_ratio))
     ratios = [
-        (
-            "original",
-            f"{info.original_bytes:,} bytes, at {'8' if info.groups[0].dtype.startswith('float8') else '16'} bits a value",
-        ),
-        (
-            "body_ratio",
-            f"{format_ratio(info.body_ratio):>6}  coded tokens against {info.body_bytes:,} bytes: all but sinks and window",
-        ),
-        ("total_ratio", f"{format_ratio(info.total_ratio):>6}  all tokens against {info.total_bytes:,} bytes"),
+        ("original", f"{info.original_bytes:,} bytes, at {bits} bits a value"),
+        ("body_ratio", f"{body}  coded tokens against {info.body_bytes:,} bytes: all but sinks and window"),
+        ("total_ratio", f"{total}  all tokens against {info.total_bytes:,} bytes"),
     ]
     blocks = [
         format_fields(fields),

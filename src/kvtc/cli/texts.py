@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument
 from ..process.progress import note, task
+from .arguments import add_many
 from .models import context_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def token_sequences(texts: Iterator[str], tokenizer: Any, length: int) -> Iterat
 
 def add_training_text(parser: Any, use: str) -> None:
     """--text, files of documents, and --tokens-per-sequence. use: what the text is there to do."""
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help=f"UTF-8 text to {use}")
+    add_many(parser, "--text", Path, "FILE", f"UTF-8 text to {use}", required=True)
     parser.add_argument("--tokens-per-sequence", type=int, default=SEQUENCE_TOKENS, metavar="N", help="default: 1024")
 
 
