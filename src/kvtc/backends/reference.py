@@ -22,7 +22,7 @@ from ..coding.lossless import BlockCoder
 from ..coding.paper.allocation import BitAllocation
 from ..coding.paper.groups import decode_groups, encode_groups
 from ..coding.rans import decode_symbols, encode_symbols
-from ..coding.rope import Turn, turn_in_place
+from ..coding.rope import Turn, turn_in_place, turn_to_bfloat16
 from ..coding.threads import in_threads
 from ..coding.transform import rows_of, saturate
 from .interface import Bytes, CodedIntegers, IntegerBytes, Target
@@ -54,11 +54,8 @@ class ReferenceBackend:
         return torch.cat([rows_of(plain), rows_of(values)], dim=1)
 
     def place(self, keys: Tensor, values: Tensor, turn: Turn | None, targets: tuple[Target, Target]) -> None:
-        plain = keys.transpose(0, 1).to(torch.float32, copy=True)
-        if turn is not None:
-            turn_in_place(plain, turn)
-        targets[0].write(saturate(plain, targets[0].data.dtype))
-        targets[1].write(saturate(values.transpose(0, 1).float(), targets[1].data.dtype))
+        _place(keys, turn, targets[0])
+        _place(values, None, targets[1])
 
     def round(
         self, coefficients: Tensor, step: float, classes: npt.NDArray[np.uint8], tables: ProbabilityTables
@@ -79,15 +76,14 @@ class ReferenceBackend:
 
     def read_integers(self, chunks: Sequence[CodedIntegers], rank: int) -> Tensor:
         stops = list(accumulate((chunk.n_tokens for chunk in chunks), initial=0))
-        coefficients = torch.zeros(stops[-1], rank, dtype=torch.float32, device="cpu")
-        rows = coefficients.numpy()
+        rows = np.zeros((stops[-1], rank), np.float32)
 
         def read(first: int, stop: int) -> None:
             for index in range(first, stop):
                 _read_chunk(chunks[index], rows[stops[index] : stops[index + 1]])
 
-        in_threads(read, len(chunks), _CODING_OPERATIONS * coefficients.numel())
-        return coefficients.to(self.device)
+        in_threads(read, len(chunks), _CODING_OPERATIONS * rows.size)
+        return torch.from_numpy(rows).to(self.device)
 
     def pack_groups(self, coefficients: Tensor, spans: Sequence[slice], allocation: BitAllocation) -> list[bytes]:
         return [encode_groups(coefficients[span], allocation) for span in spans]
@@ -98,6 +94,17 @@ class ReferenceBackend:
             decode_groups(_on_host(chunk), allocation, n, self.device) for chunk, n in zip(chunks, counts, strict=True)
         ]
         return torch.cat(parts)
+
+
+def _place(rows: Tensor, turn: Turn | None, target: Target) -> None:
+    """`place`, of one side."""
+    if target.view is not None and target.view.dtype == torch.bfloat16 and rows.device.type == "cpu":
+        turn_to_bfloat16(rows, turn, target.view)
+        return
+    plain = rows.transpose(0, 1).to(torch.float32, copy=True)
+    if turn is not None:
+        turn_in_place(plain, turn)
+    target.write(saturate(plain, target.data.dtype))
 
 
 def _write_chunk(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,10 +61,9 @@ class Columns:
             values = rows.values if isinstance(rows, PackedRows) else rows.to(self._dtype)
             return self._times_elsewhere(values, start, n)
         packed = rows if isinstance(rows, PackedRows) else PackedRows(rows, self._dtype)
-        shape = packed.shape[0], n
-        sums = torch.zeros(shape, dtype=torch.float32, device="cpu") if start is None else start.repeat(shape[0], 1)
-        _add_product(packed.packed, self._matrix, sums)
-        return sums.to(self._result)
+        sums = np.empty((packed.shape[0], n), np.float32)
+        _add_product(packed.packed, self._matrix, np.zeros(n, np.float32) if start is None else start.numpy(), sums)
+        return torch.from_numpy(sums).to(self._result)
 
     def _times_elsewhere(self, rows: Tensor, start: Tensor | None, n: int) -> Tensor:
         matrix = self._matrix[: rows.shape[1], :n]
@@ -97,28 +97,22 @@ def inverses(blocks: Tensor) -> Tensor:
     return found
 
 
-def _add_product(rows: Any, columns: Any, sums: Tensor) -> None:
-    kernels, data = _kernels(), sums.numpy()
-    row_tiles, column_tiles = len(rows), -(-sums.shape[1] // kernels.TILE_COLUMNS)
-    n_terms = sums.numel() * rows.shape[1]
+def _add_product(*operands: Any) -> None:
+    """`product_kernels.add_product` of rows, columns, start and sums, in threads."""
+    rows, _, _, sums = operands
+    add = _kernels().add_product
+    row_tiles, column_tiles = len(rows), -(-sums.shape[1] // _kernels().TILE_COLUMNS)
+    n_terms = sums.size * rows.shape[1]
     if column_tiles >= row_tiles:
-        in_threads(
-            lambda first, stop: kernels.add_product(rows, columns, data, first, stop, 0, row_tiles),
-            column_tiles,
-            n_terms,
-        )
+        in_threads(lambda first, stop: add(*operands, first, stop, 0, row_tiles), column_tiles, n_terms)
     else:
-        in_threads(
-            lambda first, stop: kernels.add_product(rows, columns, data, 0, column_tiles, first, stop),
-            row_tiles,
-            n_terms,
-        )
+        in_threads(lambda first, stop: add(*operands, 0, column_tiles, first, stop), row_tiles, n_terms)
 
 
 def _packed(matrix: Tensor, width: int) -> Any:
     """matrix [K, n] float32 -> float32 [tiles, K, width], as the kernels read it."""
     rows, columns = matrix.shape
-    packed = torch.zeros(-(-columns // width), rows, width, dtype=torch.float32, device="cpu").numpy()
+    packed = np.zeros((-(-columns // width), rows, width), np.float32)
     _kernels().pack(matrix.detach().numpy(), packed)
     return packed
 

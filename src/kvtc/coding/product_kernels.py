@@ -97,24 +97,27 @@ def pack(matrix, packed):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def add_product(rows, columns, sums, first_tile, stop_tile, first_row, stop_row):  # type: ignore[no-untyped-def]
-    """Add a product to sums float32 [T, N], in some tiles of columns and of rows.
+def add_product(rows, columns, start, sums, first_tile, stop_tile, first_row, stop_row):  # type: ignore[no-untyped-def]
+    """Fill sums float32 [T, N] with a product added to start [N], in some tiles of columns and of rows.
 
     rows: [row tiles, K, TILE_ROWS] and columns: [column tiles, >= K, TILE_COLUMNS], as `pack` makes them.
     """
     n_rows, n_columns = sums.shape
     n_terms = rows.shape[1]
+    for row in range(first_row * TILE_ROWS, min(stop_row * TILE_ROWS, n_rows)):
+        for column in range(first_tile * TILE_COLUMNS, min(stop_tile * TILE_COLUMNS, n_columns)):
+            sums[row, column] = start[column]
     edge = np.zeros((TILE_ROWS, TILE_COLUMNS), np.float32)
-    for start in range(0, n_terms, BLOCK_ROWS):
-        count = min(BLOCK_ROWS, n_terms - start)
+    for first in range(0, n_terms, BLOCK_ROWS):
+        count = min(BLOCK_ROWS, n_terms - first)
         for tile in range(first_tile, stop_tile):
             column = tile * TILE_COLUMNS
             width = min(TILE_COLUMNS, n_columns - column)
-            of_columns = columns[tile, start:].ctypes.data
+            of_columns = columns[tile, first:].ctypes.data
             for row_tile in range(first_row, stop_row):
                 row = row_tile * TILE_ROWS
                 height = min(TILE_ROWS, n_rows - row)
-                of_rows = rows[row_tile, start:].ctypes.data
+                of_rows = rows[row_tile, first:].ctypes.data
                 if height == TILE_ROWS and width == TILE_COLUMNS:
                     _add_tile(of_rows, of_columns, sums[row:, column:].ctypes.data, n_columns, count)
                 else:

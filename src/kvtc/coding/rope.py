@@ -220,6 +220,22 @@ def turn_in_place(keys: Tensor, turn: Turn) -> None:
     second.copy_(turned_second)
 
 
+def turn_to_bfloat16(rows: Tensor, turn: Turn | None, there: Tensor) -> None:
+    """Rows [T, H, D] on the CPU, turned and saturated -> `there`, bfloat16 [H, T, D], in one pass over them."""
+    from . import rope_kernels
+
+    none = torch.empty(len(rows), 0, dtype=torch.float32, device="cpu")
+    turn = turn or Turn(none, none, interleaved=False)
+    rope_kernels.turn_to_bfloat16(
+        rows.float().numpy(),
+        turn.cos.numpy(),
+        turn.sin.numpy(),
+        turn.interleaved,
+        np.float32(torch.finfo(torch.bfloat16).max),
+        there.detach().view(torch.int16).numpy().view(np.uint16),
+    )
+
+
 def _float32(value: float) -> float:
     return float(np.float32(value))
 

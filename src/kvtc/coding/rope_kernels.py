@@ -14,6 +14,7 @@ _QUADRANTS = 0.6366197723675814  # 2 / pi
 # A quarter turn, pi / 2, in parts of 33 bits: their products with integers of 16 bits are exact.
 _FIRST, _SECOND, _THIRD = 1.5707963267341256, 6.077100506303966e-11, 2.0222662487959506e-21
 _HALF_WORD = 65536.0
+_HALF, _ONE, _BELOW_HALF = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
 
 
 @compiled(nogil=True)
@@ -48,3 +49,31 @@ def turn_angles(angles, cosines, sines):  # type: ignore[no-untyped-def]
             cosine, sine = -cosine, -sine
         cosines[index] = np.float32(cosine)
         sines[index] = np.float32(sine)
+
+
+@compiled(nogil=True)
+def turn_to_bfloat16(rows, cosines, sines, interleaved, limit, patterns):  # type: ignore[no-untyped-def]
+    """rows float32 [T, H, D], turned (`rope.turn_in_place`) and saturated at limit -> patterns uint16 [H, T, D] of bfloat16.
+
+    cosines, sines: float32 [T, m]; m is 0 where nothing is turned.
+    """
+    n_tokens, n_heads, n_features = rows.shape
+    n_pairs = cosines.shape[1]
+    turned = np.empty(n_features, np.float32)
+    bits = turned.view(np.uint32)
+    for token in range(n_tokens):
+        for head in range(n_heads):
+            for feature in range(n_features):
+                turned[feature] = rows[token, head, feature]
+            for pair in range(n_pairs):
+                first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + n_pairs)
+                a, b, cosine, sine = turned[first], turned[second], cosines[token, pair], sines[token, pair]
+                turned[first] = a * cosine - b * sine
+                turned[second] = b * cosine + a * sine
+            for feature in range(n_features):
+                value = turned[feature]  # NaN stays NaN
+                turned[feature] = limit if value > limit else (-limit if value < -limit else value)
+            for feature in range(n_features):
+                # To nearest, ties to even.
+                pattern = bits[feature]
+                patterns[head, token, feature] = (pattern + _BELOW_HALF + ((pattern >> _HALF) & _ONE)) >> _HALF

@@ -91,19 +91,19 @@ def negative_slots(negatives, context):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def learn(channel, running, token, rates, deviation, spread, is_negative):  # type: ignore[no-untyped-def]
+def learn(channels, channel, running, token, rates, deviation, spread, is_negative):  # type: ignore[no-untyped-def]
     """Take a number into its channel's mean, spread and sign, or, of the first token, into the running ones."""
     if token == 0:
         magnitude = running[0] + deviation
         running[0] += deviation >> 3
         running[1] += (abs(deviation) - running[1]) >> 4
-        channel[0], channel[1] = magnitude, running[1]
-        channel[2] = -256 if is_negative else 256
+        channels[channel, 0], channels[channel, 1] = magnitude, running[1]
+        channels[channel, 2] = -256 if is_negative else 256
         return
     clipped = min(max(deviation, -_LARGEST_DEVIATION * spread), _LARGEST_DEVIATION * spread)
-    channel[0] += (clipped * rates[0]) >> 16
-    channel[1] += ((abs(clipped) - channel[1]) * rates[1]) >> 16
-    channel[2] += ((-1024 if is_negative else 1024) - channel[2]) >> 3
+    channels[channel, 0] += (clipped * rates[0]) >> 16
+    channels[channel, 1] += ((abs(clipped) - channels[channel, 1]) * rates[1]) >> 16
+    channels[channel, 2] += ((-1024 if is_negative else 1024) - channels[channel, 2]) >> 3
 
 
 @compiled(nogil=True)
@@ -134,9 +134,9 @@ def model_floats(patterns, n_bits, mantissa_bits, steps, plain):  # type: ignore
         rates = rates_of(token)
         for group in range(n_groups):
             for feature in range(n_features):
-                channel = channels[group * n_features + feature]
-                expected = running if token == 0 else channel
-                mean, spread = expected[0], max(expected[1], 16)
+                channel = group * n_features + feature
+                mean, spread = (running[0], running[1]) if token == 0 else (channels[channel, 0], channels[channel, 1])
+                spread = max(spread, 16)
                 pattern = int64(patterns[group, token, feature])
                 magnitude, is_negative = pattern & all_but_sign, pattern > all_but_sign
                 its_class = class_of(spread)
@@ -157,12 +157,12 @@ def model_floats(patterns, n_bits, mantissa_bits, steps, plain):  # type: ignore
                     word += 1
                     n_held -= _BLOCK
                     held = bits >> (uint64(n_plain) - n_held) if n_held else _NONE
-                context = sign_context(channel[2], symbol)
+                context = sign_context(channels[channel, 2], symbol)
                 slots = negative_slots(negatives, context)
                 steps[n + 1] = uint32(slots) if is_negative else uint32((_SLOTS - slots) | slots << _WORD_BITS)
                 negatives[context] += ((65536 if is_negative else 0) - negatives[context]) >> 5
                 n += 2
-                learn(channel, running, token, rates, (magnitude << 4) - mean, spread, is_negative)
+                learn(channels, channel, running, token, rates, (magnitude << 4) - mean, spread, is_negative)
     plain[word] = held
     return 64 * word + int64(n_held)
 
@@ -221,9 +221,9 @@ def decode_floats(words, state, plain, n_bits, mantissa_bits, patterns):  # type
         rates = rates_of(token)
         for group in range(n_groups):
             for feature in range(n_features):
-                channel = channels[group * n_features + feature]
-                expected = running if token == 0 else channel
-                mean, spread = expected[0], max(expected[1], 16)
+                channel = group * n_features + feature
+                mean, spread = (running[0], running[1]) if token == 0 else (channels[channel, 0], channels[channel, 1])
+                spread = max(spread, 16)
                 its_class = class_of(spread)
                 n_plain = min(max((its_class >> 2) - 2, 0), most_plain)
                 slot = state & _SLOT
@@ -244,7 +244,7 @@ def decode_floats(words, state, plain, n_bits, mantissa_bits, patterns):  # type
                 magnitude = start + int64(bits & ((_ONE << uint64(n_plain)) - _ONE))
                 if magnitude < 0 or magnitude > largest:
                     return False, state, place, position
-                context = sign_context(channel[2], symbol)
+                context = sign_context(channels[channel, 2], symbol)
                 negative = negative_slots(negatives, context)
                 slot = state & _SLOT
                 is_negative = slot < negative
@@ -252,7 +252,7 @@ def decode_floats(words, state, plain, n_bits, mantissa_bits, patterns):  # type
                 state, place = advance(state, frequency, slot if is_negative else slot - negative, words, place)
                 negatives[context] += ((65536 if is_negative else 0) - negatives[context]) >> 5
                 patterns[group, token, feature] = magnitude + (largest + 1 if is_negative else 0)
-                learn(channel, running, token, rates, (magnitude << 4) - mean, spread, is_negative)
+                learn(channels, channel, running, token, rates, (magnitude << 4) - mean, spread, is_negative)
         if place >= uint64(len(words)) or (position >> _SIX) > last:
             break
     return True, state, place, position

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,7 +82,7 @@ class JointDecoder:
             if flag:
                 triples = [body.triples for body, its in zip(bodies, flags, strict=True) if its]
                 predicted = transform.predict(torch.cat([some for some in triples if some is not None]))
-                values[here] = values[here] + predicted
+                values[here] += predicted
             else:
                 values[here] = transform.rotated(values[here])
         return coefficients
@@ -102,5 +103,7 @@ class JointDecoder:
 
 def _without_zeros(coefficients: Tensor) -> Tensor:
     """Up to the last column that holds anything: at high ratios many that may be coded are zero throughout."""
-    used = coefficients.any(dim=0).nonzero()
+    # NumPy where it can: threads that torch has started go on spinning, on cores that the products need.
+    is_used = coefficients.numpy().any(axis=0) if coefficients.is_cpu else coefficients.any(dim=0).cpu().numpy()
+    used = np.flatnonzero(is_used)
     return coefficients[:, : int(used[-1]) + 1 if len(used) else 0]
