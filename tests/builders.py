@@ -20,20 +20,26 @@ from torch import Tensor
 
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration, KindCalibration
+from kvtc.calibration.conditional_calibration import ConditionalCalibration
 from kvtc.calibration.fit import FitOptions, fit
-from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration, TokenCoding
+from kvtc.calibration.gradients import GradientSample
+from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration
 from kvtc.calibration.quality_curve import QualityCurve
 from kvtc.calibration.rows import CalibrationRows
 from kvtc.codec.codec import Codec
 from kvtc.codec.inspection import inspect
+from kvtc.coding.joint.basis import JointBasis
+from kvtc.coding.joint.importance import Importance
 from kvtc.coding.joint.metric import Metric
-from kvtc.coding.joint.prediction import Predictor
 from kvtc.coding.joint.probability import ProbabilityTables
 from kvtc.coding.paper.distortion import DistortionTable
+from kvtc.coding.product import product
 from kvtc.coding.rope import NO_ROTATION, Rope, RopeTable
 from kvtc.coding.transform import Basis, cache_side_of
 from kvtc.container.parts import join_streams, split_stream
+from kvtc.errors import InvalidArgument
 from kvtc.process.torch_state import neutral_torch_state
+from kvtc.recomputation import Recomputation, Recomputed
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 8
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -77,20 +83,24 @@ def fit_caches(
     geometry: CacheGeometry,
     caches: Iterable[KVCache],
     token_ids: Iterable[Tensor] | None = None,
-    metric: Metric | None = None,
-    embeddings: Tensor | None = None,
+    sample: GradientSample | None = None,
+    model: Recomputation | None = None,
     **options: object,
 ) -> Calibration:
-    """A calibration of caches that are there already. options: of `CalibrationRows` and of `FitOptions`."""
+    """A calibration of caches that are there already, and of the model with their token ids.
+
+    options: of `CalibrationRows` and of `FitOptions`.
+    """
     sizes = {name.name: options.pop(name.name) for name in fields(FitOptions) if name.name in options}
     seed = {"seed": sizes["seed"]} if "seed" in sizes else {}
-    ids = None if token_ids is None else iter(token_ids)
-    with CalibrationRows(geometry, with_tokens=ids is not None, **seed, **options) as rows:
+    states = None if model is None else (hidden_of(model, ids) for ids in token_ids)
+    with CalibrationRows(geometry, hidden_width=0 if model is None else TOLD_WIDTH, **seed, **options) as rows:
         for cache in caches:
-            rows.add(cache, None if ids is None else next(ids, None))
+            rows.add(cache, None if states is None else next(states))
             if rows.is_full:
                 break
-        return fit(rows, FitOptions(**sizes), metric=metric, embeddings=embeddings)
+        recomputed = None if model is None else (model.n_layers, model.identity)
+        return fit(rows, FitOptions(**sizes), sample=sample, recomputed=recomputed)
 
 
 @remember
@@ -101,12 +111,64 @@ def tiny_calibration(seed: int = 0) -> Calibration:
 
 
 VOCABULARY = 40
+TOLD_WIDTH = 36
+"""Features of the hidden states of `ToldModel`."""
+
+
+@neutral_torch_state
+def hidden_of(model: Recomputation, token_ids: Tensor) -> Tensor:
+    """The hidden states that enter the layer behind the recomputed ones."""
+    return model.run(token_ids.numpy()).hidden
+
+
+class ToldModel(Recomputation):
+    """The first layer of a model that is not there: its hidden state is made of a token and its two predecessors."""
+
+    def __init__(self) -> None:
+        super().__init__(1, b"told model".ljust(32))
+
+    @neutral_torch_state
+    def _go_on(self, before: Recomputed | None, token_ids: NDArray[np.int64]) -> Recomputed:
+        if token_ids.min() < 0 or token_ids.max() >= VOCABULARY:
+            raise InvalidArgument("outside of the vocabulary")
+        embeddings = torch.randn(
+            VOCABULARY, TOLD_WIDTH // 3, dtype=torch.float32, generator=torch.Generator().manual_seed(11)
+        )
+        now = embeddings[torch.from_numpy(token_ids)]
+        if before is not None:
+            now = torch.cat([before.hidden[:, : TOLD_WIDTH // 3], now])
+        hidden = torch.cat(
+            [0.4**back * torch.nn.functional.pad(now, (0, 0, back, 0))[: len(now)] for back in range(3)], 1
+        )
+        rows = product(hidden, told_mixing()) + told_offset()
+        geometry = tiny_geometry()
+        keys, values = (cache_side_of(side, N_LAYERS, N_HEADS)[:1].contiguous() for side in rows.chunk(2, dim=1))
+        first = geometry.rope.slice_layers(0, 1)
+        return Recomputed(0, hidden, first.rotate(keys, torch.arange(len(hidden)), len(hidden)), values)
 
 
 @remember
-def tiny_embeddings() -> Tensor:
-    """Input embeddings [VOCABULARY, 12] of a model that is not there."""
-    return torch.randn(VOCABULARY, 12, generator=torch.Generator().manual_seed(11))
+def told_model() -> ToldModel:
+    """The only one: what it computed last may be used again."""
+    return ToldModel()
+
+
+@remember
+@neutral_torch_state
+def told_mixing() -> Tensor:
+    """[TOLD_WIDTH, 2 p]: what a hidden state says of the rows."""
+    return torch.randn(
+        TOLD_WIDTH, 2 * tiny_geometry().row_features, dtype=torch.float32, generator=torch.Generator().manual_seed(17)
+    )
+
+
+@remember
+@neutral_torch_state
+def told_offset() -> Tensor:
+    """[2 p]: the mean row."""
+    return torch.randn(
+        2 * tiny_geometry().row_features, dtype=torch.float32, generator=torch.Generator().manual_seed(18)
+    )
 
 
 def told_ids(n: int, seed: int = 0) -> Tensor:
@@ -115,18 +177,17 @@ def told_ids(n: int, seed: int = 0) -> Tensor:
 
 
 def told_cache(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> KVCache:
-    """A cache of which token ids tell much: each row follows from a token and its predecessors, and some latent noise."""
-    geometry, places, ids = tiny_geometry(), torch.arange(n), told_ids(n, seed)
-    mixing = torch.Generator().manual_seed(17)
-    drawn = torch.randn(4096, LATENT, generator=torch.Generator().manual_seed(2000 + seed))[:n]
+    """A cache of `told_model`: its first layer follows from token ids, the others from the hidden state and latent noise."""
+    geometry, places = tiny_geometry(), torch.arange(n)
     features = 2 * geometry.row_features
-    rows = torch.randn(features, generator=mixing) + (drawn * 0.7 ** torch.arange(LATENT)) @ torch.randn(
-        LATENT, features, generator=mixing
-    )
-    for back in range(3):
-        said = tiny_embeddings()[ids] @ torch.randn(12, features, generator=mixing) * 0.4**back
-        rows[back:] += said[: max(0, n - back)]
-    rows += 0.02 * torch.randn(4096, features, generator=torch.Generator().manual_seed(3000 + seed))[:n]
+    drawn = torch.randn(4096, LATENT, generator=torch.Generator().manual_seed(2000 + seed))[:n]
+    mixing = torch.randn(LATENT, features, generator=torch.Generator().manual_seed(19))
+    noise = (drawn * 0.7 ** torch.arange(LATENT)) @ mixing
+    noise += 0.02 * torch.randn(4096, features, generator=torch.Generator().manual_seed(3000 + seed))[:n]
+    for side in noise.chunk(2, dim=1):
+        side[:, : geometry.row_features // N_LAYERS] = 0
+    hidden = told_model().run(told_ids(n, seed).numpy()).hidden if n else torch.zeros(0, TOLD_WIDTH)
+    rows = product(hidden, told_mixing()) + told_offset() + noise
     keys, values = (cache_side_of(side, geometry.n_layers, geometry.n_kv_heads) for side in rows.chunk(2, dim=1))
     return KVCache(geometry.rope.rotate(keys, places, n).to(dtype), values.to(dtype, copy=True).contiguous())
 
@@ -142,30 +203,34 @@ def tiny_sensitivities(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @remember
-def joint_calibration(seed: int = 0, with_tokens: bool = True) -> Calibration:
-    """Fitted to caches that `told_cache` makes, for all profiles; without tokens not for `conditional`.
+def tiny_gradients(n: int = 512) -> GradientSample:
+    """Gradients whose second moments are near `tiny_sensitivities`, of rows that have nothing to do with them."""
+    generator = torch.Generator().manual_seed(41)
+    roots = torch.linalg.cholesky(torch.cat([side.flatten(0, 1) for side in tiny_sensitivities()])).float()
+    drawn = torch.randn(len(roots), n, HEAD_DIM, generator=generator)
+    gradients = (drawn @ roots.mT).transpose(0, 1).reshape(n, -1)
+    sizes = gradients.norm(dim=1)
+    rows = torch.randn(gradients.shape, generator=generator).half()
+    return GradientSample(rows, (gradients / sizes[:, None]).half(), sizes, HEAD_DIM)
 
-    They are too few to train a hidden layer on: it gets one of chance, that adds little.
-    """
+
+@remember
+def joint_calibration(seed: int = 0, with_model: bool = True) -> Calibration:
+    """Fitted to caches that `told_cache` makes, for all profiles; without the model not for `conditional`."""
     seeds = range(100 * (seed + 1), 100 * (seed + 1) + 6)
-    calibration = fit_caches(
+    return fit_caches(
         tiny_geometry(),
         (told_cache(200, seed=s) for s in seeds),
         sink_tokens=SINK_TOKENS,
-        metric=Metric.from_sensitivity(*tiny_sensitivities(), power=0.75, ridge=0.01),
-        token_ids=(told_ids(200, s) for s in seeds) if with_tokens else None,
-        embeddings=tiny_embeddings() if with_tokens else None,
-        embedding_rank=8,
-        hidden_features=0,
+        sample=tiny_gradients(),
+        token_ids=(told_ids(200, s) for s in seeds),
+        model=told_model() if with_model else None,
     )
-    if calibration.joint is None or calibration.joint.tokens is None:
-        return calibration
-    tokens = calibration.joint.tokens
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(25, 3, generator=generator).half()
-    outputs = (0.001 * torch.randn(3, calibration.joint.basis.rank, generator=generator)).half()
-    predictor = replace(tokens.predictor, hidden=hidden, outputs=outputs)
-    return replace(calibration, joint=replace(calibration.joint, tokens=replace(tokens, predictor=predictor)))
+
+
+def told_codec(profile: str | None = None, *arguments: object, **options: object) -> Codec:
+    """A codec of `joint_calibration` with its model."""
+    return Codec(joint_calibration(), profile, *arguments, model=told_model(), **options)
 
 
 @remember
@@ -207,7 +272,7 @@ def assert_parts_decode_alone(codec: Codec, stream: bytes, ids: NDArray[np.int64
     assert join_streams(parts) == stream
     for part in parts:
         n = inspect(part).n_tokens
-        decoded = codec.decode(part, ids[first : first + n])
+        decoded = codec.decode(part, ids[0 if codec.needs_prefix else first : first + n])
         assert decoded.resolved_positions().tolist() == whole.resolved_positions()[first : first + n].tolist()
         torch.testing.assert_close(decoded.values, whole.values[:, :, first : first + n], rtol=2**-7, atol=1e-3)
         first += n
@@ -360,7 +425,7 @@ def joint_codec(profile: str = "joint", **options: object) -> Codec:
     defaults: dict[str, object] = {"sink_tokens": 2, "window_tokens": 3, "chunk_tokens": 8}
     if "ratio" not in options:
         defaults["step"] = 4.0
-    return Codec(joint_calibration(), profile, **(defaults | options))
+    return told_codec(profile, **(defaults | options))
 
 
 def golden_frequencies() -> np.ndarray:
@@ -376,34 +441,78 @@ def golden_frequencies() -> np.ndarray:
 
 
 def golden_joint_calibration() -> Calibration:
-    """`golden_calibration` with a joint part of 4 coefficients, by formula in sums of few powers of two, as there.
+    """`golden_calibration` with a joint part of 4 vectors, by formula in sums of few powers of two, as there.
 
-    The basis picks key features 1 and 6 and value features 0 and 3; the metric doubles keys and halves values.
+    The vectors pick key features 1 and 6 and value features 0 and 3; of the remainder key feature 2 and value feature 2 vary.
+    The metric doubles keys and halves values. Key feature 1 alone tells levels.
     """
     plain = golden_calibration()
-    vectors = torch.zeros(16, 4)
+    vectors = torch.zeros(16, 4, dtype=torch.int8)
     for column, (feature, sign) in enumerate([(1, 1), (8, -1), (6, 1), (11, 1)]):
-        vectors[feature, column] = sign
-    basis = Basis(torch.arange(16) * 0.25 - 2, vectors.half(), torch.tensor([16.0, 4.0, 1.0, 0.25]))
+        vectors[feature, column] = 64 * sign
+    turns = torch.stack([torch.eye(8), -torch.eye(8)]).half()
+    varying = [0, 1, 4 + 2, 2, 3, 4 + 8 + 2]
+    order = torch.tensor(varying + [place for place in range(20) if place not in varying]).int()
+    basis = JointBasis(torch.arange(16) * 0.25 - 2, vectors, torch.full((4,), 1 / 64), turns, order)
     metric = Metric.from_roots(torch.stack([2 * torch.eye(8), torch.eye(8) / 2]))
     offsets = np.full((4, 27, 2), [0.125, 0.0625], np.float32)
     tables = ProbabilityTables(golden_frequencies(), offsets)
     steps, bits = 2.0 ** np.arange(3, -5, -1), np.arange(8) * 4.0 + 2
-    model = CoefficientModel(np.array([4, 2, 1, 0.5], np.float32), tables, steps, bits)
-    table = (torch.arange(24).reshape(12, 2) * 4 - 32).to(torch.int8)
-    weights = (torch.arange(28).reshape(7, 4) % 5 - 3) / 4
-    hidden = (torch.arange(21).reshape(7, 3) % 3 - 1) / 2
-    outputs = (1 - torch.arange(12).reshape(3, 4) % 4) / 4
-    predictor = Predictor(table, weights.half(), hidden.half(), outputs.half())
-    rotation = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, -1], [0, 0, 1, 0]]).half()
-    tokens = TokenCoding(predictor, rotation, model, torch.full((1, 2), 0.5))
-    return Calibration(plain.geometry, plain.key, plain.value, joint=JointCalibration(basis, metric, model, tokens))
+    model = CoefficientModel(np.array([4, 2, 1, 1, 0.5, 0.25] + 14 * [0], np.float32), tables, steps, bits)
+    importance = Importance(torch.tensor([0.0, -2.0] + 14 * [0.0] + [0.75]))
+    joint = JointCalibration(basis, metric, model)
+    return Calibration(plain.geometry, plain.key, plain.value, joint=joint, importance=importance)
+
+
+class GoldenModel(Recomputation):
+    """The first of two layers of a model that is not there, by formula."""
+
+    def __init__(self) -> None:
+        super().__init__(1, bytes(range(32)))
+
+    def _go_on(self, before: Recomputed | None, token_ids: NDArray[np.int64]) -> Recomputed:
+        assert before is None
+        ids = torch.from_numpy(token_ids)
+        # At a root mean square of 10 all features are 1 or -1.
+        hidden = torch.stack([20.0 * (ids % 2) - 10, 20.0 * (ids // 2 % 2) - 10], dim=1)
+        keys = (ids[:, None] * 0.125 + torch.arange(4) * 0.5)[None, None]
+        return Recomputed(0, hidden, keys, -keys)
+
+
+def golden_conditional_calibration() -> Calibration:
+    """`golden_calibration` seen as two layers of 4 features, the first of which is recomputed; of the other two vectors.
+
+    The basis picks key feature 1 and value feature 2 of the second layer; the metric doubles keys and halves values.
+    """
+    plain, joint = golden_calibration(), golden_joint_calibration().joint
+    vectors = torch.zeros(8, 2, dtype=torch.int8)
+    vectors[1, 0], vectors[6, 1] = 64, -64
+    turns = torch.eye(4).expand(2, 4, 4).half()
+    order = torch.arange(10).int()
+    basis = JointBasis(torch.arange(8) * 0.25 - 1, vectors, torch.full((2,), 1 / 64), turns, order)
+    metric = Metric.from_roots(torch.stack([2 * torch.eye(4), torch.eye(4) / 2]))
+    model = replace(joint.coefficients, deviations=np.array([4, 2] + 8 * [0], np.float32))
+    weights = ((torch.arange(40).reshape(5, 8) % 7 - 3) / 8).half()
+    left = JointCalibration(basis, metric, model)
+    conditional = ConditionalCalibration(1, GoldenModel().identity, weights, torch.full((1, 2), 0.5), left)
+    geometry = CacheGeometry(0, 2, 0, 1, 4, Rope((), (NO_ROTATION, NO_ROTATION)))
+    return Calibration(geometry, plain.key, plain.value, conditional=conditional)
+
+
+def golden_conditional_cache() -> KVCache:
+    """The rows of `golden_cache` as two layers, at positions without gaps; the first layer is what is recomputed."""
+    cache, said = golden_cache(), GoldenModel().run(np.array(GOLDEN_TOKEN_IDS))
+    sides = (side[0, 0].unflatten(1, (2, 4)).transpose(0, 1)[:, None].clone() for side in (cache.keys, cache.values))
+    keys, values = sides
+    keys[0], values[0] = said.keys[0].bfloat16(), said.values[0].bfloat16()
+    return KVCache(keys.contiguous(), values.contiguous())
 
 
 def golden_joint_codec(profile: str, **options: object) -> Codec:
     """As `golden_codec`; the step is an eighth, so that some values escape."""
     defaults = {"step": 0.125, "sink_tokens": 1, "window_tokens": 1, "chunk_tokens": 4, "coder": "none"}
-    return Codec(golden_joint_calibration(), profile, **(defaults | options))
+    calibration = golden_joint_calibration() if profile == "joint" else golden_conditional_calibration()
+    return Codec(calibration, profile, model=GoldenModel(), **(defaults | options))
 
 
 def rewritten(path: Path, change) -> Path:

@@ -52,6 +52,7 @@ from .builders import (
     gappy_cache,
     golden_cache,
     golden_codec,
+    golden_conditional_cache,
     golden_joint_codec,
     joint_calibration,
     joint_codec,
@@ -121,15 +122,20 @@ def make_targets() -> list[Target]:
     ]
     for codec, cache, ids in (
         (golden_joint_codec("joint"), golden_cache(), GOLDEN_TOKEN_IDS),
-        (golden_joint_codec("conditional"), golden_cache(), GOLDEN_TOKEN_IDS),
+        (golden_joint_codec("conditional"), golden_conditional_cache(), GOLDEN_TOKEN_IDS),
         (joint_codec("joint", step=0.05, chunk_tokens=64), told_cache(45), None),
         (joint_codec("joint", step=20.0), *told_gappy_cache(20)),
         # Tokens enough for a second lane of the coder.
         (joint_codec("joint", step=2.0, chunk_tokens=1024), told_cache(SEVERAL_LANES_TOKENS), None),
         (joint_codec("conditional", step=0.5, window_tokens=0), told_cache(20, torch.bfloat16), told_ids(20)),
-        (joint_codec("conditional", ratio=8, sink_format="fp8"), *told_gappy_cache(30)),
+        (joint_codec("conditional", ratio=8, sink_format="fp8"), told_cache(30, torch.bfloat16), told_ids(30)),
         (joint_codec("joint", ratio=8, fixed_size=True), told_cache(30, torch.bfloat16), told_ids(30)),
-        (joint_codec("conditional", window_tokens=9, window_format="coded"), *told_gappy_cache(30)),
+        (
+            joint_codec("conditional", window_tokens=9, window_format="coded"),
+            told_cache(30, torch.bfloat16),
+            told_ids(30),
+        ),
+        (joint_codec("joint", window_tokens=9, window_format="coded"), *told_gappy_cache(30)),
     ):
         known = None if ids is None else list(map(int, ids))
         needed = known if codec.settings.profile == "conditional" else None

@@ -219,7 +219,7 @@ def use_calibration(path: Path, draw: random.Random) -> None:
 
 def numbers_of(calibration: Calibration) -> list[tuple[str, Tensor]]:
     """All floating-point tensors that must be finite."""
-    found = list(calibration.joint.tensors()) if calibration.joint else []
+    found = list(calibration._coding_tensors()) if calibration.joint else []
     for name, kind in (("key", calibration.key), ("value", calibration.value)):
         found += [(f"{name} basis", part) for part in (kind.basis.mean, kind.basis.vectors, kind.basis.spectrum)]
     found += [(f"quality of {profile}", curve.tensor()) for profile, curve in calibration.quality.items()]

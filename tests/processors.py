@@ -43,8 +43,7 @@ OFFSETS = (0, 4, 16, 32)
 CODED = {
     "paper": {"ratio": 16.0, "profile": "paper"},
     "joint": {"step": 1.0, "profile": "joint"},
-    "conditional": {"step": 1.0, "profile": "conditional"},
-    "conditional, ratio": {"ratio": 32.0, "profile": "conditional"},
+    "joint, ratio": {"ratio": 32.0, "profile": "joint"},
     "joint, coded window": {"step": 1.0, "profile": "joint", "window_format": "coded"},
     "lossless": {"lossless": True},
     "joint, bfloat16": {"step": 1.0, "profile": "joint", "precision": "bfloat16"},
@@ -127,7 +126,7 @@ def differences(folder: Path) -> list[str]:
         kvtc.KVCache(*torch.load(folder / "cache", weights_only=True)),
         torch.load(folder / "ids", weights_only=True),
     )
-    for name in ("paper", "conditional", "joint, bfloat16"):
+    for name in ("paper", "joint", "joint, bfloat16"):
         options = CODED[name]
         codec = kvtc.Codec(calibration, window_tokens=64, **options)
         stream = codec.encode(cache, ids)
@@ -161,7 +160,7 @@ def apart(codec: kvtc.Codec, stream: bytes, whole: kvtc.KVCache, ids: Tensor) ->
 
 def fitted_and_loaded() -> list[str]:
     """A tiny calibration as it was fitted and as it was loaded; streams one by one and in a batch."""
-    from tests.builders import joint_calibration, told_cache, told_ids
+    from tests.builders import joint_calibration, told_cache, told_ids, told_model
 
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +168,10 @@ def fitted_and_loaded() -> list[str]:
         loaded = kvtc.load_calibration(Path(folder, "file"))
     for profile in ("paper", "joint", "conditional"):
         caches, ids = [told_cache(n, torch.bfloat16, n) for n in (90, 300)], [told_ids(n, n) for n in (90, 300)]
-        codecs = [kvtc.Codec(which, profile, 6, chunk_tokens=64) for which in (joint_calibration(), loaded)]
+        codecs = [
+            kvtc.Codec(which, profile, 6, chunk_tokens=64, model=told_model())
+            for which in (joint_calibration(), loaded)
+        ]
         streams = [[codec.encode(*both) for both in zip(caches, ids, strict=True)] for codec in codecs]
         decoded = [[codec.decode(*both) for both in zip(streams[0], ids, strict=True)] for codec in codecs]
         if digest(*streams[0], *decoded[0]) != digest(*streams[1], *decoded[1]):

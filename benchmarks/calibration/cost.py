@@ -15,6 +15,7 @@ import kvtc
 from benchmarks.shared.calibrations import Recipe, add_calibration_arguments, calibrate
 from benchmarks.shared.text_quality import add_text_arguments, measure, print_qualities
 from kvtc.evaluate.provenance import save_result
+from kvtc.reference import MODEL_DIRECTORY
 from kvtc.report.table import format_fields
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     print(format_fields(list(cost.items())))
     shipped = kvtc.reference_calibration()
     codecs = {
-        f"{profile}, {name}, {ratio}x": kvtc.Codec(calibration, profile, ratio=ratio)
+        f"{profile}, {name}, {ratio}x": kvtc.Codec(calibration, profile, ratio=ratio, model=MODEL_DIRECTORY)
         for profile in ("paper", "joint", "conditional")
         for ratio in (16, 64)
         for name, calibration in (("measured here", made), ("as shipped", shipped))

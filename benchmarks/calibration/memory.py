@@ -1,5 +1,4 @@
-"""Peak memory of fitting `joint` and `conditional` at the size of a real model: metric, basis,
-prediction and tables.
+"""Peak memory of fitting `joint` at the size of a real model: metric, basis and tables.
 
     python -m benchmarks.calibration.memory [--layers 32] [--heads 8] [--head-dim 128] [--rows 4096] [--rank 256] [--device cuda]
 
@@ -17,28 +16,25 @@ import torch
 
 from kvtc.cache import CacheGeometry
 from kvtc.calibration.entropy import N_STEPS
-from kvtc.calibration.fit import EMBEDDING_RANK, RANK_CAP
-from kvtc.calibration.joint_fit import TABLE_ROWS, fit_joint
-from kvtc.calibration.prediction_fit import TRAINED_COEFFICIENTS
+from kvtc.calibration.fit import RANK_CAP
+from kvtc.calibration.joint_fit import TABLE_ROWS, fit_joint, joint_rows
 from kvtc.calibration.principal import OVERSAMPLING
 from kvtc.calibration.row_spool import BLOCK_VALUES, FLOAT16_BYTES, RowSpool
 from kvtc.calibration.rows import MAX_ROWS
 from kvtc.coding.device import usable_device
 from kvtc.coding.joint.metric import Metric
-from kvtc.coding.joint.prediction import N_TOKENS_SEEN, reduce_embeddings
 from kvtc.coding.rope import NO_ROTATION, Rope
 from kvtc.evaluate.provenance import save_result
 from kvtc.report.table import format_fields, format_table
 
 GIB = 2**30
-VOCABULARY, HIDDEN = 32_768, 1024
 SOURCES = 64
 ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """GiB held at once: in power iteration, in prediction, in counting tables; on disk; and of a
+    """GiB held at once: in power iteration, in counting tables; on disk; and of a
     device, if the fit runs on one.
 
     features: 2 p, keys and values.
@@ -48,7 +44,6 @@ class Estimate:
     rank: int
     rows: int
     basis: float
-    prediction: float
     tables: float
     disk: float
     device: float
@@ -59,32 +54,29 @@ class Estimate:
         # Of a block: both halves, joined, weighed, and the product's operands laid out anew.
         block = 5 * 4 * max(2 * BLOCK_VALUES, 64 * features)
         roots = 0 if features % 128 else 2 * features * 128 * 4
-        vectors, square, sample = features * rank * (2 + 4), rank * rank * 8, min(TABLE_ROWS, rows) * rank
-        table = VOCABULARY * HIDDEN * 4
+        vectors, sample = features * rank * (2 + 4), min(TABLE_ROWS, rows) * rank
         return cls(
             features,
             rank,
             rows,
             # Guess and image; then the image, its copy, and the result.
-            basis=(3 * features * width * 4 + block + roots + table) / GIB,
-            # Moments of coefficients, of what is left, its directions, and three for intermediate results.
-            prediction=(vectors + 6 * square + block + roots + table) / GIB,
+            basis=(3 * features * width * 4 + block + roots) / GIB,
             # Coefficients, a byte for each symbol at each step, and one step's magnitudes, integers and masks.
-            tables=(vectors + sample * (2 * 4 + N_STEPS + 4 * 4) + roots + table) / GIB,
+            tables=(vectors + sample * (2 * 4 + N_STEPS + 4 * 4) + roots) / GIB,
             disk=rows * features * FLOAT16_BYTES / GIB,
             # As `fit_joint` says.
-            device=(16 * features * width + 36 * width**2 + rows * TRAINED_COEFFICIENTS * 2 + block + roots) / GIB,
+            device=(16 * features * width + 36 * width**2 + block + roots) / GIB,
         )
 
 
-def spool_rows(keys: RowSpool, values: RowSpool, table: torch.Tensor, triples: torch.Tensor) -> None:
-    """Rows of falling variances that keys and values share, in part a function of their tokens."""
+def spool_rows(keys: RowSpool, values: RowSpool) -> None:
+    """Rows of falling variances that keys and values share."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(SOURCES, 2 * keys.features, generator=generator) * (1 + torch.arange(SOURCES))[:, None] ** -0.6
-    of_token = torch.randn(table.shape[1], SOURCES, generator=generator) / table.shape[1] ** 0.5
-    for part in triples.split(ROWS_AT_ONCE):
-        latent = torch.randn(len(part), SOURCES, generator=generator) + table[part[:, 0]].float() @ of_token
-        rows = latent @ mixing + 0.1 * torch.randn(len(part), 2 * keys.features, generator=generator)
+    for start in range(0, keys.capacity, ROWS_AT_ONCE):
+        n = min(ROWS_AT_ONCE, keys.capacity - start)
+        rows = torch.randn(n, SOURCES, generator=generator) @ mixing
+        rows += 0.1 * torch.randn(n, 2 * keys.features, generator=generator)
         slots = keys.append(rows[:, : keys.features])
         values.append(rows[:, keys.features :], slots)
 
@@ -115,26 +107,23 @@ def main() -> None:
     geometry = CacheGeometry(0, options.layers, 0, options.heads, options.head_dim, rope)
     features = 2 * geometry.row_features
     libraries = peak_memory()
-    generator = torch.Generator().manual_seed(2)
-    embeddings = torch.randn(VOCABULARY, HIDDEN, generator=generator)
-    triples = torch.randint(VOCABULARY, (options.rows, N_TOKENS_SEEN), generator=generator)
     started = time.perf_counter()
-    table = reduce_embeddings(embeddings, EMBEDDING_RANK, device).cpu()
     metric = random_metric(geometry)
     with (
         RowSpool(geometry.row_features, options.rows, 0, device=device) as keys,
         RowSpool(geometry.row_features, options.rows, 0, device=device) as values,
     ):
-        spool_rows(keys, values, table, triples)
+        spool_rows(keys, values)
         spooled = time.perf_counter()
-        joint = fit_joint(geometry, keys, values, metric, options.rank, 0, table, triples)
+        joint = fit_joint(
+            lambda: joint_rows(keys, values), options.rows, device, metric, None, options.rank, 0, "joint"
+        )
     done, cpu = time.perf_counter(), time.process_time()
     predicted = Estimate.of(features, options.rank, options.rows)
     result = {
         "features": features,
         "rows": options.rows,
         "rank": joint.basis.rank,
-        "explained_by_prediction": round(float(joint.tokens.explained.mean()), 4) if joint.tokens else None,
         "spool_seconds": round(spooled - started, 1),
         "fit_seconds": round(done - spooled, 1),
         "cpu_seconds": round(cpu, 1),
@@ -148,7 +137,7 @@ def main() -> None:
     print(format_fields(list(result.items())))
     estimates = [predicted, Estimate.of(features, RANK_CAP, MAX_ROWS)]
     print()
-    header = ["features", "rank", "rows", "basis", "prediction", "tables", "disk", "device (GiB)"]
+    header = ["features", "rank", "rows", "basis", "tables", "disk", "device (GiB)"]
     print(format_table(header, [[_cell(value) for value in asdict(line).values()] for line in estimates]))
     save_result("calibration_memory", {**result, "estimates": [asdict(line) for line in estimates]})
 

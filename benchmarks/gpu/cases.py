@@ -5,8 +5,8 @@ Nothing is trained. Bases are random orthonormal columns. Deviations of coeffici
 measured for the calibration that ships with kvtc, stretched to the rank asked for by interpolation
 in log-log; probability tables are the shipped ones, for they belong to a ratio of deviation to step
 and not to a model. Caches are bases times coefficients drawn with these deviations (normal, each
-token's scale log-normal) around what prediction says: at the shipped rank and equal steps their
-symbols cost 2 to 12 % more bits than those of the texts it was calibrated on.
+token's scale log-normal): at the shipped rank and equal steps their symbols cost 2 to 12 % more bits
+than those of the texts it was calibrated on.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from torch import Tensor
 import kvtc
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration, KindCalibration
-from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration, TokenCoding
+from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration
+from kvtc.coding.joint.basis import JointBasis, in_bytes
 from kvtc.coding.joint.metric import Metric
-from kvtc.coding.joint.prediction import N_TOKENS_SEEN, Predictor, token_triples
 from kvtc.coding.joint.rounding import round_coefficients
 from kvtc.coding.joint.uniform_quantizer import N_ACTIVITIES, column_classes
 from kvtc.coding.paper.distortion import measure_distortion
@@ -30,10 +30,6 @@ from kvtc.coding.rope import Rope, RopeTable, turn_in_place
 from kvtc.coding.transform import Basis
 
 CHUNK_TOKENS = 256
-TURNED_TOGETHER = 50
-"""Neighbouring coefficients that the rotation of `conditional` mixes: as in fitted ones, deviations
-stay nearly in order.
-"""
 TOKEN_SPREAD = 0.3
 """Standard deviation of the logarithm of a token's scale."""
 DISTORTION_ROWS, CURVE_ROWS = 128, 64
@@ -103,15 +99,6 @@ def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.solve_triangular(factor, random.T, upper=False).T.half()
 
 
-def turning(rank: int, generator: torch.Generator) -> Tensor:
-    """A rotation [rank, rank] float16 within blocks of neighbouring coefficients."""
-    sizes = [min(TURNED_TOGETHER, rank - start) for start in range(0, rank, TURNED_TOGETHER)]
-    blocks = [
-        torch.linalg.qr(torch.randn(size, size, generator=generator, device=generator.device)).Q for size in sizes
-    ]
-    return torch.block_diag(*blocks).half()
-
-
 def coefficient_model(measured: CoefficientModel, rank: int) -> CoefficientModel:
     """The shipped model stretched to a rank; its curve is measured again, on coefficients drawn for
     it.
@@ -137,7 +124,7 @@ def calibration_for(shape: Shape, profile: str, rank: int, device: torch.device)
     calibration = Calibration(geometry, key, value, {})
     if profile == "paper":
         return calibration
-    return replace(calibration, joint=_joint(shape, min(rank, 2 * geometry.row_features), profile, generator))
+    return replace(calibration, joint=_joint(shape, min(rank, 2 * geometry.row_features), generator))
 
 
 def _kind(features: int, rank: int, generator: torch.Generator) -> KindCalibration:
@@ -152,40 +139,19 @@ def _mean(features: int, generator: torch.Generator) -> Tensor:
     return torch.randn(features, generator=generator, device=generator.device)
 
 
-def _joint(shape: Shape, rank: int, profile: str, generator: torch.Generator) -> JointCalibration:
+def _joint(shape: Shape, rank: int, generator: torch.Generator) -> JointCalibration:
     geometry, measured = shape.geometry, shipped().joint
     device = generator.device
     blocks = 2 * geometry.n_layers * geometry.n_kv_heads
     roots = torch.eye(geometry.head_dim, device=device).repeat(blocks, 1, 1)
     plain = coefficient_model(measured.coefficients, rank)
-    spectrum = torch.from_numpy(plain.deviations).square()
     features = 2 * geometry.row_features
-    basis = Basis(_mean(features, generator), orthonormal(features, rank, generator), spectrum)
-    tokens = None
-    if profile == "conditional":
-        left = coefficient_model(measured.tokens.coefficients, rank)
-        explained = torch.zeros(geometry.n_layers, 2)
-        predictor = _predictor(shape.vocabulary, plain.deviations, left.deviations, generator)
-        tokens = TokenCoding(predictor, turning(rank, generator), left, explained)
-    return JointCalibration(basis, Metric.from_roots(roots), plain, tokens)
-
-
-def _predictor(vocabulary: int, plain: np.ndarray, left: np.ndarray, generator: torch.Generator) -> Predictor:
-    """Of the sizes that calibration gives it by default; it explains what the shipped one does of
-    each coefficient.
-    """
-    n_embedding, n_hidden, device = 256, 384, generator.device
-    n_features = N_TOKENS_SEEN * n_embedding + 1
-    said = torch.from_numpy(np.sqrt(np.maximum(plain**2 - left**2, 1e-4 * plain**2))).to(device)
-
-    def random(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, device=device)
-
-    table = (32 * random(vocabulary, n_embedding)).clamp(-127, 127).to(torch.int8)
-    weights = random(n_features, len(plain)) * said / n_features**0.5
-    hidden = random(n_features, n_hidden) / n_features**0.5
-    outputs = 0.2 * random(n_hidden, len(plain)) * said / n_hidden**0.5
-    return Predictor(table, weights.half(), hidden.half(), outputs.half())
+    vectors, scales = in_bytes(orthonormal(features, rank, generator))
+    # Of the remainder nothing varies, and so nothing is coded.
+    order = torch.arange(rank + features, dtype=torch.int32, device=device)
+    basis = JointBasis(_mean(features, generator), vectors, scales, roots.half(), order)
+    model = replace(plain, deviations=np.pad(plain.deviations, (0, features)))
+    return JointCalibration(basis, Metric.from_roots(roots), model)
 
 
 @dataclass(frozen=True)
@@ -202,12 +168,10 @@ def caches(calibration: Calibration, profile: str, batch: tuple[int, int], devic
     generator = torch.Generator(device).manual_seed(1)
     positions = torch.arange(batch[1], device=device)
     turn = geometry.rope.turns(positions, batch[1])[0]
-    joint = calibration.joint
-    vocabulary = joint.tokens.predictor.table.shape[0] if joint is not None and joint.tokens is not None else 512
     for index in range(batch[0]):
-        ids = torch.randint(vocabulary, (batch[1],), generator=torch.Generator().manual_seed(index))
+        ids = torch.randint(512, (batch[1],), generator=torch.Generator().manual_seed(index))
         sides = []
-        for kind, (coefficients, mean, vectors) in enumerate(_sources(calibration, profile, ids, generator)):
+        for kind, (coefficients, mean, vectors) in enumerate(_sources(calibration, profile, batch[1], generator)):
             shape = (geometry.n_layers, geometry.n_kv_heads, batch[1], geometry.head_dim)
             side = torch.empty(shape, dtype=torch.bfloat16, device=device)
             size = geometry.n_kv_heads * geometry.head_dim
@@ -222,19 +186,15 @@ def caches(calibration: Calibration, profile: str, batch: tuple[int, int], devic
         yield Drawn(KVCache(*sides), ids)
 
 
-def _sources(calibration: Calibration, profile: str, ids: Tensor, generator: torch.Generator):
+def _sources(calibration: Calibration, profile: str, n: int, generator: torch.Generator):
     """Of keys and of values: plain coefficients, and the mean and columns that lead to rows."""
-    joint, p, n = calibration.joint, calibration.geometry.row_features, len(ids)
+    joint, p = calibration.joint, calibration.geometry.row_features
     if profile == "paper" or joint is None:
         for kind in (calibration.key, calibration.value):
             deviations = kind.basis.spectrum.sqrt().numpy()
             yield drawn(deviations, n, generator), kind.basis.mean, kind.basis.vectors
         return
-    coefficients = drawn(joint.coefficients.deviations, n, generator)
-    if joint.tokens is not None:
-        triples = token_triples(ids.numpy(), np.arange(n), CHUNK_TOKENS)
-        said = joint.tokens.predictor.predict(triples)
-        turned = said + drawn(joint.tokens.coefficients.deviations, n, generator)
-        coefficients = turned @ joint.tokens.rotation.float().T
+    coefficients = drawn(joint.coefficients.deviations[: joint.basis.rank], n, generator)
+    vectors = joint.basis.matrix(generator.device)
     for here in (slice(0, p), slice(p, 2 * p)):
-        yield coefficients, joint.basis.mean[here], joint.basis.vectors[here]
+        yield coefficients, joint.basis.mean[here], vectors[here]

@@ -80,7 +80,7 @@ def rans(setting: Setting) -> dict[str, Any]:
     on the device already.
     """
     rank, backend = setting.rank(3000), make_backend(setting.device, setting.backend)
-    model = coefficient_model(shipped().joint.tokens.coefficients, rank)
+    model = coefficient_model(shipped().joint.coefficients, rank)
     step = model.step_for(BITS_A_COEFFICIENT * rank)
     classes = column_classes(model.deviations, step)
     counts = N_CHUNKS[:2] if setting.is_small else N_CHUNKS

@@ -175,9 +175,8 @@ def measure_batch(
 
 
 def coded_model(codec: kvtc.Codec) -> CoefficientModel:
-    """The distribution of what `joint` or `conditional` codes."""
-    joint = codec.calibration.joint
-    return joint.coefficients if codec.settings.profile == "joint" else joint.tokens.coefficients
+    """The distribution of what `joint` codes."""
+    return codec.calibration.joint.coefficients
 
 
 def decode_all(codec: kvtc.Codec, streams: list[bytes], ids: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -21,7 +21,7 @@ class Target:
 PRODUCT = Target("<= 1.4", lambda ratio: ratio <= 1.4)
 DECODE = {
     "nemo-paper-6000": Target("<= 130 ms", lambda seconds: seconds <= 0.130),
-    "nemo-conditional-3000": Target("<= 100 ms", lambda seconds: seconds <= 0.100),
+    "nemo-joint-3000": Target("<= 100 ms", lambda seconds: seconds <= 0.100),
 }
 ENCODE = Target("<= 200 ms", lambda seconds: seconds <= 0.200)
 FIRST_TOKEN = Target(">= 15x", lambda ratio: ratio >= 15)

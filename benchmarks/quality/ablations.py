@@ -22,6 +22,7 @@ from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import ABLATIONS
 from kvtc.profiles.rates import Truncation
+from kvtc.reference import MODEL_DIRECTORY
 from kvtc.report.table import format_table
 
 N_DRAWS = 5
@@ -67,7 +68,7 @@ def sinks(calibrations: Calibrations) -> Cases:
             ("compressed", {"sink_tokens": 0}),
         ):
             cases[f"{profile}, sinks {name} {ratio}x"] = kvtc.Codec(
-                calibrations.shipped, profile, ratio=ratio, **options
+                calibrations.shipped, profile, ratio=ratio, model=MODEL_DIRECTORY, **options
             )
     return cases
 
@@ -75,7 +76,7 @@ def sinks(calibrations: Calibrations) -> Cases:
 def window(calibrations: Calibrations) -> Cases:
     return {
         f"{profile}, window {tokens}, {ratio}x": kvtc.Codec(
-            calibrations.shipped, profile, ratio=ratio, window_tokens=tokens
+            calibrations.shipped, profile, ratio=ratio, window_tokens=tokens, model=MODEL_DIRECTORY
         )
         for profile, ratio in (("paper", 16), ("paper", 64), ("conditional", 64))
         for tokens in (0, 16, 64, 128)
@@ -121,7 +122,7 @@ def seeds(calibrations: Calibrations) -> Cases:
 
 def _both_profiles(calibrations: dict[str, kvtc.Calibration]) -> Cases:
     return {
-        f"{profile}, {name}, {ratio}x": kvtc.Codec(made, profile, ratio=ratio)
+        f"{profile}, {name}, {ratio}x": kvtc.Codec(made, profile, ratio=ratio, model=MODEL_DIRECTORY)
         for profile in ("paper", "conditional")
         for ratio in (16, 64)
         for name, made in calibrations.items()

@@ -21,6 +21,7 @@ from kvtc.cli.texts import documents
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import DOMAIN_SHIFT, ShiftCell
+from kvtc.reference import MODEL_DIRECTORY
 from kvtc.report.table import format_ratio, format_table
 
 MIXED, SHIPPED = "mixed", "as shipped"
@@ -83,7 +84,7 @@ def main() -> None:
     started = time.perf_counter()
     shares = {file.stem: sorted_shares(file) for file in options.text}
     methods = {
-        f"{profile} {ratio:g}x from {name}": kvtc.Codec(made, profile, ratio=ratio)
+        f"{profile} {ratio:g}x from {name}": kvtc.Codec(made, profile, ratio=ratio, model=MODEL_DIRECTORY)
         for name, made in calibrations(options).items()
         for profile in options.profiles
         for ratio in options.ratios

@@ -29,6 +29,7 @@ from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.schema import PHASE_SWEEP, PhasePoint
 from kvtc.evaluate.tasks import LATEST, NEEDLES, Source
 from kvtc.huggingface.continuation import prefill
+from kvtc.reference import MODEL_DIRECTORY
 from kvtc.report.table import format_table
 
 CHUNK = 256
@@ -145,7 +146,10 @@ def sweep(options: argparse.Namespace) -> tuple[dict[tuple[str, int | str], Tall
     """Answers by method and place, and bytes by method."""
     model, tokenizer = kvtc.reference_model(dtype="bfloat16")
     calibration = kvtc.reference_calibration()
-    codecs = {f"{name} {ratio}x": kvtc.Codec(calibration, name, ratio=ratio, window_tokens=0) for name, ratio in CODED}
+    codecs = {
+        f"{name} {ratio}x": kvtc.Codec(calibration, name, ratio=ratio, window_tokens=0, model=MODEL_DIRECTORY)
+        for name, ratio in CODED
+    }
     text = "\n".join(path.read_text(encoding="utf-8") for path in options.text)
     source = Source(lambda piece: tokenizer.encode(piece, add_special_tokens=False), text, True, random.Random(0))
     tallies: dict[tuple[str, int | str], Tally] = {}

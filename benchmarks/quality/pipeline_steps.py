@@ -3,8 +3,8 @@ another, on the reference model.
 
     python -m benchmarks.quality.pipeline_steps --calibration-text FILE... --text FILE... --texts-per-file 2 [--windows 0 16 128]
 
-    paper -> one step and rANS, keys and values apart -> one transform of both -> metric -> linear prediction from token ids
-          -> hidden layer -> rounding by cost
+    paper -> one step and rANS, keys and values apart -> one transform of both -> metric -> one recomputed layer
+          -> rounding by cost
 
 and the last one with one place switched off. All are fitted to the same rows of --calibration-text;
 bytes are those of real streams. Without rounding by cost each coefficient is rounded by itself,
@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import kvtc
 import kvtc.backends.reference
@@ -29,26 +30,27 @@ from benchmarks.shared.calibrations import RANKS, add_calibration_arguments, seq
 from benchmarks.shared.text_quality import add_text_arguments, measure, print_qualities
 from kvtc.calibration import Calibration
 from kvtc.calibration.artifact import KindCalibration
+from kvtc.calibration.conditional_fit import fit_conditional
 from kvtc.calibration.entropy import fit_coefficients
 from kvtc.calibration.joint_calibration import JointCalibration
-from kvtc.calibration.joint_fit import TABLE_ROWS, WeightedRows, fit_joint
+from kvtc.calibration.joint_fit import WeightedRows, complete, fit_joint, joint_rows, sampled
 from kvtc.calibration.principal import block_diagonal, principal_components
 from kvtc.calibration.row_spool import RowSpool
-from kvtc.calibration.rows import CHUNK_TOKENS
+from kvtc.calibration.rows import CalibrationRows
+from kvtc.coding.device import CPU
 from kvtc.coding.joint.metric import Metric
-from kvtc.coding.joint.prediction import N_TOKENS_SEEN, token_triples
 from kvtc.coding.joint.rounding import Rounded
 from kvtc.coding.joint.uniform_quantizer import ESCAPE, quantize, to_symbols
 from kvtc.coding.paper.distortion import MAX_SAMPLE_ROWS, measure_distortion
-from kvtc.coding.transform import project, rows_of
+from kvtc.coding.transform import project
 from kvtc.evaluate.derived import FewerBytes, fewer_bytes
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
 from kvtc.evaluate.schema import ABLATIONS
-from kvtc.huggingface.models import capture
+from kvtc.huggingface.calibrate import accumulate
+from kvtc.huggingface.hidden_states import HiddenStates
 from kvtc.report.table import format_table
 
-SINK_TOKENS = 4
 PAPER_RATIOS = (8, 16, 32, 64)
 AT = ("paper 8x", "paper 16x")
 """Points at whose KL bytes are compared."""
@@ -56,18 +58,18 @@ AT = ("paper 8x", "paper 16x")
 
 @dataclass(frozen=True)
 class Fit:
-    """What a calibration is fitted with. n_hidden: None without prediction."""
+    """What a calibration is fitted with."""
 
     is_joined: bool = True
     has_metric: bool = True
-    n_hidden: int | None = None
+    recomputes: bool = False
     rounds_by_cost: bool = False
 
 
 @dataclass(frozen=True)
 class Step:
-    """A row of the study: a calibration, and how it is used. A fit of prediction serves the profile
-    `joint`, too.
+    """A row of the study: a calibration, and how it is used. One with recomputed layers serves the
+    profile `joint`, too.
     """
 
     name: str
@@ -75,20 +77,17 @@ class Step:
     profile: str = "conditional"
 
 
-def steps(n_hidden: int) -> list[Step]:
-    """Cumulatively, then all but one."""
-    linear = Fit(n_hidden=0)
-    full = Fit(n_hidden=n_hidden, rounds_by_cost=True)
-    return [
-        Step("one step and rANS", Fit(is_joined=False, has_metric=False), "joint"),
-        Step("+ joint transform", Fit(has_metric=False), "joint"),
-        Step("+ metric", linear, "joint"),
-        Step("+ linear prediction", linear),
-        Step("+ hidden layer", replace(full, rounds_by_cost=False)),
-        Step("+ rounding by cost", full),
-        Step("all but prediction", full, "joint"),
-        Step("all but the metric", replace(full, has_metric=False)),
-    ]
+FULL = Fit(recomputes=True, rounds_by_cost=True)
+STEPS = [
+    Step("one step and rANS", Fit(is_joined=False, has_metric=False), "joint"),
+    Step("+ joint transform", Fit(has_metric=False), "joint"),
+    Step("+ metric", replace(FULL, rounds_by_cost=False), "joint"),
+    Step("+ a recomputed layer", replace(FULL, rounds_by_cost=False)),
+    Step("+ rounding by cost", FULL),
+    Step("all but recomputation", FULL, "joint"),
+    Step("all but the metric", replace(FULL, has_metric=False)),
+]
+"""Cumulatively, then all but one."""
 
 
 def rounded_plainly(coefficients, step, classes, tables) -> Rounded:
@@ -115,31 +114,13 @@ def rounding(fit: Fit):
     return nullcontext() if fit.rounds_by_cost else plain_rounding()
 
 
-class Rows:
-    """Rows of calibration text on disk, and what prediction sees of each."""
-
-    def __init__(self, model, texts, geometry: kvtc.CacheGeometry, n_rows: int) -> None:
-        self.keys, self.values = (RowSpool(geometry.row_features, n_rows, seed=0) for _ in range(2))
-        self.triples = torch.zeros(n_rows, N_TOKENS_SEEN, dtype=torch.int64)
-        for ids in texts:
-            cache = capture(model, ids, geometry)
-            positions = cache.resolved_positions()
-            slots = self.keys.append(rows_of(geometry.rope.unrotate(cache.keys, positions, len(ids)))[SINK_TOKENS:])
-            self.values.append(rows_of(cache.values)[SINK_TOKENS:], slots)
-            seen = token_triples(ids.numpy(), positions.numpy(), CHUNK_TOKENS).numpy()[SINK_TOKENS:]
-            self.triples.numpy()[slots[slots >= 0]] = seen[slots >= 0]
-            if self.keys.n_offered >= n_rows:
-                return
-        raise SystemExit(f"the calibration text holds {self.keys.n_rows} tokens; {n_rows} are asked for")
-
-
 class Fits:
-    """Calibrations from the same rows; metric, token table and size of the hidden layer are those
-    of the shipped one.
+    """Calibrations from the same rows; the metric is that of the shipped one. identity: of the weights
+    of the recomputed layer.
     """
 
-    def __init__(self, rows: Rows, shipped: Calibration, rank: int) -> None:
-        self._rows, self._shipped, self._rank = rows, shipped, rank
+    def __init__(self, rows: CalibrationRows, shipped: Calibration, rank: int, identity: bytes) -> None:
+        self._rows, self._shipped, self._rank, self._identity = rows, shipped, rank, identity
         self.paper = Calibration(shipped.geometry, self._kind(rows.keys), self._kind(rows.values), {})
         blocks, size, _ = shipped.joint.metric.roots.shape
         scales = torch.tensor([_deviation(rows.keys), _deviation(rows.values)]).repeat_interleave(blocks // 2)
@@ -149,27 +130,26 @@ class Fits:
         """Its tables are made with its rounding."""
         metric = self._shipped.joint.metric if fit.has_metric else self._unit_variance
         with rounding(fit):
-            joint = self._joined(metric, fit.n_hidden) if fit.is_joined else self._separate(metric)
-        return Calibration(self._shipped.geometry, self.paper.key, self.paper.value, {}, joint)
+            joint = self._joined(metric) if fit.is_joined else self._separate(metric)
+            conditional = None
+            if fit.recomputes:
+                conditional = fit_conditional(self._rows, 1, self._identity, metric, None, self._rank, 0)
+        made = Calibration(self._shipped.geometry, self.paper.key, self.paper.value, {}, joint)
+        return replace(made, conditional=conditional)
 
-    def _joined(self, metric: Metric, n_hidden: int | None) -> JointCalibration:
-        rows, table = self._rows, self._shipped.joint.tokens.predictor.table
-        given = {} if n_hidden is None else {"table": table, "triples": rows.triples, "n_hidden": n_hidden}
-        return fit_joint(self._shipped.geometry, rows.keys, rows.values, metric, self._rank, 0, **given)
+    def _every_row(self) -> Iterator[Tensor]:
+        return joint_rows(self._rows.keys, self._rows.values)
+
+    def _joined(self, metric: Metric) -> JointCalibration:
+        return fit_joint(self._every_row, self._rows.n_rows, CPU, metric, None, self._rank, 0, "joint")
 
     def _separate(self, metric: Metric) -> JointCalibration:
         """A basis of keys beside one of values, components of both by falling variance."""
-        weighted = WeightedRows(self._rows.keys, self._rows.values, metric)
+        weighted = WeightedRows(self._every_row, self._rows.n_rows, metric, CPU)
         p = self._rows.keys.features
         parts = [principal_components(weighted, self._rank, columns) for columns in (slice(0, p), slice(p, 2 * p))]
-        basis = block_diagonal(parts, self._rank).basis
-        chosen = torch.zeros(weighted.n_rows, dtype=torch.bool)
-        chosen[np.random.default_rng(0).permutation(weighted.n_rows)[:TABLE_ROWS]] = True
-        sample, start = [], 0
-        for block in weighted.blocks():
-            sample.append(project(block[chosen[start : start + len(block)]], basis.mean, basis.vectors.float()))
-            start += len(block)
-        return JointCalibration(basis, metric, fit_coefficients(torch.cat(sample)), None)
+        basis, coefficients = complete(block_diagonal(parts, self._rank).basis, metric, sampled(weighted, 0))
+        return JointCalibration(basis, metric, fit_coefficients(coefficients))
 
     def _kind(self, spool: RowSpool) -> KindCalibration:
         found = principal_components(spool, RANKS["rank"])
@@ -188,13 +168,15 @@ def _deviation(spool: RowSpool) -> float:
     return float((squares / n - (total / n).square()).mean().sqrt())
 
 
-def measured(model, tokenizer, fitted: Mapping[Fit, Calibration], of_study, paper: Calibration, window: int, options):
+def measured(model, tokenizer, fitted: Mapping[Fit, Calibration], paper: Calibration, window: int, options):
     """Every step at every ratio, `paper` first."""
     codecs = {f"paper {ratio:g}x": kvtc.Codec(paper, ratio=ratio, window_tokens=window) for ratio in PAPER_RATIOS}
     found = measure(model, tokenizer, codecs, options)
-    for step in of_study:
+    for step in STEPS:
         codecs = {
-            f"{step.name} {ratio:g}x": kvtc.Codec(fitted[step.fit], step.profile, ratio=ratio, window_tokens=window)
+            f"{step.name} {ratio:g}x": kvtc.Codec(
+                fitted[step.fit], step.profile, ratio=ratio, window_tokens=window, model=model
+            )
             for ratio in options.ratios
         }
         with rounding(step.fit):
@@ -229,14 +211,18 @@ def main() -> None:
     model, tokenizer = kvtc.reference_model(dtype="bfloat16")
     shipped = kvtc.reference_calibration()
     texts = sequences(options.calibration_text, tokenizer)
-    fits = Fits(Rows(model, texts, shipped.geometry, options.calibration_tokens), shipped, options.joint_rank)
-    of_study = steps(shipped.joint.tokens.predictor.outputs.shape[0])
-    fitted = {fit: fits.of(fit) for fit in dict.fromkeys(step.fit for step in of_study)}
+    recorded = HiddenStates(model, 1, shipped.geometry)
+    with CalibrationRows(shipped.geometry, max_rows=options.calibration_tokens, hidden_width=recorded.width) as rows:
+        accumulate(model, texts, rows, recorded=recorded)
+        if not rows.is_full:
+            raise SystemExit(f"the calibration text holds {rows.n_rows} tokens; {rows.max_tokens} are asked for")
+        fits = Fits(rows, shipped, options.joint_rank, recorded.identity)
+        fitted = {fit: fits.of(fit) for fit in dict.fromkeys(step.fit for step in STEPS)}
     print(f"fitted in {time.perf_counter() - started:.0f} s", flush=True)
-    names = [step.name for step in of_study]
+    names = [step.name for step in STEPS]
     studies, figures = [], []
     for window in options.windows:
-        qualities = measured(model, tokenizer, fitted, of_study, fits.paper, window, options)
+        qualities = measured(model, tokenizer, fitted, fits.paper, window, options)
         print_qualities(qualities)
         of_window = gains(qualities, window, names)
         print_gains(of_window, names)

@@ -19,6 +19,7 @@ from kvtc.coding.product import Columns, PackedRows
 from kvtc.evaluate.provenance import save_result
 from kvtc.profiles.joint.model import JointModel
 from kvtc.profiles.joint.transform import by_layer
+from kvtc.reference import MODEL_DIRECTORY
 
 E4M3_MAX = 448.0
 
@@ -32,10 +33,8 @@ def in_fp8(rows: Tensor) -> Tensor:
 def in_fp8_operands(model: JointModel) -> None:
     """Let a transform restore rows by products of fp8."""
     transform = model.transform()
-    joint, tokens = model._joint, model._tokens
-    vectors = joint.basis.vectors.float()
-    turned = vectors if tokens is None else vectors @ tokens.rotation.float()
-    synthesis = in_fp8(joint.metric.unweigh(turned.T).T).T
+    joint = model._joint
+    synthesis = in_fp8(joint.metric.unweigh(joint.basis.matrix(torch.device("cpu")).T).T).T
     transform._synthesis = [Columns(columns) for columns in by_layer(synthesis, len(transform._synthesis))]
     transform.packed = lambda coefficients: PackedRows(in_fp8(coefficients))
 
@@ -44,11 +43,11 @@ def codecs(calibration: kvtc.Calibration, profile: str, ratio: float, window: in
     """One for each precision."""
     made = {
         f"{profile} {ratio:g}x {precision}": kvtc.Codec(
-            calibration, profile, ratio=ratio, window_tokens=window, precision=precision
+            calibration, profile, ratio=ratio, window_tokens=window, precision=precision, model=MODEL_DIRECTORY
         )
         for precision in ("float32", "bfloat16")
     }
-    narrow = kvtc.Codec(calibration, profile, ratio=ratio, window_tokens=window)
+    narrow = kvtc.Codec(calibration, profile, ratio=ratio, window_tokens=window, model=MODEL_DIRECTORY)
     in_fp8_operands(narrow._encoder._model)
     return made | {f"{profile} {ratio:g}x fp8": narrow}
 
@@ -57,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
     parser.add_argument("--ratios", type=float, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--profiles", nargs="+", default=["joint", "conditional"])
+    parser.add_argument("--profiles", nargs="+", default=["joint"])
     parser.add_argument("--window", type=int, default=0)
     options = parser.parse_args()
     model, tokenizer = kvtc.reference_model(dtype="bfloat16")

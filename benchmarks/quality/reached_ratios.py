@@ -13,6 +13,7 @@ import kvtc
 from kvtc.demo.run import CONVERSATION
 from kvtc.evaluate.provenance import save_result
 from kvtc.huggingface.models import capture
+from kvtc.reference import MODEL_DIRECTORY
 from kvtc.report.table import format_table
 
 SINK_TOKENS = 4
@@ -52,7 +53,14 @@ def main() -> None:
                     (kvtc.KVCache(c.keys[:, :, :n], c.values[:, :, :n]), ids[:n]) for c, ids in wholes if len(ids) >= n
                 ]
                 for ratio in options.ratios if caches else []:
-                    codec = kvtc.Codec(calibration, profile, ratio=ratio, window_tokens=window, sink_tokens=SINK_TOKENS)
+                    codec = kvtc.Codec(
+                        calibration,
+                        profile,
+                        ratio=ratio,
+                        window_tokens=window,
+                        sink_tokens=SINK_TOKENS,
+                        model=MODEL_DIRECTORY,
+                    )
                     off = deviations(codec, caches)
                     rows.append(
                         {"profile": profile, "body_tokens": body, "window_tokens": window, "ratio": ratio,

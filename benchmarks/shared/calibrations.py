@@ -21,7 +21,7 @@ from kvtc.huggingface.models import geometry_of
 
 DOMAINS = ("enwiki", "novels", "docs", "code")
 SEQUENCE_TOKENS = 1024
-RANKS = {"rank": 512, "joint_rank": 640, "embedding_rank": 96}
+RANKS = {"rank": 512, "joint_rank": 640}
 """Of the calibration that ships with the reference model."""
 _CODE = re.compile(
     r"\s*(def |class |import |from \S+ import|return\b|if .*:$|for .*:$|assert |raise |@\w|self\.|>>> |# file: )"

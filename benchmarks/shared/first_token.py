@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kvtc
 from kvtc.evaluate.provenance import RESULTS_DIRECTORY
+from kvtc.reference import MODEL_DIRECTORY
 
 IMAGES = Path("docs/images")
 
@@ -44,7 +45,13 @@ def start(options: argparse.Namespace) -> tuple[Any, Any, kvtc.Codec]:
     if options.threads:
         torch.set_num_threads(options.threads)
     model, tokenizer = kvtc.reference_model(dtype="bfloat16")
-    codec = kvtc.Codec(kvtc.reference_calibration(), options.profile, ratio=options.ratio, window_tokens=options.window)
+    codec = kvtc.Codec(
+        kvtc.reference_calibration(),
+        options.profile,
+        ratio=options.ratio,
+        window_tokens=options.window,
+        model=MODEL_DIRECTORY,
+    )
     ids = torch.arange(600) % 1000
     _, cache, _ = first_token(model, ids, None)
     codec.decode(codec.encode(cache, ids), ids)

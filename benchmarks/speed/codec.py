@@ -28,6 +28,7 @@ from kvtc.coding.rope import Rope, RopeTable
 from kvtc.coding.transform import Basis
 from kvtc.evaluate.provenance import save_result
 from kvtc.huggingface.models import capture
+from kvtc.reference import MODEL_DIRECTORY
 from kvtc.report.table import format_table
 
 
@@ -101,7 +102,7 @@ def large_case(tokens: int) -> tuple[kvtc.Calibration, kvtc.KVCache]:
 def measure(
     name: str, calibration: kvtc.Calibration, cache: kvtc.KVCache, profile: str, ratio: float, repeats: int, ids=None
 ) -> dict:
-    codec = kvtc.Codec(calibration, profile, ratio=ratio)
+    codec = kvtc.Codec(calibration, profile, ratio=ratio, model=MODEL_DIRECTORY)
     stream = codec.encode(cache, ids)
     info = kvtc.inspect(stream)
     megabytes = info.original_bytes / 1e6

@@ -23,6 +23,7 @@ from kvtc.evaluate.provenance import Provenance
 from kvtc.files import write_atomically
 from kvtc.huggingface.models import capture
 from kvtc.plan.measurements import NAMES, load_measurements
+from kvtc.reference import MODEL_DIRECTORY
 from kvtc.report.table import format_table
 
 PREFILLS = (256, 512, 1024, 2048, 4096)
@@ -64,7 +65,7 @@ def decode_times(model, ids: torch.Tensor, repeats: int) -> tuple[float, float]:
 
 
 def codec_numbers(profile: str, cache: kvtc.KVCache, ids: torch.Tensor, repeats: int) -> dict[str, float]:
-    codec = kvtc.Codec(kvtc.reference_calibration(), profile, ratio=RATIO)
+    codec = kvtc.Codec(kvtc.reference_calibration(), profile, ratio=RATIO, model=MODEL_DIRECTORY)
     stream = codec.encode(cache, ids)
     info = kvtc.inspect(stream)
     return {

@@ -74,6 +74,11 @@ class CacheGeometry(CacheExtent):
             if table.rotated_dim > self.head_dim:
                 raise InvalidArgument(f"{table.rotated_dim} rotated features in heads of {self.head_dim}")
 
+    def behind(self, n_layers: int) -> CacheGeometry:
+        """The same without its first n_layers layers."""
+        rope = self.rope.slice_layers(n_layers, self.n_layers)
+        return replace(self, first_layer=self.first_layer + n_layers, n_layers=self.n_layers - n_layers, rope=rope)
+
     def check(self, cache: KVCache) -> None:
         """Raise `GeometryMismatch` unless the cache covers exactly this range."""
         if cache.extent != self.extent:

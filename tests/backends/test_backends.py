@@ -6,7 +6,14 @@ import torch
 from kvtc import Codec, inspect
 from kvtc.backends import ReferenceBackend, Target, choose
 from kvtc.errors import BackendUnavailable, InvalidArgument
-from tests.builders import joint_calibration, joint_codec, random_cache, tiny_calibration, told_cache, told_ids
+from tests.builders import (
+    joint_codec,
+    random_cache,
+    tiny_calibration,
+    told_cache,
+    told_codec,
+    told_ids,
+)
 
 CPU = torch.device("cpu")
 
@@ -45,7 +52,7 @@ def test_several_chunks_at_once_decode_to_the_same(profile, monkeypatch):
 def test_products_of_bfloat16_cost_little(profile):
     options = {"ratio": 4} if profile == "paper" else {"step": 0.5}
     codecs = [
-        Codec(joint_calibration(), profile, window_tokens=10, chunk_tokens=64, precision=precision, **options)
+        told_codec(profile, window_tokens=10, chunk_tokens=64, precision=precision, **options)
         for precision in ("float32", "bfloat16")
     ]
     cache, ids = told_cache(100), told_ids(100)

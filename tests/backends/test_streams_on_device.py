@@ -20,13 +20,13 @@ from kvtc.errors import CorruptStream, InvalidArgument, KvtcError, TruncatedStre
 from kvtc.prefix_cache import PrefixCache
 from kvtc.profiles.joint.chunk_bytes import heads_of
 from kvtc.store import open_store
-from tests.builders import joint_calibration, reseal, same_cache, sections_of, told_cache, told_ids
+from tests.builders import reseal, same_cache, sections_of, told_cache, told_codec, told_ids
 
 N = 150
 
 
 def codec(profile: str = "conditional", **changes) -> Codec:
-    return Codec(joint_calibration(), profile, **{"ratio": 4, "window_tokens": 16, "chunk_tokens": 32, **changes})
+    return told_codec(profile, **{"ratio": 4, "window_tokens": 16, "chunk_tokens": 32, **changes})
 
 
 def on_device(stream: bytes) -> Tensor:

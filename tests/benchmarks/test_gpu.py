@@ -22,13 +22,13 @@ def saved(directory):
 
 
 def test_pieces_are_saved_and_not_measured_again(tmp_path, capsys):
-    call(tmp_path, "--pieces", "nemo-conditional-3000")
+    call(tmp_path, "--pieces", "nemo-joint-3000")
     first = saved(tmp_path)
-    call(tmp_path, "--pieces", "nemo-conditional-3000", "ceilings", "rans")
+    call(tmp_path, "--pieces", "nemo-joint-3000", "ceilings", "rans")
     pieces = saved(tmp_path)
-    assert list(pieces) == ["nemo-conditional-3000", "ceilings", "rans"]
-    assert pieces["nemo-conditional-3000"] == first["nemo-conditional-3000"]
-    piece = pieces["nemo-conditional-3000"]
+    assert list(pieces) == ["nemo-joint-3000", "ceilings", "rans"]
+    assert pieces["nemo-joint-3000"] == first["nemo-joint-3000"]
+    piece = pieces["nemo-joint-3000"]
     assert piece["gate"]["passed"]
     assert piece["provenance"]["command"]
     assert [(one["sequences"], one["tokens"]) for one in piece["result"]["batches"]] == [(2, 300), (1, 520)]
@@ -65,7 +65,7 @@ def test_rans_reads_the_same_from_bytes_on_the_device():
 def test_a_coefficient_takes_as_many_bits_of_every_model():
     setting = Setting(torch.device("cpu"), "auto", Clock(torch.device("cpu")), is_small=False)
     bits = {
-        name: 32 * shape.geometry.row_features / setting.ratio(Case(name, "conditional", 3000)) / 3000
+        name: 32 * shape.geometry.row_features / setting.ratio(Case(name, "joint", 3000)) / 3000
         for name, shape in SHAPES.items()
     }
     assert bits["nemo"] == pytest.approx(3.41, abs=0.01)
@@ -84,7 +84,7 @@ def test_nothing_is_timed_on_a_red_gate(tmp_path, monkeypatch):
         name = "wrong"
 
         def read_integers(self, chunks, rank):
-            return super().read_integers(chunks, rank) + 1e-2
+            return super().read_integers(chunks, rank) + 0.1
 
     monkeypatch.setattr(gate, "make_backend", lambda device, _: Wrong(device))
     with pytest.raises(SystemExit, match="the backend wrong differs from the reference, nothing is timed"):
@@ -95,10 +95,10 @@ def test_nothing_is_timed_on_a_red_gate(tmp_path, monkeypatch):
 def test_layers_ahead_of_the_model_give_the_same_token():
     cpu = torch.device("cpu")
     setting = Setting(cpu, "auto", Clock(cpu), is_small=True)
-    case, shape = Case("nemo", "conditional", 3000), SHAPES["nemo"].small()
-    calibration = calibration_for(shape, "conditional", 24, cpu)
+    case, shape = Case("nemo", "joint", 3000), SHAPES["nemo"].small()
+    calibration = calibration_for(shape, "joint", 24, cpu)
     codec, decoder = setting.codec(calibration, case), model.Decoder(shape, cpu)
-    drawn = list(caches(calibration, "conditional", (2, 300), cpu))
+    drawn = list(caches(calibration, "joint", (2, 300), cpu))
     streams, ids = [codec.encode(one.cache, one.token_ids) for one in drawn], [one.token_ids for one in drawn]
     following = torch.stack(ids)[:, 0]
     whole = decoder.step(following, 300, zip(*decode_all(codec, streams, ids), strict=True))

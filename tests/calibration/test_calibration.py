@@ -316,15 +316,17 @@ def whole_path(tmp_path) -> Path:
 
 FLOATS = [
     *(f"{kind}.{part}" for kind in ("key", "value") for part in ("mean", "vectors", "spectrum", "energy", "errors")),
-    *(f"joint.{part}" for part in ("mean", "vectors", "spectrum", "roots", "deviations", "offsets", "curve")),
     *(
-        f"tokens.{part}"
-        for part in ("weights", "hidden", "outputs", "rotation", "explained", "deviations", "offsets", "curve")
+        f"{profile}.{part}"
+        for profile in ("joint", "conditional")
+        for part in ("mean", "scales", "turns", "roots", "deviations", "offsets", "curve")
     ),
+    "recomputed.weights",
+    "recomputed.explained",
     "quality.joint",
     "quality.conditional",
 ]
-NEVER_NEGATIVE = ("spectrum", "energy", "errors", "deviations", "curve", "joint", "conditional")
+NEVER_NEGATIVE = ("spectrum", "scales", "energy", "errors", "deviations", "curve", "joint", "conditional")
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -332,8 +334,8 @@ def test_every_number_is_finite_and_in_range(whole_path, name):
     """NaN and both infinities anywhere; what is too large to be true; and what is negative where nothing can be."""
     data = whole_path.read_bytes()
     wrong = [math.nan, math.inf, -math.inf]
-    if not name.startswith(("tokens.weights", "tokens.hidden", "tokens.outputs", "tokens.explained")):
-        wrong.append(1.5 if name.endswith(("vectors", "rotation", "offsets")) else 1e38)
+    if not name.startswith("recomputed."):
+        wrong.append(1.5 if name.endswith(("vectors", "scales", "turns", "offsets")) else 1e38)
     if name.split(".")[1] in NEVER_NEGATIVE:
         wrong.append(-1e-3)
     for value in wrong:

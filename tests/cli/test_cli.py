@@ -17,8 +17,9 @@ from kvtc.cli import main
 from kvtc.cli.texts import documents
 from kvtc.demo.run import CONVERSATION
 from kvtc.errors import InvalidCache
-from kvtc.reference import CALIBRATION_FILE
-from tests.builders import random_cache
+from kvtc.huggingface.models import capture
+from kvtc.reference import CALIBRATION_FILE, MODEL_DIRECTORY
+from tests.builders import random_cache, relative_error
 from tests.calibration.test_calibration import rewritten
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,23 @@ def test_encode_a_text_as_the_library_does(capsys, made, tmp_path):
     assert info.chunk_tokens == 64
     assert {section.coder for section in info.sections} == {"none"}
     assert info.has_token_digests
-    assert info.profile == kvtc.reference_calibration().profiles[-1]
+    assert info.profile == "joint"
+
+
+def test_conditional_goes_there_and_back_with_the_model_and_the_text(capsys, made, tmp_path):
+    stream, restored = tmp_path / "talk.kvtc", tmp_path / "talk.safetensors"
+    chosen = ["--profile", "conditional", "--step", 0.5, "--window-tokens", 0]
+    assert run(capsys, "encode", made / "talk.txt", "-o", stream, "--model", "reference", *chosen)[0] == 0
+    assert kvtc.inspect(stream.read_bytes()).profile == "conditional"
+    decode = ["decode", stream, "-o", restored, "--model", "reference"]
+    assert run(capsys, *decode, "--text", made / "talk.txt")[0] == 0
+    found, token_ids = load_cache(restored)
+    exact = capture(kvtc.reference_model("bfloat16")[0], token_ids)
+    assert relative_error(found.values[0], exact.values[0]) < 0.01
+    assert relative_error(found.values, exact.values) < 0.2
+    assert "expected" in fails(capsys, *decode, "--force")
+    without = ["encode", made / "talk.safetensors", "-o", tmp_path / "b.kvtc", "--calibration", CALIBRATION_FILE]
+    assert "recomputes layers of the model" in fails(capsys, *without, "--profile", "conditional")
 
 
 def test_encode_a_saved_cache(capsys, made, tmp_path):
@@ -99,7 +116,7 @@ def test_encode_to_a_fixed_size(capsys, made, tmp_path):
         options = ["--model", "reference", "--profile", "conditional", "--ratio", ratio, "--fixed-size"]
         code, out, _ = run(capsys, "encode", made / "talk.txt", "-o", output, *options, "--json")
         result = json.loads(out)
-        codec = kvtc.Codec(kvtc.reference_calibration(), "conditional", ratio, fixed_size=True)
+        codec = kvtc.Codec(kvtc.reference_calibration(), "conditional", ratio, fixed_size=True, model=MODEL_DIRECTORY)
         assert code == 0
         assert output.stat().st_size == codec.stream_bytes(result["n_tokens"]) == result["total_bytes"]
         assert result["padding_bytes"] == kvtc.inspect(output.read_bytes()).padding_bytes

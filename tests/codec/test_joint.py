@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import kvtc
+from kvtc import recomputation
 from kvtc.backends import reference
 from kvtc.cache import KVCache
-from kvtc.calibration import Calibration, load_calibration
+from kvtc.calibration import load_calibration
 from kvtc.codec.codec import Codec
 from kvtc.container.parts import join_streams, split_stream
 from kvtc.container.stream import parse_stream
@@ -25,11 +26,13 @@ from kvtc.huggingface.models import capture
 from kvtc.profiles.joint import encoder as joint_encoder
 from kvtc.profiles.joint.step_search import CostEstimate
 from kvtc.profiles.rates import Truncation
+from kvtc.reference import MODEL_DIRECTORY
 from tests.builders import (
     DTYPES,
     NAMES,
     SINK_TOKENS,
     VOCABULARY,
+    ToldModel,
     assert_parts_decode_alone,
     at,
     joint_calibration,
@@ -42,8 +45,10 @@ from tests.builders import (
     tiny_calibration,
     tiny_codec,
     told_cache,
+    told_codec,
     told_gappy_cache,
     told_ids,
+    told_model,
     with_section,
 )
 
@@ -117,16 +122,23 @@ def test_regions_and_chunks_of_every_kind(profile, sinks, window, chunk):
     assert same_bits(decoded.values[:, :, 70 - window :], cache.values[:, :, 70 - window :])
 
 
-@of_both
-def test_positions_with_gaps(profile):
-    """A cache from which tokens were evicted; what a token saw before it is lost with them."""
-    codec = joint_codec(profile, step=0.02)
+def test_positions_with_gaps():
+    """A cache from which tokens were evicted."""
+    codec = joint_codec("joint", step=0.02)
     cache, ids = told_gappy_cache(40, torch.float32)
     stream = codec.encode(cache, ids)
     decoded = codec.decode(stream, ids)
     assert decoded.positions.tolist() == cache.positions.tolist()
     assert decoded.rope_length == cache.rope_length
     assert errors(decoded, cache) < 0.01
+
+
+def test_layers_are_not_recomputed_for_caches_with_gaps():
+    cache, _ = told_gappy_cache(40, torch.float32)
+    with pytest.raises(
+        InvalidArgument, match=r"expected a cache without gaps, found 40 tokens at positions 0 \.\. \d+; use joint"
+    ):
+        joint_codec("conditional").encode(cache, told_ids(120))
 
 
 @of_both
@@ -149,7 +161,7 @@ def test_a_larger_step_costs_fewer_bytes_and_more_error(profile):
         found.append(errors(codec.decode(stream, ids), cache))
     assert sizes == sorted(sizes, reverse=True)
     assert found == sorted(found)
-    assert found[0] < 0.003
+    assert found[0] < 0.004
     # Where nothing is coded, prediction is left, or the mean row.
     assert 0.2 < found[-1] < {"joint": 1.1, "conditional": 0.8}[profile]
 
@@ -161,41 +173,70 @@ def test_token_ids_lower_the_bytes_and_the_error():
     assert len(streams[1]) < 0.75 * len(streams[0])
 
 
-@pytest.mark.parametrize("step", [0.5, 2.0, 8.0])
-def test_prediction_from_wrong_tokens_costs_next_to_nothing(step):
-    """Ids of another language, say: chunks that prediction would make dearer are coded without it."""
-    cache, ids = told_cache(800), told_ids(800)
-    noise = torch.randint(0, VOCABULARY, (800,), generator=torch.Generator().manual_seed(7))
-    options = {"step": step, "window_tokens": 0, "chunk_tokens": 256}
-    told, untold, joint = (
-        joint_codec(profile, **options).encode(cache, given)
-        for profile, given in (("conditional", ids), ("conditional", noise), ("joint", ids))
-    )
-    assert [body[0] for body in bodies_of(told)] == [1] * 4
-    assert [body[0] for body in bodies_of(untold)] == [0] * 4
-    assert len(untold) <= 1.01 * len(joint)
-    found = [
-        errors(joint_codec(p, **options).decode(s, i), cache)
-        for p, s, i in (("conditional", untold, noise), ("joint", joint, ids))
-    ]
-    assert found[0] == pytest.approx(found[1], rel=0.02, abs=1e-3)
+def test_recomputed_layers_are_what_the_model_gives():
+    """They need no bytes, and whatever the step is, they come back as they were, but for one rounding."""
+    cache, ids = told_cache(300), told_ids(300)
+    codec = joint_codec("conditional", step=1000.0, window_tokens=0)
+    decoded = codec.decode(codec.encode(cache, ids), ids)
+    assert errors(at(decoded, slice(2, None)), at(cache, slice(2, None))) > 0.1
+    assert relative_error(decoded.keys[0], cache.keys[0]) < 1e-6
+    assert relative_error(decoded.values[0], cache.values[0]) < 1e-6
 
 
-def test_chunks_are_predicted_or_not_one_by_one():
-    cache, ids = told_cache(768), told_ids(768)
-    ids[256:512] = ids[256:512].flip(0)
-    codec = joint_codec("conditional", step=2.0, window_tokens=0, chunk_tokens=256)
+@pytest.mark.parametrize("first", [1, 7, 64])
+def test_the_end_of_a_text_is_coded_with_the_ids_of_all_of_it(first):
+    codec = joint_codec("conditional", step=0.5)
+    cache, ids = told_cache(200).span(first, 200), told_ids(200)
     stream = codec.encode(cache, ids)
-    assert [body[0] for body in bodies_of(stream)] == [1, 0, 1]
-    assert errors(codec.decode(stream, ids), cache) < 0.3
+    decoded = codec.decode(stream, ids)
+    assert decoded.positions.tolist() == list(range(first, 200))
+    assert errors(decoded, cache) < 0.05
+    moved = codec.decode(stream, ids, start_position=0)
+    assert same_bits(moved.values, decoded.values)
+    part = codec.decode(stream, ids[: first + 50], tokens=50)
+    torch.testing.assert_close(part.values, decoded.values[:, :, :50], rtol=1e-5, atol=1e-5)
+    for call in (lambda given: codec.encode(cache, given), lambda given: codec.decode(stream, given)):
+        with pytest.raises(
+            InvalidArgument, match="ids of all tokens from position 0 on: expected 200 token_ids, found"
+        ):
+            call(ids[first:])
+    with pytest.raises(TokenMismatch):
+        codec.decode(stream, ids.flip(0))
 
 
-def test_a_chunk_that_is_neither_predicted_nor_not_is_corrupt():
-    codec, ids = joint_codec("conditional"), told_ids(20)
-    stream = codec.encode(told_cache(20), ids)
-    number = next(i for i, s in enumerate(parse_stream(stream).sections) if s.type is SectionType.BODY)
-    with pytest.raises(CorruptStream, match=r"predicted \(1\) or not \(0\); it says 2"):
-        codec.decode(with_section(stream, number, b"\2" + bodies_of(stream)[0][1:]), ids)
+def test_the_model_is_asked_for_when_the_codec_is_made():
+    with pytest.raises(
+        InvalidArgument, match=r"give Codec\(\.\.\., model=\), a transformers model or the path of its folder"
+    ):
+        Codec(joint_calibration(), "conditional")
+    stream = joint_codec("conditional").encode(told_cache(20), told_ids(20))
+    with pytest.raises(InvalidArgument, match="or use joint, which needs none"):
+        Codec(joint_calibration()).decode(stream, told_ids(20))
+    assert Codec(joint_calibration()).settings.profile == "joint"
+    assert Codec(tiny_calibration()).settings.profile == "paper"
+
+
+def test_a_model_of_other_weights_is_refused():
+    other = ToldModel()
+    other.identity = b"another model".ljust(32)
+    with pytest.raises(InvalidArgument, match="other weights than those that the calibration was made with"):
+        Codec(joint_calibration(), "conditional", model=other)
+
+
+def test_what_was_recomputed_last_is_gone_on_from(monkeypatch):
+    model, ids, asked = ToldModel(), told_ids(300).numpy(), []
+    go_on = ToldModel._go_on
+    monkeypatch.setattr(ToldModel, "_go_on", lambda self, *given: (asked.append(len(given[1])), go_on(self, *given))[1])
+    monkeypatch.setattr(recomputation, "PIECE_TOKENS", 64)
+    whole = ToldModel().run(ids)
+    asked.clear()
+    for n in (100, 50, 300):
+        found = model.run(ids[:n])
+        assert same_bits(found.hidden, whole.hidden[:n])
+        assert same_bits(found.keys, whole.keys[:, :, :n])
+    assert asked == [64, 36, 64, 64, 64, 8]
+    other = np.concatenate([ids[:40], ids[:10]])
+    assert same_bits(model.run(other).hidden, ToldModel().run(other).hidden)
 
 
 @of_both
@@ -203,7 +244,7 @@ def test_a_chunk_that_is_neither_predicted_nor_not_is_corrupt():
 @pytest.mark.parametrize("chunk", [16, 256])
 @pytest.mark.parametrize("n", [1000, 1700])
 def test_the_ratio_is_met(profile, ratio, chunk, n):
-    codec = Codec(joint_calibration(), profile, ratio, chunk_tokens=chunk, window_tokens=0)
+    codec = told_codec(profile, ratio, chunk_tokens=chunk, window_tokens=0)
     stream = codec.encode(told_cache(n), told_ids(n))
     assert kvtc.inspect(stream).body_ratio == pytest.approx(ratio, rel=0.03)
 
@@ -212,7 +253,7 @@ def test_the_ratio_is_met(profile, ratio, chunk, n):
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 def test_the_ratio_counts_the_bits_of_the_dtype(profile, dtype):
     """A calibration of fp32 caches does not know the noise of 8 bits: small coefficients escape, so bits rise in leaps."""
-    codec = Codec(joint_calibration(), profile, 8)
+    codec = told_codec(profile, 8)
     stream = codec.encode(told_cache(1300, dtype), told_ids(1300))
     assert kvtc.inspect(stream).body_ratio == pytest.approx(8, rel=0.015 if dtype.itemsize > 1 else 0.12)
 
@@ -222,7 +263,7 @@ def test_the_ratio_counts_the_bits_of_the_dtype(profile, dtype):
 def test_the_ratio_is_met_from_a_sample_of_the_tokens(profile, sampled, monkeypatch):
     """Tokens are few enough here to look at all; a longer cache is sampled, and fairly: not just where chunks begin."""
     monkeypatch.setattr(joint_encoder, "SEARCH_TOKENS", sampled)
-    codec = Codec(joint_calibration(), profile, 8, chunk_tokens=32, window_tokens=0)
+    codec = told_codec(profile, 8, chunk_tokens=32, window_tokens=0)
     stream = codec.encode(told_cache(3000), told_ids(3000))
     assert kvtc.inspect(stream).body_ratio == pytest.approx(8, rel=0.015)
 
@@ -230,7 +271,7 @@ def test_the_ratio_is_met_from_a_sample_of_the_tokens(profile, sampled, monkeypa
 @of_both
 def test_an_estimate_that_is_off_is_put_right(profile, monkeypatch):
     """The real bytes decide: tables that promise a third of them cost another turn and change nothing."""
-    codec = Codec(joint_calibration(), profile, 8, window_tokens=0)
+    codec = told_codec(profile, 8, window_tokens=0)
     cache, ids = told_cache(600), told_ids(600)
     right = step_of(codec.encode(cache, ids))
     expected = CostEstimate.bytes_at
@@ -247,7 +288,7 @@ def test_the_ratio_is_met_on_the_reference_model(profile, body, window, conversa
     n = SINK_TOKENS + body + window
     cache = KVCache(cache.keys[:, :, :n], cache.values[:, :, :n])
     for ratio in (8, 128):
-        codec = Codec(kvtc.reference_calibration(), profile, ratio, window_tokens=window)
+        codec = Codec(kvtc.reference_calibration(), profile, ratio, window_tokens=window, model=MODEL_DIRECTORY)
         assert kvtc.inspect(codec.encode(cache, ids[:n])).body_ratio == pytest.approx(ratio, rel=0.015)
 
 
@@ -255,18 +296,19 @@ def test_the_ratio_is_met_on_the_reference_model(profile, body, window, conversa
 @pytest.mark.parametrize("n", [1, 5, 20])
 def test_a_body_too_short_for_its_ratio_gets_the_coarsest_step(profile, n):
     """Tables, states and lengths alone take more than the ratio allows; the ratio is missed and the stream is sound."""
-    codec = Codec(joint_calibration(), profile, 32, sink_tokens=0, window_tokens=0)
+    codec = told_codec(profile, 32, sink_tokens=0, window_tokens=0)
     cache, ids = told_cache(n), told_ids(n)
     stream = codec.encode(cache, ids)
     assert kvtc.inspect(stream).body_ratio < 32
-    model = codec.calibration.joint.coefficients if profile == "joint" else codec.calibration.joint.tokens.coefficients
-    assert step_of(stream) == pytest.approx(model.steps.max(), rel=1e-3)
+    calibration = codec.calibration
+    coding = calibration.joint if profile == "joint" else calibration.conditional.left
+    assert step_of(stream) == pytest.approx(coding.coefficients.steps.max(), rel=1e-3)
     assert codec.decode(stream, ids).n_tokens == n
 
 
 @of_both
 def test_without_a_ratio_it_is_sixteen(profile):
-    stream = Codec(joint_calibration(), profile).encode(told_cache(1400), told_ids(1400))
+    stream = told_codec(profile).encode(told_cache(1400), told_ids(1400))
     assert kvtc.inspect(stream).body_ratio == pytest.approx(16, rel=0.03)
 
 
@@ -286,20 +328,20 @@ def test_one_step_makes_chunks_that_do_not_depend_on_what_follows(profile):
 @of_both
 def test_a_ratio_makes_steps_that_differ(profile):
     """So parts of two encodings do not join, which a step allows."""
-    codec = Codec(joint_calibration(), profile, 16, chunk_tokens=32, window_tokens=0)
+    codec = told_codec(profile, 16, chunk_tokens=32, window_tokens=0)
     first, second = (split_stream(codec.encode(told_cache(300, seed=seed), told_ids(300, seed))) for seed in (0, 1))
     with pytest.raises(InvalidArgument, match="rates differ"):
         join_streams([first[0], second[1]])
 
 
-@of_both
-def test_parts_decode_to_their_own_tokens(profile):
-    codec, (cache, ids) = joint_codec(profile), told_gappy_cache(30)
+def test_parts_decode_to_their_own_tokens():
+    codec, (cache, ids) = joint_codec("joint"), told_gappy_cache(30)
     assert_parts_decode_alone(codec, codec.encode(cache, ids), ids)
+    conditional = joint_codec("conditional")
+    assert_parts_decode_alone(conditional, conditional.encode(told_cache(30), told_ids(30)), told_ids(30))
 
 
-@of_both
-@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize(("profile", "gaps"), [("joint", False), ("joint", True), ("conditional", False)])
 def test_the_first_tokens_alone(profile, gaps):
     codec = joint_codec(profile)
     cache, ids = told_gappy_cache(45) if gaps else (told_cache(45, torch.bfloat16), told_ids(45))
@@ -325,11 +367,11 @@ def test_layers_decode_to_the_layers_of_the_cache(profile):
 
 def test_conditional_needs_token_ids():
     codec, cache, ids = joint_codec("conditional"), told_cache(20), told_ids(20)
-    with pytest.raises(InvalidArgument, match="conditional predicts from token ids; give token_ids, or use joint"):
+    with pytest.raises(InvalidArgument, match="expected 20 token_ids, found none; or use joint"):
         codec.encode(cache)
     stream = codec.encode(cache, ids)
     for call in (codec.decode, codec.decode_neutral, codec.decode_layers):
-        with pytest.raises(InvalidArgument, match="give token_ids to decode"):
+        with pytest.raises(InvalidArgument, match="expected 20 token_ids, found none"):
             call(stream)
     assert codec.decode(stream, ids).n_tokens == 20
 
@@ -341,8 +383,8 @@ def test_other_token_ids_are_refused(place):
     wrong = ids.clone()
     wrong[place] += 1
     with pytest.raises(TokenMismatch, match=f"chunk {place // 8} "):
-        codec.decode(stream, wrong)
-    with pytest.raises(TokenMismatch):
+        codec.decode(stream, wrong % VOCABULARY)
+    with pytest.raises(InvalidArgument, match="expected 20 token_ids, found 19"):
         codec.decode(stream, ids[:19])
 
 
@@ -362,18 +404,11 @@ def test_joint_checks_token_ids_and_needs_none():
         codec.decode(stream, ids + 1)
 
 
-def test_ids_outside_of_the_vocabulary_predict_nothing():
-    """Special tokens may have been added since the calibration; they just cost more."""
-    codec, cache, ids = joint_codec("conditional", step=0.02), told_cache(40), told_ids(40).clone()
-    ids[[3, 9, 20]] = torch.tensor([VOCABULARY, -5, 2**40])
-    assert errors(codec.decode(codec.encode(cache, ids), ids), cache) < 0.01
-
-
 @pytest.mark.parametrize("reader", ["paper", *PROFILES])
 @pytest.mark.parametrize("writer", ["paper", *PROFILES])
 def test_every_codec_decodes_what_the_calibration_can(writer, reader):
-    calibration, ids = joint_calibration(), told_ids(60)
-    codecs = {name: Codec(calibration, name, 4, window_tokens=8) for name in (writer, reader)}
+    ids = told_ids(60)
+    codecs = {name: told_codec(name, 4, window_tokens=8) for name in (writer, reader)}
     stream = codecs[writer].encode(told_cache(60, torch.bfloat16), ids)
     found = codecs[reader].decode(stream, ids)
     assert same_cache(found, codecs[writer].decode(stream, ids))
@@ -388,9 +423,9 @@ def test_a_calibration_without_the_joint_part_says_what_to_do(profile):
         tiny_codec().decode(stream, range(20))
 
 
-def test_a_calibration_without_token_coding_serves_joint_alone():
-    calibration = joint_calibration(with_tokens=False)
-    assert calibration.joint.tokens is None
+def test_a_calibration_without_recomputed_layers_serves_joint_alone():
+    calibration = joint_calibration(with_model=False)
+    assert calibration.conditional is None
     cache = told_cache(40)
     codec = Codec(calibration, "joint", step=0.2)
     assert errors(codec.decode(codec.encode(cache)), cache) < 0.02
@@ -420,7 +455,7 @@ def test_a_calibration_without_token_coding_serves_joint_alone():
 )
 def test_impossible_settings_are_refused(profile, options, expected):
     with pytest.raises(InvalidArgument, match=expected):
-        Codec(joint_calibration(), profile, **options)
+        told_codec(profile, **options)
 
 
 @of_both
@@ -449,7 +484,7 @@ def test_the_same_cache_gives_the_same_bytes(profile, tmp_path):
     cache, ids = told_cache(300, torch.bfloat16), told_ids(300)
     joint_calibration().save(tmp_path / "file")
     loaded = load_calibration(tmp_path / "file")
-    codecs = [Codec(calibration, profile, 6, chunk_tokens=64) for calibration in (joint_calibration(), loaded)]
+    codecs = [Codec(made, profile, 6, chunk_tokens=64, model=told_model()) for made in (joint_calibration(), loaded)]
     stream = codecs[0].encode(cache, ids)
     assert [codec.encode(cache, ids) for codec in codecs] == [stream, stream]
     assert same_cache(codecs[0].decode(stream, ids), codecs[1].decode(stream, ids))
@@ -458,9 +493,9 @@ def test_the_same_cache_gives_the_same_bytes(profile, tmp_path):
 @of_both
 def test_threads_share_a_codec(profile):
     seeds = range(8)
-    codec = Codec(joint_calibration(), profile, step=1.0, chunk_tokens=16)
+    codec = told_codec(profile, step=1.0, chunk_tokens=16)
     caches, ids = [told_cache(50, torch.bfloat16, s) for s in seeds], [told_ids(50, s) for s in seeds]
-    other = Codec(joint_calibration(), profile, step=1.0, chunk_tokens=16)
+    other = told_codec(profile, step=1.0, chunk_tokens=16)
     expected = [other.encode(cache, i) for cache, i in zip(caches, ids, strict=True)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(codec.encode, caches, ids)) == expected
@@ -477,15 +512,13 @@ def test_encoding_leaves_the_cache_as_it_was(profile):
     assert same_bits(cache.values, values)
 
 
-def perturbed(calibration: Calibration, amount: float) -> Calibration:
-    """With weights of prediction that are off a little, as another device's sums are, under the same fingerprint."""
-    tokens = calibration.joint.tokens
-    noise = torch.randn(tokens.predictor.weights.shape, generator=torch.Generator().manual_seed(5))
-    weights = (tokens.predictor.weights.float() * (1 + amount * noise)).half()
-    changed = replace(tokens, predictor=replace(tokens.predictor, weights=weights))
-    other = replace(calibration, joint=replace(calibration.joint, tokens=changed))
-    vars(other)["fingerprint"] = calibration.fingerprint
-    return other
+class Perturbed(ToldModel):
+    """Hidden states that are off a little, as those of another machine are."""
+
+    def _go_on(self, before, token_ids):
+        found = super()._go_on(before, token_ids)
+        noise = torch.randn(found.hidden.shape, generator=torch.Generator().manual_seed(5))
+        return replace(found, hidden=found.hidden * (1 + 1e-3 * noise))
 
 
 def test_symbols_do_not_depend_on_the_prediction(monkeypatch):
@@ -497,7 +530,7 @@ def test_symbols_do_not_depend_on_the_prediction(monkeypatch):
     read = reference.decode_symbols
     monkeypatch.setattr(reference, "decode_symbols", lambda *given: (seen.append(read(*given)), seen[-1])[1])
     first = codec.decode(stream, ids)
-    other = Codec(perturbed(codec.calibration, 1e-3), "conditional").decode(stream, ids)
+    other = Codec(codec.calibration, "conditional", model=Perturbed()).decode(stream, ids)
     assert len(seen) == 2 * 4
     assert all(np.array_equal(a, b) for a, b in zip(seen[:4], seen[4:], strict=True))
     assert 0 < errors(other, first) < 2e-3
@@ -531,10 +564,10 @@ def test_large_values_escape(profile, dtype):
     codec = joint_codec(profile, step=0.02, window_tokens=0)
     cache, ids = told_cache(40, dtype), told_ids(40)
     expected = errors(at(codec.decode(codec.encode(cache, ids), ids), slice(20)), at(cache, slice(20)))
-    cache.values[:, :, 25] = 60000.0
+    cache.values[1:, :, 25] = 60000.0  # the first layer is recomputed
     decoded = codec.decode(codec.encode(cache, ids), ids)
     assert errors(at(decoded, slice(20)), at(cache, slice(20))) == expected
-    assert relative_error(decoded.values[:, :, 25], cache.values[:, :, 25]) < 0.01
+    assert relative_error(decoded.values[1:, :, 25], cache.values[1:, :, 25]) < 0.01
 
 
 @of_both
@@ -610,7 +643,7 @@ def test_batches(profile):
         for layer in range(3):
             assert relative_error(decoded.layers[layer].keys, cache.layers[layer].keys) < 0.02
     if profile == "conditional":
-        with pytest.raises(InvalidArgument, match="give token_ids"):
+        with pytest.raises(InvalidArgument, match="found none"):
             codec.decode_batch(streams)
     with pytest.raises(TokenMismatch):
         codec.decode_batch(streams, ids.roll(1, dims=0))

@@ -17,7 +17,14 @@ from kvtc.codec.codec import Codec
 from kvtc.codec.layer_queue import LayerQueue
 from kvtc.codec.pipeline import Decoding
 from kvtc.errors import CorruptStream, MissingDependency, TokenMismatch
-from tests.builders import joint_calibration, random_cache, tiny_calibration, tiny_geometry, told_cache, told_ids
+from tests.builders import (
+    random_cache,
+    tiny_calibration,
+    tiny_geometry,
+    told_cache,
+    told_codec,
+    told_ids,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -59,7 +66,7 @@ def events(monkeypatch):
 
 
 def small_codec() -> Codec:
-    return Codec(joint_calibration(), "joint", ratio=4, window_tokens=16, chunk_tokens=32)
+    return told_codec("joint", ratio=4, window_tokens=16, chunk_tokens=32)
 
 
 def is_same(lazy, whole) -> bool:

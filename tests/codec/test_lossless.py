@@ -17,12 +17,12 @@ from kvtc.profiles.rates import Lossless, Ratio
 from tests.builders import (
     CHUNKS_AT,
     gappy_cache,
-    joint_calibration,
     random_cache,
     reseal,
     sections_of,
     tiny_calibration,
     told_cache,
+    told_codec,
     told_ids,
     with_section,
 )
@@ -61,9 +61,9 @@ def test_nan_and_infinities_are_kept_and_lossy_codecs_refuse_them():
 
 def test_a_model_with_any_calibration_and_ids():
     cache, ids = told_cache(70, torch.bfloat16), told_ids(70)
-    codec = Codec(joint_calibration(), lossless=True)
+    codec = told_codec(lossless=True)
     stream = codec.encode(cache, ids)
-    assert same_bits(Codec(joint_calibration(), "paper").decode(stream, ids), cache)
+    assert same_bits(told_codec("paper").decode(stream, ids), cache)
     with pytest.raises(TokenMismatch):
         codec.decode(stream, ids + 1)
 
@@ -129,7 +129,7 @@ def test_exact_tokens_of_all_profiles_have_this_coder():
 )
 def test_what_contradicts_lossless_is_refused(options):
     with pytest.raises(InvalidArgument):
-        Codec(joint_calibration(), lossless=True, **options)
+        told_codec(lossless=True, **options)
 
 
 def test_rates_of_lossless_codecs():

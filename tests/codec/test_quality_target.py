@@ -26,6 +26,7 @@ from tests.builders import (
     tiny_calibration,
     tiny_codec,
     told_cache,
+    told_codec,
     told_ids,
 )
 
@@ -87,7 +88,7 @@ def test_the_curve_is_kept_in_the_file_and_not_in_the_fingerprint(with_curve, tm
     np.testing.assert_array_equal(loaded.quality["joint"].tensor(), CURVE.tensor())
     assert loaded.fingerprint == joint_calibration().fingerprint
     stream = Codec(loaded, "joint", kl=1e-3).encode(told_cache(200))
-    assert Codec(joint_calibration(), "joint").decode(stream).n_tokens == 200
+    assert told_codec("joint").decode(stream).n_tokens == 200
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_quality_is_measured_where_it_is_promised(conversation, monkeypatch):
     for profile, curve in calibration.quality.items():
         assert len(curve.steps) == 2
         assert 0 < curve.kl[0] < 0.5 * curve.kl[1] < 0.05
-        codec = Codec(calibration, profile, kl=float(curve.kl[1]), window_tokens=0)
+        codec = Codec(calibration, profile, kl=float(curve.kl[1]), window_tokens=0, model=model)
         assert codec.rate.step == pytest.approx(curve.steps[1])
         found = evaluate_continuation(model, sequences[0], {"": codec}, 128)[0]
         assert found.kl == pytest.approx(curve.kl[1], rel=0.9)

@@ -48,9 +48,7 @@ def test_ranks_restore_their_parts_and_refuse_the_others(model, ids, whole, spli
     """Each rank has a calibration of its own; together they are the whole cache, as the ranks coded it."""
     texts = list(ids[500:1400].split(300))
     codecs = [
-        kvtc.Codec(
-            kvtc.calibrate(model, texts, **rank, progress=False, joint_rank=128, rank=16, hidden_features=0), ratio=6
-        )
+        kvtc.Codec(kvtc.calibrate(model, texts, **rank, progress=False, joint_rank=128, rank=16), ratio=6)
         for rank in SPLITS[split]
     ]
     parts = [part_of(whole, **rank) for rank in SPLITS[split]]

@@ -10,7 +10,6 @@ import torch
 
 from kvtc import inspect
 from kvtc.cache import CacheGeometry
-from kvtc.codec.codec import Codec
 from kvtc.engines.settings import CacheShard, EngineSettings, worker_shards
 from kvtc.engines.vllm.tier_lookups import StoreLookups
 from kvtc.engines.windowless_codec import WindowlessCodec
@@ -26,6 +25,7 @@ from tests.builders import (
     same_bits,
     tiny_calibration,
     told_cache,
+    told_codec,
     told_ids,
 )
 
@@ -39,7 +39,7 @@ def test_a_chunk_is_coded_alone_wherever_it_stands():
     span = slice(256, 512)
     stream = codec.encode(cache.keys[:, :, span], cache.values[:, :, span], 256, ids[span])
     info = inspect(stream)
-    assert (info.profile, info.first_position, info.n_chunks, info.window_tokens) == ("conditional", 256, 1, 0)
+    assert (info.profile, info.first_position, info.n_chunks, info.window_tokens) == ("joint", 256, 1, 0)
     keys, values = codec.decode(stream, 256, 256, ids[span])
     assert relative_error(keys, cache.keys[:, :, span]) < 0.02
     assert relative_error(values, cache.values[:, :, span]) < 0.02
@@ -54,7 +54,7 @@ def test_a_chunk_is_coded_alone_wherever_it_stands():
 def test_a_page_costs_no_more_than_a_chunk_past_its_tokens():
     """Who writes to the store could have put a chunk of 32768 tokens there: a few hundred bytes, and far more work."""
     codec = WindowlessCodec(joint_calibration(), settings())
-    foreign = Codec(joint_calibration(), "joint", step=4.0, window_tokens=0, chunk_tokens=32768)
+    foreign = told_codec("joint", step=4.0, window_tokens=0, chunk_tokens=32768)
     stream = foreign.encode(told_cache(600), told_ids(600))
     assert codec.decode(stream, 0, 344)[0].shape[2] == 344
     for read in (
@@ -74,24 +74,14 @@ def test_sinks_are_exact_at_the_beginning_of_a_text_only():
     assert inspect(codec.encode(cache.keys, cache.values, 256, ids)).sink_tokens == 0
 
 
-def test_the_profile_is_the_best_that_calibration_and_engine_allow():
-    assert WindowlessCodec(joint_calibration(), settings()).profile(has_token_ids=True) == "conditional"
-    assert WindowlessCodec(joint_calibration(), settings()).profile(has_token_ids=False) == "joint"
-    without = WindowlessCodec(joint_calibration(with_tokens=False), settings())
-    assert without.profile(has_token_ids=True) == "joint"
-    plain = WindowlessCodec(tiny_calibration(), settings(step=None, ratio=4))
-    assert plain.profile(has_token_ids=True) == plain.profile(has_token_ids=False) == "paper"
-    only = WindowlessCodec(joint_calibration(), settings(profile="conditional"))
-    assert only.serves(has_token_ids=True)
-    assert not only.serves(has_token_ids=False)
-    with pytest.raises(InvalidArgument, match="gives no token ids"):
-        only.profile(has_token_ids=False)
+def test_the_profile_is_the_best_that_the_calibration_serves():
+    assert WindowlessCodec(joint_calibration(), settings()).codec.settings.profile == "joint"
+    assert WindowlessCodec(tiny_calibration(), settings(step=None, ratio=4)).codec.settings.profile == "paper"
 
 
-def test_a_quality_takes_the_step_of_each_profiles_curve():
+def test_a_quality_takes_the_step_of_its_curve():
     codec = WindowlessCodec(measured_calibration(), settings(step=None, kl=2e-3))
-    assert codec.codec(has_token_ids=True).rate.step == pytest.approx(0.05)
-    assert codec.codec(has_token_ids=False).rate.step == pytest.approx(0.1)
+    assert codec.codec.rate.step == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +100,7 @@ def test_rates_that_cannot_be_are_refused(changed, expected):
 
 
 def test_a_quality_needs_a_curve():
-    with pytest.raises(InvalidArgument, match="no measured quality of the profile conditional"):
+    with pytest.raises(InvalidArgument, match="no measured quality of the profile joint"):
         WindowlessCodec(joint_calibration(), settings(step=None, kl=2e-3))
 
 

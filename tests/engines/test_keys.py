@@ -23,7 +23,16 @@ from kvtc.key_digest import digest, entry_scope
 from kvtc.prefix_cache import Chain
 from kvtc.profiles.rates import Truncation
 from kvtc.store import open_store
-from tests.builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, tiny_calibration, told_cache
+from tests.builders import (
+    HEAD_DIM,
+    N_HEADS,
+    N_LAYERS,
+    joint_calibration,
+    relative_error,
+    tiny_calibration,
+    told_cache,
+    told_model,
+)
 
 STEP = EngineSettings("unused", "memory:", step=0.05)
 TEXTS = st.text(st.sampled_from("ab\n\0/:,|=\"'\\ x0"), max_size=6) | st.text(max_size=4)
@@ -126,7 +135,7 @@ def test_every_setting_of_a_stream_is_in_the_key():
         )),
         Codec(paper, "paper", max_error=0.2),
         Codec(paper, "paper", rate=Truncation(8)),
-        *(Codec(joint, profile, **changed) for profile in ("joint", "conditional") for changed in (
+        *(Codec(joint, profile, model=told_model(), **changed) for profile in ("joint", "conditional") for changed in (
             {"ratio": 8}, {"ratio": 9}, {"step": 0.1}, {"ratio": 8, "fixed_size": True}, {"ratio": 8, "window_format": "coded"},
         )),
     ]  # fmt: skip
@@ -139,16 +148,16 @@ def test_chunks_of_another_length_have_other_keys():
     """vLLM names a chunk by the hash of its last block, whatever its length."""
     layout = PageLayout("LBHNC", N_LAYERS, N_HEADS, HEAD_DIM, 32)
 
-    def keys(n_tokens, has_token_ids=False):
+    def keys(n_tokens):
         rows = np.zeros((1, layout.bytes(n_tokens, torch.bfloat16)), np.uint8)
         part = RowShard(0, layout, torch.bfloat16, WindowlessCodec(joint_calibration(), STEP))
         with open_store("memory:") as store:
             jobs = TierJobs(rows, [part], store, b"scope", n_tokens)
-            found = jobs.keys(b"hash", has_token_ids)
+            found = jobs.keys(b"hash")
             jobs.close()
         return found
 
-    assert len({*keys(256), *keys(128), *keys(512), *keys(256, has_token_ids=True)}) == 4
+    assert len({*keys(256), *keys(128), *keys(512)}) == 3
     assert keys(256) == keys(256)
 
 
@@ -164,13 +173,13 @@ def test_engines_with_chunks_of_different_lengths_share_a_store():
             data = layout.write(cache.keys[:, :, span], cache.values[:, :, span])
             rows = data.flatten().view(torch.uint8).numpy().reshape(1, -1).copy()
             tiers[n_tokens] = TierJobs(rows, [part], store, b"scope", n_tokens), rows, rows.copy()
-            tiers[n_tokens][0].store(1, [TierChunk(b"hash", 0, 256 - n_tokens, None)])
+            tiers[n_tokens][0].store(1, [TierChunk(b"hash", 0, 256 - n_tokens)])
             tiers[n_tokens][0].drain()
         entries = {key: store.get(key) for key in store.keys()}  # noqa: SIM118
         assert len(entries) == 2
         for n_tokens, (jobs, rows, original) in tiers.items():
             rows[:] = 0
-            jobs.load(2, [TierChunk(b"hash", 0, 256 - n_tokens, None)])
+            jobs.load(2, [TierChunk(b"hash", 0, 256 - n_tokens)])
             jobs.drain()
             assert [end.success for end in jobs.take_ends()] == [True, True]
             found, wanted = (torch.from_numpy(side).view(torch.bfloat16) for side in (rows, original))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvtc import Codec, inspect
+from kvtc import inspect
 from kvtc.counts import COUNTERS, Counts
 from kvtc.engines.settings import EngineSettings
 from kvtc.engines.vllm.facts import engine_facts, layers_in_order, served_model
@@ -18,10 +18,10 @@ from tests.builders import (
     HEAD_DIM,
     N_HEADS,
     N_LAYERS,
-    joint_calibration,
     measured_calibration,
     relative_error,
     told_cache,
+    told_codec,
     told_ids,
 )
 from tests.failing import DECODE_ERRORS, ERRORS, break_decoding, break_store
@@ -135,7 +135,7 @@ def test_a_conversation_that_grows_loads_what_it_shares_and_saves_the_rest(conne
 
 def test_prefixes_of_the_prefix_cache_and_of_the_connector_are_the_same(connector, options):
     ids, truth = prompt()
-    codec = Codec(joint_calibration(), "conditional", step=options["kvtc.step"], window_tokens=60)
+    codec = told_codec("joint", step=options["kvtc.step"], window_tokens=60)
     identity = served_model(configs(options, **SHAPE)[0], EngineSettings.from_config(options)).identity
     with open_store(options["kvtc.store"]) as store, PrefixCache(codec, store, identity=identity) as prefixes:
         prefixes.save(ids, truth).result()

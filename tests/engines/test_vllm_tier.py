@@ -23,7 +23,6 @@ from tests.builders import (
     measured_calibration,
     relative_error,
     told_cache,
-    told_ids,
 )
 from tests.engine_pages import in_logical_order, read_tokens, write_tokens
 from tests.failing import DECODE_ERRORS, ERRORS, break_decoding, break_store
@@ -113,10 +112,9 @@ class Host:
         return found
 
 
-def request(tier, name: str, n_chunks: int = 2, token_ids=None):
+def request(tier, name: str, n_chunks: int = 2):
     """A request's context and the keys of its chunks, as vLLM makes them."""
-    params = None if token_ids is None else {"kvtc.token_ids": token_ids}
-    context = ReqContext(name, params)
+    context = ReqContext(name)
     keys = [bytes([index]) * 32 + bytes(4) for index in range(n_chunks)]
     for index, key in enumerate(keys):
         context.set_offload_key_position(key, (index + 1) * CHUNK)
@@ -129,11 +127,10 @@ def truth():
 
 
 @pytest.mark.parametrize("axes", ["LBNHC", "LBHNC", "BLHNC"])
-@pytest.mark.parametrize("tells_ids", [False, True])
-def test_chunks_leave_host_memory_and_come_back(tier_class, options, axes, tells_ids):
-    cache, ids = truth(), told_ids(600).tolist() if tells_ids else None
+def test_chunks_leave_host_memory_and_come_back(tier_class, options, axes):
+    cache = truth()
     host = Host(tier_class, options, axes)
-    context, keys = request(host.tier, "a", token_ids=ids)
+    context, keys = request(host.tier, "a")
     assert host.look(keys[0], context) is LookupResult.MISS
     for row, index in ((4, 0), (1, 1)):
         host.fill(row, cache, index)
@@ -142,10 +139,10 @@ def test_chunks_leave_host_memory_and_come_back(tier_class, options, axes, tells
     host.tier.shutdown()
     with open_store(options["kvtc.store"]) as store:
         streams = [inspect(store.get(key)) for key in store.keys()]  # noqa: SIM118
-    assert {stream.profile for stream in streams} == {"conditional" if tells_ids else "joint"}
+    assert {stream.profile for stream in streams} == {"joint"}
     assert sorted(stream.first_position for stream in streams) == [0, CHUNK]
     other = Host(tier_class, options, axes)
-    context, keys = request(other.tier, "b", token_ids=ids)
+    context, keys = request(other.tier, "b")
     assert [other.look(key, context) for key in keys] == [LookupResult.HIT] * 2
     result = other.job(keys, [2, 3], context, is_load=True)
     assert result.success
@@ -172,29 +169,6 @@ def test_a_quality_in_place_of_a_step(tier_class, options):
         host.fill(0, truth(), 0)
         assert host.job(keys[:1], [0], context, is_load=False).success
         host.tier.shutdown()
-
-
-def test_streams_made_with_token_ids_are_found_only_with_token_ids(tier_class, options):
-    cache, host = truth(), Host(tier_class, options)
-    context, keys = request(host.tier, "a", token_ids=told_ids(600).tolist())
-    host.fill(0, cache, 0)
-    assert host.job(keys[:1], [0], context, is_load=False).success
-    assert host.look(keys[0], request(host.tier, "b")[0]) is LookupResult.MISS
-    strange = request(host.tier, "c", token_ids=["no", "ids"])[0]
-    assert host.look(keys[0], strange) is LookupResult.MISS
-    host.tier.shutdown()
-
-
-def test_wrong_token_ids_are_a_miss_not_another_text(tier_class, options):
-    cache, host = truth(), Host(tier_class, options)
-    context, keys = request(host.tier, "a", token_ids=told_ids(600).tolist())
-    host.fill(0, cache, 0)
-    host.job(keys[:1], [0], context, is_load=False)
-    lying, _ = request(host.tier, "b", token_ids=told_ids(600, seed=9).tolist())
-    assert host.look(keys[0], lying) is LookupResult.HIT
-    assert not host.job(keys[:1], [1], lying, is_load=True).success
-    assert not host.rows[1].any()
-    host.tier.shutdown()
 
 
 def test_a_damaged_entry_fails_its_job_and_is_then_missing(tier_class, options):
@@ -268,14 +242,6 @@ def test_a_chunk_whose_position_is_not_told_is_not_stored(tier_class, options):
     host.tier.shutdown()
 
 
-def test_conditional_alone_serves_only_those_who_tell_ids(tier_class, options):
-    host = Host(tier_class, options | {"kvtc.profile": "conditional"})
-    context, keys = request(host.tier, "a")
-    assert host.tier.lookup(keys[0], context) is LookupResult.MISS
-    assert not host.job(keys[:1], [0], context, is_load=False).success
-    host.tier.shutdown()
-
-
 def test_each_rank_has_its_shard_of_a_row():
     settings = EngineSettings("unused", "memory:", step=0.05)
     layout = PageLayout("LBHNC", N_LAYERS, N_HEADS, HEAD_DIM, PAGE)
@@ -289,13 +255,13 @@ def test_each_rank_has_its_shard_of_a_row():
         for rank, cache in enumerate(caches):
             shard = pages_of(rows[0, rank * size : (rank + 1) * size], "LBHNC")
             write_tokens(shard, torch.arange(CHUNK), cache.keys, cache.values)
-        chunk = TierChunk(b"name", 0, 0, None)
+        chunk = TierChunk(b"name", 0, 0)
         jobs.store(1, [chunk])
         jobs.drain()
-        jobs.load(2, [TierChunk(b"name", 1, 0, None)])
+        jobs.load(2, [TierChunk(b"name", 1, 0)])
         jobs.drain()
         assert [end.success for end in jobs.take_ends()] == [True, True]
-        assert len(set(jobs.keys(b"name", has_token_ids=False))) == 2
+        assert len(set(jobs.keys(b"name"))) == 2
         for rank, cache in enumerate(caches):
             shard = pages_of(rows[1, rank * size : (rank + 1) * size], "LBHNC")
             assert relative_error(read_tokens(shard, torch.arange(CHUNK))[0], cache.keys) < 0.02

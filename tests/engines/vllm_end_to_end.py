@@ -54,7 +54,7 @@ WAYS = (
     Way(
         "connector",
         "bfloat16",
-        "conditional",
+        "joint",
         (8, 1250 + 44),
         {"hit": [288, 1248], "damaged": [1248]},
         {"tokens_loaded": 512, "tokens_missed": 736, "damaged": 1},
@@ -189,15 +189,9 @@ def transfer_config(way: str, store: str) -> dict[str, Any]:
 def serve(
     scratch: Path, way: str, engine: dict[str, Any], config: dict[str, Any], order: list[list[int]], name: str
 ) -> dict[str, Any]:
-    """One vLLM process -> its answers and metrics. Of three prompts, the third comes from a client that tells its token ids.
-
-    engine: arguments of `vllm.LLM`.
-    """
+    """One vLLM process -> its answers and metrics. engine: arguments of `vllm.LLM`."""
     task, result = scratch / f"{name}.task.json", scratch / f"{name}.result.json"
-    params = [{"kvtc.token_ids": ids} if index == 2 else None for index, ids in enumerate(order)]
-    task.write_text(
-        json.dumps({"transfer_config": config, "engine": engine, "prompts": order, "transfer_params": params})
-    )
+    task.write_text(json.dumps({"transfer_config": config, "engine": engine, "prompts": order}))
     log = Path(os.environ.get("KVTC_ENGINE_LOGS", scratch)) / f"vllm-{way}-{name}.log"
     with log.open("w") as output:
         process = subprocess.run(

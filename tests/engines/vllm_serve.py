@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument(
         "task",
         type=Path,
-        help="JSON: transfer_config, prompts (token ids), transfer_params, engine (of vllm.LLM), settle",
+        help="JSON: transfer_config, prompts (token ids), engine (of vllm.LLM), settle",
     )
     parser.add_argument("result", type=Path)
     arguments = parser.parse_args()
@@ -36,9 +36,8 @@ def main() -> None:
         disable_log_stats=False,
         kv_transfer_config=KVTransferConfig(**task["transfer_config"]),
     )
-    for prompt, params in zip(task["prompts"], task["transfer_params"], strict=True):
-        extra = {"kv_transfer_params": params} if params else None
-        sampling = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, extra_args=extra)
+    sampling = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    for prompt in task["prompts"]:
         (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling)
         answers.append({"tokens": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens})
         # Saving goes on in the background, in steps of the engine where it runs beside the scheduler.

@@ -250,19 +250,19 @@ def test_what_is_no_model_is_refused() -> None:
 
 
 class Seen(CalibrationRows):
-    """Keeps the caches and token ids that it is given, and the options that it is made with."""
+    """Keeps the caches and hidden states that it is given, and the options that it is made with."""
 
     made: ClassVar[list[Seen]] = []
 
     def __init__(self, geometry: CacheGeometry, **options: Any) -> None:
         super().__init__(geometry, **options | {"device": "cpu"})
-        self.options, self.caches, self.ids = options, list[KVCache](), list[Tensor]()
+        self.options, self.caches, self.states = options, list[KVCache](), list[Tensor]()
         self.made.append(self)
 
-    def add(self, cache: KVCache, token_ids: Tensor | None = None) -> None:
-        super().add(cache, token_ids)
+    def add(self, cache: KVCache, hidden: Tensor | None = None) -> None:
+        super().add(cache, hidden)
         self.caches.append(cache)
-        self.ids.append(token_ids)
+        self.states.append(hidden)
 
 
 @pytest.fixture
@@ -299,18 +299,28 @@ def test_calibrate_verifies_on_a_bounded_prefix_and_captures_until_there_are_tok
     hook = llama.model.embed_tokens.register_forward_hook(lambda *call: lengths.append(call[1][0].shape[-1]))
     monkeypatch.setattr("kvtc.huggingface.calibrate._VERIFICATION_TOKENS", 12)
     given = iter([[index] * 20 for index in range(4)])
-    quiet(llama, given, sink_tokens=0, max_tokens=21, joint_rank=8, hidden_features=0)
+    quiet(llama, given, sink_tokens=0, max_tokens=21, joint_rank=8)
     hook.remove()
     # Of each text three quarters are read, and the rest is predicted.
     assert (lengths, len(list(given))) == ([12, 15, 5, 15, 5], 2)
 
 
-def test_calibrate_gives_each_cache_its_own_token_ids(llama: Any, seen: list[Seen]) -> None:
+def test_calibrate_gives_each_cache_its_own_hidden_states(llama: Any, seen: list[Seen]) -> None:
     sequences = [list(range(start, start + 25)) for start in (3, 40, 9)]
-    quiet(llama, sequences, joint_rank=8, hidden_features=0)
-    assert [ids.tolist() for ids in seen[0].ids] == sequences
+    quiet(llama, sequences, joint_rank=8, recompute_layers=2)
+    for ids, found in zip(sequences, seen[0].states, strict=True):
+        with torch.no_grad():
+            expected = llama(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     quiet(llama, sequences, layers=(1, 2), profiles=("joint",), joint_rank=8)
-    assert seen[1].triples is None
+    assert seen[1].hidden is None
+    assert not llama.model.layers[2]._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("layers", "wrong", "most"), [(None, 0, 3), (None, 4, 3), ((1, 3), 3, 2)])
+def test_calibrate_refuses_to_recompute_what_leaves_nothing(llama: Any, layers: Any, wrong: int, most: int) -> None:
+    with pytest.raises(InvalidArgument, match=rf"recompute_layers must lie in 1 \.\. {most}; got {wrong}"):
+        quiet(llama, [IDS], layers=layers, recompute_layers=wrong)
 
 
 def test_calibrate_holds_sequences_out_of_a_whole_model_alone(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

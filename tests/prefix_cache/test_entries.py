@@ -26,7 +26,7 @@ from kvtc.errors import (
 from kvtc.prefix_cache import PrefixCache, chunk_key
 from kvtc.process import log_limits
 from kvtc.store import open_store
-from tests.builders import joint_calibration, told_cache, told_ids
+from tests.builders import joint_calibration, told_cache, told_codec, told_ids
 from tests.failing import DECODE_ERRORS, ERRORS, break_decoding, break_store, raising
 
 CHUNK, WINDOW = 32, 16
@@ -40,7 +40,7 @@ def entries():
 
 
 def prefix_cache(store: Any) -> PrefixCache:
-    codec = Codec(joint_calibration(), "joint", step=0.1, window_tokens=WINDOW, chunk_tokens=CHUNK)
+    codec = told_codec("joint", step=0.1, window_tokens=WINDOW, chunk_tokens=CHUNK)
     return PrefixCache(codec, store, min_tokens=1)
 
 

@@ -23,7 +23,7 @@ from kvtc.errors import GeometryMismatch, InvalidArgument, InvalidCache, StoreEr
 from kvtc.prefix_cache import PrefixCache, chunk_key
 from kvtc.prefix_cache.tails import MAX_TAILS, Tails
 from kvtc.store import Store, open_store
-from tests.builders import joint_calibration, random_cache, told_cache, told_ids
+from tests.builders import joint_calibration, random_cache, told_cache, told_codec, told_ids, told_model
 from tests.failing import Panic, break_store
 
 CHUNK, WINDOW = 32, 16
@@ -31,7 +31,7 @@ CHUNK, WINDOW = 32, 16
 
 def codec(profile: str = "conditional", **changes: Any) -> Codec:
     settings = {"ratio": 4, "window_tokens": WINDOW, "chunk_tokens": CHUNK, **changes}
-    return Codec(joint_calibration(), profile, **settings)
+    return told_codec(profile, **settings)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_loads_what_was_saved(store: Store, profile: str, n: int) -> None:
 
 def test_loads_equal_what_the_codec_gives(prefixes: PrefixCache) -> None:
     """Chunks alone decode to what they decode to within one stream of the whole, given the same step."""
-    step = Codec(joint_calibration(), "joint", step=0.05, window_tokens=WINDOW, chunk_tokens=CHUNK)
+    step = told_codec("joint", step=0.05, window_tokens=WINDOW, chunk_tokens=CHUNK)
     with PrefixCache(step, prefixes.store, min_tokens=1) as other:
         saved(other, 150)
         found, _ = other.load_neutral(told_ids(150), whole=True)
@@ -142,7 +142,7 @@ def test_namespaces_calibrations_profiles_and_rates_are_apart(store: Store, pref
         PrefixCache(codec("joint"), store),
         PrefixCache(codec(ratio=5), store),
         PrefixCache(codec(sink_tokens=0), store),
-        PrefixCache(Codec(joint_calibration(1), "conditional", ratio=4, chunk_tokens=CHUNK), store),
+        PrefixCache(Codec(joint_calibration(1), "conditional", ratio=4, chunk_tokens=CHUNK, model=told_model()), store),
     ]
     for other in others:
         with other:
@@ -416,7 +416,7 @@ def forked(ids_of: Any, n: int, at: int, seed: int) -> tuple[Any, KVCache]:
 
 def test_two_conversations_with_short_parts_of_their_own_keep_both(store: Store) -> None:
     """The second once took the place of the first, of which 752 tokens were left."""
-    with PrefixCache(Codec(joint_calibration(), "joint", step=0.05), store) as prefixes:
+    with PrefixCache(told_codec("joint", step=0.05), store) as prefixes:
         texts = [forked(told_ids, 860, 755, seed) for seed in (1, 2)]
         for ids, cache in texts:
             prefixes.save(ids, cache).result()

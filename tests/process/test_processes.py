@@ -18,7 +18,7 @@ from kvtc.errors import InvalidArgument, StoreError, StoreUnavailable
 from kvtc.prefix_cache import PrefixCache
 from kvtc.process.workers import Workers
 from kvtc.store import open_store
-from tests.builders import joint_calibration, told_cache, told_ids
+from tests.builders import told_cache, told_codec, told_ids
 from tests.forking import in_forked_child
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ N = 200
 
 
 def codec(profile: str = "joint") -> Codec:
-    return Codec(joint_calibration(), profile, ratio=4, window_tokens=16, chunk_tokens=32)
+    return told_codec(profile, ratio=4, window_tokens=16, chunk_tokens=32)
 
 
 def prefix_cache(store: Any, **options: Any) -> PrefixCache:
@@ -143,8 +143,8 @@ def test_workers_forked_from_a_server_that_has_computed_on_two_threads_go_on(pro
     """As under gunicorn with its application loaded beforehand: PyTorch's threads are not in the children, which once hung."""
     program = f"""
 import os, torch, kvtc
-from tests.builders import joint_calibration, told_cache, told_ids
-codec = kvtc.Codec(joint_calibration(), {profile!r}, ratio=4)
+from tests.builders import told_cache, told_codec, told_ids
+codec = told_codec({profile!r}, ratio=4)
 torch.set_num_threads(2)
 prefixes = kvtc.PrefixCache(codec, kvtc.open_store("memory:"))
 torch.rand(2000, 2000) @ torch.rand(2000, 2000), torch.rand(1 << 22).exp()
@@ -171,8 +171,8 @@ torch.set_num_threads(2)
 torch.rand(2000, 2000) @ torch.rand(2000, 2000), torch.rand(1 << 22).exp()
 child = os.fork()
 if child == 0:
-    from tests.builders import joint_calibration, told_cache, told_ids
-    stream = kvtc.Codec(joint_calibration(), "conditional", ratio=4).encode(told_cache(900), told_ids(900))
+    from tests.builders import told_cache, told_codec, told_ids
+    stream = told_codec("conditional", ratio=4).encode(told_cache(900), told_ids(900))
     print(kvtc.inspect(stream).n_tokens, torch.get_num_threads(), flush=True)
     os._exit(0)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.get_num_threads())

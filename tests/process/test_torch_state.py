@@ -28,10 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kvtc
 from kvtc.cache import KVCache
 from kvtc.cache_file import load_cache, save_cache
-from kvtc.calibration import prediction_fit
+from kvtc.calibration.gradients import GradientSample
 from kvtc.codec.codec import Codec
 from kvtc.codec.transformers_cache import to_transformers
-from kvtc.coding.joint.metric import Metric
 from kvtc.engines.chunk_coder import ChunkCoder, ChunkSettings, FixedChunkCoder
 from kvtc.engines.page_layout import PageLayout, lmcache_layout
 from kvtc.engines.vllm.page_mover import EnginePages
@@ -49,11 +48,12 @@ from tests.builders import (
     random_cache,
     same_bits,
     tiny_calibration,
-    tiny_embeddings,
     tiny_geometry,
-    tiny_sensitivities,
+    tiny_gradients,
     told_cache,
+    told_codec,
     told_ids,
+    told_model,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -180,8 +180,8 @@ def one_of_transformers() -> Any:
 
 
 @remember
-def sensitivities() -> tuple[Tensor, Tensor]:
-    return tiny_sensitivities()
+def gradients() -> GradientSample:
+    return tiny_gradients()
 
 
 @remember
@@ -207,18 +207,18 @@ def tensors_of(cache: Any) -> Found:
 
 
 def round_trip(profile: str) -> Found:
-    codec = Codec(joint_calibration(), profile, ratio=4, window_format="exact", **REGIONS)
+    codec = told_codec(profile, ratio=4, window_format="exact", **REGIONS)
     stream = codec.encode(told(), ids())
     return {"stream": stream} | tensors_of(codec.decode(stream, ids()))
 
 
 def one_step() -> Found:
-    codec = Codec(joint_calibration(), "joint", ratio=4, window_format="coded", sink_format="fp8", **REGIONS)
+    codec = told_codec("joint", ratio=4, window_format="coded", sink_format="fp8", **REGIONS)
     return {"stream": codec.with_rate(Step(2.0)).encode(told(), ids())}
 
 
 def fixed_size() -> Found:
-    codec = Codec(joint_calibration(), "joint", ratio=4, fixed_size=True, **REGIONS)
+    codec = told_codec("joint", ratio=4, fixed_size=True, **REGIONS)
     return {
         "stream": codec.encode(told(), ids()),
         "size": codec.stream_bytes(N),
@@ -232,14 +232,14 @@ def moved() -> Found:
 
 
 def of_transformers() -> Found:
-    codec = Codec(joint_calibration(), "conditional", ratio=4, **REGIONS)
+    codec = told_codec("conditional", ratio=4, **REGIONS)
     stream = codec.encode(one_of_transformers(), ids())
     return {"stream": stream} | tensors_of(codec.decode(stream, ids()))
 
 
 def batch() -> Found:
     cache, both, mask = batch_of_two()
-    codec = Codec(joint_calibration(), "conditional", ratio=4, **REGIONS)
+    codec = told_codec("conditional", ratio=4, **REGIONS)
     streams = codec.encode_batch(cache, both, mask)
     restored, restored_mask = codec.decode_batch(streams, both)
     return {"first": streams[0], "second": streams[1], "mask": restored_mask} | tensors_of(restored)
@@ -286,7 +286,7 @@ def into_pages() -> Found:
 
 
 def in_a_store() -> Found:
-    codec = Codec(joint_calibration(), "conditional", ratio=4, window_tokens=5, chunk_tokens=8)
+    codec = told_codec("conditional", ratio=4, window_tokens=5, chunk_tokens=8)
     with kvtc.open_store("memory:") as store, kvtc.PrefixCache(codec, store, min_tokens=8) as prefixes:
         prefixes.save(ids(), told()).result()
         cache, n_tokens = prefixes.load(ids())
@@ -345,14 +345,9 @@ def calibrated(calibration: kvtc.Calibration, folder: Path) -> Found:
     calibration.save(path)
     again = kvtc.load_calibration(path)
     again.save(folder / "again.safetensors")
-    tensors = {"mean": again.key.basis.mean, "weights": again.joint.tokens.predictor.weights}
+    tensors = {"mean": again.key.basis.mean, "weights": again.conditional.weights}
     files = {"file": contents(path), "again": contents(folder / "again.safetensors")}
     return files | {"fingerprint": calibration.fingerprint} | tensors
-
-
-@neutral_torch_state
-def metric() -> Metric:
-    return Metric.from_sensitivity(*sensitivities(), power=0.75, ridge=0.01)
 
 
 def fitted(folder: Path) -> Found:
@@ -360,11 +355,9 @@ def fitted(folder: Path) -> Found:
     calibration = fit_caches(
         tiny_geometry(),
         iter(caches),
-        metric=metric(),
+        sample=gradients(),
         token_ids=iter([ids(200), ids(150)]),
-        embeddings=tiny_embeddings(),
-        embedding_rank=8,
-        hidden_features=4,
+        model=told_model(),
     )
     return calibrated(calibration, folder)
 
@@ -392,12 +385,6 @@ CODING = {
     "cache file": cache_file,
     "fit": fitted,
 }
-
-
-@pytest.fixture(autouse=True)
-def hidden_layer_of_few_rows(monkeypatch):
-    """So that the fit trains one."""
-    monkeypatch.setattr(prediction_fit, "BATCH_ROWS", 16)
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +513,7 @@ def test_every_kind_of_tensor_is_coded_like_a_usual_one(kind):
     cache = told_cache(N)
     keys, values, positions, named = map(KINDS[kind], (cache.keys, cache.values, torch.arange(N), ids()))
     same_values = KVCache(usual(keys), usual(values))
-    codec = Codec(joint_calibration(), "conditional", ratio=4, **REGIONS)
+    codec = told_codec("conditional", ratio=4, **REGIONS)
     wanted = codec.encode(same_values, ids())
     assert codec.encode(KVCache(keys, values, positions), named) == wanted
     assert codec.encode(KVCache(keys, values), named, positions) == wanted
@@ -749,7 +736,7 @@ def test_ids_that_cannot_be_written_to_are_taken():
     frozen = [side.numpy().copy() for side in (both, mask)]
     for array in frozen:
         array.setflags(write=False)
-    codec = Codec(joint_calibration(), "conditional", ratio=4, **REGIONS)
+    codec = told_codec("conditional", ratio=4, **REGIONS)
     assert codec.encode_batch(cache, *frozen) == codec.encode_batch(cache, both, mask)
     assert codec.encode(told(), frozen[0][0], positions=np.arange(N)) == codec.encode(told(), ids())
 
@@ -760,7 +747,7 @@ def test_ids_that_cannot_be_written_to_are_taken():
 def test_every_public_method_of_the_codec_is_neutral():
     methods = inspect.getmembers(Codec, inspect.isfunction)
     public = {name: method for name, method in methods if not name.startswith("_") or name == "__init__"}
-    copies = {"with_window"}
+    copies = {"with_window", "forget_prefix"}
     assert {name for name, method in public.items() if not hasattr(method, "__wrapped__")} == copies
 
 

@@ -22,7 +22,8 @@ class Halves:
     calibration: kvtc.Calibration
     backend: object
     product: torch.dtype
-    needs_tokens = is_entropy_coded = False
+    recomputation: None
+    is_entropy_coded = False
     most_plan_bytes = 0
 
     encoder = decoder = lambda self, *_: self

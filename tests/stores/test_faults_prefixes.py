@@ -14,7 +14,7 @@ from kvtc.errors import StoreUnavailable
 from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 
-from ..builders import joint_calibration, same_cache, told_cache, told_ids
+from ..builders import joint_calibration, same_cache, told_cache, told_ids, told_model
 from .servers import answer_nothing, redis_server, socket_server
 from .test_faults_remote import CREDENTIALS, answer_500, close_at_once
 
@@ -23,7 +23,7 @@ N_TOKENS = 200
 
 
 def codec(seed: int = 0) -> Codec:
-    return Codec(joint_calibration(seed), "conditional", ratio=4, window_tokens=16, chunk_tokens=32)
+    return Codec(joint_calibration(seed), "conditional", model=told_model(), ratio=4, window_tokens=16, chunk_tokens=32)
 
 
 def save(prefixes: PrefixCache, seed: int = 0) -> None:

@@ -12,13 +12,13 @@ from kvtc.codec.codec import Codec
 from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 
-from ..builders import same_cache, told_cache, told_ids
+from ..builders import same_cache, told_cache, told_ids, told_model
 
 N_TEXTS, N_TOKENS = 5, 200
 
 
 def make_codec(path: str) -> Codec:
-    return Codec(load_calibration(path), "conditional", ratio=4, window_tokens=16, chunk_tokens=32)
+    return Codec(load_calibration(path), "conditional", model=told_model(), ratio=4, window_tokens=16, chunk_tokens=32)
 
 
 def main(url: str, path: str, n_rounds: int) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import strict_json
 from ..cache import MAX_EXTENT, CacheGeometry
+from ..coding.joint.importance import Importance
 from ..coding.paper.distortion import SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
@@ -29,7 +30,15 @@ from ..container.tables import FULL_ATTENTION
 from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
 from ..files import write_atomically
 from ..process.torch_state import neutral_torch_state
-from .joint_calibration import LARGEST_SQUARE, JointCalibration, expect, expect_basis
+from .conditional_calibration import ConditionalCalibration
+from .joint_calibration import (
+    LARGEST_SQUARE,
+    JointCalibration,
+    Named,
+    expect,
+    expect_basis,
+    importance_of,
+)
 from .quality_curve import QualityCurve
 
 CALIBRATION_VERSION = 2
@@ -63,7 +72,9 @@ class Calibration:
         geometry: the layers, heads and rotation that it covers.
         key, value: bases and distortion, for the profile `paper`.
         info: what it was made from; it plays no part in coding.
-        joint: for `joint` and `conditional`; None: it serves `paper` alone.
+        joint: for `joint`; None: it serves `paper` alone.
+        conditional: for `conditional`; None: it does not serve it.
+        importance: of tokens, for both; None: all tokens have one step.
         quality: by profile, what steps do to the model's predictions, if that was measured; it plays no part in coding.
     """
 
@@ -73,6 +84,8 @@ class Calibration:
     info: dict[str, Any] = field(default_factory=dict)
     joint: JointCalibration | None = None
     quality: Mapping[str, QualityCurve] = field(default_factory=dict)
+    conditional: ConditionalCalibration | None = None
+    importance: Importance | None = None
 
     @cached_property
     @neutral_torch_state
@@ -82,23 +95,29 @@ class Calibration:
         for kind in (self.key, self.value):
             for tensor in (kind.basis.mean, kind.basis.vectors):
                 digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        for name, tensor in self.joint.tensors() if self.joint else ():
+        for name, tensor in self._coding_tensors():
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.digest()[:FINGERPRINT_BYTES]
 
     @property
     def profiles(self) -> tuple[str, ...]:
-        """The profiles that it serves; a later one needs fewer bytes than those before it."""
-        if self.joint is None:
-            return ("paper",)
-        return ("paper", "joint") if self.joint.tokens is None else ("paper", "joint", "conditional")
+        """The profiles that it serves; a later one needs fewer bytes than those before it, and more to be known."""
+        served = {"paper": True, "joint": self.joint is not None, "conditional": self.conditional is not None}
+        return tuple(name for name, is_served in served.items() if is_served)
 
     @property
     def n_parameters(self) -> int:
         """How many numbers coding needs (means, bases, prediction), to compare with the model's parameters."""
         paper = sum(kind.basis.mean.numel() + kind.basis.vectors.numel() for kind in (self.key, self.value))
-        return paper + (sum(tensor.numel() for _, tensor in self.joint.tensors()) if self.joint else 0)
+        return paper + sum(tensor.numel() for _, tensor in self._coding_tensors())
+
+    def _coding_tensors(self) -> Named:
+        """The tensors of `joint` and `conditional`."""
+        yield from self.joint.tensors("joint") if self.joint else ()
+        yield from self.conditional.tensors() if self.conditional else ()
+        if self.importance is not None:
+            yield "importance", self.importance.weights
 
     @neutral_torch_state
     def save(self, path: str | Path) -> None:
@@ -123,7 +142,7 @@ class Calibration:
             tensors[f"{name}.spectrum"] = kind.basis.spectrum
             tensors[f"{name}.energy"] = torch.from_numpy(kind.distortion.energy)
             tensors[f"{name}.errors"] = torch.from_numpy(kind.distortion.errors)
-        tensors.update(self.joint.tensors() if self.joint else ())
+        tensors.update(self._coding_tensors())
         tensors.update({f"quality.{profile}": curve.tensor() for profile, curve in self.quality.items()})
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         _parse(metadata, tensors)
@@ -199,10 +218,13 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Calibrati
         if float(basis.spectrum.double().sum()) > _MOST_EXPLAINED * variance:
             raise CorruptCalibration(f"{name}.spectrum explains more than the total variance, {variance:g}")
         kinds.append(KindCalibration(basis, _distortion(name, tensors, sizes), variance))
-    joint = JointCalibration.from_tensors(tensors, geometry)
+    joint = JointCalibration.from_tensors(tensors, "joint", geometry)
+    conditional = ConditionalCalibration.from_tensors(tensors, geometry)
     names = (f"quality.{profile}" for profile in PROFILES_WITH_STEP)
     curves = {name.split(".")[1]: QualityCurve.from_tensor(name, tensors[name]) for name in names if name in tensors}
-    return Calibration(geometry, kinds[0], kinds[1], strict_json.fields(read["info"], "info"), joint, curves)
+    info = strict_json.fields(read["info"], "info")
+    importance = importance_of(tensors, geometry)
+    return Calibration(geometry, kinds[0], kinds[1], info, joint, curves, conditional, importance)
 
 
 def _distortion(name: str, tensors: dict[str, Tensor], sizes: tuple[int, ...]) -> DistortionTable:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..coding.joint.probability import ProbabilityTables, tables_from_counts
 from ..coding.joint.rounding import round_coefficients
 from ..coding.joint.uniform_quantizer import (
+    ACTIVITY_BITS,
     ESCAPE,
     MAX_SYMBOL,
     N_ACTIVITIES,
@@ -74,8 +75,8 @@ def fit_coefficients(coefficients: Tensor) -> CoefficientModel:
             found.symbols, found.activities = to_symbols(rounded.values), rounded.activities
         frequencies = tables_from_counts(_counts(at_steps))
     tables = ProbabilityTables(frequencies, _offsets(coefficients, at_steps))
-    side = np.log2(N_ACTIVITIES)
-    bits = [float(tables.token_costs(f.symbols, f.classes).min(axis=0).mean()) + side for f in at_steps]
+    of_tokens = (round_coefficients(coefficients, found.step, found.classes, tables).bits for found in at_steps)
+    bits = [float(some.mean()) + ACTIVITY_BITS for some in of_tokens]
     # Bits rise as the step falls; where nothing is coded yet they stand still.
     return CoefficientModel(deviations, tables, np.array([f.step for f in at_steps]), np.maximum.accumulate(bits))
 

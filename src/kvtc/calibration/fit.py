@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from ..coding.joint.metric import Metric
-from ..coding.joint.prediction import reduce_embeddings
 from ..coding.paper.distortion import MAX_SAMPLE_ROWS, measure_distortion
 from ..coding.transform import project
 from ..errors import InvalidArgument
-from ..process.progress import track
-from ..process.torch_state import neutral_torch_state, plain
+from ..process.progress import task, track
+from ..process.torch_state import neutral_torch_state
 from .artifact import Calibration, KindCalibration
-from .joint_fit import fit_joint
+from .conditional_fit import fit_conditional
+from .gradients import GradientSample, fit_metric
+from .joint_fit import fit_joint, joint_rows
 from .principal import block_diagonal, principal_components
 from .row_spool import RowSpool
 from .rows import CalibrationRows
 
-RANK_CAP = 10_000
-EMBEDDING_RANK = 256
-HIDDEN_FEATURES = 384
+RANK_CAP, JOINT_RANK_CAP = 10_000, 4096
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,7 @@ class FitOptions:
 
     Parameters:
         rank: components that the basis of keys, and that of values, have at most; for the profile `paper`.
-        joint_rank: the same for the joint basis of `joint` and `conditional`.
-        embedding_rank: features that the token embeddings are reduced to, for `conditional`.
-        hidden_features: hidden features of its prediction; 0: the prediction is linear.
+        joint_rank: the same for the joint basis of `joint` and `conditional`; what it leaves out is coded, too, at more bytes.
         seed: of all random draws.
         layers_per_basis: for ablations alone (the paper's tables 16 and 17): bases of groups of so many layers; None: of all.
 
@@ -43,9 +40,7 @@ class FitOptions:
     """
 
     rank: int = RANK_CAP
-    joint_rank: int = RANK_CAP
-    embedding_rank: int = EMBEDDING_RANK
-    hidden_features: int = HIDDEN_FEATURES
+    joint_rank: int = JOINT_RANK_CAP
     seed: int = 0
     layers_per_basis: int | None = None
 
@@ -60,47 +55,54 @@ def fit(
     rows: CalibrationRows,
     options: FitOptions | None = None,
     *,
-    metric: Metric | None = None,
-    embeddings: Tensor | None = None,
+    sample: GradientSample | None = None,
+    recomputed: tuple[int, bytes] | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> Calibration:
     """Fit a calibration to the rows that were accumulated.
 
-    Time: nine passes over the rows for each basis, and one each for prediction and tables. Memory, on the device of the
-    rows: at most 16 P l + 36 l^2 bytes, 2 kB a row for prediction, and about 1 GB for blocks, where l = 64 + the rank
-    and P = p features, or 2 p with a metric. On the CPU the same rows give the same tensors and fingerprint every time;
+    Time: nine passes over the rows for each basis, one for tables, and one for prediction. Memory, on the device of the
+    rows: at most 16 P l + 36 l^2 bytes, and about 1 GB for blocks, where l = 64 + the rank
+    and P = p features, or 2 p with a sample. On the CPU the same rows give the same tensors and fingerprint every time;
     those of another device differ by rounding.
 
     Parameters:
         rows: at least two.
         options: sizes; None: the defaults.
-        metric: in which the joint basis is fitted; None: the calibration serves `paper` alone.
-        embeddings: [vocabulary, hidden], the model's input embeddings; with them and a metric the calibration serves
-            `conditional`, too. The rows must have been accumulated with token ids.
+        sample: gradients, from which the metric and the importance of tokens follow; None: the calibration serves `paper` alone.
+        recomputed: how many layers are recomputed, and the identity of their weights; with these and a sample the
+            calibration serves `conditional`, too. The rows must have the hidden states that enter the next layer.
         info: what else the calibration's `info` shall say.
 
     Raises:
-        InvalidArgument: for fewer than two rows, rows that do not vary, or embeddings for rows without token ids.
+        InvalidArgument: for fewer than two rows, rows that do not vary, or layers to recompute for rows without hidden states.
     """
     options = FitOptions() if options is None else options
     if options.layers_per_basis is not None and not 1 <= options.layers_per_basis <= rows.geometry.n_layers:
         raise InvalidArgument(
             f"layers_per_basis must lie in 1 .. {rows.geometry.n_layers}; got {options.layers_per_basis}"
         )
-    if embeddings is not None and rows.triples is None:
-        raise InvalidArgument("embeddings need rows that were accumulated with token ids")
+    if recomputed is not None and rows.hidden is None:
+        raise InvalidArgument("what recomputed layers predict is fitted to rows with hidden states; these have none")
     if rows.n_rows < 2:
         raise InvalidArgument(
             f"calibration needs at least 2 tokens past the {rows.sink_tokens} sinks; got {rows.n_rows}"
         )
     key, value = (_fit_kind(name, spool, rows, options) for name, spool in (("key", rows.keys), ("value", rows.values)))
-    joint = None
-    if metric is not None:
-        table = None
-        if embeddings is not None:
-            table = reduce_embeddings(plain(embeddings, "embeddings"), options.embedding_rank, rows.keys.device)
-        sizes = options.joint_rank, options.seed, table, rows.triples, options.hidden_features
-        joint = fit_joint(rows.geometry, rows.keys, rows.values, metric, *sizes)
+    joint = conditional = importance = None
+    if sample is not None:
+        with task("metric"):
+            metric, importance = fit_metric(sample, options.seed)
+        every = partial(joint_rows, rows.keys, rows.values)
+        levels = None
+        if importance is not None:
+            of_device = importance.to(rows.keys.device)
+            levels = torch.cat([of_device.levels(block).cpu() for block in every()])
+        sizes = levels, options.joint_rank, options.seed
+        joint = fit_joint(every, rows.n_rows, rows.keys.device, metric, *sizes, "joint")
+        if recomputed is not None:
+            hidden_layer, identity = recomputed
+            conditional = fit_conditional(rows, hidden_layer, identity, metric, *sizes)
     made_from = {
         "n_sequences": rows.n_sequences,
         "n_tokens_seen": rows.keys.n_offered,
@@ -109,7 +111,8 @@ def fit(
         "layers_per_basis": options.layers_per_basis,
         "seed": options.seed,
     }
-    return Calibration(rows.geometry, key, value, made_from | dict(info or {}), joint)
+    info = made_from | dict(info or {})
+    return Calibration(rows.geometry, key, value, info, joint, conditional=conditional, importance=importance)
 
 
 def _fit_kind(name: str, spool: RowSpool, rows: CalibrationRows, options: FitOptions) -> KindCalibration:

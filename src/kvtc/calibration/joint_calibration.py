@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..cache import CacheGeometry
+from ..coding.joint.basis import LARGEST_ENTRY, JointBasis
+from ..coding.joint.importance import Importance
 from ..coding.joint.metric import Metric
-from ..coding.joint.prediction import N_TOKENS_SEEN, Predictor
 from ..coding.joint.probability import ProbabilityTables
 from ..coding.joint.uniform_quantizer import ESCAPE, N_ACTIVITIES, N_CLASSES, N_SYMBOLS
 from ..coding.rans import TOTAL
@@ -26,8 +27,6 @@ LARGEST = 2.0**40
 LARGEST_SQUARE = LARGEST**2
 ORTHONORMAL = 1 + 2.0**-7
 """Of an entry of an orthonormal matrix, rounded to 16 bits."""
-_LARGEST_HALF = float(np.finfo(np.float16).max)
-_LARGEST_SINGLE = float(np.finfo(np.float32).max)
 _LEAST_STEP = 1 / LARGEST
 
 
@@ -82,103 +81,67 @@ class CoefficientModel:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenCoding:
-    """What `conditional` adds: prediction from token ids into rotated coefficients, and the distribution of what it leaves.
+class JointCalibration:
+    """basis: of joint rows (keys, then values: 2 p features) in the metric. coefficients: their distribution, in its order.
 
-    rotation [r, r] float16: basis coefficients times it are the coefficients that are coded. explained [L, 2] float32: share of the
-    variance of each layer's keys and of its values that prediction explains.
+    The profile `joint` has one for the rows of all layers, `conditional` one for what prediction leaves of those that it codes.
     """
 
-    predictor: Predictor
-    rotation: Tensor
-    coefficients: CoefficientModel
-    explained: Tensor
-
-    def tensors(self) -> Named:
-        """Its tensors in the calibration file."""
-        yield "tokens.table", self.predictor.table
-        yield "tokens.weights", self.predictor.weights
-        yield "tokens.hidden", self.predictor.hidden
-        yield "tokens.outputs", self.predictor.outputs
-        yield "tokens.rotation", self.rotation
-        yield "tokens.explained", self.explained
-        yield from self.coefficients.tensors("tokens")
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], n_layers: int, rank: int) -> TokenCoding:
-        """Inverse of `tensors`."""
-        table, weights = tensors["tokens.table"], tensors["tokens.weights"]
-        hidden, outputs = tensors["tokens.hidden"], tensors["tokens.outputs"]
-        if table.dim() != 2 or not table.numel():
-            raise CorruptCalibration(f"tokens.table is {tuple(table.shape)}; expected tokens and features")
-        if outputs.dim() != 2:
-            raise CorruptCalibration(f"tokens.outputs is {tuple(outputs.shape)}; expected hidden features and rank")
-        n_features = N_TOKENS_SEEN * table.shape[1] + 1
-        expect("tokens.table", table, tuple(table.shape), torch.int8)
-        halves = torch.float16, -_LARGEST_HALF, _LARGEST_HALF
-        expect("tokens.weights", weights, (n_features, rank), *halves)
-        expect("tokens.hidden", hidden, (n_features, outputs.shape[0]), *halves)
-        expect("tokens.outputs", outputs, (outputs.shape[0], rank), *halves)
-        rotation, explained = tensors["tokens.rotation"], tensors["tokens.explained"]
-        expect("tokens.rotation", rotation, (rank, rank), torch.float16, -ORTHONORMAL, ORTHONORMAL)
-        expect("tokens.explained", explained, (n_layers, 2), torch.float32, -_LARGEST_SINGLE, ORTHONORMAL)
-        coefficients = CoefficientModel.from_tensors(tensors, "tokens", rank)
-        predictor = Predictor(table, weights, hidden, outputs)
-        return cls(predictor, rotation, coefficients, explained)
-
-
-@dataclass(frozen=True, eq=False)
-class JointCalibration:
-    """basis: of joint rows (keys, then values: 2 p features) in the metric. coefficients: their distribution."""
-
-    basis: Basis
+    basis: JointBasis
     metric: Metric
     coefficients: CoefficientModel
-    tokens: TokenCoding | None
 
-    def tensors(self) -> Named:
+    def tensors(self, prefix: str) -> Named:
         """Its tensors in the calibration file."""
-        yield "joint.mean", self.basis.mean
-        yield "joint.vectors", self.basis.vectors
-        yield "joint.spectrum", self.basis.spectrum
-        yield "joint.roots", self.metric.roots
-        yield from self.coefficients.tensors("joint")
-        if self.tokens is not None:
-            yield from self.tokens.tensors()
-
-    @property
-    def parts(self) -> dict[str, tuple[int, int]]:
-        """(numbers, bytes in the file) of what weighs most: the basis; the token table, and all else that prediction needs."""
-        found = {"basis": [self.basis.mean, self.basis.vectors, self.basis.spectrum, self.metric.roots]}
-        if self.tokens is not None:
-            predictor = self.tokens.predictor
-            found["token table"] = [predictor.table]
-            found["prediction"] = [predictor.weights, predictor.hidden, predictor.outputs, self.tokens.rotation]
-        return {
-            name: (sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))
-            for name, tensors in found.items()
-        }
+        for name in _BASIS:
+            yield f"{prefix}.{name}", getattr(self.basis, name)
+        yield f"{prefix}.roots", self.metric.roots
+        yield from self.coefficients.tensors(prefix)
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], geometry: CacheGeometry) -> JointCalibration | None:
-        """Inverse of `tensors`; None for a calibration without."""
-        if "joint.mean" not in tensors:
+    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str, geometry: CacheGeometry) -> JointCalibration | None:
+        """Inverse of `tensors`, of the layers of a geometry; None for a calibration without."""
+        if f"{prefix}.mean" not in tensors:
             return None
-        basis = Basis(tensors["joint.mean"], tensors["joint.vectors"], tensors["joint.spectrum"])
-        roots = tensors["joint.roots"]
-        rank, features = basis.spectrum.numel(), 2 * geometry.row_features
-        n_blocks = 2 * geometry.n_layers * geometry.n_kv_heads
-        expect_basis("joint", basis, features)
-        shape = n_blocks, geometry.head_dim, geometry.head_dim
-        expect("joint.roots", roots, shape, torch.float32, -LARGEST, LARGEST)
-        coefficients = CoefficientModel.from_tensors(tensors, "joint", rank)
-        tokens = TokenCoding.from_tensors(tensors, geometry.n_layers, rank) if "tokens.table" in tensors else None
+        basis = _joint_basis(tensors, prefix, geometry)
+        roots, shape = tensors[f"{prefix}.roots"], tuple(basis.turns.shape)
+        expect(f"{prefix}.roots", roots, shape, torch.float32, -LARGEST, LARGEST)
+        coefficients = CoefficientModel.from_tensors(tensors, prefix, basis.order.numel())
         try:
             metric = Metric.from_roots(roots)
         except InvalidArgument as error:
-            raise CorruptCalibration(f"joint.roots: {error}") from error
-        expect("the inverse of joint.roots", metric.inverses, shape, torch.float32, -LARGEST, LARGEST)
-        return cls(basis, metric, coefficients, tokens)
+            raise CorruptCalibration(f"{prefix}.roots: {error}") from error
+        expect(f"the inverse of {prefix}.roots", metric.inverses, shape, torch.float32, -LARGEST, LARGEST)
+        return cls(basis, metric, coefficients)
+
+
+def importance_of(tensors: dict[str, Tensor], geometry: CacheGeometry) -> Importance | None:
+    """The importance of tokens in a calibration file; None for one without."""
+    if "importance" not in tensors:
+        return None
+    weights = tensors["importance"]
+    expect("importance", weights, (2 * geometry.row_features + 1,), torch.float32, -LARGEST, LARGEST)
+    return Importance(weights)
+
+
+_BASIS = ("mean", "vectors", "scales", "turns", "order")
+
+
+def _joint_basis(tensors: dict[str, Tensor], prefix: str, geometry: CacheGeometry) -> JointBasis:
+    basis = JointBasis(*(tensors[f"{prefix}.{name}"] for name in _BASIS))
+    rank, features, dim = basis.rank, 2 * geometry.row_features, geometry.head_dim
+    if not 1 <= rank <= features:
+        raise CorruptCalibration(f"{prefix}.scales holds {rank} numbers; expected 1 .. {features}, one a vector")
+    expect(f"{prefix}.mean", basis.mean, (features,), torch.float32, -LARGEST, LARGEST)
+    expect(f"{prefix}.vectors", basis.vectors, (features, rank), torch.int8)
+    expect(f"{prefix}.scales", basis.scales, (rank,), torch.float32, 0, ORTHONORMAL / LARGEST_ENTRY)
+    expect(f"{prefix}.turns", basis.turns, (features // dim, dim, dim), torch.float16, -ORTHONORMAL, ORTHONORMAL)
+    expect(f"{prefix}.order", basis.order, (rank + features,), torch.int32, 0, rank + features - 1)
+    if not bool((basis.order.sort().values == torch.arange(rank + features)).all()):
+        raise CorruptCalibration(f"{prefix}.order does not hold every coefficient once")
+    if bool((basis.order[basis.of_vectors].diff() < 0).any()):
+        raise CorruptCalibration(f"{prefix}.order does not keep the order of the vectors")
+    return basis
 
 
 def expect_basis(name: str, basis: Basis, features: int) -> None:

@@ -1,140 +1,116 @@
 """Fitting for the profiles `joint` and `conditional`: one basis for keys and values together, in the metric.
 
-The basis spans the leading principal directions of the weighted rows. For `conditional` coefficients are predicted from token ids
-(`prediction_fit`), and a rotation inside that span decorrelates what that leaves over; so both profiles share the one large matrix.
+The basis spans the leading principal directions of the weighted rows: with `conditional`, of what prediction leaves of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache import CacheGeometry
-from ..coding.joint.metric import Metric
-from ..coding.joint.prediction import Predictor
+from ..coding.joint.basis import JointBasis, in_bytes
+from ..coding.joint.importance import factors
+from ..coding.joint.metric import Metric, times_blocks
 from ..coding.transform import Basis, project
 from ..errors import InvalidArgument
-from ..process.progress import track
 from .entropy import fit_coefficients
-from .joint_calibration import JointCalibration, TokenCoding
-from .prediction_fit import fit_predictor
+from .joint_calibration import JointCalibration
 from .principal import principal_components
 from .row_spool import RowSpool
 
-TABLE_ROWS = 4096
+TABLE_ROWS, _TABLE_VALUES = 4096, 1 << 24
+"""Of the sample that tables are counted on, at most."""
+Blocks = Callable[[], Iterator[Tensor]]
 
 
 class WeightedRows:
-    """Joint rows of two paired spools in the metric, on their device, as `principal_components` reads them."""
+    """Joint rows in the metric, on their device, as `principal_components` reads them.
 
-    def __init__(self, keys: RowSpool, values: RowSpool, metric: Metric) -> None:
-        self._spools = keys, values
-        self._metric = metric.to(keys.device)
-        self.n_rows = keys.n_rows
-        self.device = keys.device
+    Parameters:
+        rows: gives the rows in order, float32 [n, 2 p] blocks of bounded size, as often as it is called.
+        n_rows: how many there are.
+        metric: of all their features.
+        device: where they are.
+    """
+
+    def __init__(self, rows: Blocks, n_rows: int, metric: Metric, device: torch.device) -> None:
+        self._rows = rows
+        self.metric = metric.to(device)
+        self.n_rows, self.device = n_rows, device
 
     def blocks(self, columns: slice = slice(None)) -> Iterator[Tensor]:
-        """The rows in order, float32 [n, 2 p] blocks of bounded size."""
-        for keys, values in zip(*(spool.blocks() for spool in self._spools), strict=True):
-            yield self._metric.weigh(torch.cat([keys, values], dim=1))[:, columns]
+        """The weighted rows in order."""
+        for rows in self._rows():
+            yield self.metric.weigh(rows)[:, columns]
+
+
+def joint_rows(keys: RowSpool, values: RowSpool, skipped: int = 0) -> Iterator[Tensor]:
+    """Rows of two paired spools side by side, float32 [n, 2 p] blocks; skipped: leading features of each that are left out."""
+    for sides in zip(keys.blocks(), values.blocks(), strict=True):
+        yield torch.cat([side[:, skipped:] for side in sides], dim=1)
 
 
 def fit_joint(
-    geometry: CacheGeometry,
-    keys: RowSpool,
-    values: RowSpool,
+    rows: Blocks,
+    n_rows: int,
+    device: torch.device,
     metric: Metric,
+    levels: Tensor | None,
     rank: int,
     seed: int,
-    table: Tensor | None = None,
-    triples: Tensor | None = None,
-    n_hidden: int = 0,
+    name: str,
 ) -> JointCalibration:
-    """Fit to paired spools of un-rotated keys and of values, on their device; the calibration is on the CPU.
+    """Fit to joint rows of un-rotated keys and of values, on their device; the calibration is on the CPU.
 
-    Memory there at most 16 P l + 36 l^2 bytes, with P = 2 p features and l = rank + `OVERSAMPLING`, `TRAINED_COEFFICIENTS` float16
-    numbers a row, and a block of rows with its intermediate results. Nothing is [P, P] or [rows, P].
-    table [vocabulary, k] and triples [n, 3], each row's token and its predecessors: for `conditional`; without them it is left out.
-    n_hidden: units of the predictor's hidden layer.
+    Memory there at most 16 P l + 36 l^2 bytes, with P = 2 p features and l = rank + `OVERSAMPLING`, and a block of rows with its
+    intermediate results. Nothing is [P, P] or [rows, P].
+
+    Parameters:
+        rows, n_rows, device, metric: as of `WeightedRows`.
+        levels: uint8 [n_rows] of the tokens; None where all have one step.
+        rank: vectors of the basis, at most.
+        seed: of all random draws.
+        name: of the profile, for progress.
     """
     if rank < 1:
         raise InvalidArgument(f"joint_rank must be at least 1; got {rank}")
-    rows = WeightedRows(keys, values, metric)
-    basis = principal_components(rows, rank, seed=seed, name="joint basis").basis
-    sample = np.sort(np.random.default_rng(seed).permutation(rows.n_rows)[:TABLE_ROWS])
-    coefficients = _sampled(rows, basis, sample)
-    tokens = None
-    if table is not None and triples is not None:
-        tokens = _fit_tokens(geometry, rows, basis, metric, table, triples, n_hidden, seed, sample)
-    return JointCalibration(basis, metric, fit_coefficients(coefficients), tokens)
+    weighted = WeightedRows(rows, n_rows, metric, device)
+    found = principal_components(weighted, rank, seed=seed, name=f"{name} basis").basis
+    basis, coefficients = complete(found, metric, sampled(weighted, seed))
+    if levels is not None:
+        coefficients *= factors(levels[sample_of(weighted, seed)])
+    return JointCalibration(basis, metric, fit_coefficients(coefficients))
 
 
-def _sampled(rows: WeightedRows, basis: Basis, sample: np.ndarray) -> Tensor:
-    mean, vectors = basis.matrices(rows.device)
-    found, start = [], 0
+def complete(found: Basis, metric: Metric, rows: Tensor) -> tuple[JointBasis, Tensor]:
+    """The basis with its remainder, and the coefficients [n, r + P] of a sample of weighted rows [n, P] in its order."""
+    vectors, scales = in_bytes(found.vectors)
+    plain = vectors.float() * scales
+    leading = project(rows, found.mean, plain)
+    remainder = rows - found.mean - leading @ plain.T
+    blocks = remainder.reshape(len(rows), -1, metric.roots.shape[-1]).transpose(0, 1).double()
+    turns = torch.linalg.eigh(blocks.mT @ blocks).eigenvectors.flip(2).half()
+    both = torch.cat([leading, times_blocks(remainder, turns.float())], dim=1)
+    order = both.square().mean(dim=0).argsort(descending=True, stable=True)
+    # The vectors keep their order among themselves: at any step those that are coded are the first ones.
+    order[order < len(scales)] = torch.arange(len(scales))
+    return JointBasis(found.mean, vectors, scales, turns, order.int()), both[:, order]
+
+
+def sample_of(rows: WeightedRows, seed: int) -> Tensor:
+    """Numbers of the rows that tables are counted on, int64, rising."""
+    n = min(TABLE_ROWS, _TABLE_VALUES // len(rows.metric.roots.flatten(0, 1)))
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(rows.n_rows)[:n]))
+
+
+def sampled(rows: WeightedRows, seed: int) -> Tensor:
+    """These rows, weighted, on the CPU."""
+    chosen, found, start = sample_of(rows, seed), [], 0
     for block in rows.blocks():
-        found.append(project(_chosen(block, sample, start), mean, vectors).cpu())
+        inside = chosen[(chosen >= start) & (chosen < start + len(block))] - start
+        found.append(block[inside.to(block.device)].cpu())
         start += len(block)
     return torch.cat(found)
-
-
-def _chosen(block: Tensor, sample: np.ndarray, start: int) -> Tensor:
-    """Those rows of a block that are in the sample; the block's first row is number `start`."""
-    inside = sample[(sample >= start) & (sample < start + len(block))] - start
-    return block[torch.from_numpy(inside).to(block.device)]
-
-
-def _fit_tokens(
-    geometry: CacheGeometry,
-    rows: WeightedRows,
-    basis: Basis,
-    metric: Metric,
-    table: Tensor,
-    triples: Tensor,
-    n_hidden: int,
-    seed: int,
-    sample: np.ndarray,
-) -> TokenCoding:
-    """Prediction, then the principal directions of what it leaves over: memory of a few matrices [r, r]."""
-    mean, vectors = basis.matrices(rows.device)
-
-    def coefficients() -> Iterator[Tensor]:
-        return (project(block, mean, vectors) for block in rows.blocks())
-
-    table, triples = table.to(rows.device), triples[: rows.n_rows].to(rows.device)
-    plain = fit_predictor(table, triples, coefficients, n_hidden, seed)
-    before, after = (torch.zeros(basis.rank, basis.rank, dtype=torch.float64, device=rows.device) for _ in range(2))
-    sampled, start = [], 0
-    for block in track(coefficients(), "what prediction leaves", "blocks"):
-        residual = block - plain.predict(triples[start : start + len(block)])
-        before += (block.T @ block).double()
-        after += (residual.T @ residual).double()
-        sampled.append(_chosen(residual, sample, start).cpu())
-        start += len(block)
-    rotation = torch.linalg.eigh(after).eigenvectors.flip(1).float().to(torch.float16)
-    turn = rotation.float()
-    matrices = (plain.weights @ turn).half(), plain.hidden.half().contiguous(), (plain.outputs @ turn).half()
-    predictor = Predictor(table.cpu(), *(matrix.cpu() for matrix in matrices))
-    explained = _explained(geometry, vectors, metric.to(rows.device), before, after)
-    left = torch.cat(sampled) @ turn.cpu()
-    return TokenCoding(predictor, rotation.cpu(), fit_coefficients(left), explained)
-
-
-def _explained(geometry: CacheGeometry, vectors: Tensor, metric: Metric, before: Tensor, after: Tensor) -> Tensor:
-    """[L, 2]: one less the share of each layer's key and value variance that is left, inside the span of the basis."""
-    plain = metric.unweigh(vectors.T).T
-    moments = before.float(), after.float()
-    # Layer by layer, keys and then values: a product of all of them would be another matrix as large as the basis.
-    sums = torch.tensor(
-        [
-            [float(torch.vdot((part @ moment).flatten(), part.flatten())) for moment in moments]
-            for part in plain.chunk(2 * geometry.n_layers)
-        ],
-        dtype=torch.float32,
-    )
-    total, left = sums.T
-    explained: Tensor = 1 - left / total.clamp_min(torch.finfo(torch.float32).tiny)
-    return explained.reshape(2, geometry.n_layers).T.contiguous()

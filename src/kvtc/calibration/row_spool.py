@@ -68,9 +68,14 @@ class RowSpool:
         self.n_rows = min(self.n_offered, self.capacity)
         return slots
 
-    def blocks(self, columns: slice = slice(None)) -> Iterator[Tensor]:
-        """The rows in order as float32 blocks [n, columns] of bounded size."""
-        rows_at_once = max(64, BLOCK_VALUES // self.features)
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a block."""
+        return max(64, BLOCK_VALUES // self.features)
+
+    def blocks(self, columns: slice = slice(None), rows_at_once: int | None = None) -> Iterator[Tensor]:
+        """The rows in order as float32 blocks [n, columns] of bounded size. rows_at_once: those of a spool paired with this one."""
+        rows_at_once = rows_at_once or self.rows_at_once
         for start in range(0, self.n_rows, rows_at_once):
             # In 16 bits on their way to the device: half of what float32 would take.
             rows = self._read(start, min(rows_at_once, self.n_rows - start)).to(self.device)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..cache import CacheGeometry, KVCache
 from ..coding.device import usable_device
-from ..coding.joint.prediction import N_TOKENS_SEEN, NO_TOKEN, token_triples
 from ..coding.transform import rows_of
 from ..errors import InvalidArgument
 from ..process.progress import note
@@ -18,14 +16,14 @@ from ..process.torch_state import neutral_torch_state
 from .row_spool import FLOAT16_BYTES, RowSpool, require_disk
 
 MAX_ROWS = 160_000
-CHUNK_TOKENS = 256
-"""Tokens of a chunk in `kvtc.Codec`, unless it is given another number."""
+_LARGEST_STATE = 6e4
+"""Of an entry of a hidden state in 16 bits: a few dwarf all others."""
 _TOKENS_AT_ONCE = 1024
 """Of a cache whose rows are made in float32: memory does not grow with the length of texts."""
 
 
 class CalibrationRows:
-    """The rows that a calibration is fitted to: keys before rotation, values, and the token ids behind each.
+    """The rows that a calibration is fitted to: keys before rotation, values, and a hidden state of each token.
 
     A context manager: leaving it deletes the files. Caches are given one by one to `add`; none is kept.
 
@@ -34,7 +32,7 @@ class CalibrationRows:
         sink_tokens: rows at positions below this are left out, because attention sinks look like nothing else.
         max_rows: rows kept, for keys and values each, as float16 on disk. Of more, a uniform sample is kept.
         max_tokens: tokens past the sinks after which `is_full` is true; None: max_rows. No more rows than that are kept.
-        with_tokens: whether each cache comes with its token ids, which the profile `conditional` needs.
+        hidden_width: d, of the hidden states that come with the caches, which the profile `conditional` needs; 0: none do.
         spool_directory: where the files are; None: the system's directory for temporary files.
         seed: of the sample.
         device: where the rows are read back to.
@@ -50,7 +48,7 @@ class CalibrationRows:
         sink_tokens: int = 4,
         max_rows: int = MAX_ROWS,
         max_tokens: int | None = None,
-        with_tokens: bool = False,
+        hidden_width: int = 0,
         spool_directory: str | Path | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
@@ -63,13 +61,13 @@ class CalibrationRows:
         max_rows = min(max_rows, self.max_tokens)
         directory = Path(spool_directory) if spool_directory is not None else None
         p, place = geometry.row_features, usable_device(device)
-        disk = require_disk(2 * max_rows * p * FLOAT16_BYTES, directory)
+        disk = require_disk(max_rows * (2 * p + hidden_width) * FLOAT16_BYTES, directory)
         note(f"calibration rows: {disk} for at most {max_rows} rows of 2 x {p} features")
         self.geometry, self.sink_tokens = geometry, sink_tokens
         self.keys = RowSpool(p, max_rows, seed, directory, place)
         self.values = RowSpool(p, max_rows, seed, directory, place)
         self.n_sequences = 0
-        self._triples = np.full((max_rows, N_TOKENS_SEEN), NO_TOKEN, np.int64) if with_tokens else None
+        self.hidden = RowSpool(hidden_width, max_rows, seed, directory, place) if hidden_width else None
 
     def __enter__(self) -> CalibrationRows:
         return self
@@ -77,6 +75,8 @@ class CalibrationRows:
     def __exit__(self, *_: object) -> None:
         self.keys.close()
         self.values.close()
+        if self.hidden is not None:
+            self.hidden.close()
 
     @property
     def n_rows(self) -> int:
@@ -88,29 +88,28 @@ class CalibrationRows:
         """Whether max_tokens tokens past the sinks were seen, so that no further cache is needed."""
         return self.keys.n_offered >= self.max_tokens
 
-    @property
-    def triples(self) -> Tensor | None:
-        """[n_rows, 3] int64: for each row kept, its token id and those of its two predecessors; None without token ids."""
-        return None if self._triples is None else torch.from_numpy(self._triples)[: self.n_rows]
-
     @neutral_torch_state
-    def add(self, cache: KVCache, token_ids: Tensor | None = None) -> None:
+    def add(self, cache: KVCache, hidden: Tensor | None = None) -> None:
         """Offer the rows of one cache.
 
         Time: one un-rotation and one write of its rows. Memory: 1024 tokens in float32.
 
         Parameters:
             cache: it must cover the geometry of these rows.
-            token_ids: [T] int64, its token ids; needed if `with_tokens`, else ignored.
+            hidden: [T, d], the hidden states of its tokens; needed with a `hidden_width`, else ignored.
 
         Raises:
             InvalidCache, GeometryMismatch: for a cache that cannot be used.
-            InvalidArgument: for token ids that are missing, or not as many as the tokens of the cache.
+            InvalidArgument: for hidden states that are missing, or of another shape.
         """
         cache.validate()
         self.geometry.check(cache)
         cache = cache.plain()
-        seen = None if self._triples is None else _triples_of(cache, token_ids)
+        if self.hidden is not None and (hidden is None or hidden.shape != (cache.n_tokens, self.hidden.features)):
+            raise InvalidArgument(
+                f"expected hidden states ({cache.n_tokens}, {self.hidden.features}) with the cache, found "
+                f"{'none' if hidden is None else tuple(hidden.shape)}"
+            )
         positions = cache.resolved_positions()
         body = (positions >= self.sink_tokens).to(cache.keys.device)
         if not bool(body.any()):
@@ -122,18 +121,6 @@ class CalibrationRows:
             keys, length = cache.keys[:, :, part], cache.resolved_rope_length()
             slots = self.keys.append(rows_of(self.geometry.rope.unrotate(keys, positions[part], length))[here])
             self.values.append(rows_of(cache.values[:, :, part])[here], slots)
-            if seen is not None and self._triples is not None:
-                kept = slots >= 0
-                # A slot may be drawn twice in one part: the later row stays, here as in the spool.
-                self._triples[slots[kept]] = seen[part][here.cpu().numpy()][kept]
-
-
-def _triples_of(cache: KVCache, token_ids: Tensor | None) -> np.ndarray:
-    """[T, 3] int64. Predecessors end where a chunk begins, as often as they will when caches are coded."""
-    found = "none" if token_ids is None else len(token_ids)
-    if token_ids is None or found != cache.n_tokens:
-        raise InvalidArgument(
-            f"token_ids must go with the caches: one has {cache.n_tokens} tokens, its ids are {found}"
-        )
-    positions = cache.resolved_positions().numpy()
-    return token_triples(np.asarray(token_ids, dtype=np.int64), positions, CHUNK_TOKENS).numpy()
+            if self.hidden is not None and hidden is not None:
+                states = hidden[part][here.to(hidden.device)].float()
+                self.hidden.append(states.clamp(-_LARGEST_STATE, _LARGEST_STATE), slots)

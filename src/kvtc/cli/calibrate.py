@@ -29,13 +29,13 @@ def add_subcommands(subcommands: Subcommands) -> None:
         help="of paper, joint, conditional: what to calibrate for (default: all)",
     )
     parser.add_argument(
-        "--joint-rank", type=int, metavar="R", help="the same for joint and conditional (default: 10000)"
+        "--joint-rank",
+        type=int,
+        metavar="R",
+        help="the same for joint and conditional (default: at most 4096)",
     )
     parser.add_argument(
-        "--embedding-rank", type=int, metavar="K", help="features of a token in prediction (default: 256)"
-    )
-    parser.add_argument(
-        "--hidden-features", type=int, metavar="N", help="hidden features of prediction; 0: linear (default: 384)"
+        "--recompute-layers", type=int, metavar="M", help="first layers that conditional recomputes (default: 1)"
     )
     parser.add_argument("--layers", type=half_open_range, metavar="A:B", help="layers of one pipeline rank")
     parser.add_argument("--kv-heads", type=half_open_range, metavar="A:B", help="heads of one tensor-parallel rank")
@@ -62,7 +62,7 @@ def calibrate(options: argparse.Namespace) -> Outcome:
     started = time.perf_counter()
     model, tokenizer = open_model(options, options.tokens_per_sequence, "a sequence would have")
     names = (
-        "max_tokens", "max_rows", "rank", "joint_rank", "embedding_rank", "hidden_features", "profiles",
+        "max_tokens", "max_rows", "rank", "joint_rank", "recompute_layers", "profiles",
         "layers", "kv_heads", "sink_tokens", "spool_directory",
     )  # fmt: skip
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}

@@ -16,7 +16,7 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
     """A calibration and its file, for JSON and in words."""
     kinds = {"key": calibration.key, "value": calibration.value}
     joint, n_bytes, info = calibration.joint, path.stat().st_size, calibration.info
-    parts = {} if joint is None else joint.parts
+    conditional = calibration.conditional
     result = {
         "path": str(path),
         "fingerprint": calibration.fingerprint.hex(),
@@ -33,8 +33,8 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
             ]
             for profile, curve in calibration.quality.items()
         },
-        "predicted_variance": joint.tokens.explained.tolist() if joint and joint.tokens else None,
-        "joint_parts": {name.replace(" ", "_"): {"numbers": n, "bytes": size} for name, (n, size) in parts.items()},
+        "recomputed_layers": conditional.n_layers if conditional else None,
+        "predicted_variance": conditional.explained.tolist() if conditional else None,
         "info": info,
     }
     fields: Fields = [
@@ -56,9 +56,10 @@ def _joint_fields(calibration: Calibration) -> Fields:
     if joint is None:
         return [("joint basis", "none: this calibration serves the profile paper alone")]
     fields: Fields = [("joint rank", f"{joint.basis.rank:,} coefficients of keys and values together")]
-    fields += [(f"joint {name}", f"{n:,} numbers, {format_bytes(size)}") for name, (n, size) in joint.parts.items()]
-    if joint.tokens is not None:
-        for name, shares in zip(("keys", "values"), joint.tokens.explained.T.tolist(), strict=True):
+    conditional = calibration.conditional
+    if conditional is not None:
+        fields.append(("recomputed", f"the first {conditional.n_layers} layers"))
+        for name, shares in zip(("keys", "values"), conditional.explained.T.tolist(), strict=True):
             by_layer = " ".join(f"{share:.2f}" for share in shares)
             fields.append((f"predicted {name}", f"share of variance by layer: {by_layer}"))
     for profile, curve in calibration.quality.items():

@@ -19,7 +19,7 @@ from .arguments import (
     positive,
     read_stream,
 )
-from .models import check_context, find_calibration, load_model, load_tokenizer
+from .models import check_context, find_calibration, load_model, load_tokenizer, source_of
 from .texts import add_truncate, text_ids
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ def add_subcommands(subcommands: Subcommands) -> None:
     add_calibration(parser)
     add_model(parser)
     add_truncate(parser)
-    parser.add_argument("--text", type=Path, metavar="FILE", help="the text the stream was made from: ids are compared")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="the text the stream was made from: ids are compared; conditional needs it, from its beginning on",
+    )
     parser.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens")
     parser.add_argument("--start-position", type=int, metavar="P", help="move the first token to this position")
     parser.add_argument(
@@ -57,6 +62,7 @@ def decode(options: argparse.Namespace) -> Outcome:
     check_output(options.output, options.force)
     from ..cache_file import save_cache
     from ..codec import Codec
+    from ..codec.inspection import inspect
     from ..report.table import format_bytes, format_fields, format_seconds
 
     stream = read_stream(options.stream)
@@ -65,7 +71,9 @@ def decode(options: argparse.Namespace) -> Outcome:
     token_ids = text_ids(options, options.text, tokenizer) if options.text is not None else None
     if options.generate is not None and token_ids is not None:
         check_context(options.model, len(token_ids) + options.generate, "text and continuation have")
-    codec = Codec(calibration, device=options.device)
+    is_conditional = inspect(stream).profile == "conditional"
+    model = source_of(options.model) if is_conditional and options.model is not None else None
+    codec = Codec(calibration, device=options.device, model=model)
     started = time.perf_counter()
     cache = codec.decode_neutral(stream, token_ids, options.tokens, options.start_position)
     seconds = time.perf_counter() - started

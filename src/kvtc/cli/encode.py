@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import Outcome, Subcommands, add_calibration, add_model, add_output, check_output
-from .models import find_calibration, load_model, load_tokenizer
+from .models import find_calibration, load_model, load_tokenizer, source_of
 from .texts import add_truncate, text_ids
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def add_subcommands(subcommands: Subcommands) -> None:
     parser.add_argument(
         "--profile",
         metavar="NAME",
-        help="paper, joint or conditional (default: the last of these that the calibration serves; for a cache that was "
-        "saved without token ids, which conditional needs to decode, joint)",
+        help="paper, joint or conditional (default: joint, if the calibration serves it; conditional needs --model, and a "
+        "cache that was saved with token ids)",
     )
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--ratio", type=float, help="how many times fewer bits the coded tokens get")
@@ -85,13 +85,13 @@ def encode(options: argparse.Namespace) -> Outcome:
     from ..files import write_atomically
 
     calibration = find_calibration(options)
-    taken = signature(Codec).parameters.keys() - {"calibration"}
+    taken = signature(Codec).parameters.keys() - {"calibration", "model"}
     given = {name: value for name, value in vars(options).items() if name in taken and value is not None}
     prefill_seconds = None
     if is_cache:
         cache, token_ids = load_cache(options.input)
-        if token_ids is None and "joint" in calibration.profiles and not options.lossless:
-            given.setdefault("profile", "joint")
+    if options.profile == "conditional" and options.model is not None:
+        given["model"] = source_of(options.model)
     codec = Codec(calibration, **given)
     if not is_cache:
         cache, token_ids, prefill_seconds = _prefill(options, calibration)

@@ -71,7 +71,7 @@ def find_calibration(options: argparse.Namespace) -> Calibration:
 
 
 def _load(loader: Any, name: str, **settings: Any) -> Any:
-    source = _source(name)
+    source = source_of(name)
     try:
         return loader.from_pretrained(source, **settings)
     except KvtcError:
@@ -80,7 +80,7 @@ def _load(loader: Any, name: str, **settings: Any) -> Any:
         raise InvalidArgument(f"cannot load {name}: {_first_line(error)}") from error
 
 
-def _source(name: str) -> str | Path:
+def source_of(name: str) -> str | Path:
     """What transformers loads a model from."""
     from ..installed_models import INSTALLED_MODELS, installed_model
     from ..reference import MODEL_DIRECTORY

@@ -26,10 +26,11 @@ from ..process.torch_state import compute_alone, neutral_torch_state, writing_in
 from ..profiles import AnyEncoder, AnyProfile, make_profile
 from ..profiles.interface import CodedRows
 from ..profiles.rates import FixedSize, Lossless, Rate
+from ..recomputation import Recomputed
 from . import pipeline
 from . import transformers_cache as interop
 from .fixed_size import fixed_stream_bytes
-from .opened_stream import MAX_TOKENS, OpenedStream, check_calibration, open_stream, shift_to
+from .opened_stream import MAX_TOKENS, OpenedStream, check_calibration, check_prefix, open_stream, shift_to
 from .options import (
     RateArguments,
     as_ids,
@@ -38,6 +39,7 @@ from .options import (
     check_limit,
     check_regions,
     product_dtype,
+    recomputation_of,
     stream_settings,
 )
 from .pipeline import Decoding
@@ -52,8 +54,9 @@ class Codec:
 
     Parameters:
         calibration: of the model, from `kvtc.load_calibration` or `kvtc.calibrate`.
-        profile: "paper", "joint" or "conditional". The last one predicts from token ids, which encode and decode then need.
-            Default: the last of these three that the calibration serves, or "paper" where an option of that profile is given.
+        profile: "paper", "joint" or "conditional". The last one recomputes the first layers of the model, so it needs `model`,
+            and encode and decode need the ids of all tokens from position 0 on. Default: "joint", or "paper" where the calibration
+            serves that alone or an option of it is given.
         ratio: bits of the cache over bits of the coded body; default 16. `joint` and `conditional` meet it in real bytes
             (body_ratio). `paper` counts bits before lossless coding, as published, so its real body_ratio is higher.
         sink_tokens: tokens at the beginning that are stored exactly; default 4.
@@ -75,13 +78,16 @@ class Codec:
         chunk_tokens: tokens of a chunk, the unit of random access; default 256.
         max_tokens: tokens that decode may restore beyond those that `tokens` or `token_ids` name, for few bytes may stand for
             many tokens; default 2**20.
+        model: the calibrated model, for `conditional`: a transformers model in memory, or the path of a checkpoint folder, of
+            which the embedding and the recomputed layers alone are read.
         device: where the arithmetic runs; default "cpu".
         backend: "reference", "triton", or "auto" (default): Triton on CUDA devices where it is installed.
         precision: dtype that both sides of a product are rounded to: "float32", "bfloat16", or "auto" (default): bfloat16 on
             CUDA devices, else float32. Sums are float32.
 
     Raises:
-        InvalidArgument: for arguments that can never work, or that contradict one another.
+        InvalidArgument: for arguments that can never work, or that contradict one another, and for a model of other weights than
+            those that the calibration was made with.
         BackendUnavailable: for a backend that cannot run on the device.
 
     Source: Staniszewski et al. 2025, "KV Cache Transform Coding for Compact Storage in LLM Inference", for the pipeline.
@@ -109,6 +115,7 @@ class Codec:
         fixed_size: bool = False,
         chunk_tokens: int = 256,
         max_tokens: int = MAX_TOKENS,
+        model: Any = None,
         device: str | torch.device = "cpu",
         backend: str = "auto",
         precision: str = "auto",
@@ -117,7 +124,7 @@ class Codec:
         check_regions(sink_tokens, window_tokens)
         check_limit(max_tokens)
         arguments = RateArguments(ratio, step, kl, key_ratio, value_ratio, max_error, fixed_size, rate, lossless)
-        profile = profile or arguments.profile or calibration.profiles[-1]
+        profile = profile or arguments.profile or ("paper" if calibration.joint is None else "joint")
         self.calibration = calibration
         self.max_tokens = max_tokens
         self.rate = arguments.resolve(profile, calibration)
@@ -128,6 +135,7 @@ class Codec:
         self.backend = make_backend(self.device, backend)
         self._product = product_dtype(precision, self.device)
         self._lock = ForkSafeLock()
+        self._recomputation = recomputation_of(model, calibration, self.device)
         self._profiles: dict[str, AnyProfile] = {}
         self._encoder = self._encoder_at(self.rate)
         in_child(self._renew)
@@ -162,7 +170,8 @@ class Codec:
         """A cache -> stream. The cache is left as it was.
 
         cache: a transformers `DynamicCache` of batch 1, or a `KVCache`. token_ids [T]: their digest is stored and must match on
-        decode. positions [T]: where the tokens stand, increasing; default the cache's own, or 0 .. T-1.
+        decode; with `conditional` those of all tokens from position 0 on, up to the last of the cache, whose positions have no
+        gaps. positions [T]: where the tokens stand, increasing; default the cache's own, or 0 .. T-1.
 
         Raises `InvalidCache`, `GeometryMismatch`, `UnsupportedModel`, `InvalidArgument`.
         """
@@ -206,6 +215,16 @@ class Codec:
         return isinstance(self.rate, Lossless)
 
     @property
+    def needs_prefix(self) -> bool:
+        """Whether token ids are those of all tokens from position 0 on, and not of the cache's own alone (`conditional`)."""
+        return self._encoder is not None and self._encoder.recomputation is not None
+
+    def forget_prefix(self) -> None:
+        """Drop what was recomputed last (`conditional`), which is kept for texts that go on from it."""
+        if self._recomputation is not None:
+            self._recomputation.forget()
+
+    @property
     def settings_digest(self) -> bytes:
         """SHA-256 of all that a stream depends on besides the cache and the calibration, for the keys of entries.
 
@@ -242,9 +261,9 @@ class Codec:
 
         stream: bytes, or uint8 [bytes] on a device, where coded bodies stay and are not held against their checksums again.
         token_ids: the ids the stream was made from, or those of its first `tokens`; the last chunk of a prefix is compared only
-        if the ids of all its tokens are given. tokens: decode only so many tokens from the beginning; only the chunks that hold
-        them are read, as wholes. start_position: place the first token there instead of where it stood, keys rotated to match
-        (then sinks and window are exact up to rounding).
+        if the ids of all its tokens are given. With `conditional` the ids of all tokens before them come first. tokens: decode only
+        so many tokens from the beginning; only the chunks that hold them are read, as wholes. start_position: place the first token
+        there instead of where it stood, keys rotated to match (then sinks and window are exact up to rounding).
 
         Raises `TruncatedStream`, `CorruptStream`, `UnsupportedVersion`, `CalibrationMismatch`, `GeometryMismatch`,
         `TokenMismatch`, `StreamTooLarge`, `InvalidArgument`.
@@ -421,19 +440,32 @@ class Codec:
         cache = cache.plain()
         cache.validate(is_finite=not self.is_lossless)
         self.calibration.geometry.check(cache)
+        recomputed = self._recomputed(cache, token_ids)
+        if recomputed is not None and token_ids is not None:
+            token_ids = token_ids[recomputed.first :]
         if token_ids is not None and len(token_ids) != cache.n_tokens:
             raise InvalidArgument(f"the cache holds {cache.n_tokens} tokens, but {len(token_ids)} token ids are given")
-        if token_ids is None and self._encoder is not None and self._encoder.needs_tokens:
-            raise InvalidArgument(
-                f"the profile {self.settings.profile} predicts from token ids; give token_ids, or use joint"
-            )
         spans = self._spans(cache.resolved_positions())
         blocks = self.backend.block_coder
         draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans, blocks)
         if self._encoder is None:
             return draft.seal(b"", CodedRows(), is_final=True, size=None)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
-        return pipeline.encode(cache, token_ids, spans, draft, size, self.calibration, self.backend, self._encoder)
+        return pipeline.encode(cache, recomputed, spans, draft, size, self.calibration, self.backend, self._encoder)
+
+    def _recomputed(self, cache: KVCache, token_ids: TokenIds | None) -> Recomputed | None:
+        """What the first layers compute of the cache's tokens, where the profile predicts from it."""
+        recomputation = None if self._encoder is None else self._encoder.recomputation
+        if recomputation is None or not cache.n_tokens:
+            return None
+        positions = cache.resolved_positions()
+        first, stop = int(positions[0]), int(positions[-1]) + 1
+        if stop - first != cache.n_tokens:
+            raise InvalidArgument(
+                f"the profile {self.settings.profile} recomputes layers from all tokens: expected a cache without gaps, found "
+                f"{cache.n_tokens} tokens at positions {first} .. {stop - 1}; use joint"
+            )
+        return recomputation.run(check_prefix(self.settings.profile, token_ids, stop)).part(slice(first, None))
 
     def _spans(self, positions: Tensor) -> list[ChunkSpan]:
         return split_regions(positions, self.sink_tokens, self.window_tokens, self.settings.chunk_tokens)
@@ -464,5 +496,7 @@ class Codec:
         """A profile, whichever this codec writes, made ready at first need."""
         with self._lock:
             if name not in self._profiles:
-                self._profiles[name] = make_profile(name, self.calibration, self.backend, self._product)
+                self._profiles[name] = make_profile(
+                    name, self.calibration, self.backend, self._product, self._recomputation
+                )
             return self._profiles[name]

@@ -16,7 +16,6 @@ from ..backends import Bytes
 from ..cache import CacheExtent, TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.exact.tokens import decode_exact, decode_fp8, exact_bytes, fp8_bytes
-from ..coding.joint.prediction import NO_TOKEN, token_triples
 from ..coding.lossless import BlockCoder
 from ..container.stream import Stream, Wanted, parse_stream, token_digest
 from ..container.tables import MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType
@@ -31,6 +30,7 @@ from ..errors import (
 from ..process.torch_state import neutral_torch_state
 from ..profiles import AnyDecoder
 from ..profiles.interface import CodedBody, Plan
+from ..recomputation import Recomputed
 
 MAX_TOKENS = 1 << 20
 """Tokens that are decoded at most unless the caller names more."""
@@ -83,7 +83,8 @@ def open_stream(
         stream: parsed, and made with the calibration (`check_calibration`). Where its bytes are on a device, bodies that no
             lossless coder was applied to stay there; their checksums are not verified then.
         decoder: of its profile.
-        token_ids: int64, those of its tokens, or of the first `tokens`; None where decoding needs none.
+        token_ids: int64, those of its tokens, or of the first `tokens`, behind those of all tokens before them where layers are
+            recomputed; None where decoding needs none.
         tokens: how many tokens are wanted; None: all.
         max_tokens: how many tokens past those that `tokens`, or else token_ids, name may have to be decoded.
         block_coder: decodes blocks of lossless coders, where it takes them.
@@ -96,14 +97,14 @@ def open_stream(
     n_tokens = stream.n_tokens if tokens is None else tokens
     if not isinstance(n_tokens, int) or not 0 <= n_tokens <= stream.n_tokens:
         raise InvalidArgument(f"tokens must lie in 0 .. {stream.n_tokens}, what the stream holds; got {tokens}")
-    named = tokens if tokens is not None else 0 if token_ids is None else len(token_ids)
+    first_id = stream.chunks[0].first_position if decoder.recomputation is not None and stream.n_tokens else 0
+    own_ids = None if token_ids is None else token_ids[first_id:]
+    named = tokens if tokens is not None else 0 if own_ids is None else len(own_ids)
     chunks = _chunks_of(stream, n_tokens, named + max_tokens)
-    if token_ids is not None:
-        _check_tokens(header, chunks, token_ids, n_tokens)
-    if decoder.needs_tokens and token_ids is None:
-        raise InvalidArgument(
-            f"the profile {header.profile} predicts from token ids; give token_ids to decode this stream"
-        )
+    if decoder.recomputation is not None:
+        check_prefix(header.profile, token_ids, first_id + n_tokens)
+    if own_ids is not None:
+        _check_tokens(header, chunks, own_ids, n_tokens)
     plan = decoder.read_plan(_rate(stream, decoder))
     keys = [(kind, index) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
     wanted = [(kind, index, _raw_bytes(kind, chunks[index], header, decoder, plan)) for kind, index in keys]
@@ -112,6 +113,7 @@ def open_stream(
     others = [one for one in wanted if one[:2] not in left]
     read = {one[:2]: raw for one, raw in zip(others, stream.read_all(others, block_coder), strict=True)}
     coded_bytes: dict[tuple[SectionType, int], Bytes] = {**read, **left}
+    recomputed = _recomputed(decoder, chunks, token_ids, first_id)
     positions, coded, exact = [], [], []
     first = 0
     for index, chunk in enumerate(chunks):
@@ -123,19 +125,17 @@ def open_stream(
         if n_exact:
             exact.append(_exact(read[SectionType.BODY, index], header, n_exact, first + chunk.n_sink, is_fp8=False))
         elif chunk.n_body:
-            here = slice(chunk.n_sink, chunk.n_sink + chunk.n_body)
-            triples = _triples(decoder, chunk, positions[-1], first, token_ids, here)
-            coded.append(CodedBody(coded_bytes[SectionType.BODY, index], chunk.n_body, plan, triples))
+            body_bytes = coded_bytes[SectionType.BODY, index]
+            coded.append(
+                CodedBody(body_bytes, chunk.n_body, plan, _part(recomputed, first + chunk.n_sink, chunk.n_body))
+            )
         if chunk.n_window:
-            here = slice(chunk.n_tokens - chunk.n_window, chunk.n_tokens)
+            at = first + chunk.n_tokens - chunk.n_window
             if chunk.coded_window:
-                window = coded_bytes[SectionType.WINDOW, index]
-                triples = _triples(decoder, chunk, positions[-1], first, token_ids, here)
-                coded.append(CodedBody(window, chunk.n_window, plan, triples, is_window=True))
+                window, known = coded_bytes[SectionType.WINDOW, index], _part(recomputed, at, chunk.n_window)
+                coded.append(CodedBody(window, chunk.n_window, plan, known, is_window=True))
             else:
-                exact.append(
-                    _exact(read[SectionType.WINDOW, index], header, chunk.n_window, first + here.start, is_fp8=False)
-                )
+                exact.append(_exact(read[SectionType.WINDOW, index], header, chunk.n_window, at, is_fp8=False))
         if chunk.is_padded and read[SectionType.PADDING, index].strip(b"\0"):
             raise CorruptStream(f"the padding of chunk {index} holds other bytes than zeros")
         first += chunk.n_tokens
@@ -228,16 +228,36 @@ def _check_tokens(header: Header, chunks: list[Chunk], token_ids: TokenIds, n_to
         first += chunk.n_tokens
 
 
-def _triples(
-    decoder: AnyDecoder, chunk: Chunk, positions: Tensor, first: int, token_ids: TokenIds | None, here: slice
-) -> Tensor | None:
-    """What prediction sees of the tokens `here` of a chunk; tokens beyond the ids given will not be looked at."""
-    if token_ids is None or not decoder.needs_tokens:
+def check_prefix(profile: str, token_ids: TokenIds | None, n_needed: int) -> TokenIds:
+    """Token ids, unless they are too few to be those of all tokens from position 0 on, as recomputing layers needs them.
+
+    Raises `InvalidArgument`.
+    """
+    found = 0 if token_ids is None else len(token_ids)
+    if token_ids is None or found < n_needed:
+        raise InvalidArgument(
+            f"the profile {profile} recomputes layers from the ids of all tokens from position 0 on: expected {n_needed} "
+            f"token_ids, found {found or 'none'}; or use joint"
+        )
+    return token_ids
+
+
+def _recomputed(decoder: AnyDecoder, chunks: list[Chunk], token_ids: TokenIds | None, first: int) -> Recomputed | None:
+    """What the first layers compute of all tokens of the chunks, the first of which stands at position `first`."""
+    if decoder.recomputation is None or token_ids is None or not chunks:
         return None
-    ids = token_ids[first : first + chunk.n_tokens]
-    known = token_triples(ids, positions[: len(ids)].numpy())
-    missing = torch.full((chunk.n_tokens - len(ids), known.shape[1]), NO_TOKEN, dtype=torch.int64)
-    return torch.cat([known, missing])[here]
+    position = first
+    for index, chunk in enumerate(chunks):
+        if chunk.explicit_positions or chunk.first_position != position:
+            raise CorruptStream(f"chunk {index} does not go on at position {position}, but its rows need all tokens")
+        position += chunk.n_tokens
+    # Of tokens that are decoded only because they share a chunk with others, the ids may be unknown. None comes before others.
+    ids = np.concatenate([token_ids[:position], np.zeros(max(0, position - len(token_ids)), np.int64)])
+    return decoder.recomputation.run(ids).part(slice(first, None))
+
+
+def _part(recomputed: Recomputed | None, first: int, n: int) -> Recomputed | None:
+    return None if recomputed is None else recomputed.part(slice(first, first + n))
 
 
 def _is_coded(kind: SectionType, chunk: Chunk, header: Header) -> bool:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Target
-from ..cache import KVCache, TokenIds
+from ..cache import KVCache
 from ..calibration.artifact import Calibration
-from ..coding.joint.prediction import token_triples
 from ..coding.regions import ChunkSpan
 from ..coding.transform import saturate
 from ..process.progress import track
 from ..process.torch_state import neutral_torch_state
 from ..profiles.interface import Budget, CodedRows, Encoder, Plan, Rows
+from ..recomputation import Recomputed
 from .opened_stream import ExactTokens, OpenedStream
 from .sealed_stream import StreamDraft
 
@@ -35,7 +35,7 @@ Sides = tuple[Target, Target]
 
 def encode(
     cache: KVCache,
-    token_ids: TokenIds | None,
+    recomputed: Recomputed | None,
     spans: list[ChunkSpan],
     draft: StreamDraft,
     size: int | None,
@@ -50,7 +50,7 @@ def encode(
 
     Parameters:
         cache: checked; on any device.
-        token_ids: int64 [T], or None.
+        recomputed: what the first layers compute of its tokens; None where the profile predicts nothing.
         spans: its chunks.
         draft: the sections of the stream that do not depend on the rate.
         size: bytes of the stream, which is padded to them; None: no padding.
@@ -59,7 +59,7 @@ def encode(
         encoder: of a profile, at a rate.
     """
     batches = []
-    for rows in unrotated(cache, token_ids, spans, draft.settings.coded_window, calibration, backend):
+    for rows in unrotated(cache, recomputed, spans, draft.settings.coded_window, calibration, backend):
         predicted = encoder.predict(rows)
         batches.append((rows.is_window, encoder.project(rows, predicted)))
     search = encoder.search([coefficients for _, coefficients in batches], _budget(cache, draft, size, encoder))
@@ -76,7 +76,7 @@ def encode(
 
 def unrotated(
     cache: KVCache,
-    token_ids: TokenIds | None,
+    recomputed: Recomputed | None,
     spans: list[ChunkSpan],
     codes_windows: bool,
     calibration: Calibration,
@@ -93,9 +93,9 @@ def unrotated(
         tokens = slice(batch[0][1].start, batch[-1][1].stop)
         keys, values = (side[:, :, tokens].to(backend.device) for side in (cache.keys, cache.values))
         turns = calibration.geometry.rope.turns(positions[tokens].to(backend.device), length, inverse=True)
-        triples = None if token_ids is None else torch.cat([_triples(token_ids, positions, *part) for part in batch])
+        known = None if recomputed is None else recomputed.part(tokens)
         counts = tuple(part.stop - part.start for _, part in batch)
-        yield Rows(backend.gather(keys, values, turns), triples, counts, cache.original_bits, is_window)
+        yield Rows(backend.gather(keys, values, turns), known, counts, cache.original_bits, is_window)
 
 
 class Decoding:
@@ -202,9 +202,3 @@ def _batches(parts: Sequence[_Part], n_tokens: int) -> Iterator[list[_Part]]:
         held += count
     if batch:
         yield batch
-
-
-def _triples(token_ids: TokenIds, positions: Tensor, span: ChunkSpan, part: slice) -> Tensor:
-    """What prediction sees of a part of a chunk."""
-    found = token_triples(token_ids[span.tokens], positions[span.tokens].numpy())
-    return found[part.start - span.first : part.stop - span.first]

@@ -80,6 +80,13 @@ def product(rows: Tensor, matrix: Tensor) -> Tensor:
     return Columns(matrix).times(rows)
 
 
+def product_of_blocks(left: Tensor, right: Tensor) -> Tensor:
+    """left [n, K, K] @ right [n, K, K] -> float32 [n, K, K], matrix by matrix."""
+    if left.device.type != "cpu":
+        return left @ right
+    return torch.stack([product(rows, matrix) for rows, matrix in zip(left, right, strict=True)])
+
+
 def inverses(blocks: Tensor) -> Tensor:
     """Symmetric positive blocks [n, D, D] -> their inverses in float64, on the CPU.
 

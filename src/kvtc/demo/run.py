@@ -90,14 +90,14 @@ def run_demo(
         MissingDependency: if transformers is not installed.
     """
     calibration = load_calibration(source.calibration)
+    # In bfloat16, as models are served: a token kept exactly then costs 16 bits a value and not 32.
+    model, tokenizer = load_model(source.directory, dtype="bfloat16")
     codecs = {
-        f"{profile} {wanted:g}x": Codec(calibration, profile, ratio=wanted)
+        f"{profile} {wanted:g}x": Codec(calibration, profile, ratio=wanted, model=model)
         for profile in calibration.profiles
         for wanted in sorted({*ratios, ratio})
     }
     chosen = f"{calibration.profiles[-1]} {ratio:g}x"
-    # In bfloat16, as models are served: a token kept exactly then costs 16 bits a value and not 32.
-    model, tokenizer = load_model(source.directory, dtype="bfloat16")
     talk = _read_conversation(tokenizer)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     introduction = report.introduction(

@@ -52,23 +52,19 @@ class ChunkCoder:
         spacing: Chunks begin at multiples of so many tokens; None: of their own length.
 
     Raises:
-        InvalidArgument: The profile is `conditional`, or the calibration does not serve the
-            settings.
+        InvalidArgument: The calibration does not serve the settings.
     """
 
     def __init__(
         self, calibration: Calibration, settings: ChunkSettings, layout_of: LayoutOf, spacing: int | None = None
     ) -> None:
-        if settings.profile == AUTO:
-            settings = replace(settings, profile="paper" if calibration.joint is None else "joint")
         self._codec = WindowlessCodec(calibration, settings)
-        self._codec.profile(has_token_ids=False)  # refuses conditional
         self._chunks = _Chunks(calibration, layout_of, spacing, settings.max_tokens)
 
     @property
     def name(self) -> bytes:
         """Digest of all that a stream depends on besides its chunk."""
-        settings = self._codec.codec(has_token_ids=False).settings_digest
+        settings = self._codec.codec.settings_digest
         return digest("chunk coder", calibration=self._codec.calibration.fingerprint, settings=settings)
 
     @neutral_torch_state
@@ -122,7 +118,7 @@ class FixedChunkCoder:
             raise InvalidArgument(
                 f"streams of a fixed size are of the profile joint; {PREFIX}profile is {settings.profile}"
             )
-        self._codec = WindowlessCodec(calibration, replace(settings, profile="joint"), fixed_size=True).codec(False)
+        self._codec = WindowlessCodec(calibration, replace(settings, profile="joint"), fixed_size=True).codec
         self._chunks = _Chunks(calibration, layout_of, spacing, settings.max_tokens)
         self._stream_size, self._codec_of_first = cache(self._find_stream_size), cache(self._find_codec_of_first)
 

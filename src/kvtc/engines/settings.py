@@ -50,8 +50,8 @@ class EngineSettings:
             the ranks of a worker; or `reference`, the calibration of the model that ships with
             kvtc.
         store: URL for `kvtc.store.open_store`.
-        profile: `paper`, `joint`, `conditional`, or `auto`: the best that the calibration serves
-            and the engine's knowledge allows.
+        profile: `paper`, `joint`, or `auto`: `joint` if the calibration serves it. (`conditional`
+            recomputes layers of the model, which a worker's store does not have at hand.)
         ratio, step, kl: At most one of them, as of `kvtc.Codec`; none: the codec's default ratio.
         namespace: Separates what must not be shared, such as the caches of tenants.
         model: Path of the model's files, or its name on the hub, `name@revision` too; None: as the
@@ -64,7 +64,7 @@ class EngineSettings:
 
     calibration: str = field(metadata=TEXT)
     store: str = field(metadata=TEXT)
-    profile: str = field(default=AUTO, metadata=one_of(AUTO, "paper", "joint", "conditional"))
+    profile: str = field(default=AUTO, metadata=one_of(AUTO, "paper", "joint"))
     ratio: float | None = field(default=None, metadata=NUMBER)
     step: float | None = field(default=None, metadata=NUMBER)
     kl: float | None = field(default=None, metadata=NUMBER)

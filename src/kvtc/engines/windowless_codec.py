@@ -2,8 +2,7 @@
 an exact window.
 
 An engine reuses a chunk in every conversation that begins with the same text, so no tokens at its
-end are kept exactly. Sinks are exact where a chunk begins at position 0. Where token ids are known,
-they predict the values (`conditional`).
+end are kept exactly. Sinks are exact where a chunk begins at position 0.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from ..cache import CacheGeometry, KVCache
 from ..calibration import Calibration
 from ..codec import Codec
 from ..codec.opened_stream import first_position
-from ..errors import InvalidArgument, TokenMismatch, UnsupportedModel
+from ..errors import TokenMismatch, UnsupportedModel
 from ..process.torch_state import neutral_torch_state
-from .settings import AUTO, PREFIX, EngineSettings
+from .settings import AUTO, EngineSettings
 
 CHUNK_TOKENS = 256
 SINK_TOKENS = 4
@@ -50,31 +49,21 @@ class WindowlessCodec:
                 "the rotation of this model depends on the length of a sequence, which an engine does not tell with a chunk"
             )
         self.calibration = calibration
-        joint = calibration.joint
-        best = "paper" if joint is None else "joint" if joint.tokens is None else "conditional"
-        self._with_ids = best if settings.profile == AUTO else settings.profile
-        self._without_ids = "joint" if self._with_ids == "conditional" and settings.profile == AUTO else self._with_ids
-        profiles = dict.fromkeys((self._with_ids, self._without_ids))
-        self._codecs = {profile: _codec(calibration, profile, settings, fixed_size) for profile in profiles}
-
-    def serves(self, has_token_ids: bool) -> bool:
-        """Whether there is a profile for streams with token ids, or without."""
-        return has_token_ids or self._without_ids != "conditional"
-
-    def profile(self, has_token_ids: bool) -> str:
-        """The profile of streams written with token ids, or without; raises `InvalidArgument` if
-        there is none."""
-        profile = self._with_ids if has_token_ids else self._without_ids
-        if not self.serves(has_token_ids):
-            raise InvalidArgument(
-                f"{PREFIX}profile is conditional, but the engine gives no token ids here; use {AUTO} or joint"
-            )
-        return profile
-
-    def codec(self, has_token_ids: bool) -> Codec:
-        """The codec of streams written with token ids, or without; raises `InvalidArgument` if
-        there is none."""
-        return self._codecs[self.profile(has_token_ids)]
+        best = "paper" if calibration.joint is None else "joint"
+        self.codec = Codec(
+            calibration,
+            best if settings.profile == AUTO else settings.profile,
+            ratio=settings.ratio,
+            sink_tokens=SINK_TOKENS,
+            window_tokens=0,
+            step=settings.step,
+            kl=settings.kl,
+            fixed_size=fixed_size,
+            chunk_tokens=CHUNK_TOKENS,
+            # The caller says how many tokens it wants; behind them lies at most the rest of a chunk.
+            max_tokens=CHUNK_TOKENS,
+            device=settings.device,
+        )
 
     @neutral_torch_state
     def encode(self, keys: Tensor, values: Tensor, start: int, token_ids: Ids | None = None) -> bytes:
@@ -83,13 +72,12 @@ class WindowlessCodec:
         Parameters:
             keys, values: [L, H, T, D], as the engine caches them, rotated.
             start: Position of the first token in its text; the others follow without gaps.
-            token_ids: [T], if they are known.
+            token_ids: [T], if they are known: their digest is stored.
 
         Raises:
             InvalidCache, GeometryMismatch, InvalidArgument: As `Codec.encode`.
         """
-        cache = cache_of(self.calibration.geometry, keys, values, start)
-        return self.codec(token_ids is not None).encode(cache, token_ids)
+        return self.codec.encode(cache_of(self.calibration.geometry, keys, values, start), token_ids)
 
     @neutral_torch_state
     def decode(
@@ -108,7 +96,7 @@ class WindowlessCodec:
             TokenMismatch: The stream is of other positions or token ids.
             KvtcError: As `Codec.decode`.
         """
-        cache = self.codec(token_ids is not None).decode_neutral(stream, token_ids, n_tokens)
+        cache = self.codec.decode_neutral(stream, token_ids, n_tokens)
         if n_tokens and start is not None:
             _check_start(int(cache.resolved_positions()[0]), start)
         return cache.keys, cache.values
@@ -129,12 +117,12 @@ class WindowlessCodec:
         """
         _check_start(first_position(stream), start)
         n_tokens = len(targets[0][0].token_offsets)
-        self.codec(token_ids is not None).decode_into(stream, targets, token_ids, n_tokens)
+        self.codec.decode_into(stream, targets, token_ids, n_tokens)
 
     @property
     def device(self) -> torch.device:
         """Where streams are decoded."""
-        return next(iter(self._codecs.values())).device
+        return self.codec.device
 
 
 def cache_of(geometry: CacheGeometry, keys: Tensor, values: Tensor, start: int) -> KVCache:
@@ -146,20 +134,3 @@ def cache_of(geometry: CacheGeometry, keys: Tensor, values: Tensor, start: int) 
 def _check_start(found: int | None, expected: int) -> None:
     if found != expected:
         raise TokenMismatch(f"the stream begins at position {found}; expected {expected}")
-
-
-def _codec(calibration: Calibration, profile: str, settings: EngineSettings, fixed_size: bool) -> Codec:
-    return Codec(
-        calibration,
-        profile,
-        ratio=settings.ratio,
-        sink_tokens=SINK_TOKENS,
-        window_tokens=0,
-        step=settings.step,
-        kl=settings.kl,
-        fixed_size=fixed_size,
-        chunk_tokens=CHUNK_TOKENS,
-        # The caller says how many tokens it wants; behind them lies at most the rest of a chunk.
-        max_tokens=CHUNK_TOKENS,
-        device=settings.device,
-    )

@@ -75,7 +75,8 @@ class KvtcLM(TemplateLM):  # type: ignore[misc]
         self._codec: Codec | None = None
         if codec == "kvtc":
             known = reference_calibration() if calibration is None else load_calibration(calibration)
-            self._codec = Codec(known, device=device, **codec_options)
+            model = self.model if codec_options.get("profile") == "conditional" else None
+            self._codec = Codec(known, device=device, model=model, **codec_options)
         self._costs: list[Cost] = []
         self._latest: tuple[list[int], Any] = ([], None)
 

@@ -90,9 +90,12 @@ class KvtcMethod:
     codec: Codec
 
     def encode(self, _model: Any, cache: Any, token_ids: Tensor, /) -> bytes:
+        self.codec.forget_prefix()
         return self.codec.encode(cache, token_ids)
 
     def decode(self, stream: bytes, token_ids: Tensor, /) -> Any:
+        # So that its time is that of a reader which has computed nothing yet.
+        self.codec.forget_prefix()
         return self.codec.decode(stream, token_ids)
 
     def measure(self, stream: bytes, /) -> Cost:

@@ -151,10 +151,15 @@ def run_sweep(
 
 
 def methods_of(
-    calibration: Calibration, methods: Methods, window_tokens: int, profile_caches: Sequence[Any] = ()
+    calibration: Calibration,
+    methods: Methods,
+    window_tokens: int,
+    profile_caches: Sequence[Any] = (),
+    model: Any = None,
 ) -> dict[str, Method]:
-    """Every method by name, for one window. Raises `InvalidArgument` for baselines that are not
-    known.
+    """Every method by name, for one window. model: what `conditional` recomputes layers of.
+
+    Raises `InvalidArgument` for baselines that are not known.
     """
     found: dict[str, Method] = {}
     if methods.baselines is None or methods.baselines:
@@ -168,8 +173,9 @@ def methods_of(
             )
         chosen = {one for one in series if any(_is_of(one, name) for name in wanted)}
         found |= {name: method for name, method in known.items() if split_name(name)[0] in chosen}
-    codecs, _ = codecs_of(calibration, methods, window_tokens)
-    last = _profiles(calibration, methods)[-1:]
+    codecs, _ = codecs_of(calibration, methods, window_tokens, model)
+    # Layers cannot be recomputed for a cache with gaps.
+    last = [profile for profile in _profiles(calibration, methods) if profile != "conditional"][-1:]
     for divisor in methods.evicted:
         for (profile, ratio), codec in codecs.items():
             if profile in last:
@@ -179,7 +185,7 @@ def methods_of(
 
 
 def codecs_of(
-    calibration: Calibration, methods: Methods, window_tokens: int
+    calibration: Calibration, methods: Methods, window_tokens: int, model: Any = None
 ) -> tuple[dict[tuple[str, float], Codec], list[dict[str, Any]]]:
     """Codecs by profile and ratio, and for each ratio that a profile cannot reach its `name`, the
     window and `why`.
@@ -188,7 +194,10 @@ def codecs_of(
     for profile in _profiles(calibration, methods):
         for ratio in methods.ratios:
             try:
-                found[profile, ratio] = Codec(calibration, profile, ratio=ratio, window_tokens=window_tokens)
+                given = model if profile == "conditional" else None
+                found[profile, ratio] = Codec(
+                    calibration, profile, ratio=ratio, window_tokens=window_tokens, model=given
+                )
             except InvalidArgument as error:
                 if profile not in calibration.profiles:
                     raise
@@ -231,8 +240,8 @@ def _on_texts(
     not_reached: list[dict[str, Any]] = []
     turns: list[TurnRecord] = []
     for window in sweep.methods.windows:
-        methods = methods_of(calibration, sweep.methods, window, profiled)
-        not_reached += codecs_of(calibration, sweep.methods, window)[1]
+        methods = methods_of(calibration, sweep.methods, window, profiled, model)
+        not_reached += codecs_of(calibration, sweep.methods, window, model)[1]
         what = f"quality: window {window}, {len(texts)} texts of {sweep.texts.n_tokens:,} tokens"
         with task(what, len(texts) * len(methods), "caches") as advance:
             measured = [
@@ -272,7 +281,7 @@ def _turns(
     after = max(0, window - turn_tokens)
     methods = {
         name: method
-        for name, method in methods_of(calibration, sweep.methods, after, profiled).items()
+        for name, method in methods_of(calibration, sweep.methods, after, profiled, model).items()
         if not name.startswith(("H2O", "TOVA"))
     }
     what = f"multi-turn use: window {window}, {n_turns} turns of {turn_tokens} tokens"
@@ -292,7 +301,7 @@ def _on_tasks(
     """Scores and what follows from them, window by window."""
     scores: list[ScoreRecord] = []
     for window in sweep.methods.windows:
-        methods = {} if calibration is None else methods_of(calibration, sweep.methods, window, profiled)
+        methods = {} if calibration is None else methods_of(calibration, sweep.methods, window, profiled, model)
         for context in sweep.tasks.contexts:
             for name, examples in _examples(tokenizer, text, sweep.tasks, context).items():
                 what = f"tasks: window {window}, {name} at {context:,} tokens"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from ..cache import CacheGeometry
 from ..calibration import Calibration
-from ..calibration.fit import EMBEDDING_RANK, HIDDEN_FEATURES, RANK_CAP, FitOptions, fit
+from ..calibration.fit import JOINT_RANK_CAP, RANK_CAP, FitOptions, fit
 from ..calibration.rows import MAX_ROWS, CalibrationRows
 from ..container.tables import PROFILES
 from ..errors import InvalidArgument
 from ..process.progress import reporting, task
+from .hidden_states import HiddenStates
 from .measure_quality import HeldOut, measure_quality
 from .model_files import UnknownModel
 from .model_identity import calibrated_identity
@@ -24,6 +26,8 @@ from .models import as_ids, capture, geometry_of, verify_rope
 from .sensitivity import Sensitivity
 
 _VERIFICATION_TOKENS = 256
+_BASIS_SHARE = 0.125
+"""Of the bytes of the model's parameters in 16 bits."""
 
 
 def calibrate(
@@ -37,9 +41,8 @@ def calibrate(
     max_rows: int = MAX_ROWS,
     max_tokens: int | None = None,
     rank: int = RANK_CAP,
-    joint_rank: int = RANK_CAP,
-    embedding_rank: int = EMBEDDING_RANK,
-    hidden_features: int = HIDDEN_FEATURES,
+    joint_rank: int | None = None,
+    recompute_layers: int = 1,
     spool_directory: str | Path | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -58,7 +61,9 @@ def calibrate(
         profiles: what the calibration shall serve; it always serves `paper`.
         max_rows: tokens whose rows are kept, as float16 on disk.
         max_tokens: tokens past the sinks after which no more text is read; None: max_rows.
-        rank, joint_rank, embedding_rank, hidden_features: sizes, as in `kvtc.calibration.fit.FitOptions`.
+        rank, joint_rank: sizes, as in `kvtc.calibration.fit.FitOptions`. joint_rank None: at most 4096, and no more than makes the
+            joint basis, in 8 bits, an eighth as large as the model's parameters in 16 bits.
+        recompute_layers: how many of the first layers `conditional` recomputes, at a cost of so many layers of a prefill.
         spool_directory: where the rows are; None: the system's directory for temporary files.
         seed: of all random draws.
         device: where the calibration is fitted; None: where the model's embeddings are.
@@ -77,7 +82,8 @@ def calibrate(
         raise InvalidArgument(f"profile {sorted(unknown)[0]!r} is unknown; expected some of {', '.join(PROFILES)}")
     is_whole, has_joint = layers is None and kv_heads is None, not set(profiles) <= {"paper"}
     geometry = geometry_of(model, layers, kv_heads)
-    sizes = FitOptions(rank, joint_rank, embedding_rank, hidden_features, seed)
+    sizes = FitOptions(rank, _joint_rank(model, geometry) if joint_rank is None else joint_rank, seed)
+    recorded = HiddenStates(model, recompute_layers, geometry) if "conditional" in profiles else None
     sensitivity = Sensitivity(model, geometry, sink_tokens) if has_joint else None
     held_out = HeldOut() if has_joint and is_whole else None
     embeddings = model.get_input_embeddings().weight
@@ -87,18 +93,18 @@ def calibrate(
             sink_tokens=sink_tokens,
             max_rows=max_rows,
             max_tokens=max_tokens,
-            with_tokens="conditional" in profiles,
+            hidden_width=recorded.width if recorded else 0,
             spool_directory=spool_directory,
             seed=seed,
             device=embeddings.device if device is None else device,
         ) as rows:
             sequences = _verified(model, geometry, token_sequences, sink_tokens)
-            accumulate(model, sequences, rows, sensitivity, held_out)
+            accumulate(model, sequences, rows, sensitivity, held_out, recorded)
             calibration = fit(
                 rows,
                 sizes,
-                metric=sensitivity.metric() if sensitivity else None,
-                embeddings=embeddings if "conditional" in profiles else None,
+                sample=sensitivity.sample() if sensitivity else None,
+                recomputed=(recompute_layers, recorded.identity) if recorded else None,
                 info=_about(model),
             )
         if held_out and held_out.sequences:
@@ -128,6 +134,7 @@ def accumulate(
     rows: CalibrationRows,
     sensitivity: Sensitivity | None = None,
     held_out: HeldOut | None = None,
+    recorded: HiddenStates | None = None,
 ) -> None:
     """Capture the cache of one sequence after another and add its rows, until the rows have seen enough tokens.
 
@@ -140,16 +147,23 @@ def accumulate(
         rows: what the caches are added to.
         sensitivity: captures the caches and records the passes; None: they are captured alone.
         held_out: takes some of the sequences, whose caches are not captured; None: none are.
+        recorded: takes the hidden states of the same passes; None: none are taken.
     """
     with task("reading text", rows.max_tokens, "tokens at most") as advance:
         for ids in sequences:
             if held_out is not None and held_out.takes(ids):
                 continue
-            cache = capture(model, ids, rows.geometry) if sensitivity is None else sensitivity.capture(ids)
-            rows.add(cache, ids)
+            with recorded or nullcontext():
+                cache = capture(model, ids, rows.geometry) if sensitivity is None else sensitivity.capture(ids)
+            rows.add(cache, recorded.taken() if recorded else None)
             advance(len(ids))
             if rows.is_full:
                 return
+
+
+def _joint_rank(model: Any, geometry: CacheGeometry) -> int:
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return max(1, min(JOINT_RANK_CAP, int(2 * n_parameters * _BASIS_SHARE) // (2 * geometry.row_features)))
 
 
 def _about(model: Any) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def measure_quality(
     try:
         cases = [_case(model, sequence.to(model.device)) for sequence in track(ids, "exact predictions", "sequences")]
         of_profiles = {"joint": calibration.joint.coefficients}
-        if calibration.joint.tokens is not None:
-            of_profiles["conditional"] = calibration.joint.tokens.coefficients
+        if calibration.conditional is not None:
+            of_profiles["conditional"] = calibration.conditional.left.coefficients
         curves = {name: _curve(model, calibration, name, known, cases) for name, known in of_profiles.items()}
     finally:
         model.train(was_training)
@@ -111,7 +111,9 @@ def _curve(
 ) -> QualityCurve:
     original_bits = 32 * calibration.geometry.row_features
     steps = sorted({known.step_for(original_bits / ratio) for ratio in RATIOS})
-    codec = Codec(calibration, profile, step=steps[0], window_tokens=0)
+    codec = Codec(
+        calibration, profile, step=steps[0], window_tokens=0, model=model if profile == "conditional" else None
+    )
     shown = track(steps, f"quality of {profile}", "steps")
     found = [fmean(_divergence(model, codec.with_rate(Step(step)), case) for case in cases) for step in shown]
     return QualityCurve.from_measurements(steps, found)

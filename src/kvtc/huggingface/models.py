@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ..cache import CacheGeometry, KVCache
 from ..errors import GeometryMismatch, InvalidArgument, UnsupportedModel
 from ..process.progress import task
-from ..process.torch_state import model_torch_state, neutral_torch_state
+from ..process.torch_state import evaluation_mode, model_torch_state, neutral_torch_state
 from .rope_discovery import (
     refuse_unusual_heads,
     remembered_length,
@@ -291,18 +290,6 @@ def as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
     if ids.dim() != 1 or not (whole_numbers or ids.numel() == 0):
         raise InvalidArgument(f"expected one sequence of integer token ids, got {tuple(ids.shape)} of {ids.dtype}")
     return ids.to(torch.int64)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout and the like; afterwards every module has the training flag it had."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _recorder(outputs: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:

@@ -1,10 +1,10 @@
-"""How strongly a model's predictions depend on each key and value: second moments of gradients of its own log-likelihood.
+"""How strongly a model's predictions depend on each key and value: gradients of its own log-likelihood.
 
 A text is cut in two. The model reads the first part without gradients, and its cache becomes a leaf. It reads the second part on
 top of that. A label is drawn at every position from the model's own distribution, and one backward pass gives the gradient g of
-the labels' summed log-likelihood by every cached key and value. The sensitivity of a layer and head is the mean of g g^T over
-cached tokens. Because labels are drawn from the model it is the Fisher information: to second order, an error e of a key or value
-costs e^T E[g g^T] e / 2 nats of divergence. Gradients of keys are un-rotated, for errors are made in un-rotated keys.
+the labels' summed log-likelihood by every cached key and value. Because labels are drawn from the model, E[g g^T] is the Fisher
+information: to second order, an error e of a key or value costs e^T E[g g^T] e / 2 nats of divergence. Gradients of keys are
+un-rotated, for errors are made in un-rotated keys.
 """
 
 from __future__ import annotations
@@ -12,32 +12,30 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..cache import CacheGeometry, KVCache
-from ..coding.joint.metric import Metric
+from ..calibration.gradients import GradientSample
+from ..coding.transform import rows_of
 from ..errors import InvalidArgument, UnsupportedModel
-from ..process.torch_state import gradients, model_torch_state, neutral_torch_state
-from .models import capture, captured, evaluation_mode
+from ..process.torch_state import evaluation_mode, gradients, model_torch_state, neutral_torch_state
+from .models import capture, captured
 
-METRIC_POWER, METRIC_RIDGE = 0.75, 0.01
-"""Power of the sensitivity in the metric, and the share of its mean diagonal that is added to every direction."""
 READ_SHARE = 0.75
 """Of a text that is cached; the rest is predicted."""
 _MOST_PASSES = 64
 _LEAST_TOKENS = 4
+_SAMPLED_TOKENS, _SAMPLED_BYTES = 256, 1 << 30
+"""Of a pass, and of all: memory."""
 
 
 class Sensitivity:
-    """What calibration gathers of a model besides its caches: the statistics behind the metric of `joint` and `conditional`.
+    """What calibration gathers of a model besides its caches, for the metric and steps by token of `joint` and `conditional`.
 
-    `calibrate` knows two methods of it: `capture`, which it calls for each sequence, and `metric`, which it calls once
-    when all caches are captured. Other statistics need another class with these two, and nothing else changes.
-
-    Attributes:
-        keys, values: [L, H, D, D] float64, sums of g g^T.
-        n_tokens: cached tokens that they are sums over.
+    `calibrate` knows two methods of it: `capture`, which it calls for each sequence, and `sample`, which it calls once
+    when all caches are captured.
 
     Parameters:
         model: a transformers causal LM.
@@ -48,15 +46,14 @@ class Sensitivity:
 
     @neutral_torch_state
     def __init__(self, model: Any, geometry: CacheGeometry, sink_tokens: int, seed: int = 0) -> None:
-        shape = (geometry.n_layers, geometry.n_kv_heads, geometry.head_dim, geometry.head_dim)
-        self.keys = torch.zeros(shape, dtype=torch.float64)
-        self.values = torch.zeros(shape, dtype=torch.float64)
-        self.n_tokens = 0
         self.n_passes = 0
         self._model = model
         self._geometry = geometry
         self._sink_tokens = sink_tokens
         self._generator = torch.Generator().manual_seed(seed)
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        row_bytes = 4 * 2 * geometry.row_features
+        self._n_sampled = max(1, min(_SAMPLED_TOKENS, _SAMPLED_BYTES // (_MOST_PASSES * row_bytes)))
 
     def capture(self, token_ids: Tensor) -> KVCache:
         """The cache of one sequence, [T] int64; gradients are taken from the first 64 that are long enough.
@@ -78,18 +75,19 @@ class Sensitivity:
         return captured(self._model, cached, len(token_ids), self._geometry)
 
     @neutral_torch_state
-    def metric(self, power: float = METRIC_POWER) -> Metric:
-        """The metric of what was gathered; power: of the sensitivity.
+    def sample(self) -> GradientSample:
+        """Tokens from every pass, with their gradients.
 
         Raises:
             InvalidArgument: where no sequence was long enough.
         """
-        if not self.n_tokens:
+        if not self._parts:
             needed = next(n for n in count() if self._is_enough(n))
             raise InvalidArgument(
                 f"the metric of joint and conditional needs a text of {needed} tokens or more; the profile paper needs none"
             )
-        return Metric.from_sensitivity(self.keys / self.n_tokens, self.values / self.n_tokens, power, METRIC_RIDGE)
+        rows, directions, sizes = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        return GradientSample(rows, directions, sizes, self._geometry.head_dim)
 
     def _is_enough(self, n_tokens: int) -> bool:
         n_read = int(READ_SHARE * n_tokens)
@@ -126,19 +124,30 @@ class Sensitivity:
     @neutral_torch_state
     def _add(self, leaves: list[tuple[Tensor, Tensor]], n_read: int) -> None:
         geometry = self._geometry
+        leaves = leaves[geometry.first_layer : geometry.first_layer + geometry.n_layers]
+        if any(side.grad is None for sides in leaves for side in sides):
+            raise self._no_gradients()
+        n_sampled = min(self._n_sampled, n_read - self._sink_tokens)
+        spaced = np.linspace(self._sink_tokens, n_read - 1, n_sampled).round().astype(np.int64)
+        positions = torch.from_numpy(spaced)
         heads = slice(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
-        positions = torch.arange(n_read)
-        for layer in range(geometry.n_layers):
-            sides = leaves[geometry.first_layer + layer]
-            if any(side.grad is None for side in sides):
-                raise self._no_gradients()
-            keys, values = (side.grad[0, heads].float() for side in sides if side.grad is not None)
-            # Turned back by the angle, not un-rotated: the transpose keeps the factor on cosines that the inverse divides by.
-            keys = geometry.rope.turn_layer(layer, keys, -positions.to(keys.device), n_read)
-            for total, side in ((self.keys, keys), (self.values, values)):
-                part = side[:, self._sink_tokens :].double()
-                total[layer] += (part.mT @ part).cpu()
-        self.n_tokens += n_read - self._sink_tokens
+
+        def rows(sides: list[Tensor]) -> Tensor:
+            return torch.stack([side[0, heads][:, positions].float().cpu() for side in sides])
+
+        keys, values = (rows([sides[index].detach() for sides in leaves]) for index in (0, 1))
+        of_keys, of_values = (rows([sides[index].grad for sides in leaves]) for index in (0, 1))  # type: ignore[misc]
+        plain = rows_of(geometry.rope.unrotate(keys, positions, n_read))
+        # Turned back by the angle, not un-rotated: the transpose keeps the factor on cosines that the inverse divides by.
+        turned = rows_of(
+            torch.stack([geometry.rope.turn_layer(i, side, -positions, n_read) for i, side in enumerate(of_keys)])
+        )
+        gradients = torch.cat([turned, rows_of(of_values)], dim=1)
+        sizes = gradients.norm(dim=1)
+        directions = gradients / sizes[:, None].clamp_min(torch.finfo(torch.float32).tiny)
+        limit = torch.finfo(torch.float16).max
+        joint = torch.cat([plain, rows_of(values)], dim=1).clamp(-limit, limit)
+        self._parts.append((joint.half(), directions.half(), sizes))
 
     def _no_gradients(self) -> UnsupportedModel:
         return UnsupportedModel(

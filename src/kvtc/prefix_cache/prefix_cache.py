@@ -263,14 +263,17 @@ class PrefixCache:
         start, stop = index * self.chain.chunk_tokens, (index + 1) * self.chain.chunk_tokens
         chunk = cache.span(start, stop)
         return self.entries.put(
-            chunk_key(nodes[index + 1]), lambda: self._windowless.encode(chunk, ids[start:stop]), _bytes_of(chunk)
+            chunk_key(nodes[index + 1]),
+            lambda: self._windowless.encode(chunk, self._ids(ids, start, stop)),
+            _bytes_of(chunk),
         )
 
     def _save_tail(self, ids: TokenIds, cache: KVCache, nodes: list[bytes]) -> int:
         """Store what follows the last coded chunk; bytes written."""
         start, node = (len(nodes) - 1) * self.chain.chunk_tokens, nodes[-1]
         end, rest = cache.span(start, len(ids)), ids[start:]
-        return self._tails.save(node, rest, tail_name(node, rest), lambda: self.codec.encode(end, rest), _bytes_of(end))
+        told = self._ids(ids, start, len(ids))
+        return self._tails.save(node, rest, tail_name(node, rest), lambda: self.codec.encode(end, told), _bytes_of(end))
 
     def _load_chunks(self, ids: TokenIds, nodes: list[bytes]) -> Iterator[KVCache]:
         """The chunks that are there, first to last, up to the first that is not; the next are
@@ -284,7 +287,7 @@ class PrefixCache:
         while ahead is not None:
             entries, ahead = ahead.result(), self._fetch(next(fetches, None))
             for entry in entries:
-                cache = self._decode(keys[index], entry, ids[index * size : (index + 1) * size])
+                cache = self._decode(keys[index], entry, ids, index * size, (index + 1) * size)
                 if cache is None:
                     return
                 yield cache
@@ -301,7 +304,7 @@ class PrefixCache:
                 continue
             key = tail_key(nodes[index], name)
             (entry,) = self.entries.read([key], is_resident=True)
-            cache = self._decode(key, entry, ids[index * size : stop])
+            cache = self._decode(key, entry, ids, index * size, stop)
             if cache is not None:
                 return index, cache
         return None
@@ -311,9 +314,16 @@ class PrefixCache:
             return None
         return self._fetcher.submit(lambda: self.entries.read(keys, is_resident=True))
 
-    def _decode(self, key: str, entry: Any, ids: TokenIds) -> KVCache | None:
-        """The first tokens of an entry, whose ids are given."""
-        return self.entries.decode(key, entry, lambda stream: self.codec.decode_neutral(stream, ids, tokens=len(ids)))
+    def _decode(self, key: str, entry: Any, ids: TokenIds, start: int, stop: int) -> KVCache | None:
+        """The tokens of an entry that stand at start .. stop - 1, the first it has."""
+        told = self._ids(ids, start, stop)
+        return self.entries.decode(
+            key, entry, lambda stream: self.codec.decode_neutral(stream, told, tokens=stop - start)
+        )
+
+    def _ids(self, ids: TokenIds, start: int, stop: int) -> TokenIds:
+        """The ids of a prefix that the codec needs for tokens start .. stop - 1."""
+        return ids[0 if self.codec.needs_prefix else start : stop]
 
     @neutral_torch_state
     def _neutral(self, cache: Any) -> KVCache:

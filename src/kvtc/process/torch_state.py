@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -89,12 +89,29 @@ def model_torch_state() -> Iterator[None]:
 
 
 @contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Switch off dropout and the like; afterwards every module has the training flag it had."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
 def gradients() -> Iterator[None]:
     """Inside a neutral function: gradients again, with none of the caller's hooks on saved tensors."""
     saved_tensors = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     forbidden = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     with torch.enable_grad(), nullcontext() if forbidden else saved_tensors:
         yield
+
+
+def torch_functions() -> Any:
+    """Inside a neutral function: default devices and subclasses of tensors work again, as the code of models counts on them."""
+    return torch._C._EnableTorchFunction()
 
 
 def plain(tensor: Tensor, name: str, error: type[KvtcError] = InvalidArgument) -> Tensor:

@@ -4,7 +4,7 @@ One that ships with kvtc is a folder here, a class in the table below, and a num
 `register`.
 
 stage           paper                                   joint                       conditional
-prediction      none                                    none                        from token ids
+prediction      none                                    none                        from recomputed layers
 transform       keys and values apart                   together                    together, of what prediction leaves
 metric          squared error                           sensitivity of predictions  the same
 quantizer       groups chosen by a dynamic program      one step                    one step
@@ -16,7 +16,6 @@ Lossless streams have none of these stages (`lossless`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ import torch
 from ..backends import Backend
 from ..calibration.artifact import Calibration
 from ..container.tables import LOSSLESS, name_profile
+from ..recomputation import Recomputation
 from .interface import Decoder, Encoder, Profile
-from .joint.profile import JointProfile
+from .joint.profile import ConditionalProfile, JointProfile
 from .lossless import LosslessProfile
 from .paper.profile import PaperProfile
 
@@ -33,12 +33,12 @@ from .paper.profile import PaperProfile
 AnyProfile = Profile[Any, Any, Any]
 AnyEncoder = Encoder[Any, Any, Any]
 AnyDecoder = Decoder[Any, Any]
-MakeProfile = Callable[[Calibration, Backend, torch.dtype], AnyProfile]
+MakeProfile = Callable[[Calibration, Backend, torch.dtype, Recomputation | None], AnyProfile]
 
 _MADE_BY: dict[str, MakeProfile] = {
     "paper": PaperProfile,
-    "joint": partial(JointProfile, with_tokens=False),
-    "conditional": partial(JointProfile, with_tokens=True),
+    "joint": JointProfile,
+    "conditional": ConditionalProfile,
     LOSSLESS: LosslessProfile,
 }
 
@@ -49,15 +49,21 @@ def register(name: str, number: int, make: MakeProfile) -> None:
     Parameters:
         name: as users ask for it and `inspect` shows it.
         number: 1 to 255, which names it in a stream's header.
-        make: makes it ready for a calibration, a backend and the dtype that products are rounded to.
+        make: makes it ready for a calibration, a backend, the dtype that products are rounded to, and what recomputes layers, if
+            the codec has a model.
     """
     name_profile(name, number)
     _MADE_BY[name] = make
 
 
-def make_profile(name: str, calibration: Calibration, backend: Backend, product: torch.dtype) -> AnyProfile:
-    """A registered profile, ready for a calibration. Raises `InvalidArgument` where the calibration was made without it."""
-    return _MADE_BY[name](calibration, backend, product)
+def make_profile(
+    name: str, calibration: Calibration, backend: Backend, product: torch.dtype, recomputation: Recomputation | None
+) -> AnyProfile:
+    """A registered profile, ready for a calibration.
+
+    Raises `InvalidArgument` where the calibration was made without it, or where it needs a model and there is none.
+    """
+    return _MADE_BY[name](calibration, backend, product, recomputation)
 
 
 __all__ = ["AnyDecoder", "AnyEncoder", "AnyProfile", "make_profile", "register"]

@@ -5,6 +5,9 @@ decoder. Which types it puts between its own stages (coefficients, symbols, plan
 
 encoder   rows -> predict -> project -> coefficients -> quantize -> symbols -> entropy_code -> bytes
 decoder   bytes -> entropy_decode -> coefficients -> add_prediction -> reconstruct, layer by layer -> rows
+
+Where a profile predicts, it has a `recomputation`: the codec recomputes the first layers of the model from token ids, and hands the
+profile what they give.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Bytes
+from ..recomputation import Recomputation, Recomputed
 from .rates import Rate
 
 
@@ -41,14 +45,14 @@ class Rows:
 
     Attributes:
         values: [n, 2 p] float32 on the backend's device; keys of all layers and heads, then values.
-        triples: [n, 3] int64, what prediction sees of each token (`token_triples`); None where no token ids are given.
+        recomputed: what the first layers compute of these tokens; None where the profile predicts nothing.
         counts: tokens of each chunk; they sum to n.
         original_bits: bits of one value in the cache: 16, or 8.
         is_window: whether these are windows of the chunks; else bodies.
     """
 
     values: Tensor
-    triples: Tensor | None
+    recomputed: Recomputed | None
     counts: tuple[int, ...]
     original_bits: int = 16
     is_window: bool = False
@@ -106,14 +110,14 @@ class CodedBody(Generic[PlanT]):
         data: bytes, or uint8 [bytes] on a device.
         n_tokens: tokens that they hold.
         plan: how bits are spent in the stream that they come from.
-        triples: [n_tokens, 3] int64, what prediction sees of each token; None where the profile predicts nothing.
+        recomputed: as of `Rows`.
         is_window: whether it is a window.
     """
 
     data: Bytes
     n_tokens: int
     plan: PlanT
-    triples: Tensor | None
+    recomputed: Recomputed | None
     is_window: bool = False
 
     def on(self, device: torch.device) -> CodedBody[PlanT]:
@@ -169,17 +173,20 @@ class Encoder(Protocol[CoefficientsT, SymbolsT, PlanT]):
     A chunk's bytes depend on nothing but the chunk and the plan, as far as the backend's products do.
     """
 
-    needs_tokens: bool
-    """Whether prediction needs token ids."""
+    @property
+    def recomputation(self) -> Recomputation | None:
+        """Recomputes the layers that prediction needs; None where the profile predicts nothing."""
+        ...
+
     is_entropy_coded: bool
     """Whether coded bytes are final; otherwise a lossless coder is applied to them (`coding.lossless`)."""
 
     def predict(self, rows: Rows) -> Tensor | None:
-        """What the tokens' ids say their coefficients are, [n, r] float32; None where the profile predicts nothing."""
+        """What the recomputed layers say of the rows of all deeper ones, float32 [n, 2 p']; None without prediction."""
         ...
 
     def project(self, rows: Rows, predicted: Tensor | None) -> CoefficientsT:
-        """Rows in the calibrated basis, less what is predicted. Raises `InvalidCache` where float32 overflows."""
+        """Rows, less what is predicted of them, in the calibrated basis. Raises `InvalidCache` where float32 overflows."""
         ...
 
     def search(self, coefficients: Sequence[CoefficientsT], budget: Budget) -> Search[PlanT]:
@@ -206,8 +213,11 @@ class Encoder(Protocol[CoefficientsT, SymbolsT, PlanT]):
 class Decoder(Protocol[CoefficientsT, PlanT]):
     """The stages of a profile that turn bytes into rows. Safe to share between threads."""
 
-    needs_tokens: bool
-    """Whether prediction needs token ids."""
+    @property
+    def recomputation(self) -> Recomputation | None:
+        """Recomputes the layers that prediction needs; None where the profile predicts nothing."""
+        ...
+
     most_plan_bytes: int
     """Bytes that no plan of the calibration exceeds."""
 
@@ -231,7 +241,7 @@ class Decoder(Protocol[CoefficientsT, PlanT]):
         ...
 
     def add_prediction(self, coefficients: CoefficientsT, bodies: Sequence[CodedBody[PlanT]]) -> CoefficientsT:
-        """Coefficients with what the tokens' ids say of them."""
+        """Coefficients with what the recomputed layers say of the rows, which `reconstruct` adds."""
         ...
 
     def reconstruct(self, coefficients: CoefficientsT, layer: int) -> tuple[Tensor, Tensor]:

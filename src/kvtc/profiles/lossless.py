@@ -26,10 +26,10 @@ class NoPlan:
 class LosslessProfile:
     """See `Profile`; its own decoder."""
 
-    needs_tokens = False
+    recomputation = None
     most_plan_bytes = 0
 
-    def __init__(self, calibration: Calibration, backend: Backend, product: torch.dtype) -> None:  # noqa: ARG002
+    def __init__(self, calibration: Calibration, backend: Backend, *_: object) -> None:
         geometry = calibration.geometry
         self._none = torch.empty(0, geometry.n_kv_heads * geometry.head_dim, dtype=torch.float32, device=backend.device)
 

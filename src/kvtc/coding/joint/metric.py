@@ -49,20 +49,29 @@ class Metric:
         """The metric of stored roots. Raises `InvalidArgument` where one is not positive."""
         return cls(roots.float(), inverses(roots.float()).to(roots.device, torch.float32))
 
+    def behind(self, n_layers: int, n_kept: int) -> Metric:
+        """The same without the first n_layers layers, of the n_kept layers behind them."""
+        roots, inverse = (
+            blocks.reshape(2, n_layers + n_kept, -1, *blocks.shape[1:])[:, n_layers:].flatten(0, 2).clone()
+            for blocks in (self.roots, self.inverses)
+        )
+        return Metric(roots, inverse)
+
     def to(self, device: torch.device) -> Metric:
         """The same on a device."""
         return Metric(self.roots.to(device), self.inverses.to(device))
 
     def weigh(self, rows: Tensor) -> Tensor:
         """Joint rows [T, 2 p] -> rows times the roots."""
-        return _times_blocks(rows, self.roots)
+        return times_blocks(rows, self.roots)
 
     def unweigh(self, rows: Tensor) -> Tensor:
         """Inverse of `weigh`."""
-        return _times_blocks(rows, self.inverses)
+        return times_blocks(rows, self.inverses)
 
 
-def _times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
+def times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
+    """Joint rows [T, 2 p], each block of them times its matrix, blocks [B, D, D] float32."""
     n_blocks, size, _ = blocks.shape
     if rows.device.type == "cpu":
         sides = rows.reshape(-1, n_blocks, size).unbind(dim=1)

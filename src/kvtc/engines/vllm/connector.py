@@ -178,7 +178,7 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
         for shard in self._facts.shards:
             calibration, name = self._settings.read_calibration(shard.tp_rank, shard.pp_rank)
             codec = WindowlessCodec(model.checked(shard.checked(calibration, name), name), self._settings)
-            codecs.append((calibration.fingerprint, codec.codec(has_token_ids=True).settings_digest))
+            codecs.append((calibration.fingerprint, codec.codec.settings_digest))
         return PrefixPlanner(self._store, model.scope, codecs, self._facts.page_tokens)
 
 

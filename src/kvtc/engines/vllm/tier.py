@@ -13,10 +13,7 @@ threads:
     lookup, on_schedule_end                       -> StoreLookups: which chunks are in the store
     submit_store, submit_load, get_finished_jobs  -> TierJobs: chunks from host memory into the store, and back
 
-vLLM names chunks by hashes and says where they stand. It does not give their token ids, so streams
-are of the profile `joint`. A client that gives the ids of its prompt as `kv_transfer_params:
-{"kvtc.token_ids": [..]}` gets streams of the profile `conditional`, which only such clients can
-read. Written for vLLM 0.32.
+vLLM names chunks by hashes and says where they stand. Written for vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import (
     LookupResult,
@@ -39,7 +35,6 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from ...errors import InvalidArgument
-from ...process.log_limits import log_once
 from ...store import open_store
 from ..served_model import ServedModel
 from ..settings import PREFIX, TEXT, EngineSettings
@@ -49,8 +44,6 @@ from .tier_jobs import TierChunk, TierJobs
 from .tier_lookups import StoreLookups
 
 logger = init_logger(f"vllm.{__name__}")
-
-TOKEN_IDS = f"{PREFIX}token_ids"
 
 
 @dataclass(frozen=True)
@@ -101,18 +94,14 @@ class KvtcTier(SecondaryTierManager):
         self._lookups = StoreLookups(self._jobs.entries)
         self._load_jobs: dict[int, tuple[str, tuple[OffloadKey, ...]]] = {}
 
-    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        ids = (req_context.kv_transfer_params or {}).get(TOKEN_IDS)
-        if ids is not None:
-            req_context.set_state(_TokenIds(ids))
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:  # noqa: ARG002  vLLM's signature
         return RequestOffloadingContext()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         start = self._start(key, req_context)
-        has_ids = start is not None and _chunk_ids(req_context, start, self._n_tokens) is not None
-        if start is None or not self._jobs.serves(has_ids):
+        if start is None:
             return LookupResult.MISS
-        keys = self._jobs.keys(key, has_ids)
+        keys = self._jobs.keys(key)
         found = self._lookups.ask(req_context.req_id, start, keys[0], keys)
         return LookupResult.RETRY if found is None else LookupResult.HIT if found else LookupResult.MISS
 
@@ -134,8 +123,7 @@ class KvtcTier(SecondaryTierManager):
             if loaded is not None:
                 # vLLM asks again for the chunks that failed: the answer must be that they are
                 # missing.
-                served = [has_ids for has_ids in (True, False) if self._jobs.serves(has_ids)]
-                failed = [self._jobs.keys(key, has_ids)[0] for key in set(keys) - set(loaded) for has_ids in served]
+                failed = [self._jobs.keys(key)[0] for key in set(keys) - set(loaded)]
                 self._lookups.set_missing(request_id, failed)
             results.append(JobResult(end.job_id, end.success, loaded, end.seconds, end.n_bytes))
         return results
@@ -168,29 +156,7 @@ class KvtcTier(SecondaryTierManager):
         return None if stop is None else stop - self._n_tokens
 
     def _chunks(self, job: TransferJob) -> list[TierChunk]:
-        chunks = []
-        for key, row in zip(job.keys, job.chunk_ids, strict=True):
-            start = self._start(key, job.req_context)
-            ids = None if start is None else _chunk_ids(job.req_context, start, self._n_tokens)
-            chunks.append(TierChunk(bytes(key), int(row), start, ids))
-        return chunks
-
-
-class _TokenIds:
-    """The ids of a request's prompt, if its client gives them."""
-
-    def __init__(self, ids: Any) -> None:
-        try:
-            self.ids: npt.NDArray[np.int64] | None = np.asarray(ids, dtype=np.int64).reshape(-1)
-        except (TypeError, ValueError, OverflowError):
-            log_once(logger, "token ids", "%s is not a list of token ids and is ignored", TOKEN_IDS)
-            self.ids = None
-
-
-def _chunk_ids(req_context: ReqContext, start: int, n_tokens: int) -> npt.NDArray[np.int64] | None:
-    """Ids [n_tokens] of a chunk; None where not all are known."""
-    prompt = req_context.get_state(_TokenIds)
-    if prompt is None or prompt.ids is None or start + n_tokens > len(prompt.ids):
-        return None
-    ids: npt.NDArray[np.int64] = prompt.ids[start : start + n_tokens]
-    return ids
+        return [
+            TierChunk(bytes(key), int(row), self._start(key, job.req_context))
+            for key, row in zip(job.keys, job.chunk_ids, strict=True)
+        ]

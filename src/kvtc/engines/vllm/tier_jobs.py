@@ -52,13 +52,11 @@ class TierChunk:
         name: The engine's name of it.
         row: Its row of host memory.
         start: Position of its first token; None: the engine does not say.
-        token_ids: [n] of its tokens; None: not known.
     """
 
     name: bytes
     row: int
     start: int | None
-    token_ids: npt.NDArray[np.int64] | None
 
 
 @dataclass(frozen=True)
@@ -123,26 +121,20 @@ class TierJobs:
         self._loads = Tasks[int, JobEnd]("the loading of chunks", "kvtc-load", threads)
         self._stores = Tasks[int, JobEnd]("the storing of chunks", "kvtc-store", threads)
 
-    def serves(self, has_token_ids: bool) -> bool:
-        """Whether chunks with, or without, token ids can be coded in the profile that is asked
-        for."""
-        return all(shard.codec.serves(has_token_ids) for shard in self._shards)
-
-    def keys(self, name: bytes, has_token_ids: bool) -> list[str]:
-        """The store's keys of a chunk, one a worker. Streams made with token ids stand apart:
-        without ids nobody can read them.
+    def keys(self, name: bytes) -> list[str]:
+        """The store's keys of a chunk, one a worker.
 
         Engines name a chunk by the hash of its last block, so that chunks of another length can
         have the same name.
         """
-        return [f"page/{self._key(shard.codec, name, has_token_ids).hex()}" for shard in self._shards]
+        return [f"page/{self._key(shard.codec, name).hex()}" for shard in self._shards]
 
-    def _key(self, codec: WindowlessCodec, name: bytes, has_token_ids: bool) -> bytes:
+    def _key(self, codec: WindowlessCodec, name: bytes) -> bytes:
         return digest(
             "page",
             scope=self._scope,
             calibration=codec.calibration.fingerprint,
-            settings=codec.codec(has_token_ids).settings_digest,
+            settings=codec.codec.settings_digest,
             n_tokens=self._n_tokens,
             name=name,
         )
@@ -195,8 +187,7 @@ class TierJobs:
         with self.entries.giving_up(errors, "chunk %s is given up", chunk.name.hex()):
             if chunk.start is None:
                 raise InvalidArgument("the engine does not say where the chunk stands")
-            keys = self.keys(chunk.name, chunk.token_ids is not None)
-            for key, shard in zip(keys, self._shards, strict=True):
+            for key, shard in zip(self.keys(chunk.name), self._shards, strict=True):
                 sizes.append(work(key, shard, chunk, chunk.start))
                 if sizes[-1] is None:
                     break
@@ -206,7 +197,7 @@ class TierJobs:
     def _store_shard(self, key: str, shard: RowShard, chunk: TierChunk, start: int) -> int | None:
         def encode() -> bytes:
             keys, values = shard.layout.read(self._window(chunk, shard))
-            return shard.codec.encode(keys, values, start, chunk.token_ids)
+            return shard.codec.encode(keys, values, start)
 
         return self.entries.save(key, encode, shard.layout.bytes(self._n_tokens, shard.dtype))
 
@@ -216,7 +207,7 @@ class TierJobs:
 
     def _decode(self, shard: RowShard, chunk: TierChunk, start: int, stream: bytes) -> int:
         """A stream into its shard of a row; its bytes."""
-        keys, values = shard.codec.decode(stream, start, self._n_tokens, chunk.token_ids)
+        keys, values = shard.codec.decode(stream, start, self._n_tokens)
         data = shard.layout.write(keys.to(shard.dtype), values.to(shard.dtype))
         self._window(chunk, shard).copy_(data.flatten())
         return len(stream)

@@ -3,9 +3,8 @@
 A row of kvtc is one token in all layers and heads, so one choice of tokens is made for all of them:
 TOVA by the attention averaged over the heads of all layers, H2O by what they gathered on average.
 Published are a choice for each layer (TOVA) and for each head (H2O), which keep more of what
-matters to each. The kept tokens' positions are in the stream and counted; they are rotated, and
-predicted from token ids, as where they stood. A token whose predecessor was dropped is predicted
-without it.
+matters to each. The kept tokens' positions are in the stream and counted; they are rotated as
+where they stood.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The integers of a chunk as bytes (docs/format.md).
 
-Activity classes of its tokens, two bits each; the length of the rANS data; the rANS data; the escaped values.
+Where steps differ by token, the level of each, four bits; activity classes of its tokens, two bits each; the length of the rANS
+data; the rANS data; the escaped values.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...backends import Bytes, CodedIntegers, IntegerBytes
-from ...coding.bitpack import packed_bytes
+from ...coding.bitpack import pack, packed_bytes, unpack
+from ...coding.joint.importance import LEVEL_BITS
 from ...coding.joint.probability import ProbabilityTables
 from ...coding.joint.uniform_quantizer import ACTIVITY_BITS
 from ...errors import CorruptStream
@@ -42,6 +44,21 @@ def split_integers(
         raise CorruptStream(f"a chunk claims {n_coded} bytes of symbols; {len(data) - start} are left")
     stop = start + n_coded
     return CodedIntegers(n, data[:n_side], data[start:stop], data[stop:], classes, tables, step)
+
+
+def join_levels(levels: Tensor) -> bytes:
+    """Levels uint8 [n] -> their bytes."""
+    return pack(levels, LEVEL_BITS).cpu().numpy().tobytes()
+
+
+def split_levels(head: bytes, n: int) -> Tensor:
+    """Inverse of `join_levels`, from the beginning of a chunk's bytes."""
+    return unpack(torch.frombuffer(bytearray(head[: level_bytes(n)]), dtype=torch.uint8), n, LEVEL_BITS)
+
+
+def level_bytes(n: int) -> int:
+    """What the levels of n tokens take."""
+    return packed_bytes(n, LEVEL_BITS)
 
 
 def heads_of(chunks: Sequence[Bytes], counts: Sequence[int]) -> list[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,31 +11,31 @@ import torch
 from torch import Tensor
 
 from ...backends import CodedIntegers
+from ...coding.joint.importance import factors
 from ...coding.joint.uniform_quantizer import column_classes
-from ...coding.product import PackedRows
-from ...errors import CorruptStream
 from ..interface import CodedBody
-from .chunk_bytes import heads_of, least_bytes, split_integers
+from .chunk_bytes import heads_of, level_bytes, split_integers, split_levels
 from .model import JointModel
 from .plan import STEP_BYTES, StepPlan
-from .transform import JointTransform
+from .prediction import PredictedRows
+from .transform import JointTransform, RestorableCoefficients
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedCoefficients:
     """Coefficients [T, n] float32 of chunks that follow one another, n <= r: those past them are zero.
 
-    flags: of each chunk, whether prediction was taken off (1) or not (0). transform: leads back from them.
+    transform: leads back from them. predicted: what is added then; None for `joint`.
     """
 
     values: Tensor
-    flags: list[int]
     transform: JointTransform
+    predicted: PredictedRows | None = None
 
     @cached_property
-    def packed(self) -> PackedRows:
+    def restorable(self) -> RestorableCoefficients:
         """Ready to be multiplied, once for all layers."""
-        return self.transform.packed(self.values)
+        return self.transform.restorable(self.values)
 
 
 class JointDecoder:
@@ -44,7 +44,7 @@ class JointDecoder:
     most_plan_bytes = 2 * STEP_BYTES
 
     def __init__(self, model: JointModel) -> None:
-        self.needs_tokens = model.predicted is not None
+        self.recomputation = model.recomputation
         self._model = model
 
     def read_plan(self, data: bytes) -> StepPlan:
@@ -54,51 +54,43 @@ class JointDecoder:
         return None
 
     def fewest_bytes(self, n_tokens: int) -> int:
-        return least_bytes(n_tokens) + self.needs_tokens
+        return self._model.least_bytes(n_tokens)
 
     def entropy_decode(self, bodies: Sequence[CodedBody[StepPlan]]) -> DecodedCoefficients:
-        flags, chunks = [], []
         least = [self.fewest_bytes(body.n_tokens) for body in bodies]
-        for body, head in zip(bodies, heads_of([body.data for body in bodies], least), strict=True):
-            flag, integers = self._split(body, head)
-            flags.append(flag)
-            chunks.append(integers)
-        transform = self._model.transform()
-        if not transform.rank_follows_coding:
-            return DecodedCoefficients(self._model.backend.read_integers(chunks, self._model.rank), flags, transform)
+        heads = heads_of([body.data for body in bodies], least)
+        chunks = [self._split(body, head) for body, head in zip(bodies, heads, strict=True)]
         widest = max((len(chunk.classes) for chunk in chunks), default=0)
         values = _without_zeros(self._model.backend.read_integers(chunks, widest))
-        return DecodedCoefficients(values, flags, transform)
+        if self._model.importance is not None and bodies:
+            levels = [split_levels(head, body.n_tokens) for body, head in zip(bodies, heads, strict=True)]
+            values /= factors(torch.cat(levels).to(values.device))
+        return DecodedCoefficients(values, self._model.transform())
 
     def add_prediction(
         self, coefficients: DecodedCoefficients, bodies: Sequence[CodedBody[StepPlan]]
     ) -> DecodedCoefficients:
-        if not self.needs_tokens or not bodies:
+        parts = [body.recomputed for body in bodies if body.recomputed is not None]
+        if self._model.prediction is None or not parts:
             return coefficients
-        transform, values, flags = coefficients.transform, coefficients.values, coefficients.flags
-        of_row = torch.tensor([flag for flag, body in zip(flags, bodies, strict=True) for _ in range(body.n_tokens)])
-        for flag in set(flags):
-            here = slice(None) if len(set(flags)) == 1 else (of_row == flag).nonzero()[:, 0].to(values.device)
-            if flag:
-                triples = [body.triples for body, its in zip(bodies, flags, strict=True) if its]
-                predicted = transform.predict(torch.cat([some for some in triples if some is not None]))
-                values[here] += predicted
-            else:
-                values[here] = transform.rotated(values[here])
-        return coefficients
+        return replace(coefficients, predicted=PredictedRows(self._model.prediction, parts))
 
     def reconstruct(self, coefficients: DecodedCoefficients, layer: int) -> tuple[Tensor, Tensor]:
-        return coefficients.transform.restore(coefficients.packed, layer)
+        predicted, coded = coefficients.predicted, layer - self._model.n_own
+        if predicted is not None and coded < 0:
+            return predicted.own(layer)
+        left = coefficients.transform.restore(coefficients.restorable, max(0, coded))
+        if predicted is None:  # there is no prediction, or no token
+            return left
+        said = predicted.layer(coded)
+        return left[0] + said[0], left[1] + said[1]
 
-    def _split(self, body: CodedBody[StepPlan], head: bytes) -> tuple[int, CodedIntegers]:
-        """Whether a chunk is predicted, and the parts of its bytes; head: its least bytes."""
-        flag, data = (head[0], body.data[1:]) if self.needs_tokens else (0, body.data)
-        if flag > 1:
-            raise CorruptStream(f"a chunk is predicted (1) or not (0); it says {flag}")
-        model = self._model.expected if flag else self._model.plain
-        step = body.plan.step_of(body.is_window)
-        classes, head = column_classes(model.deviations, step), head[int(self.needs_tokens) :]
-        return flag, split_integers(data, head, body.n_tokens, classes, model.tables, step)
+    def _split(self, body: CodedBody[StepPlan], head: bytes) -> CodedIntegers:
+        """The parts of a chunk's bytes; head: its least bytes."""
+        model, step = self._model.coefficients, body.plan.step_of(body.is_window)
+        classes = column_classes(model.deviations, step)
+        n_head = 0 if self._model.importance is None else level_bytes(body.n_tokens)
+        return split_integers(body.data[n_head:], head[n_head:], body.n_tokens, classes, model.tables, step)
 
 
 def _without_zeros(coefficients: Tensor) -> Tensor:

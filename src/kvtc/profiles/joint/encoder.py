@@ -1,7 +1,4 @@
-"""Encoding with one step: what prediction leaves of a chunk, or the chunk as it is where that takes fewer bits.
-
-A chunk's bytes (docs/format.md): with `conditional` whether the chunk is predicted; then its integers (`chunk_bytes`).
-"""
+"""Encoding with one step (docs/format.md)."""
 
 from __future__ import annotations
 
@@ -14,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...backends import Rounded
-from ...calibration.joint_calibration import CoefficientModel
+from ...coding.joint.importance import factors
 from ...coding.joint.uniform_quantizer import column_classes
 from ...coding.rans import count_lanes
 from ...errors import InvalidArgument, InvalidCache
 from ..interface import Budget, CodedRows, Rows, Search, Settled
-from ..rates import Rate, Ratio, Step, Truncation
-from .chunk_bytes import join_integers, least_bytes
+from ..rates import FixedSize, Rate, Ratio, Step, Truncation
+from .chunk_bytes import join_integers, join_levels
 from .model import JointModel
 from .plan import FINER_WINDOW, STEP_BYTES, StepPlan
 from .step_search import SEARCH_TOKENS, CostEstimate, FinestStep, NearestStep, Sample
@@ -28,40 +25,21 @@ from .step_search import SEARCH_TOKENS, CostEstimate, FinestStep, NearestStep, S
 # A lane of the coder costs 16 to 32 bits beyond its symbols.
 _LANE_BYTES = 3
 _NEAR = 0.01
+_FINER = 1.5
+"""How much finer than expected a step may turn out, where a finer one would need more coefficients than are projected."""
 """How far a body may be from the size that its ratio gives, as a share of it, before another step is tried."""
 
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """Coefficients [n, r] float32 of some chunks, and their distribution.
+    """Coefficients [n, c] float32 of a batch of chunks, the first c of each token, and the rows of each chunk.
 
-    is_predicted: whether they are rotated, and prediction is taken off. spans: rows of each chunk. chunks: which of its batch
-    each is.
+    levels: uint8 [n] of the tokens, as their coefficients are multiplied; None where all have one step.
     """
 
     values: Tensor
-    model: CoefficientModel
-    is_predicted: bool
+    levels: Tensor | None
     spans: list[slice]
-    chunks: list[int]
-
-    def of(self, chunks: list[int]) -> Coefficients:
-        """Some of the chunks."""
-        if len(chunks) == len(self.chunks):
-            return self
-        kept = [self.spans[chunk] for chunk in chunks]
-        stops = np.cumsum([span.stop - span.start for span in kept]).tolist()
-        spans = [slice(stop - span.stop + span.start, stop) for stop, span in zip(stops, kept, strict=True)]
-        return Coefficients(
-            torch.cat([self.values[span] for span in kept]), self.model, self.is_predicted, spans, chunks
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class ChunkCoefficients:
-    """Coefficients of a batch of chunks: of those that are predicted, and of those that are not."""
-
-    parts: list[Coefficients]
     is_window: bool
 
 
@@ -69,7 +47,8 @@ class ChunkCoefficients:
 class Integers:
     """Quantized coefficients of some chunks. classes [c]: variance classes of the c coefficients that are coded."""
 
-    coefficients: Coefficients
+    levels: Tensor | None
+    spans: list[slice]
     rounded: Rounded
     classes: npt.NDArray[np.uint8]
 
@@ -86,41 +65,38 @@ class JointEncoder:
             )
         if isinstance(rate, Step):
             model.steps.check(rate.step)
-        self.needs_tokens = model.predicted is not None
+        self.recomputation = model.recomputation
         self._model, self._rate, self._codes_windows = model, rate, codes_windows
         self._backend = model.backend
 
     def predict(self, rows: Rows) -> Tensor | None:
-        return self._model.transform().predict(rows.triples) if self.needs_tokens else None
+        prediction = self._model.prediction
+        return None if prediction is None or rows.recomputed is None else prediction.rows(rows.recomputed)
 
-    def project(self, rows: Rows, predicted: Tensor | None) -> ChunkCoefficients:
-        transform, chunks = self._model.transform(), list(range(len(rows.counts)))
-        plain = transform.project(rows.values)
-        choices = [Coefficients(plain, self._model.plain, is_predicted=False, spans=rows.spans, chunks=chunks)]
-        if predicted is not None and self._model.predicted is not None:
-            left = transform.rotated(plain) - predicted
-            choices.insert(0, Coefficients(left, self._model.predicted, True, rows.spans, chunks))
-        if not all(bool(choice.values.isfinite().all()) for choice in choices):
+    def project(self, rows: Rows, predicted: Tensor | None) -> Coefficients:
+        values, prediction = rows.values, self._model.prediction
+        if prediction is not None and predicted is not None:
+            values = prediction.coded(values) - predicted
+        n_columns = self._n_columns(rows.original_bits, rows.is_window)
+        coefficients = self._model.transform().project(values, n_columns)
+        importance, levels = self._model.importance, None
+        if importance is not None:
+            levels = importance.levels(rows.values)
+            coefficients *= factors(levels)
+        if not bool(coefficients.isfinite().all()):
             raise InvalidCache("the cache holds values so large that the transform overflows float32")
-        if len(choices) == 1:
-            return ChunkCoefficients(choices, rows.is_window)
-        step = self._expected_step(rows.original_bits) / (FINER_WINDOW if rows.is_window else 1)
-        bits = [self._round(choice, step).rounded.bits for choice in choices]
-        costs = np.array([[its_bits[span].sum(dtype=np.float64) for span in rows.spans] for its_bits in bits])
-        cheapest = costs.argmin(axis=0)
-        parts = [choices[index].of(np.flatnonzero(cheapest == index).tolist()) for index in np.unique(cheapest)]
-        return ChunkCoefficients(parts, rows.is_window)
+        return Coefficients(coefficients, levels, rows.spans, rows.is_window)
 
-    def search(self, coefficients: Sequence[ChunkCoefficients], budget: Budget) -> Search[StepPlan]:
+    def search(self, coefficients: Sequence[Coefficients], budget: Budget) -> Search[StepPlan]:
         steps, expected = self._model.steps, self._expected_step(budget.original_bits)
-        least = float(self._model.expected.steps.min())
+        least = max(float(self._model.coefficients.steps.min()), self._finest_step(budget.original_bits))
         if isinstance(self._rate, Step):
             return Settled(self._plan(self._rate.step))
         if budget.at_most is not None:
             if not coefficients:
                 return Settled(self._plan(steps.most))
             estimate = self._estimate(coefficients, expected)
-            nothing = [(batch.is_window, span.stop - span.start) for batch in coefficients for span in _spans(batch)]
+            nothing = [(batch.is_window, span.stop - span.start) for batch in coefficients for span in batch.spans]
             return FinestStep(
                 budget.at_most, estimate, least, steps.most, self._plan, lambda: self._code_nothing(nothing)
             )
@@ -128,22 +104,20 @@ class JointEncoder:
         if not bodies:
             return Settled(self._plan(expected))
         wanted = self._body_bytes(budget.original_bits) * budget.n_tokens
-        most = float(self._model.expected.steps.max())
+        most = float(self._model.coefficients.steps.max())
         estimate = self._estimate(bodies, expected)
         return NearestStep(wanted - budget.other_bytes, _NEAR * wanted, estimate, least, most, self._plan)
 
-    def quantize(self, coefficients: ChunkCoefficients, plan: StepPlan) -> list[Integers]:
-        step = plan.step_of(coefficients.is_window)
-        return [self._round(part, step) for part in coefficients.parts]
+    def quantize(self, coefficients: Coefficients, plan: StepPlan) -> Integers:
+        return self._round(coefficients, plan.step_of(coefficients.is_window))
 
-    def entropy_code(self, symbols: list[Integers]) -> list[bytes]:
-        coded: dict[int, bytes] = {}
-        for part in symbols:
-            its = part.coefficients
-            flag = bytes([its.is_predicted]) if self.needs_tokens else b""
-            written = self._backend.write_integers(part.rounded, its.spans, part.classes, its.model.tables)
-            coded |= {chunk: flag + join_integers(data) for chunk, data in zip(its.chunks, written, strict=True)}
-        return [coded[chunk] for chunk in sorted(coded)]
+    def entropy_code(self, symbols: Integers) -> list[bytes]:
+        tables = self._model.coefficients.tables
+        written = self._backend.write_integers(symbols.rounded, symbols.spans, symbols.classes, tables)
+        if symbols.levels is None:
+            return [join_integers(data) for data in written]
+        levels = [join_levels(symbols.levels[span]) for span in symbols.spans]
+        return [head + join_integers(data) for head, data in zip(levels, written, strict=True)]
 
     def plan_bytes(self) -> int:
         return STEP_BYTES * (2 if self._codes_windows else 1)
@@ -152,9 +126,10 @@ class JointEncoder:
         return len(self._nothing(n_tokens))
 
     def _round(self, coefficients: Coefficients, step: float) -> Integers:
-        classes = column_classes(coefficients.model.deviations, step)
-        rounded = self._backend.round(coefficients.values, step, classes, coefficients.model.tables)
-        return Integers(coefficients, rounded, classes)
+        model = self._model.coefficients
+        classes = column_classes(model.deviations, step)
+        rounded = self._backend.round(coefficients.values, step, classes, model.tables)
+        return Integers(coefficients.levels, coefficients.spans, rounded, classes)
 
     def _plan(self, step: float) -> StepPlan:
         return self._model.steps.plan(step, self._codes_windows)
@@ -168,35 +143,48 @@ class JointEncoder:
         """A step near the one that the search will find."""
         if isinstance(self._rate, Step):
             return self._rate.step
-        return self._model.expected.step_for(8 * self._body_bytes(original_bits))
+        return self._model.coefficients.step_for(8 * self._body_bytes(original_bits))
 
-    def _estimate(self, coefficients: Sequence[ChunkCoefficients], near: float) -> CostEstimate:
+    def _finest_step(self, original_bits: int) -> float:
+        """No step of a body is finer than this."""
+        expected = self._expected_step(original_bits)
+        if isinstance(self._rate, Step):
+            return expected
+        if isinstance(self._rate, FixedSize):
+            # Exact tokens may leave any number of bytes over.
+            return self._model.steps.least
+        return max(self._model.steps.least, min(expected / _FINER, self._model.cheap_step))
+
+    def _n_columns(self, original_bits: int, is_window: bool) -> int:
+        """Coefficients that the finest step codes."""
+        finest = self._finest_step(original_bits) / (FINER_WINDOW if is_window else 1)
+        return len(column_classes(self._model.coefficients.deviations, float(np.nextafter(np.float32(finest), 0))))
+
+    def _estimate(self, coefficients: Sequence[Coefficients], near: float) -> CostEstimate:
         """What all chunks cost, from a sample of their tokens."""
-        parts = [(part, FINER_WINDOW if batch.is_window else 1.0) for batch in coefficients for part in batch.parts]
-        n_tokens = sum(len(part.values) for part, _ in parts)
+        n_tokens = sum(len(batch.values) for batch in coefficients)
         stride = max(1, n_tokens // SEARCH_TOKENS)
-        sampled: dict[tuple[bool, float], list[Tensor]] = {}
+        sampled: dict[float, list[Tensor]] = {}
         first, fixed = 0, 0
-        for part, finer in parts:
-            # Not the first of each chunk: it has no predecessors to be predicted from, so it costs more than others.
-            chosen = part.values[(stride // 2 - first) % stride :: stride]
-            sampled.setdefault((part.is_predicted, finer), []).append(chosen.cpu())
-            first += len(part.values)
-            for span in part.spans:
+        for batch in coefficients:
+            chosen = batch.values[(stride // 2 - first) % stride :: stride]
+            sampled.setdefault(FINER_WINDOW if batch.is_window else 1.0, []).append(chosen.cpu())
+            first += len(batch.values)
+            for span in batch.spans:
                 count = span.stop - span.start
-                fixed += least_bytes(count) + self.needs_tokens + _LANE_BYTES * count_lanes(self._model.rank, count)
+                fixed += self._model.least_bytes(count) + _LANE_BYTES * count_lanes(batch.values.shape[1], count)
         weight = n_tokens / sum(len(some) for of in sampled.values() for some in of)
-        models = {part.is_predicted: part.model for part, _ in parts}
-        samples = [
-            Sample(torch.cat(of), models[is_predicted], weight, finer) for (is_predicted, finer), of in sampled.items()
-        ]
+        model = self._model.coefficients
+        samples = [Sample(torch.cat(of), model, weight, finer) for finer, of in sampled.items()]
         return CostEstimate(samples, fixed, near)
 
     def _nothing(self, n_tokens: int) -> bytes:
         """A chunk whose coefficients are all zero at the largest step: it has the same bytes whatever the cache holds."""
-        zeros = torch.zeros(n_tokens, self._model.rank, dtype=torch.float32, device=self._backend.device)
-        part = Coefficients(zeros, self._model.expected, self.needs_tokens, [slice(0, n_tokens)], [0])
-        return self.entropy_code([self._round(part, self._model.steps.most)])[0]
+        device, n_coefficients = self._backend.device, len(self._model.coefficients.deviations)
+        zeros = torch.zeros(n_tokens, n_coefficients, dtype=torch.float32, device=device)
+        levels = None if self._model.importance is None else torch.zeros(n_tokens, dtype=torch.uint8, device=device)
+        part = Coefficients(zeros, levels, [slice(0, n_tokens)], is_window=False)
+        return self.entropy_code(self._round(part, self._model.steps.most))[0]
 
     def _code_nothing(self, chunks: Sequence[tuple[bool, int]]) -> tuple[StepPlan, CodedRows]:
         """Chunks, windows (True) or bodies with their tokens, in the fewest bytes."""
@@ -204,9 +192,3 @@ class JointEncoder:
         for is_window, n_tokens in chunks:
             coded.add([self._nothing(n_tokens)], is_window)
         return StepPlan(most, most if self._codes_windows else None), coded
-
-
-def _spans(batch: ChunkCoefficients) -> list[slice]:
-    """The spans of a batch's chunks, in order of the chunks."""
-    found = {chunk: span for part in batch.parts for chunk, span in zip(part.chunks, part.spans, strict=True)}
-    return [found[chunk] for chunk in sorted(found)]

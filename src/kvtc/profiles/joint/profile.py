@@ -6,20 +6,47 @@ import torch
 
 from ...backends import Backend
 from ...calibration.artifact import Calibration
+from ...errors import InvalidArgument
+from ...recomputation import Recomputation
 from ..rates import Rate
 from .decoder import JointDecoder
 from .encoder import JointEncoder
 from .model import JointModel
+from .prediction import RowPrediction
 
 
 class JointProfile:
-    """See `Profile`. product: dtype that both sides of a product are rounded to. with_tokens: `conditional`."""
+    """See `Profile`. product: dtype that both sides of a product are rounded to."""
 
-    def __init__(self, calibration: Calibration, backend: Backend, product: torch.dtype, with_tokens: bool) -> None:
-        self._model = JointModel(calibration, backend, product, with_tokens)
+    def __init__(self, calibration: Calibration, backend: Backend, product: torch.dtype, *_: object) -> None:
+        if calibration.joint is None:
+            raise InvalidArgument("this calibration was made without the profile joint; calibrate again with it")
+        self._model = JointModel(calibration.joint, calibration.geometry, backend, product, calibration.importance)
 
     def encoder(self, rate: Rate, codes_windows: bool) -> JointEncoder:
         return JointEncoder(self._model, rate, codes_windows)
 
     def decoder(self) -> JointDecoder:
         return JointDecoder(self._model)
+
+
+class ConditionalProfile(JointProfile):
+    """The same of what the recomputed layers leave of the rows. recomputation: of the calibrated model."""
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        backend: Backend,
+        product: torch.dtype,
+        recomputation: Recomputation | None,
+    ) -> None:
+        conditional, geometry = calibration.conditional, calibration.geometry
+        if conditional is None:
+            raise InvalidArgument("this calibration was made without the profile conditional; calibrate again with it")
+        if recomputation is None:
+            raise InvalidArgument(
+                "the profile conditional recomputes layers of the model: give Codec(..., model=), a transformers model or the "
+                "path of its folder; or use joint, which needs none"
+            )
+        prediction = RowPrediction(conditional, geometry, recomputation, backend.device)
+        self._model = JointModel(conditional.left, geometry, backend, product, calibration.importance, prediction)

@@ -2,76 +2,106 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from ...backends import Backend
-from ...cache import CacheGeometry
-from ...calibration.joint_calibration import JointCalibration, TokenCoding
+from ...calibration.joint_calibration import JointCalibration
 from ...coding.device import settle
-from ...coding.product import Columns, PackedRows
+from ...coding.joint.metric import times_blocks
+from ...coding.product import Columns, PackedRows, product_of_blocks
+from ...process.locks import ForkSafeLock
+
+
+@dataclass(frozen=True, eq=False)
+class RestorableCoefficients:
+    """Coefficients as `JointTransform.restore` takes them: those of vectors, and [T, 2 p] of the remainder, if not zero."""
+
+    of_vectors: PackedRows
+    of_remainder: Tensor | None
 
 
 class JointTransform:
-    """The matrices of a calibration on a backend's device. product: the dtype that both sides of a product are rounded to.
+    """The matrices of a calibration of n_layers layers on a backend's device. Analysis and synthesis differ by the metric.
 
-    Analysis gives plain coefficients. Synthesis takes them as they are without tokens; with tokens it takes them rotated, which is
-    what prediction adds to. The two differ by the metric.
+    product: the dtype that both sides of a product are rounded to.
     """
 
-    def __init__(
-        self,
-        joint: JointCalibration,
-        tokens: TokenCoding | None,
-        geometry: CacheGeometry,
-        backend: Backend,
-        product: torch.dtype,
-    ) -> None:
+    def __init__(self, joint: JointCalibration, n_layers: int, backend: Backend, product: torch.dtype) -> None:
         device = backend.device
         basis, metric = joint.basis, joint.metric.to(device)
-        vectors = basis.vectors.to(device).float()
+        vectors = basis.matrix(device)
         self._product = product
-        self._rotation = None if tokens is None else Columns(tokens.rotation.to(device))
         mean = metric.unweigh(basis.mean[None].to(device))
         analysis = metric.weigh(vectors.T).T
         self._origin = Columns(analysis).times(mean)[0]
         self._analysis = Columns(analysis, product)
-        turned = vectors if self._rotation is None else self._rotation.times(vectors)
-        synthesis = metric.unweigh(turned.T)
-        self._means = [columns[0] for columns in by_layer(mean, geometry.n_layers)]
-        self._synthesis = [
-            Columns(columns, product, result=product) for columns in by_layer(synthesis, geometry.n_layers)
-        ]
-        self._predictor = None if tokens is None else tokens.predictor.to(device)
+        synthesis = metric.unweigh(vectors.T)
+        self._means = [columns[0] for columns in by_layer(mean, n_layers)]
+        self._synthesis = [Columns(columns, product, result=product) for columns in by_layer(synthesis, n_layers)]
+        self._n_layers, self._layer_features = n_layers, len(basis.mean) // (2 * n_layers)
+        self._metric, self._turns, self._order = metric, basis.turns.to(device).float(), basis.order.to(device)
+        self._of_vectors, self._rank = basis.of_vectors.to(device), basis.rank
+        self._lock = ForkSafeLock()
         settle(device)
 
-    def project(self, rows: Tensor) -> Tensor:
-        """Joint rows [n, 2 p] -> plain coefficients [n, r] float32."""
-        return self._analysis.times(rows, -self._origin)
-
-    def rotated(self, plain: Tensor) -> Tensor:
-        """Plain coefficients [n, r] as prediction is taken off them, or added to them; the same without tokens."""
-        return plain if self._rotation is None else self._rotation.times(plain)
-
-    def predict(self, triples: Tensor | None) -> Tensor:
-        """What prediction sees of tokens, [n, 3] int64 -> their rotated coefficients [n, r] float32."""
-        if self._predictor is None or triples is None:
-            raise RuntimeError("prediction needs token ids")
-        return self._predictor.predict(triples)
+    def project(self, rows: Tensor, n: int) -> Tensor:
+        """Joint rows [T, 2 p] -> their first n coefficients [T, n] float32, in the order of the basis."""
+        of_vectors = self._of_vectors[:n]
+        if bool(of_vectors.all()):
+            return self._analysis.times(rows, -self._origin[:n], n)
+        leading = self._analysis.times(rows, -self._origin)
+        found = torch.empty(len(rows), n, dtype=torch.float32, device=rows.device)
+        found[:, of_vectors] = leading[:, : int(of_vectors.sum())]
+        restorable = RestorableCoefficients(self.packed(leading), None)
+        layers = [self.restore(restorable, layer) for layer in range(self._n_layers)]
+        spanned = torch.cat([layer[side] for side in (0, 1) for layer in layers], dim=1)
+        remainder = times_blocks(rows - spanned.float(), self._remainder_blocks[0])
+        found[:, ~of_vectors] = remainder[:, self._order[:n][~of_vectors] - self._rank]
+        return found
 
     def packed(self, coefficients: Tensor) -> PackedRows:
-        """Completed coefficients as `restore` takes them."""
+        """Coefficients of vectors, as products take them."""
         return PackedRows(coefficients, self._product)
 
-    @property
-    def rank_follows_coding(self) -> bool:
-        """Whether coefficients that are not coded stay zero, so that no product needs them."""
-        return self._rotation is None
+    def restorable(self, coefficients: Tensor) -> RestorableCoefficients:
+        """The first coefficients [T, n] in the order of the basis."""
+        n = coefficients.shape[1]
+        of_vectors = self._of_vectors[:n]
+        if bool(of_vectors.all()):
+            return RestorableCoefficients(self.packed(coefficients), None)
+        features = 2 * self._layer_features * self._n_layers
+        remainder = torch.zeros(len(coefficients), features, dtype=torch.float32, device=coefficients.device)
+        remainder[:, self._order[:n][~of_vectors] - self._rank] = coefficients[:, ~of_vectors]
+        return RestorableCoefficients(self.packed(coefficients[:, of_vectors]), remainder)
 
-    def restore(self, coefficients: PackedRows, layer: int) -> tuple[Tensor, Tensor]:
-        """The first completed coefficients [T, n] -> a layer's part of joint rows: keys before rotation and values, [T, H * D]."""
-        keys, values = self._synthesis[layer].times(coefficients, self._means[layer]).tensor_split(2, dim=1)
-        return keys, values
+    def restore(self, coefficients: RestorableCoefficients, layer: int) -> tuple[Tensor, Tensor]:
+        """Coefficients -> a layer's part of joint rows: keys before rotation and values, [T, H * D]."""
+        found = self._synthesis[layer].times(coefficients.of_vectors, self._means[layer])
+        keys, values = found.tensor_split(2, dim=1)
+        if coefficients.of_remainder is None:
+            return keys, values
+        width, n_heads = self._layer_features, len(self._turns) // (2 * self._n_layers)
+        sides = []
+        for plain, place in ((keys, layer), (values, self._n_layers + layer)):
+            blocks = self._remainder_blocks[1][place * n_heads : (place + 1) * n_heads]
+            remainder = times_blocks(coefficients.of_remainder[:, place * width : (place + 1) * width], blocks)
+            sides.append((plain.float() + remainder).to(plain.dtype))
+        return sides[0], sides[1]
+
+    @property
+    def _remainder_blocks(self) -> tuple[Tensor, Tensor]:
+        """[B, D, D] float32: from rows to coefficients of the remainder, and back."""
+        with self._lock:
+            return self._found_blocks
+
+    @cached_property
+    def _found_blocks(self) -> tuple[Tensor, Tensor]:
+        metric, turns = self._metric, self._turns
+        return product_of_blocks(metric.roots, turns), product_of_blocks(turns.mT, metric.inverses)
 
 
 def by_layer(joint: Tensor, n_layers: int) -> list[Tensor]:

@@ -49,7 +49,7 @@ DecodedSides = tuple[DecodedSide, DecodedSide]
 class PaperProfile:
     """See `Profile`. product: dtype that both sides of a product are rounded to."""
 
-    def __init__(self, calibration: Calibration, backend: Backend, product: torch.dtype) -> None:
+    def __init__(self, calibration: Calibration, backend: Backend, product: torch.dtype, *_: object) -> None:
         self._calibration, self._backend = calibration, backend
         self._transform = PaperTransform(calibration, backend.device, product)
 
@@ -65,7 +65,7 @@ class PaperProfile:
 class PaperEncoder:
     """See `Encoder`. rate: `Ratio`, `SideRatios`, `MaxError` or `Truncation`."""
 
-    needs_tokens = False
+    recomputation = None
     is_entropy_coded = False
 
     def __init__(self, calibration: Calibration, backend: Backend, transform: PaperTransform, rate: Rate) -> None:
@@ -117,7 +117,7 @@ class PaperEncoder:
 class PaperDecoder:
     """See `Decoder`."""
 
-    needs_tokens = False
+    recomputation = None
 
     def __init__(self, calibration: Calibration, backend: Backend, transform: PaperTransform) -> None:
         self._ranks = calibration.key.basis.rank, calibration.value.basis.rank
