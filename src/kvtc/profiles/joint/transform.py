@@ -18,10 +18,14 @@ from ...process.locks import ForkSafeLock
 
 @dataclass(frozen=True, eq=False)
 class RestorableCoefficients:
-    """Coefficients as `JointTransform.restore` takes them: those of vectors, and [T, 2 p] of the remainder, if not zero."""
+    """Coefficients as `JointTransform.restore` takes them: those of vectors, and [T, 2 p] of the remainder, if there are any.
+
+    used: numbers of the blocks whose coefficients of the remainder are not all zero.
+    """
 
     of_vectors: PackedRows
-    of_remainder: Tensor | None
+    of_remainder: Tensor | None = None
+    used: frozenset[int] = frozenset()
 
 
 class JointTransform:
@@ -56,7 +60,7 @@ class JointTransform:
         leading = self._analysis.times(rows, -self._origin)
         found = torch.empty(len(rows), n, dtype=torch.float32, device=rows.device)
         found[:, of_vectors] = leading[:, : int(of_vectors.sum())]
-        restorable = RestorableCoefficients(self.packed(leading), None)
+        restorable = RestorableCoefficients(self.packed(leading))
         layers = [self.restore(restorable, layer) for layer in range(self._n_layers)]
         spanned = torch.cat([layer[side] for side in (0, 1) for layer in layers], dim=1)
         remainder = times_blocks(rows - spanned.float(), self._remainder_blocks[0])
@@ -72,36 +76,38 @@ class JointTransform:
         n = coefficients.shape[1]
         of_vectors = self._of_vectors[:n]
         if bool(of_vectors.all()):
-            return RestorableCoefficients(self.packed(coefficients), None)
+            return RestorableCoefficients(self.packed(coefficients))
         features = 2 * self._layer_features * self._n_layers
         remainder = torch.zeros(len(coefficients), features, dtype=torch.float32, device=coefficients.device)
         remainder[:, self._order[:n][~of_vectors] - self._rank] = coefficients[:, ~of_vectors]
-        return RestorableCoefficients(self.packed(coefficients[:, of_vectors]), remainder)
+        held = remainder.any(dim=0).reshape(len(self._turns), -1).any(dim=1).nonzero()[:, 0]
+        used = frozenset(held.tolist())
+        return RestorableCoefficients(self.packed(coefficients[:, of_vectors]), remainder, used)
 
     def restore(self, coefficients: RestorableCoefficients, layer: int) -> tuple[Tensor, Tensor]:
         """Coefficients -> a layer's part of joint rows: keys before rotation and values, [T, H * D]."""
         found = self._synthesis[layer].times(coefficients.of_vectors, self._means[layer])
+        dim, n_heads = self._turns.shape[1], len(self._turns) // (2 * self._n_layers)
+        for index in range(2 * n_heads):
+            side, head = divmod(index, n_heads)
+            block = (side * self._n_layers + layer) * n_heads + head
+            if coefficients.of_remainder is not None and block in coefficients.used:
+                own = coefficients.of_remainder[:, block * dim : (block + 1) * dim]
+                found[:, index * dim : (index + 1) * dim] += self._remainder_blocks[1][block].times(own)
         keys, values = found.tensor_split(2, dim=1)
-        if coefficients.of_remainder is None:
-            return keys, values
-        width, n_heads = self._layer_features, len(self._turns) // (2 * self._n_layers)
-        sides = []
-        for plain, place in ((keys, layer), (values, self._n_layers + layer)):
-            blocks = self._remainder_blocks[1][place * n_heads : (place + 1) * n_heads]
-            remainder = times_blocks(coefficients.of_remainder[:, place * width : (place + 1) * width], blocks)
-            sides.append((plain.float() + remainder).to(plain.dtype))
-        return sides[0], sides[1]
+        return keys, values
 
     @property
-    def _remainder_blocks(self) -> tuple[Tensor, Tensor]:
-        """[B, D, D] float32: from rows to coefficients of the remainder, and back."""
+    def _remainder_blocks(self) -> tuple[Tensor, list[Columns]]:
+        """[B, D, D] float32: from rows to coefficients of the remainder; and each block that leads back."""
         with self._lock:
             return self._found_blocks
 
     @cached_property
-    def _found_blocks(self) -> tuple[Tensor, Tensor]:
+    def _found_blocks(self) -> tuple[Tensor, list[Columns]]:
         metric, turns = self._metric, self._turns
-        return product_of_blocks(metric.roots, turns), product_of_blocks(turns.mT, metric.inverses)
+        back = [Columns(block) for block in product_of_blocks(turns.mT, metric.inverses)]
+        return product_of_blocks(metric.roots, turns), back
 
 
 def by_layer(joint: Tensor, n_layers: int) -> list[Tensor]:
