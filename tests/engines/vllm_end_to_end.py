@@ -121,7 +121,7 @@ def run_way(way: Way, scratch: Path, long: list[int], short: list[int], other: l
         [tokens[len(ids)] for ids in again],
     )
 
-    print(f"  damaged: {damage(way, store, position=512)}")
+    print(f"  damaged: {damage(store, position=512)}")
     found = serve(scratch, way.name, {"dtype": way.dtype}, config, [long], "damaged")
     counted = {name: found["metrics"].get(f"vllm:kvtc_{name}") for name in way.counted}
     print(f"  damaged: {', '.join(f'vllm:kvtc_{name} {count}' for name, count in counted.items())}")
@@ -238,20 +238,22 @@ def report_disk(store: Path, n_entries: int, n_tokens: int) -> None:
     print(f"  store: total ratio on disk {original / stored:.2f}")
 
 
-def damage(way: Way, store: Path, position: int) -> str:
-    """Flip a byte, on disk, of the long prompt's chunk that begins at a position."""
+def damage(store: Path, position: int) -> str:
+    """Flip a byte, on disk, of every chunk that begins at a position."""
     from kvtc import inspect
     from kvtc.store import open_store
 
     with open_store(f"file://{store}") as opened:
         streams = [opened.get(key) or b"" for key in opened.keys() if not key.startswith("tails/")]  # noqa: SIM118
-    described = [(inspect(stream), stream) for stream in streams]
-    (stream,) = [found for info, found in described if (info.first_position, info.profile) == (position, way.profile)]
-    (file,) = [file for file in (store / "entries").rglob("*") if file.is_file() and stream in file.read_bytes()]
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    return f"one bit of {file.name}, {len(data)} bytes, is flipped"
+    chosen = [stream for stream in streams if inspect(stream).first_position == position]
+    damaged = []
+    for file in (file for file in (store / "entries").rglob("*") if file.is_file()):
+        data = bytearray(file.read_bytes())
+        if any(stream in data for stream in chosen):
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+            damaged.append(file.name)
+    return f"one bit of {', '.join(damaged)} is flipped"
 
 
 def expect(what: str, found: object, wanted: object) -> None:
