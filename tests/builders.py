@@ -35,7 +35,7 @@ from kvtc.coding.joint.probability import ProbabilityTables
 from kvtc.coding.paper.distortion import DistortionTable
 from kvtc.coding.product import product
 from kvtc.coding.rope import NO_ROTATION, Rope, RopeTable
-from kvtc.coding.transform import Basis, cache_side_of
+from kvtc.coding.transform import Basis, cache_side_of, rows_of
 from kvtc.container.parts import join_streams, split_stream
 from kvtc.errors import InvalidArgument
 from kvtc.process.torch_state import neutral_torch_state
@@ -215,7 +215,7 @@ def tiny_gradients(n: int = 512) -> GradientSample:
 
 
 @remember
-def joint_calibration(seed: int = 0, with_model: bool = True) -> Calibration:
+def joint_calibration(seed: int = 0, with_model: bool = True, joint_rank: int = 4096) -> Calibration:
     """Fitted to caches that `told_cache` makes, for all profiles; without the model not for `conditional`."""
     seeds = range(100 * (seed + 1), 100 * (seed + 1) + 6)
     return fit_caches(
@@ -225,7 +225,20 @@ def joint_calibration(seed: int = 0, with_model: bool = True) -> Calibration:
         sample=tiny_gradients(),
         token_ids=(told_ids(200, s) for s in seeds),
         model=told_model() if with_model else None,
+        joint_rank=joint_rank,
     )
+
+
+@remember
+def stepped_calibration() -> Calibration:
+    """`joint_calibration` of few vectors, so that much is coded of the remainder, and with levels that differ by token."""
+    calibration = joint_calibration(joint_rank=12)
+    cache = told_cache(400, seed=99)
+    keys = tiny_geometry().rope.unrotate(cache.keys, torch.arange(400), 400)
+    rows = torch.cat([rows_of(keys), rows_of(cache.values)], dim=1)
+    weights = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(3))
+    weights *= 2.5 / (rows @ weights).std()
+    return replace(calibration, importance=Importance(torch.cat([weights, -(rows.mean(dim=0) @ weights)[None]])))
 
 
 def told_codec(profile: str | None = None, *arguments: object, **options: object) -> Codec:

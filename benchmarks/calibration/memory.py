@@ -16,8 +16,8 @@ import torch
 
 from kvtc.cache import CacheGeometry
 from kvtc.calibration.entropy import N_STEPS
-from kvtc.calibration.fit import RANK_CAP
-from kvtc.calibration.joint_fit import TABLE_ROWS, fit_joint, joint_rows
+from kvtc.calibration.fit import JOINT_RANK_CAP
+from kvtc.calibration.joint_fit import fit_joint, joint_rows, table_rows
 from kvtc.calibration.principal import OVERSAMPLING
 from kvtc.calibration.row_spool import BLOCK_VALUES, FLOAT16_BYTES, RowSpool
 from kvtc.calibration.rows import MAX_ROWS
@@ -54,7 +54,8 @@ class Estimate:
         # Of a block: both halves, joined, weighed, and the product's operands laid out anew.
         block = 5 * 4 * max(2 * BLOCK_VALUES, 64 * features)
         roots = 0 if features % 128 else 2 * features * 128 * 4
-        vectors, sample = features * rank * (2 + 4), min(TABLE_ROWS, rows) * rank
+        # In 16 bits as found, in 8 as kept, and as numbers; of a token the coefficients of vectors and of the remainder.
+        vectors, sample = features * rank * (2 + 1 + 4), min(table_rows(features), rows) * (rank + features)
         return cls(
             features,
             rank,
@@ -135,7 +136,7 @@ def main() -> None:
     if device.type == "cuda":
         result["device_peak_gib"] = round(torch.cuda.max_memory_allocated(device) / GIB, 2)
     print(format_fields(list(result.items())))
-    estimates = [predicted, Estimate.of(features, RANK_CAP, MAX_ROWS)]
+    estimates = [predicted, Estimate.of(features, JOINT_RANK_CAP, MAX_ROWS)]
     print()
     header = ["features", "rank", "rows", "basis", "tables", "disk", "device (GiB)"]
     print(format_table(header, [[_cell(value) for value in asdict(line).values()] for line in estimates]))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtc.backends import CodedIntegers, ReferenceBackend, make_backend
+from kvtc.codec.codec import Codec
 from kvtc.coding import rans
 from kvtc.coding.bitpack import unpack
 from kvtc.coding.joint.escapes import decode_escapes
@@ -22,7 +23,7 @@ from kvtc.coding.joint.uniform_quantizer import ACTIVITY_BITS, ESCAPE, MAX_SYMBO
 from kvtc.coding.rans import count_lanes, decode_symbols
 from kvtc.coding.rope import Rope, RopeTable
 from kvtc.errors import InvalidArgument
-from tests.builders import DTYPES, NAMES, golden_frequencies, joint_codec, told_cache, told_ids
+from tests.builders import DTYPES, NAMES, golden_frequencies, joint_codec, stepped_calibration, told_cache, told_ids
 
 pytest.importorskip("triton")
 
@@ -281,6 +282,18 @@ def test_sides_that_do_not_fit_are_refused():
 
 
 # The codec.
+
+
+def test_levels_and_the_remainder_are_the_references():
+    cache, ids = told_cache(18), told_ids(18)
+    options = {"step": 2.0, "window_tokens": 0, "sink_tokens": 0, "chunk_tokens": 8}
+    reference = Codec(stepped_calibration(), "joint", **options)
+    codec = Codec(stepped_calibration(), "joint", backend="triton", device=DEVICE, **options)
+    stream = codec.encode(cache, ids)
+    assert abs(len(stream) - len(reference.encode(cache, ids))) <= 0.01 * len(stream)
+    for found, wanted in ((reference.decode(stream, ids), cache), (codec.decode(stream, ids), cache)):
+        expected = reference.decode(reference.encode(wanted, ids), ids)
+        assert torch.allclose(found.values.cpu().float(), expected.values.float(), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("profile", ["joint", "conditional", "paper"])

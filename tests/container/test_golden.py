@@ -32,6 +32,7 @@ from tests.builders import (
     random_cache,
     same_cache,
     sections_of,
+    stepped_calibration,
     told_cache,
     told_gappy_cache,
     told_ids,
@@ -131,6 +132,18 @@ def test_the_specification_suffices_for_the_other_profiles(profile, dtype):
         near = max(torch.finfo(dtype).eps, 1e-4)
         np.testing.assert_allclose(keys, decoded.keys.float().numpy(), rtol=near, atol=1e-3)
         np.testing.assert_allclose(values, decoded.values.float().numpy(), rtol=near, atol=1e-3)
+
+
+@pytest.mark.parametrize("profile", JOINT_PROFILES)
+@pytest.mark.parametrize("step", [0.02, 4.0])
+def test_the_specification_suffices_for_levels_and_the_remainder(profile, step):
+    cache, ids = told_text(profile)
+    codec = Codec(stepped_calibration(), profile, step=step, chunk_tokens=64, window_tokens=3, model=told_model())
+    stream = codec.encode(cache, ids)
+    decoded = codec.decode(stream, ids)
+    _, _, keys, values = decode_by_the_page(stream, codec.calibration, known_of(profile, ids))
+    np.testing.assert_allclose(keys, decoded.keys.float().numpy(), rtol=2**-7, atol=1e-3)
+    np.testing.assert_allclose(values, decoded.values.float().numpy(), rtol=2**-7, atol=1e-3)
 
 
 def test_the_specification_suffices_for_several_lanes():

@@ -61,7 +61,8 @@ def fit(
 ) -> Calibration:
     """Fit a calibration to the rows that were accumulated.
 
-    Time: nine passes over the rows for each basis, one for tables, and one for prediction. Memory, on the device of the
+    Time: for each basis as many passes over the rows as `principal_components` says, one for tables and one for the
+    mean; one for levels, and one for prediction. Memory, on the device of the
     rows: at most 16 P l + 36 l^2 bytes, and about 1 GB for blocks, where l = 64 + the rank
     and P = p features, or 2 p with a sample. On the CPU the same rows give the same tensors and fingerprint every time;
     those of another device differ by rounding.

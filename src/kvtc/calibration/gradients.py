@@ -1,8 +1,8 @@
 """From gradients to the metric and to the importance of tokens.
 
 A gradient g says how the model's log-likelihood changes with a token's row; E[g g^T] is the sensitivity of a head. Few tokens hold
-most of it: one in a hundred two thirds. So gradients are divided by what a regression says of the token, and the metric describes
-the ordinary token; the others get finer steps.
+most of it: on SmolLM2-135M one in a hundred holds two thirds. So gradients are divided by what a regression says of the token, and
+the metric describes the ordinary token; the others get finer steps.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ LARGEST_SQUARE = LARGEST**2
 ORTHONORMAL = 1 + 2.0**-7
 """Of an entry of an orthonormal matrix, rounded to 16 bits."""
 _LEAST_STEP = 1 / LARGEST
+_BASIS = ("mean", "vectors", "scales", "turns", "order")
+"""Tensors of a `JointBasis`, by their names in the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +124,6 @@ def importance_of(tensors: dict[str, Tensor], geometry: CacheGeometry) -> Import
     weights = tensors["importance"]
     expect("importance", weights, (2 * geometry.row_features + 1,), torch.float32, -LARGEST, LARGEST)
     return Importance(weights)
-
-
-_BASIS = ("mean", "vectors", "scales", "turns", "order")
 
 
 def _joint_basis(tensors: dict[str, Tensor], prefix: str, geometry: CacheGeometry) -> JointBasis:

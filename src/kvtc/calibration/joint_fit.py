@@ -21,8 +21,8 @@ from .joint_calibration import JointCalibration
 from .principal import principal_components
 from .row_spool import RowSpool
 
-TABLE_ROWS, _TABLE_VALUES = 4096, 1 << 24
-"""Of the sample that tables are counted on, at most."""
+_LEAST_ROWS, _MOST_ROWS, _TABLE_VALUES = 1024, 4096, 1 << 24
+"""Of the sample that tables are counted on; so many numbers where that takes no fewer rows and no more."""
 Blocks = Callable[[], Iterator[Tensor]]
 
 
@@ -100,9 +100,14 @@ def complete(found: Basis, metric: Metric, rows: Tensor) -> tuple[JointBasis, Te
     return JointBasis(found.mean, vectors, scales, turns, order.int()), both[:, order]
 
 
+def table_rows(features: int) -> int:
+    """How many rows of so many features tables are counted on, if there are as many."""
+    return min(_MOST_ROWS, max(_LEAST_ROWS, _TABLE_VALUES // features))
+
+
 def sample_of(rows: WeightedRows, seed: int) -> Tensor:
     """Numbers of the rows that tables are counted on, int64, rising."""
-    n = min(TABLE_ROWS, _TABLE_VALUES // len(rows.metric.roots.flatten(0, 1)))
+    n = table_rows(len(rows.metric.roots.flatten(0, 1)))
     return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(rows.n_rows)[:n]))
 
 

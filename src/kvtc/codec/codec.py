@@ -26,11 +26,10 @@ from ..process.torch_state import compute_alone, neutral_torch_state, writing_in
 from ..profiles import AnyEncoder, AnyProfile, make_profile
 from ..profiles.interface import CodedRows
 from ..profiles.rates import FixedSize, Lossless, Rate
-from ..recomputation import Recomputed
 from . import pipeline
 from . import transformers_cache as interop
 from .fixed_size import fixed_stream_bytes
-from .opened_stream import MAX_TOKENS, OpenedStream, check_calibration, check_prefix, open_stream, shift_to
+from .opened_stream import MAX_TOKENS, OpenedStream, check_calibration, open_stream, shift_to
 from .options import (
     RateArguments,
     as_ids,
@@ -39,10 +38,10 @@ from .options import (
     check_limit,
     check_regions,
     product_dtype,
-    recomputation_of,
     stream_settings,
 )
 from .pipeline import Decoding
+from .recomputing import recomputation_of, recompute_cache
 from .sealed_stream import chunks_of, draft_stream
 
 
@@ -440,7 +439,8 @@ class Codec:
         cache = cache.plain()
         cache.validate(is_finite=not self.is_lossless)
         self.calibration.geometry.check(cache)
-        recomputed = self._recomputed(cache, token_ids)
+        recomputation = None if self._encoder is None else self._encoder.recomputation
+        recomputed = recompute_cache(recomputation, cache, token_ids, self.settings.profile)
         if recomputed is not None and token_ids is not None:
             token_ids = token_ids[recomputed.first :]
         if token_ids is not None and len(token_ids) != cache.n_tokens:
@@ -452,20 +452,6 @@ class Codec:
             return draft.seal(b"", CodedRows(), is_final=True, size=None)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
         return pipeline.encode(cache, recomputed, spans, draft, size, self.calibration, self.backend, self._encoder)
-
-    def _recomputed(self, cache: KVCache, token_ids: TokenIds | None) -> Recomputed | None:
-        """What the first layers compute of the cache's tokens, where the profile predicts from it."""
-        recomputation = None if self._encoder is None else self._encoder.recomputation
-        if recomputation is None or not cache.n_tokens:
-            return None
-        positions = cache.resolved_positions()
-        first, stop = int(positions[0]), int(positions[-1]) + 1
-        if stop - first != cache.n_tokens:
-            raise InvalidArgument(
-                f"the profile {self.settings.profile} recomputes layers from all tokens: expected a cache without gaps, found "
-                f"{cache.n_tokens} tokens at positions {first} .. {stop - 1}; use joint"
-            )
-        return recomputation.run(check_prefix(self.settings.profile, token_ids, stop)).part(slice(first, None))
 
     def _spans(self, positions: Tensor) -> list[ChunkSpan]:
         return split_regions(positions, self.sink_tokens, self.window_tokens, self.settings.chunk_tokens)

@@ -31,6 +31,7 @@ from ..process.torch_state import neutral_torch_state
 from ..profiles import AnyDecoder
 from ..profiles.interface import CodedBody, Plan
 from ..recomputation import Recomputed
+from .recomputing import check_prefix, recompute_chunks
 
 MAX_TOKENS = 1 << 20
 """Tokens that are decoded at most unless the caller names more."""
@@ -113,7 +114,7 @@ def open_stream(
     others = [one for one in wanted if one[:2] not in left]
     read = {one[:2]: raw for one, raw in zip(others, stream.read_all(others, block_coder), strict=True)}
     coded_bytes: dict[tuple[SectionType, int], Bytes] = {**read, **left}
-    recomputed = _recomputed(decoder, chunks, token_ids, first_id)
+    recomputed = recompute_chunks(decoder.recomputation, chunks, token_ids, first_id)
     positions, coded, exact = [], [], []
     first = 0
     for index, chunk in enumerate(chunks):
@@ -226,34 +227,6 @@ def _check_tokens(header: Header, chunks: list[Chunk], token_ids: TokenIds, n_to
                 f"{chunk.first_position}) are not those of the stream"
             )
         first += chunk.n_tokens
-
-
-def check_prefix(profile: str, token_ids: TokenIds | None, n_needed: int) -> TokenIds:
-    """Token ids, unless they are too few to be those of all tokens from position 0 on, as recomputing layers needs them.
-
-    Raises `InvalidArgument`.
-    """
-    found = 0 if token_ids is None else len(token_ids)
-    if token_ids is None or found < n_needed:
-        raise InvalidArgument(
-            f"the profile {profile} recomputes layers from the ids of all tokens from position 0 on: expected {n_needed} "
-            f"token_ids, found {found or 'none'}; or use joint"
-        )
-    return token_ids
-
-
-def _recomputed(decoder: AnyDecoder, chunks: list[Chunk], token_ids: TokenIds | None, first: int) -> Recomputed | None:
-    """What the first layers compute of all tokens of the chunks, the first of which stands at position `first`."""
-    if decoder.recomputation is None or token_ids is None or not chunks:
-        return None
-    position = first
-    for index, chunk in enumerate(chunks):
-        if chunk.explicit_positions or chunk.first_position != position:
-            raise CorruptStream(f"chunk {index} does not go on at position {position}, but its rows need all tokens")
-        position += chunk.n_tokens
-    # Of tokens that are decoded only because they share a chunk with others, the ids may be unknown. None comes before others.
-    ids = np.concatenate([token_ids[:position], np.zeros(max(0, position - len(token_ids)), np.int64)])
-    return decoder.recomputation.run(ids).part(slice(first, None))
 
 
 def _part(recomputed: Recomputed | None, first: int, n: int) -> Recomputed | None:

@@ -16,7 +16,6 @@ from ..container.tables import LOSSLESS, MAX_CHUNK_TOKENS, PROFILES
 from ..errors import InvalidArgument
 from ..process.torch_state import neutral_torch_state, plain
 from ..profiles.rates import DEFAULT_RATIO, FixedSize, Lossless, MaxError, Rate, Ratio, SideRatios, Step, Truncation
-from ..recomputation import Recomputation, open_recomputation
 from .sealed_stream import StreamSettings
 
 SINK_FORMATS = ("exact", "fp8")
@@ -29,20 +28,6 @@ def check_is_calibration(calibration: Calibration) -> None:
     """Raise `InvalidArgument` for anything but a calibration."""
     if not isinstance(calibration, Calibration):
         raise InvalidArgument(f"expected a kvtc.Calibration (kvtc.load_calibration), got {type(calibration).__name__}")
-
-
-def recomputation_of(model: Any, calibration: Calibration, device: torch.device) -> Recomputation | None:
-    """What recomputes the first layers of the calibrated model, if it is given. Raises `InvalidArgument` for another model."""
-    conditional = calibration.conditional
-    if model is None or conditional is None:
-        return None
-    found = open_recomputation(model, conditional.n_layers, device)
-    if found.identity != conditional.identity:
-        raise InvalidArgument(
-            "the embedding and first layers of the model given have other weights than those that the calibration was made with: "
-            f"expected {conditional.identity.hex()[:16]}, found {found.identity.hex()[:16]}"
-        )
-    return found
 
 
 def check_regions(sink_tokens: int, window_tokens: int) -> None:
