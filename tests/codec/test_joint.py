@@ -26,7 +26,6 @@ from kvtc.huggingface.models import capture
 from kvtc.profiles.joint import encoder as joint_encoder
 from kvtc.profiles.joint.step_search import CostEstimate
 from kvtc.profiles.rates import Truncation
-from kvtc.reference import MODEL_DIRECTORY
 from tests.builders import (
     DTYPES,
     NAMES,
@@ -285,10 +284,12 @@ def test_an_estimate_that_is_off_is_put_right(profile, monkeypatch):
 @pytest.mark.parametrize(("body", "window"), [(256, 16), (400, 0)])
 def test_the_ratio_is_met_on_the_reference_model(profile, body, window, conversation_cache):
     cache, ids = conversation_cache
+    # In float32: torch's products of bfloat16 do not run with every instruction set that it may be told to use.
+    model, _ = kvtc.reference_model()
     n = SINK_TOKENS + body + window
     cache = KVCache(cache.keys[:, :, :n], cache.values[:, :, :n])
     for ratio in (8, 128):
-        codec = Codec(kvtc.reference_calibration(), profile, ratio, window_tokens=window, model=MODEL_DIRECTORY)
+        codec = Codec(kvtc.reference_calibration(), profile, ratio, window_tokens=window, model=model)
         assert kvtc.inspect(codec.encode(cache, ids[:n])).body_ratio == pytest.approx(ratio, rel=0.015)
 
 
