@@ -94,13 +94,13 @@ def fit_caches(
     sizes = {name.name: options.pop(name.name) for name in fields(FitOptions) if name.name in options}
     seed = {"seed": sizes["seed"]} if "seed" in sizes else {}
     states = None if model is None else (hidden_of(model, ids) for ids in token_ids)
-    with CalibrationRows(geometry, hidden_width=0 if model is None else TOLD_WIDTH, **seed, **options) as rows:
-        for cache in caches:
-            rows.add(cache, None if states is None else next(states))
-            if rows.is_full:
-                break
-        recomputed = None if model is None else (model.n_layers, model.identity)
-        return fit(rows, FitOptions(**sizes), sample=sample, recomputed=recomputed)
+    rows = CalibrationRows(geometry, hidden_width=0 if model is None else TOLD_WIDTH, **seed, **options)
+    for cache in caches:
+        rows.add(cache, None if states is None else next(states))
+        if rows.is_full:
+            break
+    recomputed = None if model is None else (model.n_layers, model.identity)
+    return fit(rows, FitOptions(**sizes), sample=sample, recomputed=recomputed)
 
 
 @remember

@@ -1,7 +1,11 @@
-"""Time, memory and accuracy of the basis from a stream of rows, against the exact decomposition of
-the same rows.
+"""Time, memory and accuracy of the joint fit at the size of a real model: moments, basis and tables.
 
-    python -m benchmarks.calibration.basis [--features 8192] [--rows 32768] [--rank 2048]
+    python -m benchmarks.calibration.basis [--layers 32] [--heads 8] [--head-dim 128] [--rows 4096] [--rank 1024] [--sketch]
+
+Rows are synthetic. Memory is what the process came to hold beyond its libraries, and on a GPU what
+was allocated there. --sketch: products are sketched, as they are above 16 384 features; the
+variance that the basis explains is printed beside what an exact one of the same rows explains,
+where there are few enough features.
 """
 
 import argparse
@@ -9,81 +13,98 @@ import resource
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
-from kvtc.calibration.principal import principal_components
-from kvtc.calibration.row_spool import RowSpool
-from kvtc.coding.paper.distortion import measure_distortion
-from kvtc.coding.transform import project
+from kvtc.cache import CacheGeometry
+from kvtc.calibration import moments
+from kvtc.calibration.joint_fit import fit_joint, table_rows
+from kvtc.coding.device import usable_device
+from kvtc.coding.joint.metric import Metric
+from kvtc.coding.rope import NO_ROTATION, Rope
 from kvtc.evaluate.provenance import save_result
 from kvtc.report.table import format_fields
 
-STREAMED_ROWS = 1024
+GIB = 2**30
+SOURCES = 512
+ROWS_AT_ONCE = 1024
 
 
-def rows(n_rows: int, features: int) -> Iterator[torch.Tensor]:
-    """A stream of correlated rows: falling variances, mixed by reflections so that no axis is
-    special.
-    """
+def drawn_rows(n_rows: int, features: int) -> Iterator[torch.Tensor]:
+    """Rows of falling variances that keys and values share."""
     generator = torch.Generator().manual_seed(0)
-    deviations = 8 * (1 + torch.arange(features)) ** -0.6
-    mirrors = torch.nn.functional.normalize(torch.randn(4, features, generator=generator), dim=1)
-    offset = torch.randn(features, generator=generator)
-    for _ in range(0, n_rows, STREAMED_ROWS):
-        block = torch.randn(STREAMED_ROWS, features, generator=generator) * deviations
-        for mirror in mirrors:
-            block -= 2 * torch.outer(block @ mirror, mirror)
-        yield block + offset
+    mixing = torch.randn(SOURCES, features, generator=generator) * (1 + torch.arange(SOURCES))[:, None] ** -0.6
+    for start in range(0, n_rows, ROWS_AT_ONCE):
+        n = min(ROWS_AT_ONCE, n_rows - start)
+        rows = torch.randn(n, SOURCES, generator=generator) @ mixing
+        yield rows + 0.1 * torch.randn(n, features, generator=generator)
 
 
-def exact_explained_variance(spool: RowSpool, rank: int) -> float:
-    """Share of the spooled rows' variance in their leading components, from the full covariance."""
-    gram = torch.zeros(spool.features, spool.features, dtype=torch.float64)
-    total = torch.zeros(spool.features, dtype=torch.float64)
-    for block in spool.blocks():
-        total += block.sum(dim=0, dtype=torch.float64)
-        gram += block.T @ block
-    mean = total / spool.n_rows
-    covariance = gram / spool.n_rows - torch.outer(mean, mean)
-    values = torch.linalg.eigvalsh(covariance)
-    return float(values[-rank:].sum() / values.sum())
+def random_metric(geometry: CacheGeometry) -> Metric:
+    generator = torch.Generator().manual_seed(1)
+    shape = (geometry.n_layers, geometry.n_kv_heads, geometry.head_dim, geometry.head_dim)
+    keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
+    return Metric.from_sensitivity(keys @ keys.mT, values @ values.mT, power=0.75, ridge=0.01)
+
+
+def peak_memory() -> int:
+    """Bytes this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", type=int, default=8192)
-    parser.add_argument("--rows", type=int, default=32_768)
-    parser.add_argument("--rank", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--rank", type=int, default=1024)
+    parser.add_argument("--sketch", action="store_true", help="whatever the number of features")
+    parser.add_argument("--device", default="cpu", help="where the fit runs")
     options = parser.parse_args()
-    measure_distortion(np.zeros((8, 8), np.float32))  # compile first
-
-    started = time.perf_counter()
-    with RowSpool(options.features, options.rows, seed=0) as spool:
-        for block in rows(options.rows, options.features):
-            spool.append(block)
-        spooled = time.perf_counter()
-        components = principal_components(spool, options.rank)
-        fitted = time.perf_counter()
-        basis = components.basis
-        vectors = basis.vectors.float()
-        measure_distortion(project(block, basis.mean, vectors).numpy() for block in spool.sample(options.rows, seed=0))
-        measured = time.perf_counter()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        exact = exact_explained_variance(spool, options.rank)
+    device = usable_device(options.device)
+    geometry = CacheGeometry(
+        0, options.layers, 0, options.heads, options.head_dim, Rope((), (NO_ROTATION,) * options.layers)
+    )
+    features = 2 * geometry.row_features
+    is_exact = features <= moments.EXACT_FEATURES
+    if options.sketch:
+        moments.EXACT_FEATURES = 0
+    metric = random_metric(geometry)
+    libraries, started = peak_memory(), time.perf_counter()
+    gathered = moments.Moments(features, 0, options.rank, 0, device)
+    for block in drawn_rows(options.rows, features):
+        gathered.add(block)
+    gathered.settle()
+    read = time.perf_counter()
+    joint = fit_joint(
+        gathered.covariance(), next(drawn_rows(table_rows(features), features)), metric, None, options.rank
+    )
+    fitted = time.perf_counter()
     result = {
-        "features": options.features,
+        "features": features,
         "rows": options.rows,
-        "rank": options.rank,
-        "spool_seconds": round(spooled - started, 1),
-        "basis_seconds": round(fitted - spooled, 1),
-        "distortion_seconds": round(measured - fitted, 1),
-        "total_seconds": round(measured - started, 1),
-        "peak_memory_gib": round(peak / 2**20, 2),
-        "explained_variance": round(components.explained_variance, 6),
-        "exact_explained_variance": round(exact, 6),
-        "shortfall_percent": round(100 * (1 - components.explained_variance / exact), 4),
+        "rank": joint.basis.rank,
+        "gather_seconds": round(read - started, 1),
+        "fit_seconds": round(fitted - read, 1),
+        "libraries_gib": round(libraries / GIB, 2),
+        "peak_memory_gib": round((peak_memory() - libraries) / GIB, 2),
+        "covariance_gib": round(4 * features**2 / GIB, 2),
+        "device": device.type,
     }
+    if device.type == "cuda":
+        result["device_peak_gib"] = round(torch.cuda.max_memory_allocated(device) / GIB, 2)
+    if options.sketch and is_exact:
+        sketched = gathered.covariance().components(options.rank).vectors.double()
+        moments.EXACT_FEATURES = features
+        whole = moments.Moments(features)
+        for block in drawn_rows(options.rows, features):
+            whole.add(block)
+        covariance = whole.covariance()
+        total = float(whole.variances().sum())
+        caught = float((sketched * (covariance.matrix.double() @ sketched)).sum())
+        result["explained_variance"] = round(caught / total, 6)
+        exact = float(covariance.components(options.rank).spectrum.double().sum())
+        result["exact_explained_variance"] = round(exact / total, 6)
     print(format_fields(list(result.items())))
     save_result("calibration_basis", result)
 

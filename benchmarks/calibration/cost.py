@@ -43,7 +43,7 @@ def main() -> None:
     }
     qualities = measure(*kvtc.reference_model(dtype="bfloat16"), codecs, options)
     print_qualities(qualities)
-    seen = shipped.info["n_tokens_seen"]
+    seen = shipped.info["n_rows"]
     save_result(
         "calibration_cost",
         {**cost, "shipped_tokens_seen": seen, "qualities": [asdict(quality) for quality in qualities]},

@@ -21,7 +21,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import kvtc
 import kvtc.backends.reference
@@ -29,20 +28,15 @@ import kvtc.calibration.entropy
 from benchmarks.shared.calibrations import RANKS, add_calibration_arguments, sequences
 from benchmarks.shared.text_quality import add_text_arguments, measure, print_qualities
 from kvtc.calibration import Calibration
-from kvtc.calibration.artifact import KindCalibration
 from kvtc.calibration.conditional_fit import fit_conditional
 from kvtc.calibration.entropy import fit_coefficients
+from kvtc.calibration.fit import FitOptions, block_diagonal, fit
 from kvtc.calibration.joint_calibration import JointCalibration
-from kvtc.calibration.joint_fit import WeightedRows, complete, fit_joint, joint_rows, sampled
-from kvtc.calibration.principal import block_diagonal, principal_components
-from kvtc.calibration.row_spool import RowSpool
+from kvtc.calibration.joint_fit import complete, fit_joint, table_rows
 from kvtc.calibration.rows import CalibrationRows
-from kvtc.coding.device import CPU
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.joint.rounding import Rounded
 from kvtc.coding.joint.uniform_quantizer import ESCAPE, quantize, to_symbols
-from kvtc.coding.paper.distortion import MAX_SAMPLE_ROWS, measure_distortion
-from kvtc.coding.transform import project
 from kvtc.evaluate.derived import FewerBytes, fewer_bytes
 from kvtc.evaluate.provenance import save_result
 from kvtc.evaluate.quality import Quality
@@ -121,9 +115,11 @@ class Fits:
 
     def __init__(self, rows: CalibrationRows, shipped: Calibration, rank: int, identity: bytes) -> None:
         self._rows, self._shipped, self._rank, self._identity = rows, shipped, rank, identity
-        self.paper = Calibration(shipped.geometry, self._kind(rows.keys), self._kind(rows.values), {})
+        self._drawn = rows.sample(table_rows(2 * shipped.geometry.row_features), 0)
+        self.paper = fit(rows, FitOptions(**RANKS))
         blocks, size, _ = shipped.joint.metric.roots.shape
-        scales = torch.tensor([_deviation(rows.keys), _deviation(rows.values)]).repeat_interleave(blocks // 2)
+        deviations = [side.mean().sqrt() for side in rows.moments.variances().chunk(2)]
+        scales = torch.stack(deviations).float().repeat_interleave(blocks // 2)
         self._unit_variance = Metric.from_roots(torch.eye(size) / scales[:, None, None])
 
     def of(self, fit: Fit) -> Calibration:
@@ -133,39 +129,19 @@ class Fits:
             joint = self._joined(metric) if fit.is_joined else self._separate(metric)
             conditional = None
             if fit.recomputes:
-                conditional = fit_conditional(self._rows, 1, self._identity, metric, None, self._rank, 0)
+                conditional = fit_conditional(self._rows, self._drawn, 1, self._identity, metric, None, self._rank)
         made = Calibration(self._shipped.geometry, self.paper.key, self.paper.value, {}, joint)
         return replace(made, conditional=conditional)
 
-    def _every_row(self) -> Iterator[Tensor]:
-        return joint_rows(self._rows.keys, self._rows.values)
-
     def _joined(self, metric: Metric) -> JointCalibration:
-        return fit_joint(self._every_row, self._rows.n_rows, CPU, metric, None, self._rank, 0, "joint")
+        return fit_joint(self._rows.moments.covariance(), self._drawn[0], metric, None, self._rank)
 
     def _separate(self, metric: Metric) -> JointCalibration:
         """A basis of keys beside one of values, components of both by falling variance."""
-        weighted = WeightedRows(self._every_row, self._rows.n_rows, metric, CPU)
-        p = self._rows.keys.features
-        parts = [principal_components(weighted, self._rank, columns) for columns in (slice(0, p), slice(p, 2 * p))]
-        basis, coefficients = complete(block_diagonal(parts, self._rank).basis, metric, sampled(weighted, 0))
+        covariance = self._rows.moments.covariance().weighed(metric)
+        parts = [covariance.of(side).components(self._rank) for side in torch.arange(len(covariance.mean)).chunk(2)]
+        basis, coefficients = complete(block_diagonal(parts, self._rank), metric, metric.weigh(self._drawn[0]))
         return JointCalibration(basis, metric, fit_coefficients(coefficients))
-
-    def _kind(self, spool: RowSpool) -> KindCalibration:
-        found = principal_components(spool, RANKS["rank"])
-        vectors = found.basis.vectors.float()
-        sample = spool.sample(MAX_SAMPLE_ROWS, seed=0)
-        table = measure_distortion(project(block, found.basis.mean, vectors).numpy() for block in sample)
-        return KindCalibration(found.basis, table, found.total_variance)
-
-
-def _deviation(spool: RowSpool) -> float:
-    """Of all features of a kind, each about its own mean."""
-    n, total, squares = spool.n_rows, 0.0, 0.0
-    for block in spool.blocks():
-        total = total + block.sum(dim=0, dtype=torch.float64)
-        squares = squares + block.square().sum(dim=0, dtype=torch.float64)
-    return float((squares / n - (total / n).square()).mean().sqrt())
 
 
 def measured(model, tokenizer, fitted: Mapping[Fit, Calibration], paper: Calibration, window: int, options):
@@ -212,12 +188,12 @@ def main() -> None:
     shipped = kvtc.reference_calibration()
     texts = sequences(options.calibration_text, tokenizer)
     recorded = HiddenStates(model, 1, shipped.geometry)
-    with CalibrationRows(shipped.geometry, max_rows=options.calibration_tokens, hidden_width=recorded.width) as rows:
-        accumulate(model, texts, rows, recorded=recorded)
-        if not rows.is_full:
-            raise SystemExit(f"the calibration text holds {rows.n_rows} tokens; {rows.max_tokens} are asked for")
-        fits = Fits(rows, shipped, options.joint_rank, recorded.identity)
-        fitted = {fit: fits.of(fit) for fit in dict.fromkeys(step.fit for step in STEPS)}
+    rows = CalibrationRows(shipped.geometry, max_tokens=options.calibration_tokens, hidden_width=recorded.width)
+    accumulate(model, texts, rows, recorded=recorded)
+    if not rows.is_full:
+        raise SystemExit(f"the calibration text holds {rows.n_rows} tokens; {rows.max_tokens} are asked for")
+    fits = Fits(rows, shipped, options.joint_rank, recorded.identity)
+    fitted = {fit: fits.of(fit) for fit in dict.fromkeys(step.fit for step in STEPS)}
     print(f"fitted in {time.perf_counter() - started:.0f} s", flush=True)
     names = [step.name for step in STEPS]
     studies, figures = [], []

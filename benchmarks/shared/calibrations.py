@@ -84,11 +84,11 @@ def calibrate(recipe: Recipe, files: Iterable[Path]) -> kvtc.Calibration:
     model, tokenizer = kvtc.reference_model(dtype="bfloat16")
     texts = sequences(files, tokenizer, recipe.domain, recipe.draw, recipe.n_draws)
     if recipe.layers_per_basis is None:
-        made = kvtc.calibrate(model, texts, max_rows=recipe.tokens, seed=recipe.draw, progress=False, **RANKS)
+        made = kvtc.calibrate(model, texts, max_tokens=recipe.tokens, seed=recipe.draw, progress=False, **RANKS)
     else:
-        with CalibrationRows(geometry_of(model), max_rows=recipe.tokens, seed=recipe.draw) as rows:
-            accumulate(model, texts, rows)
-            made = fit(rows, FitOptions(**RANKS, seed=recipe.draw, layers_per_basis=recipe.layers_per_basis))
+        rows = CalibrationRows(geometry_of(model), max_tokens=recipe.tokens, seed=recipe.draw)
+        accumulate(model, texts, rows)
+        made = fit(rows, FitOptions(**RANKS, seed=recipe.draw, layers_per_basis=recipe.layers_per_basis))
     if made.info["n_rows"] < recipe.tokens:
         raise SystemExit(f"the calibration text holds {made.info['n_rows']} tokens for {recipe}")
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu

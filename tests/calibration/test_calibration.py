@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import struct
-from collections import namedtuple
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,16 @@ import safetensors.torch
 import torch
 
 import kvtc
-from kvtc.cache import KVCache
+from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration, KindCalibration, load_calibration
-from kvtc.calibration.principal import OVERSAMPLING, block_diagonal, principal_components
-from kvtc.calibration.row_spool import RowSpool
+from kvtc.calibration import moments as moments_module
+from kvtc.calibration.moments import Moments
+from kvtc.calibration.rows import CalibrationRows
 from kvtc.codec.codec import Codec
+from kvtc.coding.joint.metric import Metric
 from kvtc.coding.paper.distortion import measure_distortion
-from kvtc.coding.rope import DynamicScaling, LongScaling, Rope, RopeTable
-from kvtc.coding.transform import project, rows_of
+from kvtc.coding.rope import NO_ROTATION, DynamicScaling, LongScaling, Rope, RopeTable
+from kvtc.coding.transform import Basis, project, rows_of
 from kvtc.errors import CorruptCalibration, GeometryMismatch, InvalidArgument, InvalidCache, UnsupportedVersion
 from kvtc.process.progress import reporting
 from tests.builders import (
@@ -430,36 +431,36 @@ def test_nothing_unpickles():
 # The sample of rows.
 
 
-def offered_in_batches(spool: RowSpool, rows: torch.Tensor, sizes=(1, 7, 40, 3, 100)) -> list[np.ndarray]:
-    slots, start, turn = [], 0, 0
-    while start < len(rows):
-        part = rows[start : start + sizes[turn % len(sizes)]]
-        slots.append(spool.append(part))
-        start, turn = start + len(part), turn + 1
-    return slots
-
-
-def kept_rows(spool: RowSpool) -> torch.Tensor:
-    return torch.cat(list(spool.blocks()))
+def line_rows(n_tokens: int, **options) -> CalibrationRows:
+    """Rows of two features whose tokens are numbers: keys 0, 1, 2, ..., values 1000 more."""
+    geometry = CacheGeometry(0, 1, 0, 1, 1, Rope((), (NO_ROTATION,)))
+    rows = CalibrationRows(geometry, sink_tokens=0, **options)
+    start, lengths = 0, cycle((1, 7, 40, 3, 100))
+    while start < n_tokens:
+        numbers = torch.arange(start, min(n_tokens, start + next(lengths))).float().reshape(1, 1, -1, 1)
+        rows.add(KVCache(numbers, numbers + 1000))
+        start += numbers.shape[2]
+    return rows
 
 
 def test_few_rows_are_all_kept_in_order():
-    rows = torch.arange(60.0)[:, None] + torch.tensor([0, 0.5])
-    with RowSpool(2, 60, seed=0) as spool:
-        offered_in_batches(spool, rows)
-        assert (spool.n_rows, spool.n_offered) == (60, 60)
-        assert torch.equal(kept_rows(spool), rows)
-        assert torch.equal(torch.cat(list(spool.blocks(slice(1, 2)))), rows[:, 1:])
+    rows = line_rows(60)
+    sample, hidden = rows.sample(100, seed=5)
+    assert (rows.n_rows, hidden.shape) == (60, (60, 0))
+    assert torch.equal(sample, torch.arange(60.0)[:, None] + torch.tensor([0.0, 1000]))
+    assert rows.sample(20, seed=5)[0].shape == (20, 2)
+    assert torch.equal(rows.sample(20, seed=5)[0], rows.sample(20, seed=5)[0])
 
 
-def test_the_sample_of_rows_is_uniform():
+def test_the_sample_of_rows_is_uniform(monkeypatch):
     """Every row has the same chance, wherever it stands in the stream: counts over 600 draws of 40 out of 320 rows."""
     n, capacity, draws = 320, 40, 600
+    monkeypatch.setattr("kvtc.calibration.rows.SAMPLE_ROWS", capacity)
     counts = torch.zeros(n)
     for seed in range(draws):
-        with RowSpool(1, capacity, seed) as spool:
-            offered_in_batches(spool, torch.arange(float(n))[:, None])
-            kept = kept_rows(spool).flatten().long()
+        kept = line_rows(n, seed=seed).sample(capacity, 0)[0]
+        assert torch.equal(kept[:, 1], kept[:, 0] + 1000)
+        kept = kept[:, 0].long()
         assert kept.unique().numel() == capacity
         counts[kept] += 1
     share = capacity / n
@@ -472,23 +473,12 @@ def test_the_sample_of_rows_is_uniform():
     assert float((quarters - share).abs().max()) < 0.01
 
 
-def test_keys_and_values_keep_the_same_tokens():
-    rows = torch.arange(700.0)[:, None]
-    with RowSpool(1, 50, seed=3) as keys, RowSpool(1, 50, seed=99) as values:
-        for part in rows.split(64):
-            values.append(part + 1000, keys.append(part))
-        assert torch.equal(kept_rows(values), kept_rows(keys) + 1000)
-        assert (values.n_rows, values.n_offered) == (keys.n_rows, keys.n_offered) == (50, 700)
-        chosen = [torch.cat(list(spool.sample(20, seed=5))) for spool in (keys, values)]
-        assert chosen[0].shape == (20, 1)
-        assert torch.equal(chosen[1], chosen[0] + 1000)
-        assert torch.equal(torch.cat(list(keys.sample(1000, seed=5))), kept_rows(keys))
-
-
 def test_rows_that_16_bits_cannot_hold_are_refused():
-    for bad in (float("nan"), float("inf"), 65520.0):
-        with RowSpool(2, 10, seed=0) as spool, pytest.raises(InvalidCache, match="16 bits cannot"):
-            spool.append(torch.tensor([[1.0, bad]]))
+    rows = CalibrationRows(tiny_geometry())
+    cache = random_cache(20)
+    cache.values[1, 1, 10, 1] = 65520.0
+    with pytest.raises(InvalidCache, match="16 bits cannot"):
+        rows.add(cache)
 
 
 # The fit.
@@ -502,7 +492,7 @@ def quick_fit(items, **options) -> Calibration:
     return fit_caches(tiny_geometry(), items, **options)
 
 
-def test_caches_are_read_once(tmp_path):
+def test_caches_are_read_once():
     class OneShot:
         """Can be iterated over once, and counts how far."""
 
@@ -516,13 +506,12 @@ def test_caches_are_read_once(tmp_path):
                 yield cache
 
     source = OneShot()
-    calibration = quick_fit(source, spool_directory=tmp_path)
+    calibration = quick_fit(source)
     assert source.given == 3
     assert same_calibration(calibration, quick_fit(caches()))
     assert same_calibration(calibration, quick_fit(iter(caches())))
     assert calibration.info["n_sequences"] == 3
-    assert calibration.info["n_rows"] == calibration.info["n_tokens_seen"] == 3 * 56
-    assert list(tmp_path.iterdir()) == []
+    assert calibration.info["n_rows"] == 3 * 56
 
 
 def test_caches_are_left_as_they_were():
@@ -550,23 +539,14 @@ def test_sinks_are_left_out():
     assert quick_fit(wild, sink_tokens=30).info["n_rows"] == 3 * 30
 
 
-def test_at_most_max_rows_are_kept():
-    calibration = quick_fit(caches(), max_rows=50, max_tokens=1000)
-    assert (calibration.info["n_rows"], calibration.info["n_tokens_seen"]) == (50, 3 * 56)
-    assert quick_fit(caches(), max_rows=50, max_tokens=1000).fingerprint == calibration.fingerprint
-    assert quick_fit(caches(), max_rows=50, max_tokens=1000, seed=1).fingerprint != calibration.fingerprint
-
-
-@pytest.mark.parametrize(
-    ("options", "read"), [({"max_rows": 50}, 1), ({"max_rows": 57}, 2), ({"max_rows": 50, "max_tokens": 57}, 2)]
-)
-def test_no_cache_is_asked_for_once_enough_tokens_are_seen(options, read):
+@pytest.mark.parametrize(("max_tokens", "read"), [(50, 1), (57, 2)])
+def test_no_cache_is_asked_for_once_enough_tokens_are_seen(max_tokens, read):
     given = iter(list(caches()))
-    info = quick_fit(given, **options).info
-    assert (info["n_sequences"], info["n_tokens_seen"], len(list(given))) == (read, 56 * read, 3 - read)
+    info = quick_fit(given, max_tokens=max_tokens).info
+    assert (info["n_sequences"], info["n_rows"], len(list(given))) == (read, 56 * read, 3 - read)
 
 
-def test_a_long_cache_is_spooled_in_parts(monkeypatch):
+def test_a_long_cache_is_read_in_parts(monkeypatch):
     whole = quick_fit(caches()).fingerprint
     monkeypatch.setattr("kvtc.calibration.rows._TOKENS_AT_ONCE", 7)
     assert quick_fit(caches()).fingerprint == whole
@@ -600,21 +580,6 @@ def test_the_distortion_is_that_of_the_calibration_rows():
     np.testing.assert_allclose(calibration.value.distortion.errors, expected.errors, rtol=1e-2, atol=1e-7)
 
 
-def test_too_little_disk_is_said_before_anything_is_read(monkeypatch, tmp_path):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 1 << 20))
-    source = iter(caches())
-    with pytest.raises(InvalidArgument, match=rf"may need 0\.03 GiB in {re.escape(str(tmp_path))}, 0\.00 GiB are free"):
-        quick_fit(source, spool_directory=tmp_path)
-    assert len(list(source)) == 3
-    assert quick_fit(caches(), max_rows=1000, spool_directory=tmp_path).info["n_rows"] == 3 * 56
-
-
-def test_a_spool_directory_that_is_not_there(tmp_path):
-    with pytest.raises(InvalidArgument, match="does not exist"):
-        quick_fit(caches(), spool_directory=tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize("lengths", [[], [0], [4, 4], [5]])
 def test_too_few_rows(lengths):
     found = sum(max(0, n - 4) for n in lengths)
@@ -640,7 +605,6 @@ def test_caches_of_another_geometry_are_refused():
     "options",
     [
         {"sink_tokens": -1},
-        {"max_rows": 1},
         {"max_tokens": 1},
         {"rank": 0},
         {"joint_rank": 0},
@@ -659,25 +623,7 @@ def test_progress_is_told_and_can_be_silenced(capfd):
     with reporting():
         quick_fit(caches())
     told = capfd.readouterr().err
-    assert "calibration rows" in told
-    assert "key basis: 168 rows" in told
-
-
-@pytest.mark.parametrize(
-    ("options", "n_rows"),
-    [({"max_tokens": 500}, 500), ({"max_rows": 300, "max_tokens": 500}, 300), ({"max_rows": 400}, 400)],
-)
-def test_the_room_that_is_asked_for_is_that_of_the_rows_that_were_asked_for(capfd, monkeypatch, options, n_rows):
-    p = tiny_geometry().row_features
-    n_bytes = 2 * n_rows * p * 2
-    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(n_bytes))
-    with reporting():
-        fitted = quick_fit(caches(), **options)
-    assert f"up to {n_bytes / 2**30:.2f} GiB in " in capfd.readouterr().err.partition(f" for at most {n_rows} rows")[0]
-    assert fitted.info["n_rows"] <= n_rows
-    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(n_bytes - 1))
-    with pytest.raises(InvalidArgument, match="calibration rows may need"):
-        quick_fit(caches(), **options)
+    assert told.splitlines() == ["key basis", "key distortion", "value basis", "value distortion"]
 
 
 # The basis.
@@ -693,10 +639,15 @@ def decaying_rows() -> torch.Tensor:
     return rows.half().float()
 
 
-def components_of(rows: torch.Tensor, *arguments, **options):
-    with RowSpool(rows.shape[1], len(rows), seed=0) as spool:
-        spool.append(rows)
-        return principal_components(spool, *arguments, **options)
+def moments_of(rows: torch.Tensor, told: torch.Tensor | None = None, rank: int = 0, seed: int = 0) -> Moments:
+    moments = Moments(rows.shape[1], 0 if told is None else told.shape[1], rank, seed)
+    for start in range(0, len(rows), 70):
+        moments.add(rows[start : start + 70], None if told is None else told[start : start + 70])
+    return moments
+
+
+def components_of(rows: torch.Tensor, rank: int, **options) -> Basis:
+    return moments_of(rows, rank=rank, **options).covariance().components(rank)
 
 
 def exact_variances(rows: torch.Tensor) -> torch.Tensor:
@@ -704,74 +655,111 @@ def exact_variances(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False).S.square() / len(rows)
 
 
+@pytest.fixture
+def as_a_large_model(monkeypatch):
+    """So many features that their products are sketched."""
+    monkeypatch.setattr(moments_module, "EXACT_FEATURES", 0)
+    monkeypatch.setattr(moments_module, "OVERSAMPLING", 64)
+
+
+@pytest.mark.usefixtures("as_a_large_model")
 @pytest.mark.parametrize("rank", [1, 32, 100])
-def test_randomized_components_explain_what_exact_ones_do(decaying_rows, rank, monkeypatch):
-    monkeypatch.setattr("kvtc.calibration.principal.EXACT_FEATURES", 0)
-    assert rank + OVERSAMPLING < decaying_rows.shape[1]
+def test_components_of_a_sketch_explain_nearly_what_exact_ones_do(decaying_rows, rank):
+    assert rank + moments_module.OVERSAMPLING < decaying_rows.shape[1]
     found, exact = components_of(decaying_rows, rank), exact_variances(decaying_rows)
-    assert found.basis.rank == rank
-    assert float(found.basis.spectrum.sum()) == pytest.approx(float(exact[:rank].sum()), rel=1e-3)
-    assert found.total_variance == pytest.approx(float(exact.sum()), rel=1e-6)
-    # Not only what the spectrum says: the variance that the vectors really catch.
+    assert found.rank == rank
+    # The variance that the vectors really catch; here variances fall slowly, as 1 / i.
     centred = decaying_rows.double() - decaying_rows.double().mean(dim=0)
-    caught = (centred @ found.basis.vectors.double()).square().sum() / len(centred)
-    assert float(caught) == pytest.approx(float(exact[:rank].sum()), rel=1e-3)
+    caught = (centred @ found.vectors.double()).square().sum() / len(centred)
+    assert float(caught) > 0.95 * float(exact[:rank].sum())
+    assert float(found.spectrum.sum()) == pytest.approx(float(caught), rel=0.1)
 
 
 def test_components_of_the_whole_space_are_exact(decaying_rows):
     rows = decaying_rows[:, :50]
     found, exact = components_of(rows, 50), exact_variances(rows)
-    torch.testing.assert_close(found.basis.spectrum.double(), exact, rtol=1e-4, atol=0)
-    centred = rows - found.basis.mean
-    restored = centred @ found.basis.vectors.float() @ found.basis.vectors.float().T
+    torch.testing.assert_close(found.spectrum.double(), exact, rtol=1e-4, atol=0)
+    centred = rows - found.mean
+    restored = centred @ found.vectors.float() @ found.vectors.float().T
     assert relative_error(restored, centred) < 2e-3
 
 
+@pytest.mark.parametrize("columns", [70, 2048])
+def test_products_are_whole_however_many_columns_are_added_at_once(decaying_rows, columns, monkeypatch):
+    monkeypatch.setattr(moments_module, "_COLUMNS_AT_ONCE", columns)
+    monkeypatch.setattr(moments_module, "_ROWS_AT_ONCE", 100)
+    found = moments_of(decaying_rows)
+    exact = torch.cov(decaying_rows.double().T, correction=0)
+    torch.testing.assert_close(found.covariance().matrix, exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.variances(), exact.diagonal(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_far_from_zero_keeps_its_digits(decaying_rows):
+    moved = decaying_rows[:, :50] + 1e4
+    torch.testing.assert_close(components_of(moved, 50).spectrum.double(), exact_variances(moved), rtol=1e-3, atol=0)
+
+
 def test_components_are_orthonormal_and_fall(decaying_rows):
-    basis = components_of(decaying_rows, 100).basis
+    basis = components_of(decaying_rows, 100)
     gram = basis.vectors.double().T @ basis.vectors.double()
     assert float((gram - torch.eye(100)).abs().max()) < 2e-3
     assert bool((basis.spectrum[1:] <= basis.spectrum[:-1]).all())
     assert basis.vectors.dtype == torch.float16
     largest = basis.vectors.float().gather(0, basis.vectors.float().abs().argmax(0, keepdim=True))
     assert bool((largest > 0).all())
-    torch.testing.assert_close(basis.mean, decaying_rows.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(basis.mean, decaying_rows.mean(0), rtol=1e-5, atol=1e-5)
 
 
-def test_components_are_the_same_again(decaying_rows, monkeypatch):
-    monkeypatch.setattr("kvtc.calibration.principal.EXACT_FEATURES", 0)
+@pytest.mark.usefixtures("as_a_large_model")
+def test_components_are_the_same_again(decaying_rows):
     first, second, other = (components_of(decaying_rows, 32, seed=seed) for seed in (0, 0, 1))
-    assert same_bits(first.basis.vectors, second.basis.vectors)
-    assert not same_bits(first.basis.vectors, other.basis.vectors)
+    assert same_bits(first.vectors, second.vectors)
+    assert not same_bits(first.vectors, other.vectors)
 
 
 def test_components_are_never_more_than_rows(decaying_rows):
-    basis = components_of(decaying_rows[:10], 200).basis
+    basis = components_of(decaying_rows[:10], 200)
     assert basis.rank == 10
     assert bool(basis.vectors.float().isfinite().all())
 
 
-def test_rows_without_variance():
-    found = components_of(torch.full((20, 6), 2.5), 4)
-    assert found.total_variance == 0
-    assert found.explained_variance == 1
-    assert torch.equal(found.basis.mean, torch.full((6,), 2.5))
+@pytest.mark.parametrize("is_sketched", [False, True])
+def test_rows_without_variance(is_sketched, monkeypatch):
+    if is_sketched:
+        monkeypatch.setattr(moments_module, "EXACT_FEATURES", 0)
+    rows = torch.full((20, 6), 2.5)
+    found = components_of(rows, 4)
+    assert float(found.spectrum.abs().max()) < 1e-9
+    assert bool(found.vectors.float().isfinite().all())
+    assert torch.equal(found.mean, torch.full((6,), 2.5))
+    assert float(moments_of(rows).variances().abs().max()) == 0
 
 
-def test_blocks_side_by_side(decaying_rows):
-    with RowSpool(240, 900, seed=0) as spool:
-        spool.append(decaying_rows)
-        parts = [principal_components(spool, 30, slice(start, start + 80)) for start in (0, 80, 160)]
-    whole = block_diagonal(parts, 50)
-    assert whole.basis.vectors.shape == (240, 50)
-    assert bool((whole.basis.spectrum[1:] <= whole.basis.spectrum[:-1]).all())
-    assert whole.total_variance == pytest.approx(sum(part.total_variance for part in parts))
-    every = torch.cat([part.basis.spectrum for part in parts]).sort(descending=True).values
-    assert torch.equal(whole.basis.spectrum, every[:50])
-    for column in whole.basis.vectors.T:
-        assert sum(bool(block.any()) for block in column.split(80)) == 1
-    gram = whole.basis.vectors.double().T @ whole.basis.vectors.double()
-    assert float((gram - torch.eye(50)).abs().max()) < 2e-3
+@pytest.mark.parametrize("is_sketched", [False, True])
+def test_what_told_features_leave_is_what_a_regression_on_the_rows_leaves(decaying_rows, is_sketched, monkeypatch):
+    if is_sketched:
+        monkeypatch.setattr(moments_module, "EXACT_FEATURES", 0)
+    told = torch.cat([decaying_rows[:, :9] + 0.1 * decaying_rows[:, 9:18], torch.ones(900, 1)], dim=1)
+    weights, variances, left = moments_of(decaying_rows, told, rank=40).regression(1e-5)
+    remainder = (decaying_rows - told @ weights).double()
+    torch.testing.assert_close(variances, remainder.var(dim=0, correction=0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(left.mean.double(), remainder.mean(dim=0), rtol=0, atol=1e-3)
+    exact = exact_variances(remainder)[:40]
+    assert float(left.components(40).spectrum.sum()) == pytest.approx(
+        float(exact.sum()), rel=0.05 if is_sketched else 1e-3
+    )
+    assert float(exact.sum()) < 0.8 * float(exact_variances(decaying_rows).sum())
+
+
+def test_the_covariance_of_some_features_in_a_metric(decaying_rows):
+    chosen = torch.arange(100, 148)
+    factors = torch.randn(6, 8, 24, generator=torch.Generator().manual_seed(2))
+    keys, values = (factors @ factors.mT).chunk(2)
+    metric = Metric.from_sensitivity(keys[None], values[None], power=0.75, ridge=0.01)
+    found = moments_of(decaying_rows).covariance().of(chosen).weighed(metric)
+    weighed = metric.weigh(decaying_rows[:, chosen])
+    torch.testing.assert_close(found.matrix.double(), torch.cov(weighed.double().T, correction=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.mean, weighed.mean(dim=0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("layers", "blocks"), [(1, [16, 16, 16]), (2, [32, 16]), (3, [48])])

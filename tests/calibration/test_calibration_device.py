@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from kvtc.cache import CacheGeometry
-from kvtc.calibration import Calibration, principal
-from kvtc.calibration.joint_fit import fit_joint, joint_rows
-from kvtc.calibration.row_spool import RowSpool
+from kvtc.calibration import Calibration, moments
+from kvtc.calibration.joint_fit import fit_joint
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.rope import NO_ROTATION, Rope
 from kvtc.errors import InvalidArgument
@@ -51,57 +50,53 @@ def tensors_of(calibration: Calibration) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def as_a_large_model(monkeypatch):
-    monkeypatch.setattr(principal, "EXACT_FEATURES", 0)
-    monkeypatch.setattr(principal, "OVERSAMPLING", 4)
-    monkeypatch.setattr("kvtc.calibration.row_spool.BLOCK_VALUES", 900 * tiny_geometry().row_features)
-
-
 @pytest.fixture
-def in_small_blocks(monkeypatch):
-    """Of 64 rows, the fewest there are."""
-    monkeypatch.setattr("kvtc.calibration.row_spool.BLOCK_VALUES", 1)
+def as_a_large_model(monkeypatch):
+    """So many features that their products are sketched."""
+    monkeypatch.setattr(moments, "EXACT_FEATURES", 0)
+    monkeypatch.setattr(moments, "OVERSAMPLING", 4)
 
 
-def test_the_fit_runs_on_the_device_and_finds_the_same():
+@pytest.mark.usefixtures("as_a_large_model")
+def test_the_fit_of_a_large_model_runs_on_the_device_and_finds_the_same():
     with PretendedDevice() as device:
         found = fitted(DEVICE)
     expected = fitted("cpu")
-    assert {"linalg_qr", "_linalg_eigh", "_linalg_solve_ex", "addmm_", "addmm", "bmm"} <= device.operations
+    assert {"linalg_qr", "_linalg_svd", "_linalg_solve_ex", "addmm_"} <= device.operations
     for name, tensor in tensors_of(found).items():
         assert tensor.device.type == "cpu", name
         assert same_bits(tensor, tensors_of(expected)[name]), name
 
 
-@pytest.mark.usefixtures("in_small_blocks")
-def test_nothing_on_the_device_is_as_large_as_the_rows_or_a_covariance():
+def test_the_fit_of_a_small_model_runs_on_the_device_and_finds_the_same():
     with PretendedDevice() as device:
-        fitted(DEVICE, n_caches=1)
-    features = 2 * tiny_geometry().row_features
-    assert device.largest == 64 * features < features**2
+        found = fitted(DEVICE)
+    expected = fitted("cpu")
+    assert {"_linalg_eigh", "_linalg_solve_ex", "mm"} <= device.operations
+    for name, tensor in tensors_of(found).items():
+        assert tensor.device.type == "cpu", name
+        assert same_bits(tensor, tensors_of(expected)[name]), name
 
 
-@pytest.mark.usefixtures("in_small_blocks")
-def test_memory_on_the_device_is_what_is_said_of_it():
-    """16 P l + 36 l^2 bytes and some blocks: a covariance of the 3840 features would take 14 times as much."""
+@pytest.mark.usefixtures("as_a_large_model")
+def test_memory_on_the_device_is_what_is_said_of_it(monkeypatch):
+    """8 P l bytes are held, and at most 20 P l + 16 l^2 more: a covariance of the 3840 features takes far more."""
+    monkeypatch.setattr(moments, "_ROWS_AT_ONCE", 64)
     layers, heads, dim, n_rows, rank = 15, 4, 32, 400, 60
     geometry = CacheGeometry(0, layers, 0, heads, dim, Rope((), (NO_ROTATION,) * layers))
-    half, features = geometry.row_features, 2 * geometry.row_features
+    features = 2 * geometry.row_features
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(n_rows, 40, generator=generator) @ torch.randn(40, features, generator=generator)
+    drawn = torch.randn(n_rows, 40, generator=generator) @ torch.randn(40, features, generator=generator)
     factors = torch.randn(2, layers, heads, dim, 2 * dim, generator=generator)
     metric = Metric.from_sensitivity(*(factors @ factors.mT), power=0.75, ridge=0.01)
-    with (
-        PretendedDevice() as device,
-        RowSpool(half, n_rows, 0, None, DEVICE) as keys,
-        RowSpool(half, n_rows, 0, None, DEVICE) as values,
-    ):
-        values.append(rows[:, half:], keys.append(rows[:, :half]))
-        fit_joint(lambda: joint_rows(keys, values), n_rows, keys.device, metric, None, rank, 0, "joint")
-    width, block, roots = rank + 4, 64 * features * 4, features * dim * 4
-    said = 16 * features * width + 36 * width**2
-    assert said / 2 < device.most_bytes < said + 5 * block + 2 * roots < features**2
+    with PretendedDevice() as device:
+        gathered = moments.Moments(features, 0, rank, 0, DEVICE)
+        for part in drawn.split(64):
+            gathered.add(part)
+        fit_joint(gathered.covariance(), drawn, metric, None, rank)
+    width, rows, roots = rank + 4, 64 * features * 4, features * dim * 4
+    said = 28 * features * width + 16 * width**2
+    assert said / 3 < device.most_bytes < said + 6 * rows + 2 * roots < 4 * features**2
 
 
 def test_what_is_forgotten_on_the_cpu_shows():

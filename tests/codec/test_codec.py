@@ -734,7 +734,7 @@ def model():
 def model_calibration(model):
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(64, (80,), generator=generator) for _ in range(12)]
-    return kvtc.calibrate(model, sequences, max_rows=1000, progress=False)
+    return kvtc.calibrate(model, sequences, max_tokens=1000, progress=False)
 
 
 LENGTHS = (37, 50, 9)

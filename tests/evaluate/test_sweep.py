@@ -194,6 +194,7 @@ def test_all_baselines_are_known_by_series():
     assert set(some) < set(every)
     assert {name[:3] for name in some} == {"H2O", "GEA"}
     assert "GEAR 2-bit" not in some
+    assert [name for name in every if "zstd" in name or "lossless" in name][-1] == "kvtc lossless"
     variants = methods_of(calibration, Methods(profiles=(), baselines=("GEAR",)), 128)
     assert {"GEAR 2-bit", "GEAR (rank 1) 2-bit"} <= set(variants)
 

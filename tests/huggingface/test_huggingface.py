@@ -313,7 +313,7 @@ def test_calibrate_gives_each_cache_its_own_hidden_states(llama: Any, seen: list
             expected = llama(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     quiet(llama, sequences, layers=(1, 2), profiles=("joint",), joint_rank=8)
-    assert seen[1].hidden is None
+    assert seen[1].hidden_width == 0
     assert not llama.model.layers[2]._forward_pre_hooks
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -23,11 +23,11 @@ from torch import Tensor
 from .. import strict_json
 from ..cache import MAX_EXTENT, CacheGeometry
 from ..coding.joint.importance import Importance
-from ..coding.paper.distortion import SYMBOL_TYPES, DistortionTable
+from ..coding.paper.distortion import BLOCK_SIZES, SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
 from ..container.tables import FULL_ATTENTION
-from ..errors import CorruptCalibration, KvtcError, UnsupportedVersion
+from ..errors import CorruptCalibration, InvalidArgument, KvtcError, UnsupportedVersion
 from ..files import write_atomically
 from ..process.torch_state import neutral_torch_state
 from .conditional_calibration import ConditionalCalibration
@@ -63,6 +63,22 @@ class KindCalibration:
         """Share of the calibration rows' variance that the basis can express, 0 .. 1."""
         return float(self.basis.spectrum.double().sum()) / self.total_variance if self.total_variance else 1.0
 
+    def tensors(self, name: str) -> Named:
+        """Its tensors in the calibration file."""
+        yield f"{name}.mean", self.basis.mean
+        yield f"{name}.vectors", self.basis.vectors
+        yield f"{name}.spectrum", self.basis.spectrum
+        yield f"{name}.energy", torch.from_numpy(self.distortion.energy)
+        yield f"{name}.errors", torch.from_numpy(self.distortion.errors)
+
+    @classmethod
+    def from_tensors(
+        cls, name: str, tensors: dict[str, Tensor], sizes: tuple[int, ...], total_variance: float
+    ) -> KindCalibration:
+        """Inverse of `tensors`. sizes: of blocks."""
+        basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
+        return cls(basis, _distortion(name, tensors, sizes), total_variance)
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -70,17 +86,17 @@ class Calibration:
 
     Parameters:
         geometry: the layers, heads and rotation that it covers.
-        key, value: bases and distortion, for the profile `paper`.
+        key, value: bases and distortion, for the profile `paper`; None: it does not serve it.
         info: what it was made from; it plays no part in coding.
-        joint: for `joint`; None: it serves `paper` alone.
+        joint: for `joint`; None: it does not serve it.
         conditional: for `conditional`; None: it does not serve it.
         importance: of tokens, for both; None: all tokens have one step.
         quality: by profile, what steps do to the model's predictions, if that was measured; it plays no part in coding.
     """
 
     geometry: CacheGeometry
-    key: KindCalibration
-    value: KindCalibration
+    key: KindCalibration | None
+    value: KindCalibration | None
     info: dict[str, Any] = field(default_factory=dict)
     joint: JointCalibration | None = None
     quality: Mapping[str, QualityCurve] = field(default_factory=dict)
@@ -92,7 +108,7 @@ class Calibration:
     def fingerprint(self) -> bytes:
         """First 16 bytes of the SHA-256 of all that decoding depends on: geometry, rotation, means, bases, tables."""
         digest = hashlib.sha256(json.dumps(_group_json(self.geometry), sort_keys=True).encode())
-        for kind in (self.key, self.value):
+        for _, kind in self.kinds():
             for tensor in (kind.basis.mean, kind.basis.vectors):
                 digest.update(tensor.cpu().contiguous().numpy().tobytes())
         for name, tensor in self._coding_tensors():
@@ -100,16 +116,35 @@ class Calibration:
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.digest()[:FINGERPRINT_BYTES]
 
+    def kinds(self) -> Iterator[tuple[str, KindCalibration]]:
+        """Keys and values by their names; none where the profile `paper` is not served."""
+        for name, kind in zip(KINDS, (self.key, self.value), strict=True):
+            if kind is not None:
+                yield name, kind
+
+    @property
+    def sides(self) -> tuple[KindCalibration, KindCalibration]:
+        """Keys and values, for the profile `paper`; `InvalidArgument` for a calibration that does not serve it."""
+        if self.key is None or self.value is None:
+            raise InvalidArgument(
+                f"this calibration serves {', '.join(self.profiles)}, not the profile paper: calibrate for it, too"
+            )
+        return self.key, self.value
+
     @property
     def profiles(self) -> tuple[str, ...]:
         """The profiles that it serves; a later one needs fewer bytes than those before it, and more to be known."""
-        served = {"paper": True, "joint": self.joint is not None, "conditional": self.conditional is not None}
+        served = {
+            "paper": self.key is not None,
+            "joint": self.joint is not None,
+            "conditional": self.conditional is not None,
+        }
         return tuple(name for name, is_served in served.items() if is_served)
 
     @property
     def n_parameters(self) -> int:
         """How many numbers coding needs (means, bases, prediction), to compare with the model's parameters."""
-        paper = sum(kind.basis.mean.numel() + kind.basis.vectors.numel() for kind in (self.key, self.value))
+        paper = sum(kind.basis.mean.numel() + kind.basis.vectors.numel() for _, kind in self.kinds())
         return paper + sum(tensor.numel() for _, tensor in self._coding_tensors())
 
     def _coding_tensors(self) -> Named:
@@ -126,22 +161,17 @@ class Calibration:
         Raises:
             CorruptCalibration: for a calibration that `load_calibration` would refuse.
         """
-        variances = [self.key.total_variance, self.value.total_variance]
+        variances = [kind.total_variance for _, kind in self.kinds()]
+        sizes = self.key.distortion.sizes if self.key is not None else BLOCK_SIZES
         metadata = {
             "format": "kvtc calibration",
             "version": str(CALIBRATION_VERSION),
             "fingerprint": self.fingerprint.hex(),
             "groups": json.dumps([_group_json(self.geometry) | {"total_variance": variances}]),
-            "block_sizes": json.dumps(self.key.distortion.sizes),
+            "block_sizes": json.dumps(sizes),
             "info": json.dumps(self.info),
         }
-        tensors: dict[str, Tensor] = {}
-        for name, kind in zip(KINDS, (self.key, self.value), strict=True):
-            tensors[f"{name}.mean"] = kind.basis.mean
-            tensors[f"{name}.vectors"] = kind.basis.vectors
-            tensors[f"{name}.spectrum"] = kind.basis.spectrum
-            tensors[f"{name}.energy"] = torch.from_numpy(kind.distortion.energy)
-            tensors[f"{name}.errors"] = torch.from_numpy(kind.distortion.errors)
+        tensors = dict(entry for name, kind in self.kinds() for entry in kind.tensors(name))
         tensors.update(self._coding_tensors())
         tensors.update({f"quality.{profile}": curve.tensor() for profile, curve in self.quality.items()})
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -205,26 +235,38 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Calibrati
     sizes = tuple(strict_json.whole(size, "block_sizes", 1, MAX_GROUP_SIZE) for size in found)
     if not sizes or any(after <= before for before, after in pairwise(sizes)):
         raise CorruptCalibration(f"block sizes {sizes}; expected ascending ones of 1 to {MAX_GROUP_SIZE}")
-    kinds = []
     variances = strict_json.items(group["total_variance"], "total_variance")
-    if len(variances) != len(KINDS):
-        raise CorruptCalibration(
-            f"total_variance holds {len(variances)} numbers; expected one of keys and one of values"
-        )
-    for name, given in zip(KINDS, variances, strict=True):
-        basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
-        expect_basis(name, basis, geometry.row_features)
-        variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * geometry.row_features)
-        if float(basis.spectrum.double().sum()) > _MOST_EXPLAINED * variance:
-            raise CorruptCalibration(f"{name}.spectrum explains more than the total variance, {variance:g}")
-        kinds.append(KindCalibration(basis, _distortion(name, tensors, sizes), variance))
+    key, value = _kinds_of(tensors, sizes, variances, geometry)
     joint = JointCalibration.from_tensors(tensors, "joint", geometry)
     conditional = ConditionalCalibration.from_tensors(tensors, geometry)
     names = (f"quality.{profile}" for profile in PROFILES_WITH_STEP)
     curves = {name.split(".")[1]: QualityCurve.from_tensor(name, tensors[name]) for name in names if name in tensors}
     info = strict_json.fields(read["info"], "info")
     importance = importance_of(tensors, geometry)
-    return Calibration(geometry, kinds[0], kinds[1], info, joint, curves, conditional, importance)
+    if joint is None and key is None:
+        raise CorruptCalibration("it serves no profile: it holds neither a joint basis nor bases of keys and values")
+    return Calibration(geometry, key, value, info, joint, curves, conditional, importance)
+
+
+def _kinds_of(
+    tensors: dict[str, Tensor], sizes: tuple[int, ...], variances: list[Any], geometry: CacheGeometry
+) -> tuple[KindCalibration | None, KindCalibration | None]:
+    """What a file holds for the profile `paper`, of keys and of values; None and None for one without."""
+    if not variances and not any(f"{name}.mean" in tensors for name in KINDS):
+        return None, None
+    if len(variances) != len(KINDS):
+        raise CorruptCalibration(
+            f"total_variance holds {len(variances)} numbers; expected one of keys and one of values"
+        )
+    kinds = []
+    for name, given in zip(KINDS, variances, strict=True):
+        basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
+        expect_basis(name, basis, geometry.row_features)
+        variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * geometry.row_features)
+        if float(basis.spectrum.double().sum()) > _MOST_EXPLAINED * variance:
+            raise CorruptCalibration(f"{name}.spectrum explains more than the total variance, {variance:g}")
+        kinds.append(KindCalibration.from_tensors(name, tensors, sizes, variance))
+    return kinds[0], kinds[1]
 
 
 def _distortion(name: str, tensors: dict[str, Tensor], sizes: tuple[int, ...]) -> DistortionTable:

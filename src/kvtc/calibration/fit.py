@@ -8,19 +8,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..coding.paper.distortion import MAX_SAMPLE_ROWS, measure_distortion
-from ..coding.transform import project
+from ..coding.paper.distortion import BLOCK_SIZES, measure_distortion
+from ..coding.transform import Basis, project
 from ..errors import InvalidArgument
-from ..process.progress import task, track
+from ..process.progress import task
 from ..process.torch_state import neutral_torch_state
 from .artifact import Calibration, KindCalibration
+from .checkpoint import Checkpoint
+from .conditional_calibration import ConditionalCalibration
 from .conditional_fit import fit_conditional
 from .gradients import GradientSample, fit_metric
-from .joint_fit import fit_joint, joint_rows
-from .principal import block_diagonal, principal_components
-from .row_spool import RowSpool
-from .rows import CalibrationRows
+from .joint_calibration import JointCalibration
+from .joint_fit import fit_joint, table_rows
+from .rows import SAMPLE_ROWS, CalibrationRows
 
 RANK_CAP, JOINT_RANK_CAP = 10_000, 4096
 
@@ -55,79 +57,111 @@ def fit(
     rows: CalibrationRows,
     options: FitOptions | None = None,
     *,
+    paper: bool = True,
     sample: GradientSample | None = None,
     recomputed: tuple[int, bytes] | None = None,
     info: Mapping[str, Any] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Calibration:
-    """Fit a calibration to the rows that were accumulated.
+    """Fit a calibration to the rows that were gathered.
 
-    Time: for each basis as many passes over the rows as `principal_components` says, one for tables and one for the
-    mean; one for levels, and one for prediction. Memory, on the device of the
-    rows: at most 16 P l + 36 l^2 bytes, and about 1 GB for blocks, where l = 64 + the rank
-    and P = p features, or 2 p with a sample. On the CPU the same rows give the same tensors and fingerprint every time;
-    those of another device differ by rounding.
+    Time: for each basis one decomposition, about 9 P^3 operations up to `moments.EXACT_FEATURES` features and 4 P l^2
+    above; a count of symbols for tables. Memory, on the device of the rows: 20 P^2 bytes, or 20 P l + 16 l^2, beside
+    what the rows hold. On the CPU the same rows give the same tensors and fingerprint every time; those of another
+    device differ by rounding.
 
     Parameters:
         rows: at least two.
         options: sizes; None: the defaults.
-        sample: gradients, from which the metric and the importance of tokens follow; None: the calibration serves `paper` alone.
+        paper: whether the calibration shall serve the profile `paper`.
+        sample: gradients, from which the metric and the importance of tokens follow; None: it does not serve `joint`.
         recomputed: how many layers are recomputed, and the identity of their weights; with these and a sample the
             calibration serves `conditional`, too. The rows must have the hidden states that enter the next layer.
         info: what else the calibration's `info` shall say.
+        checkpoint: keeps each part when it is done, and gives those that were; None: nothing is kept.
 
     Raises:
         InvalidArgument: for fewer than two rows, rows that do not vary, or layers to recompute for rows without hidden states.
     """
     options = FitOptions() if options is None else options
+    checkpoint = Checkpoint(None, "") if checkpoint is None else checkpoint
     if options.layers_per_basis is not None and not 1 <= options.layers_per_basis <= rows.geometry.n_layers:
         raise InvalidArgument(
             f"layers_per_basis must lie in 1 .. {rows.geometry.n_layers}; got {options.layers_per_basis}"
         )
-    if recomputed is not None and rows.hidden is None:
+    if recomputed is not None and not rows.hidden_width:
         raise InvalidArgument("what recomputed layers predict is fitted to rows with hidden states; these have none")
     if rows.n_rows < 2:
         raise InvalidArgument(
             f"calibration needs at least 2 tokens past the {rows.sink_tokens} sinks; got {rows.n_rows}"
         )
-    key, value = (_fit_kind(name, spool, rows, options) for name, spool in (("key", rows.keys), ("value", rows.values)))
-    joint = conditional = importance = None
+    key = value = joint = conditional = importance = None
+    if paper:
+        key, value = _fit_paper(rows, options, checkpoint)
     if sample is not None:
         with task("metric"):
             metric, importance = fit_metric(sample, options.seed)
-        every = partial(joint_rows, rows.keys, rows.values)
-        levels = None
-        if importance is not None:
-            of_device = importance.to(rows.keys.device)
-            levels = torch.cat([of_device.levels(block).cpu() for block in every()])
-        sizes = levels, options.joint_rank, options.seed
-        joint = fit_joint(every, rows.n_rows, rows.keys.device, metric, *sizes, "joint")
+        drawn = rows.sample(table_rows(2 * rows.geometry.row_features), options.seed)
+        levels = None if importance is None else importance.levels(drawn[0])
+        rank = options.joint_rank
+
+        def fitted_joint() -> dict[str, Tensor]:
+            with task("joint basis and tables"):
+                return dict(fit_joint(rows.moments.covariance(), drawn[0], metric, levels, rank).tensors("joint"))
+
+        joint = JointCalibration.from_tensors(checkpoint.once("joint", fitted_joint), "joint", rows.geometry)
         if recomputed is not None:
-            hidden_layer, identity = recomputed
-            conditional = fit_conditional(rows, hidden_layer, identity, metric, *sizes)
+
+            def fitted_conditional() -> dict[str, Tensor]:
+                with task("conditional basis and tables"):
+                    return dict(fit_conditional(rows, drawn, *recomputed, metric, levels, rank).tensors())
+
+            found = checkpoint.once("conditional", fitted_conditional)
+            conditional = ConditionalCalibration.from_tensors(found, rows.geometry)
     made_from = {
         "n_sequences": rows.n_sequences,
-        "n_tokens_seen": rows.keys.n_offered,
         "n_rows": rows.n_rows,
         "sink_tokens": rows.sink_tokens,
         "layers_per_basis": options.layers_per_basis,
         "seed": options.seed,
     }
-    info = made_from | dict(info or {})
-    return Calibration(rows.geometry, key, value, info, joint, conditional=conditional, importance=importance)
+    return Calibration(
+        rows.geometry, key, value, made_from | dict(info or {}), joint, conditional=conditional, importance=importance
+    )
 
 
-def _fit_kind(name: str, spool: RowSpool, rows: CalibrationRows, options: FitOptions) -> KindCalibration:
-    """The basis of keys, or of values, and its distortion."""
-    n_layers = rows.geometry.n_layers
-    group, layer_features = options.layers_per_basis or n_layers, rows.geometry.row_features // n_layers
-    ranges = [
-        slice(start * layer_features, min(start + group, n_layers) * layer_features)
-        for start in range(0, n_layers, group)
-    ]
-    shown = ranges if len(ranges) == 1 else track(ranges, f"{name} bases", "groups of layers")
-    parts = [principal_components(spool, options.rank, columns, options.seed, f"{name} basis") for columns in shown]
-    components = parts[0] if len(parts) == 1 else block_diagonal(parts, options.rank)
-    mean, vectors = components.basis.matrices(spool.device)
-    blocks = track(spool.sample(MAX_SAMPLE_ROWS, options.seed), f"{name} distortion", "blocks")
-    table = measure_distortion(project(block, mean, vectors).cpu().numpy() for block in blocks)
-    return KindCalibration(components.basis, table, components.total_variance)
+def _fit_paper(
+    rows: CalibrationRows, options: FitOptions, checkpoint: Checkpoint
+) -> tuple[KindCalibration, KindCalibration]:
+    """The bases of keys and of values, and their distortion."""
+    p = rows.geometry.row_features
+    found = []
+    for index, name in enumerate(("key", "value")):
+        side = torch.arange(index * p, (index + 1) * p)
+        tensors = checkpoint.once(name, partial(_fit_side, rows, options, name, side))
+        found.append(KindCalibration.from_tensors(name, tensors, BLOCK_SIZES, float(tensors["variance"])))
+    return found[0], found[1]
+
+
+def _fit_side(rows: CalibrationRows, options: FitOptions, name: str, side: Tensor) -> dict[str, Tensor]:
+    geometry = rows.geometry
+    group = options.layers_per_basis or geometry.n_layers
+    layer_features = geometry.row_features // geometry.n_layers
+    with task(f"{name} basis"):
+        covariance = rows.moments.covariance().of(side)
+        parts = torch.split(torch.arange(len(side)), group * layer_features)
+        basis = block_diagonal([covariance.of(part).components(options.rank) for part in parts], options.rank)
+    with task(f"{name} distortion"):
+        mean, vectors = basis.matrices(torch.device("cpu"))
+        of_side = rows.sample(SAMPLE_ROWS, options.seed)[0][:, side]
+        table = measure_distortion(project(block, mean, vectors).numpy() for block in torch.split(of_side, 1024))
+    variance = float(rows.moments.variances()[side.to(rows.moments.device)].sum())
+    return dict(KindCalibration(basis, table, variance).tensors(name)) | {"variance": torch.tensor(variance).double()}
+
+
+def block_diagonal(parts: list[Basis], rank: int) -> Basis:
+    """Bases of consecutive features as one basis of all of them, components by falling variance, at most `rank`."""
+    spectrum = torch.cat([part.spectrum for part in parts])
+    order = spectrum.argsort(descending=True, stable=True)[:rank]
+    vectors: Tensor = torch.block_diag(*(part.vectors for part in parts))  # type: ignore[no-untyped-call]
+    return Basis(torch.cat([part.mean for part in parts]), vectors[:, order].contiguous(), spectrum[order])

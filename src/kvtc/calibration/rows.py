@@ -1,21 +1,24 @@
-"""Accumulating calibration rows: a uniform sample of the tokens of many caches, on disk."""
+"""What calibration keeps of the rows of many caches: their moments, and a uniform sample of them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..cache import CacheGeometry, KVCache
 from ..coding.device import usable_device
+from ..coding.joint.prediction import hidden_features, n_features
 from ..coding.transform import rows_of
-from ..errors import InvalidArgument
-from ..process.progress import note
+from ..errors import InvalidArgument, InvalidCache
 from ..process.torch_state import neutral_torch_state
-from .row_spool import FLOAT16_BYTES, RowSpool, require_disk
+from .moments import Moments
 
-MAX_ROWS = 160_000
+DEFAULT_TOKENS = 160_000
+SAMPLE_ROWS = 8192
+"""Of which distortion and tables are counted."""
 _LARGEST_STATE = 6e4
 """Of an entry of a hidden state in 16 bits: a few dwarf all others."""
 _TOKENS_AT_ONCE = 1024
@@ -25,20 +28,20 @@ _TOKENS_AT_ONCE = 1024
 class CalibrationRows:
     """The rows that a calibration is fitted to: keys before rotation, values, and a hidden state of each token.
 
-    A context manager: leaving it deletes the files. Caches are given one by one to `add`; none is kept.
+    Caches are given one by one to `add`; none is kept. Memory: 4 P^2 bytes (8 P^2 up to 4096 features, 8 P l above
+    16 384, with l = rank + 512), where P = 2 p, and 16 kB for each feature.
 
     Parameters:
         geometry: layers and heads that the caches cover.
         sink_tokens: rows at positions below this are left out, because attention sinks look like nothing else.
-        max_rows: rows kept, for keys and values each, as float16 on disk. Of more, a uniform sample is kept.
-        max_tokens: tokens past the sinks after which `is_full` is true; None: max_rows. No more rows than that are kept.
+        max_tokens: tokens past the sinks after which `is_full` is true.
         hidden_width: d, of the hidden states that come with the caches, which the profile `conditional` needs; 0: none do.
-        spool_directory: where the files are; None: the system's directory for temporary files.
+        rank: the largest that a basis will have.
         seed: of the sample.
-        device: where the rows are read back to.
+        device: where moments are gathered.
 
     Raises:
-        InvalidArgument: for an option out of range, too little disk, or a device that cannot be used.
+        InvalidArgument: for an option out of range, or a device that cannot be used.
     """
 
     def __init__(
@@ -46,53 +49,34 @@ class CalibrationRows:
         geometry: CacheGeometry,
         *,
         sink_tokens: int = 4,
-        max_rows: int = MAX_ROWS,
-        max_tokens: int | None = None,
+        max_tokens: int = DEFAULT_TOKENS,
         hidden_width: int = 0,
-        spool_directory: str | Path | None = None,
+        rank: int = 4096,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.max_tokens = max_rows if max_tokens is None else max_tokens
-        if sink_tokens < 0 or max_rows < 2 or self.max_tokens < 2:
-            raise InvalidArgument(
-                f"sink_tokens {sink_tokens}, max_rows {max_rows}, max_tokens {self.max_tokens}: expected >= 0, >= 2, >= 2"
-            )
-        max_rows = min(max_rows, self.max_tokens)
-        directory = Path(spool_directory) if spool_directory is not None else None
-        p, place = geometry.row_features, usable_device(device)
-        disk = require_disk(max_rows * (2 * p + hidden_width) * FLOAT16_BYTES, directory)
-        note(f"calibration rows: {disk} for at most {max_rows} rows of 2 x {p} features")
-        self.geometry, self.sink_tokens = geometry, sink_tokens
-        self.keys = RowSpool(p, max_rows, seed, directory, place)
-        self.values = RowSpool(p, max_rows, seed, directory, place)
-        self.n_sequences = 0
-        self.hidden = RowSpool(hidden_width, max_rows, seed, directory, place) if hidden_width else None
-
-    def __enter__(self) -> CalibrationRows:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.keys.close()
-        self.values.close()
-        if self.hidden is not None:
-            self.hidden.close()
-
-    @property
-    def n_rows(self) -> int:
-        """Rows kept."""
-        return self.keys.n_rows
+        if sink_tokens < 0 or max_tokens < 2:
+            raise InvalidArgument(f"sink_tokens {sink_tokens}, max_tokens {max_tokens}: expected >= 0, >= 2")
+        self.geometry, self.sink_tokens, self.max_tokens = geometry, sink_tokens, max_tokens
+        self.hidden_width = hidden_width
+        features = 2 * geometry.row_features
+        told = n_features(hidden_width) if hidden_width else 0
+        self.moments = Moments(features, told, rank, seed, usable_device(device))
+        self.n_sequences = self.n_rows = 0
+        self._random = np.random.default_rng(seed)
+        capacity = min(SAMPLE_ROWS, max_tokens)
+        self._sample = torch.zeros(capacity, features + hidden_width, dtype=torch.float16)
 
     @property
     def is_full(self) -> bool:
         """Whether max_tokens tokens past the sinks were seen, so that no further cache is needed."""
-        return self.keys.n_offered >= self.max_tokens
+        return self.n_rows >= self.max_tokens
 
     @neutral_torch_state
     def add(self, cache: KVCache, hidden: Tensor | None = None) -> None:
-        """Offer the rows of one cache.
+        """Add the rows of one cache.
 
-        Time: one un-rotation and one write of its rows. Memory: 1024 tokens in float32.
+        Time: one un-rotation of its rows, and 2 P^2 operations for each. Memory: 1024 tokens in float32.
 
         Parameters:
             cache: it must cover the geometry of these rows.
@@ -105,9 +89,9 @@ class CalibrationRows:
         cache.validate()
         self.geometry.check(cache)
         cache = cache.plain()
-        if self.hidden is not None and (hidden is None or hidden.shape != (cache.n_tokens, self.hidden.features)):
+        if self.hidden_width and (hidden is None or hidden.shape != (cache.n_tokens, self.hidden_width)):
             raise InvalidArgument(
-                f"expected hidden states ({cache.n_tokens}, {self.hidden.features}) with the cache, found "
+                f"expected hidden states ({cache.n_tokens}, {self.hidden_width}) with the cache, found "
                 f"{'none' if hidden is None else tuple(hidden.shape)}"
             )
         positions = cache.resolved_positions()
@@ -117,10 +101,45 @@ class CalibrationRows:
         self.n_sequences += 1
         for start in range(0, cache.n_tokens, _TOKENS_AT_ONCE):
             part = slice(start, start + _TOKENS_AT_ONCE)
-            here = body[part]
             keys, length = cache.keys[:, :, part], cache.resolved_rope_length()
-            slots = self.keys.append(rows_of(self.geometry.rope.unrotate(keys, positions[part], length))[here])
-            self.values.append(rows_of(cache.values[:, :, part])[here], slots)
-            if self.hidden is not None and hidden is not None:
-                states = hidden[part][here.to(hidden.device)].float()
-                self.hidden.append(states.clamp(-_LARGEST_STATE, _LARGEST_STATE), slots)
+            plain = rows_of(self.geometry.rope.unrotate(keys, positions[part], length))
+            rows = torch.cat([plain, rows_of(cache.values[:, :, part])], dim=1)[body[part]]
+            states = None
+            if self.hidden_width and hidden is not None:
+                states = hidden[part].to(rows.device)[body[part]].float().clamp(-_LARGEST_STATE, _LARGEST_STATE)
+            self._add(rows, states)
+
+    def _add(self, rows: Tensor, states: Tensor | None) -> None:
+        half = (rows if states is None else torch.cat([rows, states], dim=1)).to(device="cpu", dtype=torch.float16)
+        if not bool(half.isfinite().all()):
+            raise InvalidCache("calibration rows hold values that 16 bits cannot: NaN, infinite, or beyond 65504")
+        self.moments.add(rows, None if states is None else hidden_features(states))
+        # Reservoir sampling: a uniform sample of all tokens, as the paper draws them, of texts of unknown number (section 1.2).
+        numbers = np.arange(self.n_rows, self.n_rows + len(rows))
+        capacity = len(self._sample)
+        slots = np.where(numbers < capacity, numbers, (self._random.random(len(rows)) * (numbers + 1)).astype(np.int64))
+        for token in np.flatnonzero(slots < capacity):
+            self._sample[slots[token]] = half[token]
+        self.n_rows += len(rows)
+
+    def sample(self, n_rows: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Joint rows [n, P] and hidden states [n, d] of tokens drawn from the sample, float32, on the CPU."""
+        kept = min(self.n_rows, len(self._sample))
+        chosen = np.sort(np.random.default_rng(seed).permutation(kept)[:n_rows])
+        drawn = self._sample[torch.from_numpy(chosen)].float()
+        features = 2 * self.geometry.row_features
+        return drawn[:, :features], drawn[:, features:]
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was gathered; `resume` reads it."""
+        counts = {"n_sequences": self.n_sequences, "n_rows": self.n_rows, "random": self._random.bit_generator.state}
+        found = {f"moments.{name}": tensor for name, tensor in self.moments.state().items()}
+        return found | {"sample": self._sample, "counts": torch.tensor(list(json.dumps(counts).encode()))}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state` of rows with the same options."""
+        self.moments.resume({name.removeprefix("moments."): tensor for name, tensor in state.items()})
+        self._sample.copy_(state["sample"])
+        counts = json.loads(bytes(state["counts"].tolist()))
+        self.n_sequences, self.n_rows = counts["n_sequences"], counts["n_rows"]
+        self._random.bit_generator.state = counts["random"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from .arguments import Outcome, Subcommands, add_model, add_output, check_output, check_readable, half_open_range
 from .models import open_model
@@ -18,9 +17,8 @@ def add_subcommands(subcommands: Subcommands) -> None:
     add_training_text(parser, "learn from")
     add_output(parser, "the calibration file to write")
     parser.add_argument(
-        "--tokens", dest="max_tokens", type=int, metavar="N", help="tokens read, then no more (default: --max-rows)"
+        "--tokens", dest="max_tokens", type=int, metavar="N", help="tokens read, then no more (default: 160000)"
     )
-    parser.add_argument("--max-rows", type=int, metavar="N", help="tokens kept, drawn from those (default: 160000)")
     parser.add_argument("--rank", type=int, metavar="R", help="most coefficients of a basis (default: 10000)")
     parser.add_argument(
         "--profiles",
@@ -40,7 +38,6 @@ def add_subcommands(subcommands: Subcommands) -> None:
     parser.add_argument("--layers", type=half_open_range, metavar="A:B", help="layers of one pipeline rank")
     parser.add_argument("--kv-heads", type=half_open_range, metavar="A:B", help="heads of one tensor-parallel rank")
     parser.add_argument("--sink-tokens", type=int, default=4, metavar="N", help="first tokens left out (default: 4)")
-    parser.add_argument("--spool-directory", type=Path, metavar="DIR", help="for the rows (default: the system's)")
     parser.add_argument("--fit-device", metavar="DEVICE", help="where bases are found, if elsewhere")
 
 
@@ -50,6 +47,9 @@ def calibrate(options: argparse.Namespace) -> Outcome:
     A text file holds documents, separated by two blank lines. They are read one at a time, from each
     file in turn, and cut into sequences; each begins with the tokenizer's bos token, if it has one.
     Reading ends after --tokens.
+
+    What is done is kept in OUTPUT.partial, beside the output, until the file is written: the same
+    command goes on where an interrupted one was.
     """
     from ..coding.device import usable_device
     from ..huggingface import calibrate as huggingface
@@ -62,13 +62,17 @@ def calibrate(options: argparse.Namespace) -> Outcome:
     started = time.perf_counter()
     model, tokenizer = open_model(options, options.tokens_per_sequence, "a sequence would have")
     names = (
-        "max_tokens", "max_rows", "rank", "joint_rank", "recompute_layers", "profiles",
-        "layers", "kv_heads", "sink_tokens", "spool_directory",
+        "max_tokens", "rank", "joint_rank", "recompute_layers", "profiles", "layers", "kv_heads", "sink_tokens",
     )  # fmt: skip
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     sequences = token_sequences(documents(options.text), tokenizer, options.tokens_per_sequence)
     calibration = huggingface.calibrate(
-        model, sequences, device=options.fit_device, progress=not options.quiet, **given
+        model,
+        sequences,
+        device=options.fit_device,
+        checkpoint_directory=options.output.with_name(options.output.name + ".partial"),
+        progress=not options.quiet,
+        **given,
     )
     calibration.save(options.output)
     result, fields = describe_calibration(calibration, options.output)

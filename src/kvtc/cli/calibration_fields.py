@@ -14,7 +14,7 @@ Fields = list[tuple[str, object]]
 
 def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str, Any], Fields]:
     """A calibration and its file, for JSON and in words."""
-    kinds = {"key": calibration.key, "value": calibration.value}
+    kinds = dict(calibration.kinds())
     joint, n_bytes, info = calibration.joint, path.stat().st_size, calibration.info
     conditional = calibration.conditional
     result = {

@@ -42,7 +42,7 @@ def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int)
         limit: They are below it.
     """
     geometry = calibration.geometry
-    mean = cache_side_of(calibration.key.basis.mean[None], geometry.n_layers, geometry.n_kv_heads).float().cpu()
+    mean = cache_side_of(calibration.sides[0].basis.mean[None], geometry.n_layers, geometry.n_kv_heads).float().cpu()
     starts = torch.arange(0, max(limit, 1), spacing)
     offsets = torch.arange(keys.shape[2])
     # Frequencies that depend on a text's length are refused before anything is coded, so any length
@@ -72,7 +72,7 @@ def check_fit(keys: Tensor, calibration: Calibration, start: int) -> None:
     Raises:
         UnsupportedLayout: The keys do not fit.
     """
-    geometry, basis = calibration.geometry, calibration.key.basis
+    geometry, basis = calibration.geometry, calibration.sides[0].basis
     every = max(1, keys.shape[2] // _SAMPLED_TOKENS)
     positions = torch.arange(start + every // 2, start + keys.shape[2], every)
     sample = geometry.rope.unrotate(keys[:, :, every // 2 :: every].cpu(), positions, 1)

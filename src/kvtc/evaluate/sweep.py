@@ -173,6 +173,8 @@ def methods_of(
             )
         chosen = {one for one in series if any(_is_of(one, name) for name in wanted)}
         found |= {name: method for name, method in known.items() if split_name(name)[0] in chosen}
+        if any(_is_of(one, "zstd") for one in chosen):
+            found["kvtc lossless"] = KvtcMethod(Codec(calibration, lossless=True))
     codecs, _ = codecs_of(calibration, methods, window_tokens, model)
     # Layers cannot be recomputed for a cache with gaps.
     last = [profile for profile in _profiles(calibration, methods) if profile != "conditional"][-1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from ..cache import CacheGeometry
 from ..calibration import Calibration
+from ..calibration.checkpoint import Checkpoint
 from ..calibration.fit import JOINT_RANK_CAP, RANK_CAP, FitOptions, fit
-from ..calibration.rows import MAX_ROWS, CalibrationRows
+from ..calibration.rows import DEFAULT_TOKENS, CalibrationRows
 from ..container.tables import PROFILES
 from ..errors import InvalidArgument
-from ..process.progress import reporting, task
+from ..process.progress import note, reporting, task
 from .hidden_states import HiddenStates
 from .measure_quality import HeldOut, measure_quality
 from .model_files import UnknownModel
@@ -26,6 +28,7 @@ from .models import as_ids, capture, geometry_of, verify_rope
 from .sensitivity import Sensitivity
 
 _VERIFICATION_TOKENS = 256
+_GATHERED = "gathered"
 _BASIS_SHARE = 0.125
 """Of the bytes of the model's parameters in 16 bits."""
 
@@ -38,12 +41,11 @@ def calibrate(
     layers: tuple[int, int] | None = None,
     kv_heads: tuple[int, int] | None = None,
     profiles: Sequence[str] = tuple(PROFILES),
-    max_rows: int = MAX_ROWS,
-    max_tokens: int | None = None,
+    max_tokens: int = DEFAULT_TOKENS,
     rank: int = RANK_CAP,
     joint_rank: int | None = None,
     recompute_layers: int = 1,
-    spool_directory: str | Path | None = None,
+    checkpoint_directory: str | Path | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -58,13 +60,14 @@ def calibrate(
             not fitted to: quality is measured on it.
         sink_tokens: first tokens of each sequence, whose rows are left out.
         layers, kv_heads: half-open (start, stop) of one pipeline or tensor-parallel rank; None: all.
-        profiles: what the calibration shall serve; it always serves `paper`.
-        max_rows: tokens whose rows are kept, as float16 on disk.
-        max_tokens: tokens past the sinks after which no more text is read; None: max_rows.
+        profiles: what the calibration shall serve. Each adds to the time and to the file; a calibration of
+            `("joint",)` alone is the smallest.
+        max_tokens: tokens past the sinks after which no more text is read.
         rank, joint_rank: sizes, as in `kvtc.calibration.fit.FitOptions`. joint_rank None: at most 4096, and no more than makes the
             joint basis, in 8 bits, an eighth as large as the model's parameters in 16 bits.
         recompute_layers: how many of the first layers `conditional` recomputes, at a cost of so many layers of a prefill.
-        spool_directory: where the rows are; None: the system's directory for temporary files.
+        checkpoint_directory: a folder that keeps what is done, so that the same call goes on where an interrupted one
+            was and ends in the same calibration; it is deleted at the end. None: nothing is kept.
         seed: of all random draws.
         device: where the calibration is fitted; None: where the model's embeddings are.
         progress: whether to show on stderr what is being done.
@@ -73,43 +76,64 @@ def calibrate(
         The calibration; its `save` writes the file.
 
     Raises:
-        InvalidArgument: for an option out of range, an unknown profile, too little disk, or too little text.
+        InvalidArgument: for an option out of range, an unknown profile, or too little text.
         UnsupportedModel: for a model whose cache, rotation or attention cannot be read, naming the layer.
         InvalidCache: for a model whose cache holds NaN or infinite values.
     """
     unknown = set(profiles) - set(PROFILES)
     if unknown:
         raise InvalidArgument(f"profile {sorted(unknown)[0]!r} is unknown; expected some of {', '.join(PROFILES)}")
+    if not profiles:
+        raise InvalidArgument("expected at least one profile to calibrate for")
     is_whole, has_joint = layers is None and kv_heads is None, not set(profiles) <= {"paper"}
     geometry = geometry_of(model, layers, kv_heads)
     sizes = FitOptions(rank, _joint_rank(model, geometry) if joint_rank is None else joint_rank, seed)
+    about = _about(model)
     recorded = HiddenStates(model, recompute_layers, geometry) if "conditional" in profiles else None
     sensitivity = Sensitivity(model, geometry, sink_tokens) if has_joint else None
     held_out = HeldOut() if has_joint and is_whole else None
     embeddings = model.get_input_embeddings().weight
     with reporting(progress):
-        with CalibrationRows(
+        note("phases: " + ", ".join(_phases(profiles, has_joint and is_whole)))
+        rows = CalibrationRows(
             geometry,
             sink_tokens=sink_tokens,
-            max_rows=max_rows,
             max_tokens=max_tokens,
             hidden_width=recorded.width if recorded else 0,
-            spool_directory=spool_directory,
+            rank=max(rank if "paper" in profiles else 0, sizes.joint_rank if has_joint else 0),
             seed=seed,
             device=embeddings.device if device is None else device,
-        ) as rows:
-            sequences = _verified(model, geometry, token_sequences, sink_tokens)
-            accumulate(model, sequences, rows, sensitivity, held_out, recorded)
-            calibration = fit(
-                rows,
-                sizes,
-                sample=sensitivity.sample() if sensitivity else None,
-                recomputed=(recompute_layers, recorded.identity) if recorded else None,
-                info=_about(model),
-            )
+        )
+        sequences = _verified(model, geometry, token_sequences, sink_tokens)
+        owner = _digest(about, geometry.describe(), sizes, sorted(profiles), recompute_layers, max_tokens, sink_tokens)
+        checkpoint = Checkpoint(checkpoint_directory, owner)
+        accumulate(model, sequences, rows, sensitivity, held_out, recorded, checkpoint)
+        calibration = fit(
+            rows,
+            sizes,
+            paper="paper" in profiles,
+            sample=sensitivity.sample() if sensitivity else None,
+            recomputed=(recompute_layers, recorded.identity) if recorded else None,
+            info=about,
+            checkpoint=checkpoint,
+        )
         if held_out and held_out.sequences:
             calibration = measure_quality(model, calibration, held_out.sequences)
+        checkpoint.remove()
     return calibration
+
+
+def _phases(profiles: Sequence[str], is_measured: bool) -> list[str]:
+    """What a calibration does, in order."""
+    found = ["reading text"]
+    found += ["key and value bases"] if "paper" in profiles else []
+    found += ["metric, joint basis and tables"] if not set(profiles) <= {"paper"} else []
+    found += ["conditional basis and tables"] if "conditional" in profiles else []
+    return found + (["quality"] if is_measured else [])
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _verified(
@@ -135,8 +159,11 @@ def accumulate(
     sensitivity: Sensitivity | None = None,
     held_out: HeldOut | None = None,
     recorded: HiddenStates | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Capture the cache of one sequence after another and add its rows, until the rows have seen enough tokens.
+
+    Where a checkpoint has some of it, the sequences that it has are passed over.
 
     Time: one forward pass of the model over each sequence; a pass that is recorded computes attention in float32.
     Memory: the cache of one sequence.
@@ -148,17 +175,75 @@ def accumulate(
         sensitivity: captures the caches and records the passes; None: they are captured alone.
         held_out: takes some of the sequences, whose caches are not captured; None: none are.
         recorded: takes the hidden states of the same passes; None: none are taken.
+        checkpoint: keeps what is gathered, every few minutes; None: nothing is kept.
     """
+    kept = _Gathered(rows, sensitivity, checkpoint)
+    kept.resume()
+    read = hashlib.sha256()
+    n_read = 0
     with task("reading text", rows.max_tokens, "tokens at most") as advance:
+        advance(rows.n_rows)
         for ids in sequences:
-            if held_out is not None and held_out.takes(ids):
-                continue
-            with recorded or nullcontext():
-                cache = capture(model, ids, rows.geometry) if sensitivity is None else sensitivity.capture(ids)
-            rows.add(cache, recorded.taken() if recorded else None)
-            advance(len(ids))
-            if rows.is_full:
-                return
+            n_read += 1
+            read.update(ids.numpy().tobytes())
+            is_held_out = held_out is not None and held_out.takes(ids)
+            if n_read == kept.n_sequences:
+                kept.check(read.hexdigest())
+            elif n_read > kept.n_sequences and not is_held_out:
+                with recorded or nullcontext():
+                    cache = capture(model, ids, rows.geometry) if sensitivity is None else sensitivity.capture(ids)
+                before = rows.n_rows
+                rows.add(cache, recorded.taken() if recorded else None)
+                advance(rows.n_rows - before)
+                kept.save_if_due(n_read, read.hexdigest())
+            if rows.is_full and n_read >= kept.n_sequences:
+                break
+    if n_read > kept.n_sequences:
+        kept.save(n_read, read.hexdigest())
+
+
+class _Gathered:
+    """Keeps what the pass over the text gathers in a checkpoint.
+
+    Attributes:
+        n_sequences: how many were kept, held-out ones included.
+    """
+
+    def __init__(self, rows: CalibrationRows, sensitivity: Sensitivity | None, checkpoint: Checkpoint | None) -> None:
+        self._rows, self._sensitivity, self._checkpoint = rows, sensitivity, checkpoint
+        self.n_sequences, self._digest = 0, ""
+
+    def resume(self) -> None:
+        """Take up what was kept."""
+        found = None if self._checkpoint is None else self._checkpoint.load(_GATHERED)
+        if found is None:
+            return
+        self._rows.resume(found)
+        if self._sensitivity is not None:
+            self._sensitivity.resume(found)
+        self.n_sequences = int(found["n_read"])
+        self._digest = bytes(found["read"].tolist()).decode()
+        note(f"reading text: {self._rows.n_rows:,} tokens were read before")
+
+    def check(self, digest: str) -> None:
+        """Raise `InvalidArgument` unless what was kept is of these sequences."""
+        if digest != self._digest:
+            raise InvalidArgument(
+                "the text is not the one that the interrupted calibration read: delete its checkpoint directory"
+            )
+
+    def save_if_due(self, n_sequences: int, digest: str) -> None:
+        """Keep it from time to time, when no rows wait: then an interruption changes no sum."""
+        if self._checkpoint is not None and self._checkpoint.is_due and not self._rows.moments.n_pending:
+            self.save(n_sequences, digest)
+
+    def save(self, n_sequences: int, digest: str) -> None:
+        """Keep it."""
+        self._rows.moments.settle()
+        if self._checkpoint is not None:
+            state = self._rows.state() | (self._sensitivity.state() if self._sensitivity else {})
+            read = {"n_read": torch.tensor([n_sequences]), "read": torch.tensor(list(digest.encode()))}
+            self._checkpoint.save(_GATHERED, state | read)
 
 
 def _joint_rank(model: Any, geometry: CacheGeometry) -> int:

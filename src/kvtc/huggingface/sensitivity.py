@@ -34,8 +34,8 @@ _SAMPLED_TOKENS, _SAMPLED_BYTES = 256, 1 << 30
 class Sensitivity:
     """What calibration gathers of a model besides its caches, for the metric and steps by token of `joint` and `conditional`.
 
-    `calibrate` knows two methods of it: `capture`, which it calls for each sequence, and `sample`, which it calls once
-    when all caches are captured.
+    `calibrate` calls `capture` for each sequence, and `sample` once when all caches are captured; `state` and `resume`
+    keep what was gathered.
 
     Parameters:
         model: a transformers causal LM.
@@ -87,7 +87,20 @@ class Sensitivity:
                 f"the metric of joint and conditional needs a text of {needed} tokens or more; the profile paper needs none"
             )
         rows, directions, sizes = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        self._parts = [(rows, directions, sizes)]  # and not a second copy beside
         return GradientSample(rows, directions, sizes, self._geometry.head_dim)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was gathered; `resume` reads it."""
+        parts = self.sample() if self._parts else None
+        found = {} if parts is None else {"rows": parts.rows, "directions": parts.directions, "sizes": parts.sizes}
+        return found | {"n_passes": torch.tensor([self.n_passes]), "generator": self._generator.get_state()}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state` of the same model."""
+        self.n_passes = int(state["n_passes"])
+        self._generator.set_state(state["generator"])
+        self._parts = [(state["rows"], state["directions"], state["sizes"])] if "rows" in state else []
 
     def _is_enough(self, n_tokens: int) -> bool:
         n_read = int(READ_SHARE * n_tokens)

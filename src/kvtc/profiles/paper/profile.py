@@ -120,7 +120,8 @@ class PaperDecoder:
     recomputation = None
 
     def __init__(self, calibration: Calibration, backend: Backend, transform: PaperTransform) -> None:
-        self._ranks = calibration.key.basis.rank, calibration.value.basis.rank
+        key, value = calibration.sides
+        self._ranks = key.basis.rank, value.basis.rank
         self._backend, self._transform = backend, transform
         self.most_plan_bytes = sum(map(most_bytes, self._ranks))
 

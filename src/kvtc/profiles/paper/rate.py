@@ -23,7 +23,7 @@ def check_rate(rate: Rate, calibration: Calibration) -> None:
     if isinstance(rate, FixedSize):
         raise InvalidArgument("the profile paper cannot keep to a fixed size: use joint or conditional")
     if isinstance(rate, MaxError):
-        for side in (calibration.key, calibration.value):
+        for side in calibration.sides:
             _allocate_for_error(side, rate.max_error, _budget(calibration, 1, 16))
         return
     needed = (SymbolType.FP16 if isinstance(rate, Truncation) else SymbolType.INT2).group_bits(1)
@@ -41,7 +41,7 @@ def allocations_for(rate: Rate, calibration: Calibration, original_bits: int) ->
 
     Raises `InvalidArgument` where nothing would be stored at all.
     """
-    sides = calibration.key, calibration.value
+    sides = calibration.sides
     if isinstance(rate, MaxError):
         most = _budget(calibration, 1, original_bits)
         key, value = (_allocate_for_error(side, rate.max_error, most) for side in sides)

@@ -56,7 +56,8 @@ class PaperTransform:
 
     def __init__(self, calibration: Calibration, device: torch.device, product: torch.dtype) -> None:
         self.product = product
-        self._bases = calibration.key.basis, calibration.value.basis
+        key, value = calibration.sides
+        self._bases = key.basis, value.basis
         self._layer_features = calibration.geometry.n_kv_heads * calibration.geometry.head_dim
         self._device = device
         self._sides: dict[int, SideTransform] = {}
