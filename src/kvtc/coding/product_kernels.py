@@ -25,7 +25,7 @@ _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
 TILE_ROWS, _TILE_VECTORS = (6, 4) if "+avx512f" in _FEATURES else (6, 1)
 TILE_COLUMNS = _TILE_VECTORS * _VECTOR
 _GROUP_TILES = 8
-_LOOKED_AT, _SIGN = 64, np.uint32(1)
+_LOOKED_AT = 64
 _ALL_BUT_SIGN, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 BLOCK_ROWS = 256
 """Rows of the matrix whose products form one partial sum; these are then added in order. Part of every result."""
@@ -274,7 +274,7 @@ def find_used(turned, used):  # type: ignore[no-untyped-def]
         for first in range(0, len(row), _LOOKED_AT):
             seen = np.uint32(0)
             for place in range(first, min(first + _LOOKED_AT, len(row))):
-                seen |= row[place] << _SIGN
+                seen |= row[place] & _ALL_BUT_SIGN
             if seen:
                 used[index] = True
                 break
