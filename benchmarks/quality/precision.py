@@ -36,7 +36,7 @@ def in_fp8_operands(model: JointModel) -> None:
     joint = model._joint
     synthesis = in_fp8(joint.metric.unweigh(joint.basis.matrix(torch.device("cpu")).T).T).T
     transform._synthesis = [Columns(columns) for columns in by_layer(synthesis, len(transform._synthesis))]
-    transform.packed = lambda coefficients: PackedRows(in_fp8(coefficients))
+    transform.packed = lambda coefficients, chosen=None: PackedRows(in_fp8(coefficients), chosen=chosen)
 
 
 def codecs(calibration: kvtc.Calibration, profile: str, ratio: float, window: int) -> dict[str, kvtc.Codec]:

@@ -8,10 +8,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kvtc.coding.product import Columns, PackedRows, inverses, product
+from kvtc.coding.product import (
+    Blocks,
+    Columns,
+    PackedRows,
+    all_finite,
+    inverses,
+    product,
+    project_rest,
+    spread_columns,
+    used_columns,
+)
 from kvtc.coding.product_kernels import BLOCK_ROWS
 from kvtc.coding.rope_kernels import turn_angles
-from kvtc.coding.threads import in_threads
+from kvtc.coding.threads import Begun, in_threads
 from kvtc.errors import InvalidArgument
 from tests.processors import at_offset
 
@@ -176,3 +186,98 @@ def test_products_go_on_in_a_forked_child():
     child.join(60)
     assert child.exitcode == 0
     assert told.get() is True
+
+
+def used_operands(n_rows: int, n_terms: int) -> torch.Tensor:
+    rows = torch.randn(n_rows, n_terms, generator=torch.Generator().manual_seed(n_terms))
+    rows[:, ::3] = 0.0
+    rows[-1, 3] = -0.0
+    return rows
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("n_rows", [1, 6, 97])
+def test_some_columns_of_rows_are_packed_as_they_are_alone(n_rows, by_columns):
+    rows, matrix = operands(n_rows, 40, 30)
+    chosen = torch.tensor([3, 0, 39, 17])
+    laid = rows.T.contiguous().T if by_columns else rows
+    packed = PackedRows(laid, chosen=chosen)
+    assert torch.equal(packed.values, rows[:, chosen])
+    assert torch.equal(Columns(matrix[:4]).times(packed), product(rows[:, chosen].contiguous(), matrix[:4]))
+
+
+@pytest.mark.parametrize("size", [5, 16, 32, 300])
+def test_products_with_blocks_are_those_of_all_features_to_the_last_bit(size):
+    """Features that are zero are left out; a block of more rows than one partial sum takes is cut where a product is."""
+    drawn = torch.Generator().manual_seed(size)
+    blocks, values = torch.randn(3, size, size, generator=drawn), torch.randn(13, 7, generator=drawn)
+    features = torch.randperm(3 * size, generator=drawn)[:7]
+    dense = torch.zeros(13, 3 * size)
+    dense[:, features] = values
+    rows, (left, matrix) = Blocks(blocks).rows(values, torch.arange(7), features), operands(13, 20, 2 * size)
+    plain = Columns(matrix).times(left)
+    expected = plain.clone()
+    for place, block in enumerate((2, 0)):
+        here = slice(place * size, (place + 1) * size)
+        expected[:, here] += product(dense[:, block * size : (block + 1) * size].contiguous(), blocks[block])
+    found = Columns(matrix).times(left, blocks=rows.of([2, 0]))
+    if size <= BLOCK_ROWS:
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected)
+    rounded = Columns(matrix, result=torch.bfloat16).times(left, blocks=rows.of([2, 0]))
+    torch.testing.assert_close(rounded, expected.bfloat16(), rtol=2**-7, atol=2**-6)
+
+
+@pytest.mark.parametrize("size", [5, 16, 40])
+def test_the_rest_of_rows_is_projected_block_by_block(size):
+    drawn = torch.Generator().manual_seed(size)
+    rows, leading = torch.randn(203, 4 * size, generator=drawn), torch.randn(203, 9, generator=drawn)
+    back, mean = torch.randn(9, 4 * size, generator=drawn), torch.randn(4 * size, generator=drawn)
+    blocks = torch.randn(4, size, size, generator=drawn)
+    places = torch.full((4 * size,), -1)
+    wanted = torch.randperm(4 * size, generator=drawn)[:size]
+    places[wanted] = torch.arange(size)
+    layers, order = [], torch.arange(4 * size).view(4, size)
+    for numbers in ([0, 2], [1, 3]):
+        features = order[numbers].flatten()
+        layers.append((Columns(back[:, features]), mean[features], numbers))
+    found = torch.empty(203, size)
+    project_rest(rows, PackedRows(leading), layers, Blocks(blocks), places, found)
+    rest = rows - Columns(back).times(leading, mean)
+    expected = torch.cat(
+        [product(rest[:, part].contiguous(), block) for part, block in zip(order, blocks, strict=True)], dim=1
+    )
+    assert torch.equal(found, expected[:, wanted])
+
+
+@pytest.mark.parametrize("n_rows", [1, 200])
+def test_columns_that_hold_anything_are_found(n_rows):
+    rows = used_operands(n_rows, 7)
+    assert used_columns(rows).tolist() == [False, True, True, False, True, True, False]
+    assert used_columns(rows.T.contiguous().T).tolist() == rows.any(dim=0).tolist()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_found(wrong):
+    rows = torch.full((9, 5), torch.finfo(torch.float32).max)
+    assert all_finite(rows)
+    rows[8, 4] = wrong
+    assert not all_finite(rows)
+    assert not all_finite(rows.T)
+
+
+def test_columns_go_to_their_places():
+    values, found = torch.randn(7, 3), torch.zeros(7, 5)
+    spread_columns(values, torch.tensor([4, 0, 2]), found)
+    assert torch.equal(found[:, [4, 0, 2]], values)
+    assert not found[:, [1, 3]].any()
+
+
+@pytest.mark.parametrize("n_operations", [0, 1 << 40])
+def test_begun_work_gives_its_result_or_its_error(n_operations, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert Begun(lambda: 7, n_operations).result() == 7
+    failing = Begun(lambda: 1 // 0, n_operations)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            failing.result()

@@ -17,7 +17,7 @@ from ..coding.bitpack import pack, unpack
 from ..coding.joint.escapes import decode_escapes, encode_escapes
 from ..coding.joint.probability import ProbabilityTables
 from ..coding.joint.rounding import Rounded, round_coefficients
-from ..coding.joint.uniform_quantizer import ACTIVITY_BITS, ESCAPE, dequantize
+from ..coding.joint.uniform_quantizer import ACTIVITY_BITS, dequantize
 from ..coding.lossless import BlockCoder
 from ..coding.paper.allocation import BitAllocation
 from ..coding.paper.groups import decode_groups, encode_groups
@@ -76,14 +76,15 @@ class ReferenceBackend:
 
     def read_integers(self, chunks: Sequence[CodedIntegers], rank: int) -> Tensor:
         stops = list(accumulate((chunk.n_tokens for chunk in chunks), initial=0))
-        rows = np.zeros((stops[-1], rank), np.float32)
+        # Column by column in memory: so all loops over them are over neighbours.
+        turned = np.zeros((rank, stops[-1]), np.float32)
 
         def read(first: int, stop: int) -> None:
             for index in range(first, stop):
-                _read_chunk(chunks[index], rows[stops[index] : stops[index + 1]])
+                _read_chunk(chunks[index], turned, stops[index])
 
-        in_threads(read, len(chunks), _CODING_OPERATIONS * rows.size)
-        return torch.from_numpy(rows).to(self.device)
+        in_threads(read, len(chunks), _CODING_OPERATIONS * turned.size)
+        return torch.from_numpy(turned).T.to(self.device)
 
     def pack_groups(self, coefficients: Tensor, spans: Sequence[slice], allocation: BitAllocation) -> list[bytes]:
         return [encode_groups(coefficients[span], allocation) for span in spans]
@@ -113,25 +114,26 @@ def _write_chunk(
     symbols, activities = rounded.symbols[:, span], rounded.activities[span]
     coded = encode_symbols(symbols, classes, activities, tables.rans)
     packed = pack(torch.from_numpy(activities), ACTIVITY_BITS).numpy().tobytes()
-    return IntegerBytes(packed, coded, encode_escapes(rounded.values[:, span][symbols == ESCAPE]))
+    return IntegerBytes(packed, coded, encode_escapes(rounded.escaped(span)))
 
 
-def _read_chunk(chunk: CodedIntegers, rows: npt.NDArray[np.float32]) -> None:
-    """Fill rows [n, coded or more] with the coefficients of a chunk."""
+def _read_chunk(chunk: CodedIntegers, turned: npt.NDArray[np.float32], start: int) -> None:
+    """Fill turned [coded or more, T] with the coefficients of a chunk, from token `start` on."""
     side = torch.frombuffer(bytearray(_on_host(chunk.activities)), dtype=torch.uint8)
     activities = unpack(side, chunk.n_tokens, ACTIVITY_BITS).numpy().astype(np.uint8)
     symbols = decode_symbols(_on_host(chunk.symbols), chunk.classes, activities, chunk.tables.rans)
-    columns, tokens = np.nonzero(symbols == ESCAPE)
-    escaped = torch.from_numpy(decode_escapes(_on_host(chunk.escapes), len(columns)))
-    if not symbols.size:
-        return
     from ..coding.joint.rounding_kernels import dequantize_symbols
 
-    offsets = chunk.tables.offsets
-    dequantize_symbols(symbols, chunk.classes, activities, offsets, np.float32(chunk.step), rows)
-    if len(columns):
+    offsets, data = chunk.tables.offsets, _on_host(chunk.escapes)
+    # An escaped value takes a byte at least.
+    places = np.empty(len(data), np.int64)
+    step = np.float32(chunk.step)
+    count = dequantize_symbols(symbols, chunk.classes, activities, offsets, step, turned, start, places)
+    escaped = decode_escapes(data, int(count))
+    if count:
+        columns, tokens = np.divmod(places[:count], chunk.n_tokens)
         its_offsets = torch.from_numpy(offsets[activities[tokens], chunk.classes[columns]])
-        rows[tokens, columns] = dequantize(escaped, its_offsets, chunk.step).numpy()
+        turned[columns, start + tokens] = dequantize(torch.from_numpy(escaped), its_offsets, chunk.step).numpy()
 
 
 def _on_host(data: Bytes) -> bytes:

@@ -6,6 +6,9 @@ What is asked for by token count is bounded by what the caller has agreed to: a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from ..cache import CacheExtent, TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.exact.tokens import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from ..coding.lossless import BlockCoder
+from ..coding.threads import Begun
 from ..container.stream import Stream, Wanted, parse_stream, token_digest
 from ..container.tables import MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType
 from ..errors import (
@@ -35,6 +39,8 @@ from .recomputing import check_prefix, recompute_chunks
 
 MAX_TOKENS = 1 << 20
 """Tokens that are decoded at most unless the caller names more."""
+_FLOAT_OPERATIONS = 512
+"""Of a byte of exact tokens, about, as `Begun` counts them."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class OpenedStream:
     """The first `n_tokens` tokens of a stream, read but not yet transformed.
 
     positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: the coded ones among them, with a window
-    that is coded. decoder: of the stream's profile. coded: bodies and coded windows, in order.
+    that is coded. decoder: of the stream's profile. coded: bodies and coded windows, in order. exact_bytes: of sinks and exact
+    tokens, which may still be on their way. exact_parts: of each of them how many tokens it holds, the first, whether in fp8.
     """
 
     header: Header
@@ -67,7 +74,15 @@ class OpenedStream:
     positions: Tensor
     body: slice
     coded: list[CodedBody[Any]]
-    exact: list[ExactTokens]
+    exact_bytes: Begun[list[bytes]]
+    exact_parts: list[tuple[int, int, bool]]
+
+    def exact(self) -> list[ExactTokens]:
+        """Sinks and exact tokens, in order. Raises `CorruptStream`."""
+        return [
+            _exact(data, self.header, *part)
+            for data, part in zip(self.exact_bytes.result(), self.exact_parts, strict=True)
+        ]
 
 
 def open_stream(
@@ -112,19 +127,26 @@ def open_stream(
     _check_lengths(stream, chunks, wanted, decoder)
     left = stream.leave([one for one in wanted if _is_coded(one[0], chunks[one[1]], header)])
     others = [one for one in wanted if one[:2] not in left]
+    is_exact = [
+        kind is SectionType.SINK or chunks[index].exact_tokens(kind, header.profile) > 0 for kind, index, _ in others
+    ]
+    exact_ones, others = list(compress(others, is_exact)), list(compress(others, map(not_, is_exact)))
+    # Exact tokens are decoded one number after the other: beside all else.
+    n_operations = 0 if block_coder is not None else _FLOAT_OPERATIONS * sum(one[2] or 0 for one in exact_ones)
+    exact_bytes = Begun(partial(stream.read_all, exact_ones, block_coder), n_operations)
     read = {one[:2]: raw for one, raw in zip(others, stream.read_all(others, block_coder), strict=True)}
     coded_bytes: dict[tuple[SectionType, int], Bytes] = {**read, **left}
     recomputed = recompute_chunks(decoder.recomputation, chunks, token_ids, first_id)
-    positions, coded, exact = [], [], []
+    positions, coded = [], []
+    exact: list[tuple[int, int, bool]] = []
     first = 0
     for index, chunk in enumerate(chunks):
         positions.append(_positions(read.get((SectionType.POSITIONS, index)), header, index, chunk))
         if chunk.n_sink:
-            sinks = read[SectionType.SINK, index]
-            exact.append(_exact(sinks, header, chunk.n_sink, first, chunk.fp8_sinks))
+            exact.append((chunk.n_sink, first, chunk.fp8_sinks))
         n_exact = chunk.exact_tokens(SectionType.BODY, header.profile)
         if n_exact:
-            exact.append(_exact(read[SectionType.BODY, index], header, n_exact, first + chunk.n_sink, is_fp8=False))
+            exact.append((n_exact, first + chunk.n_sink, False))
         elif chunk.n_body:
             body_bytes = coded_bytes[SectionType.BODY, index]
             coded.append(
@@ -136,7 +158,7 @@ def open_stream(
                 window, known = coded_bytes[SectionType.WINDOW, index], _part(recomputed, at, chunk.n_window)
                 coded.append(CodedBody(window, chunk.n_window, plan, known, is_window=True))
             else:
-                exact.append(_exact(read[SectionType.WINDOW, index], header, chunk.n_window, at, is_fp8=False))
+                exact.append((chunk.n_window, at, False))
         if chunk.is_padded and read[SectionType.PADDING, index].strip(b"\0"):
             raise CorruptStream(f"the padding of chunk {index} holds other bytes than zeros")
         first += chunk.n_tokens
@@ -144,7 +166,7 @@ def open_stream(
     n_sink = sum(chunk.n_sink for chunk in chunks)
     body = slice(n_sink, n_sink + sum(rows.n_tokens for rows in coded))
     whole = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
-    return OpenedStream(header, n_tokens, decoder, whole, body, coded, exact)
+    return OpenedStream(header, n_tokens, decoder, whole, body, coded, exact_bytes, exact)
 
 
 def first_position(stream_bytes: bytes) -> int | None:

@@ -126,7 +126,7 @@ class Decoding:
             body = slice(stream.body.start, min(stream.body.stop, stream.n_tokens))
             positions = (stream.positions[body] + shift).to(backend.device)
             self._turns.append(rope.turns(positions, stream.header.rope_length + shift))
-            self._exact.append([self._moved(part, stream, shift, calibration) for part in stream.exact])
+            self._exact.append([self._moved(part, stream, shift, calibration) for part in stream.exact()])
 
     def write_layer(self, layer: int, sides: Sequence[Sides]) -> None:
         """Restore one layer of every stream.

@@ -7,6 +7,7 @@ blocks of `BLOCK_ROWS`, so that its bits depend neither on the processor's vecto
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,28 @@ _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
 # Tiles that fit the registers: of a processor with 32 wide ones, and of any other. They have no say in the results.
 TILE_ROWS, _TILE_VECTORS = (6, 4) if "+avx512f" in _FEATURES else (6, 1)
 TILE_COLUMNS = _TILE_VECTORS * _VECTOR
+_GROUP_TILES = 8
+_LOOKED_AT = 64
+_ALL_BUT_SIGN, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 BLOCK_ROWS = 256
 """Rows of the matrix whose products form one partial sum; these are then added in order. Part of every result."""
 
 
-@intrinsic
-def _add_tile(typing_context, rows, columns, sums, stride, count):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """sums[i, j] += sum over k of rows[k, i] * columns[k, j], for one tile; all but the last two are addresses.
+def _tile_of(n_vectors: int) -> Any:
+    """The inner loop of a tile of TILE_ROWS rows and so many vectors of columns, as numba calls it."""
 
-    rows: [count, TILE_ROWS], columns: [count, TILE_COLUMNS], sums: TILE_ROWS rows, `stride` floats apart. count: at least 1.
-    """
-    return types.void(*[types.intp] * 5), _generate_tile
+    @intrinsic
+    def add_tile(typing_context, rows, columns, sums, stride, count):  # type: ignore[no-untyped-def]  # noqa: ARG001
+        """sums[i, j] += sum over k of rows[k, i] * columns[k, j], for one tile; all but the last two are addresses.
+
+        rows: [count, TILE_ROWS], columns: [count, columns of a tile], sums: TILE_ROWS rows, `stride` floats apart. count: above 0.
+        """
+        return types.void(*[types.intp] * 5), partial(_generate_tile, n_vectors)
+
+    return add_tile
 
 
-def _generate_tile(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+def _generate_tile(n_vectors: int, context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
     rows, columns, sums, stride, count = arguments
     scalar, word = ir.FloatType(), ir.IntType(64)
     vector = ir.VectorType(scalar, _VECTOR)
@@ -60,19 +69,19 @@ def _generate_tile(context: Any, builder: Any, signature: Any, arguments: Any) -
     builder.branch(loop)
     builder.position_at_end(loop)
     zero = ir.Constant(vector, [0.0] * _VECTOR)
-    places = [(row, part) for row in range(TILE_ROWS) for part in range(_TILE_VECTORS)]
+    places = [(row, part) for row in range(TILE_ROWS) for part in range(n_vectors)]
     left, row_at, column_at = (builder.phi(word) for _ in range(3))
-    partial = {place: builder.phi(vector) for place in places}
-    parts = [load(after(column_at, _VECTOR * part), vector) for part in range(_TILE_VECTORS)]
+    sums_of = {place: builder.phi(vector) for place in places}
+    parts = [load(after(column_at, _VECTOR * part), vector) for part in range(n_vectors)]
     factors = [spread(load(after(row_at, row), scalar)) for row in range(TILE_ROWS)]
     added = {
-        (row, part): builder.call(multiply_add, [factors[row], parts[part], partial[row, part]]) for row, part in places
+        (row, part): builder.call(multiply_add, [factors[row], parts[part], sums_of[row, part]]) for row, part in places
     }
     less = builder.sub(left, ir.Constant(word, 1))
-    next_row, next_column = after(row_at, TILE_ROWS), after(column_at, TILE_COLUMNS)
+    next_row, next_column = after(row_at, TILE_ROWS), after(column_at, n_vectors * _VECTOR)
     builder.cbranch(builder.icmp_signed(">", less, ir.Constant(word, 0)), loop, end)
     starts = [(left, count, less), (row_at, rows, next_row), (column_at, columns, next_column)]
-    for value, first, following in [*starts, *((partial[place], zero, added[place]) for place in places)]:
+    for value, first, following in [*starts, *((sums_of[place], zero, added[place]) for place in places)]:
         value.add_incoming(first, before)
         value.add_incoming(following, loop)
     builder.position_at_end(end)
@@ -84,16 +93,57 @@ def _generate_tile(context: Any, builder: Any, signature: Any, arguments: Any) -
     return context.get_dummy_value()
 
 
+_add_tile, _add_narrow_tile = _tile_of(_TILE_VECTORS), _tile_of(1)
+NARROW_COLUMNS = _VECTOR
+
+
 @compiled(nogil=True)
-def pack(matrix, packed):  # type: ignore[no-untyped-def]
-    """matrix float32 [K, n] of any layout -> packed [tiles, K, width], zeros but for these: width columns side by side a tile."""
+def pack_rows(rows, chosen, packed, first, stop):  # type: ignore[no-untyped-def]
+    """The chosen columns of rows float32 [T, n] -> some tiles of packed [row tiles, chosen, TILE_ROWS], zeros past the last row."""
+    for tile in range(first, stop):
+        row = tile * TILE_ROWS
+        height = min(TILE_ROWS, rows.shape[0] - row)
+        if height == TILE_ROWS:
+            for term in range(len(chosen)):
+                for within in range(TILE_ROWS):
+                    packed[tile, term, within] = rows[row + within, chosen[term]]
+        else:
+            packed[tile] = np.float32(0)
+            for term in range(len(chosen)):
+                for within in range(height):
+                    packed[tile, term, within] = rows[row + within, chosen[term]]
+
+
+@compiled(nogil=True)
+def pack_turned_rows(turned, chosen, packed, first, stop):  # type: ignore[no-untyped-def]
+    """The same of rows that lie column by column, turned float32 [n, T]: some tiles at a time, to read whole cache lines."""
+    n_rows = turned.shape[1]
+    for group in range(first, stop, _GROUP_TILES):
+        last = min(group + _GROUP_TILES, stop)
+        whole = min(last, n_rows // TILE_ROWS)
+        for term in range(len(chosen)):
+            column = turned[chosen[term]]
+            for tile in range(group, whole):
+                row = tile * TILE_ROWS
+                for within in range(TILE_ROWS):
+                    packed[tile, term, within] = column[row + within]
+            for tile in range(whole, last):
+                for within in range(TILE_ROWS):
+                    row = tile * TILE_ROWS + within
+                    packed[tile, term, within] = column[row] if row < n_rows else np.float32(0)
+
+
+@compiled(nogil=True)
+def pack_columns(matrix, packed):  # type: ignore[no-untyped-def]
+    """matrix float32 [K, n] of any layout -> packed [tiles, K, width], zeros past the last column."""
     n_rows, n_columns = matrix.shape
     width = packed.shape[2]
     for tile in range(packed.shape[0]):
         first = tile * width
         for row in range(n_rows):
-            for column in range(min(width, n_columns - first)):
-                packed[tile, row, column] = matrix[row, first + column]
+            for column in range(width):
+                inside = first + column < n_columns
+                packed[tile, row, column] = matrix[row, first + column] if inside else np.float32(0)
 
 
 @compiled(nogil=True)
@@ -124,6 +174,110 @@ def add_product(rows, columns, start, sums, first_tile, stop_tile, first_row, st
                     edge[:height, :width] = sums[row : row + height, column : column + width]
                     _add_tile(of_rows, of_columns, edge.ctypes.data, TILE_COLUMNS, count)
                     sums[row : row + height, column : column + width] = edge[:height, :width]
+
+
+@compiled(nogil=True)
+def add_parts(rows, columns, parts, width, sums, first_row, stop_row):  # type: ignore[no-untyped-def]
+    """Add products of some terms alone to some columns of sums float32 [T, N], in some tiles of rows.
+
+    parts int64 [n, 3]: for each its first term, the one behind its last (at most `BLOCK_ROWS` of them), and the first of the
+    `width` columns of sums. rows: as `add_product` takes them; columns [column tiles, terms, NARROW_COLUMNS].
+    """
+    n_rows, n_columns = sums.shape
+    edge = np.zeros((TILE_ROWS, NARROW_COLUMNS), np.float32)
+    for row_tile in range(first_row, stop_row):
+        row = row_tile * TILE_ROWS
+        height = min(TILE_ROWS, n_rows - row)
+        for part in range(parts.shape[0]):
+            first, count = parts[part, 0], parts[part, 1] - parts[part, 0]
+            of_rows = rows[row_tile, first:].ctypes.data
+            for tile in range(columns.shape[0]):
+                start = parts[part, 2] + tile * NARROW_COLUMNS
+                its_width = min(NARROW_COLUMNS, width - tile * NARROW_COLUMNS)
+                of_columns = columns[tile, first:].ctypes.data
+                if height == TILE_ROWS and its_width == NARROW_COLUMNS:
+                    _add_narrow_tile(of_rows, of_columns, sums[row:, start:].ctypes.data, n_columns, count)
+                else:
+                    edge[:height, :its_width] = sums[row : row + height, start : start + its_width]
+                    _add_narrow_tile(of_rows, of_columns, edge.ctypes.data, NARROW_COLUMNS, count)
+                    sums[row : row + height, start : start + its_width] = edge[:height, :its_width]
+
+
+@compiled(nogil=True)
+def multiply_rest(rows, spanned, features, columns, places, found, first_row, stop_row):  # type: ignore[no-untyped-def]
+    """What `spanned` leaves of some blocks of rows, times their matrices, to chosen columns of found, in some tiles of rows.
+
+    Parameters:
+        rows: float32 [T, B D].
+        spanned: float32 [T, n D], side by side.
+        features: int64 [n], the first feature of each block in rows.
+        columns: [column tiles, B D, NARROW_COLUMNS] of all matrices, one upon the other.
+        places: int64 [B D], the column of found that each result goes to; -1: none.
+        found: float32 [T, N].
+    """
+    n_rows, size = rows.shape[0], spanned.shape[1] // len(features)
+    own = np.zeros((size, TILE_ROWS), np.float32)
+    edge = np.zeros((TILE_ROWS, NARROW_COLUMNS), np.float32)
+    for row_tile in range(first_row, stop_row):
+        row = row_tile * TILE_ROWS
+        height = min(TILE_ROWS, n_rows - row)
+        for index in range(len(features)):
+            feature = features[index]
+            for within in range(height):
+                for term in range(size):
+                    own[term, within] = rows[row + within, feature + term] - spanned[row + within, index * size + term]
+            for tile in range(columns.shape[0]):
+                start = tile * NARROW_COLUMNS
+                n_columns = min(NARROW_COLUMNS, size - start)
+                is_wanted = False
+                for column in range(n_columns):
+                    is_wanted |= places[feature + start + column] >= 0
+                if not is_wanted:
+                    continue
+                edge[:] = np.float32(0)
+                for first in range(0, size, BLOCK_ROWS):
+                    count = min(BLOCK_ROWS, size - first)
+                    of_columns = columns[tile, feature + first :].ctypes.data
+                    _add_narrow_tile(own[first:].ctypes.data, of_columns, edge.ctypes.data, NARROW_COLUMNS, count)
+                for column in range(n_columns):
+                    place = places[feature + start + column]
+                    if place >= 0:
+                        for within in range(height):
+                            found[row + within, place] = edge[within, column]
+
+
+@compiled(nogil=True)
+def spread(values, places, found, first_row, stop_row):  # type: ignore[no-untyped-def]
+    """values float32 [T, n] -> their columns at places int64 [n] of found float32 [T, N], in some rows."""
+    for row in range(first_row, stop_row):
+        for column in range(len(places)):
+            found[row, places[column]] = values[row, column]
+
+
+@compiled(nogil=True)
+def are_finite(values, first, stop):  # type: ignore[no-untyped-def]
+    """Whether some rows of values float32 [T, n] hold neither infinity nor NaN."""
+    bits = values.view(np.uint32)
+    largest = np.uint32(0)
+    for index in range(first, stop):
+        for place in range(bits.shape[1]):
+            largest = max(largest, bits[index, place] & _ALL_BUT_SIGN)
+    return largest < _INFINITY
+
+
+@compiled(nogil=True)
+def find_used(turned, used):  # type: ignore[no-untyped-def]
+    """turned float32 [n, T] -> used bool [n]: whether a row holds anything but zeros."""
+    bits = turned.view(np.uint32)
+    for index in range(bits.shape[0]):
+        row = bits[index]
+        for first in range(0, len(row), _LOOKED_AT):
+            seen = np.uint32(0)
+            for place in range(first, min(first + _LOOKED_AT, len(row))):
+                seen |= row[place] & _ALL_BUT_SIGN
+            if seen:
+                used[index] = True
+                break
 
 
 @compiled(nogil=True)

@@ -23,11 +23,14 @@ from torch import Tensor
 
 from .. import strict_json
 from ..errors import InvalidArgument
+from .threads import in_threads
 
 NO_ROTATION = -1
 LARGEST_FREQUENCY = 2.0**20
 LARGEST_SCALING = 2.0**20
 LARGEST_LENGTH = 1 << 31
+_TURN_OPERATIONS = 64
+"""Of one number, about, as `in_threads` counts them."""
 
 
 @dataclass(frozen=True)
@@ -226,13 +229,16 @@ def turn_to_bfloat16(rows: Tensor, turn: Turn | None, there: Tensor) -> None:
 
     none = torch.empty(len(rows), 0, dtype=torch.float32, device="cpu")
     turn = turn or Turn(none, none, interleaved=False)
-    rope_kernels.turn_to_bfloat16(
+    operands = (
         rows.float().numpy(),
         turn.cos.numpy(),
         turn.sin.numpy(),
         turn.interleaved,
         np.float32(torch.finfo(torch.bfloat16).max),
         there.detach().view(torch.int16).numpy().view(np.uint16),
+    )
+    in_threads(
+        lambda *tokens: rope_kernels.turn_to_bfloat16(*operands, *tokens), len(rows), _TURN_OPERATIONS * rows.numel()
     )
 
 

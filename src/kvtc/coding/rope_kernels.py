@@ -52,16 +52,16 @@ def turn_angles(angles, cosines, sines):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def turn_to_bfloat16(rows, cosines, sines, interleaved, limit, patterns):  # type: ignore[no-untyped-def]
+def turn_to_bfloat16(rows, cosines, sines, interleaved, limit, patterns, start, stop):  # type: ignore[no-untyped-def]
     """rows float32 [T, H, D], turned (`rope.turn_in_place`) and saturated at limit -> patterns uint16 [H, T, D] of bfloat16.
 
-    cosines, sines: float32 [T, m]; m is 0 where nothing is turned.
+    Of the tokens start .. stop. cosines, sines: float32 [T, m]; m is 0 where nothing is turned.
     """
-    n_tokens, n_heads, n_features = rows.shape
+    _, n_heads, n_features = rows.shape
     n_pairs = cosines.shape[1]
     turned = np.empty(n_features, np.float32)
     bits = turned.view(np.uint32)
-    for token in range(n_tokens):
+    for token in range(start, stop):
         for head in range(n_heads):
             for feature in range(n_features):
                 turned[feature] = rows[token, head, feature]

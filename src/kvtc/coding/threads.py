@@ -5,8 +5,11 @@ from __future__ import annotations
 import _thread
 import threading
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 _LEAST_OPERATIONS = 1 << 25
 """From which a second thread pays for being started."""
@@ -52,3 +55,38 @@ def in_threads(work: Callable[[int, int], object], count: int, n_operations: int
         done.acquire()
     if failed:
         raise failed[0]
+
+
+class Begun(Generic[T]):
+    """Work that a thread of its own does beside what the caller does next; it must let go of Python's lock.
+
+    n_operations: of all of it; a small work is done at once, as any is where torch computes on one thread.
+    """
+
+    def __init__(self, work: Callable[[], T], n_operations: int) -> None:
+        self._work = work
+        self._found: list[T] = []
+        self._failed: list[BaseException] = []
+        self._done = threading.Event()
+        if torch.get_num_threads() > 1 and n_operations >= _LEAST_OPERATIONS:
+            try:
+                _thread.start_new_thread(self._run, ())
+            except RuntimeError:
+                self._run()
+        else:
+            self._run()
+
+    def result(self) -> T:
+        """What the work gives, or raise what it raises."""
+        self._done.wait()
+        if self._failed:
+            raise self._failed[0]
+        return self._found[0]
+
+    def _run(self) -> None:
+        try:
+            self._found.append(self._work())
+        except BaseException as error:  # noqa: BLE001  `result` raises it
+            self._failed.append(error)
+        finally:
+            self._done.set()

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...backends import CodedIntegers
-from ...coding.joint.importance import factors
+from ...coding.joint.importance import divide
 from ...coding.joint.uniform_quantizer import column_classes
+from ...coding.product import used_columns
 from ..interface import CodedBody
 from .chunk_bytes import heads_of, level_bytes, split_integers, split_levels
 from .model import JointModel
@@ -64,7 +64,7 @@ class JointDecoder:
         values = _without_zeros(self._model.backend.read_integers(chunks, widest))
         if self._model.importance is not None and bodies:
             levels = [split_levels(head, body.n_tokens) for body, head in zip(bodies, heads, strict=True)]
-            values /= factors(torch.cat(levels).to(values.device))
+            divide(values, torch.cat(levels))
         return DecodedCoefficients(values, self._model.transform())
 
     def add_prediction(
@@ -95,7 +95,5 @@ class JointDecoder:
 
 def _without_zeros(coefficients: Tensor) -> Tensor:
     """Up to the last column that holds anything: at high ratios many that may be coded are zero throughout."""
-    # NumPy where it can: threads that torch has started go on spinning, on cores that the products need.
-    is_used = coefficients.numpy().any(axis=0) if coefficients.is_cpu else coefficients.any(dim=0).cpu().numpy()
-    used = np.flatnonzero(is_used)
+    used = used_columns(coefficients).numpy().nonzero()[0]
     return coefficients[:, : int(used[-1]) + 1 if len(used) else 0]

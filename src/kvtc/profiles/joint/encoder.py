@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...backends import Rounded
-from ...coding.joint.importance import factors
+from ...coding.joint.importance import multiply
 from ...coding.joint.uniform_quantizer import column_classes
+from ...coding.product import all_finite
 from ...coding.rans import count_lanes
 from ...errors import InvalidArgument, InvalidCache
 from ..interface import Budget, CodedRows, Rows, Search, Settled
@@ -82,8 +83,8 @@ class JointEncoder:
         importance, levels = self._model.importance, None
         if importance is not None:
             levels = importance.levels(rows.values)
-            coefficients *= factors(levels)
-        if not bool(coefficients.isfinite().all()):
+            multiply(coefficients, levels)
+        if not all_finite(coefficients):
             raise InvalidCache("the cache holds values so large that the transform overflows float32")
         return Coefficients(coefficients, levels, rows.spans, rows.is_window)
 

@@ -17,13 +17,13 @@ from ...calibration.joint_calibration import CoefficientModel
 from ...coding.joint.escapes import escaped_bytes
 from ...coding.joint.probability import ESCAPED_BITS
 from ...coding.joint.rounding import round_coefficients
-from ...coding.joint.uniform_quantizer import ESCAPE, MAX_SYMBOL, column_classes
+from ...coding.joint.uniform_quantizer import MAX_SYMBOL, column_classes
 from ..interface import CodedRows
 from .plan import StepPlan
 
-SEARCH_TOKENS = 2048
+SEARCH_TOKENS = 640
 _TURNS = 16
-_ACCURATE = 1e-3
+_ACCURATE = 4e-3
 """Of the logarithm of the bytes."""
 _SLOPE = -0.7
 """Of the logarithm of the bytes over that of the step, before anything is known."""
@@ -92,7 +92,7 @@ class CostEstimate:
 def symbol_bits(values: Tensor, model: CoefficientModel, step: float) -> float:
     """Bits of the symbols of all coefficients [n, r] at a step, escaped values included."""
     rounded = round_coefficients(values, step, column_classes(model.deviations, step), model.tables)
-    escaped = rounded.values[rounded.symbols == ESCAPE]
+    escaped = rounded.escaped()
     large = escaped[np.abs(escaped) > MAX_SYMBOL]
     return float(rounded.bits.sum(dtype=np.float64)) + 8 * escaped_bytes(large) - ESCAPED_BITS * len(large)
 

@@ -13,7 +13,7 @@ from ...backends import Backend
 from ...calibration.artifact import Calibration
 from ...coding.paper.allocation import most_bytes
 from ...coding.paper.groups import chunk_bytes
-from ...coding.product import PackedRows
+from ...coding.product import PackedRows, all_finite
 from ...errors import InvalidArgument, InvalidCache
 from ...process.locks import ForkSafeLock
 from ..interface import Budget, CodedBody, Rows, Settled
@@ -89,7 +89,7 @@ class PaperEncoder:
         key, value = self.plan(rows.original_bits).allocations
         keys = self._transform.side(0, key.n_coefficients).coefficients(key_rows, key.n_coefficients)
         values = self._transform.side(1, value.n_coefficients).coefficients(value_rows, value.n_coefficients)
-        if not (bool(keys.isfinite().all()) and bool(values.isfinite().all())):
+        if not (all_finite(keys) and all_finite(values)):
             raise InvalidCache("the cache holds values so large that the transform overflows float32")
         return SideCoefficients((keys, values), rows.spans)
 
