@@ -113,7 +113,10 @@ class CalibrationRows:
         half = (rows if states is None else torch.cat([rows, states], dim=1)).to(device="cpu", dtype=torch.float16)
         if not bool(half.isfinite().all()):
             raise InvalidCache("calibration rows hold values that 16 bits cannot: NaN, infinite, or beyond 65504")
-        self.moments.add(rows, None if states is None else hidden_features(states))
+        # As they are sampled: what 16 bits do not hold is no variance of theirs.
+        kept = half.to(rows.device).float()
+        features = rows.shape[1]
+        self.moments.add(kept[:, :features], None if states is None else hidden_features(kept[:, features:]))
         # Reservoir sampling: a uniform sample of all tokens, as the paper draws them, of texts of unknown number (section 1.2).
         numbers = np.arange(self.n_rows, self.n_rows + len(rows))
         capacity = len(self._sample)

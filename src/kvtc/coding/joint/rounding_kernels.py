@@ -89,7 +89,7 @@ def round_tokens(coefficients, step, column_class, costs, rooms, offsets, bit_pr
                 for token in range(TILE_TOKENS):
                     zero_bits[token] = of_class[_MAX_SYMBOL, its_activities[token]]
                     limit[token] = limits[its_class, its_activities[token]]
-            n_others = 0
+            n_others = np.int32(0)
             for token in range(TILE_TOKENS):
                 n_others += np.int32(abs(tile[column, token]) >= limit[token])
             if n_others == 0:
@@ -124,16 +124,16 @@ def round_tokens(coefficients, step, column_class, costs, rooms, offsets, bit_pr
                         if price < least:
                             least, best, best_bits = price, sign * np.int32(candidate), its_bits
                     sums[token] += best_bits
-                    symbol = _ESCAPE if abs(best) > _MAX_SYMBOL else np.uint8(_MAX_SYMBOL + best)
+                    symbol = np.int32(_ESCAPE) if abs(best) > _MAX_SYMBOL else np.int32(_MAX_SYMBOL) + best
                 else:
                     best = sign * np.int32(min(np.floor(magnitude + _ROUNDING), _MAX_MAGNITUDE))
-                    symbol = _ESCAPE if abs(best) > _MAX_SYMBOL else np.uint8(_MAX_SYMBOL + best)
+                    symbol = np.int32(_ESCAPE) if abs(best) > _MAX_SYMBOL else np.int32(_MAX_SYMBOL) + best
                     sums[token] += of_class[symbol, activity]
                 if rooms[activity, its_class, symbol] == 0:
-                    symbol = _ESCAPE
+                    symbol = np.int32(_ESCAPE)
                 if symbol == _ESCAPE:
                     large[column, start + token] = best
-                symbols[column, start + token] = symbol
+                symbols[column, start + token] = np.uint8(symbol)
         for token in range(n):
             bits[start + token] = sums[token]
 

@@ -70,8 +70,8 @@ class JointTransform:
         features = self._coefficients[places] - self._rank
         analysis = self._remainder_blocks[0]
         if rows.device.type != "cpu":
-            layers = [self.restore(restorable, layer) for layer in range(self._n_layers)]
-            spanned = torch.cat([layer[side] for side in (0, 1) for layer in layers], dim=1)
+            restored = [self.restore(restorable, layer) for layer in range(self._n_layers)]
+            spanned = torch.cat([layer[side] for side in (0, 1) for layer in restored], dim=1)
             remainder = times_blocks(rows - spanned.float(), analysis.matrices)
             found[:, places.to(rows.device)] = remainder[:, features.to(rows.device)]
             return found
