@@ -8,6 +8,7 @@ matrix O, from which the Nystrom approximation follows (Tropp, Yurtsever, Udell,
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -210,6 +211,14 @@ class Moments:
             products.addmm_(less[0].T, less[1] @ probe, alpha=-1)
         products.div_(n).addr_(centre, centre @ probe, alpha=-1)
         return Covariance(of_mean, _factor(products, probe), True, n)
+
+    def told_by(self, chosen: slice) -> Moments:
+        """The same moments, with some of the told features alone, the last of them 1."""
+        self.settle()
+        part = copy(self)
+        of_told = self._sums["of_told"][chosen, chosen]
+        part._sums = self._sums | {"of_told": of_told, "across": self._sums["across"][chosen]}
+        return part
 
     def state(self) -> dict[str, Tensor]:
         """All that was gathered, nothing of which may wait. `resume` reads it."""
