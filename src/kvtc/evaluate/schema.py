@@ -142,7 +142,8 @@ _COMPUTED_FROM = {
     RecomputePoint: ("name", "n_tokens", "prefill_seconds", "decode_seconds", "original_bytes", "total_bytes"),
     ShiftCell: ("name", "calibrated_on", "text", "kl"),
 }  # fmt: skip
-_SHARES = ("top1_agreement", "exact", "tokens", "depth", "by_depth")
+_CHANGES = ("change_low", "change_high")
+_SHARES = ("top1_agreement", "exact", "tokens", "same", "depth", "by_depth")
 _ABOVE_ZERO = ("perplexity", "perplexity_exact", "context", "turn_tokens")
 _LENGTHS = {"by_depth": range(N_DEPTHS, N_DEPTHS + 1), "kl_by_turn": range(1, 1_000_000)}
 _LEAST_KL = -1e-3
@@ -273,6 +274,8 @@ def _is_right(value: object, scalar: type, low: float, high: float) -> bool:
 
 
 def _range(kind: type, name: str) -> tuple[float, float]:
+    if name in _CHANGES:
+        return -1, 1
     if name in _SHARES:
         return 0.0, 1.0
     if name.startswith("kl"):

@@ -34,6 +34,10 @@ class TaskScore:
         tokens: share of answer tokens that are right, 0 .. 1.
         n_contexts, n_questions: how many were measured.
         kl: mean KL(exact cache || restored) over the tokens of the answers, in nats.
+        same: share of questions to which the model gives the answer that it gives from the exact
+            cache, right or wrong, 0 .. 1; None in results that were made before this was measured.
+        change_low, change_high: 95 % interval of `exact` less that of the exact cache, paired by
+            question (normal approximation); None as for `same`.
         body_ratio, total_ratio: as in `kvtc.StreamInfo`, bytes summed over the contexts; None for
             the exact cache.
         by_depth: `exact` for answers in each quarter of the context, the first quarter first; None
@@ -51,13 +55,36 @@ class TaskScore:
     by_depth: list[float | None]
     body_ratio: float | None
     total_ratio: float | None
+    same: float | None = None
+    change_low: float | None = None
+    change_high: float | None = None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One answer.
+
+    Parameters:
+        depth: where in the context stands what is asked for, 0 .. 1.
+        n_right, n_tokens: tokens that are right, and all.
+        is_same: whether it is the answer from the exact cache.
+    """
+
+    depth: float
+    n_right: int
+    n_tokens: int
+    is_same: bool
+
+    @property
+    def is_right(self) -> bool:
+        return self.n_right == self.n_tokens
 
 
 @dataclass
 class _Tally:
     """What one codec did, question by question."""
 
-    answers: list[tuple[float, int, int]]
+    answers: list[_Answer]
     kl: float = 0.0
     original_bytes: int = 0
     total_bytes: int = 0
@@ -138,12 +165,15 @@ def score_task(
                 tally.body_bytes += restored.cost.body_bytes
             for question, wanted in zip(example.questions, expected, strict=True):
                 found = wanted if method_name == EXACT else _answer(model, cache, len(ids), question)
-                right = found.argmax(dim=-1).cpu() == torch.tensor(question.answer, device="cpu")
-                tally.answers.append((question.depth, int(right.sum()), len(right)))
+                given = found.argmax(dim=-1).cpu()
+                right = given == torch.tensor(question.answer, device="cpu")
+                is_same = bool((given == wanted.argmax(dim=-1).cpu()).all())
+                tally.answers.append(_Answer(question.depth, int(right.sum()), len(right), is_same))
                 tally.kl += float((wanted.exp() * (wanted - found)).sum())
             advance(1)
     context = max(len(example.context) for example in examples)
-    return [_score(name, method, context, len(examples), tally) for method, tally in tallies.items()]
+    exact_tally = tallies[EXACT]
+    return [_score(name, method, context, len(examples), tally, exact_tally) for method, tally in tallies.items()]
 
 
 @model_torch_state()
@@ -179,24 +209,29 @@ def _answer(model: Any, cache: Any, n_read: int, question: tasks.Question) -> to
     return predict(model, cache, fed, first_position=n_read)[-len(question.answer) :]
 
 
-def _score(name: str, codec: str, context: int, n_contexts: int, tally: _Tally) -> TaskScore:
-    n_right, n_tokens = sum(right for _, right, _ in tally.answers), sum(n for _, _, n in tally.answers)
+def _score(name: str, codec: str, context: int, n_contexts: int, tally: _Tally, exact: _Tally) -> TaskScore:
+    answers = tally.answers
+    n_right, n_tokens = sum(answer.n_right for answer in answers), sum(answer.n_tokens for answer in answers)
     by_depth: list[float | None] = []
     for quarter in range(N_DEPTHS):
-        inside = [
-            right == n for depth, right, n in tally.answers if min(int(depth * N_DEPTHS), N_DEPTHS - 1) == quarter
-        ]
+        inside = [answer.is_right for answer in answers if min(int(answer.depth * N_DEPTHS), N_DEPTHS - 1) == quarter]
         by_depth.append(sum(inside) / len(inside) if inside else None)
+    changes = [now.is_right - before.is_right for now, before in zip(answers, exact.answers, strict=True)]
+    change = sum(changes) / len(changes)
+    spread = 1.96 * (sum((one - change) ** 2 for one in changes) / max(1, len(changes) - 1) / len(changes)) ** 0.5
     return TaskScore(
         task=name,
         codec=codec,
         context=context,
         n_contexts=n_contexts,
-        n_questions=len(tally.answers),
-        exact=sum(right == n for _, right, n in tally.answers) / len(tally.answers),
+        n_questions=len(answers),
+        exact=sum(answer.is_right for answer in answers) / len(answers),
         tokens=n_right / n_tokens,
         kl=tally.kl / n_tokens,
         by_depth=by_depth,
         body_ratio=tally.body_original / tally.body_bytes if tally.body_bytes else None,
         total_ratio=tally.original_bytes / tally.total_bytes if tally.total_bytes else None,
+        same=sum(answer.is_same for answer in answers) / len(answers),
+        change_low=max(-1.0, change - spread),
+        change_high=min(1.0, change + spread),
     )

@@ -12,6 +12,8 @@ from ..evaluate.scoring import EXACT, N_DEPTHS
 from .parts import Chart, Result, Section, Table, by_series, grouped, percent, ratio
 
 UNKNOWN_WINDOW = -1
+LEAST_SOLVED = 0.1
+"""Share of questions that the exact cache must answer right for a task to count: guessing answers hardly any."""
 
 
 def scores(result: Result) -> Iterator[Section]:
@@ -23,6 +25,7 @@ def scores(result: Result) -> Iterator[Section]:
         for length, of_length in lengths.items():
             table = _score_table(of_length, f"Answers right, %, contexts of up to {length:,} tokens")
             parts += [_accuracy_chart(of_length, length, field) for field in ("body_ratio", "total_ratio")] + [table]
+            parts += _agreement_table(of_length, length)
             parts.append(_depth_table(of_length, length))
         parts += _within(within_a_point(chosen))
         where = "" if window == UNKNOWN_WINDOW else f", window {window}"
@@ -104,6 +107,38 @@ def _score_table(records: Sequence[ScoreRecord], caption: str) -> Table:
         low=frozenset(low),
         is_long=len(rows) > 16,
     )
+
+
+def _agreement_table(records: Sequence[ScoreRecord], length: int) -> list[Table]:
+    """What changes against the exact cache, over all questions of tasks that it solves; none for results without it."""
+    solved = {record.task for record in records if record.codec == EXACT and record.exact >= LEAST_SOLVED}
+    rows = []
+    for codec, of_codec in grouped(records, lambda record: record.codec).items():
+        chosen = [record for record in of_codec if record.task in solved]
+        known = [
+            (record.n_questions, record.same, record.change_low, record.change_high)
+            for record in chosen
+            if record.same is not None and record.change_low is not None and record.change_high is not None
+        ]
+        if codec == EXACT or not known or len(known) < len(chosen):
+            continue
+        n = sum(n_questions for n_questions, *_ in known)
+        same = sum(k * its_same for k, its_same, _, _ in known) / n
+        change = sum(k * (low + high) / 2 for k, _, low, high in known) / n
+        spread = sum((k * (high - low) / 2) ** 2 for k, _, low, high in known) ** 0.5 / n
+        body, total = _ratios(chosen)
+        interval = f"{100 * change:+.1f} ({100 * (change - spread):+.1f} to {100 * (change + spread):+.1f})"
+        rows.append([codec, ratio(body), ratio(total), str(n), percent(same), interval])
+    header = [
+        "method",
+        "body_ratio",
+        "total_ratio",
+        "questions",
+        "same answers, %",
+        "answers right, change in points (95 %)",
+    ]
+    caption = f"Against the exact cache's answers, tasks that it solves, contexts of up to {length:,} tokens"
+    return [Table(header, rows, caption, is_long=len(rows) > 16)] if rows else []
 
 
 def _accuracy_chart(records: Sequence[ScoreRecord], length: int, field: str) -> Chart:
