@@ -22,24 +22,23 @@ body { font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 3rem 0 .4rem; padding-top: .6rem; border-top: 1px solid var(--grid); }
 p { margin: .4rem 0 .8rem; max-width: 48rem; }
-p.note, nav, footer, figcaption, caption, dl { color: var(--muted); font-size: .9rem; }
+p.note, nav, footer, figcaption, dl { color: var(--muted); font-size: .9rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; margin: .8rem 0; }
 dt { color: var(--ink); }
 dd { margin: 0; }
 nav ol { padding-left: 1.2rem; columns: 2; column-gap: 2rem; } nav a { color: inherit; }
 figcaption span { display: inline-block; margin-left: 1.1em; font-weight: 600; }
 figure { margin: 1rem 0 1.2rem; } figcaption { margin-bottom: .35rem; }
-figcaption b, caption { color: var(--ink); font-weight: 600; }
-.wide { overflow-x: auto; margin: 1rem 0; }
+figcaption b { color: var(--ink); font-weight: 600; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }
-caption { text-align: left; padding-bottom: .35rem; }
 th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { font-weight: 600; color: var(--muted); vertical-align: bottom; white-space: normal; min-width: 3.5rem; }
 th:first-child, td:first-child { text-align: left; white-space: nowrap; padding-left: 0; }
 tbody tr:hover td { background: var(--panel); } td.low { color: var(--low); font-weight: 600; }
 td.shade { background: rgb(var(--heat) / calc(var(--s) * .55)); }
 summary { cursor: pointer; font-size: .9rem; font-weight: 600; margin: .8rem 0 .2rem; }
-svg { width: 100%; height: auto; background: var(--panel); border: 1px solid var(--grid); border-radius: 6px; }
+svg { width: 100%; min-width: 38rem; height: auto; background: var(--panel); border: 1px solid var(--grid); border-radius: 6px; }
 footer ul { padding-left: 1.1rem; } code { overflow-wrap: anywhere; }
 @media (max-width: 40rem) { nav ol { columns: 1; } }
 @media print { details > * { display: block; } body { max-width: none; } }
@@ -108,7 +107,12 @@ def _figure(chart: Chart) -> Markup:
     if drawn is None:
         return join()
     families = (element("span", name, class_=color) for name, color in charts.legend(chart))
-    return element("figure", element("figcaption", element("b", chart.caption), *families), drawn)
+    # A narrow screen scrolls a chart, as it does a table: shrunk, its words would be too small to read.
+    return element("figure", element("figcaption", element("b", chart.caption), *families), _scrolling(drawn))
+
+
+def _scrolling(content: Markup) -> Markup:
+    return element("div", content, class_="wide")
 
 
 def _table(table: Table) -> Markup:
@@ -117,11 +121,10 @@ def _table(table: Table) -> Markup:
         element("tr", *(_cell(table, row, column, cell) for column, cell in enumerate(cells)))
         for row, cells in enumerate(table.rows)
     )
-    caption = [element("caption", table.caption)] if table.caption and not table.is_long else []
-    whole = element("table", *caption, element("thead", head), element("tbody", *rows))
-    wide = element("div", whole, class_="wide")
+    wide = _scrolling(element("table", element("thead", head), element("tbody", *rows)))
     if not table.is_long:
-        return wide
+        caption = [element("figcaption", element("b", table.caption))] if table.caption else []
+        return element("figure", *caption, wide)
     n_rows = f"{len(table.rows)} row{'s' * (len(table.rows) != 1)}"
     return element("details", element("summary", f"{table.caption or 'All figures'} ({n_rows})"), wide)
 
