@@ -105,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     device = usable_device(options.device)
     rope = Rope((), (NO_ROTATION,) * options.layers)
-    geometry = CacheGeometry(0, options.layers, 0, options.heads, options.head_dim, rope)
+    geometry = CacheGeometry(tuple(range(options.layers)), 0, options.heads, options.head_dim, rope)
     features = 2 * geometry.row_features
     libraries = peak_memory()
     started = time.perf_counter()

@@ -86,7 +86,7 @@ def test_nothing_on_the_device_is_as_large_as_the_rows_or_a_covariance():
 def test_memory_on_the_device_is_what_is_said_of_it():
     """16 P l + 36 l^2 bytes and some blocks: a covariance of the 3840 features would take 14 times as much."""
     layers, heads, dim, n_rows, rank = 15, 4, 32, 400, 60
-    geometry = CacheGeometry(0, layers, 0, heads, dim, Rope((), (NO_ROTATION,) * layers))
+    geometry = CacheGeometry(tuple(range(layers)), 0, heads, dim, Rope((), (NO_ROTATION,) * layers))
     half, features = geometry.row_features, 2 * geometry.row_features
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(n_rows, 40, generator=generator) @ torch.randn(40, features, generator=generator)
