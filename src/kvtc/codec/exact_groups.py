@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..container.groups import NO_CACHE, SIDE_BUFFER, STATE, WINDOW, Group
+from ..container.groups import SIDE_BUFFER, STATE, WINDOW, Group
 from ..container.stream import Payload, Stream
 from ..container.tables import Chunk, SectionType
 from ..errors import InvalidArgument
@@ -98,8 +98,6 @@ def _restorable(
     mine = stream.sections.of_group(index, len(stops))
     rows = np.zeros(len(stops), np.int64)
     rows[entries["chunk"][mine]] = entries["raw"][mine] // max(group.row_bytes, 1)
-    if group.kind == NO_CACHE:
-        return np.ones(len(stops), np.bool_)
     if group.part.is_snapshot:
         whole: npt.NDArray[np.bool_] = rows >= group.rows_between(stops - n_tokens, stops)
         return whole

@@ -125,7 +125,9 @@ class Group:
     @property
     def is_complete(self) -> bool:
         """Whether what it holds of a token never changes and is never dropped, so that it can be restored at any token."""
-        return self.kind in (FULL_ATTENTION, LATENT) or (self.kind == SIDE_BUFFER and not self.part.is_snapshot)
+        return self.kind in (FULL_ATTENTION, LATENT, NO_CACHE) or (
+            self.kind == SIDE_BUFFER and not self.part.is_snapshot
+        )
 
     @property
     def n_layers(self) -> int:
@@ -147,6 +149,8 @@ class Group:
 
     def rows_between(self, start: Count, stop: Count) -> Count:
         """How many rows a section has that covers the positions start .. stop - 1; of a window, at most."""
+        if self.kind == NO_CACHE:
+            return 0 * stop
         if self.kind == STATE:
             return 0 * stop + 1
         if self.part in _OVERLAPS:

@@ -495,12 +495,14 @@ def parse_sections(view: memoryview, counts: Counts, header: Header, chunks: Chu
     """The section table in view, of a stream of n_bytes bytes."""
     entries = np.frombuffer(view, _SECTIONS, counts.n_sections, counts.chunks_end)
     present = chunks.present(header.coded is not None)
-    is_exact = (entries["group"] >= header.exact.start) & np.isin(entries["type"], _GROUP_TYPES)
-    others = entries[~is_exact]
+    others, firsts = entries, np.ones(len(chunks) + 1, np.int64)
+    if header.exact:
+        is_exact = (entries["group"] >= header.exact.start) & np.isin(entries["type"], _GROUP_TYPES)
+        others = entries[~is_exact]
     n_needed = 1 + int(present.sum())
     if n_needed != len(others):
         raise CorruptStream(
-            f"the chunks need {n_needed} sections but for those of exact groups; {len(others)} are in the table"
+            f"the chunks need {n_needed} sections; {len(others)} are in the table, but for those of exact groups"
         )
     owners, kinds = np.nonzero(present)
     types = np.concatenate([[SectionType.RATE], kinds + SectionType.POSITIONS])
@@ -513,9 +515,11 @@ def parse_sections(view: memoryview, counts: Counts, header: Header, chunks: Chu
             f"section {number} is type {found['type']} of chunk {found['chunk']} (group {found['group']}, coder "
             f"{found['coder']}); expected {SectionType(types[number]).name} of chunk {owners[number]} of group 0"
         )
-    if is_exact.any() or header.exact:
+    if header.exact:
         _check_exact(entries, is_exact, header, chunks)
-    firsts = 1 + np.searchsorted(entries["chunk"][1:], np.arange(len(chunks) + 1)).astype(np.int64)
+        firsts += np.searchsorted(entries["chunk"][1:], np.arange(len(chunks) + 1, dtype=np.uint32))
+    else:
+        firsts[1:] += present.sum(axis=1).cumsum()
     offsets = np.full(len(entries) + 1, counts.tables_end, np.int64)
     offsets[1:] += entries["stored"].cumsum(dtype=np.int64)
     end = int(offsets[-1])
