@@ -48,17 +48,17 @@ SINK_TOKENS = 4
 LATENT = 8
 
 # The layout of docs/format.md, restated here so that tests do not believe the writer.
-HEADER_BYTES, GROUP_BYTES, CHUNK_BYTES, SECTION_BYTES = 40, 20, 20, 20
+HEADER_BYTES, GROUP_BYTES, RUN_BYTES, CHUNK_BYTES, SECTION_BYTES = 40, 20, 4, 20, 20
 N_GROUPS_AT, CHUNK_TOKENS_AT, N_CHUNKS_AT, N_SECTIONS_AT, HEADER_CHECKSUM_AT = 7, 24, 28, 32, 36
-CHUNKS_AT = HEADER_BYTES + GROUP_BYTES
-"""Of a stream with one group of layers."""
+CHUNKS_AT = HEADER_BYTES + GROUP_BYTES + RUN_BYTES
+"""Of a stream with one group of neighbouring layers."""
 
 
 @remember
 def tiny_geometry() -> CacheGeometry:
     """3 layers, 2 key-value heads, head_dim 8, half-split rotation in every layer: p = 48."""
     table = RopeTable(tuple((10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)).tolist()))
-    return CacheGeometry(0, N_LAYERS, 0, N_HEADS, HEAD_DIM, Rope((table,), (0,) * N_LAYERS))
+    return CacheGeometry(tuple(range(N_LAYERS)), 0, N_HEADS, HEAD_DIM, Rope((table,), (0,) * N_LAYERS))
 
 
 def random_cache(n: int, dtype: torch.dtype = torch.float32, seed: int = 0, first_position: int = 0) -> KVCache:
@@ -143,7 +143,7 @@ class ToldModel(Recomputation):
         rows = product(hidden, told_mixing()) + told_offset()
         geometry = tiny_geometry()
         keys, values = (cache_side_of(side, N_LAYERS, N_HEADS)[:1].contiguous() for side in rows.chunk(2, dim=1))
-        first = geometry.rope.slice_layers(0, 1)
+        first = geometry.rope.of_layers([0])
         return Recomputed(0, hidden, first.rotate(keys, torch.arange(len(hidden)), len(hidden)), values)
 
 
@@ -270,7 +270,7 @@ def same_cache(first: KVCache, second: KVCache) -> bool:
         and same_bits(first.values, second.values)
         and torch.equal(first.resolved_positions(), second.resolved_positions())
         and first.resolved_rope_length() == second.resolved_rope_length()
-        and (first.first_layer, first.first_kv_head) == (second.first_layer, second.first_kv_head)
+        and first.extent == second.extent
     )
 
 
@@ -304,7 +304,16 @@ def counts_of(stream: bytes | bytearray) -> tuple[int, int]:
 
 def section_table_at(stream: bytes | bytearray) -> int:
     """Offset of the section table by the header's own claim."""
-    return HEADER_BYTES + GROUP_BYTES * stream[N_GROUPS_AT] + CHUNK_BYTES * counts_of(stream)[0]
+    return groups_end(stream) + CHUNK_BYTES * counts_of(stream)[0]
+
+
+def groups_end(stream: bytes | bytearray) -> int:
+    """Offset of the chunk table by the claims of the group table."""
+    entries = [HEADER_BYTES + GROUP_BYTES * index for index in range(stream[N_GROUPS_AT])]
+    n_runs = sum(
+        struct.unpack_from("<H", stream, entry + 2)[0] for entry in entries if entry + GROUP_BYTES <= len(stream)
+    )
+    return HEADER_BYTES + GROUP_BYTES * len(entries) + RUN_BYTES * n_runs
 
 
 def sections_of(stream: bytes | bytearray) -> list[tuple[int, int, int]]:
@@ -347,7 +356,7 @@ def golden_calibration() -> Calibration:
     1 layer, 1 head of 8 features without rotation; the bases permute the features. The tables of distortion leave one sensible
     choice: keys as 4 coefficients of int4, one dropped, 2 of fp8, one dropped; values as two groups of 4 in int2.
     """
-    geometry = CacheGeometry(0, 1, 0, 1, 8, Rope((), (NO_ROTATION,)))
+    geometry = CacheGeometry((0,), 0, 1, 8, Rope((), (NO_ROTATION,)))
     order = torch.tensor([3, 1, 4, 0, 5, 2, 6, 7])
     key_vectors, value_vectors = torch.eye(8)[:, order].half(), -torch.eye(8).half()
     key_mean, value_mean = torch.arange(8) * 0.25 - 1, torch.arange(8) * -0.5
@@ -508,7 +517,7 @@ def golden_conditional_calibration() -> Calibration:
     weights = ((torch.arange(40).reshape(5, 8) % 7 - 3) / 8).half()
     left = JointCalibration(basis, metric, model)
     conditional = ConditionalCalibration(1, GoldenModel().identity, weights, torch.full((1, 2), 0.5), left)
-    geometry = CacheGeometry(0, 2, 0, 1, 4, Rope((), (NO_ROTATION, NO_ROTATION)))
+    geometry = CacheGeometry((0, 1), 0, 1, 4, Rope((), (NO_ROTATION, NO_ROTATION)))
     return Calibration(geometry, plain.key, plain.value, conditional=conditional)
 
 

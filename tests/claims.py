@@ -51,12 +51,12 @@ def whole_stream(
     """
     geometry, (n_chunks, n_tokens) = calibration.geometry, counts
     head = struct.pack(
-        "<4sBBBB16sIII", b"KVTC", 2, profile, 4 if flags & 1 else 0, 1, calibration.fingerprint,
+        "<4sBBBB16sIII", b"KVTC", 3, profile, 4 if flags & 1 else 0, 1, calibration.fingerprint,
         n_tokens, n_chunks, 1 + n_chunks * len(sections),
     )  # fmt: skip
     group = struct.pack(
-        "<BBHHHHHHHI", 1, 1, geometry.first_layer, geometry.n_layers, geometry.first_kv_head, geometry.n_kv_heads,
-        geometry.head_dim, geometry.head_dim, 0, 0,
+        "<BBHHHHHHHIHH", 1, 1, 1, 1, geometry.first_kv_head, geometry.n_kv_heads, geometry.head_dim, geometry.head_dim, 0, 0,
+        geometry.layers[0], geometry.n_layers,
     )  # fmt: skip
     chunks = np.zeros(n_chunks, CHUNK)
     chunks["f0"] = np.arange(n_chunks, dtype=np.int64) * n_tokens

@@ -35,7 +35,7 @@ from kvtc.cache import CACHE_DTYPES, KVCache
 from kvtc.codec.codec import Codec
 from kvtc.codec.opened_stream import positions_of
 from kvtc.coding.lossless import CODER_IDS, compress
-from kvtc.container.stream import parse_stream
+from kvtc.container.stream import Stream, parse_stream
 from kvtc.container.tables import LOSSLESS, SectionType
 from kvtc.errors import KvtcError
 from kvtc.profiles.rates import Truncation
@@ -43,10 +43,11 @@ from kvtc.profiles.rates import Truncation
 from . import claims, fuzz_files
 from .builders import (
     CHUNK_BYTES,
-    CHUNKS_AT,
     GOLDEN_TOKEN_IDS,
+    GROUP_BYTES,
     HEADER_BYTES,
     N_GROUPS_AT,
+    RUN_BYTES,
     SECTION_BYTES,
     counts_of,
     gappy_cache,
@@ -54,6 +55,7 @@ from .builders import (
     golden_codec,
     golden_conditional_cache,
     golden_joint_codec,
+    groups_end,
     joint_calibration,
     joint_codec,
     random_cache,
@@ -66,10 +68,13 @@ from .builders import (
     told_ids,
     with_section,
 )
+from .tiny_architectures import mixed_cache, mixed_calibration, random_ids, read, tiny_model
 
 # What one input may take: so much, and so much more for each of its bytes. Time is the processor's; memory is what is resident.
 SECONDS, SECONDS_A_BYTE = 2.0, 4e-6
 MEMORY, MEMORY_A_BYTE = 40 << 20, 24
+GROUPED = ("gemma3_text", "mistral", "nemotron_h", "deepseek_v32", "falcon_h1", "mamba2", "minimax", "deepseek_v4")
+"""Tiny models that together have groups of every kind."""
 MAX_TOKENS = 2048
 """That a stream may make a codec decode."""
 SECONDS_UNTIL_STUCK = 60
@@ -153,18 +158,34 @@ def make_targets() -> list[Target]:
     ):
         codec = tiny_codec(**(small | options))
         made.append((codec, codec.encode(cache, ids), None))
+    for name in GROUPED:
+        # States alone do not say how many tokens they have read.
+        ids = random_ids(1, 21)
+        _, model_cache = read(tiny_model(name), ids)
+        codec = Codec(lossless=True, chunk_tokens=8, coder="none" if name == "gemma3_text" else "deflate")
+        made.append((codec, codec.encode(model_cache, ids), None))
+    calibrated = Codec(mixed_calibration(), ratio=3, sink_tokens=1, window_tokens=1, chunk_tokens=16)
+    made.append((calibrated, calibrated.encode(mixed_cache(30)), None))
     targets = []
     for whole, stream, needed in made:
         codec = copy(whole)
         codec.max_tokens = MAX_TOKENS
         parsed = parse_stream(stream)
-        raw = tuple(parsed.read(s.type, s.chunk, s.raw_bytes) for s in parsed.sections)
+        raw = tuple(raw_section(parsed, number) for number in range(len(parsed.sections)))
         is_final = parsed.header.profile not in ("paper", LOSSLESS)
         finished = {SectionType.BODY, SectionType.PADDING} if is_final else set()
         finished |= {SectionType.WINDOW} if any(chunk.coded_window for chunk in parsed.chunks) else set()
-        final = frozenset(i for i, s in enumerate(parsed.sections) if s.type in finished)
+        final = frozenset(i for i, s in enumerate(parsed.sections) if s.type in finished and not s.group)
         targets.append(Target(codec, stream, raw, final, parsed.n_tokens, needed))
     return targets
+
+
+def raw_section(stream: Stream, number: int) -> bytes:
+    """What a section holds, before lossless coding."""
+    section = stream.sections[number]
+    if section.group not in stream.header.exact or section.type not in (SectionType.BODY, SectionType.STATE):
+        return stream.read(section.type, section.chunk, section.raw_bytes)
+    return dict(stream.read_group(section.group, len(stream.chunks)))[section.chunk]
 
 
 def draw_of(seed: int, number: int) -> random.Random:
@@ -229,33 +250,48 @@ def set_header_field(draw: random.Random, data: bytearray, _: list[Target]) -> N
 
 
 def set_group_field(draw: random.Random, data: bytearray, _: list[Target]) -> None:
-    offset, layout = draw.choice(GROUP_FIELDS)
-    set_field(draw, data, HEADER_BYTES + offset, layout)
+    """A field of an entry of the group table, or of a run of layers behind the entries."""
+    n_groups = max(1, data[N_GROUPS_AT])
+    if draw.random() < 0.2:
+        place = HEADER_BYTES + GROUP_BYTES * n_groups
+        set_field(draw, data, place + 2 * draw.randrange(2 * n_groups), "H")
+    else:
+        offset, layout = draw.choice(GROUP_FIELDS)
+        set_field(draw, data, HEADER_BYTES + GROUP_BYTES * draw.randrange(n_groups) + offset, layout)
 
 
 def add_group(draw: random.Random, data: bytearray, _: list[Target]) -> None:
     """One entry more in the group table, of any kind, or one that is only claimed."""
     set_field(draw, data, N_GROUPS_AT, "B")
-    if draw.random() < 0.5 and len(data) >= CHUNKS_AT:
-        data[N_GROUPS_AT] = 2
-        data[CHUNKS_AT:CHUNKS_AT] = bytes([draw.randrange(256)]) + data[HEADER_BYTES + 1 : CHUNKS_AT]
+    end = groups_end(data)
+    if draw.random() < 0.5 and 0 < data[N_GROUPS_AT] < 255 and len(data) >= end:
+        entry = (
+            bytes([draw.choice([*range(8), draw.randrange(256)])]) + data[HEADER_BYTES + 1 : HEADER_BYTES + GROUP_BYTES]
+        )
+        run = data[end - RUN_BYTES : end]
+        struct.pack_into("<H", run, 0, draw.randrange(8))
+        data[end:end] = run
+        place = HEADER_BYTES + GROUP_BYTES * data[N_GROUPS_AT]
+        data[place:place] = entry
+        struct.pack_into("<H", data, place + 2, 1)
+        data[N_GROUPS_AT] += 1
 
 
 def set_chunk_field(draw: random.Random, data: bytearray, _: list[Target]) -> None:
     n_chunks = min(counts_of(data)[0], 8)
     if n_chunks:
         offset, layout = draw.choice(CHUNK_FIELDS)
-        set_field(draw, data, CHUNKS_AT + CHUNK_BYTES * draw.randrange(n_chunks) + offset, layout)
+        set_field(draw, data, groups_end(data) + CHUNK_BYTES * draw.randrange(n_chunks) + offset, layout)
 
 
 def move_tokens(draw: random.Random, data: bytearray, _: list[Target]) -> None:
     """Tokens from one region of a chunk to another: the total stays right."""
-    if counts_of(data)[0] and len(data) >= CHUNKS_AT + CHUNK_BYTES:
-        counts = list(struct.unpack_from("<3H", data, CHUNKS_AT + 4))
+    if counts_of(data)[0] and len(data) >= groups_end(data) + CHUNK_BYTES:
+        counts = list(struct.unpack_from("<3H", data, groups_end(data) + 4))
         source, sink = draw.sample(range(3), 2)
         moved = draw.randint(0, counts[source])
         counts[source], counts[sink] = counts[source] - moved, (counts[sink] + moved) % 65536
-        struct.pack_into("<3H", data, CHUNKS_AT + 4, *counts)
+        struct.pack_into("<3H", data, groups_end(data) + 4, *counts)
 
 
 def set_section_field(draw: random.Random, data: bytearray, _: list[Target]) -> None:
@@ -290,7 +326,7 @@ def set_coder_state(draw: random.Random, data: bytearray, _: list[Target]) -> No
         entry, start, _ = draw.choice(bodies)
         (chunk,) = struct.unpack_from("<I", data, entry + 4)
         if chunk < counts_of(data)[0]:
-            (n_tokens,) = struct.unpack_from("<H", data, CHUNKS_AT + CHUNK_BYTES * chunk + 6)
+            (n_tokens,) = struct.unpack_from("<H", data, groups_end(data) + CHUNK_BYTES * chunk + 6)
             # The length, up to two lanes, and the first words behind them.
             set_field(draw, data, start + -(-n_tokens // 4) + 4 * draw.randrange(5), "I")
 

@@ -63,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     device = usable_device(options.device)
     geometry = CacheGeometry(
-        0, options.layers, 0, options.heads, options.head_dim, Rope((), (NO_ROTATION,) * options.layers)
+        tuple(range(options.layers)), 0, options.heads, options.head_dim, Rope((), (NO_ROTATION,) * options.layers)
     )
     features = 2 * geometry.row_features
     is_exact = features <= moments.EXACT_FEATURES

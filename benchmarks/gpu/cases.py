@@ -54,7 +54,7 @@ class Shape:
     def geometry(self) -> CacheGeometry:
         frequencies = 1e6 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
         rope = Rope((RopeTable(tuple(frequencies.tolist())),), (0,) * self.n_layers)
-        return CacheGeometry(0, self.n_layers, 0, self.n_kv_heads, self.head_dim, rope)
+        return CacheGeometry(tuple(range(self.n_layers)), 0, self.n_kv_heads, self.head_dim, rope)
 
     def small(self) -> "Shape":
         """A model of the same form on which a CPU can run everything."""

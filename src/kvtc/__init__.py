@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .huggingface.calibrate import calibrate as calibrate
     from .huggingface.measure_quality import measure_quality as measure_quality
     from .huggingface.model_identity import model_identity as model_identity
+    from .huggingface.support import Support as Support
+    from .huggingface.support import supported as supported
     from .prefix_cache import PrefixCache as PrefixCache
     from .reference import reference_calibration as reference_calibration
     from .reference import reference_model as reference_model
@@ -45,6 +47,7 @@ _HOME = {
     "KVCache": "cache",
     "PrefixCache": "prefix_cache",
     "StreamInfo": "codec.inspection",
+    "Support": "huggingface.support",
     "calibrate": "huggingface.calibrate",
     "inspect": "codec.inspection",
     "join_streams": "container.parts",
@@ -55,6 +58,7 @@ _HOME = {
     "reference_calibration": "reference",
     "reference_model": "reference",
     "split_stream": "container.parts",
+    "supported": "huggingface.support",
 }
 
 __all__ = ["errors", *_HOME]

@@ -6,6 +6,7 @@ Axis letters, used everywhere: L layers, H key-value heads, T tokens, D features
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .coding.rope import Rope
 from .errors import GeometryMismatch, InvalidArgument, InvalidCache
+from .layer_runs import describe_layers
 from .process.torch_state import neutral_torch_state, plain
 
 MAX_EXTENT = (1 << 16) - 1
@@ -25,18 +27,21 @@ CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3f
 
 @dataclass(frozen=True)
 class CacheExtent:
-    """Which part of a model's cache something holds: a range of layers and a range of key-value heads."""
+    """Which part of a model's cache something holds: some layers, in ascending order, and a range of key-value heads."""
 
-    first_layer: int
-    n_layers: int
+    layers: tuple[int, ...]
     first_kv_head: int
     n_kv_heads: int
     head_dim: int
 
     @property
     def extent(self) -> CacheExtent:
-        """The ranges alone."""
-        return CacheExtent(self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
+        """Layers and heads alone."""
+        return CacheExtent(self.layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -49,9 +54,9 @@ class CacheExtent:
         return self.n_layers * self.n_kv_heads * self.head_dim
 
     def describe(self) -> str:
-        """Ranges in words, for messages."""
+        """Layers and ranges in words, for messages."""
         return (
-            f"layers {self.first_layer}..{self.first_layer + self.n_layers - 1}, "
+            f"layers {describe_layers(self.layers)}, "
             f"kv heads {self.first_kv_head}..{self.first_kv_head + self.n_kv_heads - 1}, head_dim {self.head_dim}"
         )
 
@@ -63,9 +68,11 @@ class CacheGeometry(CacheExtent):
     rope: Rope
 
     def __post_init__(self) -> None:
-        if min(self.sizes) < 1 or min(self.first_layer, self.first_kv_head) < 0:
+        if min(self.sizes) < 1 or min(*self.layers, self.first_kv_head) < 0:
             raise InvalidArgument(f"a cache geometry needs at least one layer, head and feature; got {self.describe()}")
-        largest = max(*self.sizes, self.first_layer, self.first_kv_head)
+        if any(after <= before for before, after in pairwise(self.layers)):
+            raise InvalidArgument(f"layers must ascend; got {self.layers}")
+        largest = max(*self.sizes, self.layers[-1], self.first_kv_head)
         if largest > MAX_EXTENT:
             raise InvalidArgument(f"{self.describe()}: {largest} is more than the {MAX_EXTENT} that streams can say")
         if len(self.rope.layer_tables) != self.n_layers:
@@ -76,8 +83,7 @@ class CacheGeometry(CacheExtent):
 
     def behind(self, n_layers: int) -> CacheGeometry:
         """The same without its first n_layers layers."""
-        rope = self.rope.slice_layers(n_layers, self.n_layers)
-        return replace(self, first_layer=self.first_layer + n_layers, n_layers=self.n_layers - n_layers, rope=rope)
+        return replace(self, layers=self.layers[n_layers:], rope=self.rope.of_layers(range(n_layers, self.n_layers)))
 
     def check(self, cache: KVCache) -> None:
         """Raise `GeometryMismatch` unless the cache covers exactly this range."""
@@ -91,14 +97,15 @@ class KVCache:
 
     keys, values: [L, H, T, D], one dtype (bf16, fp16, fp32 or an fp8), keys rotated as the model caches them.
     positions: [T] int64, strictly increasing; None means 0 .. T-1.
-    first_layer, first_kv_head: where this part stands in the model, for pipeline and tensor-parallel ranks.
+    layers: which layers of the model these are, ascending; None means 0 .. L-1.
+    first_kv_head: where its heads stand in the model, for tensor-parallel ranks.
     rope_length: length of the sequence the model chose its rotation by (dynamic and longrope); None: last position + 1.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor | None = None
-    first_layer: int = 0
+    layers: tuple[int, ...] | None = None
     first_kv_head: int = 0
     rope_length: int | None = None
 
@@ -130,11 +137,15 @@ class KVCache:
     @property
     def extent(self) -> CacheExtent:
         """Which part of a model's cache this is."""
-        return CacheExtent(self.first_layer, self.n_layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
+        return CacheExtent(self.resolved_layers(), self.first_kv_head, self.n_kv_heads, self.head_dim)
 
     def describe(self) -> str:
-        """Ranges in words, for messages."""
+        """Layers and ranges in words, for messages."""
         return self.extent.describe()
+
+    def resolved_layers(self) -> tuple[int, ...]:
+        """The layers of the model that these are."""
+        return tuple(range(self.n_layers)) if self.layers is None else self.layers
 
     def span(self, start: int, stop: int) -> KVCache:
         """Tokens start .. stop - 1, with their positions; a view of this cache."""
@@ -178,6 +189,10 @@ class KVCache:
         # An axis of no length makes the others free: a file of no values could claim any number of tokens.
         if 0 in (self.n_layers, self.n_kv_heads, self.head_dim):
             raise InvalidCache(f"keys and values {tuple(self.keys.shape)} hold no layer, head or feature")
+        if len(self.resolved_layers()) != self.n_layers:
+            raise InvalidCache(
+                f"{self.n_layers} layers of keys and values, named as {len(self.resolved_layers())} layers"
+            )
         if self.keys.dtype != self.values.dtype or self.keys.dtype not in CACHE_DTYPES:
             names = ", ".join(str(d).removeprefix("torch.") for d in CACHE_DTYPES)
             raise InvalidCache(f"keys are {self.keys.dtype}, values {self.values.dtype}; expected one dtype of {names}")
@@ -198,4 +213,4 @@ class KVCache:
         for name, tensor in (("keys", self.keys), ("values", self.values)) if is_finite else ():
             for layer in range(self.n_layers):
                 if not bool(tensor[layer].float().isfinite().all()):
-                    raise InvalidCache(f"{name} of layer {self.first_layer + layer} hold NaN or infinite values")
+                    raise InvalidCache(f"{name} of layer {self.resolved_layers()[layer]} hold NaN or infinite values")

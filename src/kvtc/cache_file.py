@@ -1,12 +1,15 @@
 """A cache in a file: safetensors with keys, values and, if they are known, positions and token ids.
 
-Any program can write one: only the tensors `keys` and `values` [L, H, T, D] are required. Without metadata the
-cache begins at layer 0 and head 0.
+Any program can write one: only the tensors `keys` and `values` [L, H, T, D] are required. Without metadata its
+layers are 0 .. L-1, and its heads begin at head 0.
 """
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -20,7 +23,7 @@ from .files import write_atomically
 from .process.torch_state import neutral_torch_state, plain
 
 KNOWN_TENSORS = {"keys", "values", "positions", "token_ids"}
-KNOWN_NUMBERS = {"first_layer": MAX_EXTENT, "first_kv_head": MAX_EXTENT, "rope_length": (1 << 31) - 1}
+KNOWN_NUMBERS = {"first_kv_head": MAX_EXTENT, "rope_length": (1 << 31) - 1}
 """Of the metadata, and the largest that each may be."""
 
 
@@ -45,7 +48,7 @@ def save_cache(path: str | Path, cache: KVCache, token_ids: Tensor | None = None
         tensors["token_ids"] = token_ids.to(torch.int64)
     metadata = {
         "format": "kvtc cache",
-        "first_layer": str(cache.first_layer),
+        "layers": json.dumps(cache.resolved_layers()),
         "first_kv_head": str(cache.first_kv_head),
     }
     if cache.rope_length is not None:
@@ -81,6 +84,7 @@ def load_cache(path: str | Path) -> tuple[KVCache, Tensor | None]:
             for name, most in KNOWN_NUMBERS.items()
             if name in metadata
         }
+        layers = _layers_of(strict_json.loads(metadata["layers"])) if "layers" in metadata else None
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
         raise InvalidCache(f"{path} is not a readable cache file: {type(error).__name__}: {error}") from error
     if not {"keys", "values"} <= tensors.keys():
@@ -89,7 +93,7 @@ def load_cache(path: str | Path) -> tuple[KVCache, Tensor | None]:
         tensors["keys"],
         tensors["values"],
         tensors.get("positions"),
-        numbers.get("first_layer", 0),
+        layers,
         numbers.get("first_kv_head", 0),
         numbers.get("rope_length"),
     )
@@ -98,11 +102,17 @@ def load_cache(path: str | Path) -> tuple[KVCache, Tensor | None]:
     return cache, token_ids
 
 
+def _layers_of(found: Any) -> tuple[int, ...]:
+    """The layers that a file names; ValueError for what are none."""
+    return tuple(strict_json.whole(layer, "layers", 0, MAX_EXTENT) for layer in strict_json.items(found, "layers"))
+
+
 def _check(cache: KVCache, token_ids: Tensor | None, where: str) -> None:
     """Raise `InvalidCache` unless tensors fit each other and integers are integers."""
-    if min(cache.first_layer, cache.first_kv_head) < 0:
+    layers = cache.resolved_layers()
+    if cache.first_kv_head < 0 or any(after <= before for before, after in pairwise([-1, *layers])):
         raise InvalidCache(
-            f"{where}: first layer {cache.first_layer} and head {cache.first_kv_head} must not be negative"
+            f"{where}: layers {layers} must ascend, and neither they nor head {cache.first_kv_head} may be negative"
         )
     try:
         cache.validate(is_finite=False)

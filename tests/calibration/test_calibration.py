@@ -104,7 +104,7 @@ def test_the_fingerprint_names_what_decoding_depends_on():
     vectors[3, 2] *= -1
     table = replace(key.distortion, energy=key.distortion.energy * 2)
     changed = [
-        replace(calibration, geometry=replace(calibration.geometry, first_layer=1)),
+        replace(calibration, geometry=replace(calibration.geometry, layers=(1, 2, 3))),
         replace(calibration, key=replace(key, basis=replace(key.basis, mean=mean))),
         replace(calibration, key=replace(key, basis=replace(key.basis, vectors=vectors))),
         replace(calibration, key=calibration.value, value=key),
@@ -147,10 +147,10 @@ def test_rewriting_alone_changes_nothing(calibration, path):
     assert same_calibration(load_calibration(rewritten(path, lambda metadata, tensors: None)), calibration)  # noqa: ARG005
 
 
-@pytest.mark.parametrize(("version", "remedy"), [("1", "calibrate again"), ("3", "upgrade kvtc")])
+@pytest.mark.parametrize(("version", "remedy"), [("2", "calibrate again"), ("4", "upgrade kvtc")])
 def test_another_version_names_both(path, version, remedy):
     rewritten(path, lambda metadata, _: metadata.update(version=version))
-    with pytest.raises(UnsupportedVersion, match=rf"version {version}; .*version 2: {remedy}"):
+    with pytest.raises(UnsupportedVersion, match=rf"version {version}; .*version 3: {remedy}"):
         load_calibration(path)
 
 
@@ -269,18 +269,22 @@ def test_a_file_without_its_checksum(path):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"n_layers": 3', '"n_layers": 2'),
-        ('"n_layers": 3', '"n_layers": 1e999'),
+        ('"layers": [0, 1, 2]', '"layers": [0, 1]'),
+        ('"layers": [0, 1, 2]', '"layers": [0, 2, 1]'),
+        ('"layers": [0, 1, 2]', '"layers": [0, 1, 1]'),
+        ('"layers": [0, 1, 2]', '"layers": {}'),
+        ('"layers": [0, 1, 2]', '"layers": []'),
+        ('"layers": [0, 1, 2]', '"layers": [0, 1, 1e999]'),
         ('"key_dim": 8, "value_dim": 8', '"key_dim": 0, "value_dim": 0'),
         ('"key_dim": 8, "value_dim": 8', '"key_dim": 6, "value_dim": 6'),
         ('"layer_tables": [0, 0, 0]', '"layer_tables": [0, 0, 1]'),
         ('"rope": {', '"rope": [], "other": {'),
-        ('"first_layer": 0', '"first_layer": -1'),
-        ('"first_layer": 0', '"first_layer": 65536'),
-        ('"first_layer": 0', '"first_layer": "0"'),
-        ('"first_layer": 0', '"first_layer": 0.0'),
-        ('"first_layer": 0', '"first_layer": false'),
-        ('"first_layer": 0', '"first_layer": 1' + 4000 * "0"),
+        ('"layers": [0, ', '"layers": [-1, '),
+        ('"layers": [0, 1, 2]', '"layers": [0, 1, 65536]'),
+        ('"layers": [0, ', '"layers": ["0", '),
+        ('"layers": [0, ', '"layers": [0.0, '),
+        ('"layers": [0, ', '"layers": [false, '),
+        ('"layers": [0, ', '"layers": [1' + 4000 * "0" + ", "),
         ('"n_kv_heads": 2', '"n_kv_heads": 9223372036854775808'),
         ('"attention_scaling": 1.0', '"attention_scaling": 0'),
         ('"attention_scaling": 1.0', '"attention_scaling": NaN'),
@@ -433,7 +437,7 @@ def test_nothing_unpickles():
 
 def line_rows(n_tokens: int, **options) -> CalibrationRows:
     """Rows of two features whose tokens are numbers: keys 0, 1, 2, ..., values 1000 more."""
-    geometry = CacheGeometry(0, 1, 0, 1, 1, Rope((), (NO_ROTATION,)))
+    geometry = CacheGeometry((0,), 0, 1, 1, Rope((), (NO_ROTATION,)))
     rows = CalibrationRows(geometry, sink_tokens=0, **options)
     start, lengths = 0, cycle((1, 7, 40, 3, 100))
     while start < n_tokens:

@@ -481,13 +481,13 @@ def test_as_a_program(made):
 
 def test_cache_file_round_trip(tmp_path):
     cache = random_cache(20, torch.float16, first_position=100)
-    part = kvtc.KVCache(cache.keys[1:], cache.values[1:], cache.positions, 1, 0, 4096)
+    part = kvtc.KVCache(cache.keys[1:], cache.values[1:], cache.positions, (1, 2), 0, 4096)
     save_cache(tmp_path / "a.safetensors", part, torch.arange(20))
     back, token_ids = load_cache(tmp_path / "a.safetensors")
     assert torch.equal(back.keys, part.keys)
     assert torch.equal(back.values, part.values)
     assert torch.equal(back.resolved_positions(), part.resolved_positions())
-    assert (back.first_layer, back.first_kv_head, back.rope_length) == (1, 0, 4096)
+    assert (back.layers, back.first_kv_head, back.rope_length) == ((1, 2), 0, 4096)
     assert token_ids.tolist() == list(range(20))
 
 
@@ -499,7 +499,7 @@ def test_cache_file_of_another_program(tmp_path):
         {"keys": cache.keys.contiguous(), "values": cache.values.contiguous(), "more": torch.zeros(1)}, tmp_path / "a"
     )
     back, token_ids = load_cache(tmp_path / "a")
-    assert (back.n_tokens, back.positions, back.first_layer, token_ids) == (5, None, 0, None)
+    assert (back.n_tokens, back.positions, back.layers, token_ids) == (5, None, None, None)
 
 
 def test_cache_files_that_hold_no_cache(tmp_path):
@@ -515,9 +515,9 @@ def test_cache_files_that_hold_no_cache(tmp_path):
         ({"keys": keys, "values": values, "positions": torch.zeros(5)}, None),
         ({"keys": keys, "values": values, "positions": torch.zeros(5, dtype=torch.int64)}, None),
         ({"keys": keys, "values": values, "token_ids": torch.zeros(4, dtype=torch.int64)}, None),
-        ({"keys": keys, "values": values}, {"first_layer": "many"}),
-        ({"keys": keys, "values": values}, {"first_layer": "-1"}),
-        ({"keys": keys, "values": values}, {"first_layer": "65536"}),
+        ({"keys": keys, "values": values}, {"layers": "many"}),
+        ({"keys": keys, "values": values}, {"layers": "[-1, 0, 1]"}),
+        ({"keys": keys, "values": values}, {"layers": "[0, 1, 65536]"}),
         ({"keys": keys, "values": values}, {"first_kv_head": "1_0"}),
         ({"keys": keys, "values": values}, {"first_kv_head": "[" * 100_000}),
         ({"keys": keys, "values": values}, {"rope_length": str(1 << 31)}),

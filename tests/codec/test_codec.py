@@ -456,7 +456,7 @@ def part_of_model(**changes: int) -> Codec:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"first_layer": 3}, r"covers layers 3\.\.5, .* holds layers 0\.\.2"),
+        ({"layers": (3, 4, 5)}, r"covers layers 3\.\.5, .* holds layers 0\.\.2"),
         ({"first_kv_head": 2}, r"kv heads 2\.\.3, .* kv heads 0\.\.1"),
     ],
 )
@@ -469,11 +469,11 @@ def test_another_rank_is_refused(changes, expected):
 
 
 def test_a_rank_encodes_its_own_part():
-    codec, cache = part_of_model(first_layer=3, first_kv_head=2), random_cache(20)
-    cache.first_layer, cache.first_kv_head = 3, 2
+    codec, cache = part_of_model(layers=(3, 4, 5), first_kv_head=2), random_cache(20)
+    cache.layers, cache.first_kv_head = (3, 4, 5), 2
     stream = codec.encode(cache)
     decoded = codec.decode(stream)
-    assert (decoded.first_layer, decoded.first_kv_head) == (3, 2)
+    assert (decoded.layers, decoded.first_kv_head) == ((3, 4, 5), 2)
     assert [layer for layer, _, _ in codec.decode_layers(stream)] == [3, 4, 5]
     assert kvtc.inspect(stream).groups[0].layers == (3, 6)
 
@@ -574,9 +574,9 @@ def test_another_number_of_axes_is_refused(shape):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinities_are_refused_by_kind_and_layer(dtype, kind, bad):
     cache = random_cache(20)
-    cache.first_layer = 5
+    cache.layers = (5, 6, 7)
     getattr(cache, kind)[1, 0, 19, 7] = bad
-    codec = part_of_model(first_layer=5)
+    codec = part_of_model(layers=(5, 6, 7))
     with pytest.raises(InvalidCache, match=f"{kind} of layer 6 hold NaN or infinite"):
         codec.encode(replace(cache, keys=cache.keys.to(dtype), values=cache.values.to(dtype)))
 
@@ -865,7 +865,7 @@ def test_layers_of_a_transformers_cache_keep_their_places(calibration):
     """A pipeline rank's cache has empty places before its layers, and gets them back."""
     from transformers import DynamicCache
 
-    geometry = replace(calibration.geometry, first_layer=2)
+    geometry = replace(calibration.geometry, layers=(2, 3, 4))
     codec = Codec(replace(calibration, geometry=geometry), ratio=3, window_tokens=4)
     part = random_cache(20)
     cache = DynamicCache()

@@ -168,9 +168,9 @@ def test_what_layers_are_restored_from_is_let_go_after_the_last(codec, stream, m
 
 
 def test_a_rank_of_a_pipeline_has_its_layers_at_their_places():
-    calibration = replace(tiny_calibration(), geometry=replace(tiny_geometry(), first_layer=2))
+    calibration = replace(tiny_calibration(), geometry=replace(tiny_geometry(), layers=(2, 3, 4)))
     codec, cache = Codec(calibration, "paper", ratio=4), random_cache(40)
-    cache.first_layer = 2
+    cache.layers = (2, 3, 4)
     stream = codec.encode(cache)
     found = codec.decode_lazily(stream)
     assert [layer.is_initialized for layer in found.layers] == [False, False, True, True, True]

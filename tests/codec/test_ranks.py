@@ -40,7 +40,7 @@ def part_of(whole: Any, layers: tuple[int, int] = (0, 12), kv_heads: tuple[int, 
     """What a rank holds of the whole cache."""
     held = whole.layers[slice(*layers)]
     sides = (torch.stack([getattr(layer, side)[0, slice(*kv_heads)] for layer in held]) for side in ("keys", "values"))
-    return KVCache(*sides, first_layer=layers[0], first_kv_head=kv_heads[0])
+    return KVCache(*sides, layers=tuple(range(*layers)), first_kv_head=kv_heads[0])
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -56,7 +56,7 @@ def test_ranks_restore_their_parts_and_refuse_the_others(model, ids, whole, spli
     restored = [codec.decode(stream, ids[:500]) for codec, stream in zip(codecs, streams, strict=True)]
     again = [codec.decode(stream, ids[:500]) for codec, stream in zip(codecs, streams, strict=True)]
     for part, found, repeated in zip(parts, restored, again, strict=True):
-        assert (found.first_layer, found.first_kv_head) == (part.first_layer, part.first_kv_head)
+        assert found.extent == part.extent
         for side in ("keys", "values"):
             exact, coded = getattr(part, side), getattr(found, side)
             assert torch.equal(coded, getattr(repeated, side)), "restored exactly as coded"
@@ -71,4 +71,4 @@ def test_ranks_restore_their_parts_and_refuse_the_others(model, ids, whole, spli
         codecs[1].decode(streams[0], ids[:500])
     # A part that says nothing of where it stands is taken for the first.
     with pytest.raises(GeometryMismatch):
-        codecs[1].encode(replace(parts[1], first_layer=0, first_kv_head=0), ids[:500])
+        codecs[1].encode(replace(parts[1], layers=None, first_kv_head=0), ids[:500])

@@ -1,7 +1,8 @@
-"""The format does not drift: bytes of version 2 that are kept, and a second decoder written from docs/format.md alone."""
+"""The format does not drift: bytes of version 3 that are kept, and a second decoder written from docs/format.md alone."""
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import zlib
@@ -14,6 +15,14 @@ import pytest
 import torch
 import zstandard
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from kvtc.cache import KVCache
 from kvtc.calibration import Calibration
@@ -46,7 +55,7 @@ JOINT_PROFILES = ["joint", "conditional"]
 
 
 def golden_stream(profile: str = "paper") -> bytes:
-    name = "stream_v2.hex" if profile == "paper" else f"stream_v2_{profile}.hex"
+    name = "stream_v3.hex" if profile == "paper" else f"stream_v3_{profile}.hex"
     return bytes.fromhex((GOLDEN / name).read_text())
 
 
@@ -278,6 +287,69 @@ def known_of(profile: str, ids: Tensor) -> Recomputed | None:
     return told_model().run(ids.numpy()) if profile == "conditional" else None
 
 
+def golden_groups_cache() -> DynamicCache:
+    """20 tokens: full attention in layers 1 and 4, a window in 0 and 5, states in 2, latents with an indexer in 3, nothing in 6."""
+
+    def formula(*shape: int) -> Tensor:
+        patterns = 16256 + (torch.arange(math.prod(shape)) * 7919) % 389 - 128
+        return patterns.to(torch.int16).view(torch.bfloat16).reshape(1, *shape)
+
+    cache = DynamicCache()
+    for layer in range(7):
+        if layer in (1, 4):
+            cache.layers.append(DynamicLayer())
+            cache.layers[layer].update(formula(2, 20, 4), -formula(2, 20, 4))
+        elif layer in (0, 5):
+            cache.layers.append(DynamicSlidingWindowLayer(sliding_window=7))
+            cache.layers[layer].update(formula(1, 20, 4), -formula(1, 20, 4))
+        elif layer == 2:
+            cache.layers.append(LinearAttentionLayer())
+            cache.layers[layer].update_conv_state(formula(6, 4))
+            cache.layers[layer].update_recurrent_state(formula(2, 3, 4).float())
+        elif layer == 3:
+            cache.layers.append(DynamicIndexedLayer())
+            cache.layers[layer].update(formula(1, 20, 6), formula(1, 20, 2))
+            cache.layers[layer].update_indexer(formula(20, 4))
+        else:
+            cache.layers.append(DummyLayer())
+    return cache
+
+
+def test_the_golden_stream_of_groups():
+    """Integers alone decide its bytes, and the page suffices to read them."""
+    cache, stream = golden_groups_cache(), golden_stream("groups")
+    codec = Codec(lossless=True, chunk_tokens=8)
+    assert codec.encode(cache).hex() == stream.hex()
+    found = groups_by_the_page(stream)
+    full, latent, window, convolution, state, indexer, nothing = sorted(
+        found, key=lambda one: (one["kind"] in (4, 5, 6), one["kind"] == 2, one["kind"], one["part"])
+    )
+    assert [one["layers"] for one in (full, window, latent, convolution, state, indexer, nothing)] == [
+        [1, 4],
+        [0, 5],
+        [3],
+        [2],
+        [2],
+        [3],
+        [6],
+    ]
+    both = full["numbers"].reshape(2, 2, 2, 20, 4)
+    for at, layer in enumerate((1, 4)):
+        np.testing.assert_array_equal(both[0, at], cache.layers[layer].keys[0].float().numpy())
+        np.testing.assert_array_equal(both[1, at], cache.layers[layer].values[0].float().numpy())
+    for one, layers in ((window, (0, 5)), (latent, (3,))):
+        for at, layer in enumerate(layers):
+            width = cache.layers[layer].keys.shape[-1]
+            np.testing.assert_array_equal(one["numbers"][at][..., :width], cache.layers[layer].keys[0].float().numpy())
+            np.testing.assert_array_equal(
+                one["numbers"][at][..., width:], cache.layers[layer].values[0].float().numpy()
+            )
+    np.testing.assert_array_equal(convolution["numbers"][0], cache.layers[2].conv_states[0][0].float().numpy())
+    np.testing.assert_array_equal(state["numbers"][0], cache.layers[2].recurrent_states[0][0].numpy())
+    np.testing.assert_array_equal(indexer["numbers"][0, 0], cache.layers[3].indexer_keys[0].float().numpy())
+    assert nothing["numbers"].size == 0
+
+
 # From here on nothing of the package is used but the tensors of a calibration, and of a model's first layers.
 
 
@@ -291,10 +363,14 @@ def decode_by_the_page(
     magic, version, profile, flags, n_groups, _, cell, n_chunks, n_sections, crc = struct.unpack_from(
         "<4s4B16s4I", data
     )
-    kind, dtype, _, layers, _, heads, dim, value_dim, _, rope_length = struct.unpack_from("<2B7HI", data, 40)
-    section_table = 60 + 20 * n_chunks
+    kind, dtype, n_runs, part, _, heads, dim, value_dim, group_flags, rope_length = struct.unpack_from(
+        "<2B7HI", data, 40
+    )
+    layers = struct.unpack_from("<2H", data, 60)[1]
+    section_table = 64 + 20 * n_chunks
     tables_end = section_table + 20 * n_sections
-    assert (magic, version, n_groups, kind, value_dim) == (b"KVTC", 2, 1, 1, dim)
+    assert (magic, version, n_groups, kind, n_runs, part) == (b"KVTC", 3, 1, 1, 1, 1)
+    assert (value_dim, group_flags) == (dim, 0)
     assert zlib.crc32(data[:36] + data[40:tables_end]) == crc
     sections, start = {}, tables_end
     for index in range(n_sections):
@@ -302,7 +378,7 @@ def decode_by_the_page(
         part = data[start : start + stored]
         assert (group, zlib.crc32(part)) == (0, crc)
         if coder == 4:
-            n_tokens = struct.unpack_from("<3H", data, 64 + 20 * chunk)[kind - 3]
+            n_tokens = struct.unpack_from("<3H", data, 68 + 20 * chunk)[kind - 3]
             sections[kind, chunk] = exact_floats(part, (2 * layers * heads, n_tokens, dim), dtype)
             assert len(sections[kind, chunk]) == raw
         else:
@@ -322,7 +398,7 @@ def decode_by_the_page(
     positions: list[int] = []
     parts: list[np.ndarray] = []
     for index in range(n_chunks):
-        first, n_sink, n_body, n_window, chunk_flags, _ = struct.unpack_from("<IHHHH8s", data, 60 + 20 * index)
+        first, n_sink, n_body, n_window, chunk_flags, _ = struct.unpack_from("<IHHHH8s", data, 64 + 20 * index)
         n = n_sink + n_body + n_window
         if chunk_flags & 1:
             assert flags & 4
@@ -354,6 +430,68 @@ def decode_by_the_page(
         positions += here
     both = np.concatenate(parts, axis=3)
     return positions, rope_length, both[0], both[1]
+
+
+def groups_by_the_page(data: bytes) -> list[dict]:
+    """The groups of a lossless stream: kind, part, layers, and numbers by layer, rows of all chunks together."""
+    profile, _, n_groups, cell, n_chunks, n_sections = struct.unpack_from("<x3B16x3I", data, 4)
+    assert (data[:5], profile) == (b"KVTC\x03", 4)
+    entries = [struct.unpack_from("<2B7HI", data, 40 + 20 * index) for index in range(n_groups)]
+    at, groups = 40 + 20 * n_groups, []
+    for kind, dtype, n_runs, part, _, heads, key_dim, value_dim, flags, extent in entries:
+        layers = []
+        for _ in range(n_runs):
+            first, count = struct.unpack_from("<2H", data, at)
+            layers += range(first, first + count)
+            at += 4
+        axes = [axis for axis in (heads, key_dim, value_dim) if axis]
+        groups.append(
+            {
+                "kind": kind,
+                "dtype": dtype,
+                "part": part,
+                "layers": layers,
+                "axes": axes,
+                "flags": flags,
+                "extent": extent,
+                "parts": [],
+            }
+        )
+    chunks = [struct.unpack_from("<IHHHH8s", data, at + 20 * index) for index in range(n_chunks)]
+    assert all(first // cell == (first + n - 1) // cell for first, _, n, _, _, _ in chunks)
+    at += 20 * n_chunks
+    start = at + 20 * n_sections
+    for index in range(n_sections):
+        kind, coder, number, chunk, raw, stored, crc = struct.unpack_from("<BBHIIII", data, at + 20 * index)
+        part, start = data[start : start + stored], start + stored
+        assert zlib.crc32(part) == crc
+        if kind == 1:
+            assert (raw, stored) == (0, 0)
+            continue
+        group, n_tokens = groups[number], chunks[chunk][2]
+        size = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1}[group["dtype"]]
+        is_coded = number == 0 and group["kind"] == 1 and group["axes"][1] == group["axes"][2]
+        if group["kind"] == 4:
+            assert kind == 7
+            shape = len(group["layers"]), *group["axes"]
+            order = (-1, *shape[-2:])
+        else:
+            heads, width = group["axes"][0], sum(group["axes"][1:])
+            n_rows = raw // (size * len(group["layers"]) * heads * width)
+            assert n_rows == n_tokens or group["kind"] == 2
+            shape = len(group["layers"]), heads, n_rows, width
+            if is_coded:
+                shape = 2, len(group["layers"]) * heads, n_rows, width // 2
+            order = (-1, *shape[-2:])
+        n_numbers = math.prod(shape)
+        order = (n_numbers // (order[1] * order[2]), *order[1:])
+        plain = exact_floats(part, order, group["dtype"]) if coder == 4 else undo_coder(part, coder, raw)
+        group["parts"].append(numbers(plain, shape, group["dtype"]))
+    assert start == len(data)
+    for group in groups:
+        parts = group["parts"]
+        group["numbers"] = np.concatenate(parts, axis=-2) if parts else np.empty(0)
+    return groups
 
 
 def both_sides(

@@ -124,7 +124,7 @@ def test_rotations_that_depend_on_a_texts_length_are_refused():
 
     odd = replace(
         calibration,
-        geometry=CacheGeometry(0, geometry.n_layers, 0, geometry.n_kv_heads, geometry.head_dim, LengthDependent()),
+        geometry=CacheGeometry(geometry.layers, 0, geometry.n_kv_heads, geometry.head_dim, LengthDependent()),
     )
     with pytest.raises(UnsupportedModel, match="length of a sequence"):
         WindowlessCodec(odd, settings())
@@ -151,7 +151,7 @@ def test_calibrations_of_ranks_are_named_by_the_rank(tmp_path):
 
 def test_heads_are_shared_out_as_engines_do():
     parts = worker_shards(12, 8, 64, 4, [(0, 6), (6, 6)])
-    assert [(part.first_layer, part.first_kv_head, part.n_kv_heads) for part in parts[3:6]] == [
+    assert [(part.layers[0], part.first_kv_head, part.n_kv_heads) for part in parts[3:6]] == [
         (0, 6, 2),
         (6, 0, 2),
         (6, 2, 2),

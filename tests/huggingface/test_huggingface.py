@@ -15,9 +15,10 @@ from kvtc.calibration.rows import CalibrationRows
 from kvtc.errors import GeometryMismatch, InvalidArgument, MissingDependency, UnsupportedModel
 from kvtc.huggingface.calibrate import calibrate
 from kvtc.huggingface.model_identity import calibrated_identity
-from kvtc.huggingface.models import capture, check_supported, geometry_of
+from kvtc.huggingface.models import capture, check_full_attention, geometry_of, verify_rope
 from kvtc.huggingface.rope_discovery import context_length, rope_from_config
 from kvtc.huggingface.sensitivity import Sensitivity
+from tests.tiny_architectures import tiny_config, tiny_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -61,14 +62,49 @@ def config(name: str, **changes: Any) -> Any:
         ("Jamba", {}, "layer 0 of jamba is a linear_attention layer"),
         ("FalconH1", {}, "layer 0 of falcon_h1 is a hybrid layer"),
         ("Mamba", {}, "layer 0 of mamba is a linear_attention layer"),
-        ("Gemma4Text", {}, "gemma4_text has layers that differ in head_dim"),
+        ("Gemma4Text", {}, "layer 0 of gemma4_text is a sliding_attention layer"),
     ],
 )
 def test_other_than_full_attention_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
-        check_supported(config(name, **changes))
+        check_full_attention(config(name, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("gemma3_text", (2, 5)),
+        ("gemma4_text", (1, 3)),
+        ("gpt_oss", (1, 3)),
+        ("qwen3_next", (3,)),
+        ("jamba", (1, 3)),
+        ("falcon_h1", (0, 1, 2, 3)),
+        ("nemotron_h", (1,)),
+        ("lfm2", (1, 3)),
+        ("minimax_m3_vl_text", (0, 1, 2, 3)),
+    ],
+)
+def test_the_geometry_is_of_the_layers_of_full_attention(name: str, layers: tuple[int, ...]) -> None:
+    model = tiny_model(name)
+    geometry = geometry_of(model)
+    assert geometry == geometry_of(model.config)
+    assert geometry.layers == layers
+    cache = capture(model, IDS, geometry)
+    assert cache.extent == geometry.extent
+    assert verify_rope(model, geometry, IDS) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deepseek_v3", "every layer of deepseek_v3 uses multi-head latent attention"),
+        ("mamba2", "no layer of mamba2 keeps keys and values of every token; layer 0 is a linear_attention layer"),
+        ("mistral", "no layer of mistral keeps keys and values of every token; layer 0 is a sliding_attention layer"),
+    ],
+)
+def test_a_model_without_full_attention_has_no_geometry(name: str, message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
-        geometry_of(config(name, **changes))
+        geometry_of(tiny_config(name))
 
 
 @pytest.mark.parametrize(
@@ -81,15 +117,15 @@ def test_other_than_full_attention_is_refused(name: str, changes: dict[str, Any]
     ],
 )
 def test_full_attention_is_supported(name: str, changes: dict[str, Any]) -> None:
-    check_supported(config(name, **changes))
+    check_full_attention(config(name, **changes))
 
 
 def test_geometry_of_a_model_and_of_its_config(llama: Any) -> None:
     geometry = geometry_of(llama)
     assert geometry == geometry_of(llama.config)
-    assert geometry == CacheGeometry(0, 4, 0, 4, 8, rope_from_config(llama.config))
+    assert geometry == CacheGeometry((0, 1, 2, 3), 0, 4, 8, rope_from_config(llama.config))
     part = geometry_of(llama, layers=(1, 3), kv_heads=(2, 4))
-    assert part == CacheGeometry(1, 2, 2, 2, 8, geometry.rope.slice_layers(1, 3))
+    assert part == CacheGeometry((1, 2), 2, 2, 8, geometry.rope.of_layers([1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -235,18 +271,18 @@ def test_a_cache_of_unexpected_shape_is_refused() -> None:
 
 def test_without_transformers_the_message_says_what_to_install(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for call in (check_supported, rope_from_config, geometry_of):
+    for call in (check_full_attention, rope_from_config, geometry_of):
         with pytest.raises(MissingDependency, match=r'pip install "kvtc\[hf\]"'):
             call(llama.config)
 
 
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="transformers model or config, got str"):
-        check_supported("llama")
+        check_full_attention("llama")
     with pytest.raises(InvalidArgument, match="transformers model or config, got Linear"):
         geometry_of(nn.Linear(2, 2))
     with pytest.raises(UnsupportedModel, match="blt has no num_hidden_layers"):
-        check_supported(transformers.BltConfig())
+        check_full_attention(transformers.BltConfig())
 
 
 class Seen(CalibrationRows):

@@ -238,7 +238,7 @@ def test_refuses_what_is_no_prefix(prefixes: PrefixCache) -> None:
     with pytest.raises(InvalidArgument, match="DynamicCache"):
         prefixes.save(told_ids(50), {})
     with pytest.raises(GeometryMismatch):
-        prefixes.save(told_ids(50), replace(told_cache(50), first_layer=1))
+        prefixes.save(told_ids(50), replace(told_cache(50), layers=(1, 2, 3)))
     bad = told_cache(50)
     bad.keys[0, 0, 0, 0] = float("nan")
     with pytest.raises(InvalidCache, match="NaN"):

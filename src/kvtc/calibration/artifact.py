@@ -26,7 +26,7 @@ from ..coding.joint.importance import Importance
 from ..coding.paper.distortion import BLOCK_SIZES, SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
-from ..container.tables import FULL_ATTENTION
+from ..container.groups import FULL_ATTENTION
 from ..errors import CorruptCalibration, InvalidArgument, KvtcError, UnsupportedVersion
 from ..files import write_atomically
 from ..process.torch_state import neutral_torch_state
@@ -41,7 +41,7 @@ from .joint_calibration import (
 )
 from .quality_curve import QualityCurve
 
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 FINGERPRINT_BYTES = 16
 MAX_GROUP_SIZE = 0xFFFF
 KINDS = ("key", "value")
@@ -298,8 +298,7 @@ def _group_json(geometry: CacheGeometry) -> dict[str, Any]:
     """The entry of a group of layers in the file, but for its variances."""
     return {
         "kind": FULL_ATTENTION,
-        "first_layer": geometry.first_layer,
-        "n_layers": geometry.n_layers,
+        "layers": list(geometry.layers),
         "first_kv_head": geometry.first_kv_head,
         "n_kv_heads": geometry.n_kv_heads,
         "key_dim": geometry.head_dim,
@@ -323,13 +322,15 @@ def _only_group(groups: list[Any]) -> dict[str, Any]:
 
 
 def _geometry_of(group: dict[str, Any]) -> CacheGeometry:
-    names = ("first_layer", "n_layers", "first_kv_head", "n_kv_heads", "key_dim", "value_dim")
+    names = ("first_kv_head", "n_kv_heads", "key_dim", "value_dim")
+    listed = strict_json.items(group["layers"], "layers")
+    layers = tuple(strict_json.whole(layer, "layers", 0, MAX_EXTENT) for layer in listed)
     *extents, key_dim, value_dim = (strict_json.whole(group[name], name, 0, MAX_EXTENT) for name in names)
     if key_dim != value_dim:
         raise UnsupportedVersion(
             f"a calibration for keys of {key_dim} features and values of {value_dim}; this kvtc reads equal widths: "
             "upgrade kvtc"
         )
-    first_layer, n_layers, first_kv_head, n_kv_heads = extents
+    first_kv_head, n_kv_heads = extents
     rope = Rope.from_json(strict_json.fields(group["rope"], "rope"))
-    return CacheGeometry(first_layer, n_layers, first_kv_head, n_kv_heads, key_dim, rope)
+    return CacheGeometry(layers, first_kv_head, n_kv_heads, key_dim, rope)

@@ -54,7 +54,7 @@ class ConditionalCalibration:
             return None
         layers, identity = tensors["recomputed.layers"], tensors["recomputed.identity"]
         weights, explained = tensors["recomputed.weights"], tensors["recomputed.explained"]
-        expect("recomputed.layers", layers, (1,), torch.int64, 1, geometry.first_layer + geometry.n_layers - 1)
+        expect("recomputed.layers", layers, (1,), torch.int64, 1, geometry.layers[-1])
         expect("recomputed.identity", identity, (IDENTITY_BYTES,), torch.uint8)
         n_layers = int(layers)
         behind = geometry.behind(own_layers(n_layers, geometry))
@@ -72,4 +72,4 @@ class ConditionalCalibration:
 
 def own_layers(n_layers: int, geometry: CacheGeometry) -> int:
     """How many layers of a geometry are among the first n_layers of the model."""
-    return max(0, n_layers - geometry.first_layer)
+    return sum(layer < n_layers for layer in geometry.layers)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import Calibration
-from ..container.tables import FULL_ATTENTION
+from ..container.groups import FULL_ATTENTION
 from ..report.table import format_bytes
 
 Fields = list[tuple[str, object]]

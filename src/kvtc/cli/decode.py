@@ -99,16 +99,17 @@ def _generate(options: argparse.Namespace, cache: KVCache, token_ids: Any, token
     import torch
 
     from ..codec.transformers_cache import to_transformers
-    from ..huggingface.models import geometry_of
+    from ..huggingface.models import check_full_attention, geometry_of
 
     model = load_model(options.model, options.device)
+    check_full_attention(model)
     whole = geometry_of(model)
     if whole.describe() != cache.describe():
         raise InvalidArgument(
             f"to generate, the stream must hold the whole cache: {whole.describe()}; it holds {cache.describe()}"
         )
     # The model needs the last token as input to predict the one after it; what the cache knows of it would count twice.
-    past = to_transformers(cache.keys[None, :, :, :-1], cache.values[None, :, :, :-1], cache.first_layer)
+    past = to_transformers(cache.keys[None, :, :, :-1], cache.values[None, :, :, :-1], cache.resolved_layers())
     ids = token_ids[None].to(options.device)
     with torch.no_grad(), task("generating", options.generate, "tokens") as advance:
         output = model.generate(

@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import KvtcError, MissingDependency
 from ..process.progress import task, track
 from .arguments import Outcome, Subcommands
+from .model_support import describe_model
 from .models import quiet_transformers
 
 if TYPE_CHECKING:
@@ -38,11 +39,14 @@ _TOKENS = 8
 
 def add_subcommands(subcommands: Subcommands) -> None:
     """Add `doctor`."""
-    subcommands.add(doctor)
+    parser = subcommands.add(doctor)
+    parser.add_argument("model", nargs="?", help="a model, or its config.json: say what is done with its cache instead")
 
 
-def doctor(options: argparse.Namespace) -> Outcome:  # noqa: ARG001  every subcommand is called alike
-    """Say what works on this machine, and why the rest does not."""
+def doctor(options: argparse.Namespace) -> Outcome:
+    """Say what works on this machine, and why the rest does not; or what is done with the cache of a model."""
+    if options.model is not None:
+        return describe_model(options.model)
     packages = [{"package": name, "version": _version(name), "for": purpose} for name, purpose in OPTIONAL.items()]
     with task("coding a cache on every device"):
         devices = _devices()

@@ -123,10 +123,11 @@ def encode(options: argparse.Namespace) -> Outcome:
 
 def _prefill(options: argparse.Namespace, calibration: Calibration) -> tuple[KVCache, Tensor, float]:
     """The cache of a text, the ids of its tokens, and seconds."""
-    from ..huggingface.models import capture
+    from ..huggingface.models import capture, check_full_attention
 
     token_ids = text_ids(options, options.input, load_tokenizer(options.model))
     model = load_model(options.model, options.device)
+    check_full_attention(model)
     started = time.perf_counter()
     cache = capture(model, token_ids, calibration.geometry, PIECE_TOKENS)
     return cache, token_ids, time.perf_counter() - started

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..layer_runs import describe_layers
 from .arguments import Outcome, Subcommands, read_stream
 
 if TYPE_CHECKING:
@@ -87,9 +88,13 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
 
 
 def _describe_group(group: GroupInfo) -> str:
-    widths = f"key_dim {group.key_dim}, value_dim {group.value_dim}"
-    return f"{group.kind}, {group.dtype}, layers {_range(group.layers)}, kv heads {_range(group.kv_heads)}, {widths}"
+    from ..report.table import format_ratio
 
-
-def _range(half_open: tuple[int, int]) -> str:
-    return f"{half_open[0]}..{half_open[1] - 1}"
+    heads, key_dim, value_dim = group.shape
+    if group.part == "keys and values":
+        shape = f"kv heads {group.first_kv_head}..{group.first_kv_head + heads - 1}, key_dim {key_dim}, value_dim {value_dim}"
+    else:
+        shape = f"{group.part}, {' x '.join(str(axis) for axis in group.shape if axis) or 'nothing'}"
+    how = "coded" if group.is_coded else "exact"
+    cost = f"{how}: {group.original_bytes:,} -> {group.stored_bytes:,} bytes, ratio {format_ratio(group.ratio)}"
+    return f"{group.kind}, {group.dtype}, layers {describe_layers(group.layers)}, {shape}; {cost}"

@@ -11,23 +11,27 @@ import torch
 from torch import Tensor
 
 from ..backends import Bytes, Target, make_backend
-from ..cache import CACHE_DTYPES, KVCache, TokenIds
+from ..cache import CACHE_DTYPES, CacheGeometry, KVCache, TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.device import usable_device
 from ..coding.regions import ChunkSpan, split_regions
+from ..coding.rope import NO_ROTATION, Rope
+from ..container.groups import FULL_ATTENTION, LATENT, Group
 from ..container.stream import Stream, parse_stream
-from ..container.tables import FORMAT_VERSION, LOSSLESS, Chunk
-from ..errors import InvalidArgument, InvalidCache, StreamTooLarge
+from ..container.tables import FORMAT_VERSION, LOSSLESS, Chunk, Header
+from ..errors import InvalidArgument, InvalidCache, StreamTooLarge, UnsupportedModel
 from ..key_digest import digest
+from ..layer_runs import describe_layers
 from ..process.forks import in_child
 from ..process.locks import ForkSafeLock
 from ..process.progress import track
 from ..process.torch_state import compute_alone, neutral_torch_state, writing_into
-from ..profiles import AnyEncoder, AnyProfile, make_profile
+from ..profiles import AnyEncoder, AnyProfile, LosslessProfile, make_profile
 from ..profiles.interface import CodedRows
 from ..profiles.rates import FixedSize, Lossless, Rate
 from . import pipeline
 from . import transformers_cache as interop
+from .exact_groups import read_groups
 from .fixed_size import fixed_stream_bytes
 from .opened_stream import MAX_TOKENS, OpenedStream, check_calibration, open_stream, shift_to
 from .options import (
@@ -42,7 +46,8 @@ from .options import (
 )
 from .pipeline import Decoding
 from .recomputing import recomputation_of, recompute_cache
-from .sealed_stream import chunks_of, draft_stream
+from .sealed_stream import StreamDraft, chunks_of, draft_stream, fingerprint_of
+from .transformers_cache import SplitCache
 
 
 class Codec:
@@ -52,7 +57,8 @@ class Codec:
     is to use more is spawned.
 
     Parameters:
-        calibration: of the model, from `kvtc.load_calibration` or `kvtc.calibrate`.
+        calibration: of the model, from `kvtc.load_calibration` or `kvtc.calibrate`; None: for a lossless codec, which then takes
+            the cache of any model.
         profile: "paper", "joint" or "conditional". The last one recomputes the first layers of the model, so it needs `model`,
             and encode and decode need the ids of all tokens from position 0 on. Default: "joint", or "paper" where the calibration
             serves that alone or an option of it is given.
@@ -95,7 +101,7 @@ class Codec:
     @neutral_torch_state
     def __init__(
         self,
-        calibration: Calibration,
+        calibration: Calibration | None = None,
         profile: str | None = None,
         ratio: float | None = None,
         sink_tokens: int = 4,
@@ -119,11 +125,11 @@ class Codec:
         backend: str = "auto",
         precision: str = "auto",
     ) -> None:
-        check_is_calibration(calibration)
+        check_is_calibration(calibration, lossless or isinstance(rate, Lossless))
         check_regions(sink_tokens, window_tokens)
         check_limit(max_tokens)
         arguments = RateArguments(ratio, step, kl, key_ratio, value_ratio, max_error, fixed_size, rate, lossless)
-        profile = profile or arguments.profile or ("paper" if calibration.joint is None else "joint")
+        profile = profile or arguments.profile or ("joint" if calibration and calibration.joint else "paper")
         self.calibration = calibration
         self.max_tokens = max_tokens
         self.rate = arguments.resolve(profile, calibration)
@@ -168,20 +174,24 @@ class Codec:
     def encode(self, cache: Any, token_ids: Any = None, positions: Any = None) -> bytes:
         """A cache -> stream. The cache is left as it was.
 
-        cache: a transformers `DynamicCache` of batch 1, or a `KVCache`. token_ids [T]: their digest is stored and must match on
-        decode; with `conditional` those of all tokens from position 0 on, up to the last of the cache, whose positions have no
-        gaps. positions [T]: where the tokens stand, increasing; default the cache's own, or 0 .. T-1.
+        cache: a transformers cache of batch 1, or a `KVCache`. The full-attention layers that the calibration covers are coded at
+        the codec's rate; all other layers (windows, states, latents, buffers) are kept bit for bit. token_ids [T]: their digest
+        is stored and must match on decode; with `conditional` those of all tokens from position 0 on, up to the last of the cache,
+        whose positions have no gaps. positions [T]: where the tokens stand, increasing; default the cache's own, or 0 .. T-1.
 
         Raises `InvalidCache`, `GeometryMismatch`, `UnsupportedModel`, `InvalidArgument`.
         """
         is_transformers = interop.is_transformers_cache(cache)
         if is_transformers:
-            if interop.batch_shape(cache)[0] != 1:
-                raise InvalidCache(f"the cache holds {interop.batch_shape(cache)[0]} sequences; use encode_batch")
-            cache = interop.from_transformers(cache, self.calibration.geometry)
-        elif not isinstance(cache, KVCache):
+            found = interop.TransformersCache(cache)
+            if found.n_sequences != 1:
+                raise InvalidCache(f"the cache holds {found.n_sequences} sequences; use encode_batch")
+            split = found.split(self._geometry)
+        elif isinstance(cache, KVCache):
+            split = interop.SplitCache(cache, [], cache.n_tokens)
+        else:
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
-        return self._encode(cache, as_ids(token_ids), as_ids(positions), is_transformers)
+        return self._encode(split, as_ids(token_ids), as_ids(positions), is_transformers)
 
     @neutral_torch_state
     def stream_bytes(
@@ -207,6 +217,23 @@ class Codec:
             raise InvalidArgument(f"{n_tokens} tokens, but {len(places)} positions")
         spans = self._spans(places)
         return self._size(chunks_of(self.settings, spans, places), dtype)
+
+    @property
+    def geometry(self) -> CacheGeometry:
+        """Of the group that is coded; `InvalidArgument` for a codec without a calibration."""
+        if self.calibration is None:
+            raise InvalidArgument("this codec was made without a calibration, which is needed here")
+        return self.calibration.geometry
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Of its calibration, as streams name it; zeros without one."""
+        return fingerprint_of(self.calibration)
+
+    @property
+    def _geometry(self) -> CacheGeometry | None:
+        """Of the group that is coded; None without a calibration."""
+        return None if self.calibration is None else self.calibration.geometry
 
     @property
     def is_lossless(self) -> bool:
@@ -267,26 +294,55 @@ class Codec:
         Raises `TruncatedStream`, `CorruptStream`, `UnsupportedVersion`, `CalibrationMismatch`, `GeometryMismatch`,
         `TokenMismatch`, `StreamTooLarge`, `InvalidArgument`.
         """
-        cache, is_transformers = self._decode(stream, token_ids, tokens, start_position)
-        if not is_transformers:
-            return cache
-        return interop.as_transformers(cache)
+        parsed = parse_stream(stream)
+        if parsed.header.exact:
+            return self._decode_groups(parsed, token_ids, tokens, start_position)
+        cache, is_transformers = self._decode(parsed, token_ids, tokens, start_position)
+        return interop.as_transformers(cache) if is_transformers else cache
 
     @neutral_torch_state
     def decode_neutral(
         self, stream: Bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
     ) -> KVCache:
-        """As `decode`, but a `KVCache` whatever was encoded: with positions, and without transformers."""
-        return self._decode(stream, token_ids, tokens, start_position)[0]
+        """As `decode`, but a `KVCache` whatever was encoded: with positions, and without transformers.
+
+        `UnsupportedModel` for a stream of other layers than full attention.
+        """
+        return self._decode(_of_one_group(stream), token_ids, tokens, start_position)[0]
+
+    def _decode_groups(self, stream: Stream, token_ids: Any, tokens: int | None, start_position: int | None) -> Any:
+        """A transformers cache of all groups."""
+        if start_position is not None:
+            raise InvalidArgument(
+                "a cache of several groups of layers stays where it was: start_position cannot be given"
+            )
+        opened = self._open(stream, as_ids(token_ids), tokens)
+        exact = read_groups(stream, opened.n_chunks, opened.n_tokens)
+        coded = None
+        if opened.header.coded is not None:
+            decoding = self._decoding([opened])
+            layers = [decoding.new_layer(layer) for layer in track(range(opened.header.n_layers), "decoding", "layers")]
+            coded = [(keys[None], values[None]) for keys, values in layers]
+        return interop.grouped_cache(opened.header, coded, [exact], [opened.n_tokens], self.device)
+
+    def _decoding(self, opened: Sequence[OpenedStream], shifts: Sequence[int] | None = None) -> Decoding:
+        header = opened[0].header
+        geometry = self._geometry
+        if geometry is None:
+            rope = Rope((), (NO_ROTATION,) * header.n_layers)
+            geometry = CacheGeometry(header.layers, header.first_kv_head, header.n_kv_heads, header.head_dim, rope)
+        return Decoding(opened, shifts or [0] * len(opened), geometry, self.backend)
 
     def _decode(
-        self, stream: Bytes, token_ids: Any, tokens: int | None, start_position: int | None
+        self, stream: Stream, token_ids: Any, tokens: int | None, start_position: int | None
     ) -> tuple[KVCache, bool]:
-        """The cache, and whether it was one of transformers."""
-        opened = self._open(parse_stream(stream), as_ids(token_ids), tokens)
+        """The cache of the only group, and whether it was one of transformers."""
+        opened = self._open(stream, as_ids(token_ids), tokens)
         header = opened.header
         shift = shift_to(start_position, opened)
-        decoding = Decoding([opened], [shift], self.calibration, self.backend)
+        if shift and self.calibration is None:
+            raise InvalidArgument("without a calibration the rotation is not known: start_position cannot be given")
+        decoding = self._decoding([opened], [shift])
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
         keys = torch.empty(shape, dtype=header.dtype, device=self.device)
         values = torch.empty_like(keys)
@@ -295,7 +351,7 @@ class Codec:
         positions = opened.positions[: opened.n_tokens] + shift
         # 0: it was not recorded, for no frequency depends on it. Moved to the front, a length too short would be negative.
         rope_length = max(0, header.rope_length + shift) if header.rope_length else None
-        cache = KVCache(keys, values, positions, header.first_layer, header.first_kv_head, rope_length)
+        cache = KVCache(keys, values, positions, header.layers, header.first_kv_head, rope_length)
         return cache, header.is_transformers
 
     @neutral_torch_state
@@ -304,19 +360,22 @@ class Codec:
 
         Arguments and stream are checked, and coefficients decoded, before this returns.
         """
-        opened = self._open(parse_stream(stream), as_ids(token_ids), None)
-        header, decoding = opened.header, Decoding([opened], [0], self.calibration, self.backend)
-        return ((header.first_layer + layer, *decoding.new_layer(layer)) for layer in range(header.n_layers))
+        opened = self._open(_of_one_group(stream), as_ids(token_ids), None)
+        header, decoding = opened.header, self._decoding([opened])
+        return ((layer, *decoding.new_layer(index)) for index, layer in enumerate(header.layers))
 
     @neutral_torch_state
     def decode_lazily(self, stream: Bytes, token_ids: Any = None, tokens: int | None = None) -> Any:
         """As `decode`, but always a `DynamicCache`, whose layers are restored when the model first comes to them.
 
         Arguments and stream are checked, and coefficients decoded, before this returns. On CUDA each layer is restored beside the
-        computations of the one before it.
+        computations of the one before it. A cache of several groups of layers is restored at once.
         """
-        opened = self._open(parse_stream(stream), as_ids(token_ids), tokens)
-        decoding = Decoding([opened], [0], self.calibration, self.backend)
+        parsed = parse_stream(stream)
+        if parsed.header.exact:
+            return self._decode_groups(parsed, token_ids, tokens, None)
+        opened = self._open(parsed, as_ids(token_ids), tokens)
+        decoding = self._decoding([opened])
         return interop.lazy_cache(decoding.new_layer, opened.n_tokens, opened.header, self.device)
 
     @neutral_torch_state
@@ -334,14 +393,17 @@ class Codec:
         The others as in `decode`, which also says what is raised; what is read of the stream is checked before anything is
         written.
         """
-        opened = self._open(parse_stream(stream), as_ids(token_ids), tokens)
+        opened = self._open(_of_one_group(stream), as_ids(token_ids), tokens)
         places = {len(target.token_offsets) for sides in targets for target in sides}
         if len(targets) != opened.header.n_layers or places != {opened.n_tokens}:
             raise InvalidArgument(
                 f"targets for {len(targets)} layers and {sorted(places)} tokens; the stream holds {opened.header.n_layers} layers, "
                 f"and {opened.n_tokens} tokens are decoded"
             )
-        decoding = Decoding([opened], [shift_to(start_position, opened)], self.calibration, self.backend)
+        shift = shift_to(start_position, opened)
+        if shift and self.calibration is None:
+            raise InvalidArgument("without a calibration the rotation is not known: start_position cannot be given")
+        decoding = self._decoding([opened], [shift])
         with writing_into(*(target.data for sides in targets for target in sides)):
             for layer, sides in enumerate(targets):
                 decoding.write_layer(layer, [sides])
@@ -354,7 +416,8 @@ class Codec:
         counts them.
         """
         ids, mask = as_tensor(token_ids, "token ids"), as_tensor(attention_mask, "attention mask").bool()
-        shape = interop.batch_shape(cache)
+        found = interop.TransformersCache(cache)
+        shape = (found.n_sequences, ids.shape[-1] if found.n_tokens is None else found.n_tokens)
         if tuple(ids.shape) != shape or tuple(mask.shape) != shape:
             raise InvalidArgument(
                 f"token_ids {tuple(ids.shape)} and attention_mask {tuple(mask.shape)} must both be {shape}: "
@@ -364,8 +427,8 @@ class Codec:
             raise InvalidArgument("the attention mask has padding after real tokens; kvtc expects padding on the left")
         streams = []
         for index in range(shape[0]):
-            tokens = mask[index].nonzero().flatten().cpu()
-            part = interop.from_transformers(cache, self.calibration.geometry, index, tokens)
+            padding = int((~mask[index]).sum())
+            part = found.split(self._geometry, index, padding)
             streams.append(self._encode(part, as_ids(ids[index][mask[index]]), None, is_transformers=True))
         return streams
 
@@ -400,9 +463,10 @@ class Codec:
             row = ids[index]
             row = row[longest - length :] if row is not None and is_padded else row
             opened.append(self._open(stream, row, None))
-            if opened[index].header.dtype != opened[0].header.dtype:
+            if _without_extents(opened[index].header) != _without_extents(opened[0].header):
                 raise InvalidArgument(
-                    f"stream {index} holds {opened[index].header.dtype}, stream 0 {opened[0].header.dtype}"
+                    f"stream {index} holds other groups of layers than stream 0: {describe_groups(stream.header)} instead of "
+                    f"{describe_groups(parsed[0].header)}"
                 )
         profiles = {stream.header.profile for stream in parsed}
         groups = [
@@ -410,58 +474,95 @@ class Codec:
             for profile in sorted(profiles)
         ]
         # Coefficients come first: memory for the batch is asked for once all streams have proved sound.
-        decodings = [
-            Decoding([opened[index] for index in group], [0] * len(group), self.calibration, self.backend)
-            for group in groups
-        ]
         header = opened[0].header
+        exact = [read_groups(stream, one.n_chunks, one.n_tokens) for stream, one in zip(parsed, opened, strict=True)]
+        decodings = [self._decoding([opened[index] for index in group]) for group in groups if header.coded is not None]
         mask = torch.zeros(len(streams), longest, dtype=torch.int64, device=self.device)
+        for index, length in enumerate(lengths):
+            mask[index, longest - length :] = 1
+        if header.coded is None:
+            return interop.grouped_cache(header, None, exact, lengths, self.device), mask
         shape = (len(streams), header.n_layers, header.n_kv_heads, longest, header.head_dim)
         keys = torch.zeros(shape, dtype=header.dtype, device=self.device)
         values = torch.zeros_like(keys)
-        for index, length in enumerate(lengths):
-            mask[index, longest - length :] = 1
         for group, decoding in zip(groups, decodings, strict=True):
             for layer in range(header.n_layers):
                 places = [(index, layer, slice(None), slice(longest - lengths[index], None)) for index in group]
                 decoding.write_layer(layer, [(Target.of(keys[at]), Target.of(values[at])) for at in places])
-        return interop.to_transformers(keys, values, header.first_layer), mask
+        if not header.exact:
+            return interop.to_transformers(keys, values, header.layers), mask
+        layers = [(keys[:, layer], values[:, layer]) for layer in range(header.n_layers)]
+        return interop.grouped_cache(header, layers, exact, lengths, self.device), mask
 
     def _encode(
         self,
-        cache: KVCache,
+        split: SplitCache,
         token_ids: TokenIds | None,
         positions: TokenIds | None,
         is_transformers: bool,
     ) -> bytes:
+        cache = split.coded
+        if split.exact and (positions is not None or self.settings.fixed_size):
+            raise InvalidArgument(
+                "a cache of several groups of layers stands at positions 0 and after, and its streams have no fixed size"
+            )
+        if cache is None:
+            return self._encode_exactly(split, token_ids, is_transformers)
         if positions is not None:
             cache = replace(cache, positions=torch.from_numpy(positions))
         cache = cache.plain()
         cache.validate(is_finite=not self.is_lossless)
-        self.calibration.geometry.check(cache)
+        if self._geometry is not None:
+            self._geometry.check(cache)
         recomputation = None if self._encoder is None else self._encoder.recomputation
         recomputed = recompute_cache(recomputation, cache, token_ids, self.settings.profile)
         if recomputed is not None and token_ids is not None:
             token_ids = token_ids[recomputed.first :]
         if token_ids is not None and len(token_ids) != cache.n_tokens:
             raise InvalidArgument(f"the cache holds {cache.n_tokens} tokens, but {len(token_ids)} token ids are given")
-        spans = self._spans(cache.resolved_positions())
-        blocks = self.backend.block_coder
-        draft = draft_stream(self.settings, self.calibration, cache, is_transformers, token_ids, spans, blocks)
-        if self._encoder is None:
+        places = cache.resolved_positions()
+        spans = self._spans(places)
+        draft = self._draft(replace(split, coded=cache), is_transformers, token_ids, spans, places)
+        if self._encoder is None or self.calibration is None:
             return draft.seal(b"", CodedRows(), is_final=True, size=None)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
         return pipeline.encode(cache, recomputed, spans, draft, size, self.calibration, self.backend, self._encoder)
+
+    def _encode_exactly(self, split: SplitCache, token_ids: TokenIds | None, is_transformers: bool) -> bytes:
+        """A cache no group of which is coded."""
+        n_tokens = split.n_tokens if split.n_tokens is not None else 0 if token_ids is None else len(token_ids)
+        if not n_tokens:
+            raise InvalidCache(
+                "the cache holds no tokens, or states alone, which do not say how many tokens they have read: give token_ids"
+            )
+        if token_ids is not None and len(token_ids) != n_tokens:
+            raise InvalidArgument(f"the cache holds {n_tokens} tokens, but {len(token_ids)} token ids are given")
+        places = torch.arange(n_tokens)
+        draft = self._draft(split, is_transformers, token_ids, self._spans(places), places)
+        return draft.seal(b"", CodedRows(), is_final=True, size=None)
+
+    def _draft(
+        self,
+        split: SplitCache,
+        is_transformers: bool,
+        token_ids: TokenIds | None,
+        spans: list[ChunkSpan],
+        places: Tensor,
+    ) -> StreamDraft:
+        blocks = self.backend.block_coder
+        return draft_stream(self.settings, self.calibration, split, is_transformers, token_ids, spans, places, blocks)
 
     def _spans(self, positions: Tensor) -> list[ChunkSpan]:
         return split_regions(positions, self.sink_tokens, self.window_tokens, self.settings.chunk_tokens)
 
     def _size(self, chunks: list[Chunk], dtype: torch.dtype) -> int:
         """Bytes of a stream of fixed size."""
-        if not isinstance(self.rate, FixedSize) or self._encoder is None:
+        encoder = self._encoder
+        if not isinstance(self.rate, FixedSize) or encoder is None or self.calibration is None:
             raise InvalidArgument("streams have a size of their own unless the codec is made with fixed_size=True")
-        geometry, encoder = self.calibration.geometry, self._encoder
-        return fixed_stream_bytes(chunks, geometry, dtype, self.rate.ratio, encoder.plan_bytes(), encoder.least_bytes)
+        return fixed_stream_bytes(
+            chunks, self.calibration.geometry, dtype, self.rate.ratio, encoder.plan_bytes(), encoder.least_bytes
+        )
 
     def _open(self, stream: Stream, token_ids: TokenIds | None, tokens: int | None) -> OpenedStream:
         check_calibration(stream.header, self.calibration)
@@ -481,8 +582,30 @@ class Codec:
     def _profile(self, name: str) -> AnyProfile:
         """A profile, whichever this codec writes, made ready at first need."""
         with self._lock:
-            if name not in self._profiles:
+            if name not in self._profiles and self.calibration is None:
+                self._profiles[name] = LosslessProfile(None, self.backend)
+            elif name not in self._profiles and self.calibration is not None:
                 self._profiles[name] = make_profile(
                     name, self.calibration, self.backend, self._product, self._recomputation
                 )
             return self._profiles[name]
+
+
+def _of_one_group(stream: Bytes) -> Stream:
+    """A stream parsed; `UnsupportedModel` unless the group that is coded is the only one."""
+    parsed = parse_stream(stream)
+    if parsed.header.exact:
+        raise UnsupportedModel(
+            f"the stream holds several groups of layers ({describe_groups(parsed.header)}), which decode and decode_batch restore"
+        )
+    return parsed
+
+
+def describe_groups(header: Header) -> str:
+    """The groups of a stream in words, for messages."""
+    return "; ".join(f"{group.describe()} of layers {describe_layers(group.layers)}" for group in header.groups)
+
+
+def _without_extents(header: Header) -> list[Group]:
+    """Groups, whatever length chose their rotation."""
+    return [replace(group, extent=0) if group.kind in (FULL_ATTENTION, LATENT) else group for group in header.groups]

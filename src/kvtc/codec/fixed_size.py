@@ -33,7 +33,7 @@ def fixed_stream_bytes(
     n_window = sum(chunk.n_window for chunk in chunks if chunk.coded_window)
     token_bytes = 2 * geometry.row_features * min(16, 8 * dtype.itemsize) / 8
     share = int(token_bytes * (n_body / ratio + n_window / max(1.0, ratio / WINDOW_SHARE)))
-    least = table_bytes(chunks) - SECTION_BYTES * n_exact + rate_bytes
+    least = table_bytes([geometry.layers], chunks) - SECTION_BYTES * n_exact + rate_bytes
     least += sum(2 * chunk.n_tokens for chunk in chunks if chunk.explicit_positions)
     counts = [chunk.n_body for chunk in chunks] + [chunk.n_window for chunk in chunks if chunk.coded_window]
     sizes = {count: least_bytes(count) for count in set(counts) if count}

@@ -22,7 +22,7 @@ from ..coding.exact.tokens import decode_exact, decode_fp8, exact_bytes, fp8_byt
 from ..coding.lossless import BlockCoder
 from ..coding.threads import Begun
 from ..container.stream import Stream, Wanted, parse_stream, token_digest
-from ..container.tables import MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType
+from ..container.tables import LOSSLESS, MAX_POSITION, STREAM_WIDE, Chunk, Header, SectionType
 from ..errors import (
     CalibrationMismatch,
     CorruptStream,
@@ -66,10 +66,12 @@ class OpenedStream:
     positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: the coded ones among them, with a window
     that is coded. decoder: of the stream's profile. coded: bodies and coded windows, in order. exact_bytes: of sinks and exact
     tokens, which may still be on their way. exact_parts: of each of them how many tokens it holds, the first, whether in fp8.
+    n_chunks: how many were read.
     """
 
     header: Header
     n_tokens: int
+    n_chunks: int
     decoder: AnyDecoder
     positions: Tensor
     body: slice
@@ -122,7 +124,7 @@ def open_stream(
     if own_ids is not None:
         _check_tokens(header, chunks, own_ids, n_tokens)
     plan = decoder.read_plan(_rate(stream, decoder))
-    keys = [(kind, index) for index, chunk in enumerate(chunks) for kind in chunk.sections()]
+    keys = [(kind, index) for index, chunk in enumerate(chunks) for kind in chunk.sections(header.coded is not None)]
     wanted = [(kind, index, _raw_bytes(kind, chunks[index], header, decoder, plan)) for kind, index in keys]
     _check_lengths(stream, chunks, wanted, decoder)
     left = stream.leave([one for one in wanted if _is_coded(one[0], chunks[one[1]], header)])
@@ -142,6 +144,9 @@ def open_stream(
     first = 0
     for index, chunk in enumerate(chunks):
         positions.append(_positions(read.get((SectionType.POSITIONS, index)), header, index, chunk))
+        if header.coded is None:
+            first += chunk.n_tokens
+            continue
         if chunk.n_sink:
             exact.append((chunk.n_sink, first, chunk.fp8_sinks))
         n_exact = chunk.exact_tokens(SectionType.BODY, header.profile)
@@ -163,10 +168,10 @@ def open_stream(
             raise CorruptStream(f"the padding of chunk {index} holds other bytes than zeros")
         first += chunk.n_tokens
     # Regions follow one another over the whole stream, so the coded tokens are one range. An exact body has none.
-    n_sink = sum(chunk.n_sink for chunk in chunks)
+    n_sink = sum(chunk.n_sink for chunk in chunks) if header.coded is not None else 0
     body = slice(n_sink, n_sink + sum(rows.n_tokens for rows in coded))
     whole = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
-    return OpenedStream(header, n_tokens, decoder, whole, body, coded, exact_bytes, exact)
+    return OpenedStream(header, n_tokens, len(chunks), decoder, whole, body, coded, exact_bytes, exact)
 
 
 def first_position(stream_bytes: bytes) -> int | None:
@@ -189,10 +194,21 @@ def positions_of(stream_bytes: bytes, max_tokens: int = MAX_TOKENS) -> Tensor:
     return torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
-def check_calibration(header: Header, calibration: Calibration) -> None:
-    """Raise `GeometryMismatch`, or `CalibrationMismatch`, where a stream was not made with a calibration."""
+def check_calibration(header: Header, calibration: Calibration | None) -> None:
+    """Raise `GeometryMismatch`, or `CalibrationMismatch`, where a stream was not made with a calibration; None: without one."""
+    if calibration is None:
+        if header.profile != LOSSLESS or any(header.fingerprint):
+            raise CalibrationMismatch(
+                f"the stream was made with calibration {header.fingerprint.hex()}, profile {header.profile}; this codec has none"
+            )
+        return
     geometry = calibration.geometry
-    found = CacheExtent(header.first_layer, header.n_layers, header.first_kv_head, header.n_kv_heads, header.head_dim)
+    if header.coded is None:
+        kinds = ", ".join(sorted({group.kind for group in header.groups}))
+        raise GeometryMismatch(
+            f"the calibration covers {geometry.describe()}; the stream holds no such group ({kinds})"
+        )
+    found = CacheExtent(header.layers, header.first_kv_head, header.n_kv_heads, header.head_dim)
     if found != geometry.extent:
         raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the stream holds {found.describe()}")
     if header.fingerprint != calibration.fingerprint:

@@ -24,9 +24,11 @@ _LARGEST_ID = 2**63 - 1
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def check_is_calibration(calibration: Calibration) -> None:
-    """Raise `InvalidArgument` for anything but a calibration."""
-    if not isinstance(calibration, Calibration):
+def check_is_calibration(calibration: Calibration | None, is_lossless: bool) -> None:
+    """Raise `InvalidArgument` for anything but a calibration, or nothing where every token is kept exactly."""
+    if calibration is None and not is_lossless:
+        raise InvalidArgument("a codec needs a calibration (kvtc.load_calibration), unless it is lossless")
+    if calibration is not None and not isinstance(calibration, Calibration):
         raise InvalidArgument(f"expected a kvtc.Calibration (kvtc.load_calibration), got {type(calibration).__name__}")
 
 
@@ -84,7 +86,7 @@ class RateArguments:
         of_paper = (self.key_ratio, self.value_ratio, self.max_error) != (None, None, None)
         return "paper" if of_paper or isinstance(self.rate, SideRatios | MaxError | Truncation) else None
 
-    def resolve(self, profile: str, calibration: Calibration) -> Rate:
+    def resolve(self, profile: str, calibration: Calibration | None) -> Rate:
         """The rate. Raises `InvalidArgument` for arguments that contradict one another, or the profile."""
         sides = self.key_ratio, self.value_ratio
         if self.profile == LOSSLESS != profile:
@@ -117,11 +119,11 @@ class RateArguments:
         return FixedSize(default) if self.fixed_size else Ratio(default)
 
 
-def _step_for(calibration: Calibration, profile: str, kl: float) -> float:
+def _step_for(calibration: Calibration | None, profile: str, kl: float) -> float:
     """The step that is expected to make predictions diverge by kl nats."""
     if profile == "paper":
         raise InvalidArgument("the profile paper has no step, which step and kl decide; give a ratio")
-    if profile not in calibration.quality:
+    if calibration is None or profile not in calibration.quality:
         raise InvalidArgument(
             f"this calibration has no measured quality of the profile {profile}, so kl cannot be given; "
             "kvtc.measure_quality adds it"

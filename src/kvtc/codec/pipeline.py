@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Target
-from ..cache import KVCache
+from ..cache import CacheGeometry, KVCache
 from ..calibration.artifact import Calibration
 from ..coding.regions import ChunkSpan
+from ..coding.rope import Rope
 from ..coding.transform import saturate
 from ..process.progress import track
 from ..process.torch_state import neutral_torch_state
@@ -106,27 +107,27 @@ class Decoding:
     Parameters:
         opened: the streams.
         shifts: how many positions the tokens of each stream move.
-        calibration: of their model.
+        geometry: of the group that is coded.
         backend: does the arithmetic.
     """
 
     def __init__(
-        self, opened: Sequence[OpenedStream], shifts: Sequence[int], calibration: Calibration, backend: Backend
+        self, opened: Sequence[OpenedStream], shifts: Sequence[int], geometry: CacheGeometry, backend: Backend
     ) -> None:
         self._opened, self._backend = opened, backend
-        self._n_heads, self._head_dim = calibration.geometry.n_kv_heads, calibration.geometry.head_dim
+        self._n_heads, self._head_dim = geometry.n_kv_heads, geometry.head_dim
         self._decoder = opened[0].decoder
         bodies = [body.on(backend.device) for stream in opened for body in stream.coded]
         coefficients = self._decoder.entropy_decode(bodies)
         self._coefficients = self._decoder.add_prediction(coefficients, bodies)
-        rope = calibration.geometry.rope
+        rope = geometry.rope
         self._turns, self._exact = [], []
         for stream, shift in zip(opened, shifts, strict=True):
             # Decoded are whole chunks, wanted is a prefix.
             body = slice(stream.body.start, min(stream.body.stop, stream.n_tokens))
             positions = (stream.positions[body] + shift).to(backend.device)
             self._turns.append(rope.turns(positions, stream.header.rope_length + shift))
-            self._exact.append([self._moved(part, stream, shift, calibration) for part in stream.exact()])
+            self._exact.append([self._moved(part, stream, shift, rope) for part in stream.exact()])
 
     def write_layer(self, layer: int, sides: Sequence[Sides]) -> None:
         """Restore one layer of every stream.
@@ -162,11 +163,11 @@ class Decoding:
         self.write_layer(layer, [(Target.of(keys), Target.of(values))])
         return keys, values
 
-    def _moved(self, part: ExactTokens, stream: OpenedStream, shift: int, calibration: Calibration) -> ExactTokens:
+    def _moved(self, part: ExactTokens, stream: OpenedStream, shift: int, rope: Rope) -> ExactTokens:
         """Exact tokens on the backend's device, their keys turned to new positions if there is a shift."""
         keys, values = part.keys.to(self._backend.device), part.values.to(self._backend.device)
         if shift:
-            rope, length = calibration.geometry.rope, stream.header.rope_length
+            length = stream.header.rope_length
             positions = stream.positions[part.tokens]
             plain = rope.unrotate(keys, positions, length)
             keys = saturate(rope.rotate(plain, positions + shift, length + shift), keys.dtype)

@@ -14,9 +14,9 @@ from ..errors import CorruptStream, InvalidArgument
 from ..recomputation import Recomputation, Recomputed, open_recomputation
 
 
-def recomputation_of(model: Any, calibration: Calibration, device: torch.device) -> Recomputation | None:
+def recomputation_of(model: Any, calibration: Calibration | None, device: torch.device) -> Recomputation | None:
     """What recomputes the first layers of the calibrated model, if it is given. Raises `InvalidArgument` for another model."""
-    conditional = calibration.conditional
+    conditional = None if calibration is None else calibration.conditional
     if model is None or conditional is None:
         return None
     found = open_recomputation(model, conditional.n_layers, device)

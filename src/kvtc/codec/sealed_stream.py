@@ -6,6 +6,7 @@ before they are coded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy.typing as npt
@@ -13,14 +14,17 @@ from numpy import int64
 from torch import Tensor
 
 from ..cache import KVCache
-from ..calibration.artifact import Calibration
+from ..calibration.artifact import FINGERPRINT_BYTES, Calibration
 from ..coding.exact.floats import FloatLayout
 from ..coding.exact.tokens import encode_exact, encode_fp8
 from ..coding.lossless import BlockCoder
 from ..coding.regions import ChunkSpan
+from ..container.groups import FULL_ATTENTION, Group, Part
 from ..container.stream import CodedSection, Payload, code_payloads, token_digest, write_stream
 from ..container.tables import DIGEST_BYTES, SECTION_BYTES, STREAM_WIDE, Chunk, Header, SectionType, table_bytes
 from ..profiles.interface import CodedRows
+from .exact_groups import group_payloads
+from .transformers_cache import SplitCache
 
 NOT_BODY = (SectionType.SINK, SectionType.WINDOW)
 
@@ -39,8 +43,9 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class StreamDraft:
-    """A stream but for its rate and its coded rows. sections: those that are finished, by type and chunk.
+    """A stream but for its rate and its coded rows.
 
+    sections: those of the coded group that are finished, by type and chunk. exact: those of the other groups, by chunk and group.
     block_coder: codes blocks of lossless coders, where it takes them.
     """
 
@@ -48,19 +53,28 @@ class StreamDraft:
     header: Header
     chunks: tuple[Chunk, ...]
     sections: dict[tuple[SectionType, int], CodedSection]
+    exact: dict[tuple[int, int], CodedSection]
     block_coder: BlockCoder | None = None
 
     @property
     def n_bytes(self) -> int:
         """What is known of the stream's length: all but the bytes of the rate and of coded rows and padding."""
-        return table_bytes(self.chunks) + sum(len(section.stored) for section in self.sections.values())
+        return self._own_bytes(self.header.groups, self.sections.values()) + sum(
+            one.n_bytes for one in self.exact.values()
+        )
 
     @property
     def body_bytes(self) -> int:
-        """What of that counts for the body: all but sinks and windows with their table entries."""
+        """What of that counts for the body: all but sinks and windows with their table entries, and what is of other groups."""
         others = [kind for chunk in self.chunks for kind in chunk.sections() if kind in NOT_BODY]
         stored = sum(len(section.stored) for (kind, _), section in self.sections.items() if kind in NOT_BODY)
-        return self.n_bytes - stored - SECTION_BYTES * len(others)
+        own = self._own_bytes(self.header.groups[:1], self.sections.values())
+        return own - stored - SECTION_BYTES * len(others)
+
+    def _own_bytes(self, groups: Sequence[Group], sections: Iterable[CodedSection]) -> int:
+        """Header and tables with some groups, and sections of the coded group."""
+        tables = table_bytes([group.layers for group in groups], self.chunks)
+        return tables + sum(len(section.stored) for section in sections)
 
     def seal(self, plan: bytes, coded: CodedRows, is_final: bool, size: int | None) -> bytes:
         """The stream.
@@ -71,9 +85,10 @@ class StreamDraft:
             is_final: whether no coder is applied to them.
             size: bytes to pad to; None: no padding.
         """
-        bodies = [(SectionType.BODY, index) for index, chunk in enumerate(self.chunks) if chunk.n_body]
+        coding = self.chunks if self.header.coded is not None else ()
+        bodies = [(SectionType.BODY, index) for index, chunk in enumerate(coding) if chunk.n_body]
         bodies = [key for key in bodies if key not in self.sections]
-        windows = [(SectionType.WINDOW, index) for index, chunk in enumerate(self.chunks) if chunk.coded_window]
+        windows = [(SectionType.WINDOW, index) for index, chunk in enumerate(coding) if chunk.coded_window]
         rows = [*zip(bodies, coded.bodies, strict=True), *zip(windows, coded.windows, strict=True)]
         payloads = [Payload(SectionType.RATE, STREAM_WIDE, plan)]
         payloads += [Payload(kind, index, data, is_final) for (kind, index), data in rows]
@@ -83,26 +98,72 @@ class StreamDraft:
             sections[payload.type, payload.chunk] = section
         if size is not None and self.chunks:
             # The entry of the padding is part of the tables already.
-            n_bytes = table_bytes(self.chunks) + sum(len(section.stored) for section in sections.values())
+            n_bytes = self._own_bytes(self.header.groups, sections.values())
             key = SectionType.PADDING, len(self.chunks) - 1
             sections[key] = code_payloads([Payload(*key, bytes(size - n_bytes), is_final=True)], "none")[0]
-        order = [(SectionType.RATE, STREAM_WIDE)]
-        order += [(kind, index) for index, chunk in enumerate(self.chunks) for kind in chunk.sections()]
-        return write_stream(self.header, self.chunks, [sections[key] for key in order])
+        order = [sections[SectionType.RATE, STREAM_WIDE]]
+        for index, chunk in enumerate(self.chunks):
+            kinds = chunk.sections(self.header.coded is not None)
+            order += [sections[kind, index] for kind in kinds if kind is not SectionType.PADDING]
+            order += [self.exact[index, group] for group in self.header.exact if (index, group) in self.exact]
+            order += [sections[kind, index] for kind in kinds if kind is SectionType.PADDING]
+        return write_stream(self.header, self.chunks, order)
 
 
 def draft_stream(
     settings: StreamSettings,
-    calibration: Calibration,
-    cache: KVCache,
+    calibration: Calibration | None,
+    split: SplitCache,
     is_transformers: bool,
     token_ids: npt.NDArray[int64] | None,
     spans: list[ChunkSpan],
+    positions: Tensor,
     block_coder: BlockCoder | None = None,
 ) -> StreamDraft:
-    """All of a stream that does not depend on how bits are spent. block_coder: see `StreamDraft`."""
-    positions = cache.resolved_positions()
-    chunks = chunks_of(settings, spans, positions, token_ids)
+    """All of a stream that does not depend on how bits are spent.
+
+    Parameters:
+        settings: of the codec.
+        calibration: of the coded group; None: there is none, and nothing is coded.
+        split: the cache, checked.
+        is_transformers: whether it was one of transformers.
+        token_ids: int64 [T]; None: unknown.
+        spans: its chunks.
+        positions: int64 [T], of its tokens.
+        block_coder: see `StreamDraft`.
+    """
+    chunks, cache = chunks_of(settings, spans, positions, token_ids), split.coded
+    payloads = [] if cache is None else _payloads(settings, cache, spans, chunks, positions)
+    groups = [] if cache is None else [_coded_group(calibration, cache)]
+    header = Header(
+        settings.profile,
+        fingerprint_of(calibration),
+        tuple(groups + [one.group for one in split.exact]),
+        settings.chunk_tokens,
+        has_digests=token_ids is not None,
+        is_transformers=is_transformers,
+    )
+    coded = code_payloads(payloads, settings.coder, block_coder)
+    sections = {(payload.type, payload.chunk): section for payload, section in zip(payloads, coded, strict=True)}
+    of_groups = [
+        payload
+        for index, one in zip(header.exact, split.exact, strict=True)
+        for payload in group_payloads(index, one, chunks)
+    ]
+    kept = code_payloads(of_groups, settings.coder, block_coder)
+    exact = {(payload.chunk, payload.group): section for payload, section in zip(of_groups, kept, strict=True)}
+    return StreamDraft(settings, header, tuple(chunks), sections, exact, block_coder)
+
+
+def fingerprint_of(calibration: Calibration | None) -> bytes:
+    """How streams name a calibration; zeros for none."""
+    return bytes(FINGERPRINT_BYTES) if calibration is None else calibration.fingerprint
+
+
+def _payloads(
+    settings: StreamSettings, cache: KVCache, spans: list[ChunkSpan], chunks: list[Chunk], positions: Tensor
+) -> list[Payload]:
+    """The sections of the coded group that do not depend on how bits are spent."""
     payloads = []
     for index, (span, chunk) in enumerate(zip(spans, chunks, strict=True)):
         regions = {SectionType.SINK: span.sink, SectionType.BODY: span.body, SectionType.WINDOW: span.window}
@@ -118,24 +179,13 @@ def draft_stream(
             else:
                 continue
             payloads.append(Payload(section, index, raw, layout=layout))
-    geometry = calibration.geometry
-    header = Header(
-        settings.profile,
-        cache.dtype,
-        calibration.fingerprint,
-        geometry.first_layer,
-        geometry.n_layers,
-        geometry.first_kv_head,
-        geometry.n_kv_heads,
-        geometry.head_dim,
-        settings.chunk_tokens,
-        _rope_length(calibration, cache),
-        has_digests=token_ids is not None,
-        is_transformers=is_transformers,
-    )
-    coded = code_payloads(payloads, settings.coder, block_coder)
-    sections = {(payload.type, payload.chunk): section for payload, section in zip(payloads, coded, strict=True)}
-    return StreamDraft(settings, header, tuple(chunks), sections, block_coder)
+    return payloads
+
+
+def _coded_group(calibration: Calibration | None, cache: KVCache) -> Group:
+    shape = cache.n_kv_heads, cache.head_dim, cache.head_dim
+    layers, length = cache.resolved_layers(), _rope_length(calibration, cache)
+    return Group(FULL_ATTENTION, Part.KEYS_AND_VALUES, cache.dtype, layers, shape, cache.first_kv_head, extent=length)
 
 
 def chunks_of(
@@ -158,8 +208,9 @@ def chunks_of(
     return chunks
 
 
-def _rope_length(calibration: Calibration, cache: KVCache) -> int:
+def _rope_length(calibration: Calibration | None, cache: KVCache) -> int:
     """What the header says: 0 where nothing depends on it, so that a prefix has one stream however long the cache is."""
-    if cache.rope_length is None and not calibration.geometry.rope.depends_on_length:
+    depends = calibration is not None and calibration.geometry.rope.depends_on_length
+    if cache.rope_length is None and not depends:
         return 0
     return cache.resolved_rope_length()

@@ -1,24 +1,98 @@
-"""Caches of transformers to the neutral `KVCache` and back: what goes into the codec comes out of it.
+"""Caches of transformers as groups and back: what goes into the codec comes out of it.
 
 The model library is imported only to build a cache of its kind; reading one needs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache import CacheGeometry, KVCache
+from ..cache import CacheExtent, CacheGeometry, KVCache
+from ..container.groups import NO_CACHE, SIDE_BUFFER, STATE, Group
 from ..container.tables import Header
-from ..errors import InvalidCache, MissingDependency, UnsupportedModel
-from ..process.torch_state import neutral_torch_state, plain
+from ..errors import GeometryMismatch, InvalidCache, MissingDependency, UnsupportedModel
+from ..process.torch_state import neutral_torch_state
+from .exact_groups import ExactGroup
+from .layer_parts import LayerPart, cache_of_parts, grouped, lightning_parts, parts_of, sequence_of
 from .layer_queue import Layer, LayerQueue
 
 EMPTY_DTYPE = torch.bfloat16
-_WHOLE_LAYERS = ("DynamicLayer", "LazyLayer")
+
+
+@dataclass(frozen=True)
+class SplitCache:
+    """A cache of one sequence as the group that a profile codes, if there is one, and all others.
+
+    n_tokens: that it has read; None where it does not say, as one of states alone.
+    """
+
+    coded: KVCache | None
+    exact: list[ExactGroup]
+    n_tokens: int | None
+
+
+class TransformersCache:
+    """A transformers cache taken apart, all sequences of its batch.
+
+    Raises `UnsupportedModel` for a kind of layer that kvtc does not know, `InvalidCache` for layers that do not fit each other.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._parts: list[LayerPart] = [
+            part for index, layer in enumerate(cache.layers) for part in parts_of(layer, index)
+        ]
+        self._parts += lightning_parts(cache)
+        filled = [part for part in self._parts if part.sides]
+        lengths = {part.n_tokens for part in filled if part.n_tokens is not None}
+        batches = {part.sides[0].shape[0] for part in filled}
+        if len(lengths) > 1 or len(batches) > 1:
+            raise InvalidCache(
+                f"layers have read {sorted(lengths)} tokens of {sorted(batches)} sequences; expected one number of each"
+            )
+        self.n_sequences = batches.pop() if batches else 1
+        self.n_tokens = lengths.pop() if lengths else None
+        if not filled:
+            self._parts, self.n_tokens = [], 0
+            special = [type(layer).__name__ for layer in cache.layers if type(layer).__name__ != "DynamicLayer"]
+            if special:
+                raise InvalidCache(
+                    f"the cache holds no tokens yet; one with layers of {special[0]} can be coded after its first"
+                )
+
+    @property
+    def groups(self) -> list[Group]:
+        """Its groups, in the order of the group table."""
+        return [one.group for one in grouped([(part.group, part.sides) for part in self._parts])]
+
+    @neutral_torch_state
+    def split(self, geometry: CacheGeometry | None, batch_index: int = 0, first_token: int = 0) -> SplitCache:
+        """One sequence.
+
+        Parameters:
+            geometry: of the group that is coded, which must be there; None: the first one that can be.
+            batch_index: which sequence.
+            first_token: how many tokens of padding stand before it.
+
+        Raises:
+            GeometryMismatch: if no group has the geometry.
+        """
+        if not self._parts:
+            return SplitCache(None if geometry is None else _empty(geometry), [], 0)
+        n_tokens = self.n_tokens or 0
+        found = grouped([(part.group, sequence_of(part, batch_index, first_token, n_tokens)) for part in self._parts])
+        codable = [one for one in found if one.group.is_codable]
+        coded = next((one for one in codable if geometry is None or _fits(one.group, geometry)), None)
+        if coded is None and geometry is not None:
+            held = "; ".join(f"{one.group.describe()}: {_extent(one.group)}" for one in found)
+            raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the cache holds {held}")
+        exact = [one for one in found if one is not coded]
+        tokens = None if self.n_tokens is None else self.n_tokens - first_token
+        return SplitCache(None if coded is None else _neutral(coded), exact, tokens)
 
 
 def is_transformers_cache(cache: object) -> bool:
@@ -26,65 +100,112 @@ def is_transformers_cache(cache: object) -> bool:
     return isinstance(getattr(cache, "layers", None), list)
 
 
-@neutral_torch_state
-def from_transformers(
-    cache: Any, geometry: CacheGeometry, batch_index: int = 0, tokens: Tensor | None = None
-) -> KVCache:
-    """A `DynamicCache` -> `KVCache` of one sequence: [B, H, T, D] a layer -> [L, H, T, D], `tokens` selecting along T.
+def from_transformers(cache: Any, geometry: CacheGeometry) -> KVCache:
+    """A `DynamicCache` of one sequence, of full-attention layers alone -> `KVCache`.
 
-    Raises `UnsupportedModel` for layers that do not keep every token, `InvalidCache` for layers that disagree in shape.
+    Raises `UnsupportedModel` for other layers, and as `TransformersCache`.
     """
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    first_layer = 0
-    for index, layer in enumerate(cache.layers):
-        if type(layer).__name__ not in _WHOLE_LAYERS:
-            raise UnsupportedModel(
-                f"layer {index} is a {type(layer).__name__}; kvtc codes layers that keep every token (DynamicLayer)"
-            )
-        if layer.is_initialized and layer.keys.dim() == 4:
-            # The first layers of a pipeline rank's cache are empty places; those it holds have no gaps.
-            first_layer = first_layer if keys else index
-            if index != first_layer + len(keys):
-                raise InvalidCache(
-                    f"layer {index} holds tokens, but layer {first_layer + len(keys)} before it holds none"
-                )
-            chosen = slice(None) if tokens is None else tokens.to(layer.keys.device)
-            # Layers may lie on several devices.
-            device = keys[0].device if keys else layer.keys.device
-            for side, whole in (keys, layer.keys), (values, layer.values):
-                side.append(plain(whole, f"layer {index}", InvalidCache)[batch_index][:, chosen].to(device))
-    if not keys:
-        empty = torch.empty(geometry.n_layers, geometry.n_kv_heads, 0, geometry.head_dim, dtype=EMPTY_DTYPE)
-        return KVCache(empty, empty.clone(), first_layer=geometry.first_layer, first_kv_head=geometry.first_kv_head)
-    for index, (key, value) in enumerate(zip(keys, values, strict=True)):
-        if key.shape != keys[0].shape or value.shape != keys[0].shape:
-            raise InvalidCache(
-                f"layer {first_layer + index} holds keys {tuple(key.shape)} and values {tuple(value.shape)}, "
-                f"layer {first_layer} {tuple(keys[0].shape)}"
-            )
-    return KVCache(torch.stack(keys), torch.stack(values), first_layer=first_layer)
+    found = TransformersCache(cache)
+    if found.n_sequences != 1:
+        raise InvalidCache(f"the cache holds {found.n_sequences} sequences; expected one")
+    split = found.split(geometry)
+    if split.exact or split.coded is None:
+        others = ", ".join(sorted({one.group.describe() for one in split.exact}))
+        raise UnsupportedModel(
+            f"layers of other groups ({others}) beside full attention; expected full attention alone"
+        )
+    return split.coded
 
 
-def batch_shape(cache: Any) -> tuple[int, int]:
-    """Sequences and tokens in a transformers cache; (1, 0) for an empty one."""
-    shapes = (layer.keys.shape for layer in cache.layers if layer.is_initialized and layer.keys.dim() == 4)
-    return next(((shape[0], shape[2]) for shape in shapes), (1, 0))
+def _fits(group: Group, geometry: CacheGeometry) -> bool:
+    return (group.layers, group.first_kv_head, group.shape[:2]) == (
+        geometry.layers,
+        geometry.first_kv_head,
+        (geometry.n_kv_heads, geometry.head_dim),
+    )
+
+
+def _extent(group: Group) -> str:
+    return CacheExtent(group.layers, group.first_kv_head, *group.shape[:2]).describe()
+
+
+def _empty(geometry: CacheGeometry) -> KVCache:
+    side = torch.empty(geometry.n_layers, geometry.n_kv_heads, 0, geometry.head_dim, dtype=EMPTY_DTYPE)
+    return KVCache(side, side.clone(), layers=geometry.layers, first_kv_head=geometry.first_kv_head)
+
+
+def _neutral(coded: ExactGroup) -> KVCache:
+    # Layers may lie on several devices.
+    device = coded.sides[0][0].device
+    keys, values = (torch.stack([its[side].to(device) for its in coded.sides]) for side in (0, 1))
+    return KVCache(keys, values, layers=coded.group.layers, first_kv_head=coded.group.first_kv_head)
 
 
 @neutral_torch_state
 def as_transformers(cache: KVCache) -> Any:
     """A `DynamicCache` of one sequence."""
-    return to_transformers(cache.keys[None], cache.values[None], cache.first_layer)
+    return to_transformers(cache.keys[None], cache.values[None], cache.resolved_layers())
 
 
 @neutral_torch_state
-def to_transformers(keys: Tensor, values: Tensor, first_layer: int) -> Any:
+def to_transformers(keys: Tensor, values: Tensor, layers: Iterable[int]) -> Any:
     """keys, values [B, L, H, T, D] -> a `DynamicCache` that `generate` continues from, its layers at their places."""
     cache = new_transformers_cache()
-    for layer in range(keys.shape[1]):
-        cache.update(keys[:, layer], values[:, layer], first_layer + layer)
+    for index, layer in enumerate(layers):
+        cache.update(keys[:, index], values[:, index], layer)
     return cache
+
+
+@neutral_torch_state
+def grouped_cache(
+    header: Header,
+    coded: Sequence[tuple[Tensor, Tensor]] | None,
+    sequences: Sequence[Sequence[ExactGroup]],
+    lengths: Sequence[int],
+    device: torch.device,
+) -> Any:
+    """A transformers cache of sequences with equal groups, padded on the left.
+
+    Parameters:
+        header: of any of their streams.
+        coded: keys and values [B, H, T, D] of each layer of the group that is coded; None: no group is.
+        sequences: the exact groups of each.
+        lengths: tokens of each.
+        device: of the tensors.
+
+    Raises:
+        UnsupportedModel: for sequences of several lengths, of a model that pools its tokens.
+        MissingDependency: without transformers.
+    """
+    parts = []
+    if coded is not None:
+        parts.append(ExactGroup(header.groups[0], list(coded)))
+    for members in zip(*sequences, strict=True):
+        group = members[0].group
+        if len(set(lengths)) > 1 and group.kind == SIDE_BUFFER and group.extent > 1:
+            raise UnsupportedModel(
+                "this model pools its tokens, and padding with them: decode its sequences one by one"
+            )
+        layers = [
+            tuple(_stacked(same, group, device) for same in zip(*its, strict=True))
+            for its in zip(*(member.sides for member in members), strict=True)
+        ]
+        parts.append(ExactGroup(group, layers))
+    return cache_of_parts(parts, max(lengths))
+
+
+def _stacked(sides: Sequence[Tensor], group: Group, device: torch.device) -> Tensor:
+    """[B, ...] of one side of each sequence, rows padded on the left."""
+    if group.kind in (STATE, NO_CACHE):
+        return torch.stack(list(sides)).to(device)
+    most = max(side.shape[1] for side in sides)
+    padded = [torch.nn.functional.pad(side.view(_integers(side)), (0, 0, most - side.shape[1], 0)) for side in sides]
+    return torch.stack(padded).view(sides[0].dtype).to(device)
+
+
+def _integers(side: Tensor) -> torch.dtype:
+    """Integers as wide as the numbers of a tensor: not every operation takes every float."""
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32}[side.itemsize]
 
 
 def lazy_cache(restore: Callable[[int], Layer], n_tokens: int, header: Header, device: torch.device) -> Any:
@@ -96,8 +217,9 @@ def lazy_cache(restore: Callable[[int], Layer], n_tokens: int, header: Header, d
     from .lazy_layers import LazyLayer
 
     queue = LayerQueue(restore, header.n_layers, device)
-    cache.layers += [cache.layer_class_to_replicate() for _ in range(header.first_layer)]
-    cache.layers += [LazyLayer(queue, index, n_tokens, header.dtype, device) for index in range(header.n_layers)]
+    cache.layers += [cache.layer_class_to_replicate() for _ in range(header.layers[-1] + 1)]
+    for index, layer in enumerate(header.layers):
+        cache.layers[layer] = LazyLayer(queue, index, n_tokens, header.dtype, device)
     return cache
 
 

@@ -14,6 +14,7 @@ Frequencies may depend on the length of the sequence the model saw (`dynamic`, `
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,9 +162,12 @@ class Rope:
         """Whether any frequency changes with the length of the sequence."""
         return any(table.scaling is not None for table in self.tables)
 
-    def slice_layers(self, start: int, stop: int) -> Rope:
-        """The rotations of layers `start` to `stop` alone."""
-        return Rope(self.tables, self.layer_tables[start:stop])
+    def of_layers(self, layers: Iterable[int]) -> Rope:
+        """The rotations of some of the layers alone, in their order."""
+        chosen = [self.layer_tables[layer] for layer in layers]
+        used = sorted({table for table in chosen if table != NO_ROTATION})
+        tables = tuple(self.tables[table] for table in used)
+        return Rope(tables, tuple(NO_ROTATION if table == NO_ROTATION else used.index(table) for table in chosen))
 
     def unrotate(self, keys: Tensor, positions: Tensor, length: int) -> Tensor:
         """Keys [L, H, T, D] as cached -> float32 [L, H, T, D] as before rotation; `positions` [T], `length` the sequence's."""

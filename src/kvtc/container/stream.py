@@ -25,6 +25,7 @@ from ..coding.lossless import FLOATS, BlockCoder, compress, compress_all, decomp
 from ..errors import CorruptStream, InvalidArgument
 from ..process.log_limits import log_once
 from ..process.workers import side_by_side
+from .groups import pack_groups
 from .stream_data import StreamData, open_data
 from .tables import (
     CHUNK_BYTES,
@@ -40,7 +41,6 @@ from .tables import (
     SectionTable,
     SectionType,
     pack_chunk,
-    pack_groups,
     pack_header,
     pack_section,
     parse_chunks,
@@ -69,6 +69,7 @@ class Payload:
     raw: bytes
     is_final: bool = False
     layout: FloatLayout | None = None
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,15 @@ class Stream:
             rest = side_by_side(_decoded, _threads(), its_sections, its_bytes, layouts)
         read |= zip(left, rest, strict=True)
         return [read[index] for index in range(len(sections))]
+
+    def read_group(self, index: int, n_chunks: int) -> list[tuple[int, bytes]]:
+        """The sections of an exact group in the first chunks as (chunk, bytes), in order, verified and decoded."""
+        group = self.header.groups[index]
+        sections = [self.sections[number] for number in self.sections.of_group(index, n_chunks).tolist()]
+        stored = self.data.on_host([section.span for section in sections])
+        layouts = [group.layout(section.raw_bytes // group.row_bytes) for section in sections]
+        read = side_by_side(_decoded, _threads(), sections, stored, layouts)
+        return [(section.chunk, raw) for section, raw in zip(sections, read, strict=True)]
 
     def leave(self, wanted: Sequence[Wanted]) -> dict[tuple[SectionType, int], Tensor]:
         """Those of the sections that can be used where they lie: on a device, and without a lossless coder.
@@ -242,7 +252,9 @@ def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCod
         data = next(coded_floats) if its == FLOATS else next(coded_others) if its == coder else payload.raw
         is_shorter = len(data) < len(payload.raw)
         stored, used = (data, its) if is_shorter else (payload.raw, "none")
-        entry = Section(payload.type, used, payload.chunk, len(payload.raw), len(stored), zlib.crc32(stored), 0)
+        entry = Section(
+            payload.type, used, payload.chunk, len(payload.raw), len(stored), zlib.crc32(stored), 0, payload.group
+        )
         sections.append(CodedSection(entry, stored))
     return sections
 
@@ -290,7 +302,7 @@ def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
         raise CorruptStream("header and tables fail their checksum")
     header = parse_header(view, counts)
     chunks = parse_chunks(view, counts, header)
-    return Stream(header, chunks, parse_sections(view, counts, chunks, opened.n_bytes), opened)
+    return Stream(header, chunks, parse_sections(view, counts, header, chunks, opened.n_bytes), opened)
 
 
 def assemble(header: Header, chunks: bytes, sections: bytes, stored: Iterable[bytes | memoryview]) -> bytes:
@@ -298,6 +310,6 @@ def assemble(header: Header, chunks: bytes, sections: bytes, stored: Iterable[by
     n_chunks, n_sections = len(chunks) // CHUNK_BYTES, len(sections) // SECTION_BYTES
     if n_chunks > MAX_CHUNKS:
         raise InvalidArgument(f"{n_chunks} chunks; a stream holds {MAX_CHUNKS} at most: use a larger chunk_tokens")
-    head, groups = pack_header(header, n_chunks, n_sections), pack_groups(header)
+    head, groups = pack_header(header, n_chunks, n_sections), pack_groups(header.groups)
     checksum = zlib.crc32(sections, zlib.crc32(chunks, zlib.crc32(groups, zlib.crc32(head))))
     return b"".join([head, struct.pack("<I", checksum), groups, chunks, sections, *stored])

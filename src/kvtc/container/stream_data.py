@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from .tables import Counts, parse_counts
 
-_HEAD_BYTES = 4096
-"""Copied from a device at first: header, tables and rate of a stream of a hundred chunks."""
+_HEAD_BYTES = 8192
+"""Copied from a device at first: the entries of all groups, and header, tables and rate of a stream of two hundred chunks."""
 
 
 @dataclass(frozen=True)

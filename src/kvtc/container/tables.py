@@ -18,20 +18,21 @@ import torch
 
 from ..coding.lossless import CODER_NAMES
 from ..errors import CorruptStream, TruncatedStream, UnsupportedVersion
+from ..layer_runs import layer_runs
+from .groups import GROUP_BYTES, MAX_LENGTH, RUN_BYTES, WINDOW, Group, count_runs, parse_groups
 
 MAGIC = b"KVTC"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_CHUNKS = 1 << 20
 MAX_CHUNK_TOKENS = 1 << 15
-MAX_POSITION = 1 << 31
+MAX_POSITION = MAX_LENGTH
 DIGEST_BYTES = 8
 STREAM_WIDE = 0xFFFFFFFF
 
 _HEADER = struct.Struct("<4sBBBB16sIIII")
-_GROUP = struct.Struct("<BBHHHHHHHI")
 _CHUNK = struct.Struct("<IHHHH8s")
 _SECTION = struct.Struct("<BBHIIII")
-HEADER_BYTES, GROUP_BYTES, CHUNK_BYTES, SECTION_BYTES = _HEADER.size, _GROUP.size, _CHUNK.size, _SECTION.size
+HEADER_BYTES, CHUNK_BYTES, SECTION_BYTES = _HEADER.size, _CHUNK.size, _SECTION.size
 # The same layouts for many entries at once.
 _CHUNKS = np.dtype(
     [("position", "<u4"), ("sink", "<u2"), ("body", "<u2"), ("window", "<u2"), ("flags", "<u2"), ("digest", "<u8")]
@@ -48,8 +49,6 @@ _SECTIONS = np.dtype(
     ]
 )
 
-FULL_ATTENTION = "full attention"
-GROUP_KINDS = {FULL_ATTENTION: 1}
 PROFILES = {"paper": 1, "joint": 2, "conditional": 3}
 LOSSLESS = "lossless"
 """What headers call a stream all of whose tokens are exact: no profile codes it."""
@@ -62,18 +61,20 @@ def name_profile(name: str, number: int) -> None:
     PROFILES[name], PROFILE_NAMES[number] = number, name
 
 
-DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
 _CODER_NUMBERS = {name: number for number, name in CODER_NAMES.items()}
-DTYPE_OF = {number: dtype for dtype, number in DTYPES.items()}
 
 _HAS_DIGESTS, _IS_TRANSFORMERS, _HAS_GAPS = 1, 2, 4
 _EXPLICIT_POSITIONS, _FP8_SINKS, _PADDED, _CODED_WINDOW = 1, 2, 4, 8
 _ALL_CHUNK_FLAGS = 15
 SECTIONS_OF_A_CHUNK = 5
+"""At most, but for those of exact groups."""
 
 
 class SectionType(IntEnum):
-    """What a section holds; sections of a chunk stand in this order, the rate (how bits are spent) first of all."""
+    """What a section holds; sections of a chunk stand in this order, the rate (how bits are spent) first of all.
+
+    Those of other groups than the one that a profile codes, bodies and states, come before the padding.
+    """
 
     RATE = 1
     POSITIONS = 2
@@ -81,26 +82,63 @@ class SectionType(IntEnum):
     BODY = 4
     WINDOW = 5
     PADDING = 6
+    STATE = 7
+
+
+_GROUP_TYPES = (SectionType.BODY, SectionType.STATE)
+"""Of what an exact group has: a body for each chunk, or a state where it can be resumed."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What holds for the whole stream, and for the one group of layers that it holds, of full attention."""
+    """What holds for the whole stream. groups: see `coded`, which has the properties that are of one group."""
 
     profile: str
-    dtype: torch.dtype
     fingerprint: bytes
-    first_layer: int
-    n_layers: int
-    first_kv_head: int
-    n_kv_heads: int
-    head_dim: int
+    groups: tuple[Group, ...]
     chunk_tokens: int
-    rope_length: int
     has_digests: bool
     is_transformers: bool
     # Whether positions of the encoding skip any; `write_stream` sets it. Without gaps a chunk that is missing shows.
     has_gaps: bool = False
+
+    @property
+    def coded(self) -> Group | None:
+        """The group that the profile codes, which is the first one: of full attention, keys and values of one width."""
+        return self.groups[0] if self.groups[0].is_codable else None
+
+    @property
+    def exact(self) -> range:
+        """The indexes of the other groups, which are kept exactly."""
+        return range(0 if self.coded is None else 1, len(self.groups))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.groups[0].dtype
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.groups[0].layers
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def first_kv_head(self) -> int:
+        return self.groups[0].first_kv_head
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.groups[0].shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.groups[0].shape[1]
+
+    @property
+    def rope_length(self) -> int:
+        return self.groups[0].extent
 
     @property
     def row_features(self) -> int:
@@ -131,13 +169,13 @@ class Chunk:
     def n_tokens(self) -> int:
         return self.n_sink + self.n_body + self.n_window
 
-    def sections(self) -> list[SectionType]:
-        """The sections this chunk must have, in order."""
+    def sections(self, has_coded: bool = True) -> list[SectionType]:
+        """The sections this chunk must have, in order, but for those of exact groups. has_coded: whether a group is coded."""
         present = {
             SectionType.POSITIONS: self.explicit_positions,
-            SectionType.SINK: self.n_sink > 0,
-            SectionType.BODY: self.n_body > 0,
-            SectionType.WINDOW: self.n_window > 0,
+            SectionType.SINK: has_coded and self.n_sink > 0,
+            SectionType.BODY: has_coded and self.n_body > 0,
+            SectionType.WINDOW: has_coded and self.n_window > 0,
             SectionType.PADDING: self.is_padded,
         }
         return [section for section, is_there in present.items() if is_there]
@@ -163,6 +201,7 @@ class Section:
     stored_bytes: int
     checksum: int
     offset: int
+    group: int = 0
 
     @property
     def span(self) -> slice:
@@ -171,7 +210,8 @@ class Section:
 
     def describe(self) -> str:
         """Which one it is, for messages."""
-        return f"section {self.type.name.lower()}" + ("" if self.chunk == STREAM_WIDE else f" of chunk {self.chunk}")
+        chunk = "" if self.chunk == STREAM_WIDE else f" of chunk {self.chunk}"
+        return f"section {self.type.name.lower()}{chunk}" + (f" of group {self.group}" if self.group else "")
 
 
 class ChunkTable:
@@ -223,11 +263,14 @@ class ChunkTable:
         """Whether any window is coded."""
         return bool(self.has(_CODED_WINDOW).any())
 
-    def present(self) -> npt.NDArray[np.bool_]:
-        """[n, 5] which sections each chunk must have, in order: positions, sink, body, window, padding."""
-        found = np.empty((len(self), SECTIONS_OF_A_CHUNK), np.bool_)
+    def present(self, has_coded: bool) -> npt.NDArray[np.bool_]:
+        """[n, 5] which sections each chunk must have, in order: positions, sink, body, window, padding.
+
+        has_coded: whether a group is coded by the profile; the sections of the other groups are not among these.
+        """
+        found = np.zeros((len(self), SECTIONS_OF_A_CHUNK), np.bool_)
         found[:, 0], found[:, 4] = self.has(_EXPLICIT_POSITIONS), self.has(_PADDED)
-        for column, name in enumerate(("sink", "body", "window"), 1):
+        for column, name in enumerate(("sink", "body", "window") if has_coded else (), 1):
             found[:, column] = self.entries[name] > 0
         return found
 
@@ -249,20 +292,26 @@ class SectionTable:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Section:
-        kind, coder, _, chunk, raw, stored, checksum = self.entries[index].item()
+        kind, coder, group, chunk, raw, stored, checksum = self.entries[index].item()
         return Section(
-            SectionType(kind), CODER_NAMES[coder], chunk, raw, stored, checksum, int(self.offsets[:-1][index])
+            SectionType(kind), CODER_NAMES[coder], chunk, raw, stored, checksum, int(self.offsets[:-1][index]), group
         )
 
     def find(self, section_type: SectionType, chunk: int) -> Section:
-        """The section of a type and chunk; ValueError where the chunk has none."""
+        """The section of a type and chunk, of the group that is coded; ValueError where the chunk has none."""
         if chunk == STREAM_WIDE:
             return self[self._types.index(section_type)]
         return self[self._types.index(section_type, self.firsts[chunk], self.firsts[chunk + 1])]
 
+    def of_group(self, group: int, n_chunks: int) -> npt.NDArray[np.int64]:
+        """The numbers of the sections of an exact group in the first chunks, in order."""
+        stop = int(self.firsts[n_chunks])
+        is_its = (self.entries["group"][:stop] == group) & np.isin(self.entries["type"][:stop], _GROUP_TYPES)
+        return np.flatnonzero(is_its).astype(np.int64)
+
     def stored_bytes(self, *types: SectionType) -> tuple[int, int]:
         """How many sections are of these types, and their stored bytes."""
-        mine = [self.entries["stored"][self.entries["type"] == kind] for kind in types]
+        mine = [self.entries["stored"][(self.entries["type"] == kind) & (self.entries["group"] == 0)] for kind in types]
         return sum(map(len, mine)), sum(int(stored.sum(dtype=np.int64)) for stored in mine)
 
 
@@ -271,6 +320,7 @@ class Counts:
     """What the header says of the tables behind it: entries, and the checksum over header and tables."""
 
     n_groups: int
+    n_runs: int
     n_chunks: int
     n_sections: int
     checksum: int
@@ -278,7 +328,7 @@ class Counts:
     @property
     def groups_end(self) -> int:
         """Offset of the chunk table."""
-        return HEADER_BYTES + self.n_groups * GROUP_BYTES
+        return HEADER_BYTES + self.n_groups * GROUP_BYTES + self.n_runs * RUN_BYTES
 
     @property
     def chunks_end(self) -> int:
@@ -295,15 +345,19 @@ def pack_header(header: Header, n_chunks: int, n_sections: int) -> bytes:
     """The header without its last field, the checksum."""
     flags = header.has_digests * _HAS_DIGESTS + header.is_transformers * _IS_TRANSFORMERS + header.has_gaps * _HAS_GAPS
     profile = _LOSSLESS_NUMBER if header.profile == LOSSLESS else PROFILES[header.profile]
-    fields = MAGIC, FORMAT_VERSION, profile, flags, 1, header.fingerprint, header.chunk_tokens, n_chunks, n_sections
+    n_groups = len(header.groups)
+    fields = (
+        MAGIC,
+        FORMAT_VERSION,
+        profile,
+        flags,
+        n_groups,
+        header.fingerprint,
+        header.chunk_tokens,
+        n_chunks,
+        n_sections,
+    )
     return _HEADER.pack(*fields, 0)[:-4]
-
-
-def pack_groups(header: Header) -> bytes:
-    """The group table."""
-    layers = header.first_layer, header.n_layers
-    heads = header.first_kv_head, header.n_kv_heads, header.head_dim, header.head_dim
-    return _GROUP.pack(GROUP_KINDS[FULL_ATTENTION], DTYPES[header.dtype], *layers, *heads, 0, header.rope_length)
 
 
 def parse_counts(view: memoryview, n_bytes: int) -> Counts:
@@ -323,12 +377,14 @@ def parse_counts(view: memoryview, n_bytes: int) -> Counts:
         raise UnsupportedVersion(
             f"the stream has format version {version}; this kvtc reads version {FORMAT_VERSION}: {remedy}"
         )
-    if not n_groups or n_chunks > MAX_CHUNKS or n_sections > SECTIONS_OF_A_CHUNK * n_chunks + 1:
+    if not n_groups or n_chunks > MAX_CHUNKS or n_sections > (SECTIONS_OF_A_CHUNK + n_groups) * n_chunks + 1:
         raise CorruptStream(
             f"{n_groups} groups, {n_chunks} chunks and {n_sections} sections are claimed; expected at least one group, "
-            f"at most {MAX_CHUNKS} chunks, and at most {SECTIONS_OF_A_CHUNK} sections a chunk"
+            f"at most {MAX_CHUNKS} chunks, and at most {SECTIONS_OF_A_CHUNK + n_groups} sections a chunk"
         )
-    counts = Counts(n_groups, n_chunks, n_sections, checksum)
+    if n_bytes < HEADER_BYTES + n_groups * GROUP_BYTES:
+        raise TruncatedStream(f"{n_groups} groups are claimed; only {n_bytes} bytes are here")
+    counts = Counts(n_groups, count_runs(view, HEADER_BYTES, n_groups), n_chunks, n_sections, checksum)
     if n_bytes < counts.tables_end:
         raise TruncatedStream(f"header and tables take {counts.tables_end} bytes; only {n_bytes} bytes are here")
     return counts
@@ -339,49 +395,25 @@ def parse_header(view: memoryview, counts: Counts) -> Header:
 
     Raises `UnsupportedVersion` for groups that a later kvtc writes, `CorruptStream` for what no kvtc writes.
     """
-    _check_kinds([view[HEADER_BYTES + GROUP_BYTES * group] for group in range(counts.n_groups)])
+    groups = parse_groups(view, HEADER_BYTES, counts.n_groups)
     _, _, profile, flags, _, fingerprint, chunk_tokens, *_ = _HEADER.unpack_from(view)
-    group = _GROUP.unpack_from(view, HEADER_BYTES)
-    _, dtype, first_layer, n_layers, first_kv_head, n_kv_heads, key_dim, value_dim, reserved, rope_length = group
-    if key_dim != value_dim:
-        raise UnsupportedVersion(
-            f"keys have {key_dim} features and values {value_dim}; this kvtc reads equal widths: upgrade kvtc"
-        )
-    if profile not in PROFILE_NAMES or dtype not in DTYPE_OF or flags > 7 or reserved:
-        raise CorruptStream(
-            f"profile {profile}, dtype {dtype}, flags {flags}, reserved {reserved}: some value is unknown"
-        )
-    if not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS or 0 in (n_layers, n_kv_heads, key_dim) or rope_length > MAX_POSITION:
-        raise CorruptStream(
-            f"{n_layers} layers, {n_kv_heads} kv heads, head_dim {key_dim}, chunks of {chunk_tokens} tokens, "
-            f"rope_length {rope_length}: some value is out of range"
-        )
+    if profile not in PROFILE_NAMES or flags > 7 or not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS:
+        raise CorruptStream(f"profile {profile}, flags {flags}, chunks of {chunk_tokens} tokens: some value is unknown")
+    if PROFILE_NAMES[profile] != LOSSLESS and not groups[0].is_codable:
+        raise CorruptStream(f"the profile is {PROFILE_NAMES[profile]}, but there is no group that it codes")
+    if flags & _HAS_GAPS and len(groups) > 1:
+        raise CorruptStream(f"positions have gaps in a stream of {len(groups)} groups; expected one group")
+    if any(group.is_codable for group in groups) and not groups[0].is_codable:
+        raise CorruptStream(f"group 0 is {groups[0].describe()}, but a later one could be coded; expected it first")
     return Header(
         PROFILE_NAMES[profile],
-        DTYPE_OF[dtype],
         fingerprint,
-        first_layer,
-        n_layers,
-        first_kv_head,
-        n_kv_heads,
-        key_dim,
+        groups,
         chunk_tokens,
-        rope_length,
         bool(flags & _HAS_DIGESTS),
         bool(flags & _IS_TRANSFORMERS),
         bool(flags & _HAS_GAPS),
     )
-
-
-def _check_kinds(kinds: list[int]) -> None:
-    """Raise `UnsupportedVersion`, naming the kinds found, unless there is one group, of full attention."""
-    if kinds != [GROUP_KINDS[FULL_ATTENTION]]:
-        names = {number: name for name, number in GROUP_KINDS.items()}
-        found = ", ".join(names.get(kind, f"kind {kind}") for kind in sorted(set(kinds)))
-        raise UnsupportedVersion(
-            f"the stream holds {len(kinds)} groups of layers ({found}); this kvtc reads one group, of {FULL_ATTENTION}: "
-            "upgrade kvtc"
-        )
 
 
 def pack_chunk(chunk: Chunk) -> bytes:
@@ -398,14 +430,15 @@ def pack_section(section: Section) -> bytes:
     """One entry of the section table."""
     coder = _CODER_NUMBERS[section.coder]
     return _SECTION.pack(
-        section.type, coder, 0, section.chunk, section.raw_bytes, section.stored_bytes, section.checksum
+        section.type, coder, section.group, section.chunk, section.raw_bytes, section.stored_bytes, section.checksum
     )
 
 
-def table_bytes(chunks: Sequence[Chunk]) -> int:
-    """Bytes of the header and of all tables."""
+def table_bytes(layers: Sequence[Sequence[int]], chunks: Sequence[Chunk]) -> int:
+    """Bytes of the header and of all tables, but for the entries of the sections of exact groups. layers: of each group."""
     n_sections = 1 + sum(len(chunk.sections()) for chunk in chunks)
-    return HEADER_BYTES + GROUP_BYTES + CHUNK_BYTES * len(chunks) + SECTION_BYTES * n_sections
+    groups = sum(GROUP_BYTES + RUN_BYTES * len(layer_runs(its)) for its in layers)
+    return HEADER_BYTES + groups + CHUNK_BYTES * len(chunks) + SECTION_BYTES * n_sections
 
 
 def parse_chunks(view: memoryview, counts: Counts, header: Header) -> ChunkTable:
@@ -432,6 +465,9 @@ def check_order(chunks: ChunkTable, header: Header) -> None:
     if header.profile == LOSSLESS:
         for index in _first(chunks.has(_FP8_SINKS | _CODED_WINDOW)):
             raise CorruptStream(f"chunk {index} of a lossless stream has flags {entries['flags'][index]}: not exact")
+    if header.coded is None:
+        for index in _first((entries["sink"] > 0) | (entries["window"] > 0) | chunks.has(_FP8_SINKS | _CODED_WINDOW)):
+            raise CorruptStream(f"chunk {index} has sinks or a window, but no group is coded")
     coded = chunks.has(_CODED_WINDOW)[entries["window"] > 0]
     if coded.any() and (header.profile == "paper" or not coded.all()):
         raise CorruptStream(f"windows of the profile {header.profile} are coded in some chunks: expected all or none")
@@ -448,32 +484,42 @@ def check_order(chunks: ChunkTable, header: Header) -> None:
     if not header.has_gaps:
         for index in _first(chunks.has(_EXPLICIT_POSITIONS)):
             raise CorruptStream(f"chunk {index} lists its positions in a stream without gaps")
-    regions = chunks.present()[:, 1:4]
+    regions = np.stack([entries[name] > 0 for name in ("sink", "body", "window")], axis=1)
     # The first and the last region of each chunk: 0 sinks, 1 body, 2 window.
     first, last = regions.argmax(axis=1), 2 - regions[:, ::-1].argmax(axis=1)
     for before in _first(first[1:] < np.maximum.accumulate(last)[:-1]):
         raise CorruptStream(f"chunk {before + 1} holds an earlier region than the chunks before it")
 
 
-def parse_sections(view: memoryview, counts: Counts, chunks: ChunkTable, n_bytes: int) -> SectionTable:
+def parse_sections(view: memoryview, counts: Counts, header: Header, chunks: ChunkTable, n_bytes: int) -> SectionTable:
     """The section table in view, of a stream of n_bytes bytes."""
-    present = chunks.present()
-    firsts = np.ones(len(chunks) + 1, np.int64)
-    firsts[1:] += present.sum(axis=1).cumsum()
-    if firsts[-1] != counts.n_sections:
-        raise CorruptStream(f"the chunks need {firsts[-1]} sections; {counts.n_sections} are in the table")
     entries = np.frombuffer(view, _SECTIONS, counts.n_sections, counts.chunks_end)
+    present = chunks.present(header.coded is not None)
+    others, firsts = entries, np.ones(len(chunks) + 1, np.int64)
+    if header.exact:
+        is_exact = (entries["group"] >= header.exact.start) & np.isin(entries["type"], _GROUP_TYPES)
+        others = entries[~is_exact]
+    n_needed = 1 + int(present.sum())
+    if n_needed != len(others):
+        raise CorruptStream(
+            f"the chunks need {n_needed} sections; {len(others)} are in the table, but for those of exact groups"
+        )
     owners, kinds = np.nonzero(present)
     types = np.concatenate([[SectionType.RATE], kinds + SectionType.POSITIONS])
     owners = np.concatenate([[STREAM_WIDE], owners])
-    wrong = (entries["type"] != types) | (entries["chunk"] != owners) | (entries["group"] != 0)
-    wrong |= entries["coder"] > max(CODER_NAMES)
+    wrong = (others["type"] != types) | (others["chunk"] != owners) | (others["group"] != 0)
+    wrong |= others["coder"] > max(CODER_NAMES)
     for number in _first(wrong):
-        found = entries[number]
+        found = others[number]
         raise CorruptStream(
             f"section {number} is type {found['type']} of chunk {found['chunk']} (group {found['group']}, coder "
             f"{found['coder']}); expected {SectionType(types[number]).name} of chunk {owners[number]} of group 0"
         )
+    if header.exact:
+        _check_exact(entries, is_exact, header, chunks)
+        firsts += np.searchsorted(entries["chunk"][1:], np.arange(len(chunks) + 1, dtype=np.uint32))
+    else:
+        firsts[1:] += present.sum(axis=1).cumsum()
     offsets = np.full(len(entries) + 1, counts.tables_end, np.int64)
     offsets[1:] += entries["stored"].cumsum(dtype=np.int64)
     end = int(offsets[-1])
@@ -482,6 +528,51 @@ def parse_sections(view: memoryview, counts: Counts, chunks: ChunkTable, n_bytes
     if n_bytes > end:
         raise CorruptStream(f"{n_bytes - end} bytes follow the last section")
     return SectionTable(entries, offsets, firsts)
+
+
+def _check_exact(
+    entries: npt.NDArray[np.void], is_exact: npt.NDArray[np.bool_], header: Header, chunks: ChunkTable
+) -> None:
+    """Each section of an exact group stands at its place, and its length is one that the tokens of its chunk can have."""
+    group, chunk, kind = (entries[name].astype(np.int64) for name in ("group", "chunk", "type"))
+    unknown = is_exact & (
+        (group >= len(header.groups)) | (chunk >= len(chunks)) | (entries["coder"] > max(CODER_NAMES))
+    )
+    for number in _first(unknown):
+        raise CorruptStream(
+            f"section {number} is of chunk {chunk[number]} of group {group[number]} (coder {entries['coder'][number]}); there "
+            f"are {len(chunks)} chunks and {len(header.groups)} groups"
+        )
+    # Places within a chunk: positions, sink, body and window of the coded group, then the groups, then padding.
+    place = np.where(is_exact, 4 + group, kind - SectionType.POSITIONS)
+    place = np.where(kind == SectionType.PADDING, 4 + len(header.groups), place)
+    order = chunk * (5 + len(header.groups)) + place
+    for before in _first(order[2:] <= order[1:-1]):
+        raise CorruptStream(
+            f"section {before + 2} does not stand behind section {before + 1}, as groups and chunks ascend"
+        )
+    position, tokens = chunks.entries["position"].astype(np.int64), chunks.tokens
+    for index in header.exact:
+        its = header.groups[index]
+        mine = np.flatnonzero(is_exact & (group == index))
+        wanted = SectionType.STATE if its.part.is_snapshot else SectionType.BODY
+        first, n = position[chunk[mine]], tokens[chunk[mine]]
+        most = its.rows_between(first, first + n)
+        rows, rest = np.divmod(entries["raw"][mine].astype(np.int64), max(its.row_bytes, 1))
+        wrong = (kind[mine] != wanted) | (rest != 0) | (rows < 1) | (rows > most)
+        if its.kind != WINDOW:
+            wrong |= rows != most
+        for at in _first(wrong):
+            raise CorruptStream(
+                f"section {mine[at]} of group {index} ({its.describe()}) is of type {kind[mine[at]]} and has "
+                f"{entries['raw'][mine[at]]} bytes; {most[at]} rows of {its.row_bytes} bytes belong to chunk {chunk[mine[at]]}"
+            )
+        if its.is_complete:
+            n_needed = int((its.rows_between(position, position + tokens) > 0).sum())
+            if n_needed != len(mine):
+                raise CorruptStream(
+                    f"group {index} ({its.describe()}) has {len(mine)} sections; it needs {n_needed}, one for each chunk"
+                )
 
 
 def _first(wrong: npt.NDArray[np.bool_]) -> list[int]:

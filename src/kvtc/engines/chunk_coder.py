@@ -131,7 +131,7 @@ class FixedChunkCoder:
         """As `ChunkCoder.encode`, in `size` bytes."""
         keys, values, start = self._chunks.read(data, start)
         codec = self._codec if start else self._codec_of_first(keys.shape[2], data.dtype)
-        stream = codec.encode(cache_of(codec.calibration.geometry, keys, values, start))
+        stream = codec.encode(cache_of(codec.geometry, keys, values, start))
         return (_FRAME.pack(len(stream)) + stream).ljust(self.size(data.shape, data.dtype), b"\0")
 
     @neutral_torch_state

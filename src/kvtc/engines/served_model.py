@@ -105,11 +105,11 @@ class ServedModel:
                 f"calibration {name} was made for the model {made_for}; the engine serves the model {self.weights}. {override}"
             )
         if self.rope is not None:
-            rope = self.rope.slice_layers(geometry.first_layer, geometry.first_layer + geometry.n_layers)
+            rope = self.rope.of_layers(geometry.layers)
             differing = _differing_layer(geometry.rope, rope)
             if differing is not None:
                 raise CalibrationMismatch(
-                    f"calibration {name} rotates layer {geometry.first_layer + differing} by "
+                    f"calibration {name} rotates layer {geometry.layers[differing]} by "
                     f"{_described(geometry.rope, differing)}; the model that the engine serves rotates it by "
                     f"{_described(rope, differing)}. {override}"
                 )

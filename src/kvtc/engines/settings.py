@@ -141,8 +141,7 @@ class CacheShard(CacheExtent):
     """The layers and key-value heads that one worker holds.
 
     Parameters:
-        first_layer, n_layers: The layers of the model that the worker's pipeline-parallel rank
-            computes.
+        layers: The layers of the model that the worker's pipeline-parallel rank computes.
         first_kv_head, n_kv_heads: The key-value heads of its tensor-parallel rank.
         head_dim: Features of a head.
         tp_rank, pp_rank: The ranks.
@@ -156,7 +155,7 @@ class CacheShard(CacheExtent):
         name: for the message."""
         geometry = calibration.geometry
         if geometry.extent != self.extent:
-            layers = self.first_layer, self.first_layer + self.n_layers
+            layers = self.layers[0], self.layers[-1] + 1
             heads = self.first_kv_head, self.first_kv_head + self.n_kv_heads
             raise GeometryMismatch(
                 f"calibration {name} covers {geometry.describe()}; the worker of tensor-parallel rank {self.tp_rank} and pipeline "
@@ -191,5 +190,5 @@ def worker_shards(
     for pp_rank, (first, number) in enumerate(layer_ranges or [(0, n_layers)]):
         for tp_rank in range(tp_size):
             head = tp_rank * n_kv_heads // tp_size
-            shards.append(CacheShard(first, number, head, each, head_dim, tp_rank, pp_rank))
+            shards.append(CacheShard(tuple(range(first, first + number)), head, each, head_dim, tp_rank, pp_rank))
     return shards

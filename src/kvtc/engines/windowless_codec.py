@@ -128,7 +128,7 @@ class WindowlessCodec:
 def cache_of(geometry: CacheGeometry, keys: Tensor, values: Tensor, start: int) -> KVCache:
     """The tokens of a chunk, of which the first stands at position `start`."""
     positions = torch.arange(start, start + keys.shape[2], device="cpu")
-    return KVCache(keys, values, positions, geometry.first_layer, geometry.first_kv_head)
+    return KVCache(keys, values, positions, geometry.layers, geometry.first_kv_head)
 
 
 def _check_start(found: int | None, expected: int) -> None:

@@ -35,7 +35,8 @@ def predict(model: Any, cache: Any, token_ids: Tensor, first_position: int | Non
 def read_on(model: Any, cache: Any, token_ids: Tensor, first_position: int | None = None) -> Tensor:
     """As `predict`, but the cache is gone on with: afterwards it holds the tokens too."""
     for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.to(token_ids.device), layer.values.to(token_ids.device)
+        if isinstance(getattr(layer, "keys", None), Tensor):
+            layer.keys, layer.values = layer.keys.to(token_ids.device), layer.values.to(token_ids.device)
     positions = {}
     if first_position is not None:
         if "position_ids" in inspect.signature(model.forward).parameters:

@@ -30,7 +30,7 @@ class HiddenStates:
     """
 
     def __init__(self, model: Any, layer: int, geometry: CacheGeometry) -> None:
-        most = geometry.first_layer + geometry.n_layers - 1
+        most = geometry.layers[-1]
         if not 1 <= layer <= most:
             raise InvalidArgument(f"recompute_layers must lie in 1 .. {most}; got {layer}")
         if geometry.rope.depends_on_length:

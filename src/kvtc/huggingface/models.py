@@ -28,34 +28,62 @@ _KEY_NORMS = frozenset({"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm"
 _KEY_PROJECTIONS = frozenset({"k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "kv_proj"})
 
 
-def check_supported(config: Any) -> None:
-    """Check that every layer of a model keeps a plain full-attention cache.
+FULL_TYPES = frozenset({"full_attention", "hybrid", "indexed_attention", "minimax_m3_sparse"})
+"""Types of layers, as transformers names them, that keep the keys and values of every token."""
 
-    Parameters:
-        config: a transformers config or model. A sliding window is refused even if it spans the whole context.
+
+def coded_layers(model_or_config: Any) -> tuple[int, ...]:
+    """The layers of a model whose cache kvtc codes: those of full attention, which keep keys and values of every token.
 
     Raises:
-        UnsupportedModel: for another cache, naming the first layer that has one.
+        UnsupportedModel: for a model that has none, or whose keys and values there are not plain heads of one shape.
         InvalidArgument: for what is no config or model.
         MissingDependency: without transformers.
     """
+    types = layer_types(model_or_config)
+    config = text_config(model_or_config)
+    found = tuple(layer for layer, its in enumerate(types) if its in FULL_TYPES)
+    if not found:
+        raise UnsupportedModel(
+            f"no layer of {config.model_type} keeps keys and values of every token; layer 0 is a {types[0]} layer"
+        )
+    refuse_unusual_heads(config, found)
+    return found
+
+
+def layer_types(model_or_config: Any) -> list[str]:
+    """What kind of cache each layer of a model keeps, as transformers names it."""
     require_transformers()
     from transformers.cache_utils import get_layer_types_and_kwargs
 
-    config = text_config(config)
-    refuse_unusual_heads(config)
-    for layer, layer_type in enumerate(get_layer_types_and_kwargs(config)[0]):
-        if layer_type != "full_attention":
-            raise UnsupportedModel(
-                f"layer {layer} of {config.model_type} is a {layer_type} layer; expected full_attention in every layer"
-            )
+    config = text_config(model_or_config)
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise UnsupportedModel(f"{config.model_type} has no num_hidden_layers; expected one stack of decoder layers")
+    return list(get_layer_types_and_kwargs(config)[0])
+
+
+def check_full_attention(model_or_config: Any) -> None:
+    """Check that every layer of a model keeps full attention, so that keys and values of the coded layers are its whole cache.
+
+    Parameters:
+        model_or_config: a transformers config or model. A sliding window is refused even if it spans the whole context.
+
+    Raises:
+        UnsupportedModel: for another cache, naming the first layer that has one.
+        InvalidArgument, MissingDependency: as `coded_layers`.
+    """
+    kind = text_config(model_or_config).model_type
+    for layer, its in enumerate(layer_types(model_or_config)):
+        if its != "full_attention":
+            raise UnsupportedModel(f"layer {layer} of {kind} is a {its} layer; expected full_attention in every layer")
+    coded_layers(model_or_config)
 
 
 @neutral_torch_state
 def geometry_of(
     model: Any, layers: tuple[int, int] | None = None, kv_heads: tuple[int, int] | None = None
 ) -> CacheGeometry:
-    """The geometry of a transformers model, or of a config alone.
+    """The geometry of what kvtc codes of a transformers model's cache: its full-attention layers. Of a config alone, too.
 
     Parameters:
         model: a transformers model or config.
@@ -65,13 +93,15 @@ def geometry_of(
         InvalidArgument: for a range outside of the model.
         UnsupportedModel: for a cache or a rotation that kvtc does not support.
     """
-    check_supported(model)
+    full = coded_layers(model)
     whole = _Extent.of(model)
     first_layer, n_layers = _range("layers", layers, whole.n_layers)
     first_head, n_heads = _range("kv_heads", kv_heads, whole.n_kv_heads)
+    chosen = tuple(layer for layer in full if first_layer <= layer < first_layer + n_layers)
+    if not chosen:
+        raise UnsupportedModel(f"layers {first_layer}..{first_layer + n_layers - 1} hold no full attention")
     rope = rope_from_model(model) if isinstance(model, nn.Module) else rope_from_config(model)
-    rope = rope.slice_layers(first_layer, first_layer + n_layers)
-    return CacheGeometry(first_layer, n_layers, first_head, n_heads, whole.head_dim, rope)
+    return CacheGeometry(chosen, first_head, n_heads, whole.head_dim, rope.of_layers(chosen))
 
 
 def capture(
@@ -100,7 +130,6 @@ def capture(
         GeometryMismatch: for a geometry outside of the model.
         UnsupportedModel: for another kind of cache.
     """
-    check_supported(model)
     _extent_of(model, geometry)
     device = model.get_input_embeddings().weight.device
     ids = as_ids(token_ids)
@@ -132,22 +161,21 @@ def captured(model: Any, cached: Any, n_tokens: int, geometry: CacheGeometry | N
     return KVCache(
         torch.stack(keys),
         torch.stack(values),
-        first_layer=layers.start,
+        layers=layers,
         first_kv_head=heads.start,
         rope_length=remembered if remembered > n_tokens else None,
     )
 
 
-def _extent_of(model: Any, geometry: CacheGeometry | None) -> tuple[_Extent, range, range]:
+def _extent_of(model: Any, geometry: CacheGeometry | None) -> tuple[_Extent, tuple[int, ...], range]:
     """The extent of a model's cache, and the layers and heads of a geometry. Raises `GeometryMismatch` for one outside."""
     whole = _Extent.of(model)
     if geometry is None:
-        return whole, range(whole.n_layers), range(whole.n_kv_heads)
-    layers = range(geometry.first_layer, geometry.first_layer + geometry.n_layers)
+        return whole, coded_layers(model), range(whole.n_kv_heads)
     heads = range(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
-    if layers.stop > whole.n_layers or heads.stop > whole.n_kv_heads or geometry.head_dim != whole.head_dim:
+    if geometry.layers[-1] >= whole.n_layers or heads.stop > whole.n_kv_heads or geometry.head_dim != whole.head_dim:
         raise GeometryMismatch(f"expected a part of a model with {whole.describe()}; got {geometry.describe()}")
-    return whole, layers, heads
+    return whole, geometry.layers, heads
 
 
 def _read_in_pieces(model: Any, ids: Tensor, piece_tokens: int, arguments: dict[str, Any]) -> Any:
@@ -220,7 +248,7 @@ def _worst_rope_error(
     heads = slice(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
     worst = 0.0
     for index in range(geometry.n_layers):
-        layer = geometry.first_layer + index
+        layer = geometry.layers[index]
         name = f"layer {layer} ({names.get(layer, 'no attention module')})"
         errors = [
             _relative_error(unrotated[index], candidate[heads])
@@ -252,6 +280,9 @@ class _Extent:
     @classmethod
     def of(cls, model_or_config: Any) -> _Extent:
         config = text_config(model_or_config)
+        n_layers = int(config.num_hidden_layers)
+        # Layers may differ in shape: sizes are those of the layers that are coded.
+        config = config.per_layer_config[coded_layers(model_or_config)[0]]
         n_heads = int(config.num_attention_heads)
         n_kv_heads = getattr(config, "num_key_value_heads", None)
         if config.model_type == "falcon":
@@ -261,7 +292,7 @@ class _Extent:
             # Older architectures have no such field: every head has keys and values of its own.
             n_kv_heads = n_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-        return cls(int(config.num_hidden_layers), int(n_kv_heads), int(head_dim), n_heads)
+        return cls(n_layers, int(n_kv_heads), int(head_dim), n_heads)
 
     def describe(self) -> str:
         """Sizes in words, for messages."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,18 +58,18 @@ def text_config(model_or_config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def refuse_unusual_heads(config: Any) -> None:
-    """Raise `UnsupportedModel` unless all layers of a text config have plain key-value heads of one number and size.
+def refuse_unusual_heads(config: Any, layers: Sequence[int]) -> None:
+    """Raise `UnsupportedModel` unless some layers of a text config have plain key-value heads of one number and size.
 
     Refuses multi-head latent attention (MLA), whose keys are not plain rotated heads, and layers of differing shapes.
     """
-    if getattr(config, "num_hidden_layers", None) is None:
-        raise UnsupportedModel(f"{config.model_type} has no num_hidden_layers; expected one stack of decoder layers")
-    differing = sorted(_HEAD_SHAPE & set(getattr(config, "per_layer_attributes", None) or ()))
-    if differing:
-        raise UnsupportedModel(
-            f"{config.model_type} has layers that differ in {', '.join(differing)}; expected one shape"
-        )
+    by_layer = config.per_layer_config
+    for name in sorted(_HEAD_SHAPE & set(getattr(config, "per_layer_attributes", None) or ())):
+        found = {getattr(by_layer[layer], name, None) for layer in layers}
+        if len(found) > 1:
+            raise UnsupportedModel(
+                f"{config.model_type} has full-attention layers that differ in {name} ({found}); expected one shape"
+            )
     if getattr(config, "kv_lora_rank", None) is not None:
         raise UnsupportedModel(
             f"every layer of {config.model_type} uses multi-head latent attention "
@@ -95,7 +95,6 @@ def rope_from_config(config: Any) -> Rope:
     `UnsupportedModel` if the rotation is not understood or transformers knows no such model.
     """
     transformers = require_transformers()
-    refuse_unusual_heads(text_config(config))
     try:
         # The skeleton allocates nothing: it shows which rotary module the architecture builds, and where.
         with torch.device("meta"):
@@ -149,7 +148,6 @@ def _rotary_modules(model: Any) -> dict[str, Any]:
 def _discover(model: Any, fresh: Callable[[nn.Module], nn.Module]) -> Rope:
     """Rotations of all layers; `fresh` makes a rotary module that may be run without touching the model's own."""
     config = text_config(model)
-    refuse_unusual_heads(config)
     name = f"{type(model).__name__} ({config.model_type})"
     n_layers = int(config.num_hidden_layers)
     found = _rotary_modules(model)

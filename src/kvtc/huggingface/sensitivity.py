@@ -107,14 +107,14 @@ class Sensitivity:
         return min(n_read - self._sink_tokens, n_tokens - n_read) >= _LEAST_TOKENS
 
     def _passes(self, token_ids: Tensor, n_read: int) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
-        """The whole cache, and the read part's keys and values of each layer [1, H, n_read, D] with their gradients."""
+        """The whole cache, and the read part's keys and values [1, H, n_read, D] of the measured layers with their gradients."""
         model = self._model
         ids = token_ids.to(model.get_input_embeddings().weight.device)
         frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with model_torch_state(), evaluation_mode(model):
             cached = model(ids[None, :n_read], use_cache=True).past_key_values
             leaves = []
-            for layer in cached.layers:
+            for layer in (cached.layers[index] for index in self._geometry.layers):
                 layer.keys, layer.values = (
                     side.detach().clone().requires_grad_() for side in (layer.keys, layer.values)
                 )
@@ -137,7 +137,6 @@ class Sensitivity:
     @neutral_torch_state
     def _add(self, leaves: list[tuple[Tensor, Tensor]], n_read: int) -> None:
         geometry = self._geometry
-        leaves = leaves[geometry.first_layer : geometry.first_layer + geometry.n_layers]
         if any(side.grad is None for sides in leaves for side in sides):
             raise self._no_gradients()
         n_sampled = min(self._n_sampled, n_read - self._sink_tokens)

@@ -91,7 +91,7 @@ class PrefixCache:
         self._windowless = codec.with_window(0)
         self.chain = Chain.of(
             entry_scope(namespace, identity),
-            codec.calibration.fingerprint,
+            codec.fingerprint,
             self._windowless.settings_digest,
             codec.settings.chunk_tokens,
         )
@@ -328,12 +328,8 @@ class PrefixCache:
     @neutral_torch_state
     def _neutral(self, cache: Any) -> KVCache:
         """A cache of a prefix as plain tensors of its own."""
-        geometry = self.codec.calibration.geometry
+        geometry = self.codec.geometry
         if interop.is_transformers_cache(cache):
-            if interop.batch_shape(cache)[0] != 1:
-                raise InvalidArgument(
-                    f"the cache holds {interop.batch_shape(cache)[0]} sequences; save them one by one"
-                )
             found = interop.from_transformers(cache, geometry)
         elif isinstance(cache, KVCache):
             found = cache.plain()
@@ -360,7 +356,7 @@ def _join(parts: list[KVCache]) -> KVCache:
     keys, values = (
         torch.cat([getattr(part, side).to(first.dtype) for part in parts], dim=2) for side in ("keys", "values")
     )
-    return KVCache(keys, values, None, first.first_layer, first.first_kv_head, parts[-1].rope_length)
+    return KVCache(keys, values, None, first.layers, first.first_kv_head, parts[-1].rope_length)
 
 
 def _bytes_of(cache: KVCache) -> int:

@@ -66,4 +66,4 @@ def make_profile(
     return _MADE_BY[name](calibration, backend, product, recomputation)
 
 
-__all__ = ["AnyDecoder", "AnyEncoder", "AnyProfile", "make_profile", "register"]
+__all__ = ["AnyDecoder", "AnyEncoder", "AnyProfile", "LosslessProfile", "make_profile", "register"]

@@ -29,9 +29,8 @@ class LosslessProfile:
     recomputation = None
     most_plan_bytes = 0
 
-    def __init__(self, calibration: Calibration, backend: Backend, *_: object) -> None:
-        geometry = calibration.geometry
-        self._none = torch.empty(0, geometry.n_kv_heads * geometry.head_dim, dtype=torch.float32, device=backend.device)
+    def __init__(self, calibration: Calibration | None, backend: Backend, *_: object) -> None:  # noqa: ARG002  none is needed
+        self._none = torch.empty(0, dtype=torch.float32, device=backend.device)
 
     def encoder(self, rate: Rate, codes_windows: bool) -> Encoder[None, None, NoPlan]:
         raise InvalidArgument(

@@ -55,7 +55,7 @@ class EvictedKvtc:
     def decode(self, stream: bytes, token_ids: Tensor, /) -> Any:
         stream = stream[_N_TOKENS_BYTES:]
         cache = self.codec.decode(stream, token_ids.cpu()[positions_of(stream)])
-        return to_transformers(cache.keys[None], cache.values[None], first_layer=0)
+        return to_transformers(cache.keys[None], cache.values[None], cache.resolved_layers())
 
     def measure(self, stream: bytes, /) -> Cost:
         """The cost of a stream: its body are the evicted and the coded tokens, or all tokens if

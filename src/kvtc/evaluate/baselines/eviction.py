@@ -70,7 +70,7 @@ class Eviction(ABC):
         header = Header.read(stream)
         reader = Reader(stream[Header.SIZE :])
         keys, values = (reader.take(header.exact_shape, header.stored_dtype).to(header.dtype) for _ in range(2))
-        return interop.to_transformers(keys[None], values[None], first_layer=0)
+        return interop.to_transformers(keys[None], values[None], range(len(keys)))
 
     def measure(self, stream: bytes, /) -> Cost:
         """All tokens are the body: what is kept stands for all of them."""

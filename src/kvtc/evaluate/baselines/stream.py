@@ -157,7 +157,7 @@ class BodyMethod(ABC):
             sides = [
                 torch.cat([part.to(header.dtype), window], dim=2) for part, window in zip(body, sides, strict=True)
             ]
-        return interop.to_transformers(sides[0][None], sides[1][None], first_layer=0)
+        return interop.to_transformers(sides[0][None], sides[1][None], range(len(sides[0])))
 
     def measure(self, stream: bytes, /) -> Cost:
         header = Header.read(stream)

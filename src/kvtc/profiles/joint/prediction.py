@@ -66,7 +66,7 @@ class PredictedRows:
         keys, values = [], []
         for part in self._parts:
             stop = part.first + len(part.hidden)
-            sides = [side[geometry.first_layer + layer, heads].to(device) for side in (part.keys, part.values)]
+            sides = [side[geometry.layers[layer], heads].to(device) for side in (part.keys, part.values)]
             positions = torch.arange(part.first, stop, device=device)
             keys.append(rows_of(geometry.rope.turn_layer(layer, sides[0], positions, stop, inverse=True)[None]))
             values.append(rows_of(sides[1][None]))

@@ -1,0 +1,182 @@
+"""Which groups the cache of a model has, and what kvtc does with each: told from a config, with no weights.
+
+A model of the architecture is made without memory for its numbers, and reads a few tokens. Its cache then has the layers, shapes
+and dtypes of a real one, and is taken apart as the codec takes caches apart: what is said here is what the codec does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..codec.transformers_cache import TransformersCache
+from ..container.groups import SIDE_BUFFER, WINDOW, Group
+from ..errors import KvtcError, UnsupportedModel
+from ..process.torch_state import neutral_torch_state
+from .models import geometry_of
+from .rope_discovery import require_transformers, text_config
+
+_TOKENS = 6
+_CACHES = ("past_key_values", "cache_params")
+
+
+@dataclass(frozen=True)
+class GroupSupport:
+    """One group of layers of a model's cache.
+
+    Parameters:
+        kind, part: what of a layer it is, in words.
+        layers: of the model.
+        shape: heads, features of a key and of a value; of a state its axes, 0 where it has fewer.
+        token_bytes: bytes of each token that is read, all layers together.
+        constant_bytes: bytes that it takes at most however many tokens are read: of windows and states.
+        is_coded: whether a calibrated codec codes it; else it is kept bit for bit.
+    """
+
+    kind: str
+    part: str
+    layers: tuple[int, ...]
+    shape: tuple[int, int, int]
+    token_bytes: float
+    constant_bytes: int
+    is_coded: bool
+
+
+@dataclass(frozen=True)
+class Support:
+    """What kvtc does with the cache of a model.
+
+    Parameters:
+        model_type: of the config of the text decoder.
+        groups: of its cache; none where something stops it.
+        stopped_by: the layer or the reason why its cache cannot be coded at all; None: it can be, bit for bit at least.
+        not_coded: why no group is coded at a rate below lossless; None: one is.
+    """
+
+    model_type: str
+    groups: tuple[GroupSupport, ...]
+    stopped_by: str | None
+    not_coded: str | None
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether kvtc takes the cache of this model."""
+        return self.stopped_by is None
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of each token, all groups together."""
+        return sum(group.token_bytes for group in self.groups)
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of windows and states, all groups together."""
+        return sum(group.constant_bytes for group in self.groups)
+
+
+@neutral_torch_state
+def supported(model_or_config: Any) -> Support:
+    """What kvtc does with the cache of a model.
+
+    Parameters:
+        model_or_config: a transformers config, or a model.
+
+    Returns:
+        Its groups, or what stops it. Bytes are those of a cache in bfloat16 but for parts that the model keeps in another dtype.
+
+    Raises:
+        InvalidArgument: for what is no config or model.
+        MissingDependency: without transformers.
+    """
+    require_transformers()
+    config = text_config(model_or_config)
+    try:
+        groups = TransformersCache(cache_without_weights(config)).groups
+    except KvtcError as error:
+        return Support(config.model_type, (), " ".join(str(error).split()), None)
+    coded, reason = _coded_layers(config)
+    if coded is not None and not any(group.is_codable and group.layers == coded for group in groups):
+        coded, reason = None, "its full-attention layers have keys and values of different widths, or of several shapes"
+    needs = tuple(_group_support(group, group.is_codable and group.layers == coded) for group in groups)
+    return Support(config.model_type, needs, None, reason)
+
+
+def cache_without_weights(config: Any) -> Any:
+    """The cache of a model after a few tokens, all on the device meta.
+
+    Raises `UnsupportedModel` where transformers cannot build the model, or it does not run so, or keeps no cache.
+    """
+    try:
+        model = _skeleton(config)
+        with torch.no_grad(), torch.device("meta"), _without_experts(model):
+            output = model(torch.zeros(1, _TOKENS, dtype=torch.int64), use_cache=True)
+    except KvtcError:
+        raise
+    except Exception as error:  # whatever foreign code raises
+        reason = str(error).split("\n", 1)[0][:160]
+        raise UnsupportedModel(
+            f"{config.model_type} cannot be tried without weights: {type(error).__name__}: {reason}"
+        ) from error
+    found = [getattr(output, name, None) for name in _CACHES]
+    cache = next((cache for cache in found if cache is not None), None)
+    if not hasattr(cache, "layers"):
+        raise UnsupportedModel(
+            f"{config.model_type} keeps its cache as {type(cache).__name__}; expected a cache with layers"
+        )
+    return cache
+
+
+def _skeleton(config: Any) -> Any:
+    """The decoder that a config describes, without memory for its numbers."""
+    transformers = require_transformers()
+    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    with torch.device("meta"):
+        model = auto.from_config(copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager").eval()
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(f"{config.model_type} has an encoder; expected a decoder alone")
+    return model
+
+
+@contextmanager
+def _without_experts(model: nn.Module) -> Iterator[None]:
+    """Experts give zeros: which of them are asked depends on numbers, and there are none."""
+    experts = [module for path, module in model.named_modules() if path.rsplit(".", 1)[-1] == "experts"]
+    for module in experts:
+        module.forward = _zeros
+    try:
+        yield
+    finally:
+        for module in experts:
+            del module.forward
+
+
+def _zeros(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.zeros_like(hidden)
+
+
+def _coded_layers(config: Any) -> tuple[tuple[int, ...] | None, str | None]:
+    """The layers that a calibration would cover; or None, and why it covers none."""
+    try:
+        return geometry_of(config).layers, None
+    except KvtcError as error:
+        return None, " ".join(str(error).split())
+
+
+def _group_support(group: Group, is_coded: bool) -> GroupSupport:
+    per_token, constant = float(group.row_bytes), 0
+    if group.kind == WINDOW:
+        per_token, constant = 0.0, group.row_bytes * (group.extent - 1)
+    elif group.part.is_snapshot:
+        rows = int(group.rows_between(0, max(1, group.extent - 1)))
+        per_token, constant = 0.0, group.row_bytes * rows
+    elif group.kind == SIDE_BUFFER:
+        per_token /= group.extent
+    part = group.part.name.lower().replace("_", " ")
+    return GroupSupport(group.kind, part, group.layers, group.shape, per_token, constant, is_coded)

@@ -1,0 +1,235 @@
+"""Tiny random models of many architectures of transformers: two to eight layers, every kind of cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtc.calibration import Calibration
+
+from .builders import random_cache, tiny_calibration
+
+WINDOW = 16
+"""Of every sliding window and every attention chunk."""
+VOCABULARY = 64
+MIXED_LAYERS = (0, 2, 5)
+"""Those of full attention in `mixed_cache`."""
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+_LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "first_k_dense_replace": 1,
+} | _EXPERTS
+_INDEXED = _LATENT | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 8}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_SLIDING = {"sliding_window": WINDOW}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "phi3": {},
+    "hy_v3": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mistral": _SLIDING,
+    "gemma2": _SLIDING,
+    "gemma3_text": _SLIDING | {"num_hidden_layers": 6, "sliding_window_pattern": 3},
+    "gemma4_text": _SLIDING
+    | {
+        "num_hidden_layers": 8,
+        "num_kv_shared_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 16,
+    },
+    "gpt_oss": _SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "cohere2": _SLIDING,
+    "olmo3": _SLIDING,
+    "mimo_v2_flash": _SLIDING,
+    "llama4_text": {"attention_chunk_size": WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    "qwen3_next": _DELTA
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "qwen3_5_text": _DELTA,
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "moe", "mamba"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 16,
+    }
+    | _EXPERTS,
+    "bamba": _MAMBA2 | {"attn_layer_indices": [1]},
+    "granitemoehybrid": _MAMBA2
+    | {
+        "layer_types": ["mamba", "attention", "mamba", "attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 32,
+    },
+    "falcon_h1": _MAMBA2 | {"mamba_d_ssm": 32, "mamba_d_head": 8},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "hybrid_layer_ids": [1, 3],
+        "mamba_d_state": 8,
+        "mamba_headdim": 16,
+        "n_mamba_heads": 4,
+        "mamba_ngroups": 1,
+        "chunk_size": 16,
+        "num_mem_blocks": 1,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16, "expand": 2},
+    "minimax": {"num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 16},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "mlp_layer_types": ["dense"] * 4,
+        "index_head_dim": 8,
+        "index_n_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _INDEXED,
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _INDEXED | {"qk_head_dim": 12},
+    "kimi_linear": _LATENT
+    | {
+        "q_lora_rank": None,
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_attn_config": {
+            "kda_layers": [1, 2, 3],
+            "full_attn_layers": [4],
+            "head_dim": 8,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+        },
+    },
+    "deepseek_v4": {
+        "sliding_window": 8,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        "mlp_layer_types": ["moe"] * 3,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "q_lora_rank": 16,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
+}
+"""By model type: what the config has beside the sizes that all have."""
+
+
+def tiny_config(name: str, **changes: Any) -> Any:
+    """The config of a tiny model."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(name, **(_COMMON | ARCHITECTURES[name] | changes))
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A tiny model with random weights, the same on every run."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(name, **changes)).to(dtype).eval()
+
+
+def random_ids(n_sequences: int, n_tokens: int, seed: int = 0) -> Tensor:
+    """Token ids that are no padding."""
+    return torch.randint(2, VOCABULARY, (n_sequences, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def read(model: Any, ids: Tensor, cache: Any = None, **arguments: Any) -> tuple[Tensor, Any]:
+    """Logits and cache after a model has read tokens on top of a cache."""
+    name = "cache_params" if model.config.model_type in ("mamba", "mamba2") else "past_key_values"
+    output = model(ids, use_cache=True, **{name: cache}, **arguments)
+    return output.logits, output[name]
+
+
+def mixed_cache(n: int = 50, seed: int = 0) -> Any:
+    """A transformers cache of n tokens: layers 0, 2 and 5 as `mixed_calibration` has them, two windows and a state between."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+    neutral, cache = random_cache(n, seed=seed), DynamicCache()
+    drawn = torch.Generator().manual_seed(seed)
+    for layer in range(6):
+        if layer in (1, 4):
+            window = DynamicSlidingWindowLayer(sliding_window=8)
+            window.update(torch.randn(1, 2, n, 4, generator=drawn), torch.randn(1, 2, n, 4, generator=drawn))
+            cache.layers.append(window)
+        elif layer == 3:
+            state = LinearAttentionLayer()
+            state.update_conv_state(torch.randn(1, 6, 4, generator=drawn))
+            state.update_recurrent_state(torch.randn(1, 2, 4, 4, generator=drawn))
+            cache.layers.append(state)
+        else:
+            at, full = MIXED_LAYERS.index(layer), DynamicLayer()
+            full.update(neutral.keys[None, at], neutral.values[None, at])
+            cache.layers.append(full)
+    return cache
+
+
+def mixed_calibration() -> Calibration:
+    """The tiny calibration, of layers 0, 2 and 5."""
+    calibration = tiny_calibration()
+    return replace(calibration, geometry=replace(calibration.geometry, layers=MIXED_LAYERS))
