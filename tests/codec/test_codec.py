@@ -432,7 +432,16 @@ def test_inspect_tells_what_a_stream_holds(calibration):
     ratio = info.original_bytes / stored
     assert info.groups == (
         GroupInfo(
-            "full attention", "keys and values", "float16", (0, 1, 2), (2, 8, 8), 0, True, info.original_bytes, stored, ratio
+            "full attention",
+            "keys and values",
+            "float16",
+            (0, 1, 2),
+            (2, 8, 8),
+            0,
+            True,
+            info.original_bytes,
+            stored,
+            ratio,
         ),
     )
     assert (info.first_position, info.last_chunk_position, info.n_chunks, info.chunk_tokens) == (1, 8, 3, 4)

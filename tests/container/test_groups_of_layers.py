@@ -90,7 +90,7 @@ def test_a_missing_section_of_a_group_that_keeps_every_token_is_corrupt(case):
 def test_without_a_window_or_a_state_there_is_no_resume_point(which, chunk):
     stream = without(which, chunk)
     assert kvtc.inspect(stream).resume_points == ()
-    with pytest.raises(InvalidArgument, match="cannot be restored after 20 tokens.*it can be after none"):
+    with pytest.raises(InvalidArgument, match=r"cannot be restored after 20 tokens.*it can be after none"):
         Codec(lossless=True).decode(stream)
 
 
