@@ -426,9 +426,24 @@ def test_costs_add_up(dtype):
 
 def test_inspect_tells_what_a_stream_holds(calibration):
     info = kvtc.inspect(tiny_codec(coder="none").encode(random_cache(11, torch.float16, first_position=1), range(11)))
-    assert info.format_version == 2
+    assert info.format_version == 3
     assert (info.profile, info.fingerprint) == ("paper", calibration.fingerprint.hex())
-    assert info.groups == (GroupInfo("full attention", "float16", (0, 3), (0, 2), 8, 8),)
+    stored = sum(20 + section.stored_bytes for section in info.sections[1:])
+    ratio = info.original_bytes / stored
+    assert info.groups == (
+        GroupInfo(
+            "full attention",
+            "keys and values",
+            "float16",
+            (0, 1, 2),
+            (2, 8, 8),
+            0,
+            True,
+            info.original_bytes,
+            stored,
+            ratio,
+        ),
+    )
     assert (info.first_position, info.last_chunk_position, info.n_chunks, info.chunk_tokens) == (1, 8, 3, 4)
     assert (info.n_tokens, info.sink_tokens, info.body_tokens, info.window_tokens) == (11, 1, 7, 3)
     assert info.has_token_digests
@@ -448,7 +463,7 @@ def test_another_calibration_is_refused():
         Codec(other, ratio=3).decode(stream)
 
 
-def part_of_model(**changes: int) -> Codec:
+def part_of_model(**changes: object) -> Codec:
     calibration = tiny_calibration()
     return Codec(replace(calibration, geometry=replace(calibration.geometry, **changes)), ratio=3)
 
@@ -475,7 +490,7 @@ def test_a_rank_encodes_its_own_part():
     decoded = codec.decode(stream)
     assert (decoded.layers, decoded.first_kv_head) == ((3, 4, 5), 2)
     assert [layer for layer, _, _ in codec.decode_layers(stream)] == [3, 4, 5]
-    assert kvtc.inspect(stream).groups[0].layers == (3, 6)
+    assert kvtc.inspect(stream).groups[0].layers == (3, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -872,7 +887,7 @@ def test_layers_of_a_transformers_cache_keep_their_places(calibration):
     for layer in range(geometry.n_layers):
         cache.update(part.keys[layer][None], part.values[layer][None], layer + 2)
     stream = codec.encode(cache)
-    assert kvtc.inspect(stream).groups[0].layers == (2, 2 + geometry.n_layers)
+    assert kvtc.inspect(stream).groups[0].layers == (2, 3, 4)
     restored = codec.decode(stream)
     assert [layer.is_initialized for layer in restored.layers] == [False] * 2 + [True] * geometry.n_layers
     with pytest.raises(GeometryMismatch, match=r"layers 0\.\.2.*layers 2\.\.4"):
@@ -880,7 +895,7 @@ def test_layers_of_a_transformers_cache_keep_their_places(calibration):
     holes = DynamicCache()
     for layer in (0, 2):
         holes.update(part.keys[layer][None], part.values[layer][None], layer)
-    with pytest.raises(InvalidCache, match="layer 1 before it holds none"):
+    with pytest.raises(GeometryMismatch, match=r"layers 0\.\.2.*layers 0, 2"):
         Codec(calibration).encode(holes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from kvtc.container.groups import NO_CACHE, SIDE_BUFFER, STATE, WINDOW, Group, P
 from kvtc.container.stream import CodedSection, parse_stream, write_stream
 from kvtc.container.tables import SectionType
 from kvtc.errors import CorruptStream, InvalidArgument, KvtcError, StreamTooLarge, TruncatedStream, UnsupportedVersion
-from tests.builders import reseal
+from tests.builders import groups_end, reseal
 from tests.container.test_golden import golden_groups_cache, golden_stream
 
 FULL, LATENT, IN_WINDOW, CONVOLUTION, RECURRENT, INDEXER, NOTHING = range(7)
@@ -141,12 +142,17 @@ def test_layers_that_no_class_holds_together_are_corrupt():
 
 
 def test_layers_that_hold_nothing_are_not_made_without_end():
-    stream = changed(NOTHING, layers=tuple(range(6, 40_000)))
-    assert kvtc.inspect(stream).groups[index_of(NOTHING)].layers[-1] == 39_999
-    with pytest.raises(StreamTooLarge, match="layer 39999; a transformers cache of at most 4096 layers"):
+    stream = changed(NOTHING, layers=(65_535,))
+    assert kvtc.inspect(stream).groups[index_of(NOTHING)].layers == (65_535,)
+    with pytest.raises(StreamTooLarge, match="layer 65535; a transformers cache of at most 4096 layers"):
         Codec(lossless=True).decode(stream)
-    with pytest.raises(CorruptStream, match="65536 is the limit"):
-        kvtc.inspect(changed(NOTHING, layers=tuple(range(6, 65_536))))
+    with pytest.raises(InvalidArgument, match="4102 layers; 4096 is the most"):
+        changed(NOTHING, layers=tuple(range(6, 4_100)))
+    many = bytearray(changed(NOTHING, layers=(6,)))
+    last_run = groups_end(many) - 4
+    many[last_run : last_run + 4] = struct.pack("<HH", 6, 4_094)
+    with pytest.raises(CorruptStream, match="4102 layers and more; 4096 is the limit"):
+        kvtc.inspect(reseal(many))
 
 
 def test_a_stream_of_groups_cut_anywhere_is_truncated():

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration
 from kvtc.calibration.rows import CalibrationRows
+from kvtc.codec.codec import Codec
+from kvtc.codec.inspection import inspect
 from kvtc.errors import GeometryMismatch, InvalidArgument, MissingDependency, UnsupportedModel
 from kvtc.huggingface.calibrate import calibrate
 from kvtc.huggingface.model_identity import calibrated_identity
 from kvtc.huggingface.models import capture, check_full_attention, geometry_of, verify_rope
 from kvtc.huggingface.rope_discovery import context_length, rope_from_config
 from kvtc.huggingface.sensitivity import Sensitivity
-from tests.tiny_architectures import tiny_config, tiny_model
+from tests.tiny_architectures import random_ids, read, tiny_config, tiny_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -390,7 +392,7 @@ def test_calibrate_refuses_what_cannot_be_calibrated(llama: Any, seen: list[Seen
     with pytest.raises(InvalidArgument, match="one sequence of integer token ids"):
         quiet(llama, [[IDS, IDS]])
     mistral = transformers.MistralForCausalLM(config("Mistral", sliding_window=64))
-    with pytest.raises(UnsupportedModel, match="layer 0 of mistral"):
+    with pytest.raises(UnsupportedModel, match="no layer of mistral keeps keys and values of every token"):
         quiet(mistral, [IDS])
     hunyuan = transformers.AutoModelForCausalLM.from_config(config("HunYuanDenseV1", head_dim=8))
     for parameter in hunyuan.parameters():
@@ -399,3 +401,27 @@ def test_calibrate_refuses_what_cannot_be_calibrated(llama: Any, seen: list[Seen
     with pytest.raises(UnsupportedModel, match=r"layer 0 \(HunYuanDenseV1Attention\): un-rotated keys differ"):
         quiet(hunyuan, [IDS])
     assert not any(rows.caches for rows in seen)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gemma3_text", (2, 5)), ("qwen3_next", (3,)), ("nemotron_h", (1,))])
+def test_full_attention_beside_other_layers_is_calibrated_and_coded(name: str, layers: tuple[int, ...]) -> None:
+    """Gradients are taken of the calibrated layers alone; the other layers come back bit for bit."""
+    model, texts = tiny_model(name), random_ids(4, 80)
+    calibration = calibrate(model, list(texts), profiles=("paper", "joint"), joint_rank=16, progress=False)
+    assert calibration.geometry.layers == layers
+    _, cache = read(model, texts[:1, :60])
+    for profile in ("paper", "joint"):
+        codec = Codec(calibration, profile, ratio=4, window_tokens=4, chunk_tokens=16)
+        stream = codec.encode(cache, texts[0, :60])
+        info, back = inspect(stream), codec.decode(stream, texts[0, :60])
+        assert info.groups[0].layers == layers
+        assert [group.is_coded for group in info.groups] == [True] + [False] * (len(info.groups) - 1)
+        for index, (found, exact) in enumerate(zip(back.layers, cache.layers, strict=True)):
+            if index in layers:
+                assert not torch.equal(found.keys, exact.keys)
+                assert torch.equal(found.keys[:, :, :4], exact.keys[:, :, :4])
+            elif isinstance(getattr(exact, "keys", None), Tensor):
+                assert torch.equal(found.keys, exact.keys)
+            elif hasattr(exact, "recurrent_states"):
+                assert torch.equal(found.recurrent_states[0], exact.recurrent_states[0])
+        assert read(model, texts[:1, 60:], back)[0].isfinite().all()

@@ -66,8 +66,9 @@ class TransformersCache:
 
     @property
     def groups(self) -> list[Group]:
-        """Its groups, in the order of the group table."""
-        return [one.group for one in grouped([(part.group, part.sides) for part in self._parts])]
+        """Its groups, in the order of the group table of a lossless stream: the first that can be coded, and then all others."""
+        found = [one.group for one in grouped([(part.group, part.sides) for part in self._parts])]
+        return sorted(found, key=lambda group: group is not next((one for one in found if one.is_codable), None))
 
     @neutral_torch_state
     def split(self, geometry: CacheGeometry | None, batch_index: int = 0, first_token: int = 0) -> SplitCache:

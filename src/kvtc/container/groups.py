@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from ..coding.exact.floats import FloatLayout
-from ..errors import CorruptStream, UnsupportedVersion
+from ..errors import CorruptStream, InvalidArgument, UnsupportedVersion
 from ..layer_runs import layer_runs
 
 FULL_ATTENTION, WINDOW, LATENT = "full attention", "sliding window", "latent"
@@ -30,7 +30,7 @@ DTYPE_OF = {number: dtype for dtype, number in DTYPES.items()}
 MAX_LENGTH = 1 << 31
 MAX_STATES = 16
 """Of one layer and part."""
-MAX_NAMED_LAYERS = 1 << 16
+MAX_NAMED_LAYERS = 1 << 12
 """In all groups of a stream."""
 
 _GROUP = struct.Struct("<BBHHHHHHHI")
@@ -177,7 +177,11 @@ class Group:
 
 
 def pack_groups(groups: Sequence[Group]) -> bytes:
-    """The group table: the entries, and then the runs of layers of all groups."""
+    """The group table: the entries, and then the runs of layers of all groups. Raises `InvalidArgument` for too many layers."""
+    if (n_named := sum(group.n_layers for group in groups)) > MAX_NAMED_LAYERS:
+        raise InvalidArgument(
+            f"the groups of a cache name {n_named} layers; {MAX_NAMED_LAYERS} is the most that a stream can say"
+        )
     runs = [layer_runs(group.layers) for group in groups]
     entries = b"".join(_pack(group, len(its)) for group, its in zip(groups, runs, strict=True))
     return entries + b"".join(_RUN.pack(*run) for its in runs for run in its)
@@ -274,15 +278,12 @@ def _check_group(index: int, group: Group) -> None:
 
 def check_together(groups: Sequence[Group]) -> None:
     """Raise `CorruptStream` where a layer has one part twice, or keys and values of several kinds, or has a part beside nothing."""
-    seen: set[tuple[int, Part, int]] = set()
-    empty: set[int] = set()
+    held: dict[tuple[Part, int], set[int]] = {}
     for group in groups:
-        keys = {(layer, group.part, group.index) for layer in group.layers}
-        if seen & keys:
-            layer, part, _ = min(seen & keys)
-            raise CorruptStream(f"two groups hold {part.name.lower().replace('_', ' ')} of layer {layer}")
-        seen |= keys
-        empty |= set(group.layers) if group.kind == NO_CACHE else set()
-    filled = {layer for layer, part, _ in seen if part is not Part.NOTHING}
-    if empty & filled:
-        raise CorruptStream(f"layer {min(empty & filled)} is in a group without a cache and in another one")
+        seen = held.setdefault((group.part, group.index), set())
+        for layer in sorted(seen & set(group.layers))[:1]:
+            raise CorruptStream(f"two groups hold {group.part.name.lower().replace('_', ' ')} of layer {layer}")
+        seen.update(group.layers)
+    empty = held.pop((Part.NOTHING, 0), set())
+    for layer in sorted(empty & set().union(*held.values()))[:1]:
+        raise CorruptStream(f"layer {layer} is in a group without a cache and in another one")

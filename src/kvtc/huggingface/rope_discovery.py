@@ -21,8 +21,13 @@ from torch import Tensor, nn
 from ..coding.rope import NO_ROTATION, DynamicScaling, LongScaling, Rope, RopeTable
 from ..errors import InvalidArgument, MissingDependency, UnsupportedModel
 
-# Models without a rotary module whose keys carry no position: learned embeddings or ALiBi.
-_NEVER_ROTATE = frozenset({"biogpt", "bloom", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm"})
+# Models without a rotary module whose keys carry no position: learned embeddings, ALiBi, or recurrent layers that keep order.
+_NEVER_ROTATE = frozenset(
+    {
+        *("biogpt", "bloom", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm"),
+        *("granitemoehybrid", "jamba", "nemotron_h", "zamba2"),
+    }
+)
 
 # Layers that skip a rotary module their model does have; the modeling code decides by these config fields.
 _ROTATE_SLIDING_ONLY = frozenset({"afmoe", "cohere2", "flint"})
@@ -156,7 +161,7 @@ def _discover(model: Any, fresh: Callable[[nn.Module], nn.Module]) -> Rope:
         raise UnsupportedModel(f"{name}: expected one rotary module for all layers, found {len(found)}: {listed}")
     if not found:
         kind = config.model_type
-        if kind in _NEVER_ROTATE or (kind == "granitemoehybrid" and config.position_embedding_type == "nope"):
+        if kind in _NEVER_ROTATE:
             return Rope((), (NO_ROTATION,) * n_layers)
         raise UnsupportedModel(f"{name}: has no *RotaryEmbedding module, and is not known to leave its keys unrotated")
     reader = _TableReader(name, config, next(iter(found.values())), fresh)
@@ -209,20 +214,22 @@ class _TableReader:
         if layer_type not in self._known:
             where = f"{self._name}, layer {layer}" + (f" ({layer_type})" if layer_type else "")
             try:
-                self._known[layer_type] = self._read(layer_type, where)
+                self._known[layer_type] = self._read(layer_type, where, layer)
             except UnsupportedModel:
                 raise
             except Exception as error:  # the rotary module is foreign code: any failure means it is not understood
                 raise UnsupportedModel(f"{where}: cannot read the rotation: {type(error).__name__}: {error}") from error
         return self._known[layer_type]
 
-    def _read(self, layer_type: str | None, where: str) -> RopeTable | None:
+    def _read(self, layer_type: str | None, where: str, layer: int) -> RopeTable | None:
         settings = self._config.rope_parameters
         if layer_type is not None:
             settings = settings[layer_type]
             if settings is None:
                 return None
         probe = _Probe(self._fresh(self._rotary), layer_type)
+        of_layer = self._config.per_layer_config[layer]
+        head_dim = getattr(of_layer, "head_dim", None) or of_layer.hidden_size // of_layer.num_attention_heads
         kind = probe.rope_type
         # Read after a short sequence: the buffers of a live model may still hold the frequencies of a long one.
         base = probe.frequencies(1)
@@ -236,7 +243,7 @@ class _TableReader:
         for interleaved in (False, True):
             table = RopeTable(base, probe.attention_scaling, interleaved, scaling)
             # Within the limit, just past it and far past it: the frequencies of each are observed.
-            if all(probe.agrees(table, self._config, length) for length in (limit, limit + 1, 3 * limit)):
+            if all(probe.agrees(table, head_dim, length) for length in (limit, limit + 1, 3 * limit)):
                 return table
         raise UnsupportedModel(
             f"{where}: the model's own rotation (rope type {kind!r}, {2 * len(base)} features) is neither half-split "
@@ -269,10 +276,9 @@ class _Probe:
         self._embed(torch.tensor([length - 1]))
         return tuple(getattr(self._rotary, f"{self._prefix}inv_freq").float().tolist())
 
-    def agrees(self, table: RopeTable, config: Any, length: int) -> bool:
+    def agrees(self, table: RopeTable, head_dim: int, length: int) -> bool:
         """Whether `table` rotates the keys of a sequence of `length` tokens as the model's code does."""
         positions = torch.tensor(sorted({0, 1, 2, length // 2, length - 1}))
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         generator = torch.Generator().manual_seed(0)
         keys = torch.randn(len(positions), head_dim, generator=generator, dtype=torch.float32)
         try:
