@@ -38,7 +38,8 @@ class QualityCurve:
         """The step at which predictions are expected to diverge so much; `InvalidArgument` past the ends of the curve."""
         if not self.kl[0] <= kl <= self.kl[-1]:
             raise InvalidArgument(
-                f"a KL of {kl:g} nats is outside of what was measured: {self.kl[0]:.3g} .. {self.kl[-1]:.3g}"
+                f"a KL of {kl:g} nats is outside of what was measured: {self.kl[0]:.3g} .. {self.kl[-1]:.3g}; "
+                "lossless=True gives a KL of 0, a ratio= any other size"
             )
         # Of several steps with one KL the largest: it costs least.
         last = np.append(np.diff(self.kl) > 0, True)

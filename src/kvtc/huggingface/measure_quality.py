@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from torch import Tensor
@@ -115,8 +115,16 @@ def _curve(
         calibration, profile, step=steps[0], window_tokens=0, model=model if profile == "conditional" else None
     )
     shown = track(steps, f"quality of {profile}", "steps")
-    found = [fmean(_divergence(model, codec.with_rate(Step(step)), case) for case in cases) for step in shown]
+    found = [
+        _expected([_divergence(model, codec.with_rate(Step(step)), case) for case in cases]) for step in shown
+    ]
     return QualityCurve.from_measurements(steps, found)
+
+
+def _expected(divergences: list[float]) -> float:
+    """What other texts are expected to show on average: the mean, and its standard error on top, for few texts are measured."""
+    spread = stdev(divergences) / len(divergences) ** 0.5 if len(divergences) > 1 else 0.0
+    return fmean(divergences) + spread
 
 
 def _divergence(model: Any, codec: Codec, case: _Case) -> float:
