@@ -1,8 +1,9 @@
 """The table of docs/models.md: what kvtc does with the cache of every text model that transformers ships.
 
-    python -m benchmarks.models.support
+    python -m benchmarks.models.support [MODEL_TYPE ...]
 
-Each config class is taken with its default sizes. No weights are made or loaded; it takes some minutes.
+Without names all that transformers ships are listed. Each config class is taken with its default sizes. No weights are made or
+loaded; it takes some minutes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from transformers.models.auto.modeling_auto import (
 from kvtc.huggingface.support import GroupSupport, Support, supported
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+_LAYER_TYPES = {"granitemoehybrid": ["linear_attention"] * 5 + ["full_attention"] + ["linear_attention"] * 4}
+"""Where the default config has no attention at all: the layers of a model that was published."""
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
@@ -38,6 +41,9 @@ def text_configs() -> dict[str, Any]:
             continue
         if config.is_encoder_decoder or getattr(config, "is_decoder", True) is False:
             continue
+        if config.model_type in _LAYER_TYPES:
+            period = _LAYER_TYPES[config.model_type]
+            config.layer_types = (period * config.num_hidden_layers)[: config.num_hidden_layers]
         found.setdefault(config.model_type, config)
     return dict(sorted(found.items()))
 
@@ -70,8 +76,8 @@ def table(supports: list[Support]) -> str:
     )
     listed = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
     summary = (
-        f"transformers {transformers.__version__}: kvtc takes the caches of {len(taken)} of {len(supports)} text models "
-        f"({len(taken) / len(supports):.0%}), and codes a group of {len(coded)} of them at a rate. "
+        f"transformers {transformers.__version__}: kvtc takes the caches of {len(taken)} of the {len(supports)} text models "
+        f"listed ({len(taken) / len(supports):.0%}), and codes a group of {len(coded)} of them at a rate. "
         f"Models with a group of each kind: {listed}."
     )
     lines = [
@@ -86,11 +92,15 @@ def table(supports: list[Support]) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="model types of text decoders")
+    names = parser.parse_args().names
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     supports = []
     for name, config in text_configs().items():
+        if names and name not in names:
+            continue
         supports.append(supported(config))
         print(name, supports[-1].stopped_by or "yes", flush=True)
     page = PAGE.read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import CorruptStream, InvalidArgument, StreamTooLarge
+from .groups import pack_groups
 from .stream import Stream, assemble, parse_stream
 from .tables import CHUNK_BYTES, SECTION_BYTES, ChunkTable, SectionType, check_order
 
@@ -36,7 +37,11 @@ def split_stream(data: bytes | memoryview) -> list[bytes]:
         )
     sections = stream.sections.entries.copy()
     sections["chunk"] = 0
-    chunk_table, section_table = stream.chunks.entries.tobytes(), sections.tobytes()
+    groups, chunk_table, section_table = (
+        pack_groups(stream.header.groups),
+        stream.chunks.entries.tobytes(),
+        sections.tobytes(),
+    )
     firsts = stream.sections.firsts
     spans = map(slice, stream.sections.offsets[firsts[:-1]].tolist(), stream.sections.offsets[firsts[1:]].tolist())
     rows = map(slice, (SECTION_BYTES * firsts[:-1]).tolist(), (SECTION_BYTES * firsts[1:]).tolist())
@@ -44,6 +49,7 @@ def split_stream(data: bytes | memoryview) -> list[bytes]:
     return [
         assemble(
             stream.header,
+            groups,
             chunk_table[start : start + CHUNK_BYTES],
             rate_entry + section_table[row],
             [rate, *stream.data.on_host([span])],
@@ -88,7 +94,9 @@ def join_streams(parts: Sequence[bytes | memoryview]) -> bytes:
         check_order(ChunkTable(chunks), first.header)
     except CorruptStream as error:
         raise InvalidArgument(f"the streams do not follow one another: {error}") from error
-    return assemble(first.header, chunks.tobytes(), np.concatenate(sections).tobytes(), stored)
+    return assemble(
+        first.header, pack_groups(first.header.groups), chunks.tobytes(), np.concatenate(sections).tobytes(), stored
+    )
 
 
 def _rate_bytes(stream: Stream) -> memoryview:

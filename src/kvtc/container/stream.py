@@ -281,7 +281,12 @@ def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[Cod
         after.first_position != before.first_position + before.n_tokens for before, after in pairwise(chunks)
     )
     tables = b"".join(map(pack_chunk, chunks)), b"".join(pack_section(section.entry) for section in sections)
-    return assemble(replace(header, has_gaps=has_gaps), *tables, [section.stored for section in sections])
+    return assemble(
+        replace(header, has_gaps=has_gaps),
+        pack_groups(header.groups),
+        *tables,
+        [section.stored for section in sections],
+    )
 
 
 def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
@@ -305,11 +310,13 @@ def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
     return Stream(header, chunks, parse_sections(view, counts, header, chunks, opened.n_bytes), opened)
 
 
-def assemble(header: Header, chunks: bytes, sections: bytes, stored: Iterable[bytes | memoryview]) -> bytes:
-    """Header, group table, the bytes of the other tables, and the stored bytes of the sections in the order of their table."""
+def assemble(
+    header: Header, groups: bytes, chunks: bytes, sections: bytes, stored: Iterable[bytes | memoryview]
+) -> bytes:
+    """Header, the bytes of the three tables, and the stored bytes of the sections in the order of their table."""
     n_chunks, n_sections = len(chunks) // CHUNK_BYTES, len(sections) // SECTION_BYTES
     if n_chunks > MAX_CHUNKS:
         raise InvalidArgument(f"{n_chunks} chunks; a stream holds {MAX_CHUNKS} at most: use a larger chunk_tokens")
-    head, groups = pack_header(header, n_chunks, n_sections), pack_groups(header.groups)
+    head = pack_header(header, n_chunks, n_sections)
     checksum = zlib.crc32(sections, zlib.crc32(chunks, zlib.crc32(groups, zlib.crc32(head))))
     return b"".join([head, struct.pack("<I", checksum), groups, chunks, sections, *stored])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..coding.rope import NO_ROTATION, DynamicScaling, LongScaling, Rope, RopeTable
 from ..errors import InvalidArgument, MissingDependency, UnsupportedModel
+from ..process.torch_state import torch_functions
 
 # Models without a rotary module whose keys carry no position: learned embeddings, ALiBi, or recurrent layers that keep order.
 _NEVER_ROTATE = frozenset(
@@ -102,7 +103,7 @@ def rope_from_config(config: Any) -> Rope:
     transformers = require_transformers()
     try:
         # The skeleton allocates nothing: it shows which rotary module the architecture builds, and where.
-        with torch.device("meta"):
+        with torch_functions(), torch.device("meta"):
             skeleton = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     except Exception as error:  # whatever the architecture's constructor raises
         raise UnsupportedModel(

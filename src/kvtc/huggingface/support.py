@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..codec.transformers_cache import TransformersCache
 from ..container.groups import SIDE_BUFFER, WINDOW, Group
 from ..errors import KvtcError, UnsupportedModel
-from ..process.torch_state import neutral_torch_state
+from ..process.torch_state import model_torch_state, torch_functions
 from .models import geometry_of
 from .rope_discovery import require_transformers, text_config
 
@@ -80,7 +80,6 @@ class Support:
         return sum(group.constant_bytes for group in self.groups)
 
 
-@neutral_torch_state
 def supported(model_or_config: Any) -> Support:
     """What kvtc does with the cache of a model.
 
@@ -114,7 +113,7 @@ def cache_without_weights(config: Any) -> Any:
     """
     try:
         model = _skeleton(config)
-        with torch.no_grad(), torch.device("meta"), _without_experts(model):
+        with model_torch_state(), torch_functions(), torch.device("meta"), _without_experts(model):
             output = model(torch.zeros(1, _TOKENS, dtype=torch.int64), use_cache=True)
     except KvtcError:
         raise
@@ -137,7 +136,7 @@ def _skeleton(config: Any) -> Any:
     transformers = require_transformers()
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    with torch.device("meta"):
+    with torch_functions(), torch.device("meta"):
         model = auto.from_config(copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager").eval()
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} has an encoder; expected a decoder alone")
