@@ -122,4 +122,6 @@ def test_every_word_of_the_first_table_is_explained_above_it():
     explained = set(re.findall(r"\*\*`?([^*`]+)`?\*\*", before))
     assert set(words) - explained == set()
     # The second words: ratios from 8x to 128x, bits and shares.
-    assert {"`8x`", "`128x`", "2 bits", "3 bits", "quarter"} <= set(re.findall(r"`8x`|`128x`|[23] bits|quarter", before))
+    assert {"`8x`", "`128x`", "2 bits", "3 bits", "quarter"} <= set(
+        re.findall(r"`8x`|`128x`|[23] bits|quarter", before)
+    )

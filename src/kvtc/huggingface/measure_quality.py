@@ -115,9 +115,7 @@ def _curve(
         calibration, profile, step=steps[0], window_tokens=0, model=model if profile == "conditional" else None
     )
     shown = track(steps, f"quality of {profile}", "steps")
-    found = [
-        _expected([_divergence(model, codec.with_rate(Step(step)), case) for case in cases]) for step in shown
-    ]
+    found = [_expected([_divergence(model, codec.with_rate(Step(step)), case) for case in cases]) for step in shown]
     return QualityCurve.from_measurements(steps, found)
 
 
