@@ -174,11 +174,8 @@ class KVCache:
         return int(positions[-1]) + 1 if positions.numel() else 0
 
     @neutral_torch_state
-    def validate(self, is_finite: bool = True) -> None:
-        """Raise `InvalidCache` unless tensors are dense, and shapes, dtypes, positions and values are sound.
-
-        is_finite: whether NaN and infinities are refused, which only lossless streams can hold.
-        """
+    def check_axes(self) -> None:
+        """Raise `InvalidCache` unless keys and values are plain tensors [L, H, T, D] of one shape."""
         for name, tensor in (("keys", self.keys), ("values", self.values)):
             plain(tensor, name, InvalidCache)
         if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
@@ -186,6 +183,14 @@ class KVCache:
                 "keys and values must both be [layers, kv_heads, tokens, head_dim]; "
                 f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
             )
+
+    @neutral_torch_state
+    def validate(self, is_finite: bool = True) -> None:
+        """Raise `InvalidCache` unless tensors are dense, and shapes, dtypes, positions and values are sound.
+
+        is_finite: whether NaN and infinities are refused, which only lossless streams can hold.
+        """
+        self.check_axes()
         # An axis of no length makes the others free: a file of no values could claim any number of tokens.
         if 0 in (self.n_layers, self.n_kv_heads, self.head_dim):
             raise InvalidCache(f"keys and values {tuple(self.keys.shape)} hold no layer, head or feature")

@@ -154,7 +154,8 @@ def test_a_directory_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_what_another_one_goes_on_from(whole: str, tmp_path: Path) -> None:
     """SIGKILL, in the middle of the fit, in a process of its own."""
     program = f"""
-import os, signal, sys
+import os, signal, sys, torch
+torch.set_num_threads({torch.get_num_threads()})
 from pathlib import Path
 from kvtc.calibration import checkpoint, fit
 from tests.calibration.test_checkpoint import calibrated

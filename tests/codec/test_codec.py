@@ -410,7 +410,7 @@ def test_costs_add_up(dtype):
         info = kvtc.inspect(stream)
         value_bytes = 1 if dtype.itemsize == 1 else 2
         assert info.total_bytes == len(stream)
-        assert info.total_bytes == 60 + 20 * info.n_chunks + sum(20 + s.stored_bytes for s in info.sections)
+        assert info.total_bytes == 64 + 20 * info.n_chunks + sum(20 + s.stored_bytes for s in info.sections)
         assert info.original_bytes == 2 * 48 * value_bytes * cache.n_tokens
         exact = sum(20 + s.stored_bytes for s in info.sections if s.kind in ("sink", "window"))
         if info.body_tokens:

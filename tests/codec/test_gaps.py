@@ -49,10 +49,7 @@ def loss(model, codec: kvtc.Codec, cache: KVCache, ids: torch.Tensor) -> tuple[f
     stream = codec.encode(cache, ids[kept])
     decoded = codec.decode(stream, ids[kept])
     assert torch.equal(decoded.resolved_positions(), kept)
-    expected, found = (
-        predict(model, interop.to_transformers(c.keys[None], c.values[None], 0), ids[N_CACHED:], N_CACHED)
-        for c in (cache, decoded)
-    )
+    expected, found = (predict(model, interop.as_transformers(c), ids[N_CACHED:], N_CACHED) for c in (cache, decoded))
     return kvtc.inspect(stream).body_ratio, float((expected.exp() * (expected - found)).sum(dim=-1).mean())
 
 

@@ -341,7 +341,6 @@ def test_sliding_layers_of_cohere2_rotate_and_full_ones_do_not() -> None:
 @pytest.mark.parametrize(
     ("config_class", "config_settings", "message"),
     [
-        ("DeepseekV3Config", {"num_hidden_layers": 1}, "multi-head latent attention"),
         (
             "GPTJConfig",
             {"n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8},

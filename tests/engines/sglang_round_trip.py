@@ -170,7 +170,7 @@ def read(pool: Any, cache: KVCache) -> KVCache:
 
 def answer(model: Any, ids: torch.Tensor, cache: KVCache) -> list[int]:
     """The model's greedy tokens after the text, of which the beginning is in the cache."""
-    past = interop.to_transformers(cache.keys[None].clone(), cache.values[None].clone(), 0)
+    past = interop.to_transformers(cache.keys[None].clone(), cache.values[None].clone(), range(cache.n_layers))
     given = ids[:, : N_TOKENS + 64]
     with torch.no_grad():
         out = model.generate(given, past_key_values=past, max_new_tokens=N_NEW, do_sample=False, pad_token_id=0)

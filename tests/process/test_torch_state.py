@@ -176,7 +176,7 @@ def told(n: int = N) -> KVCache:
 
 @remember
 def one_of_transformers() -> Any:
-    return to_transformers(told().keys[None], told().values[None], 0)
+    return to_transformers(told().keys[None], told().values[None], range(told().n_layers))
 
 
 @remember
@@ -195,7 +195,7 @@ def batch_of_two() -> tuple[Any, Tensor, Tensor]:
     keys, values = (torch.stack([side, side.flip(2)]) for side in (cache.keys, cache.values))
     mask = torch.ones(2, N, dtype=torch.int64)
     mask[1, :9] = 0
-    return to_transformers(keys, values, 0), torch.stack([told_ids(N), told_ids(N).flip(0)]), mask
+    return to_transformers(keys, values, range(keys.shape[1])), torch.stack([told_ids(N), told_ids(N).flip(0)]), mask
 
 
 def tensors_of(cache: Any) -> Found:

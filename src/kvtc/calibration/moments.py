@@ -184,7 +184,8 @@ class Moments:
         self.settle()
         found, n = self._sums, self.n_rows
         of_told, across = found["of_told"], found["across"].double()
-        weights = torch.linalg.solve(of_told + ridge * n * torch.eye(len(of_told)).to(of_told), across)
+        unit = torch.eye(len(of_told), dtype=torch.float64, device=of_told.device)
+        weights = torch.linalg.solve(of_told + ridge * n * unit, across)
         # (X - F W)^T (X - F W) = X^T X - W^T (2 F^T X - F^T F W)
         explained = 2 * across - of_told @ weights
         # The last feature is 1, so its products are sums.
@@ -224,7 +225,7 @@ class Moments:
         """All that was gathered, nothing of which may wait. `resume` reads it."""
         if self._pending:
             raise RuntimeError(f"{self.n_pending} rows wait")
-        return self._sums | {"n_rows": torch.tensor([self.n_rows])}
+        return self._sums | {"n_rows": torch.tensor([self.n_rows], dtype=torch.int64, device="cpu")}
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state` of moments of the same sizes."""

@@ -44,6 +44,7 @@ class CalibrationRows:
         InvalidArgument: for an option out of range, or a device that cannot be used.
     """
 
+    @neutral_torch_state
     def __init__(
         self,
         geometry: CacheGeometry,
@@ -125,6 +126,7 @@ class CalibrationRows:
             self._sample[slots[token]] = half[token]
         self.n_rows += len(rows)
 
+    @neutral_torch_state
     def sample(self, n_rows: int, seed: int) -> tuple[Tensor, Tensor]:
         """Joint rows [n, P] and hidden states [n, d] of tokens drawn from the sample, float32, on the CPU."""
         kept = min(self.n_rows, len(self._sample))
@@ -133,12 +135,14 @@ class CalibrationRows:
         features = 2 * self.geometry.row_features
         return drawn[:, :features], drawn[:, features:]
 
+    @neutral_torch_state
     def state(self) -> dict[str, Tensor]:
         """All that was gathered; `resume` reads it."""
         counts = {"n_sequences": self.n_sequences, "n_rows": self.n_rows, "random": self._random.bit_generator.state}
         found = {f"moments.{name}": tensor for name, tensor in self.moments.state().items()}
         return found | {"sample": self._sample, "counts": torch.tensor(list(json.dumps(counts).encode()))}
 
+    @neutral_torch_state
     def resume(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state` of rows with the same options."""
         self.moments.resume({name.removeprefix("moments."): tensor for name, tensor in state.items()})

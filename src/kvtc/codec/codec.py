@@ -188,6 +188,7 @@ class Codec:
                 raise InvalidCache(f"the cache holds {found.n_sequences} sequences; use encode_batch")
             split = found.split(self._geometry)
         elif isinstance(cache, KVCache):
+            cache.check_axes()
             split = interop.SplitCache(cache, [], cache.n_tokens)
         else:
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")

@@ -105,7 +105,7 @@ class ServedModel:
                 f"calibration {name} was made for the model {made_for}; the engine serves the model {self.weights}. {override}"
             )
         if self.rope is not None:
-            rope = self.rope.of_layers(geometry.layers)
+            rope = self.rope.of_layers(layer for layer in geometry.layers if layer < len(self.rope.layer_tables))
             differing = _differing_layer(geometry.rope, rope)
             if differing is not None:
                 raise CalibrationMismatch(

@@ -101,6 +101,7 @@ def rope_from_config(config: Any) -> Rope:
     `UnsupportedModel` if the rotation is not understood or transformers knows no such model.
     """
     transformers = require_transformers()
+    text_config(config)
     try:
         # The skeleton allocates nothing: it shows which rotary module the architecture builds, and where.
         with torch_functions(), torch.device("meta"):
