@@ -156,7 +156,9 @@ def _fit_side(rows: CalibrationRows, options: FitOptions, name: str, side: Tenso
         of_side = rows.sample(SAMPLE_ROWS, options.seed)[0][:, side]
         table = measure_distortion(project(block, mean, vectors).numpy() for block in torch.split(of_side, 1024))
     variance = float(rows.moments.variances()[side.to(rows.moments.device)].sum())
-    return dict(KindCalibration(basis, table, variance).tensors(name)) | {"variance": torch.tensor(variance).double()}
+    return dict(KindCalibration(basis, table, variance).tensors(name)) | {
+        "variance": torch.tensor(variance, dtype=torch.float64, device="cpu")
+    }
 
 
 def block_diagonal(parts: list[Basis], rank: int) -> Basis:

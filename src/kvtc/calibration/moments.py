@@ -18,6 +18,7 @@ from ..coding.device import CPU
 from ..coding.joint.metric import Metric
 from ..coding.transform import Basis
 from ..errors import InvalidArgument
+from ..process.torch_state import neutral_torch_state
 
 EXACT_FEATURES = 16_384
 """Up to here a matrix of products is gathered whole; it takes 1 GiB."""
@@ -132,6 +133,7 @@ class Moments:
         """Rows that wait until there are enough of them for a product."""
         return sum(len(rows) for rows, _ in self._pending)
 
+    @neutral_torch_state
     def settle(self) -> None:
         """Add the rows that wait."""
         while self._pending:
