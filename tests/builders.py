@@ -94,7 +94,9 @@ def fit_caches(
     sizes = {name.name: options.pop(name.name) for name in fields(FitOptions) if name.name in options}
     seed = {"seed": sizes["seed"]} if "seed" in sizes else {}
     states = None if model is None else (hidden_of(model, ids) for ids in token_ids)
-    rows = CalibrationRows(geometry, hidden_width=0 if model is None else TOLD_WIDTH, **seed, **options)
+    largest = max(sizes.get("rank") or 4096, sizes.get("joint_rank") or 4096)
+    width = 0 if model is None else TOLD_WIDTH
+    rows = CalibrationRows(geometry, hidden_width=width, rank=largest, **seed, **options)
     for cache in caches:
         rows.add(cache, None if states is None else next(states))
         if rows.is_full:

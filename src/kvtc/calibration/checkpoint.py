@@ -6,7 +6,6 @@ calibration is not read.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,8 +84,3 @@ class Checkpoint:
         made = work()
         self.save(phase, made)
         return made
-
-    def remove(self) -> None:
-        """Delete the folder: the calibration is written."""
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)

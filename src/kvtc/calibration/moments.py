@@ -102,8 +102,9 @@ class Moments:
     def __init__(self, features: int, told: int = 0, rank: int = 0, seed: int = 0, device: torch.device = CPU) -> None:
         self.n_rows = 0
         self._pending: list[tuple[Tensor, Tensor | None]] = []
-        is_whole = features <= EXACT_FEATURES
-        self._probe = None if is_whole else _probe(features, min(features, rank + OVERSAMPLING), seed, device)
+        # A sketch as wide as the matrix would save nothing, and a square random matrix is nearly singular.
+        is_whole = features <= max(EXACT_FEATURES, rank + OVERSAMPLING)
+        self._probe = None if is_whole else _probe(features, rank + OVERSAMPLING, seed, device)
         width = features if self._probe is None else self._probe.shape[1]
         dtype = torch.float64 if self._probe is None and features <= _DOUBLE_FEATURES else torch.float32
         double = torch.float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 
 from .arguments import Outcome, Subcommands, add_model, add_output, check_output, check_readable, half_open_range
@@ -66,15 +67,17 @@ def calibrate(options: argparse.Namespace) -> Outcome:
     )  # fmt: skip
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     sequences = token_sequences(documents(options.text), tokenizer, options.tokens_per_sequence)
+    kept = options.output.with_name(options.output.name + ".partial")
     calibration = huggingface.calibrate(
         model,
         sequences,
         device=options.fit_device,
-        checkpoint_directory=options.output.with_name(options.output.name + ".partial"),
+        checkpoint_directory=kept,
         progress=not options.quiet,
         **given,
     )
     calibration.save(options.output)
+    shutil.rmtree(kept, ignore_errors=True)
     result, fields = describe_calibration(calibration, options.output)
     result["seconds"] = time.perf_counter() - started
     share = calibration.n_parameters / calibration.info["model_parameters"]

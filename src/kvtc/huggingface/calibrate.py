@@ -67,7 +67,8 @@ def calibrate(
             joint basis, in 8 bits, an eighth as large as the model's parameters in 16 bits.
         recompute_layers: how many of the first layers `conditional` recomputes, at a cost of so many layers of a prefill.
         checkpoint_directory: a folder that keeps what is done, so that the same call goes on where an interrupted one
-            was and ends in the same calibration; it is deleted at the end. None: nothing is kept.
+            was and ends in the same calibration; delete it when the calibration is saved. Nothing is kept for a model
+            whose identity cannot be told (`kvtc.model_identity`). None: nothing is kept.
         seed: of all random draws.
         device: where the calibration is fitted; None: where the model's embeddings are.
         progress: whether to show on stderr what is being done.
@@ -106,7 +107,7 @@ def calibrate(
         )
         sequences = _verified(model, geometry, token_sequences, sink_tokens)
         owner = _digest(about, geometry.describe(), sizes, sorted(profiles), recompute_layers, max_tokens, sink_tokens)
-        checkpoint = Checkpoint(checkpoint_directory, owner)
+        checkpoint = Checkpoint(checkpoint_directory if about["model_identity"] else None, owner)
         accumulate(model, sequences, rows, sensitivity, held_out, recorded, checkpoint)
         calibration = fit(
             rows,
@@ -119,7 +120,6 @@ def calibrate(
         )
         if held_out and held_out.sequences:
             calibration = measure_quality(model, calibration, held_out.sequences)
-        checkpoint.remove()
     return calibration
 
 
@@ -198,6 +198,8 @@ def accumulate(
                 kept.save_if_due(n_read, read.hexdigest())
             if rows.is_full and n_read >= kept.n_sequences:
                 break
+    if n_read < kept.n_sequences:
+        kept.check(read.hexdigest())
     if n_read > kept.n_sequences:
         kept.save(n_read, read.hexdigest())
 

@@ -21,7 +21,6 @@ from .group_quantizer import SymbolType
 
 BLOCK_SIZES = (1, 16, 64, 256, 1024)
 SYMBOL_TYPES = (SymbolType.INT2, SymbolType.INT4, SymbolType.FP8)
-MAX_SAMPLE_ROWS = 32768
 _ROWS_AT_ONCE = 512
 
 Floats = npt.NDArray[np.floating[Any]]
