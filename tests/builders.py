@@ -473,11 +473,11 @@ def golden_joint_calibration() -> Calibration:
     plain = golden_calibration()
     vectors = torch.zeros(16, 4, dtype=torch.int8)
     for column, (feature, sign) in enumerate([(1, 1), (8, -1), (6, 1), (11, 1)]):
-        vectors[feature, column] = 64 * sign
+        vectors[feature, column] = (64 if feature < 8 else 32) * sign
     turns = torch.stack([torch.eye(8), -torch.eye(8)]).half()
     varying = [0, 1, 4 + 2, 2, 3, 4 + 8 + 2]
     order = torch.tensor(varying + [place for place in range(20) if place not in varying]).int()
-    basis = JointBasis(torch.arange(16) * 0.25 - 2, vectors, torch.full((4,), 1 / 64), turns, order)
+    basis = JointBasis(torch.arange(16) * 0.25 - 2, vectors, torch.tensor([[1 / 64], [1 / 32]]).half().expand(2, 4), turns, order)
     metric = Metric.from_roots(torch.stack([2 * torch.eye(8), torch.eye(8) / 2]))
     offsets = np.full((4, 27, 2), [0.125, 0.0625], np.float32)
     tables = ProbabilityTables(golden_frequencies(), offsets)
@@ -510,10 +510,10 @@ def golden_conditional_calibration() -> Calibration:
     """
     plain, joint = golden_calibration(), golden_joint_calibration().joint
     vectors = torch.zeros(8, 2, dtype=torch.int8)
-    vectors[1, 0], vectors[6, 1] = 64, -64
+    vectors[1, 0], vectors[6, 1] = 64, -32
     turns = torch.eye(4).expand(2, 4, 4).half()
     order = torch.arange(10).int()
-    basis = JointBasis(torch.arange(8) * 0.25 - 1, vectors, torch.full((2,), 1 / 64), turns, order)
+    basis = JointBasis(torch.arange(8) * 0.25 - 1, vectors, torch.tensor([[1 / 64], [1 / 32]]).half().expand(2, 2), turns, order)
     metric = Metric.from_roots(torch.stack([2 * torch.eye(4), torch.eye(4) / 2]))
     model = replace(joint.coefficients, deviations=np.array([4, 2] + 8 * [0], np.float32))
     weights = ((torch.arange(40).reshape(5, 8) % 7 - 3) / 8).half()

@@ -146,7 +146,7 @@ def _joint(shape: Shape, rank: int, generator: torch.Generator) -> JointCalibrat
     roots = torch.eye(geometry.head_dim, device=device).repeat(blocks, 1, 1)
     plain = coefficient_model(measured.coefficients, rank)
     features = 2 * geometry.row_features
-    vectors, scales = in_bytes(orthonormal(features, rank, generator))
+    vectors, scales = in_bytes(orthonormal(features, rank, generator), blocks)
     # Of the remainder nothing varies, and so nothing is coded.
     order = torch.arange(rank + features, dtype=torch.int32, device=device)
     basis = JointBasis(_mean(features, generator), vectors, scales, roots.half(), order)

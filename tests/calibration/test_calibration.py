@@ -147,10 +147,10 @@ def test_rewriting_alone_changes_nothing(calibration, path):
     assert same_calibration(load_calibration(rewritten(path, lambda metadata, tensors: None)), calibration)  # noqa: ARG005
 
 
-@pytest.mark.parametrize(("version", "remedy"), [("2", "calibrate again"), ("4", "upgrade kvtc")])
+@pytest.mark.parametrize(("version", "remedy"), [("3", "calibrate again"), ("5", "upgrade kvtc")])
 def test_another_version_names_both(path, version, remedy):
     rewritten(path, lambda metadata, _: metadata.update(version=version))
-    with pytest.raises(UnsupportedVersion, match=rf"version {version}; .*version 3: {remedy}"):
+    with pytest.raises(UnsupportedVersion, match=rf"version {version}; .*version 4: {remedy}"):
         load_calibration(path)
 
 

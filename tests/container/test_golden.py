@@ -670,7 +670,7 @@ def joint_rows(
 ) -> np.ndarray:
     """As `body_rows`, for the profiles with one step; with `conditional` of the layers behind the recomputed ones."""
     joint = calibration.joint if known is None else calibration.conditional.left
-    model, order, rank = joint.coefficients, joint.basis.order.numpy(), len(joint.basis.scales)
+    model, order, rank = joint.coefficients, joint.basis.order.numpy(), joint.basis.vectors.shape[1]
     levels = [8] * n
     if calibration.importance is not None:
         levels, data = [data[token // 2] >> 4 * (token % 2) & 15 for token in range(n)], data[-(-n // 2) :]
@@ -690,7 +690,8 @@ def joint_rows(
             coefficients[token, order[column]] = decoded / np.float32(2.0 ** ((levels[token] - 8) / 2))
     assert next(escapes, None) is None
 
-    vectors = joint.basis.vectors.numpy() * joint.basis.scales.numpy()
+    scales = joint.basis.scales.numpy().astype(np.float32)
+    vectors = joint.basis.vectors.numpy() * np.repeat(scales, len(joint.basis.vectors) // len(scales), axis=0)
     rows = coefficients[:, :rank] @ vectors.T + joint.basis.mean.numpy()
     inverses = np.linalg.inv(joint.metric.roots.numpy().astype(np.float64)).astype(np.float32)
     blocks = rows.reshape(n, len(inverses), -1)

@@ -41,7 +41,7 @@ from .joint_calibration import (
 )
 from .quality_curve import QualityCurve
 
-CALIBRATION_VERSION = 3
+CALIBRATION_VERSION = 4
 FINGERPRINT_BYTES = 16
 MAX_GROUP_SIZE = 0xFFFF
 KINDS = ("key", "value")

@@ -128,12 +128,13 @@ def importance_of(tensors: dict[str, Tensor], geometry: CacheGeometry) -> Import
 
 def _joint_basis(tensors: dict[str, Tensor], prefix: str, geometry: CacheGeometry) -> JointBasis:
     basis = JointBasis(*(tensors[f"{prefix}.{name}"] for name in _BASIS))
-    rank, features, dim = basis.rank, 2 * geometry.row_features, geometry.head_dim
+    features, dim = 2 * geometry.row_features, geometry.head_dim
+    rank = basis.vectors.shape[-1] if basis.vectors.dim() else 0
     if not 1 <= rank <= features:
-        raise CorruptCalibration(f"{prefix}.scales holds {rank} numbers; expected 1 .. {features}, one a vector")
+        raise CorruptCalibration(f"{prefix}.vectors holds {rank} columns; expected 1 .. {features}")
     expect(f"{prefix}.mean", basis.mean, (features,), torch.float32, -LARGEST, LARGEST)
     expect(f"{prefix}.vectors", basis.vectors, (features, rank), torch.int8)
-    expect(f"{prefix}.scales", basis.scales, (rank,), torch.float32, 0, ORTHONORMAL / LARGEST_ENTRY)
+    expect(f"{prefix}.scales", basis.scales, (features // dim, rank), torch.float16, 0, ORTHONORMAL / LARGEST_ENTRY)
     expect(f"{prefix}.turns", basis.turns, (features // dim, dim, dim), torch.float16, -ORTHONORMAL, ORTHONORMAL)
     expect(f"{prefix}.order", basis.order, (rank + features,), torch.int32, 0, rank + features - 1)
     if not bool((basis.order.sort().values == torch.arange(rank + features)).all()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..coding.joint.basis import JointBasis, in_bytes
+from ..coding.joint.basis import JointBasis, in_bytes, times_scales
 from ..coding.joint.importance import factors
 from ..coding.joint.metric import Metric, times_blocks
 from ..coding.transform import Basis, project
@@ -41,8 +41,8 @@ def fit_joint(
 
 def complete(found: Basis, metric: Metric, rows: Tensor) -> tuple[JointBasis, Tensor]:
     """The basis with its remainder, and the coefficients [n, r + P] of a sample of weighted rows [n, P] in its order."""
-    vectors, scales = in_bytes(found.vectors)
-    plain = vectors.float() * scales
+    vectors, scales = in_bytes(found.vectors, len(metric.roots))
+    plain = times_scales(vectors, scales)
     leading = project(rows, found.mean, plain)
     remainder = rows - found.mean - leading @ plain.T
     blocks = remainder.reshape(len(rows), -1, metric.roots.shape[-1]).transpose(0, 1).double()
@@ -50,7 +50,7 @@ def complete(found: Basis, metric: Metric, rows: Tensor) -> tuple[JointBasis, Te
     both = torch.cat([leading, times_blocks(remainder, turns.float())], dim=1)
     order = both.square().mean(dim=0).argsort(descending=True, stable=True)
     # The vectors keep their order among themselves: at any step those that are coded are the first ones.
-    order[order < len(scales)] = torch.arange(len(scales))
+    order[order < scales.shape[1]] = torch.arange(scales.shape[1])
     return JointBasis(found.mean, vectors, scales, turns, order.int()), both[:, order]
 
 

@@ -17,7 +17,8 @@ LARGEST_ENTRY = 127
 
 @dataclass(frozen=True, eq=False)
 class JointBasis:
-    """mean float32 [P], of joint rows in the metric. vectors int8 [P, r] times scales float32 [r]: nearly orthonormal columns.
+    """mean float32 [P], of joint rows in the metric. vectors int8 [P, r]: nearly orthonormal columns, when each of the B blocks of a
+    column is multiplied by its number of scales float16 [B, r].
 
     turns float16 [B, D, D]: for each block of the joint row an orthonormal matrix, its columns directions of the remainder.
     order int32 [r + P]: which coefficient stands at each place; those below r are of the vectors, in their order.
@@ -32,7 +33,7 @@ class JointBasis:
     @property
     def rank(self) -> int:
         """r: directions of whole rows."""
-        return self.scales.numel()
+        return self.scales.shape[1]
 
     @property
     def of_vectors(self) -> Tensor:
@@ -41,10 +42,22 @@ class JointBasis:
 
     def matrix(self, device: torch.device) -> Tensor:
         """The vectors as numbers, float32 [P, r]."""
-        return self.vectors.to(device).float() * self.scales.to(device)
+        return times_scales(self.vectors.to(device), self.scales.to(device))
 
 
-def in_bytes(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [P, r] -> int8 [P, r] and the scale of each column, float32 [r]."""
-    scales = vectors.float().abs().amax(dim=0).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_ENTRY
-    return (vectors.float() / scales).round().to(torch.int8), scales
+def in_bytes(vectors: Tensor, n_blocks: int) -> tuple[Tensor, Tensor]:
+    """Vectors [P, r] -> int8 [P, r] and the scale of each block of a column, float16 [n_blocks, r].
+
+    With one scale for a whole column an error of a few entries would be that of all: as much as a coarse quantizer leaves.
+    """
+    blocks = vectors.float().reshape(n_blocks, -1, vectors.shape[1])
+    scales = (blocks.abs().amax(dim=1) / LARGEST_ENTRY).half()
+    divisors = scales.float()[:, None].clamp_min(torch.finfo(torch.float32).tiny)
+    entries = (blocks / divisors).round().clamp(-LARGEST_ENTRY, LARGEST_ENTRY)
+    return entries.to(torch.int8).reshape(vectors.shape), scales
+
+
+def times_scales(vectors: Tensor, scales: Tensor) -> Tensor:
+    """Inverse of `in_bytes`, float32 [P, r]."""
+    blocks = vectors.float().reshape(len(scales), -1, vectors.shape[1])
+    return (blocks * scales.float()[:, None]).reshape(vectors.shape)
