@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import kvtc
@@ -309,3 +309,30 @@ def test_an_unknown_class_of_layer_is_named():
     cache.layers[2] = type("PagedLayer", (DynamicLayer,), {})()
     with pytest.raises(UnsupportedModel, match="layer 2 is a PagedLayer"):
         lossless().encode(cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral", "qwen3_next", "deepseek_v3", "glm_moe_dsa"])
+def test_static_caches_have_the_streams_of_those_that_grow(name):
+    """Both are given the same numbers, in pieces that end before, at and after the window."""
+    config, drawn = tiny_model(name).config, torch.Generator().manual_seed(0)
+    static, grown = StaticCache(config, max_cache_len=64), DynamicCache(config=config)
+    codec, n_tokens = lossless(), 0
+    for piece in (3, WINDOW - 4, 1, 1, 7, 2 * WINDOW):
+        n_tokens += piece
+        for index, layer in enumerate(grown.layers):
+            keys, values = torch.randn(1, 2, piece, 8, generator=drawn), torch.randn(1, 2, piece, 4, generator=drawn)
+            for cache in (static, grown):
+                if hasattr(layer, "conv_states"):
+                    cache.update_conv_state(keys[:, :, -1, :4], index)
+                    cache.update_recurrent_state(keys[:, :, :1], index)
+                else:
+                    cache.update(keys, values, index)
+                if hasattr(layer, "indexer_keys"):
+                    cache.update_indexer(keys[:, 0], index)
+        if name == "mistral" and n_tokens <= WINDOW:
+            with pytest.raises(InvalidCache, match="as long as its static cache"):
+                codec.encode(static)
+            continue
+        ids = random_ids(1, n_tokens)
+        assert codec.encode(static, ids) == codec.encode(grown, ids)
+        assert same(codec.decode(codec.encode(static, ids)), grown)

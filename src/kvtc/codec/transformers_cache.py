@@ -18,7 +18,7 @@ from ..container.tables import Header
 from ..errors import GeometryMismatch, InvalidCache, MissingDependency, UnsupportedModel
 from ..process.torch_state import neutral_torch_state
 from .exact_groups import ExactGroup
-from .layer_parts import LayerPart, cache_of_parts, grouped, lightning_parts, parts_of, sequence_of
+from .layer_parts import LayerPart, cache_of_parts, check_static_windows, grouped, lightning_parts, parts_of, sequence_of
 from .layer_queue import Layer, LayerQueue
 
 EMPTY_DTYPE = torch.bfloat16
@@ -43,6 +43,7 @@ class TransformersCache:
     """
 
     def __init__(self, cache: Any) -> None:
+        check_static_windows(cache.layers)
         self._parts: list[LayerPart] = [
             part for index, layer in enumerate(cache.layers) for part in parts_of(layer, index)
         ]
