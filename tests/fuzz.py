@@ -185,7 +185,7 @@ def raw_section(stream: Stream, number: int) -> bytes:
     section = stream.sections[number]
     if section.group not in stream.header.exact or section.type not in (SectionType.BODY, SectionType.STATE):
         return stream.read(section.type, section.chunk, section.raw_bytes)
-    return dict(stream.read_group(section.group, len(stream.chunks)))[section.chunk]
+    return stream.read_group(section.group, section.chunk, section.chunk + 1)[0]
 
 
 def draw_of(seed: int, number: int) -> random.Random:

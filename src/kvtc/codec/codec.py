@@ -31,7 +31,7 @@ from ..profiles.interface import CodedRows
 from ..profiles.rates import FixedSize, Lossless, Rate
 from . import pipeline
 from . import transformers_cache as interop
-from .exact_groups import read_groups
+from .exact_groups import check_beginning, read_groups
 from .fixed_size import fixed_stream_bytes
 from .opened_stream import MAX_TOKENS, OpenedStream, check_calibration, open_stream, shift_to
 from .options import (
@@ -46,6 +46,7 @@ from .options import (
 )
 from .pipeline import Decoding
 from .recomputing import recomputation_of, recompute_cache
+from .resume_points import ResumePoints
 from .sealed_stream import StreamDraft, chunks_of, draft_stream, fingerprint_of
 from .transformers_cache import SplitCache
 
@@ -171,13 +172,16 @@ class Codec:
         return other
 
     @neutral_torch_state
-    def encode(self, cache: Any, token_ids: Any = None, positions: Any = None) -> bytes:
+    def encode(
+        self, cache: Any, token_ids: Any = None, positions: Any = None, points: ResumePoints | None = None
+    ) -> bytes:
         """A cache -> stream. The cache is left as it was.
 
         cache: a transformers cache of batch 1, or a `KVCache`. The full-attention layers that the calibration covers are coded at
         the codec's rate; all other layers (windows, states, latents, buffers) are kept bit for bit. token_ids [T]: their digest
         is stored and must match on decode; with `conditional` those of all tokens from position 0 on, up to the last of the cache,
         whose positions have no gaps. positions [T]: where the tokens stand, increasing; default the cache's own, or 0 .. T-1.
+        points: where besides its end the cache can be resumed, taken while it grew; of use where it has windows or states.
 
         Raises `InvalidCache`, `GeometryMismatch`, `UnsupportedModel`, `InvalidArgument`.
         """
@@ -192,7 +196,7 @@ class Codec:
             split = interop.SplitCache(cache, [], cache.n_tokens)
         else:
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
-        return self._encode(split, as_ids(token_ids), as_ids(positions), is_transformers)
+        return self._encode(split, as_ids(token_ids), as_ids(positions), is_transformers, points)
 
     @neutral_torch_state
     def stream_bytes(
@@ -317,6 +321,7 @@ class Codec:
             raise InvalidArgument(
                 "a cache of several groups of layers stays where it was: start_position cannot be given"
             )
+        check_beginning(stream)
         opened = self._open(stream, as_ids(token_ids), tokens)
         exact = read_groups(stream, opened.n_chunks, opened.n_tokens)
         coded = None
@@ -463,6 +468,7 @@ class Codec:
         for index, (stream, length) in enumerate(zip(parsed, lengths, strict=True)):
             row = ids[index]
             row = row[longest - length :] if row is not None and is_padded else row
+            check_beginning(stream)
             opened.append(self._open(stream, row, None))
             if _without_extents(opened[index].header) != _without_extents(opened[0].header):
                 raise InvalidArgument(
@@ -501,6 +507,7 @@ class Codec:
         token_ids: TokenIds | None,
         positions: TokenIds | None,
         is_transformers: bool,
+        points: ResumePoints | None = None,
     ) -> bytes:
         cache = split.coded
         if split.exact and (positions is not None or self.settings.fixed_size):
@@ -508,7 +515,7 @@ class Codec:
                 "a cache of several groups of layers stands at positions 0 and after, and its streams have no fixed size"
             )
         if cache is None:
-            return self._encode_exactly(split, token_ids, is_transformers)
+            return self._encode_exactly(split, token_ids, is_transformers, points)
         if positions is not None:
             cache = replace(cache, positions=torch.from_numpy(positions))
         cache = cache.plain()
@@ -523,13 +530,21 @@ class Codec:
             raise InvalidArgument(f"the cache holds {cache.n_tokens} tokens, but {len(token_ids)} token ids are given")
         places = cache.resolved_positions()
         spans = self._spans(places)
-        draft = self._draft(replace(split, coded=cache), is_transformers, token_ids, spans, places)
+        split = self._with_points(replace(split, coded=cache), points, cache.n_tokens)
+        draft = self._draft(split, is_transformers, token_ids, spans, places)
         if self._encoder is None or self.calibration is None:
             return draft.seal(b"", CodedRows(), is_final=True, size=None)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
         return pipeline.encode(cache, recomputed, spans, draft, size, self.calibration, self.backend, self._encoder)
 
-    def _encode_exactly(self, split: SplitCache, token_ids: TokenIds | None, is_transformers: bool) -> bytes:
+    def _with_points(self, split: SplitCache, points: ResumePoints | None, n_tokens: int) -> SplitCache:
+        if points is None:
+            return split
+        return replace(split, points=points.of(split, n_tokens, self.settings.chunk_tokens))
+
+    def _encode_exactly(
+        self, split: SplitCache, token_ids: TokenIds | None, is_transformers: bool, points: ResumePoints | None
+    ) -> bytes:
         """A cache no group of which is coded."""
         n_tokens = split.n_tokens if split.n_tokens is not None else 0 if token_ids is None else len(token_ids)
         if not n_tokens:
@@ -538,7 +553,7 @@ class Codec:
             )
         if token_ids is not None and len(token_ids) != n_tokens:
             raise InvalidArgument(f"the cache holds {n_tokens} tokens, but {len(token_ids)} token ids are given")
-        places = torch.arange(n_tokens)
+        places, split = torch.arange(n_tokens), self._with_points(split, points, n_tokens)
         draft = self._draft(split, is_transformers, token_ids, self._spans(places), places)
         return draft.seal(b"", CodedRows(), is_final=True, size=None)
 

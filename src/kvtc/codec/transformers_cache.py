@@ -5,8 +5,8 @@ The model library is imported only to build a cache of its kind; reading one nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,22 +18,50 @@ from ..container.tables import Header
 from ..errors import GeometryMismatch, InvalidCache, MissingDependency, UnsupportedModel
 from ..process.torch_state import neutral_torch_state
 from .exact_groups import ExactGroup
-from .layer_parts import LayerPart, cache_of_parts, check_static_windows, grouped, lightning_parts, parts_of, sequence_of
+from .layer_parts import (
+    LayerPart,
+    cache_of_parts,
+    check_static_windows,
+    grouped,
+    lightning_parts,
+    parts_of,
+    sequence_of,
+)
 from .layer_queue import Layer, LayerQueue
 
 EMPTY_DTYPE = torch.bfloat16
+
+
+Snapshots = Mapping[int, Sequence[ExactGroup]]
+"""By position, ascending: the groups that are not complete, as they were after so many tokens."""
 
 
 @dataclass(frozen=True)
 class SplitCache:
     """A cache of one sequence as the group that a profile codes, if there is one, and all others.
 
-    n_tokens: that it has read; None where it does not say, as one of states alone.
+    n_tokens: that it has read; None where it does not say, as one of states alone. points: those before its end at which it can be
+    resumed.
     """
 
     coded: KVCache | None
     exact: list[ExactGroup]
     n_tokens: int | None
+    points: Snapshots = field(default_factory=dict)
+
+    @property
+    def partial(self) -> list[ExactGroup]:
+        """The groups that are not complete."""
+        return [one for one in self.exact if not one.group.is_complete]
+
+    def snapshots(self, end: int) -> list[dict[int, ExactGroup]]:
+        """Of each exact group what it was at every point, and at the end."""
+        place = {one.group: index for index, one in enumerate(self.partial)}
+        return [
+            {position: its[place[one.group]] for position, its in self.points.items() if one.group in place}
+            | {end: one}
+            for one in self.exact
+        ]
 
 
 class TransformersCache:
@@ -85,8 +113,7 @@ class TransformersCache:
         """
         if not self._parts:
             return SplitCache(None if geometry is None else _empty(geometry), [], 0)
-        n_tokens = self.n_tokens or 0
-        found = grouped([(part.group, sequence_of(part, batch_index, first_token, n_tokens)) for part in self._parts])
+        found = self._grouped(self._parts, batch_index, first_token)
         codable = [one for one in found if one.group.is_codable]
         coded = next((one for one in codable if geometry is None or _fits(one.group, geometry)), None)
         if coded is None and geometry is not None:
@@ -95,6 +122,14 @@ class TransformersCache:
         exact = [one for one in found if one is not coded]
         tokens = None if self.n_tokens is None else self.n_tokens - first_token
         return SplitCache(None if coded is None else _neutral(coded), exact, tokens)
+
+    def partial_groups(self) -> list[ExactGroup]:
+        """The groups of the first sequence that are not complete: windows and states."""
+        return self._grouped([part for part in self._parts if not part.group.is_complete], 0, 0)
+
+    def _grouped(self, parts: Sequence[LayerPart], batch_index: int, first_token: int) -> list[ExactGroup]:
+        n_tokens = self.n_tokens or 0
+        return grouped([(part.group, sequence_of(part, batch_index, first_token, n_tokens)) for part in parts])
 
 
 def is_transformers_cache(cache: object) -> bool:

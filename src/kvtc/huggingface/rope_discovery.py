@@ -76,10 +76,11 @@ def refuse_unusual_heads(config: Any, layers: Sequence[int]) -> None:
             raise UnsupportedModel(
                 f"{config.model_type} has full-attention layers that differ in {name} ({found}); expected one shape"
             )
-    if getattr(config, "kv_lora_rank", None) is not None:
+    rank = getattr(by_layer[layers[0]], "kv_lora_rank", None)
+    if rank is not None:
         raise UnsupportedModel(
             f"every layer of {config.model_type} uses multi-head latent attention "
-            f"(kv_lora_rank {config.kv_lora_rank}); expected layers that cache plain keys and values"
+            f"(kv_lora_rank {rank}); expected layers that cache plain keys and values"
         )
 
 
