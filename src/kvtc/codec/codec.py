@@ -199,6 +199,11 @@ class Codec:
         return self._encode(split, as_ids(token_ids), as_ids(positions), is_transformers, points)
 
     @neutral_torch_state
+    def encode_split(self, split: SplitCache, token_ids: Any = None) -> bytes:
+        """As `encode`, of groups of layers by themselves."""
+        return self._encode(split, as_ids(token_ids), None, is_transformers=False)
+
+    @neutral_torch_state
     def stream_bytes(
         self,
         n_tokens: int,
@@ -322,14 +327,19 @@ class Codec:
                 "a cache of several groups of layers stays where it was: start_position cannot be given"
             )
         check_beginning(stream)
+        return interop.from_split(self._decode_split(stream, token_ids, tokens), self.device)
+
+    @neutral_torch_state
+    def decode_split(self, stream: Bytes, token_ids: Any = None, tokens: int | None = None) -> SplitCache:
+        """As `decode`, but the groups of layers by themselves, and for a stream that may begin later, of those of its tokens."""
+        return self._decode_split(parse_stream(stream), token_ids, tokens)
+
+    def _decode_split(self, stream: Stream, token_ids: Any, tokens: int | None) -> SplitCache:
         opened = self._open(stream, as_ids(token_ids), tokens)
         exact = read_groups(stream, opened.n_chunks, opened.n_tokens)
-        coded = None
-        if opened.header.coded is not None:
-            decoding = self._decoding([opened])
-            layers = [decoding.new_layer(layer) for layer in track(range(opened.header.n_layers), "decoding", "layers")]
-            coded = [(keys[None], values[None]) for keys, values in layers]
-        return interop.grouped_cache(opened.header, coded, [exact], [opened.n_tokens], self.device)
+        coded = self._restored(opened, 0) if opened.header.coded is not None else None
+        start = int(opened.positions[0]) if opened.n_tokens else 0
+        return SplitCache(coded, exact, opened.n_tokens, start=start)
 
     def _decoding(self, opened: Sequence[OpenedStream], shifts: Sequence[int] | None = None) -> Decoding:
         header = opened[0].header
@@ -348,7 +358,11 @@ class Codec:
         shift = shift_to(start_position, opened)
         if shift and self.calibration is None:
             raise InvalidArgument("without a calibration the rotation is not known: start_position cannot be given")
-        decoding = self._decoding([opened], [shift])
+        return self._restored(opened, shift), header.is_transformers
+
+    def _restored(self, opened: OpenedStream, shift: int) -> KVCache:
+        """The group that is coded."""
+        header, decoding = opened.header, self._decoding([opened], [shift])
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
         keys = torch.empty(shape, dtype=header.dtype, device=self.device)
         values = torch.empty_like(keys)
@@ -357,8 +371,7 @@ class Codec:
         positions = opened.positions[: opened.n_tokens] + shift
         # 0: it was not recorded, for no frequency depends on it. Moved to the front, a length too short would be negative.
         rope_length = max(0, header.rope_length + shift) if header.rope_length else None
-        cache = KVCache(keys, values, positions, header.layers, header.first_kv_head, rope_length)
-        return cache, header.is_transformers
+        return KVCache(keys, values, positions, header.layers, header.first_kv_head, rope_length)
 
     @neutral_torch_state
     def decode_layers(self, stream: Bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -553,7 +566,8 @@ class Codec:
             )
         if token_ids is not None and len(token_ids) != n_tokens:
             raise InvalidArgument(f"the cache holds {n_tokens} tokens, but {len(token_ids)} token ids are given")
-        places, split = torch.arange(n_tokens), self._with_points(split, points, n_tokens)
+        places = torch.arange(split.start, split.start + n_tokens)
+        split = self._with_points(split, points, n_tokens)
         draft = self._draft(split, is_transformers, token_ids, self._spans(places), places)
         return draft.seal(b"", CodedRows(), is_final=True, size=None)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cache import CacheExtent, CacheGeometry, KVCache
-from ..container.groups import NO_CACHE, SIDE_BUFFER, STATE, Group
+from ..container.groups import FULL_ATTENTION, NO_CACHE, SIDE_BUFFER, STATE, Group, Part
 from ..container.tables import Header
 from ..errors import GeometryMismatch, InvalidCache, MissingDependency, UnsupportedModel
 from ..process.torch_state import neutral_torch_state
@@ -41,18 +41,30 @@ class SplitCache:
     """A cache of one sequence as the group that a profile codes, if there is one, and all others.
 
     n_tokens: that it has read; None where it does not say, as one of states alone. points: those before its end at which it can be
-    resumed.
+    resumed. start: the position of its first token, before which its exact groups may hold rows, too.
     """
 
     coded: KVCache | None
     exact: list[ExactGroup]
     n_tokens: int | None
     points: Snapshots = field(default_factory=dict)
+    start: int = 0
 
     @property
     def partial(self) -> list[ExactGroup]:
         """The groups that are not complete."""
         return [one for one in self.exact if not one.group.is_complete]
+
+    def span(self, start: int, stop: int) -> SplitCache:
+        """The complete groups of a cache that begins at position 0, at the positions start .. stop - 1."""
+        coded = None if self.coded is None else self.coded.span(start, stop)
+        complete = [one for one in self.exact if one.group.is_complete]
+        return SplitCache(coded, complete, stop - start, start=start)
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether any group keeps every token, so that chunks hold something."""
+        return self.coded is not None or any(one.group.is_complete and one.group.row_numbers for one in self.exact)
 
     def snapshots(self, end: int) -> list[dict[int, ExactGroup]]:
         """Of each exact group what it was at every point, and at the end."""
@@ -229,6 +241,20 @@ def grouped_cache(
         ]
         parts.append(ExactGroup(group, layers))
     return cache_of_parts(parts, max(lengths))
+
+
+def from_split(split: SplitCache, device: torch.device) -> Any:
+    """A transformers cache of one sequence; raises as `cache_of_parts`."""
+    parts = [
+        ExactGroup(one.group, [tuple(side[None].to(device) for side in its) for its in one.sides])
+        for one in split.exact
+    ]
+    if (coded := split.coded) is not None:
+        shape = coded.n_kv_heads, coded.head_dim, coded.head_dim
+        group = Group(FULL_ATTENTION, Part.KEYS_AND_VALUES, coded.dtype, coded.resolved_layers(), shape)
+        layers = zip(coded.keys, coded.values, strict=True)
+        parts.append(ExactGroup(group, [(keys[None], values[None]) for keys, values in layers]))
+    return cache_of_parts(parts, split.start + (split.n_tokens or 0))
 
 
 def _stacked(sides: Sequence[Tensor], group: Group, device: torch.device) -> Tensor:

@@ -138,7 +138,7 @@ def cache_without_weights(model_or_config: Any) -> Any:
 
 @contextmanager
 def _numbers_as_ones() -> Iterator[None]:
-    with torch_config.patch(meta_nonzero_assume_all_nonzero=True), _Ones():
+    with torch_config.patch(meta_nonzero_assume_all_nonzero=True), _Ones():  # type: ignore[attr-defined]
         yield
 
 
