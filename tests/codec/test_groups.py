@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +16,19 @@ from kvtc.codec.codec import Codec
 from kvtc.container.parts import join_streams, split_stream
 from kvtc.errors import CalibrationMismatch, GeometryMismatch, InvalidArgument, InvalidCache, UnsupportedModel
 from tests.builders import random_cache, tiny_calibration, tiny_codec
-from tests.tiny_architectures import ARCHITECTURES, WINDOW, mixed_cache, mixed_calibration, random_ids, read, tiny_model
+from tests.tiny_architectures import (
+    ARCHITECTURES,
+    WINDOW,
+    mixed_cache,
+    mixed_calibration,
+    random_ids,
+    read,
+    tiny_config,
+    tiny_model,
+)
 
 CHUNK = 16
-LENGTHS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5]
+LENGTHS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW - 1, 2 * WINDOW, 2 * WINDOW + 1, 3 * WINDOW + 5]
 """Before, at and after the boundaries of windows, attention chunks and chunks of a stream."""
 
 
@@ -273,6 +284,30 @@ def test_other_layers_than_those_of_the_calibration():
     windows.layers.append(mixed_cache().layers[1])
     with pytest.raises(GeometryMismatch, match="the cache holds sliding window"):
         codec.encode(windows)
+
+
+def test_a_stream_without_the_group_of_the_calibration():
+    ids = random_ids(1, 20)
+    stream = lossless().encode(read(tiny_model("mistral"), ids)[1], ids)
+    with pytest.raises(
+        GeometryMismatch, match=r"covers layers 0\.\.2, .* the stream holds no such group \(sliding window\)"
+    ):
+        tiny_codec().decode(stream)
+
+
+def test_parts_of_two_models_are_not_joined():
+    ids, codec = random_ids(1, 40), lossless()
+    first, second = (
+        split_stream(codec.encode(read(tiny_model(name), ids)[1], ids)) for name in ("gemma3_text", "gemma2")
+    )
+    with pytest.raises(InvalidArgument, match="stream 1 was not made by the encoding of stream 0"):
+        join_streams([first[0], second[1], first[2]])
+
+
+def test_the_page_of_models_names_what_is_held_here():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    listed = page.split("of these config classes:")[1].split("\n\n")[0]
+    assert re.findall(r"`(\w+)`", listed) == sorted({type(tiny_config(name)).__name__ for name in ARCHITECTURES})
 
 
 def test_fixed_sizes_and_positions_are_of_one_group():

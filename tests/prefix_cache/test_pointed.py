@@ -46,7 +46,9 @@ def keys_of(store: Store) -> list[str]:
 
 
 def opened(store: Store, codec: Codec | None = None, **options) -> PrefixCache:
-    return PrefixCache(codec or lossless(), store, **({"min_tokens": 1, "resume_every": EVERY} | options))
+    return PrefixCache(
+        codec or lossless(), store, **({"min_tokens": 1, "resume_every": EVERY, "identity": "tiny"} | options)
+    )
 
 
 class Conversation:
@@ -201,10 +203,26 @@ def test_a_coded_group_beside_windows_and_states(store):
             prefixes.load_neutral(ids)
 
 
+def test_what_one_model_has_is_not_found_for_another(store):
+    ids = random_ids(1, 60)
+    for name in ("gemma3_text", "mistral", "llama"):
+        with opened(store, identity=name) as prefixes:
+            prefixes.save(ids[0], read(tiny_model(name), ids)[1]).result()
+    for name in ("gemma3_text", "mistral", "llama", "qwen3_next"):
+        with opened(store, identity=name) as prefixes:
+            found, n = prefixes.load(ids[0], whole=True)
+            if name == "qwen3_next":
+                assert n == 0
+            else:
+                assert same(found, read(tiny_model(name), ids[:, :n])[1])
+
+
 def test_arguments():
     with open_store("memory:") as store:
         with pytest.raises(InvalidArgument, match="resume_every 40 must be a multiple of chunk_tokens, 16"):
             opened(store, resume_every=40)
+        with pytest.raises(InvalidArgument, match="no calibration, which would tell models apart: give an identity"):
+            opened(store, identity="")
         with opened(store) as prefixes:
             talk = Conversation(tiny_model("gemma3_text"), random_ids(1, 50))
             talk.read(50)

@@ -67,14 +67,16 @@ class PrefixCache:
         namespace: A name or secret that separates tenants: entries of another namespace are not
             found.
         identity: Of the model that computes the caches, as `kvtc.model_identity` gives it: entries
-            of another identity are not found.
+            of another identity are not found. A codec without a calibration, whose streams may be
+            of any model, needs one.
         min_tokens: Shorter prefixes are not saved.
         max_pending: Saves that may wait; a further call of `save` waits until one has ended.
         resume_every: Of caches with windows or states, tokens from one resume point to the next; a
             multiple of the codec's chunk_tokens. The end of each saved prefix is one in any case.
 
     Raises:
-        InvalidArgument: `min_tokens` or `max_pending` is below 1, or `resume_every` no multiple.
+        InvalidArgument: `min_tokens` or `max_pending` is below 1, `resume_every` no multiple, or
+            the identity missing.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class PrefixCache:
         self.codec = codec
         self.store = store
         self.min_tokens = min_tokens
+        if codec.calibration is None and not identity:
+            raise InvalidArgument("the codec has no calibration, which would tell models apart: give an identity")
         if resume_every < 1 or resume_every % codec.settings.chunk_tokens:
             raise InvalidArgument(
                 f"resume_every {resume_every} must be a multiple of chunk_tokens, {codec.settings.chunk_tokens}"
