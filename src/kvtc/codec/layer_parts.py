@@ -125,11 +125,14 @@ def _states(layer: Any, index: int) -> Iterator[LayerPart]:
 
 
 def _indexer(layer: Any, index: int) -> Iterator[LayerPart]:
-    if layer.indexer_position_ids is not None:
-        raise UnsupportedModel(f"layer {index} keeps positions of its indexer, which kvtc does not code")
-    if layer.is_indexer_initialized:
-        n_tokens = getattr(layer, "indexer_cumulative_length", layer.indexer_keys.shape[1])
-        yield _rows(index, Part.INDEXER_KEYS, 0, layer.indexer_keys[:, None, : int(n_tokens)], 1)
+    if not layer.is_indexer_initialized:
+        return
+    n_tokens = int(getattr(layer, "indexer_cumulative_length", layer.indexer_keys.shape[1]))
+    yield _rows(index, Part.INDEXER_KEYS, 0, layer.indexer_keys[:, None, :n_tokens], 1)
+    if (positions := layer.indexer_position_ids) is not None:
+        # A group holds floats: the bits of these are integers.
+        bits = positions.permute(1, 2, 0)[:, None, :n_tokens].to(torch.int32).contiguous().view(torch.float32)
+        yield _rows(index, Part.INDEXER_POSITIONS, 0, bits, 1)
 
 
 def _block_index(layer: Any, index: int) -> Iterator[LayerPart]:
@@ -315,7 +318,7 @@ def _make_layer(kinds: frozenset[str], buffers: frozenset[Part], parts: Sequence
             return cache_utils.LinearAttentionAndSlidingWindowAttentionLayer(window, number_of_states=states)
         if len(kinds) == 2 and kinds <= attention | {STATE}:
             return cache_utils.LinearAttentionAndFullAttentionLayer(number_of_states=states)
-    if buffers == {Part.INDEXER_KEYS} and kinds <= attention:
+    if Part.INDEXER_KEYS in buffers <= {Part.INDEXER_KEYS, Part.INDEXER_POSITIONS} and kinds <= attention:
         return cache_utils.DynamicIndexedLayer()
     if buffers == {Part.BLOCK_INDEX_KEYS} and kinds <= attention:
         return _module("models.minimax_m3_vl.modeling_minimax_m3_vl").MiniMaxM3VLSparseCacheLayer()
@@ -367,6 +370,8 @@ def _fill(layer: Any, part: ExactGroup, sides: RowSides, n_tokens: int) -> None:
     elif group.part is Part.INDEXER_KEYS:
         layer.lazy_initialization_indexer(sides[0][:, 0])
         layer.indexer_keys = sides[0][:, 0]
+    elif group.part is Part.INDEXER_POSITIONS:
+        layer.indexer_position_ids = sides[0][:, 0].contiguous().view(torch.int32).permute(2, 0, 1).to(torch.int64)
     elif group.part is Part.BLOCK_INDEX_KEYS:
         layer.idx_keys = sides[0]
     elif group.part in _COMPRESSED:
