@@ -20,7 +20,8 @@ transformers = pytest.importorskip("transformers")
 
 NAMED = {
     "gemma3_text", "gemma4_text", "gpt_oss", "llama4_text", "mimo_v2_flash", "qwen3_next", "qwen3_5_text", "nemotron_h", "lfm2",
-    "granitemoehybrid", "kimi_linear", "qwen4_exp_text", "glm5_next_text", "deepseek_v3", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "mistral", "minimax_m3_vl_text",
+    "granitemoehybrid", "kimi_linear", "qwen4_exp_text", "glm5_next_text",
+    "deepseek_v3", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "mistral", "minimax_m3_vl_text",
 }  # fmt: skip
 """Families that people run."""
 
