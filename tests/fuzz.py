@@ -34,6 +34,7 @@ import kvtc
 from kvtc.cache import CACHE_DTYPES, KVCache
 from kvtc.codec.codec import Codec
 from kvtc.codec.opened_stream import positions_of
+from kvtc.codec.resume_points import decode_point, encode_point
 from kvtc.coding.lossless import CODER_IDS, compress
 from kvtc.container.stream import Stream, parse_stream
 from kvtc.container.tables import LOSSLESS, SectionType
@@ -68,7 +69,7 @@ from .builders import (
     told_ids,
     with_section,
 )
-from .tiny_architectures import mixed_cache, mixed_calibration, random_ids, read, tiny_model
+from .tiny_architectures import mixed_cache, mixed_calibration, random_ids, tiny_model
 
 # What one input may take: so much, and so much more for each of its bytes. Time is the processor's; memory is what is resident.
 SECONDS, SECONDS_A_BYTE = 2.0, 4e-6
@@ -160,10 +161,13 @@ def make_targets() -> list[Target]:
         made.append((codec, codec.encode(cache, ids), None))
     for name in GROUPED:
         # States alone do not say how many tokens they have read.
-        ids = random_ids(1, 21)
-        _, model_cache = read(tiny_model(name), ids)
+        ids, points = random_ids(1, 21), kvtc.ResumePoints(8)
+        model_cache = kvtc.prefill(tiny_model(name), ids, points)
         codec = Codec(lossless=True, chunk_tokens=8, coder="none" if name == "gemma3_text" else "deflate")
         made.append((codec, codec.encode(model_cache, ids), None))
+        made.append((codec, codec.encode(model_cache, ids, points=points), None))
+        if points.taken[16]:
+            made.append((codec, encode_point(points.taken[16], 16, codec.settings), None))
     calibrated = Codec(mixed_calibration(), ratio=3, sink_tokens=1, window_tokens=1, chunk_tokens=16)
     made.append((calibrated, calibrated.encode(mixed_cache(30)), None))
     targets = []
@@ -185,7 +189,7 @@ def raw_section(stream: Stream, number: int) -> bytes:
     section = stream.sections[number]
     if section.group not in stream.header.exact or section.type not in (SectionType.BODY, SectionType.STATE):
         return stream.read(section.type, section.chunk, section.raw_bytes)
-    return dict(stream.read_group(section.group, len(stream.chunks)))[section.chunk]
+    return stream.read_group(section.group, section.chunk, section.chunk + 1)[0]
 
 
 def draw_of(seed: int, number: int) -> random.Random:
@@ -413,6 +417,8 @@ def try_to_decode(draw: random.Random, target: Target, data: bytes) -> None:
         assert len(positions_of(data)) == info.n_tokens
     parts = kvtc.split_stream(data)
     assert not parts or kvtc.join_streams(parts) == data, "split and joined, the stream is another one"
+    with suppress(KvtcError):
+        decode_point(data)
     decoded = target.decode(data, **arguments)
     if isinstance(decoded, KVCache):
         assert decoded.n_tokens == arguments.get("tokens", info.n_tokens)

@@ -83,6 +83,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 16,
     },
     "qwen3_5_text": _DELTA,
+    "qwen4_exp_text": _DELTA
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "moe", "mamba"],
         "mamba_num_heads": 4,

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from .codec import Codec as Codec
     from .codec.inspection import StreamInfo as StreamInfo
     from .codec.inspection import inspect as inspect
+    from .codec.resume_points import ResumePoints as ResumePoints
     from .container.parts import join_streams as join_streams
     from .container.parts import split_stream as split_stream
     from .huggingface.calibrate import calibrate as calibrate
     from .huggingface.measure_quality import measure_quality as measure_quality
     from .huggingface.model_identity import model_identity as model_identity
+    from .huggingface.prefill import prefill as prefill
     from .huggingface.support import Support as Support
     from .huggingface.support import supported as supported
     from .prefix_cache import PrefixCache as PrefixCache
@@ -46,6 +48,7 @@ _HOME = {
     "Codec": "codec",
     "KVCache": "cache",
     "PrefixCache": "prefix_cache",
+    "ResumePoints": "codec.resume_points",
     "StreamInfo": "codec.inspection",
     "Support": "huggingface.support",
     "calibrate": "huggingface.calibrate",
@@ -55,6 +58,7 @@ _HOME = {
     "measure_quality": "huggingface.measure_quality",
     "model_identity": "huggingface.model_identity",
     "open_store": "store",
+    "prefill": "huggingface.prefill",
     "reference_calibration": "reference",
     "reference_model": "reference",
     "split_stream": "container.parts",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import kvtc
@@ -14,10 +16,19 @@ from kvtc.codec.codec import Codec
 from kvtc.container.parts import join_streams, split_stream
 from kvtc.errors import CalibrationMismatch, GeometryMismatch, InvalidArgument, InvalidCache, UnsupportedModel
 from tests.builders import random_cache, tiny_calibration, tiny_codec
-from tests.tiny_architectures import ARCHITECTURES, WINDOW, mixed_cache, mixed_calibration, random_ids, read, tiny_model
+from tests.tiny_architectures import (
+    ARCHITECTURES,
+    WINDOW,
+    mixed_cache,
+    mixed_calibration,
+    random_ids,
+    read,
+    tiny_config,
+    tiny_model,
+)
 
 CHUNK = 16
-LENGTHS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 5]
+LENGTHS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW - 1, 2 * WINDOW, 2 * WINDOW + 1, 3 * WINDOW + 5]
 """Before, at and after the boundaries of windows, attention chunks and chunks of a stream."""
 
 
@@ -275,6 +286,30 @@ def test_other_layers_than_those_of_the_calibration():
         codec.encode(windows)
 
 
+def test_a_stream_without_the_group_of_the_calibration():
+    ids = random_ids(1, 20)
+    stream = lossless().encode(read(tiny_model("mistral"), ids)[1], ids)
+    with pytest.raises(
+        GeometryMismatch, match=r"covers layers 0\.\.2, .* the stream holds no such group \(sliding window\)"
+    ):
+        tiny_codec().decode(stream)
+
+
+def test_parts_of_two_models_are_not_joined():
+    ids, codec = random_ids(1, 40), lossless()
+    first, second = (
+        split_stream(codec.encode(read(tiny_model(name), ids)[1], ids)) for name in ("gemma3_text", "gemma2")
+    )
+    with pytest.raises(InvalidArgument, match="stream 1 was not made by the encoding of stream 0"):
+        join_streams([first[0], second[1], first[2]])
+
+
+def test_the_page_of_models_names_what_is_held_here():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    listed = page.split("of these config classes:")[1].split("\n\n")[0]
+    assert re.findall(r"`(\w+)`", listed) == sorted({type(tiny_config(name)).__name__ for name in ARCHITECTURES})
+
+
 def test_fixed_sizes_and_positions_are_of_one_group():
     codec = Codec(mixed_calibration(), "paper", ratio=3)
     with pytest.raises(InvalidArgument, match="several groups"):
@@ -309,3 +344,30 @@ def test_an_unknown_class_of_layer_is_named():
     cache.layers[2] = type("PagedLayer", (DynamicLayer,), {})()
     with pytest.raises(UnsupportedModel, match="layer 2 is a PagedLayer"):
         lossless().encode(cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral", "qwen3_next", "deepseek_v3", "glm_moe_dsa"])
+def test_static_caches_have_the_streams_of_those_that_grow(name):
+    """Both are given the same numbers, in pieces that end before, at and after the window."""
+    config, drawn = tiny_model(name).config, torch.Generator().manual_seed(0)
+    static, grown = StaticCache(config, max_cache_len=64), DynamicCache(config=config)
+    codec, n_tokens = lossless(), 0
+    for piece in (3, WINDOW - 4, 1, 1, 7, 2 * WINDOW):
+        n_tokens += piece
+        for index, layer in enumerate(grown.layers):
+            keys, values = torch.randn(1, 2, piece, 8, generator=drawn), torch.randn(1, 2, piece, 4, generator=drawn)
+            for cache in (static, grown):
+                if hasattr(layer, "conv_states"):
+                    cache.update_conv_state(keys[:, :, -1, :4], index)
+                    cache.update_recurrent_state(keys[:, :, :1], index)
+                else:
+                    cache.update(keys, values, index)
+                if hasattr(layer, "indexer_keys"):
+                    cache.update_indexer(keys[:, 0], index)
+        if name == "mistral" and n_tokens <= WINDOW:
+            with pytest.raises(InvalidCache, match="as long as its static cache"):
+                codec.encode(static)
+            continue
+        ids = random_ids(1, n_tokens)
+        assert codec.encode(static, ids) == codec.encode(grown, ids)
+        assert same(codec.decode(codec.encode(static, ids)), grown)

@@ -272,7 +272,7 @@ def test_a_prefix_that_there_is_no_memory_for_is_a_miss_and_stays(monkeypatch, e
             break_decoding(broken, error)
             assert prefixes.load_neutral(told_ids(200)) == (None, 0)
         with monkeypatch.context() as broken:
-            broken.setattr("kvtc.prefix_cache.prefix_cache.torch.cat", raising(error))
+            broken.setattr("kvtc.prefix_cache.parts.torch.cat", raising(error))
             assert prefixes.load_neutral(told_ids(200)) == (None, 0), "memory for each part, but not for the whole"
         assert prefixes.statistics["decode_errors"] == 2
         assert prefixes.statistics["damaged"] == 0
@@ -284,7 +284,7 @@ def test_a_prefix_that_there_is_no_memory_for_is_a_miss_and_stays(monkeypatch, e
 def test_a_save_that_there_is_no_memory_for_is_told_and_the_next_one_is_saved(monkeypatch, error):
     with open_store("memory:") as store, prefix_cache(store) as prefixes:
         with monkeypatch.context() as broken:
-            broken.setattr(prefixes._windowless, "encode", raising(error))
+            broken.setattr(prefixes._parts.windowless, "encode_split", raising(error))
             with pytest.raises(error, match="the cause"):
                 save(prefixes)
         save(prefixes)
@@ -316,7 +316,7 @@ def test_only_damaged_chunks_are_deleted(kind):
             "of another calibration": lambda: Codec(
                 joint_calibration(5), "joint", step=0.1, window_tokens=0, chunk_tokens=CHUNK
             ).encode(told_cache(200).span(second.start, second.stop), told_ids(200)[second]),
-            "of another text": lambda: prefixes._windowless.encode(
+            "of another text": lambda: prefixes._parts.windowless.encode(
                 told_cache(200).span(second.start, second.stop), told_ids(200, seed=9)[second]
             ),
         }

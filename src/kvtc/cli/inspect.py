@@ -52,6 +52,7 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
         ("tokens", f"{info.n_tokens:,}: {parts}; {info.n_chunks} chunks of at most {info.chunk_tokens}"),
         ("first position", "-" if info.first_position is None else info.first_position),
         *(("group", _describe_group(group)) for group in info.groups),
+        *([("resume points", _describe_points(info.resume_points))] if info.resume_points else []),
         ("calibration", info.fingerprint),
         ("sinks, window", f"{info.sink_format}, {info.window_format}"),
         ("token ids", "named by a digest: decode can compare them" if info.has_token_digests else "not known"),
@@ -85,6 +86,12 @@ def _describe_stream(info: StreamInfo, with_sections: bool) -> str:
         ]
         blocks.append(format_table(["chunk", "section", "coder", "raw bytes", "stored bytes"], every))
     return "\n\n".join(blocks)
+
+
+def _describe_points(points: tuple[int, ...]) -> str:
+    """All of them where they are few."""
+    first = ", ".join(f"{point:,}" for point in points[:8])
+    return first if len(points) <= 8 else f"{len(points)}: {first} .. {points[-1]:,}"
 
 
 def _describe_group(group: GroupInfo) -> str:

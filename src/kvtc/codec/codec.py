@@ -31,7 +31,7 @@ from ..profiles.interface import CodedRows
 from ..profiles.rates import FixedSize, Lossless, Rate
 from . import pipeline
 from . import transformers_cache as interop
-from .exact_groups import read_groups
+from .exact_groups import check_beginning, read_groups
 from .fixed_size import fixed_stream_bytes
 from .opened_stream import MAX_TOKENS, OpenedStream, check_calibration, open_stream, shift_to
 from .options import (
@@ -46,6 +46,7 @@ from .options import (
 )
 from .pipeline import Decoding
 from .recomputing import recomputation_of, recompute_cache
+from .resume_points import ResumePoints
 from .sealed_stream import StreamDraft, chunks_of, draft_stream, fingerprint_of
 from .transformers_cache import SplitCache
 
@@ -171,13 +172,16 @@ class Codec:
         return other
 
     @neutral_torch_state
-    def encode(self, cache: Any, token_ids: Any = None, positions: Any = None) -> bytes:
+    def encode(
+        self, cache: Any, token_ids: Any = None, positions: Any = None, points: ResumePoints | None = None
+    ) -> bytes:
         """A cache -> stream. The cache is left as it was.
 
         cache: a transformers cache of batch 1, or a `KVCache`. The full-attention layers that the calibration covers are coded at
         the codec's rate; all other layers (windows, states, latents, buffers) are kept bit for bit. token_ids [T]: their digest
         is stored and must match on decode; with `conditional` those of all tokens from position 0 on, up to the last of the cache,
         whose positions have no gaps. positions [T]: where the tokens stand, increasing; default the cache's own, or 0 .. T-1.
+        points: where besides its end the cache can be resumed, taken while it grew; of use where it has windows or states.
 
         Raises `InvalidCache`, `GeometryMismatch`, `UnsupportedModel`, `InvalidArgument`.
         """
@@ -192,7 +196,12 @@ class Codec:
             split = interop.SplitCache(cache, [], cache.n_tokens)
         else:
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
-        return self._encode(split, as_ids(token_ids), as_ids(positions), is_transformers)
+        return self._encode(split, as_ids(token_ids), as_ids(positions), is_transformers, points)
+
+    @neutral_torch_state
+    def encode_split(self, split: SplitCache, token_ids: Any = None) -> bytes:
+        """As `encode`, of groups of layers by themselves."""
+        return self._encode(split, as_ids(token_ids), None, is_transformers=False)
 
     @neutral_torch_state
     def stream_bytes(
@@ -317,14 +326,20 @@ class Codec:
             raise InvalidArgument(
                 "a cache of several groups of layers stays where it was: start_position cannot be given"
             )
+        check_beginning(stream)
+        return interop.from_split(self._decode_split(stream, token_ids, tokens), self.device)
+
+    @neutral_torch_state
+    def decode_split(self, stream: Bytes, token_ids: Any = None, tokens: int | None = None) -> SplitCache:
+        """As `decode`, but the groups of layers by themselves, and for a stream that may begin later, of those of its tokens."""
+        return self._decode_split(parse_stream(stream), token_ids, tokens)
+
+    def _decode_split(self, stream: Stream, token_ids: Any, tokens: int | None) -> SplitCache:
         opened = self._open(stream, as_ids(token_ids), tokens)
         exact = read_groups(stream, opened.n_chunks, opened.n_tokens)
-        coded = None
-        if opened.header.coded is not None:
-            decoding = self._decoding([opened])
-            layers = [decoding.new_layer(layer) for layer in track(range(opened.header.n_layers), "decoding", "layers")]
-            coded = [(keys[None], values[None]) for keys, values in layers]
-        return interop.grouped_cache(opened.header, coded, [exact], [opened.n_tokens], self.device)
+        coded = self._restored(opened, 0) if opened.header.coded is not None else None
+        start = int(opened.positions[0]) if opened.n_tokens else 0
+        return SplitCache(coded, exact, opened.n_tokens, start=start)
 
     def _decoding(self, opened: Sequence[OpenedStream], shifts: Sequence[int] | None = None) -> Decoding:
         header = opened[0].header
@@ -343,7 +358,11 @@ class Codec:
         shift = shift_to(start_position, opened)
         if shift and self.calibration is None:
             raise InvalidArgument("without a calibration the rotation is not known: start_position cannot be given")
-        decoding = self._decoding([opened], [shift])
+        return self._restored(opened, shift), header.is_transformers
+
+    def _restored(self, opened: OpenedStream, shift: int) -> KVCache:
+        """The group that is coded."""
+        header, decoding = opened.header, self._decoding([opened], [shift])
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
         keys = torch.empty(shape, dtype=header.dtype, device=self.device)
         values = torch.empty_like(keys)
@@ -352,8 +371,7 @@ class Codec:
         positions = opened.positions[: opened.n_tokens] + shift
         # 0: it was not recorded, for no frequency depends on it. Moved to the front, a length too short would be negative.
         rope_length = max(0, header.rope_length + shift) if header.rope_length else None
-        cache = KVCache(keys, values, positions, header.layers, header.first_kv_head, rope_length)
-        return cache, header.is_transformers
+        return KVCache(keys, values, positions, header.layers, header.first_kv_head, rope_length)
 
     @neutral_torch_state
     def decode_layers(self, stream: Bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -463,6 +481,7 @@ class Codec:
         for index, (stream, length) in enumerate(zip(parsed, lengths, strict=True)):
             row = ids[index]
             row = row[longest - length :] if row is not None and is_padded else row
+            check_beginning(stream)
             opened.append(self._open(stream, row, None))
             if _without_extents(opened[index].header) != _without_extents(opened[0].header):
                 raise InvalidArgument(
@@ -501,6 +520,7 @@ class Codec:
         token_ids: TokenIds | None,
         positions: TokenIds | None,
         is_transformers: bool,
+        points: ResumePoints | None = None,
     ) -> bytes:
         cache = split.coded
         if split.exact and (positions is not None or self.settings.fixed_size):
@@ -508,7 +528,7 @@ class Codec:
                 "a cache of several groups of layers stands at positions 0 and after, and its streams have no fixed size"
             )
         if cache is None:
-            return self._encode_exactly(split, token_ids, is_transformers)
+            return self._encode_exactly(split, token_ids, is_transformers, points)
         if positions is not None:
             cache = replace(cache, positions=torch.from_numpy(positions))
         cache = cache.plain()
@@ -523,13 +543,21 @@ class Codec:
             raise InvalidArgument(f"the cache holds {cache.n_tokens} tokens, but {len(token_ids)} token ids are given")
         places = cache.resolved_positions()
         spans = self._spans(places)
-        draft = self._draft(replace(split, coded=cache), is_transformers, token_ids, spans, places)
+        split = self._with_points(replace(split, coded=cache), points, cache.n_tokens)
+        draft = self._draft(split, is_transformers, token_ids, spans, places)
         if self._encoder is None or self.calibration is None:
             return draft.seal(b"", CodedRows(), is_final=True, size=None)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
         return pipeline.encode(cache, recomputed, spans, draft, size, self.calibration, self.backend, self._encoder)
 
-    def _encode_exactly(self, split: SplitCache, token_ids: TokenIds | None, is_transformers: bool) -> bytes:
+    def _with_points(self, split: SplitCache, points: ResumePoints | None, n_tokens: int) -> SplitCache:
+        if points is None:
+            return split
+        return replace(split, points=points.of(split, n_tokens, self.settings.chunk_tokens))
+
+    def _encode_exactly(
+        self, split: SplitCache, token_ids: TokenIds | None, is_transformers: bool, points: ResumePoints | None
+    ) -> bytes:
         """A cache no group of which is coded."""
         n_tokens = split.n_tokens if split.n_tokens is not None else 0 if token_ids is None else len(token_ids)
         if not n_tokens:
@@ -538,7 +566,8 @@ class Codec:
             )
         if token_ids is not None and len(token_ids) != n_tokens:
             raise InvalidArgument(f"the cache holds {n_tokens} tokens, but {len(token_ids)} token ids are given")
-        places = torch.arange(n_tokens)
+        places = torch.arange(split.start, split.start + n_tokens)
+        split = self._with_points(split, points, n_tokens)
         draft = self._draft(split, is_transformers, token_ids, self._spans(places), places)
         return draft.seal(b"", CodedRows(), is_final=True, size=None)
 

@@ -6,7 +6,8 @@ where the tokens before it are there, all else at any token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,25 +24,37 @@ RowSides = tuple[Tensor, ...]
 """Of one layer: keys and values, each [H, rows, D], or one tensor: [1, rows, D] of a side buffer, its own shape of a state."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExactGroup:
     """A group and what its layers hold, in the order of `group.layers`, of a cache that begins at position 0."""
 
     group: Group
     sides: list[RowSides]
 
+    def copied(self) -> ExactGroup:
+        """The same in tensors of its own."""
+        return ExactGroup(self.group, [tuple(side.clone() for side in its) for its in self.sides])
 
-def group_payloads(index: int, exact: ExactGroup, chunks: Sequence[Chunk]) -> list[Payload]:
-    """The sections of a group, by ascending chunks. index: of the group in the table. The cache ends where the last chunk does."""
-    group, found = exact.group, []
-    end = chunks[-1].first_position + chunks[-1].n_tokens if chunks else 0
+
+def group_payloads(index: int, snapshots: Mapping[int, ExactGroup], chunks: Sequence[Chunk]) -> list[Payload]:
+    """The sections of a group, by ascending chunks.
+
+    Parameters:
+        index: of the group in the table.
+        snapshots: what it was after so many tokens, ascending, for each resume point; the last one is where the chunks end.
+        chunks: of the stream. Rows of a window that no resume point needs are left out.
+    """
+    points, found = list(snapshots), []
     for number, chunk in enumerate(chunks):
         start, stop = chunk.first_position, chunk.first_position + chunk.n_tokens
-        kind, rows = SectionType.BODY, slice(start, stop)
+        # The first resume point behind a chunk needs most of its rows.
+        point = points[bisect_left(points, stop)]
+        exact = snapshots[point]
+        group, kind, rows = exact.group, SectionType.BODY, slice(start, stop)
         if group.part.is_snapshot:
-            kind, rows = SectionType.STATE, slice(0, group.rows_between(start, stop) if stop == end else 0)
+            kind, rows = SectionType.STATE, slice(0, group.rows_between(start, stop) if stop == point else 0)
         elif group.kind == WINDOW:
-            first = end - group.rows_held(end)
+            first = point - group.rows_held(point)
             rows = slice(max(0, start - first), max(0, stop - first))
         elif group.kind == SIDE_BUFFER:
             rows = slice(start // group.extent, stop // group.extent)
@@ -52,18 +65,27 @@ def group_payloads(index: int, exact: ExactGroup, chunks: Sequence[Chunk]) -> li
 
 
 def resume_points(stream: Stream) -> list[int]:
-    """The tokens after which a stream can be resumed and a chunk ends, ascending."""
+    """The tokens after which a stream can be resumed and a chunk ends, ascending, counted from the first of the stream."""
     header, n_tokens = stream.header, stream.chunks.tokens
     stops = n_tokens.cumsum()
     possible = np.ones(len(stops), np.bool_)
     for index in header.exact:
         if not header.groups[index].is_complete:
-            possible &= _restorable(stream, index, n_tokens, stops)
+            possible &= _restorable(stream, index, n_tokens, _first_position(stream) + stops)
     return [int(stop) for stop in stops[possible]]
 
 
+def check_beginning(stream: Stream) -> None:
+    """Raise `InvalidArgument` for a part of a stream with exact groups: its other parts are needed, too."""
+    if stream.header.exact and _first_position(stream):
+        raise InvalidArgument(
+            f"the stream begins at position {_first_position(stream)}; {len(stream.header.groups)} groups of layers are restored "
+            "from position 0 on: join it to the parts before it"
+        )
+
+
 def read_groups(stream: Stream, n_chunks: int, n_tokens: int) -> list[ExactGroup]:
-    """The exact groups of a stream as they were after its first n_tokens tokens.
+    """The exact groups of a stream as they were after its first n_tokens tokens; of complete groups the rows that it holds.
 
     Parameters:
         stream: parsed.
@@ -75,11 +97,6 @@ def read_groups(stream: Stream, n_chunks: int, n_tokens: int) -> list[ExactGroup
         CorruptStream: for sections that do not decode.
     """
     header = stream.header
-    if header.exact and int(stream.chunks.entries["position"][0]):
-        raise InvalidArgument(
-            f"the stream begins at position {int(stream.chunks.entries['position'][0])}; {len(header.groups)} groups of layers are "
-            "restored from position 0 on: join it to the parts before it"
-        )
     if any(not header.groups[index].is_complete for index in header.exact):
         points = resume_points(stream)
         if n_tokens not in points:
@@ -90,10 +107,14 @@ def read_groups(stream: Stream, n_chunks: int, n_tokens: int) -> list[ExactGroup
     return [_read(stream, index, n_chunks, n_tokens) for index in header.exact]
 
 
+def _first_position(stream: Stream) -> int:
+    return int(stream.chunks.entries["position"][0]) if len(stream.chunks) else 0
+
+
 def _restorable(
     stream: Stream, index: int, n_tokens: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Of each chunk, whether a group that is not complete can be restored at its end."""
+    """Of each chunk, whether a group that is not complete can be restored at its end. stops: positions."""
     group, entries = stream.header.groups[index], stream.sections.entries
     mine = stream.sections.of_group(index, len(stops))
     rows = np.zeros(len(stops), np.int64)
@@ -110,21 +131,21 @@ def _restorable(
 
 
 def _read(stream: Stream, index: int, n_chunks: int, n_tokens: int) -> ExactGroup:
-    group = stream.header.groups[index]
-    read = stream.read_group(index, n_chunks)
-    if group.part.is_snapshot:
-        read = [(chunk, raw) for chunk, raw in read if chunk == n_chunks - 1]
-    parts = [_bytes_to_rows(group, raw, len(raw) // group.row_bytes) for _, raw in read]
+    group, start = stream.header.groups[index], _first_position(stream)
+    stop = start + n_tokens
+    held = group.rows_held(stop) if group.kind == WINDOW else 1 if group.part.is_snapshot else n_tokens
+    first_chunk = bisect_right(stream.chunks.tokens[:n_chunks].cumsum().tolist(), n_tokens - held)
+    read = stream.read_group(index, first_chunk, n_chunks)
+    parts = [_bytes_to_rows(group, raw, len(raw) // group.row_bytes) for raw in read]
     parts = parts or [_bytes_to_rows(group, b"", 0)]
     if len(parts) == 1:
         sides = parts[0]
     else:
         sides = [tuple(torch.cat(same, dim=1) for same in zip(*its, strict=True)) for its in zip(*parts, strict=True)]
     if group.kind == WINDOW:
-        held = group.rows_held(n_tokens)
         sides = [tuple(side[:, side.shape[1] - held :] for side in its) for its in sides]
     elif not group.part.is_snapshot:
-        n_rows = group.rows_between(0, n_tokens)
+        n_rows = group.rows_between(start, stop)
         sides = [tuple(side[:, :n_rows] for side in its) for its in sides]
     return ExactGroup(group, sides)
 

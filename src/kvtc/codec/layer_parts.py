@@ -72,6 +72,34 @@ def _attention(layer: Any, index: int) -> Iterator[LayerPart]:
         yield _sides(index, layer.keys, layer.values, "", 0)
 
 
+def _static(layer: Any, index: int) -> Iterator[LayerPart]:
+    if layer.is_initialized:
+        held = slice(0, int(layer.cumulative_length))
+        yield _sides(index, layer.keys[:, :, held], layer.values[:, :, held], "", 0)
+
+
+def _static_window(layer: Any, index: int) -> Iterator[LayerPart]:
+    """It holds one token more than a window that grows, and empty places until it is full."""
+    if layer.is_initialized:
+        n_tokens, window = int(layer.cumulative_length_int), int(layer.max_cache_len)
+        stop = min(n_tokens, window)
+        held = slice(stop - min(n_tokens, window - 1), stop)
+        part = _sides(index, layer.keys[:, :, held], layer.values[:, :, held], WINDOW, window)
+        yield replace(part, n_tokens=n_tokens)
+
+
+def check_static_windows(layers: Sequence[Any]) -> None:
+    """Raise `InvalidCache` for a window of a static cache that is as long as the cache: it may be cut from a longer one."""
+    longest = max((layer.max_cache_len for layer in layers if hasattr(layer, "max_cache_len")), default=0)
+    for index, layer in enumerate(layers):
+        n_tokens = getattr(layer, "cumulative_length_int", 0)
+        if n_tokens and layer.max_cache_len == longest >= n_tokens:
+            raise InvalidCache(
+                f"layer {index} has a window that is as long as its static cache, {longest} tokens, and may be part of a longer "
+                "one; give the static cache a max_cache_len above the model's window"
+            )
+
+
 def _window(layer: Any, index: int) -> Iterator[LayerPart]:
     if not layer.is_initialized:
         return
@@ -97,10 +125,14 @@ def _states(layer: Any, index: int) -> Iterator[LayerPart]:
 
 
 def _indexer(layer: Any, index: int) -> Iterator[LayerPart]:
-    if layer.indexer_position_ids is not None:
-        raise UnsupportedModel(f"layer {index} keeps positions of its indexer, which kvtc does not code")
-    if layer.is_indexer_initialized:
-        yield _rows(index, Part.INDEXER_KEYS, 0, layer.indexer_keys[:, None], 1)
+    if not layer.is_indexer_initialized:
+        return
+    n_tokens = int(getattr(layer, "indexer_cumulative_length", layer.indexer_keys.shape[1]))
+    yield _rows(index, Part.INDEXER_KEYS, 0, layer.indexer_keys[:, None, :n_tokens], 1)
+    if (positions := layer.indexer_position_ids) is not None:
+        # A group holds floats: the bits of these are integers.
+        bits = positions.permute(1, 2, 0)[:, None, :n_tokens].to(torch.int32).contiguous().view(torch.float32)
+        yield _rows(index, Part.INDEXER_POSITIONS, 0, bits, 1)
 
 
 def _block_index(layer: Any, index: int) -> Iterator[LayerPart]:
@@ -140,6 +172,11 @@ _READERS: Mapping[str, tuple[Reader, ...]] = {
     "LinearAttentionLayer": (_states,),
     "LinearAttentionAndFullAttentionLayer": (_attention, _states),
     "LinearAttentionAndSlidingWindowAttentionLayer": (_window, _states),
+    "StaticLayer": (_static,),
+    "StaticSlidingWindowLayer": (_static_window,),
+    "StaticIndexedLayer": (_static, _indexer),
+    "LinearAttentionAndStaticFullAttentionLayer": (_static, _states),
+    "LinearAttentionAndStaticSlidingWindowAttentionLayer": (_static_window, _states),
     "DummyLayer": (_nothing,),
     "MiniMaxM3VLSparseCacheLayer": (_attention, _block_index),
     "DeepseekV4HCACache": (_window, _compressed),
@@ -281,7 +318,7 @@ def _make_layer(kinds: frozenset[str], buffers: frozenset[Part], parts: Sequence
             return cache_utils.LinearAttentionAndSlidingWindowAttentionLayer(window, number_of_states=states)
         if len(kinds) == 2 and kinds <= attention | {STATE}:
             return cache_utils.LinearAttentionAndFullAttentionLayer(number_of_states=states)
-    if buffers == {Part.INDEXER_KEYS} and kinds <= attention:
+    if Part.INDEXER_KEYS in buffers <= {Part.INDEXER_KEYS, Part.INDEXER_POSITIONS} and kinds <= attention:
         return cache_utils.DynamicIndexedLayer()
     if buffers == {Part.BLOCK_INDEX_KEYS} and kinds <= attention:
         return _module("models.minimax_m3_vl.modeling_minimax_m3_vl").MiniMaxM3VLSparseCacheLayer()
@@ -333,6 +370,8 @@ def _fill(layer: Any, part: ExactGroup, sides: RowSides, n_tokens: int) -> None:
     elif group.part is Part.INDEXER_KEYS:
         layer.lazy_initialization_indexer(sides[0][:, 0])
         layer.indexer_keys = sides[0][:, 0]
+    elif group.part is Part.INDEXER_POSITIONS:
+        layer.indexer_position_ids = sides[0][:, 0].contiguous().view(torch.int32).permute(2, 0, 1).to(torch.int64)
     elif group.part is Part.BLOCK_INDEX_KEYS:
         layer.idx_keys = sides[0]
     elif group.part in _COMPRESSED:

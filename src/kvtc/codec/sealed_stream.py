@@ -145,10 +145,11 @@ def draft_stream(
     )
     coded = code_payloads(payloads, settings.coder, block_coder)
     sections = {(payload.type, payload.chunk): section for payload, section in zip(payloads, coded, strict=True)}
+    end = chunks[-1].first_position + chunks[-1].n_tokens if chunks else 0
     of_groups = [
         payload
-        for index, one in zip(header.exact, split.exact, strict=True)
-        for payload in group_payloads(index, one, chunks)
+        for index, snapshots in zip(header.exact, split.snapshots(end), strict=True)
+        for payload in group_payloads(index, snapshots, chunks)
     ]
     kept = code_payloads(of_groups, settings.coder, block_coder)
     exact = {(payload.chunk, payload.group): section for payload, section in zip(of_groups, kept, strict=True)}

@@ -5,35 +5,75 @@ The model library is imported only to build a cache of its kind; reading one nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache import CacheExtent, CacheGeometry, KVCache
-from ..container.groups import NO_CACHE, SIDE_BUFFER, STATE, Group
+from ..container.groups import FULL_ATTENTION, NO_CACHE, SIDE_BUFFER, STATE, Group, Part
 from ..container.tables import Header
 from ..errors import GeometryMismatch, InvalidCache, MissingDependency, UnsupportedModel
 from ..process.torch_state import neutral_torch_state
 from .exact_groups import ExactGroup
-from .layer_parts import LayerPart, cache_of_parts, grouped, lightning_parts, parts_of, sequence_of
+from .layer_parts import (
+    LayerPart,
+    cache_of_parts,
+    check_static_windows,
+    grouped,
+    lightning_parts,
+    parts_of,
+    sequence_of,
+)
 from .layer_queue import Layer, LayerQueue
 
 EMPTY_DTYPE = torch.bfloat16
+
+
+Snapshots = Mapping[int, Sequence[ExactGroup]]
+"""By position, ascending: the groups that are not complete, as they were after so many tokens."""
 
 
 @dataclass(frozen=True)
 class SplitCache:
     """A cache of one sequence as the group that a profile codes, if there is one, and all others.
 
-    n_tokens: that it has read; None where it does not say, as one of states alone.
+    n_tokens: that it has read; None where it does not say, as one of states alone. points: those before its end at which it can be
+    resumed. start: the position of its first token, before which its exact groups may hold rows, too.
     """
 
     coded: KVCache | None
     exact: list[ExactGroup]
     n_tokens: int | None
+    points: Snapshots = field(default_factory=dict)
+    start: int = 0
+
+    @property
+    def partial(self) -> list[ExactGroup]:
+        """The groups that are not complete."""
+        return [one for one in self.exact if not one.group.is_complete]
+
+    def span(self, start: int, stop: int) -> SplitCache:
+        """The complete groups of a cache that begins at position 0, at the positions start .. stop - 1."""
+        coded = None if self.coded is None else self.coded.span(start, stop)
+        complete = [one for one in self.exact if one.group.is_complete]
+        return SplitCache(coded, complete, stop - start, start=start)
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether any group keeps every token, so that chunks hold something."""
+        return self.coded is not None or any(one.group.is_complete and one.group.row_numbers for one in self.exact)
+
+    def snapshots(self, end: int) -> list[dict[int, ExactGroup]]:
+        """Of each exact group what it was at every point, and at the end."""
+        place = {one.group: index for index, one in enumerate(self.partial)}
+        return [
+            {position: its[place[one.group]] for position, its in self.points.items() if one.group in place}
+            | {end: one}
+            for one in self.exact
+        ]
 
 
 class TransformersCache:
@@ -43,6 +83,7 @@ class TransformersCache:
     """
 
     def __init__(self, cache: Any) -> None:
+        check_static_windows(cache.layers)
         self._parts: list[LayerPart] = [
             part for index, layer in enumerate(cache.layers) for part in parts_of(layer, index)
         ]
@@ -84,8 +125,7 @@ class TransformersCache:
         """
         if not self._parts:
             return SplitCache(None if geometry is None else _empty(geometry), [], 0)
-        n_tokens = self.n_tokens or 0
-        found = grouped([(part.group, sequence_of(part, batch_index, first_token, n_tokens)) for part in self._parts])
+        found = self._grouped(self._parts, batch_index, first_token)
         codable = [one for one in found if one.group.is_codable]
         coded = next((one for one in codable if geometry is None or _fits(one.group, geometry)), None)
         if coded is None and geometry is not None:
@@ -94,6 +134,14 @@ class TransformersCache:
         exact = [one for one in found if one is not coded]
         tokens = None if self.n_tokens is None else self.n_tokens - first_token
         return SplitCache(None if coded is None else _neutral(coded), exact, tokens)
+
+    def partial_groups(self) -> list[ExactGroup]:
+        """The groups of the first sequence that are not complete: windows and states."""
+        return self._grouped([part for part in self._parts if not part.group.is_complete], 0, 0)
+
+    def _grouped(self, parts: Sequence[LayerPart], batch_index: int, first_token: int) -> list[ExactGroup]:
+        n_tokens = self.n_tokens or 0
+        return grouped([(part.group, sequence_of(part, batch_index, first_token, n_tokens)) for part in parts])
 
 
 def is_transformers_cache(cache: object) -> bool:
@@ -193,6 +241,20 @@ def grouped_cache(
         ]
         parts.append(ExactGroup(group, layers))
     return cache_of_parts(parts, max(lengths))
+
+
+def from_split(split: SplitCache, device: torch.device) -> Any:
+    """A transformers cache of one sequence; raises as `cache_of_parts`."""
+    parts = [
+        ExactGroup(one.group, [tuple(side[None].to(device) for side in its) for its in one.sides])
+        for one in split.exact
+    ]
+    if (coded := split.coded) is not None:
+        shape = coded.n_kv_heads, coded.head_dim, coded.head_dim
+        group = Group(FULL_ATTENTION, Part.KEYS_AND_VALUES, coded.dtype, coded.resolved_layers(), shape)
+        layers = zip(coded.keys, coded.values, strict=True)
+        parts.append(ExactGroup(group, [(keys[None], values[None]) for keys, values in layers]))
+    return cache_of_parts(parts, split.start + (split.n_tokens or 0))
 
 
 def _stacked(sides: Sequence[Tensor], group: Group, device: torch.device) -> Tensor:

@@ -58,6 +58,7 @@ class Part(IntEnum):
     BUFFERED_GATES = 9
     OVERLAP_VALUES = 10
     OVERLAP_GATES = 11
+    INDEXER_POSITIONS = 12
 
     @property
     def kinds(self) -> tuple[str, ...]:

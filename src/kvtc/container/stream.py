@@ -133,14 +133,14 @@ class Stream:
         read |= zip(left, rest, strict=True)
         return [read[index] for index in range(len(sections))]
 
-    def read_group(self, index: int, n_chunks: int) -> list[tuple[int, bytes]]:
-        """The sections of an exact group in the first chunks as (chunk, bytes), in order, verified and decoded."""
+    def read_group(self, index: int, first_chunk: int, stop_chunk: int) -> list[bytes]:
+        """The sections of an exact group in the chunks first_chunk .. stop_chunk - 1, in order, verified and decoded."""
         group = self.header.groups[index]
-        sections = [self.sections[number] for number in self.sections.of_group(index, n_chunks).tolist()]
+        sections = [self.sections[number] for number in self.sections.of_group(index, stop_chunk).tolist()]
+        sections = [section for section in sections if section.chunk >= first_chunk]
         stored = self.data.on_host([section.span for section in sections])
         layouts = [group.layout(section.raw_bytes // group.row_bytes) for section in sections]
-        read = side_by_side(_decoded, _threads(), sections, stored, layouts)
-        return [(section.chunk, raw) for section, raw in zip(sections, read, strict=True)]
+        return side_by_side(_decoded, _threads(), sections, stored, layouts)
 
     def leave(self, wanted: Sequence[Wanted]) -> dict[tuple[SectionType, int], Tensor]:
         """Those of the sections that can be used where they lie: on a device, and without a lossless coder.

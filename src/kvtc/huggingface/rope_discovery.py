@@ -76,10 +76,11 @@ def refuse_unusual_heads(config: Any, layers: Sequence[int]) -> None:
             raise UnsupportedModel(
                 f"{config.model_type} has full-attention layers that differ in {name} ({found}); expected one shape"
             )
-    if getattr(config, "kv_lora_rank", None) is not None:
+    rank = getattr(by_layer[layers[0]], "kv_lora_rank", None)
+    if rank is not None:
         raise UnsupportedModel(
             f"every layer of {config.model_type} uses multi-head latent attention "
-            f"(kv_lora_rank {config.kv_lora_rank}); expected layers that cache plain keys and values"
+            f"(kv_lora_rank {rank}); expected layers that cache plain keys and values"
         )
 
 
@@ -100,17 +101,27 @@ def rope_from_config(config: Any) -> Rope:
 
     `UnsupportedModel` if the rotation is not understood or transformers knows no such model.
     """
+    return _discover(skeleton_of(config), lambda rotary: type(rotary)(config=rotary.config))
+
+
+def skeleton_of(config: Any) -> Any:
+    """The model that a config describes, without memory for its numbers; `UnsupportedModel` where transformers cannot build it.
+
+    It is the text decoder with its head where transformers has such a class, else without, else the whole model with images.
+    """
     transformers = require_transformers()
-    text_config(config)
+    text, causal, plain = text_config(config), transformers.AutoModelForCausalLM, transformers.AutoModel
+    auto = next((auto for auto in (causal, plain) if type(text) in auto._model_mapping), None)
+    auto, described = (auto, text) if auto else (transformers.AutoModelForImageTextToText, config)
     try:
-        # The skeleton allocates nothing: it shows which rotary module the architecture builds, and where.
         with torch_functions(), torch.device("meta"):
-            skeleton = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+            model = auto.from_config(copy.deepcopy(described), dtype=torch.bfloat16, attn_implementation="eager")
     except Exception as error:  # whatever the architecture's constructor raises
+        reason = str(error).split("\n", 1)[0].split(" for this kind of ")[0][:160]
         raise UnsupportedModel(
-            f"transformers cannot build a causal language model from {type(config).__name__}: {error}"
+            f"transformers cannot build a text model from {type(described).__name__}: {type(error).__name__}: {reason}"
         ) from error
-    return _discover(skeleton, lambda rotary: type(rotary)(config=rotary.config))
+    return model.eval()
 
 
 def remembered_length(model: Any) -> int:

@@ -6,7 +6,6 @@ and dtypes of a real one, and is taken apart as the codec takes caches apart: wh
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,16 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as torch_config
+from torch.overrides import TorchFunctionMode
 
 from ..codec.transformers_cache import TransformersCache
 from ..container.groups import SIDE_BUFFER, WINDOW, Group
 from ..errors import KvtcError, UnsupportedModel
 from ..process.torch_state import model_torch_state, torch_functions
 from .models import geometry_of
-from .rope_discovery import require_transformers, text_config
+from .prefill import CACHES
+from .rope_discovery import require_transformers, skeleton_of, text_config
 
 _TOKENS = 6
-_CACHES = ("past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -96,24 +97,28 @@ def supported(model_or_config: Any) -> Support:
     require_transformers()
     config = text_config(model_or_config)
     try:
-        groups = TransformersCache(cache_without_weights(config)).groups
+        groups = TransformersCache(cache_without_weights(model_or_config)).groups
     except KvtcError as error:
         return Support(config.model_type, (), " ".join(str(error).split()), None)
-    coded, reason = _coded_layers(config)
+    coded, reason = _coded_layers(getattr(model_or_config, "config", model_or_config))
     if coded is not None and not any(group.is_codable and group.layers == coded for group in groups):
         coded, reason = None, "its full-attention layers have keys and values of different widths, or of several shapes"
     needs = tuple(_group_support(group, group.is_codable and group.layers == coded) for group in groups)
     return Support(config.model_type, needs, None, reason)
 
 
-def cache_without_weights(config: Any) -> Any:
+def cache_without_weights(model_or_config: Any) -> Any:
     """The cache of a model after a few tokens, all on the device meta.
 
     Raises `UnsupportedModel` where transformers cannot build the model, or it does not run so, or keeps no cache.
     """
+    config = text_config(model_or_config)
     try:
-        model = _skeleton(config)
-        with model_torch_state(), torch_functions(), torch.device("meta"), _without_experts(model):
+        model = skeleton_of(getattr(model_or_config, "config", model_or_config))
+        if config.is_encoder_decoder:
+            raise UnsupportedModel(f"{config.model_type} has an encoder; expected a decoder alone")
+        model = model if type(model.config) is type(config) else model.get_decoder()
+        with model_torch_state(), torch_functions(), torch.device("meta"), _without_experts(model), _numbers_as_ones():
             output = model(torch.zeros(1, _TOKENS, dtype=torch.int64), use_cache=True)
     except KvtcError:
         raise
@@ -122,7 +127,7 @@ def cache_without_weights(config: Any) -> Any:
         raise UnsupportedModel(
             f"{config.model_type} cannot be tried without weights: {type(error).__name__}: {reason}"
         ) from error
-    found = [getattr(output, name, None) for name in _CACHES]
+    found = [getattr(output, name, None) for name in CACHES]
     cache = next((cache for cache in found if cache is not None), None)
     if not hasattr(cache, "layers"):
         raise UnsupportedModel(
@@ -131,16 +136,23 @@ def cache_without_weights(config: Any) -> Any:
     return cache
 
 
-def _skeleton(config: Any) -> Any:
-    """The decoder that a config describes, without memory for its numbers."""
-    transformers = require_transformers()
-    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    with torch_functions(), torch.device("meta"):
-        model = auto.from_config(copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager").eval()
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModel(f"{config.model_type} has an encoder; expected a decoder alone")
-    return model
+@contextmanager
+def _numbers_as_ones() -> Iterator[None]:
+    with torch_config.patch(meta_nonzero_assume_all_nonzero=True), _Ones():  # type: ignore[attr-defined]
+        yield
+
+
+class _Ones(TorchFunctionMode):
+    """Where code looks at numbers that are not there, it finds ones, and conditions hold: a shape or a loop may depend on them."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first.is_meta and getattr(function, "__name__", "") in _LOOKS:
+            args = (torch.ones(first.shape, dtype=first.dtype, device="cpu"), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+_LOOKS = frozenset({"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__index__"})
 
 
 @contextmanager

@@ -5,34 +5,35 @@ Every whole chunk of the grid (256 tokens) that lies before the window is one en
 window and named by the hash chain (`chain`). The tokens behind the last of them, window included,
 are one more entry, the tail (`tails`). When a conversation grows, only its new chunks are coded:
 tokens that leave the window become part of a chunk, and a new tail takes the place of the old one.
+
+Caches with sliding windows or states can be restored at resume points alone; `pointed` keeps these.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-import torch
-
-from ..cache import KVCache, TokenIds
+from ..cache import CacheGeometry, KVCache, TokenIds
 from ..codec import Codec
 from ..codec import transformers_cache as interop
 from ..codec.options import as_token_ids
+from ..codec.resume_points import RESUME_EVERY, ResumePoints
+from ..codec.transformers_cache import SplitCache
 from ..entries import Entries
-from ..errors import PROGRAM_ENDS, InvalidArgument
+from ..errors import PROGRAM_ENDS, InvalidArgument, InvalidCache, UnsupportedModel
 from ..key_digest import entry_scope
 from ..process.torch_state import neutral_torch_state
 from ..process.workers import Workers
 from ..store import Store
 from .chain import Chain, chunk_key
+from .parts import Parts, join
+from .pointed import PointedPrefixes
 from .tails import Tails, tail_key, tail_name
 
 MIN_TOKENS = 512
-READ_AHEAD = 4
-"""Chunks fetched in one call, while those fetched before are decoded."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class SaveReport:
 
     Parameters:
         n_tokens: Tokens of the prefix that a load finds now. 0 if the prefix was too short. Fewer
-            than 16 tokens behind the last whole chunk have no entry and are not found.
+            than 16 tokens behind the last whole chunk have no entry and are not found, unless the
+            cache has windows or states.
         chunks: Whole chunks of the prefix.
         coded: Those of them that were not in the store before.
         written_bytes: Bytes of the entries that were written.
@@ -65,12 +67,16 @@ class PrefixCache:
         namespace: A name or secret that separates tenants: entries of another namespace are not
             found.
         identity: Of the model that computes the caches, as `kvtc.model_identity` gives it: entries
-            of another identity are not found.
+            of another identity are not found. A codec without a calibration, whose streams may be
+            of any model, needs one.
         min_tokens: Shorter prefixes are not saved.
         max_pending: Saves that may wait; a further call of `save` waits until one has ended.
+        resume_every: Of caches with windows or states, tokens from one resume point to the next; a
+            multiple of the codec's chunk_tokens. The end of each saved prefix is one in any case.
 
     Raises:
-        InvalidArgument: `min_tokens` or `max_pending` is below 1.
+        InvalidArgument: `min_tokens` or `max_pending` is below 1, `resume_every` no multiple, or
+            the identity missing.
     """
 
     def __init__(
@@ -82,23 +88,31 @@ class PrefixCache:
         identity: str = "",
         min_tokens: int = MIN_TOKENS,
         max_pending: int = 4,
+        resume_every: int = RESUME_EVERY,
     ) -> None:
         if min_tokens < 1 or max_pending < 1:
             raise InvalidArgument(f"min_tokens {min_tokens} and max_pending {max_pending} must be at least 1")
         self.codec = codec
         self.store = store
         self.min_tokens = min_tokens
-        self._windowless = codec.with_window(0)
+        if codec.calibration is None and not identity:
+            raise InvalidArgument("the codec has no calibration, which would tell models apart: give an identity")
+        if resume_every < 1 or resume_every % codec.settings.chunk_tokens:
+            raise InvalidArgument(
+                f"resume_every {resume_every} must be a multiple of chunk_tokens, {codec.settings.chunk_tokens}"
+            )
+        self.entries = Entries(store)
+        self._saver = Workers(1, "this PrefixCache", "kvtc-save", max_pending)
+        self._fetcher = Workers(2, "this PrefixCache", "kvtc-fetch")
+        self._parts = Parts(codec, self.entries, self._fetcher)
         self.chain = Chain.of(
             entry_scope(namespace, identity),
             codec.fingerprint,
-            self._windowless.settings_digest,
+            self._parts.windowless.settings_digest,
             codec.settings.chunk_tokens,
         )
-        self.entries = Entries(store)
         self._tails = Tails(self.entries)
-        self._saver = Workers(1, "this PrefixCache", "kvtc-save", max_pending)
-        self._fetcher = Workers(2, "this PrefixCache", "kvtc-fetch")
+        self._pointed = PointedPrefixes(self._parts, self.chain, resume_every)
 
     def __reduce__(self) -> NoReturn:
         raise InvalidArgument(
@@ -124,14 +138,17 @@ class PrefixCache:
         docs/prefix_cache.md names."""
         return self.entries.counts.read()
 
-    def save(self, token_ids: Any, cache: Any) -> Future[SaveReport]:
+    def save(self, token_ids: Any, cache: Any, points: ResumePoints | None = None) -> Future[SaveReport]:
         """Store a prefix in the background.
 
         Parameters:
             token_ids: [T], of the cached tokens; further ids, as `generate` returns one, are left
-                out.
-            cache: A `DynamicCache` of batch 1, or a `KVCache` that begins at position 0 and has no
-                gaps. It is copied before this returns.
+                out. Of a cache of states alone, which does not know how many tokens it has read,
+                they are exactly these.
+            cache: A transformers cache of batch 1, or a `KVCache` that begins at position 0 and has
+                no gaps. It is copied before this returns.
+            points: Resume points that were taken while the cache grew; those at multiples of
+                `resume_every` are stored.
 
         Returns:
             A future: its `result` waits for the report, and raises `StoreError` if the store
@@ -141,20 +158,23 @@ class PrefixCache:
             InvalidCache, GeometryMismatch, UnsupportedModel: The cache is not one of the calibrated
                 model.
             InvalidArgument: The cache does not begin at position 0, or has more tokens than there
-                are ids.
+                are ids, or the points are of another cache.
             StoreUnavailable: After `close`.
         """
         self._saver.check_open()
-        ids, whole = as_token_ids(token_ids), self._neutral(cache)
-        if len(ids) < whole.n_tokens:
-            raise InvalidArgument(f"the cache holds {whole.n_tokens} tokens, but {len(ids)} token ids are given")
-        ids = ids[: whole.n_tokens]
-        return self._saver.submit(self._save, ids, whole)
+        ids, whole = as_token_ids(token_ids), self._split(cache)
+        n_tokens = len(ids) if whole.n_tokens is None else whole.n_tokens
+        if len(ids) < n_tokens:
+            raise InvalidArgument(f"the cache holds {n_tokens} tokens, but {len(ids)} token ids are given")
+        if points is not None:
+            whole = replace(whole, points=points.of(whole, n_tokens, self.chain.chunk_tokens))
+        return self._saver.submit(self._save, ids[:n_tokens], replace(whole, n_tokens=n_tokens))
 
     def load(self, token_ids: Any, *, whole: bool = False) -> tuple[Any, int]:
         """The cache of the longest stored prefix of a text, ready for `generate(token_ids)`.
 
-        Whatever cannot be fetched or decoded is a miss, counted in `statistics`.
+        Whatever cannot be fetched or decoded is a miss, counted in `statistics`. A cache with
+        windows or states is loaded up to the last resume point before the two texts part.
 
         Parameters:
             token_ids: [T], of the text.
@@ -162,39 +182,54 @@ class PrefixCache:
                 one token to go on from.
 
         Returns:
-            (a transformers `DynamicCache`, its tokens); (an empty one, 0) if nothing is found.
+            (a transformers cache, its tokens); (an empty `DynamicCache`, 0) if nothing is found. A
+            model with other layers than full attention makes its own in place of the empty one.
 
         Raises:
             InvalidArgument: `token_ids` are no token ids.
             StoreUnavailable: After `close`.
         """
-        cache, n_tokens = self.load_neutral(token_ids, whole=whole)
-        if cache is None:
+        found = self._load(token_ids, whole)
+        if found is None:
             return interop.new_transformers_cache(), 0
-        return interop.as_transformers(cache), n_tokens
+        return interop.from_split(found, self.codec.device), found.n_tokens or 0
 
     def load_neutral(self, token_ids: Any, *, whole: bool = False) -> tuple[KVCache | None, int]:
-        """As `load`, but a `KVCache`, or None if nothing is found. Needs no transformers."""
+        """As `load`, but a `KVCache`, or None if nothing is found. Needs no transformers.
+
+        Raises `UnsupportedModel` for a cache of other layers than full attention."""
+        found = self._load(token_ids, whole)
+        if found is not None and (found.exact or found.coded is None):
+            raise UnsupportedModel("the stored cache has several groups of layers, which load gives back")
+        return (None, 0) if found is None else (found.coded, found.n_tokens or 0)
+
+    def _load(self, token_ids: Any, whole: bool) -> SplitCache | None:
         self._fetcher.check_open()
         ids = as_token_ids(token_ids)
         asked = ids if whole else ids[:-1]
+        found = None if self._pointed.is_known else self._load_complete(asked)
+        if found is None and self._pointed.discover():
+            found = self._pointed.load(asked)
+        n_tokens = 0 if found is None else found.n_tokens or 0
+        hits = int(n_tokens > 0)
+        self.entries.counts.add(loads=1, hits=hits, tokens_asked=len(asked), tokens_loaded=n_tokens)
+        return found
+
+    def _load_complete(self, asked: TokenIds) -> SplitCache | None:
+        """A cache that can be restored at any token."""
         nodes = self.chain.nodes(asked)
-        parts = list(self._load_chunks(asked, nodes))
+        parts = list(self._parts.load_chunks(asked, nodes))
         tail = self._load_tail(asked, nodes[: len(parts) + 1])
         if tail is not None:
             n_chunks, end = tail
             parts = [*parts[:n_chunks], end]
         # Not a fault of any entry, but memory for the whole may be short where there was enough for
         # each part.
-        cache = self.entries.parse("the whole prefix", parts, _join) if parts else None
-        n_tokens = 0 if cache is None else cache.n_tokens
-        hits = int(n_tokens > 0)
-        self.entries.counts.add(loads=1, hits=hits, tokens_asked=len(asked), tokens_loaded=n_tokens)
-        return cache, n_tokens
+        return self.entries.parse("the whole prefix", parts, join) if parts else None
 
     def contains(self, token_ids: Any) -> int:
-        """How many leading tokens of a text are in the store in whole chunks. Nothing is fetched or
-        decoded.
+        """How many leading tokens of a text are in the store in whole chunks; of a cache with
+        windows or states, up to a resume point. Nothing is decoded.
 
         Parameters:
             token_ids: [T], of the text.
@@ -203,8 +238,12 @@ class PrefixCache:
             InvalidArgument, StoreUnavailable: As `load`.
         """
         self._fetcher.check_open()
-        nodes = self.chain.nodes(as_token_ids(token_ids))
-        return self.chain.chunk_tokens * self.entries.count_leading([chunk_key(node) for node in nodes[1:]])
+        ids = as_token_ids(token_ids)
+        nodes = [] if self._pointed.is_known else self.chain.nodes(ids)
+        n_chunks = self.entries.count_leading([chunk_key(node) for node in nodes[1:]])
+        if not n_chunks and self._pointed.discover():
+            return self._pointed.contains(ids)
+        return self.chain.chunk_tokens * n_chunks
 
     def delete(self, token_ids: Any, *, keep_tokens: int = 0) -> None:
         """Delete what is stored of a prefix. Chunks and tails that other texts share are deleted
@@ -226,8 +265,9 @@ class PrefixCache:
             self.entries.delete(chunk_key(node))
         for index in range(first, len(nodes)):
             self._tails.delete(nodes[index], ids[index * size :])
+        self._pointed.delete(ids, first)
 
-    def _save(self, ids: TokenIds, cache: KVCache) -> SaveReport:
+    def _save(self, ids: TokenIds, cache: SplitCache) -> SaveReport:
         """The work of `save`, in the background."""
         if len(ids) < self.min_tokens:
             self.entries.counts.add(saves_skipped=1)
@@ -242,14 +282,14 @@ class PrefixCache:
         self.entries.counts.add(saves=1)
         return report
 
-    def _save_all(self, ids: TokenIds, cache: KVCache) -> SaveReport:
+    def _save_all(self, ids: TokenIds, cache: SplitCache) -> SaveReport:
         """Chunks first to last, then the tail; raises what hinders it."""
+        if cache.partial:
+            return SaveReport(*self._pointed.save(ids, cache))
         size = self.chain.chunk_tokens
         n_chunks = max(0, len(ids) - self.codec.window_tokens) // size
         nodes = self.chain.nodes(ids[: n_chunks * size])
-        n_leading = self.entries.count_leading([chunk_key(node) for node in nodes[1:]])
-        self.entries.counts.add(entries_shared=n_leading)
-        sizes = {index: self._save_chunk(index, ids, cache, nodes) for index in range(n_leading, n_chunks)}
+        sizes = self._parts.save_chunks(ids, cache, nodes)
         coded = [index for index, n_bytes in sizes.items() if n_bytes]
         tail_bytes = self._save_tail(ids, cache, nodes)
         # Tails that hung on the way are inside the new chunks now.
@@ -258,42 +298,13 @@ class PrefixCache:
         n_stored = len(ids) if tail_bytes else n_chunks * size
         return SaveReport(n_stored, n_chunks, len(coded), sum(sizes.values()) + tail_bytes)
 
-    def _save_chunk(self, index: int, ids: TokenIds, cache: KVCache, nodes: list[bytes]) -> int:
-        """Bytes written, 0 if it was there."""
-        start, stop = index * self.chain.chunk_tokens, (index + 1) * self.chain.chunk_tokens
-        chunk = cache.span(start, stop)
-        return self.entries.put(
-            chunk_key(nodes[index + 1]),
-            lambda: self._windowless.encode(chunk, self._ids(ids, start, stop)),
-            _bytes_of(chunk),
-        )
-
-    def _save_tail(self, ids: TokenIds, cache: KVCache, nodes: list[bytes]) -> int:
+    def _save_tail(self, ids: TokenIds, cache: SplitCache, nodes: list[bytes]) -> int:
         """Store what follows the last coded chunk; bytes written."""
         start, node = (len(nodes) - 1) * self.chain.chunk_tokens, nodes[-1]
-        end, rest = cache.span(start, len(ids)), ids[start:]
-        told = self._ids(ids, start, len(ids))
-        return self._tails.save(node, rest, tail_name(node, rest), lambda: self.codec.encode(end, told), _bytes_of(end))
+        end, rest = self._parts.tail(ids, cache, start), ids[start:]
+        return self._tails.save(node, rest, tail_name(node, rest), *end)
 
-    def _load_chunks(self, ids: TokenIds, nodes: list[bytes]) -> Iterator[KVCache]:
-        """The chunks that are there, first to last, up to the first that is not; the next are
-        fetched while one is decoded."""
-        size = self.chain.chunk_tokens
-        keys = [chunk_key(node) for node in nodes[1:]]
-        batches = [keys[start : start + READ_AHEAD] for start in range(0, len(keys), READ_AHEAD)]
-        fetches = iter(batches)
-        ahead = self._fetch(next(fetches, None))
-        index = 0
-        while ahead is not None:
-            entries, ahead = ahead.result(), self._fetch(next(fetches, None))
-            for entry in entries:
-                cache = self._decode(keys[index], entry, ids, index * size, (index + 1) * size)
-                if cache is None:
-                    return
-                yield cache
-                index += 1
-
-    def _load_tail(self, ids: TokenIds, nodes: list[bytes]) -> tuple[int, KVCache] | None:
+    def _load_tail(self, ids: TokenIds, nodes: list[bytes]) -> tuple[int, SplitCache] | None:
         """(chunks before it, the tail) that reaches furthest, of those on the last node and on the
         one before it."""
         size = self.chain.chunk_tokens
@@ -304,60 +315,42 @@ class PrefixCache:
                 continue
             key = tail_key(nodes[index], name)
             (entry,) = self.entries.read([key], is_resident=True)
-            cache = self._decode(key, entry, ids, index * size, stop)
+            cache = self._parts.decode(key, entry, ids, index * size, stop)
             if cache is not None:
                 return index, cache
         return None
 
-    def _fetch(self, keys: list[str] | None) -> Future[list[Any]] | None:
-        if keys is None:
-            return None
-        return self._fetcher.submit(lambda: self.entries.read(keys, is_resident=True))
-
-    def _decode(self, key: str, entry: Any, ids: TokenIds, start: int, stop: int) -> KVCache | None:
-        """The tokens of an entry that stand at start .. stop - 1, the first it has."""
-        told = self._ids(ids, start, stop)
-        return self.entries.decode(
-            key, entry, lambda stream: self.codec.decode_neutral(stream, told, tokens=stop - start)
-        )
-
-    def _ids(self, ids: TokenIds, start: int, stop: int) -> TokenIds:
-        """The ids of a prefix that the codec needs for tokens start .. stop - 1."""
-        return ids[0 if self.codec.needs_prefix else start : stop]
-
     @neutral_torch_state
-    def _neutral(self, cache: Any) -> KVCache:
-        """A cache of a prefix as plain tensors of its own."""
-        geometry = self.codec.geometry
+    def _split(self, cache: Any) -> SplitCache:
+        """A cache of a prefix in tensors of its own."""
+        geometry = None if self.codec.calibration is None else self.codec.geometry
         if interop.is_transformers_cache(cache):
-            found = interop.from_transformers(cache, geometry)
+            whole = interop.TransformersCache(cache)
+            if whole.n_sequences != 1:
+                raise InvalidCache(f"the cache holds {whole.n_sequences} sequences; expected one")
+            found = whole.split(geometry)
+            found = replace(found, exact=[one.copied() for one in found.exact])
         elif isinstance(cache, KVCache):
-            found = cache.plain()
-            found = replace(found, keys=found.keys.clone(), values=found.values.clone())
+            coded = cache.plain()
+            coded = replace(coded, keys=coded.keys.clone(), values=coded.values.clone())
+            found = SplitCache(coded, [], coded.n_tokens)
         else:
             raise InvalidArgument(f"expected a transformers DynamicCache or a kvtc.KVCache, got {type(cache).__name__}")
-        found.validate(is_finite=not self.codec.is_lossless)
-        geometry.check(found)
-        positions = found.resolved_positions()
+        return found if found.coded is None else replace(found, coded=self._checked(found.coded, geometry))
+
+    def _checked(self, cache: KVCache, geometry: CacheGeometry | None) -> KVCache:
+        """The same from position 0 on, as positions and length say."""
+        cache.validate(is_finite=not self.codec.is_lossless)
+        if geometry is not None:
+            geometry.check(cache)
+        positions = cache.resolved_positions()
         if positions.numel() and int(positions[-1]) != len(positions) - 1:
             raise InvalidArgument(
                 f"a prefix holds every token from position 0 on; this cache holds {len(positions)} tokens up to position "
                 f"{int(positions[-1])}"
             )
         # Whatever part of it is coded, the rotation is that of the whole.
-        rope_length = found.resolved_rope_length() if geometry.rope.depends_on_length else found.rope_length
-        return replace(found, positions=positions, rope_length=rope_length)
-
-
-@neutral_torch_state
-def _join(parts: list[KVCache]) -> KVCache:
-    """Consecutive parts as one cache, in the dtype of the first."""
-    first = parts[0]
-    keys, values = (
-        torch.cat([getattr(part, side).to(first.dtype) for part in parts], dim=2) for side in ("keys", "values")
-    )
-    return KVCache(keys, values, None, first.layers, first.first_kv_head, parts[-1].rope_length)
-
-
-def _bytes_of(cache: KVCache) -> int:
-    return cache.keys.nbytes + cache.values.nbytes
+        depends = geometry is not None and geometry.rope.depends_on_length
+        return replace(
+            cache, positions=positions, rope_length=cache.resolved_rope_length() if depends else cache.rope_length
+        )

@@ -82,10 +82,12 @@ class Tails:
 
     Parameters:
         entries: The entries of the store.
+        are_points: Whether a tail can be restored at its end alone, where a resume point is: it
+            then stays when a text goes on from it.
     """
 
-    def __init__(self, entries: Entries) -> None:
-        self._entries = entries
+    def __init__(self, entries: Entries, are_points: bool = False) -> None:
+        self._entries, self._are_points = entries, are_points
         self._changing = ForkSafeLock()
 
     def find(self, node: bytes, token_ids: TokenIds) -> tuple[bytes, int]:
@@ -99,15 +101,41 @@ class Tails:
         common = [(tail.name, tail.n_common(digest_of)) for tail in tails]
         return max(common, key=lambda found: found[1], default=(b"", 0))
 
+    def whole(self, nodes: Sequence[bytes], token_ids: TokenIds, chunk_tokens: int) -> list[tuple[int, Tail]]:
+        """The tails that a text contains from their first token to their last.
+
+        Parameters:
+            nodes: Of the text, from the first one on.
+            token_ids: [T], of the text.
+            chunk_tokens: Tokens between two nodes.
+
+        Returns:
+            For each the index of its node, and the tail.
+        """
+        rests = [(index, node, token_ids[index * chunk_tokens :]) for index, node in enumerate(nodes)]
+        keys = {index: key for index, node, rest in rests if (key := _index_key(node, rest))}
+        read = dict(zip(keys, self._entries.read(list(keys.values())), strict=True))
+        found = []
+        for index, node, rest in rests:
+            tails = self._read(keys[index], read[index]) if index in keys else []
+            digest_of = _digests_of(node, rest)
+            found += [(index, tail) for tail in tails if tail.n_common(digest_of) == tail.n_tokens]
+        return found
+
     def save(
-        self, node: bytes, token_ids: TokenIds, name: bytes, encode: Callable[[], bytes], original_bytes: int = 0
+        self,
+        node: bytes,
+        token_ids: TokenIds,
+        name: bytes,
+        encode: Callable[[], bytes] | None,
+        original_bytes: int = 0,
     ) -> int:
         """Store a tail, and delete those that it goes on from.
 
         Parameters:
             node, token_ids: Of the tail, all of its tokens.
             name: As `tail_name` gives it.
-            encode: Gives its stream.
+            encode: Gives its stream; None where its resume point is all that there is of it.
             original_bytes: Bytes of its cache, to be counted.
 
         Returns:
@@ -120,7 +148,9 @@ class Tails:
         key = _index_key(node, token_ids)
         if key is None:
             return 0
-        n_bytes = self._entries.put(tail_key(node, name), encode, original_bytes, replace=True)
+        n_bytes = 0
+        if encode is not None:
+            n_bytes = self._entries.put(tail_key(node, name), encode, original_bytes, replace=True)
         self._change(node, token_ids, key, [Tail.of(node, token_ids, name)])
         return n_bytes
 
@@ -135,7 +165,8 @@ class Tails:
         if key := _index_key(node, token_ids):
             with self._changing:
                 for tail in self._read(key, self._entries.fetch([key])[0]):
-                    self._entries.delete(tail_key(node, tail.name))
+                    for its in self._keys(node, tail.name):
+                        self._entries.delete(its)
                 self._entries.delete(key)
 
     def _change(self, node: bytes, token_ids: TokenIds, key: str, news: list[Tail]) -> None:
@@ -144,7 +175,12 @@ class Tails:
         digest_of = _digests_of(node, token_ids)
         with self._changing:
             before = self._read(key, self._entries.fetch([key])[0])
-            kept = news + [tail for tail in before if tail.n_common(digest_of) < tail.n_tokens]
+            names = {tail.name for tail in news}
+            kept = news + [
+                tail
+                for tail in before
+                if tail.name not in names and (self._are_points or tail.n_common(digest_of) < tail.n_tokens)
+            ]
             kept = kept[:MAX_TAILS]
             if kept == before:
                 return
@@ -153,7 +189,12 @@ class Tails:
             else:
                 self._entries.forget(key)
         for name in {tail.name for tail in before} - {tail.name for tail in kept}:
-            self._entries.forget(tail_key(node, name))
+            for its in self._keys(node, name):
+                self._entries.forget(its)
+
+    def _keys(self, node: bytes, name: bytes) -> list[str]:
+        """The entries that a tail has besides its index."""
+        return [tail_key(node, name)] + ([point_key(node, name)] if self._are_points else [])
 
     def _read(self, key: str, index: bytes | None) -> list[Tail]:
         """The tails of an index; none where it is damaged, which deletes it."""
@@ -173,6 +214,11 @@ def tail_name(node: bytes, token_ids: TokenIds) -> bytes:
 def tail_key(node: bytes, name: bytes) -> str:
     """The entry of a tail."""
     return entry_key("tail", hashlib.sha256(node + name).digest())
+
+
+def point_key(node: bytes, name: bytes = b"") -> str:
+    """The entry of what windows and states were at a node, or at the end of the tail of this name behind it."""
+    return entry_key("point", hashlib.sha256(node + name).digest())
 
 
 def _index_key(node: bytes, token_ids: TokenIds) -> str | None:

@@ -1,0 +1,52 @@
+"""Reading tokens with a model of transformers so that its cache can later be resumed in the middle."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ..codec.resume_points import ResumePoints
+from ..errors import InvalidArgument, UnsupportedModel
+from ..process.progress import task
+from ..process.torch_state import evaluation_mode, model_torch_state
+from .models import as_ids
+
+CACHES = ("past_key_values", "cache_params")
+"""What models call their cache, in arguments and outputs."""
+
+
+def prefill(model: Any, token_ids: Any, points: ResumePoints, cache: Any = None, n_tokens: int = 0) -> Any:
+    """Let a model read a text in pieces that end where resume points are due, and take these points.
+
+    Parameters:
+        model: a transformers causal LM.
+        token_ids: [T], of the text.
+        points: takes the points.
+        cache: of the first n_tokens tokens, which are not read again; it may be changed.
+        n_tokens: how many these are; 0: the cache is not used.
+
+    Returns:
+        The model's cache of all T tokens.
+
+    Raises:
+        InvalidArgument: for ids that are no text, or fewer than the cache has.
+        UnsupportedModel: for a model that keeps no cache.
+        InvalidCache: as `ResumePoints.take`.
+    """
+    ids = as_ids(token_ids)
+    if not 0 <= n_tokens <= len(ids) or not len(ids):
+        raise InvalidArgument(f"a cache of {n_tokens} tokens does not begin a text of {len(ids)}")
+    parameters = inspect.signature(model.forward).parameters
+    name = next((name for name in CACHES if name in parameters), None)
+    if name is None:
+        raise UnsupportedModel(f"{type(model).__name__} takes no cache; expected one of {', '.join(CACHES)}")
+    arguments = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    cache, ids = cache if n_tokens else None, ids.to(model.get_input_embeddings().weight.device)
+    with model_torch_state(), evaluation_mode(model), task("prefill", len(ids) - n_tokens, "tokens") as advance:
+        while n_tokens < len(ids):
+            piece = ids[n_tokens : n_tokens + points.tokens_to_next(n_tokens)]
+            cache = model(piece[None], use_cache=True, **{name: cache}, **arguments)[name]
+            n_tokens += len(piece)
+            points.take(cache, n_tokens)
+            advance(len(piece))
+    return cache
