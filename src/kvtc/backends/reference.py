@@ -90,17 +90,22 @@ class ReferenceBackend:
         return [encode_groups(coefficients[span], allocation) for span in spans]
 
     def unpack_groups(self, chunks: Sequence[Bytes], counts: Sequence[int], allocation: BitAllocation) -> Tensor:
-        parts = [torch.zeros(0, allocation.n_coefficients, dtype=torch.float32, device=self.device)]
-        parts += [
-            decode_groups(_on_host(chunk), allocation, n, self.device) for chunk, n in zip(chunks, counts, strict=True)
-        ]
-        return torch.cat(parts)
+        stops = list(accumulate(counts, initial=0))
+        found = np.zeros((stops[-1], allocation.n_coefficients), np.float32)
+
+        def read(first: int, stop: int) -> None:
+            for index in range(first, stop):
+                decode_groups(_on_host(chunks[index]), allocation, found[stops[index] : stops[index + 1]])
+
+        in_threads(read, len(chunks), _CODING_OPERATIONS * found.size)
+        return torch.from_numpy(found).to(self.device)
 
 
 def _place(rows: Tensor, turn: Turn | None, target: Target) -> None:
     """`place`, of one side."""
-    if target.view is not None and target.view.dtype == torch.bfloat16 and rows.device.type == "cpu":
-        turn_to_bfloat16(rows, turn, target.view)
+    view, is_on_cpu = target.view, rows.device.type == "cpu"
+    if is_on_cpu and view is not None and view.dtype == torch.bfloat16 and view.stride(2) == 1:
+        turn_to_bfloat16(rows, turn, view, target.data)
         return
     plain = rows.transpose(0, 1).to(torch.float32, copy=True)
     if turn is not None:
