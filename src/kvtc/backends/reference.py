@@ -77,7 +77,7 @@ class ReferenceBackend:
     def read_integers(self, chunks: Sequence[CodedIntegers], rank: int) -> Tensor:
         stops = list(accumulate((chunk.n_tokens for chunk in chunks), initial=0))
         # Column by column in memory: so all loops over them are over neighbours.
-        turned = np.zeros((rank, stops[-1]), np.float32)
+        turned = np.empty((rank, stops[-1]), np.float32)
 
         def read(first: int, stop: int) -> None:
             for index in range(first, stop):
@@ -124,6 +124,7 @@ def _write_chunk(
 
 def _read_chunk(chunk: CodedIntegers, turned: npt.NDArray[np.float32], start: int) -> None:
     """Fill turned [coded or more, T] with the coefficients of a chunk, from token `start` on."""
+    turned[len(chunk.classes) :, start : start + chunk.n_tokens] = 0
     side = torch.frombuffer(bytearray(_on_host(chunk.activities)), dtype=torch.uint8)
     activities = unpack(side, chunk.n_tokens, ACTIVITY_BITS).numpy().astype(np.uint8)
     symbols = decode_symbols(_on_host(chunk.symbols), chunk.classes, activities, chunk.tables.rans)

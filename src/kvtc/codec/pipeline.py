@@ -160,20 +160,20 @@ class Decoding:
 
         Exact tokens come last: they may still be on their way. Raises `CorruptStream` for them.
         """
-        layers, is_inference = range(self._opened[0].header.n_layers), torch.is_inference_mode_enabled()
-        n_parts = min(len(layers), _LAYERS_AT_ONCE) if self._backend.device.type == "cpu" else 1
-        n_values = sum(stream.n_tokens for stream in self._opened) * len(layers) * self._n_heads * self._head_dim
-        with task("decoding", len(layers), "layers") as advance:
+        n_layers, is_inference = self._opened[0].header.n_layers, torch.is_inference_mode_enabled()
+        n_values = sum(stream.n_tokens for stream in self._opened) * n_layers * self._n_heads * self._head_dim
+        with task("decoding", n_layers, "layers") as advance:
 
             @neutral_torch_state
             def write(first: int, stop: int) -> None:
                 with torch.inference_mode(is_inference):
-                    for layer in layers[len(layers) * first // n_parts : len(layers) * stop // n_parts]:
+                    for layer in range(first, stop):
                         self._write_body(layer, sides(layer))
                         advance(1)
 
-            in_threads(write, n_parts, _WRITING_OPERATIONS * n_values)
-        for layer in layers:
+            most = _LAYERS_AT_ONCE if self._backend.device.type == "cpu" else 1
+            in_threads(write, n_layers, _WRITING_OPERATIONS * n_values, most)
+        for layer in range(n_layers):
             self._write_exact(layer, sides(layer))
 
     @neutral_torch_state
