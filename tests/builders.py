@@ -477,7 +477,9 @@ def golden_joint_calibration() -> Calibration:
     turns = torch.stack([torch.eye(8), -torch.eye(8)]).half()
     varying = [0, 1, 4 + 2, 2, 3, 4 + 8 + 2]
     order = torch.tensor(varying + [place for place in range(20) if place not in varying]).int()
-    basis = JointBasis(torch.arange(16) * 0.25 - 2, vectors, torch.tensor([[1 / 64], [1 / 32]]).half().expand(2, 4), turns, order)
+    basis = JointBasis(
+        torch.arange(16) * 0.25 - 2, vectors, torch.tensor([[1 / 64], [1 / 32]]).half().expand(2, 4), turns, order
+    )
     metric = Metric.from_roots(torch.stack([2 * torch.eye(8), torch.eye(8) / 2]))
     offsets = np.full((4, 27, 2), [0.125, 0.0625], np.float32)
     tables = ProbabilityTables(golden_frequencies(), offsets)
@@ -513,7 +515,9 @@ def golden_conditional_calibration() -> Calibration:
     vectors[1, 0], vectors[6, 1] = 64, -32
     turns = torch.eye(4).expand(2, 4, 4).half()
     order = torch.arange(10).int()
-    basis = JointBasis(torch.arange(8) * 0.25 - 1, vectors, torch.tensor([[1 / 64], [1 / 32]]).half().expand(2, 2), turns, order)
+    basis = JointBasis(
+        torch.arange(8) * 0.25 - 1, vectors, torch.tensor([[1 / 64], [1 / 32]]).half().expand(2, 2), turns, order
+    )
     metric = Metric.from_roots(torch.stack([2 * torch.eye(4), torch.eye(4) / 2]))
     model = replace(joint.coefficients, deviations=np.array([4, 2] + 8 * [0], np.float32))
     weights = ((torch.arange(40).reshape(5, 8) % 7 - 3) / 8).half()

@@ -247,7 +247,7 @@ def decoded_widths(codec: kvtc.Codec, stream: bytes, ids: Tensor) -> list[int]:
     found = opened.decoder.entropy_decode(opened.coded)
     if codec.settings.profile == "paper":
         return [side.coefficients.shape[1] for side in found]
-    return [found.values.shape[1]] * 2
+    return [found.restorable.of_vectors.shape[1]] * 2
 
 
 def product_seconds(codec: kvtc.Codec, n_tokens: int, widths: list[int], setting: Setting) -> float:

@@ -22,6 +22,7 @@ import torch
 import kvtc
 import kvtc.codec.codec
 from kvtc.calibration import KindCalibration
+from kvtc.codec.pipeline import Decoding
 from kvtc.codec.sealed_stream import StreamDraft
 from kvtc.coding.paper.distortion import measure_distortion
 from kvtc.coding.rope import Rope, RopeTable
@@ -42,12 +43,11 @@ def encode_stages(codec: kvtc.Codec) -> dict[str, tuple[object, str]]:
     }  # fmt: skip
 
 
-def decode_stages(codec: kvtc.Codec, decoder: object) -> dict[str, tuple[object, str]]:
+def decode_stages(decoder: object) -> dict[str, tuple[object, str]]:
     """Those of decoding; decoder: that of the codec's profile."""
     return {
         "open": (kvtc.codec.codec, "open_stream"), "entropy-decode": (type(decoder), "entropy_decode"),
-        "add prediction": (type(decoder), "add_prediction"), "reconstruct": (type(decoder), "reconstruct"),
-        "rotate": (codec.backend, "place"),
+        "add prediction": (type(decoder), "add_prediction"), "reconstruct, rotate": (Decoding, "write_layers"),
     }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def measure(
     table = []
     for direction, stages, run in (
         ("encode", encode_stages(codec), lambda: codec.encode(cache, ids)),
-        ("decode", decode_stages(codec, decoder), lambda: codec.decode(stream, ids)),
+        ("decode", decode_stages(decoder), lambda: codec.decode(stream, ids)),
     ):
         spent = timed_stages(stages, run, repeats)
         result[direction] = {stage: round(1e3 * seconds, 3) for stage, seconds in spent.items()}

@@ -1,11 +1,13 @@
 """Which backend computes, what every backend promises the codec, and places in caches and pages."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from kvtc import Codec, inspect
 from kvtc.backends import ReferenceBackend, Target, choose
-from kvtc.errors import BackendUnavailable, InvalidArgument
+from kvtc.errors import BackendUnavailable, CorruptStream, InvalidArgument
 from tests.builders import (
     joint_codec,
     random_cache,
@@ -103,6 +105,25 @@ def test_pages_are_filled_as_a_cache_is(tokens, dtype):
         assert torch.equal(found.float(), side.float())
     unused = [page for page in range(pages.layers.shape[1]) if page not in pages.order]
     assert torch.equal(pages.layers[:, unused].float(), before[:, unused].float())
+
+
+def test_a_damaged_window_is_found_before_anything_is_written():
+    codec = Codec(tiny_calibration(), ratio=4, window_tokens=20, chunk_tokens=64)
+    cache = random_cache(200)
+    damaged = bytearray(codec.encode(cache))
+    damaged[-1] ^= 1  # the window comes last
+    layers, heads, n, dim = cache.keys.shape
+    pages = Pages(layers, heads, n, dim, cache.dtype)
+    before = pages.layers.clone()
+    for decode in (
+        codec.decode,
+        codec.decode_lazily,
+        codec.decode_layers,
+        partial(codec.decode_into, targets=pages.targets()),
+    ):
+        with pytest.raises(CorruptStream, match="window"):
+            decode(bytes(damaged))
+    assert torch.equal(pages.layers, before)
 
 
 def test_targets_of_another_size_are_refused():

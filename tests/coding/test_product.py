@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -172,6 +173,24 @@ def test_an_error_in_a_thread_is_the_callers():
             in_threads(fail_at_the_second, 4, 1 << 40)
     finally:
         torch.set_num_threads(before)
+
+
+def test_work_within_work_shares_the_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    inside, both = set(), threading.Barrier(2)
+
+    def work(*_: int) -> None:
+        both.wait(60)
+        mine = []
+        in_threads(lambda *part: mine.append((threading.get_ident(), part)), 100, 1 << 40)
+        inside.add(len({thread for thread, _ in mine}) <= 2)
+        inside.add(len(mine) == 8)  # four parts of each of two threads
+
+    in_threads(work, 2, 1 << 40)
+    assert inside == {True}
+    alone = []
+    in_threads(lambda *part: alone.append(part), 100, 1 << 40)
+    assert len(alone) == 16
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -7,7 +7,7 @@ the same integers; decoded values agree to rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,12 +63,12 @@ class Rounded(Protocol):
 class Target:
     """Where one side (keys or values) of a layer goes: in a cache of its own, or in an engine's pages.
 
-    Feature f of head h of token t is data[token_offsets[t] + h * head_stride + f * feature_stride]; data has one axis, and
-    token_offsets [T] is int64 on its device. view: the same as [H, T, D], where there is one.
+    Feature f of head h of token t is data[token_offsets[t] + h * head_stride + f * feature_stride]; data has one axis.
+    offsets: int64 [T] on its device; None where there is a view. view: the same as [H, T, D].
     """
 
     data: Tensor
-    token_offsets: Tensor
+    offsets: Tensor | None
     head_stride: int
     feature_stride: int
     view: Tensor | None = None
@@ -76,15 +76,22 @@ class Target:
     @classmethod
     def of(cls, side: Tensor) -> Target:
         """A side [H, T, D] of any strides."""
-        heads, tokens, features = side.stride()
         whole = side.as_strided((side.untyped_storage().nbytes() // side.element_size(),), (1,), 0)
-        offsets = torch.arange(side.shape[1], device=side.device).mul_(tokens).add_(int(side.storage_offset()))
-        return cls(whole, offsets, heads, features, side)
+        return cls(whole, None, side.stride(0), side.stride(2), side)
+
+    @property
+    def token_offsets(self) -> Tensor:
+        """Int64 [T], on its device."""
+        if self.view is None:
+            return self.offsets  # type: ignore[return-value]
+        n_tokens, start = self.view.shape[1], int(self.view.storage_offset())
+        return torch.arange(n_tokens, device=self.data.device).mul_(self.view.stride(1)).add_(start)
 
     def part(self, tokens: slice) -> Target:
         """Some neighbouring tokens of it."""
+        offsets = None if self.offsets is None else self.offsets[tokens]
         view = None if self.view is None else self.view[:, tokens]
-        return replace(self, token_offsets=self.token_offsets[tokens], view=view)
+        return Target(self.data, offsets, self.head_stride, self.feature_stride, view)
 
     def write(self, side: Tensor) -> None:
         """Copy [H, T, D] there, converted to its dtype."""

@@ -77,7 +77,7 @@ class ReferenceBackend:
     def read_integers(self, chunks: Sequence[CodedIntegers], rank: int) -> Tensor:
         stops = list(accumulate((chunk.n_tokens for chunk in chunks), initial=0))
         # Column by column in memory: so all loops over them are over neighbours.
-        turned = np.zeros((rank, stops[-1]), np.float32)
+        turned = np.empty((rank, stops[-1]), np.float32)
 
         def read(first: int, stop: int) -> None:
             for index in range(first, stop):
@@ -90,17 +90,22 @@ class ReferenceBackend:
         return [encode_groups(coefficients[span], allocation) for span in spans]
 
     def unpack_groups(self, chunks: Sequence[Bytes], counts: Sequence[int], allocation: BitAllocation) -> Tensor:
-        parts = [torch.zeros(0, allocation.n_coefficients, dtype=torch.float32, device=self.device)]
-        parts += [
-            decode_groups(_on_host(chunk), allocation, n, self.device) for chunk, n in zip(chunks, counts, strict=True)
-        ]
-        return torch.cat(parts)
+        stops = list(accumulate(counts, initial=0))
+        found = np.zeros((stops[-1], allocation.n_coefficients), np.float32)
+
+        def read(first: int, stop: int) -> None:
+            for index in range(first, stop):
+                decode_groups(_on_host(chunks[index]), allocation, found[stops[index] : stops[index + 1]])
+
+        in_threads(read, len(chunks), _CODING_OPERATIONS * found.size)
+        return torch.from_numpy(found).to(self.device)
 
 
 def _place(rows: Tensor, turn: Turn | None, target: Target) -> None:
     """`place`, of one side."""
-    if target.view is not None and target.view.dtype == torch.bfloat16 and rows.device.type == "cpu":
-        turn_to_bfloat16(rows, turn, target.view)
+    view, is_on_cpu = target.view, rows.device.type == "cpu"
+    if is_on_cpu and view is not None and view.dtype == torch.bfloat16 and view.stride(2) == 1:
+        turn_to_bfloat16(rows, turn, view, target.data)
         return
     plain = rows.transpose(0, 1).to(torch.float32, copy=True)
     if turn is not None:
@@ -119,6 +124,7 @@ def _write_chunk(
 
 def _read_chunk(chunk: CodedIntegers, turned: npt.NDArray[np.float32], start: int) -> None:
     """Fill turned [coded or more, T] with the coefficients of a chunk, from token `start` on."""
+    turned[len(chunk.classes) :, start : start + chunk.n_tokens] = 0
     side = torch.frombuffer(bytearray(_on_host(chunk.activities)), dtype=torch.uint8)
     activities = unpack(side, chunk.n_tokens, ACTIVITY_BITS).numpy().astype(np.uint8)
     symbols = decode_symbols(_on_host(chunk.symbols), chunk.classes, activities, chunk.tables.rans)

@@ -24,7 +24,6 @@ from ..key_digest import digest
 from ..layer_runs import describe_layers
 from ..process.forks import in_child
 from ..process.locks import ForkSafeLock
-from ..process.progress import track
 from ..process.torch_state import compute_alone, neutral_torch_state, writing_into
 from ..profiles import AnyEncoder, AnyProfile, LosslessProfile, make_profile
 from ..profiles.interface import CodedRows
@@ -341,13 +340,19 @@ class Codec:
         start = int(opened.positions[0]) if opened.n_tokens else 0
         return SplitCache(coded, exact, opened.n_tokens, start=start)
 
-    def _decoding(self, opened: Sequence[OpenedStream], shifts: Sequence[int] | None = None) -> Decoding:
+    def _decoding(
+        self, opened: Sequence[OpenedStream], shifts: Sequence[int] | None = None, waits: bool = True
+    ) -> Decoding:
+        """waits: for exact tokens, so that every error of the streams is raised here."""
         header = opened[0].header
         geometry = self._geometry
         if geometry is None:
             rope = Rope((), (NO_ROTATION,) * header.n_layers)
             geometry = CacheGeometry(header.layers, header.first_kv_head, header.n_kv_heads, header.head_dim, rope)
-        return Decoding(opened, shifts or [0] * len(opened), geometry, self.backend)
+        decoding = Decoding(opened, shifts or [0] * len(opened), geometry, self.backend)
+        if waits:
+            decoding.wait()
+        return decoding
 
     def _decode(
         self, stream: Stream, token_ids: Any, tokens: int | None, start_position: int | None
@@ -362,12 +367,11 @@ class Codec:
 
     def _restored(self, opened: OpenedStream, shift: int) -> KVCache:
         """The group that is coded."""
-        header, decoding = opened.header, self._decoding([opened], [shift])
+        header, decoding = opened.header, self._decoding([opened], [shift], waits=False)
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
         keys = torch.empty(shape, dtype=header.dtype, device=self.device)
         values = torch.empty_like(keys)
-        for layer in track(range(header.n_layers), "decoding", "layers"):
-            decoding.write_layer(layer, [(Target.of(keys[layer]), Target.of(values[layer]))])
+        decoding.write_layers(lambda layer: [(Target.of(keys[layer]), Target.of(values[layer]))])
         positions = opened.positions[: opened.n_tokens] + shift
         # 0: it was not recorded, for no frequency depends on it. Moved to the front, a length too short would be negative.
         rope_length = max(0, header.rope_length + shift) if header.rope_length else None
@@ -424,8 +428,7 @@ class Codec:
             raise InvalidArgument("without a calibration the rotation is not known: start_position cannot be given")
         decoding = self._decoding([opened], [shift])
         with writing_into(*(target.data for sides in targets for target in sides)):
-            for layer, sides in enumerate(targets):
-                decoding.write_layer(layer, [sides])
+            decoding.write_layers(lambda layer: [targets[layer]])
 
     @neutral_torch_state
     def encode_batch(self, cache: Any, token_ids: Any, attention_mask: Any) -> list[bytes]:

@@ -8,7 +8,8 @@ The stages between are the profile's (`profiles.interface`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -18,9 +19,9 @@ from ..backends import Backend, Target
 from ..cache import CacheGeometry, KVCache
 from ..calibration.artifact import Calibration
 from ..coding.regions import ChunkSpan
-from ..coding.rope import Rope
+from ..coding.threads import in_threads
 from ..coding.transform import saturate
-from ..process.progress import track
+from ..process.progress import task, track
 from ..process.torch_state import neutral_torch_state
 from ..profiles.interface import Budget, CodedRows, Encoder, Plan, Rows
 from ..recomputation import Recomputed
@@ -32,6 +33,10 @@ SymbolsT = TypeVar("SymbolsT")
 PlanT = TypeVar("PlanT", bound=Plan)
 Sides = tuple[Target, Target]
 """Where keys and values of one layer go."""
+_LAYERS_AT_ONCE = 4
+"""At most: each takes memory for its rows in float32."""
+_WRITING_OPERATIONS = 128
+"""Of a pair of a key's and a value's features, about, as `in_threads` counts them."""
 
 
 def encode(
@@ -102,7 +107,7 @@ def unrotated(
 class Decoding:
     """Opened streams of one profile on their way back into caches, layer by layer.
 
-    Coefficients are decoded when this is made, which raises `CorruptStream`.
+    Coefficients are decoded when this is made, which raises `CorruptStream`; `wait` raises it for exact tokens.
 
     Parameters:
         opened: the streams.
@@ -120,14 +125,25 @@ class Decoding:
         bodies = [body.on(backend.device) for stream in opened for body in stream.coded]
         coefficients = self._decoder.entropy_decode(bodies)
         self._coefficients = self._decoder.add_prediction(coefficients, bodies)
-        rope = geometry.rope
-        self._turns, self._exact = [], []
+        self._rope = rope = geometry.rope
+        self._turns, self._shifts = [], shifts
         for stream, shift in zip(opened, shifts, strict=True):
             # Decoded are whole chunks, wanted is a prefix.
             body = slice(stream.body.start, min(stream.body.stop, stream.n_tokens))
             positions = (stream.positions[body] + shift).to(backend.device)
             self._turns.append(rope.turns(positions, stream.header.rope_length + shift))
-            self._exact.append([self._moved(part, stream, shift, rope) for part in stream.exact()])
+
+    def wait(self) -> None:
+        """Until exact tokens are there, too. Raises `CorruptStream`."""
+        self._exact  # noqa: B018  the first look at them waits
+
+    @cached_property
+    def _exact(self) -> list[list[ExactTokens]]:
+        """Of each stream, those that are wanted."""
+        return [
+            [self._moved(part, stream, shift) for part in stream.exact()]
+            for stream, shift in zip(self._opened, self._shifts, strict=True)
+        ]
 
     def write_layer(self, layer: int, sides: Sequence[Sides]) -> None:
         """Restore one layer of every stream.
@@ -136,21 +152,29 @@ class Decoding:
             layer: its index within the calibration.
             sides: for each stream where its first `n_tokens` tokens go.
         """
-        keys, values = (
-            rows.view(-1, self._n_heads, self._head_dim)
-            for rows in self._decoder.reconstruct(self._coefficients, layer)
-        )
-        first = 0
-        for stream, targets, turns, exact in zip(self._opened, sides, self._turns, self._exact, strict=True):
-            start, stop = stream.body.start, max(stream.body.start, min(stream.body.stop, stream.n_tokens))
-            here = slice(first, first + stop - start)
-            body = targets[0].part(slice(start, stop)), targets[1].part(slice(start, stop))
-            self._backend.place(keys[here], values[here], turns[layer], body)
-            for part in exact:
-                n = max(0, min(part.tokens.stop, stream.n_tokens) - part.first)
-                for target, side in zip(targets, (part.keys, part.values), strict=True):
-                    target.part(slice(part.first, part.first + n)).write(side[layer][:, :n])
-            first += stream.body.stop - start
+        self._write_body(layer, sides)
+        self._write_exact(layer, sides)
+
+    def write_layers(self, sides: Callable[[int], Sequence[Sides]]) -> None:
+        """Restore all layers, on CPUs several at a time. sides: layer -> what `write_layer` takes.
+
+        Exact tokens come last: they may still be on their way. Raises `CorruptStream` for them.
+        """
+        n_layers, is_inference = self._opened[0].header.n_layers, torch.is_inference_mode_enabled()
+        n_values = sum(stream.n_tokens for stream in self._opened) * n_layers * self._n_heads * self._head_dim
+        with task("decoding", n_layers, "layers") as advance:
+
+            @neutral_torch_state
+            def write(first: int, stop: int) -> None:
+                with torch.inference_mode(is_inference):
+                    for layer in range(first, stop):
+                        self._write_body(layer, sides(layer))
+                        advance(1)
+
+            most = _LAYERS_AT_ONCE if self._backend.device.type == "cpu" else 1
+            in_threads(write, n_layers, _WRITING_OPERATIONS * n_values, most)
+        for layer in range(n_layers):
+            self._write_exact(layer, sides(layer))
 
     @neutral_torch_state
     def new_layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -163,12 +187,32 @@ class Decoding:
         self.write_layer(layer, [(Target.of(keys), Target.of(values))])
         return keys, values
 
-    def _moved(self, part: ExactTokens, stream: OpenedStream, shift: int, rope: Rope) -> ExactTokens:
+    def _write_body(self, layer: int, sides: Sequence[Sides]) -> None:
+        keys, values = (
+            rows.view(-1, self._n_heads, self._head_dim)
+            for rows in self._decoder.reconstruct(self._coefficients, layer)
+        )
+        first = 0
+        for stream, targets, turns in zip(self._opened, sides, self._turns, strict=True):
+            start, stop = stream.body.start, max(stream.body.start, min(stream.body.stop, stream.n_tokens))
+            here = slice(first, first + stop - start)
+            body = targets[0].part(slice(start, stop)), targets[1].part(slice(start, stop))
+            self._backend.place(keys[here], values[here], turns[layer], body)
+            first += stream.body.stop - start
+
+    def _write_exact(self, layer: int, sides: Sequence[Sides]) -> None:
+        for targets, exact in zip(sides, self._exact, strict=True):
+            for part in exact:
+                for target, side in zip(targets, (part.keys, part.values), strict=True):
+                    target.part(part.tokens).write(side[layer])
+
+    def _moved(self, part: ExactTokens, stream: OpenedStream, shift: int) -> ExactTokens:
         """Exact tokens on the backend's device, their keys turned to new positions if there is a shift."""
-        keys, values = part.keys.to(self._backend.device), part.values.to(self._backend.device)
+        wanted = slice(0, max(0, stream.n_tokens - part.first))
+        keys, values = (side[:, :, wanted].to(self._backend.device) for side in (part.keys, part.values))
         if shift:
-            length = stream.header.rope_length
-            positions = stream.positions[part.tokens]
+            rope, length = self._rope, stream.header.rope_length
+            positions = stream.positions[part.tokens][wanted]
             plain = rope.unrotate(keys, positions, length)
             keys = saturate(rope.rotate(plain, positions + shift, length + shift), keys.dtype)
         return ExactTokens(part.first, keys, values)

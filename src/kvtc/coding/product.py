@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from .threads import in_threads
 
-_GROUP_TILES = 16
+_GROUP_TILES = 8
 _PACKING_OPERATIONS = 16
 """Of one number, about, as `in_threads` counts them."""
 
@@ -134,7 +134,7 @@ class BlockRows:
         self._features = features.numpy()
         self._is_on_cpu = values.device.type == "cpu"
         if self._is_on_cpu:
-            self._rows = PackedRows(values, chosen=columns).packed
+            self._turned, self._chosen = _turned(values), columns.numpy()
             # A zero adds nothing to a sum: the terms that are not there change no bit of it.
             self._columns = np.ascontiguousarray(blocks.packed[:, self._features])
         else:
@@ -170,7 +170,7 @@ class LayerBlocks:
             return found
         if own._is_on_cpu:
             sums = np.zeros(found.shape, np.float32)
-            self.add(sums, 0, len(own._rows))
+            self.add(sums, 0, -(-len(sums) // _kernels().TILE_ROWS))
             found += torch.from_numpy(sums)
             return found
         for place in sorted(set(self.parts[:, 2].tolist())):
@@ -182,7 +182,8 @@ class LayerBlocks:
     def add(self, sums: Any, first_row: int, stop_row: int) -> None:
         """sums float32 [T, blocks D], changed in place, in some tiles of rows; on CPUs."""
         own = self.rows
-        _kernels().add_parts(own._rows, own._columns, self.parts, own._blocks.size, sums, first_row, stop_row)
+        operands = own._turned, own._chosen, own._columns, self.parts, own._blocks.size
+        _kernels().add_parts(*operands, sums, first_row, stop_row)
 
 
 def product(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -244,8 +245,8 @@ def used_columns(values: Tensor) -> Tensor:
     if values.device.type != "cpu":
         return values.any(dim=0).cpu()
     # Not torch's `any`: threads that torch has started go on spinning, on cores that the products need.
-    used = np.zeros(values.shape[1], np.bool_)
-    _kernels().find_used(np.ascontiguousarray(values.detach().numpy().T), used)
+    turned, used = _turned(values), np.zeros(values.shape[1], np.bool_)
+    in_threads(lambda *some: _kernels().find_used(turned, used, *some), len(used), values.numel())
     return torch.from_numpy(used)
 
 
@@ -313,6 +314,11 @@ def _packed_rows(rows: Tensor, chosen: Tensor | None) -> Any:
     source = np.ascontiguousarray(source)
     in_threads(lambda *tiles: pack(source, terms, packed, *tiles), len(packed), _PACKING_OPERATIONS * packed.size)
     return packed
+
+
+def _turned(values: Tensor) -> npt.NDArray[np.float32]:
+    """values [T, n] float32 -> [n, T]: as decoded coefficients lie already."""
+    return np.ascontiguousarray(values.detach().numpy().T)
 
 
 def _packed_columns(matrix: Tensor, width: int) -> Any:

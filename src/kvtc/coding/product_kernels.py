@@ -22,7 +22,7 @@ _VECTOR = 16
 _FLOAT_BYTES = 4
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
 # Tiles that fit the registers: of a processor with 32 wide ones, and of any other. They have no say in the results.
-TILE_ROWS, _TILE_VECTORS = (6, 4) if "+avx512f" in _FEATURES else (6, 1)
+TILE_ROWS, _TILE_VECTORS = (12, 2) if "+avx512f" in _FEATURES else (6, 1)
 TILE_COLUMNS = _TILE_VECTORS * _VECTOR
 _GROUP_TILES = 8
 _LOOKED_AT = 64
@@ -154,52 +154,66 @@ def add_product(rows, columns, start, sums, first_tile, stop_tile, first_row, st
     """
     n_rows, n_columns = sums.shape
     n_terms = rows.shape[1]
-    for row in range(first_row * TILE_ROWS, min(stop_row * TILE_ROWS, n_rows)):
-        for column in range(first_tile * TILE_COLUMNS, min(stop_tile * TILE_COLUMNS, n_columns)):
-            sums[row, column] = start[column]
     edge = np.zeros((TILE_ROWS, TILE_COLUMNS), np.float32)
-    for first in range(0, n_terms, BLOCK_ROWS):
-        count = min(BLOCK_ROWS, n_terms - first)
-        for tile in range(first_tile, stop_tile):
-            column = tile * TILE_COLUMNS
-            width = min(TILE_COLUMNS, n_columns - column)
-            of_columns = columns[tile, first:].ctypes.data
-            for row_tile in range(first_row, stop_row):
-                row = row_tile * TILE_ROWS
-                height = min(TILE_ROWS, n_rows - row)
-                of_rows = rows[row_tile, first:].ctypes.data
-                if height == TILE_ROWS and width == TILE_COLUMNS:
-                    _add_tile(of_rows, of_columns, sums[row:, column:].ctypes.data, n_columns, count)
-                else:
-                    edge[:height, :width] = sums[row : row + height, column : column + width]
-                    _add_tile(of_rows, of_columns, edge.ctypes.data, TILE_COLUMNS, count)
-                    sums[row : row + height, column : column + width] = edge[:height, :width]
+    rows_at, columns_at, sums_at = rows.ctypes.data, columns.ctypes.data, sums.ctypes.data
+    for group in range(first_row, stop_row, _GROUP_TILES):
+        last = min(group + _GROUP_TILES, stop_row)
+        for row in range(group * TILE_ROWS, min(last * TILE_ROWS, n_rows)):
+            for column in range(first_tile * TILE_COLUMNS, min(stop_tile * TILE_COLUMNS, n_columns)):
+                sums[row, column] = start[column]
+        for first in range(0, n_terms, BLOCK_ROWS):
+            count = min(BLOCK_ROWS, n_terms - first)
+            for tile in range(first_tile, stop_tile):
+                column = tile * TILE_COLUMNS
+                width = min(TILE_COLUMNS, n_columns - column)
+                of_columns = columns_at + tile * columns.strides[0] + first * columns.strides[1]
+                for row_tile in range(group, last):
+                    row = row_tile * TILE_ROWS
+                    height = min(TILE_ROWS, n_rows - row)
+                    of_rows = rows_at + row_tile * rows.strides[0] + first * rows.strides[1]
+                    if height == TILE_ROWS and width == TILE_COLUMNS:
+                        there = sums_at + row * sums.strides[0] + column * sums.strides[1]
+                        _add_tile(of_rows, of_columns, there, n_columns, count)
+                    else:
+                        edge[:height, :width] = sums[row : row + height, column : column + width]
+                        _add_tile(of_rows, of_columns, edge.ctypes.data, TILE_COLUMNS, count)
+                        sums[row : row + height, column : column + width] = edge[:height, :width]
 
 
 @compiled(nogil=True)
-def add_parts(rows, columns, parts, width, sums, first_row, stop_row):  # type: ignore[no-untyped-def]
+def add_parts(turned, chosen, columns, parts, width, sums, first_row, stop_row):  # type: ignore[no-untyped-def]
     """Add products of some terms alone to some columns of sums float32 [T, N], in some tiles of rows.
 
-    parts int64 [n, 3]: for each its first term, the one behind its last (at most `BLOCK_ROWS` of them), and the first of the
-    `width` columns of sums. rows: as `add_product` takes them; columns [column tiles, terms, NARROW_COLUMNS].
+    Parameters:
+        turned: float32 [n, T]. chosen: int64, the rows of it that are terms.
+        columns: float32 [column tiles, terms, NARROW_COLUMNS].
+        parts: int64 [n, 3], for each its first term, the one behind its last (at most `BLOCK_ROWS` of them), and the first of
+            the `width` columns of sums.
     """
     n_rows, n_columns = sums.shape
+    own = np.zeros((BLOCK_ROWS, TILE_ROWS), np.float32)
     edge = np.zeros((TILE_ROWS, NARROW_COLUMNS), np.float32)
     for row_tile in range(first_row, stop_row):
         row = row_tile * TILE_ROWS
         height = min(TILE_ROWS, n_rows - row)
         for part in range(parts.shape[0]):
             first, count = parts[part, 0], parts[part, 1] - parts[part, 0]
-            of_rows = rows[row_tile, first:].ctypes.data
+            for term in range(count):
+                values = turned[chosen[first + term]]
+                if height == TILE_ROWS:
+                    for within in range(TILE_ROWS):
+                        own[term, within] = values[row + within]
+                else:
+                    own[term, :height] = values[row : row + height]
             for tile in range(columns.shape[0]):
                 start = parts[part, 2] + tile * NARROW_COLUMNS
                 its_width = min(NARROW_COLUMNS, width - tile * NARROW_COLUMNS)
                 of_columns = columns[tile, first:].ctypes.data
                 if height == TILE_ROWS and its_width == NARROW_COLUMNS:
-                    _add_narrow_tile(of_rows, of_columns, sums[row:, start:].ctypes.data, n_columns, count)
+                    _add_narrow_tile(own.ctypes.data, of_columns, sums[row:, start:].ctypes.data, n_columns, count)
                 else:
                     edge[:height, :its_width] = sums[row : row + height, start : start + its_width]
-                    _add_narrow_tile(of_rows, of_columns, edge.ctypes.data, NARROW_COLUMNS, count)
+                    _add_narrow_tile(own.ctypes.data, of_columns, edge.ctypes.data, NARROW_COLUMNS, count)
                     sums[row : row + height, start : start + its_width] = edge[:height, :its_width]
 
 
@@ -266,10 +280,10 @@ def are_finite(values, first, stop):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def find_used(turned, used):  # type: ignore[no-untyped-def]
-    """turned float32 [n, T] -> used bool [n]: whether a row holds anything but zeros."""
+def find_used(turned, used, first_index, stop_index):  # type: ignore[no-untyped-def]
+    """turned float32 [n, T] -> some of used bool [n]: whether a row holds anything but zeros."""
     bits = turned.view(np.uint32)
-    for index in range(bits.shape[0]):
+    for index in range(first_index, stop_index):
         row = bits[index]
         for first in range(0, len(row), _LOOKED_AT):
             seen = np.uint32(0)

@@ -227,19 +227,24 @@ def turn_in_place(keys: Tensor, turn: Turn) -> None:
     second.copy_(turned_second)
 
 
-def turn_to_bfloat16(rows: Tensor, turn: Turn | None, there: Tensor) -> None:
-    """Rows [T, H, D] on the CPU, turned and saturated -> `there`, bfloat16 [H, T, D], in one pass over them."""
+def turn_to_bfloat16(rows: Tensor, turn: Turn | None, there: Tensor, data: Tensor) -> None:
+    """Rows [T, H, D] on the CPU, turned and saturated -> `there`, bfloat16 [H, T, D], in one pass over them.
+
+    Features of a head lie side by side there. data: all of the memory that it is in.
+    """
     from . import rope_kernels
 
     none = torch.empty(len(rows), 0, dtype=torch.float32, device="cpu")
     turn = turn or Turn(none, none, interleaved=False)
+    rows = rows.float() if rows.stride(2) == 1 else rows.float().contiguous()
     operands = (
-        rows.float().numpy(),
-        turn.cos.numpy(),
-        turn.sin.numpy(),
-        turn.interleaved,
+        rows.as_strided((rows.untyped_storage().nbytes() // rows.element_size(),), (1,), 0).numpy(),
+        (rows.storage_offset(), rows.stride(0), rows.stride(1)),
+        (turn.cos.numpy(), turn.sin.numpy(), turn.interleaved),
         np.float32(torch.finfo(torch.bfloat16).max),
-        there.detach().view(torch.int16).numpy().view(np.uint16),
+        data.detach().view(torch.int16).numpy().view(np.uint16),
+        (there.storage_offset(), there.stride(1), there.stride(0)),
+        (rows.shape[1], rows.shape[2]),
     )
     in_threads(
         lambda *tokens: rope_kernels.turn_to_bfloat16(*operands, *tokens), len(rows), _TURN_OPERATIONS * rows.numel()

@@ -52,28 +52,42 @@ def turn_angles(angles, cosines, sines):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True)
-def turn_to_bfloat16(rows, cosines, sines, interleaved, limit, patterns, start, stop):  # type: ignore[no-untyped-def]
-    """rows float32 [T, H, D], turned (`rope.turn_in_place`) and saturated at limit -> patterns uint16 [H, T, D] of bfloat16.
+def turn_to_bfloat16(rows, source, turn, limit, patterns, target, shape, start, stop):  # type: ignore[no-untyped-def]
+    """Rows [T, *shape] of shape = (H, D), turned (`rope.turn_in_place`) and saturated at limit -> bfloat16.
 
-    Of the tokens start .. stop. cosines, sines: float32 [T, m]; m is 0 where nothing is turned.
+    Of the tokens start .. stop. All features of a head lie side by side.
+
+    Parameters:
+        rows: float32, flat. source: where the first begins, how far tokens, and how far heads are apart.
+        turn: cosines and sines float32 [T, m], m is 0 where nothing is turned, and whether pairs are neighbours.
+        patterns: uint16, flat. target: the same of them.
     """
-    _, n_heads, n_features = rows.shape
+    cosines, sines, interleaved = turn
+    n_heads, n_features = shape
     n_pairs = cosines.shape[1]
     turned = np.empty(n_features, np.float32)
     bits = turned.view(np.uint32)
     for token in range(start, stop):
         for head in range(n_heads):
+            at = source[0] + token * source[1] + head * source[2]
+            row = rows[at : at + n_features]
             for feature in range(n_features):
-                turned[feature] = rows[token, head, feature]
-            for pair in range(n_pairs):
-                first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + n_pairs)
-                a, b, cosine, sine = turned[first], turned[second], cosines[token, pair], sines[token, pair]
-                turned[first] = a * cosine - b * sine
-                turned[second] = b * cosine + a * sine
+                turned[feature] = row[feature]
+            # Twice the same, for the compiler makes vectors of neighbours alone.
+            for pair in range(0 if interleaved else n_pairs):
+                a, b, cosine, sine = row[pair], row[pair + n_pairs], cosines[token, pair], sines[token, pair]
+                turned[pair] = a * cosine - b * sine
+                turned[pair + n_pairs] = b * cosine + a * sine
+            for pair in range(n_pairs if interleaved else 0):
+                a, b, cosine, sine = row[2 * pair], row[2 * pair + 1], cosines[token, pair], sines[token, pair]
+                turned[2 * pair] = a * cosine - b * sine
+                turned[2 * pair + 1] = b * cosine + a * sine
             for feature in range(n_features):
                 value = turned[feature]  # NaN stays NaN
                 turned[feature] = limit if value > limit else (-limit if value < -limit else value)
+            place = target[0] + token * target[1] + head * target[2]
+            found = patterns[place : place + n_features]
             for feature in range(n_features):
                 # To nearest, ties to even.
                 pattern = bits[feature]
-                patterns[head, token, feature] = (pattern + _BELOW_HALF + ((pattern >> _HALF) & _ONE)) >> _HALF
+                found[feature] = (pattern + _BELOW_HALF + ((pattern >> _HALF) & _ONE)) >> _HALF

@@ -14,15 +14,20 @@ T = TypeVar("T")
 _LEAST_OPERATIONS = 1 << 25
 """From which a second thread pays for being started."""
 _PARTS_A_THREAD = 4
+_own = threading.local()
+"""n_threads: how many the work of this thread may take."""
 
 
-def in_threads(work: Callable[[int, int], object], count: int, n_operations: int) -> None:
+def in_threads(work: Callable[[int, int], object], count: int, n_operations: int, most: int = 1 << 10) -> None:
     """Call `work(first, stop)` for parts of `count` items, as many at a time as torch has threads; it must let go of Python's lock.
 
     Whoever is free takes the next part, the caller too: where a thread is late, because torch's own threads still spin on its core,
-    say, the others do its work. n_operations: of all of it; a small work is done by the caller alone. Raises what `work` raises.
+    say, the others do its work. n_operations: of all of it; a small work is done by the caller alone. Work within work shares the
+    threads that this leaves. most: threads. Raises what `work` raises.
     """
-    n_threads = max(1, min(torch.get_num_threads(), count, n_operations // _LEAST_OPERATIONS))
+    outer = getattr(_own, "n_threads", None)
+    there = outer or torch.get_num_threads()
+    n_threads = max(1, min(there, count, n_operations // _LEAST_OPERATIONS, most))
     if n_threads == 1:
         work(0, count)
         return
@@ -32,6 +37,7 @@ def in_threads(work: Callable[[int, int], object], count: int, n_operations: int
     failed: list[BaseException] = []
 
     def run() -> None:
+        _own.n_threads = there // n_threads
         while left:
             try:
                 part = left.pop()
@@ -50,7 +56,10 @@ def in_threads(work: Callable[[int, int], object], count: int, n_operations: int
             _thread.start_new_thread(run, ())
         except RuntimeError:  # none can be had: too many, or the interpreter ends
             break
-    run()
+    try:
+        run()
+    finally:
+        _own.n_threads = outer
     for _ in range(n_parts):
         done.acquire()
     if failed:

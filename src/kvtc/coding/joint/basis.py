@@ -17,8 +17,8 @@ LARGEST_ENTRY = 127
 
 @dataclass(frozen=True, eq=False)
 class JointBasis:
-    """mean float32 [P], of joint rows in the metric. vectors int8 [P, r]: nearly orthonormal columns, when each of the B blocks of a
-    column is multiplied by its number of scales float16 [B, r].
+    """mean float32 [P], of joint rows in the metric. vectors int8 [P, r]: nearly orthonormal columns, when each of the B blocks of
+    a column is multiplied by its number of scales float16 [B, r].
 
     turns float16 [B, D, D]: for each block of the joint row an orthonormal matrix, its columns directions of the remainder.
     order int32 [r + P]: which coefficient stands at each place; those below r are of the vectors, in their order.

@@ -7,12 +7,16 @@ then high bytes, because bytes of one significance resemble each other and DEFLA
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..bitpack import pack, packed_bytes, unpack
+from ...errors import CorruptStream
+from ..bitpack import pack, packed_bytes
+from ..float_formats import E4M3_MAX
 from .allocation import BitAllocation, Run
-from .group_quantizer import dequantize, quantize
+from .group_quantizer import SymbolType, quantize
 
 
 def chunk_bytes(allocation: BitAllocation, n_tokens: int) -> int:
@@ -32,27 +36,22 @@ def encode_groups(coefficients: Tensor, allocation: BitAllocation) -> bytes:
     return bytes(torch.cat(parts).cpu().numpy().tobytes()) if parts else b""
 
 
-def decode_groups(data: bytes, allocation: BitAllocation, n_tokens: int, device: torch.device) -> Tensor:
-    """`chunk_bytes` bytes -> coefficients [n_tokens, n_coefficients] float32; dropped ones are zero."""
-    coefficients = torch.zeros(n_tokens, allocation.n_coefficients, dtype=torch.float32, device=device)
-    if not data:
-        return coefficients
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-    offset = 0
-    for run in allocation.runs:
-        shift = scale = coefficients.new_empty(0)
-        if run.symbol_type.has_scale:
-            side = 2 * run.count * n_tokens
-            shift = _join_planes(buffer[offset : offset + side], run.count, n_tokens)
-            scale = _join_planes(buffer[offset + side : offset + 2 * side], run.count, n_tokens)
-            offset += 2 * side
-        n_symbols = run.count * n_tokens * run.size
-        n_bytes = packed_bytes(n_symbols, run.symbol_type.value)
-        symbols = unpack(buffer[offset : offset + n_bytes], n_symbols, run.symbol_type.value)
-        offset += n_bytes
-        values = dequantize(symbols.reshape(run.count, n_tokens, run.size), shift, scale, run.symbol_type)
-        coefficients[:, run.start : run.stop] = values.transpose(0, 1).reshape(n_tokens, -1)
-    return coefficients
+def decode_groups(data: bytes, allocation: BitAllocation, found: npt.NDArray[np.float32]) -> None:
+    """`chunk_bytes` bytes -> coefficients of its tokens, put into found [n_tokens, n_coefficients]; dropped ones are left alone.
+
+    Raises `CorruptStream` for another number of bytes.
+    """
+    if len(data) != (n_bytes := chunk_bytes(allocation, len(found))):
+        raise CorruptStream(f"{len(data)} bytes of groups; {len(found)} tokens take {n_bytes}")
+    from .group_kernels import read_run
+
+    symbols, offset = np.frombuffer(data, np.uint8), 0
+    for run in allocation.runs if data else ():
+        kind = run.symbol_type
+        levels = np.float32(E4M3_MAX if kind is SymbolType.FP8 else 2**kind.value - 1)
+        values = _E4M3 if kind is SymbolType.FP8 else _INTEGERS
+        read_run(symbols, offset, kind.value, run.size, run.count, levels, values, _FLOAT16, found, run.start)
+        offset += _run_bytes(run, len(found))
 
 
 def _run_bytes(run: Run, n_tokens: int) -> int:
@@ -66,8 +65,7 @@ def _byte_planes(values: Tensor) -> Tensor:
     return values.contiguous().reshape(-1).view(torch.uint8).reshape(-1, 2).T.reshape(-1)
 
 
-def _join_planes(planes: Tensor, count: int, n_tokens: int) -> Tensor:
-    """Inverse of `_byte_planes`: float16 [count, n_tokens]."""
-    # A copy even where a view would do: float16 cannot be viewed at an odd offset.
-    pairs = planes.reshape(2, -1).T.clone(memory_format=torch.contiguous_format)
-    return pairs.reshape(-1).view(torch.float16).reshape(count, n_tokens)
+_INTEGERS = np.arange(1 << 8, dtype=np.float32)
+_E4M3 = torch.arange(1 << 8, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float().numpy()
+_FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+"""What each pattern of bits stands for."""

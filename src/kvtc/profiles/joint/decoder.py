@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,19 +22,14 @@ from .transform import JointTransform, RestorableCoefficients
 
 @dataclass(frozen=True, eq=False)
 class DecodedCoefficients:
-    """Coefficients [T, n] float32 of chunks that follow one another, n <= r: those past them are zero.
+    """Coefficients of chunks that follow one another.
 
     transform: leads back from them. predicted: what is added then; None for `joint`.
     """
 
-    values: Tensor
+    restorable: RestorableCoefficients
     transform: JointTransform
     predicted: PredictedRows | None = None
-
-    @cached_property
-    def restorable(self) -> RestorableCoefficients:
-        """Ready to be multiplied, once for all layers."""
-        return self.transform.restorable(self.values)
 
 
 class JointDecoder:
@@ -61,11 +55,16 @@ class JointDecoder:
         heads = heads_of([body.data for body in bodies], least)
         chunks = [self._split(body, head) for body, head in zip(bodies, heads, strict=True)]
         widest = max((len(chunk.classes) for chunk in chunks), default=0)
-        values = _without_zeros(self._model.backend.read_integers(chunks, widest))
+        values = self._model.backend.read_integers(chunks, widest)
+        # At high ratios many of the last that may be coded are zero throughout.
+        used = used_columns(values)
+        n = int(used.nonzero()[-1]) + 1 if used.any() else 0
+        values = values[:, :n]
         if self._model.importance is not None and bodies:
             levels = [split_levels(head, body.n_tokens) for body, head in zip(bodies, heads, strict=True)]
             divide(values, torch.cat(levels))
-        return DecodedCoefficients(values, self._model.transform())
+        transform = self._model.transform()
+        return DecodedCoefficients(transform.restorable(values, used[:n]), transform)
 
     def add_prediction(
         self, coefficients: DecodedCoefficients, bodies: Sequence[CodedBody[StepPlan]]
@@ -91,9 +90,3 @@ class JointDecoder:
         classes = column_classes(model.deviations, step)
         n_head = 0 if self._model.importance is None else level_bytes(body.n_tokens)
         return split_integers(body.data[n_head:], head[n_head:], body.n_tokens, classes, model.tables, step)
-
-
-def _without_zeros(coefficients: Tensor) -> Tensor:
-    """Up to the last column that holds anything: at high ratios many that may be coded are zero throughout."""
-    used = used_columns(coefficients).numpy().nonzero()[0]
-    return coefficients[:, : int(used[-1]) + 1 if len(used) else 0]

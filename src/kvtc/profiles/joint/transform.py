@@ -20,7 +20,6 @@ from ...coding.product import (
     product_of_blocks,
     project_rest,
     spread_columns,
-    used_columns,
 )
 from ...process.locks import ForkSafeLock
 
@@ -91,13 +90,13 @@ class JointTransform:
         """Coefficients of vectors, as products take them; chosen: the columns that hold these, int64 [n], where not all do."""
         return PackedRows(coefficients, self._product, chosen)
 
-    def restorable(self, coefficients: Tensor) -> RestorableCoefficients:
-        """The first coefficients [T, n] in the order of the basis."""
+    def restorable(self, coefficients: Tensor, used: Tensor) -> RestorableCoefficients:
+        """The first coefficients [T, n] in the order of the basis. used: bool [n], on the CPU, of which any is not zero."""
         is_vector = self._is_vector[: coefficients.shape[1]]
         if bool(is_vector.all()):
             return RestorableCoefficients(self.packed(coefficients))
         of_vectors = self.packed(coefficients, is_vector.nonzero()[:, 0])
-        held = (~is_vector & used_columns(coefficients)).nonzero()[:, 0]
+        held = (~is_vector & used).nonzero()[:, 0]
         if not len(held):
             return RestorableCoefficients(of_vectors)
         features = self._coefficients[held] - self._rank

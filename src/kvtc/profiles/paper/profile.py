@@ -147,11 +147,14 @@ class PaperDecoder:
 
     def _decoded(self, index: int, plans: list[tuple[PaperPlan, list[CodedBody[PaperPlan]]]]) -> DecodedSide:
         widest = max((plan.allocations[index].n_coefficients for plan, _ in plans), default=0)
-        parts = [torch.zeros(0, widest, dtype=torch.float32, device=self._backend.device)]
+        parts = []
         for plan, bodies in plans:
             allocation = plan.allocations[index]
             cuts = [chunk_bytes(plan.allocations[0], body.n_tokens) for body in bodies]
             data = [body.data[cut:] if index else body.data[:cut] for body, cut in zip(bodies, cuts, strict=True)]
             found = self._backend.unpack_groups(data, [body.n_tokens for body in bodies], allocation)
-            parts.append(torch.nn.functional.pad(found, (0, widest - allocation.n_coefficients)))
-        return DecodedSide(PackedRows(torch.cat(parts), self._transform.product), self._transform.side(index, widest))
+            n_more = widest - allocation.n_coefficients
+            parts.append(torch.nn.functional.pad(found, (0, n_more)) if n_more else found)
+        none = torch.zeros(0, widest, dtype=torch.float32, device=self._backend.device)
+        coefficients = parts[0] if len(parts) == 1 else torch.cat([none, *parts])
+        return DecodedSide(PackedRows(coefficients, self._transform.product), self._transform.side(index, widest))
