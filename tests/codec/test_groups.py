@@ -306,7 +306,7 @@ def test_parts_of_two_models_are_not_joined():
 
 def test_the_page_of_models_names_what_is_held_here():
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-    listed = page.split("of these config classes:")[1].split("\n\n")[0]
+    listed = page.split("config classes:")[1].split("\n\n")[0]
     assert re.findall(r"`(\w+)`", listed) == sorted({type(tiny_config(name)).__name__ for name in ARCHITECTURES})
 
 

@@ -58,8 +58,9 @@ class Parts:
     def _save_chunk(self, index: int, ids: TokenIds, cache: SplitCache, nodes: list[bytes]) -> int:
         start, stop = index * self.chunk_tokens, (index + 1) * self.chunk_tokens
         chunk, told = cache.span(start, stop), self.told(ids, start, stop)
-        encode = lambda: self.windowless.encode_split(chunk, told)  # noqa: E731
-        return self.entries.put(chunk_key(nodes[index + 1]), encode, _bytes_of(chunk))
+        return self.entries.put(
+            chunk_key(nodes[index + 1]), lambda: self.windowless.encode_split(chunk, told), _bytes_of(chunk)
+        )
 
     def tail(self, ids: TokenIds, cache: SplitCache, start: int) -> tuple[Callable[[], bytes], int]:
         """What gives the stream of the tokens from a position on, and the bytes of their cache."""
