@@ -13,11 +13,15 @@ import pytest
 import torch
 
 import kvtc
-from kvtc.errors import InvalidArgument
+from kvtc.errors import InvalidArgument, UnsupportedModel
+from kvtc.evaluate.baselines import Fp8
+from kvtc.evaluate.methods import KvtcMethod
 from kvtc.evaluate.provenance import Provenance, save_result
 from kvtc.evaluate.quality import Quality, evaluate_continuation, summarize
 from kvtc.huggingface.continuation import predict, prefill
 from kvtc.report.table import format_bytes, format_fields, format_ratio, format_seconds, format_table
+
+from ..tiny_architectures import mixed_cache, mixed_calibration
 
 N_TOKENS, N_CONTINUATION = 400, 60
 
@@ -53,6 +57,20 @@ def test_costs_are_those_of_the_stream(model, token_ids, calibration, qualities)
     assert (found.name, found.n_tokens, found.body_tokens) == ("4", len(cached), len(cached) - 20)
     assert (found.body_bytes, found.total_bytes) == (info.body_bytes, info.total_bytes)
     assert (found.body_ratio, found.total_ratio) == (info.body_ratio, info.total_ratio)
+
+
+def test_the_body_ratio_of_a_cache_with_windows_is_that_of_the_layers_that_are_coded():
+    cache, method = mixed_cache(), KvtcMethod(kvtc.Codec(mixed_calibration(), "paper", ratio=4, window_tokens=4))
+    stream = method.encode(None, cache, torch.arange(50))
+    info, cost = kvtc.inspect(stream), method.measure(stream)
+    assert cost.body_ratio == info.body_ratio
+    assert cost.total_ratio == info.total_ratio
+    assert cost.original_bytes > cost.body_original_bytes == info.body_tokens * info.groups[0].original_bytes / 50
+
+
+def test_a_baseline_names_the_layer_that_is_no_full_attention():
+    with pytest.raises(UnsupportedModel, match=r"shape \(1, 2, 50, 8\) of layer 0 in layer 1, found \(1, 2, 7, 4\)"):
+        Fp8().encode(None, mixed_cache(), torch.arange(50))
 
 
 def test_exact_perplexity_is_that_of_one_pass_over_the_whole_text(model, token_ids, qualities):

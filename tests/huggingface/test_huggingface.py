@@ -19,7 +19,7 @@ from kvtc.huggingface.calibrate import calibrate
 from kvtc.huggingface.model_identity import calibrated_identity
 from kvtc.huggingface.models import capture, check_full_attention, geometry_of, verify_rope
 from kvtc.huggingface.rope_discovery import context_length, rope_from_config
-from kvtc.huggingface.sensitivity import Sensitivity
+from kvtc.huggingface.sensitivity import READ_SHARE, Sensitivity
 from tests.tiny_architectures import random_ids, read, tiny_config, tiny_model
 
 transformers = pytest.importorskip("transformers")
@@ -384,6 +384,17 @@ def test_calibrate_holds_sequences_out_of_a_whole_model_alone(llama: Any, monkey
     assert (captured, measured) == ([0, 2], [[1, 3]])
     quiet(llama, sequences, profiles=("joint",), joint_rank=8, kv_heads=(0, 2))
     assert (captured, measured) == ([0, 2, 0, 1, 2, 3], [[1, 3]])
+
+
+def test_logits_of_the_text_that_is_only_read_are_not_computed(llama: Any) -> None:
+    """Of a large vocabulary they would take more time and memory than the layers."""
+    computed: list[int] = []
+    hook = llama.lm_head.register_forward_hook(lambda _module, _inputs, output: computed.append(output.shape[1]))
+    try:
+        Sensitivity(llama, geometry_of(llama), sink_tokens=4).capture(torch.tensor(IDS))
+    finally:
+        hook.remove()
+    assert computed == [1, len(IDS) - int(READ_SHARE * len(IDS))]
 
 
 def test_calibrate_refuses_what_cannot_be_calibrated(llama: Any, seen: list[Seen]) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..display import shown_lines
-from ..installed_models import INSTALLED_MODELS, SMOLLM2
+from ..installed_models import SMOLLM2
 from .arguments import REFERENCE, Outcome, Subcommands, check_directory, check_output
 from .models import quiet_transformers
 
@@ -27,7 +27,7 @@ def add_subcommands(subcommands: Subcommands) -> None:
     )
     parser.add_argument(
         "--model",
-        choices=[*INSTALLED_MODELS, REFERENCE],
+        choices=[SMOLLM2, REFERENCE],
         help=f"default: {SMOLLM2} where it is installed and calibrated, otherwise the model that ships with kvtc",
     )
     parser.add_argument("--force", action="store_true", help="replace the picture if it exists")

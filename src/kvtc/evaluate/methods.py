@@ -31,6 +31,7 @@ class Cost:
         n_tokens: tokens of the cache.
         original_bytes: bytes of all tokens at 16 bits a value.
         body_tokens: tokens that are not kept exactly on purpose (as sinks and window are).
+        body_original_bytes: of these tokens, in the layers that the method codes, 16 bits a value.
         body_bytes: all bytes of the stream but the values of exact tokens; 0 without a body.
         total_bytes: the length of the stream.
     """
@@ -38,13 +39,9 @@ class Cost:
     n_tokens: int
     body_tokens: int
     original_bytes: int
+    body_original_bytes: float
     body_bytes: int
     total_bytes: int
-
-    @property
-    def body_original_bytes(self) -> float:
-        """Of the body's tokens, 16 bits a value."""
-        return self.original_bytes / self.n_tokens * self.body_tokens
 
     @property
     def body_ratio(self) -> float | None:
@@ -100,7 +97,11 @@ class KvtcMethod:
 
     def measure(self, stream: bytes, /) -> Cost:
         info = inspect(stream)
-        return Cost(info.n_tokens, info.body_tokens, info.original_bytes, info.body_bytes, info.total_bytes)
+        of_coded = sum(group.original_bytes for group in info.groups if group.is_coded)
+        body_original = of_coded / max(1, info.n_tokens) * info.body_tokens
+        return Cost(
+            info.n_tokens, info.body_tokens, info.original_bytes, body_original, info.body_bytes, info.total_bytes
+        )
 
 
 def as_method(method: Method | Codec) -> Method:

@@ -136,6 +136,7 @@ def summarize(qualities: Sequence[Quality]) -> Quality:
         return math.fsum(value(quality) * quality.n_continuation for quality in qualities) / n
 
     body_tokens, original = total("body_tokens"), total("original_bytes")
+    body_original = math.fsum((quality.body_ratio or 0) * quality.body_bytes for quality in qualities)
     return Quality(
         name=names.pop(),
         n_documents=total("n_documents"),
@@ -144,7 +145,7 @@ def summarize(qualities: Sequence[Quality]) -> Quality:
         original_bytes=original,
         body_bytes=total("body_bytes"),
         total_bytes=total("total_bytes"),
-        body_ratio=original / total("n_tokens") * body_tokens / total("body_bytes") if body_tokens else None,
+        body_ratio=body_original / total("body_bytes") if body_tokens else None,
         total_ratio=original / total("total_bytes"),
         n_continuation=n,
         kl=mean(lambda quality: quality.kl),

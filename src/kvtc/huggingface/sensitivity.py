@@ -21,6 +21,7 @@ from ..calibration.gradients import GradientSample
 from ..coding.transform import rows_of
 from ..errors import InvalidArgument, UnsupportedModel
 from ..process.torch_state import evaluation_mode, gradients, model_torch_state, neutral_torch_state
+from .continuation import prefill
 from .models import capture, captured
 
 READ_SHARE = 0.75
@@ -112,7 +113,7 @@ class Sensitivity:
         ids = token_ids.to(model.get_input_embeddings().weight.device)
         frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with model_torch_state(), evaluation_mode(model):
-            cached = model(ids[None, :n_read], use_cache=True).past_key_values
+            cached = prefill(model, ids[:n_read])
             leaves = []
             for layer in (cached.layers[index] for index in self._geometry.layers):
                 layer.keys, layer.values = (

@@ -64,10 +64,13 @@ class EvictedKvtc:
         n_tokens = int.from_bytes(stream[:_N_TOKENS_BYTES], "little")
         info = inspect(stream[_N_TOKENS_BYTES:])
         is_coded = info.body_tokens > 0
+        token_bytes = info.original_bytes // info.n_tokens
+        body_tokens = n_tokens - (info.n_tokens - info.body_tokens) * is_coded
         return Cost(
             n_tokens=n_tokens,
-            body_tokens=n_tokens - (info.n_tokens - info.body_tokens) * is_coded,
-            original_bytes=n_tokens * (info.original_bytes // info.n_tokens),
+            body_tokens=body_tokens,
+            original_bytes=n_tokens * token_bytes,
+            body_original_bytes=body_tokens * token_bytes,
             body_bytes=len(stream) - (info.total_bytes - info.body_bytes) * is_coded,
             total_bytes=len(stream),
         )

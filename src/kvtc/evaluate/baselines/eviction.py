@@ -75,8 +75,8 @@ class Eviction(ABC):
     def measure(self, stream: bytes, /) -> Cost:
         """All tokens are the body: what is kept stands for all of them."""
         header = Header.read(stream)
-        n_bytes = len(stream)
-        return Cost(header.n_tokens, header.n_tokens, header.n_tokens * header.token_bytes, n_bytes, n_bytes)
+        n_bytes, original = len(stream), header.n_tokens * header.token_bytes
+        return Cost(header.n_tokens, header.n_tokens, original, original, n_bytes, n_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...codec import transformers_cache as interop
-from ...errors import InvalidArgument
+from ...errors import InvalidArgument, UnsupportedModel
 from ...process.torch_state import neutral_torch_state
 from ..methods import Cost
 
@@ -113,7 +113,20 @@ def to_stored(values: Tensor, header: Header) -> Tensor:
 
 
 def cache_sides(cache: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values [L, H, T, D] of a transformers cache of one sequence, on the CPU."""
+    """Keys and values [L, H, T, D] of a transformers cache of one sequence, on the CPU.
+
+    Raises `UnsupportedModel` unless all layers keep keys and values of the same tokens.
+    """
+    shapes = [
+        tuple(keys.shape) if isinstance(keys := getattr(layer, "keys", None), Tensor) else None
+        for layer in cache.layers
+    ]
+    for index, shape in enumerate(shapes):
+        if shape is None or shape != shapes[0]:
+            raise UnsupportedModel(
+                "the baselines take caches whose layers all keep keys and values of the same tokens; "
+                f"expected the shape {shapes[0]} of layer 0 in layer {index}, found {shape}"
+            )
     return (
         torch.stack([layer.keys[0].cpu() for layer in cache.layers]),
         torch.stack([layer.values[0].cpu() for layer in cache.layers]),
@@ -166,6 +179,7 @@ class BodyMethod(ABC):
             n_tokens=header.n_tokens,
             body_tokens=n_body,
             original_bytes=header.n_tokens * header.token_bytes,
+            body_original_bytes=n_body * header.token_bytes,
             body_bytes=len(stream) - header.n_exact * header.token_bytes if n_body else 0,
             total_bytes=len(stream),
         )
