@@ -100,6 +100,7 @@ class Target:
     """A valid stream, its parts for mutations that know them, and the codec that decodes it.
 
     final: the sections that no lossless coder may be applied to. token_ids: those without which it does not decode.
+    is_point: whether it is a resume point alone, which no codec decodes.
     """
 
     codec: Codec
@@ -108,9 +109,12 @@ class Target:
     final: frozenset[int]
     n_tokens: int
     token_ids: Sequence[int] | None
+    is_point: bool = False
 
     def decode(self, data: bytes, **arguments: Any) -> Any:
-        """`Codec.decode`, with token ids where they are needed."""
+        """`Codec.decode`, with token ids where they are needed, or `decode_point`."""
+        if self.is_point:
+            return decode_point(data)
         return self.codec.decode(data, **({"token_ids": self.token_ids} | arguments))
 
 
@@ -159,6 +163,7 @@ def make_targets() -> list[Target]:
     ):
         codec = tiny_codec(**(small | options))
         made.append((codec, codec.encode(cache, ids), None))
+    of_points: list[bytes] = []
     for name in GROUPED:
         # States alone do not say how many tokens they have read.
         ids, points = random_ids(1, 21), kvtc.ResumePoints(8)
@@ -167,7 +172,8 @@ def make_targets() -> list[Target]:
         made.append((codec, codec.encode(model_cache, ids), None))
         made.append((codec, codec.encode(model_cache, ids, points=points), None))
         if points.taken[16]:
-            made.append((codec, encode_point(points.taken[16], 16, codec.settings), None))
+            of_points.append(encode_point(points.taken[16], 16, codec.settings))
+            made.append((codec, of_points[-1], None))
     calibrated = Codec(mixed_calibration(), ratio=3, sink_tokens=1, window_tokens=1, chunk_tokens=16)
     made.append((calibrated, calibrated.encode(mixed_cache(30)), None))
     targets = []
@@ -180,7 +186,7 @@ def make_targets() -> list[Target]:
         finished = {SectionType.BODY, SectionType.PADDING} if is_final else set()
         finished |= {SectionType.WINDOW} if any(chunk.coded_window for chunk in parsed.chunks) else set()
         final = frozenset(i for i, s in enumerate(parsed.sections) if s.type in finished and not s.group)
-        targets.append(Target(codec, stream, raw, final, parsed.n_tokens, needed))
+        targets.append(Target(codec, stream, raw, final, parsed.n_tokens, needed, stream in of_points))
     return targets
 
 

@@ -19,7 +19,8 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", sorted(PROGRAMS))
 def test_a_program_says_how_it_is_called(name, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [name, "--help"])
-    monkeypatch.delitem(sys.modules, f"{name}.__main__", raising=False)
+    for imported in (name, f"{name}.__main__"):
+        monkeypatch.delitem(sys.modules, imported, raising=False)
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     assert f"python -m {name}" in capsys.readouterr().out

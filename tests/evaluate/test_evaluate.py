@@ -119,7 +119,12 @@ def test_impossible_splits_are_refused(model, token_ids, n_tokens, n_continuatio
 def test_summary_sums_costs_and_averages_predictions(qualities):
     first = qualities[0]
     second = replace(
-        first, total_bytes=3 * first.total_bytes, body_bytes=2 * first.body_bytes, n_continuation=30, kl=1.0
+        first,
+        total_bytes=3 * first.total_bytes,
+        body_bytes=2 * first.body_bytes,
+        body_ratio=first.body_ratio / 2,
+        n_continuation=30,
+        kl=1.0,
     )
     both = summarize([first, second])
     assert both.n_documents == 2

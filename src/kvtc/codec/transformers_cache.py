@@ -243,6 +243,7 @@ def grouped_cache(
     return cache_of_parts(parts, max(lengths))
 
 
+@neutral_torch_state
 def from_split(split: SplitCache, device: torch.device) -> Any:
     """A transformers cache of one sequence; raises as `cache_of_parts`."""
     parts = [
