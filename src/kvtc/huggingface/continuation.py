@@ -12,13 +12,25 @@ from torch import Tensor
 from ..errors import UnsupportedModel
 from ..process.torch_state import model_torch_state, neutral_torch_state
 
+CACHES = ("past_key_values", "cache_params")
+"""What models call their cache, in arguments and outputs."""
 
-def prefill(model: Any, token_ids: Tensor) -> Any:
-    """Run the model over token_ids [T] and return its cache (a transformers `DynamicCache` of batch 1)."""
+
+def prefill(model: Any, token_ids: Tensor, cache: Any = None) -> Any:
+    """Run the model over token_ids [T], on top of a cache if there is one, which it may change, and return its cache of batch 1.
+
+    Raises `UnsupportedModel` for a model that gives none.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    name = next((name for name in CACHES if name in parameters), CACHES[0])
+    arguments = {} if cache is None else {name: cache}
     # Logits of every token would take [T, vocabulary] floats, and only the cache is wanted.
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    arguments |= {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     with model_torch_state():
-        return model(token_ids[None], use_cache=True, **keep).past_key_values
+        found = getattr(model(token_ids[None], use_cache=True, **arguments), name, None)
+    if found is None:
+        raise UnsupportedModel(f"{type(model).__name__} gives no cache; expected one as {' or '.join(CACHES)}")
+    return found
 
 
 def predict(model: Any, cache: Any, token_ids: Tensor, first_position: int | None = None) -> Tensor:

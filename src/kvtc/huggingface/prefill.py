@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from ..codec.resume_points import ResumePoints
-from ..errors import InvalidArgument, UnsupportedModel
+from ..errors import InvalidArgument
 from ..process.progress import task
-from ..process.torch_state import evaluation_mode, model_torch_state
+from ..process.torch_state import evaluation_mode
+from . import continuation
 from .models import as_ids
-
-CACHES = ("past_key_values", "cache_params")
-"""What models call their cache, in arguments and outputs."""
 
 
 def prefill(model: Any, token_ids: Any, points: ResumePoints, cache: Any = None, n_tokens: int = 0) -> Any:
@@ -36,16 +33,11 @@ def prefill(model: Any, token_ids: Any, points: ResumePoints, cache: Any = None,
     ids = as_ids(token_ids)
     if not 0 <= n_tokens <= len(ids) or not len(ids):
         raise InvalidArgument(f"a cache of {n_tokens} tokens does not begin a text of {len(ids)}")
-    parameters = inspect.signature(model.forward).parameters
-    name = next((name for name in CACHES if name in parameters), None)
-    if name is None:
-        raise UnsupportedModel(f"{type(model).__name__} takes no cache; expected one of {', '.join(CACHES)}")
-    arguments = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     cache, ids = cache if n_tokens else None, ids.to(model.get_input_embeddings().weight.device)
-    with model_torch_state(), evaluation_mode(model), task("prefill", len(ids) - n_tokens, "tokens") as advance:
+    with evaluation_mode(model), task("prefill", len(ids) - n_tokens, "tokens") as advance:
         while n_tokens < len(ids):
             piece = ids[n_tokens : n_tokens + points.tokens_to_next(n_tokens)]
-            cache = model(piece[None], use_cache=True, **{name: cache}, **arguments)[name]
+            cache = continuation.prefill(model, piece, cache)
             n_tokens += len(piece)
             points.take(cache, n_tokens)
             advance(len(piece))

@@ -20,8 +20,8 @@ from ..codec.transformers_cache import TransformersCache
 from ..container.groups import SIDE_BUFFER, WINDOW, Group
 from ..errors import KvtcError, UnsupportedModel
 from ..process.torch_state import model_torch_state, torch_functions
+from .continuation import CACHES
 from .models import geometry_of
-from .prefill import CACHES
 from .rope_discovery import require_transformers, skeleton_of, text_config
 
 _TOKENS = 6

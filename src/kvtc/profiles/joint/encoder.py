@@ -26,9 +26,9 @@ from .step_search import SEARCH_TOKENS, CostEstimate, FinestStep, NearestStep, S
 # A lane of the coder costs 16 to 32 bits beyond its symbols.
 _LANE_BYTES = 3
 _NEAR = 0.01
+"""How far a body may be from the size that its ratio gives, as a share of it, before another step is tried."""
 _FINER = 1.5
 """How much finer than expected a step may turn out, where a finer one would need more coefficients than are projected."""
-"""How far a body may be from the size that its ratio gives, as a share of it, before another step is tried."""
 
 
 @dataclass(frozen=True, eq=False)
