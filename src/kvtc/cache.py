@@ -63,9 +63,13 @@ class CacheExtent:
 
 @dataclass(frozen=True)
 class CacheGeometry(CacheExtent):
-    """Which part of which cache a calibration covers: layers and key-value heads (a rank holds a range of each), and rotation."""
+    """Which part of which cache a calibration covers: layers and key-value heads (a rank holds a range of each), and rotation.
+
+    is_window: whether its layers have sliding windows; else they have full attention.
+    """
 
     rope: Rope
+    is_window: bool = False
 
     def __post_init__(self) -> None:
         if min(self.sizes) < 1 or min(*self.layers, self.first_kv_head) < 0:
@@ -84,6 +88,10 @@ class CacheGeometry(CacheExtent):
     def behind(self, n_layers: int) -> CacheGeometry:
         """The same without its first n_layers layers."""
         return replace(self, layers=self.layers[n_layers:], rope=self.rope.of_layers(range(n_layers, self.n_layers)))
+
+    def describe(self) -> str:
+        """Layers and ranges in words, for messages."""
+        return super().describe() + (" (sliding window)" if self.is_window else "")
 
     def check(self, cache: KVCache) -> None:
         """Raise `GeometryMismatch` unless the cache covers exactly this range."""

@@ -7,7 +7,7 @@ The root is block diagonal, so it folds into the basis and costs nothing when a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,16 +18,23 @@ from ..product import inverses, product
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """roots [2 L H, D, D] float32, symmetric and positive: blocks of the joint row in its order, keys first, and their inverses."""
+    """roots [2 L H, D, D] float32, symmetric and positive: blocks of the joint row in its order, keys first, and their inverses.
+
+    unit: what the roots of the sensitivity were divided by; 1 where that is not known.
+    """
 
     roots: Tensor
     inverses: Tensor
+    unit: float = 1.0
 
     @classmethod
-    def from_sensitivity(cls, keys: Tensor, values: Tensor, power: float, ridge: float) -> Metric:
+    def from_sensitivity(
+        cls, keys: Tensor, values: Tensor, power: float, ridge: float, unit: float | None = None
+    ) -> Metric:
         """Sensitivities of keys and of values [L, H, D, D] -> the roots of their `power`.
 
         ridge: share of the mean diagonal of all that is added to every direction, so that none counts for nothing.
+        unit: of another group's metric, in which the same step does the same harm; None: one of its own.
         Raises `InvalidArgument` where some direction still does, or a sensitivity is not finite.
         """
         blocks = torch.cat([keys.flatten(0, 1), values.flatten(0, 1)]).double()
@@ -40,9 +47,10 @@ class Metric:
             raise InvalidArgument("some direction has no sensitivity at all; give a ridge above 0, or other texts")
         # One overall scale is free: with unit determinant on average steps are comparable between models.
         root = (directions * scales[:, None]) @ directions.mT
-        scale = torch.linalg.slogdet(root).logabsdet.mean().div(root.shape[-1]).exp()
+        if unit is None:
+            unit = float(torch.linalg.slogdet(root).logabsdet.mean().div(root.shape[-1]).exp())
         # The inverses of what a file keeps: a calibration codes alike before and after it is saved.
-        return cls.from_roots((root / scale).float())
+        return replace(cls.from_roots((root / unit).float()), unit=unit)
 
     @classmethod
     def from_roots(cls, roots: Tensor) -> Metric:
