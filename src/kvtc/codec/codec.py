@@ -69,8 +69,8 @@ class Codec:
         key_ratio: `paper` only: the ratio of keys alone.
         value_ratio: `paper` only: the ratio of values alone.
         step: instead of a ratio, the quantizer's step itself, so that equal chunks of different caches have equal bytes.
-        kl: instead of a ratio, the divergence in nats that the model's predictions are expected to have, by the quality curve of
-            the calibration.
+        kl: instead of a ratio, the divergence in nats that the model's predictions have at most, on average over texts like those
+            of the calibration, by its quality curve; lossless below the curve.
         max_error: `paper` only, instead of a ratio: the largest relative error of keys, and of values, 0 to 1.
         rate: instead of all of these, a rate as a type of `kvtc.profiles.rates`; ablations are asked for by it.
         lossless: instead of a rate, keep every token exactly, bit for bit; sinks, window and profile then say nothing.
@@ -133,6 +133,7 @@ class Codec:
         self.calibration = calibration
         self.max_tokens = max_tokens
         self.rate = arguments.resolve(profile, calibration)
+        profile = LOSSLESS if self.is_lossless else profile
         # Sections cost a little: where all tokens are exact, none is kept apart.
         self.sink_tokens, self.window_tokens = (0, 0) if self.is_lossless else (sink_tokens, window_tokens)
         self.settings = stream_settings(profile, chunk_tokens, coder, sink_format, window_format, self.rate)
