@@ -78,6 +78,8 @@ class Codec:
             coder of their own, which "none" leaves out, too.
         sink_format: "exact" (default) or "fp8".
         window_format: "exact" (default), or "coded": as the body, with a quarter of its step (`joint`, `conditional`).
+        states: how recurrent states are kept: "lossless" (default), or rounded to "int8" or "int6", a scale for every 128 numbers
+            after a Hadamard transform, also where tokens are lossless. States of convolutions are lossless in any case.
         fixed_size: whether every stream of tokens at the same positions has the same length, `stream_bytes` of it: the step is as
             fine as fits, and the rest is padded (`joint`, `conditional`, with a ratio). Default False.
         chunk_tokens: tokens of a chunk, the unit of random access; default 256.
@@ -117,6 +119,7 @@ class Codec:
         coder: str = "deflate",
         sink_format: str = "exact",
         window_format: str = "exact",
+        states: str = "lossless",
         fixed_size: bool = False,
         chunk_tokens: int = 256,
         max_tokens: int = MAX_TOKENS,
@@ -136,7 +139,7 @@ class Codec:
         profile = LOSSLESS if self.is_lossless else profile
         # Sections cost a little: where all tokens are exact, none is kept apart.
         self.sink_tokens, self.window_tokens = (0, 0) if self.is_lossless else (sink_tokens, window_tokens)
-        self.settings = stream_settings(profile, chunk_tokens, coder, sink_format, window_format, self.rate)
+        self.settings = stream_settings(profile, chunk_tokens, coder, sink_format, window_format, states, self.rate)
         self.device = usable_device(device)
         self.backend = make_backend(self.device, backend)
         self._product = product_dtype(precision, self.device)
@@ -276,6 +279,7 @@ class Codec:
             fp8_sinks=settings.fp8_sinks,
             fixed_size=settings.fixed_size,
             coded_window=settings.coded_window,
+            states=settings.states,
             rate=self.rate.key_parts,
             sink_tokens=self.sink_tokens,
             window_tokens=self.window_tokens,

@@ -12,14 +12,17 @@ from torch import Tensor
 from ..cache import TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.lossless import require_coder
+from ..coding.states.rounding import ROUNDED_BITS
 from ..container.tables import LOSSLESS, MAX_CHUNK_TOKENS, PROFILES
 from ..errors import InvalidArgument
 from ..process.torch_state import neutral_torch_state, plain
 from ..profiles.rates import DEFAULT_RATIO, FixedSize, Lossless, MaxError, Rate, Ratio, SideRatios, Step, Truncation
+from .exact_groups import LOSSLESS_STATES
 from .sealed_stream import StreamSettings
 
 SINK_FORMATS = ("exact", "fp8")
 WINDOW_FORMATS = ("exact", "coded")
+STATE_FORMATS = (LOSSLESS_STATES, *ROUNDED_BITS)
 _LARGEST_ID = 2**63 - 1
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -45,7 +48,7 @@ def check_limit(max_tokens: int) -> None:
 
 
 def stream_settings(
-    profile: str, chunk_tokens: int, coder: str, sink_format: str, window_format: str, rate: Rate
+    profile: str, chunk_tokens: int, coder: str, sink_format: str, window_format: str, states: str, rate: Rate
 ) -> StreamSettings:
     """What holds for every stream of a codec."""
     is_lossless = isinstance(rate, Lossless)
@@ -59,9 +62,13 @@ def stream_settings(
         raise InvalidArgument(f"window_format must be exact or coded; got {window_format!r}")
     if is_lossless and (sink_format, window_format) != ("exact", "exact"):
         raise InvalidArgument("lossless keeps every token exactly: sink_format and window_format must be exact")
+    if states not in STATE_FORMATS:
+        raise InvalidArgument(f"states must be one of {', '.join(STATE_FORMATS)}; got {states!r}")
     require_coder(coder)
     is_fixed = isinstance(rate, FixedSize)
-    return StreamSettings(profile, chunk_tokens, coder, sink_format == "fp8", is_fixed, window_format == "coded")
+    return StreamSettings(
+        profile, chunk_tokens, coder, sink_format == "fp8", is_fixed, window_format == "coded", states
+    )
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,9 @@ class ResumePoints:
 
 
 def encode_point(exact: Sequence[ExactGroup], n_tokens: int, settings: StreamSettings) -> bytes:
-    """Windows and states as they were after n_tokens tokens -> a stream of these groups alone, bit for bit.
+    """Windows and states as they were after n_tokens tokens -> a stream of these groups alone, windows bit for bit.
 
-    settings: of the codec; chunk_tokens and coder count.
+    settings: of the codec; chunk_tokens, coder and states count.
     """
     held = max((one.group.rows_held(n_tokens) for one in exact if one.group.kind == WINDOW), default=0)
     start = (n_tokens - max(held, 1)) // settings.chunk_tokens * settings.chunk_tokens

@@ -23,7 +23,7 @@ from ..container.groups import FULL_ATTENTION, Group, Part
 from ..container.stream import CodedSection, Payload, code_payloads, token_digest, write_stream
 from ..container.tables import DIGEST_BYTES, SECTION_BYTES, STREAM_WIDE, Chunk, Header, SectionType, table_bytes
 from ..profiles.interface import CodedRows
-from .exact_groups import group_payloads
+from .exact_groups import LOSSLESS_STATES, group_payloads
 from .transformers_cache import SplitCache
 
 NOT_BODY = (SectionType.SINK, SectionType.WINDOW)
@@ -39,6 +39,7 @@ class StreamSettings:
     fp8_sinks: bool
     fixed_size: bool = False
     coded_window: bool = False
+    states: str = LOSSLESS_STATES
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def draft_stream(
     of_groups = [
         payload
         for index, snapshots in zip(header.exact, split.snapshots(end), strict=True)
-        for payload in group_payloads(index, snapshots, chunks)
+        for payload in group_payloads(index, snapshots, chunks, settings.states)
     ]
     kept = code_payloads(of_groups, settings.coder, block_coder)
     exact = {(payload.chunk, payload.group): section for payload, section in zip(of_groups, kept, strict=True)}

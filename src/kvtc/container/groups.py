@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from ..coding.exact.floats import FloatLayout
+from ..coding.states.rounding import ROUNDED_DTYPES
 from ..errors import CorruptStream, InvalidArgument, UnsupportedVersion
 from ..layer_runs import layer_runs
 
@@ -129,6 +130,11 @@ class Group:
         return self.kind in (FULL_ATTENTION, LATENT, NO_CACHE) or (
             self.kind == SIDE_BUFFER and not self.part.is_snapshot
         )
+
+    @property
+    def can_be_rounded(self) -> bool:
+        """Whether a coder of states may round it."""
+        return self.kind == STATE and self.dtype in ROUNDED_DTYPES
 
     @property
     def n_layers(self) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..coding.lossless import CODER_NAMES
+from ..coding.lossless import CODER_NAMES, LAST_LOSSLESS
 from ..errors import CorruptStream, TruncatedStream, UnsupportedVersion
 from ..layer_runs import layer_runs
 from .groups import GROUP_BYTES, MAX_LENGTH, RUN_BYTES, WINDOW, Group, count_runs, parse_groups
@@ -508,7 +508,7 @@ def parse_sections(view: memoryview, counts: Counts, header: Header, chunks: Chu
     types = np.concatenate([[SectionType.RATE], kinds + SectionType.POSITIONS])
     owners = np.concatenate([[STREAM_WIDE], owners])
     wrong = (others["type"] != types) | (others["chunk"] != owners) | (others["group"] != 0)
-    wrong |= others["coder"] > max(CODER_NAMES)
+    wrong |= others["coder"] > LAST_LOSSLESS
     for number in _first(wrong):
         found = others[number]
         raise CorruptStream(
@@ -562,10 +562,13 @@ def _check_exact(
         wrong = (kind[mine] != wanted) | (rest != 0) | (rows < 1) | (rows > most)
         if its.kind != WINDOW:
             wrong |= rows != most
+        if not its.can_be_rounded:
+            wrong |= entries["coder"][mine] > LAST_LOSSLESS
         for at in _first(wrong):
             raise CorruptStream(
-                f"section {mine[at]} of group {index} ({its.describe()}) is of type {kind[mine[at]]} and has "
-                f"{entries['raw'][mine[at]]} bytes; {most[at]} rows of {its.row_bytes} bytes belong to chunk {chunk[mine[at]]}"
+                f"section {mine[at]} of group {index} ({its.describe()}) is of type {kind[mine[at]]} (coder "
+                f"{entries['coder'][mine[at]]}) and has {entries['raw'][mine[at]]} bytes; {most[at]} rows of {its.row_bytes} bytes "
+                f"belong to chunk {chunk[mine[at]]}"
             )
         if its.is_complete:
             n_needed = int((its.rows_between(position, position + tokens) > 0).sum())
