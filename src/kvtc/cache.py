@@ -1,6 +1,7 @@
 """The neutral cache: plain tensors, no model library.
 
-Axis letters, used everywhere: L layers, H key-value heads, T tokens, D features of a head; p = L * H * D features of a row.
+Axis letters, used everywhere: L layers, H key-value heads, T tokens, D features of a head. A head's keys may have more or fewer
+features than its values. P: features of a joint row, all keys and values of one token.
 """
 
 from __future__ import annotations
@@ -25,6 +26,24 @@ TokenIds = npt.NDArray[np.int64]
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+def is_latent(n_kv_heads: int, key_dim: int, value_dim: int) -> bool:
+    """Whether a layer of these heads and features is taken to hold latents (MLA): one head with tensors of two widths."""
+    return n_kv_heads == 1 and key_dim != value_dim
+
+
+def describe_widths(key_dim: int, value_dim: int) -> str:
+    """Features of a head in words, for messages."""
+    return f"head_dim {key_dim}" if key_dim == value_dim else f"keys of {key_dim} and values of {value_dim} features"
+
+
+def sides_of_layer(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensors [..., H, T, D] that a model of transformers caches of a layer, as keys and values, or the other way round.
+
+    Of latents it caches the latent vector first and the rotary part, the key here, second.
+    """
+    return (second, first) if is_latent(first.shape[-3], first.shape[-1], second.shape[-1]) else (first, second)
+
+
 @dataclass(frozen=True)
 class CacheExtent:
     """Which part of a model's cache something holds: some layers, in ascending order, and a range of key-value heads."""
@@ -32,33 +51,61 @@ class CacheExtent:
     layers: tuple[int, ...]
     first_kv_head: int
     n_kv_heads: int
-    head_dim: int
+    key_dim: int
+    value_dim: int
 
     @property
     def extent(self) -> CacheExtent:
         """Layers and heads alone."""
-        return CacheExtent(self.layers, self.first_kv_head, self.n_kv_heads, self.head_dim)
+        return CacheExtent(self.layers, self.first_kv_head, self.n_kv_heads, self.key_dim, self.value_dim)
 
     @property
     def n_layers(self) -> int:
         return len(self.layers)
 
     @property
+    def dims(self) -> tuple[int, int]:
+        """Features of a head's key, and of its value."""
+        return self.key_dim, self.value_dim
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a key, and as many of a value; raises `GeometryMismatch` where these are two numbers."""
+        if self.key_dim != self.value_dim:
+            raise GeometryMismatch(f"{self.describe()}: expected keys and values of one width here")
+        return self.key_dim
+
+    @property
     def sizes(self) -> tuple[int, int, int]:
-        """Number of layers, number of key-value heads, features of a head."""
+        """Number of layers, number of key-value heads, features of a head; raises as `head_dim`."""
         return self.n_layers, self.n_kv_heads, self.head_dim
 
     @property
-    def row_features(self) -> int:
-        """p: features of one token's keys (or values) over all layers and heads."""
-        return self.n_layers * self.n_kv_heads * self.head_dim
+    def side_features(self) -> tuple[int, int]:
+        """Features of one token's keys over all layers and heads, and of its values."""
+        n_heads = self.n_layers * self.n_kv_heads
+        return n_heads * self.key_dim, n_heads * self.value_dim
+
+    @property
+    def layer_features(self) -> tuple[int, int]:
+        """The same of one layer."""
+        return self.n_kv_heads * self.key_dim, self.n_kv_heads * self.value_dim
+
+    @property
+    def joint_features(self) -> int:
+        """P: features of a joint row, one token's keys and values over all layers and heads."""
+        return sum(self.side_features)
+
+    def side_shapes(self, n_tokens: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+        """Shapes [L, H, T, D] of keys and of values."""
+        heads = self.n_layers, self.n_kv_heads, n_tokens
+        return (*heads, self.key_dim), (*heads, self.value_dim)
 
     def describe(self) -> str:
         """Layers and ranges in words, for messages."""
-        return (
-            f"layers {describe_layers(self.layers)}, "
-            f"kv heads {self.first_kv_head}..{self.first_kv_head + self.n_kv_heads - 1}, head_dim {self.head_dim}"
-        )
+        widths = describe_widths(self.key_dim, self.value_dim)
+        heads = f"kv heads {self.first_kv_head}..{self.first_kv_head + self.n_kv_heads - 1}"
+        return f"layers {describe_layers(self.layers)}, {heads}, {widths}"
 
 
 @dataclass(frozen=True)
@@ -68,18 +115,19 @@ class CacheGeometry(CacheExtent):
     rope: Rope
 
     def __post_init__(self) -> None:
-        if min(self.sizes) < 1 or min(*self.layers, self.first_kv_head) < 0:
+        sizes = self.n_layers, self.n_kv_heads, self.key_dim, self.value_dim
+        if min(sizes) < 1 or min(*self.layers, self.first_kv_head) < 0:
             raise InvalidArgument(f"a cache geometry needs at least one layer, head and feature; got {self.describe()}")
         if any(after <= before for before, after in pairwise(self.layers)):
             raise InvalidArgument(f"layers must ascend; got {self.layers}")
-        largest = max(*self.sizes, self.layers[-1], self.first_kv_head)
+        largest = max(*sizes, self.layers[-1], self.first_kv_head)
         if largest > MAX_EXTENT:
             raise InvalidArgument(f"{self.describe()}: {largest} is more than the {MAX_EXTENT} that streams can say")
         if len(self.rope.layer_tables) != self.n_layers:
             raise InvalidArgument(f"{self.n_layers} layers, but rotations for {len(self.rope.layer_tables)}")
         for table in self.rope.tables:
-            if table.rotated_dim > self.head_dim:
-                raise InvalidArgument(f"{table.rotated_dim} rotated features in heads of {self.head_dim}")
+            if table.rotated_dim > self.key_dim:
+                raise InvalidArgument(f"{table.rotated_dim} rotated features in heads of {self.key_dim}")
 
     def behind(self, n_layers: int) -> CacheGeometry:
         """The same without its first n_layers layers."""
@@ -95,7 +143,8 @@ class CacheGeometry(CacheExtent):
 class KVCache:
     """Keys and values of one sequence.
 
-    keys, values: [L, H, T, D], one dtype (bf16, fp16, fp32 or an fp8), keys rotated as the model caches them.
+    keys, values: [L, H, T, D], one dtype (bf16, fp16, fp32 or an fp8), keys rotated as the model caches them. Of latents (MLA)
+    the rotary part stands as keys, with one head, and the latent vector as values.
     positions: [T] int64, strictly increasing; None means 0 .. T-1.
     layers: which layers of the model these are, ascending; None means 0 .. L-1.
     first_kv_head: where its heads stand in the model, for tensor-parallel ranks.
@@ -122,8 +171,12 @@ class KVCache:
         return self.keys.shape[2]
 
     @property
-    def head_dim(self) -> int:
+    def key_dim(self) -> int:
         return self.keys.shape[3]
+
+    @property
+    def value_dim(self) -> int:
+        return self.values.shape[3]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +190,7 @@ class KVCache:
     @property
     def extent(self) -> CacheExtent:
         """Which part of a model's cache this is."""
-        return CacheExtent(self.resolved_layers(), self.first_kv_head, self.n_kv_heads, self.head_dim)
+        return CacheExtent(self.resolved_layers(), self.first_kv_head, self.n_kv_heads, self.key_dim, self.value_dim)
 
     def describe(self) -> str:
         """Layers and ranges in words, for messages."""
@@ -175,12 +228,12 @@ class KVCache:
 
     @neutral_torch_state
     def check_axes(self) -> None:
-        """Raise `InvalidCache` unless keys and values are plain tensors [L, H, T, D] of one shape."""
+        """Raise `InvalidCache` unless keys and values are plain tensors [L, H, T, D], of one shape but for their features."""
         for name, tensor in (("keys", self.keys), ("values", self.values)):
             plain(tensor, name, InvalidCache)
-        if self.keys.dim() != 4 or self.keys.shape != self.values.shape:
+        if self.keys.dim() != 4 or self.values.dim() != 4 or self.keys.shape[:3] != self.values.shape[:3]:
             raise InvalidCache(
-                "keys and values must both be [layers, kv_heads, tokens, head_dim]; "
+                "keys and values must both be [layers, kv_heads, tokens, features of a head]; "
                 f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
             )
 
@@ -192,8 +245,9 @@ class KVCache:
         """
         self.check_axes()
         # An axis of no length makes the others free: a file of no values could claim any number of tokens.
-        if 0 in (self.n_layers, self.n_kv_heads, self.head_dim):
-            raise InvalidCache(f"keys and values {tuple(self.keys.shape)} hold no layer, head or feature")
+        if 0 in (self.n_layers, self.n_kv_heads, self.key_dim, self.value_dim):
+            shapes = f"keys {tuple(self.keys.shape)} and values {tuple(self.values.shape)}"
+            raise InvalidCache(f"{shapes} hold no layer, head or feature")
         if len(self.resolved_layers()) != self.n_layers:
             raise InvalidCache(
                 f"{self.n_layers} layers of keys and values, named as {len(self.resolved_layers())} layers"

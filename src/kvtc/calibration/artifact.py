@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from .. import strict_json
-from ..cache import MAX_EXTENT, CacheGeometry
+from ..cache import MAX_EXTENT, CacheGeometry, is_latent
 from ..coding.joint.importance import Importance
 from ..coding.paper.distortion import BLOCK_SIZES, SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
-from ..container.groups import FULL_ATTENTION
+from ..container.groups import FULL_ATTENTION, LATENT
 from ..errors import CorruptCalibration, InvalidArgument, KvtcError, UnsupportedVersion
 from ..files import write_atomically
 from ..process.torch_state import neutral_torch_state
@@ -259,10 +259,10 @@ def _kinds_of(
             f"total_variance holds {len(variances)} numbers; expected one of keys and one of values"
         )
     kinds = []
-    for name, given in zip(KINDS, variances, strict=True):
+    for name, given, features in zip(KINDS, variances, geometry.side_features, strict=True):
         basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
-        expect_basis(name, basis, geometry.row_features)
-        variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * geometry.row_features)
+        expect_basis(name, basis, features)
+        variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * features)
         if float(basis.spectrum.double().sum()) > _MOST_EXPLAINED * variance:
             raise CorruptCalibration(f"{name}.spectrum explains more than the total variance, {variance:g}")
         kinds.append(KindCalibration.from_tensors(name, tensors, sizes, variance))
@@ -297,12 +297,12 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 def _group_json(geometry: CacheGeometry) -> dict[str, Any]:
     """The entry of a group of layers in the file, but for its variances."""
     return {
-        "kind": FULL_ATTENTION,
+        "kind": LATENT if is_latent(geometry.n_kv_heads, *geometry.dims) else FULL_ATTENTION,
         "layers": list(geometry.layers),
         "first_kv_head": geometry.first_kv_head,
         "n_kv_heads": geometry.n_kv_heads,
-        "key_dim": geometry.head_dim,
-        "value_dim": geometry.head_dim,
+        "key_dim": geometry.key_dim,
+        "value_dim": geometry.value_dim,
         "rope": geometry.rope.to_json(),
     }
 
@@ -313,10 +313,10 @@ def _only_group(groups: list[Any]) -> dict[str, Any]:
     kinds = [str(entry["kind"])[:64] for entry in entries]
     if not entries:
         raise CorruptCalibration("groups is an empty list; expected at least one group of layers")
-    if kinds != [FULL_ATTENTION]:
+    if kinds not in ([FULL_ATTENTION], [LATENT]):
         raise UnsupportedVersion(
             f"a calibration of {len(kinds)} groups of layers ({', '.join(sorted(set(kinds))[:8])}); this kvtc reads one "
-            f"group, of {FULL_ATTENTION}: upgrade kvtc"
+            f"group, of {FULL_ATTENTION} or {LATENT}: upgrade kvtc"
         )
     return entries[0]
 
@@ -325,12 +325,8 @@ def _geometry_of(group: dict[str, Any]) -> CacheGeometry:
     names = ("first_kv_head", "n_kv_heads", "key_dim", "value_dim")
     listed = strict_json.items(group["layers"], "layers")
     layers = tuple(strict_json.whole(layer, "layers", 0, MAX_EXTENT) for layer in listed)
-    *extents, key_dim, value_dim = (strict_json.whole(group[name], name, 0, MAX_EXTENT) for name in names)
-    if key_dim != value_dim:
-        raise UnsupportedVersion(
-            f"a calibration for keys of {key_dim} features and values of {value_dim}; this kvtc reads equal widths: "
-            "upgrade kvtc"
-        )
-    first_kv_head, n_kv_heads = extents
+    first_kv_head, n_kv_heads, key_dim, value_dim = (
+        strict_json.whole(group[name], name, 0, MAX_EXTENT) for name in names
+    )
     rope = Rope.from_json(strict_json.fields(group["rope"], "rope"))
-    return CacheGeometry(layers, first_kv_head, n_kv_heads, key_dim, rope)
+    return CacheGeometry(layers, first_kv_head, n_kv_heads, key_dim, value_dim, rope)

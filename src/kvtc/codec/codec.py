@@ -353,7 +353,7 @@ class Codec:
         geometry = self._geometry
         if geometry is None:
             rope = Rope((), (NO_ROTATION,) * header.n_layers)
-            geometry = CacheGeometry(header.layers, header.first_kv_head, header.n_kv_heads, header.head_dim, rope)
+            geometry = CacheGeometry(header.layers, header.first_kv_head, header.n_kv_heads, *header.dims, rope)
         decoding = Decoding(opened, shifts or [0] * len(opened), geometry, self.backend)
         if waits:
             decoding.wait()
@@ -373,9 +373,8 @@ class Codec:
     def _restored(self, opened: OpenedStream, shift: int) -> KVCache:
         """The group that is coded."""
         header, decoding = opened.header, self._decoding([opened], [shift], waits=False)
-        shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
-        keys = torch.empty(shape, dtype=header.dtype, device=self.device)
-        values = torch.empty_like(keys)
+        shape = (header.n_layers, header.n_kv_heads, opened.n_tokens)
+        keys, values = (torch.empty(*shape, dim, dtype=header.dtype, device=self.device) for dim in header.dims)
         decoding.write_layers(lambda layer: [(Target.of(keys[layer]), Target.of(values[layer]))])
         positions = opened.positions[: opened.n_tokens] + shift
         # 0: it was not recorded, for no frequency depends on it. Moved to the front, a length too short would be negative.
@@ -510,9 +509,8 @@ class Codec:
             mask[index, longest - length :] = 1
         if header.coded is None:
             return interop.grouped_cache(header, None, exact, lengths, self.device), mask
-        shape = (len(streams), header.n_layers, header.n_kv_heads, longest, header.head_dim)
-        keys = torch.zeros(shape, dtype=header.dtype, device=self.device)
-        values = torch.zeros_like(keys)
+        shape = (len(streams), header.n_layers, header.n_kv_heads, longest)
+        keys, values = (torch.zeros(*shape, dim, dtype=header.dtype, device=self.device) for dim in header.dims)
         for group, decoding in zip(groups, decodings, strict=True):
             for layer in range(header.n_layers):
                 places = [(index, layer, slice(None), slice(longest - lengths[index], None)) for index in group]

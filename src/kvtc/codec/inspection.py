@@ -95,7 +95,7 @@ def describe(stream: Stream) -> StreamInfo:
     """Describe a parsed stream."""
     header, chunks = stream.header, stream.chunks
     has_coded = header.coded is not None
-    token_bytes = 2 * header.row_features * header.original_bits // 8 if has_coded else 0
+    token_bytes = header.joint_features * header.original_bits // 8 if has_coded else 0
     n_exact, exact_bytes = stream.sections.stored_bytes(SectionType.SINK, SectionType.WINDOW)
     total = stream.n_bytes
     sink_tokens, body_tokens, window_tokens = chunks.region_tokens()
@@ -142,7 +142,7 @@ def _group(stream: Stream, index: int) -> GroupInfo:
     mine = mine[mine["type"] != SectionType.PADDING]
     stored = int(mine["stored"].sum(dtype=np.int64)) + SECTION_BYTES * len(mine)
     if is_coded:
-        original = stream.n_tokens * 2 * header.row_features * header.original_bits // 8
+        original = stream.n_tokens * header.joint_features * header.original_bits // 8
     else:
         original = int(mine["raw"].sum(dtype=np.int64)) * min(2, group.dtype.itemsize) // group.dtype.itemsize
     dtype = str(group.dtype).removeprefix("torch.")

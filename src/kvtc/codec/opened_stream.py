@@ -208,7 +208,7 @@ def check_calibration(header: Header, calibration: Calibration | None) -> None:
         raise GeometryMismatch(
             f"the calibration covers {geometry.describe()}; the stream holds no such group ({kinds})"
         )
-    found = CacheExtent(header.layers, header.first_kv_head, header.n_kv_heads, header.head_dim)
+    found = CacheExtent(header.layers, header.first_kv_head, header.n_kv_heads, *header.dims)
     if found != geometry.extent:
         raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the stream holds {found.describe()}")
     if header.fingerprint != calibration.fingerprint:
@@ -282,11 +282,11 @@ def _raw_bytes(kind: SectionType, chunk: Chunk, header: Header, decoder: AnyDeco
         return 2 * chunk.n_tokens
     n_exact = chunk.exact_tokens(kind, header.profile)
     if n_exact:
-        return exact_bytes(2 * header.row_features * n_exact, header.dtype)
+        return exact_bytes(header.joint_features * n_exact, header.dtype)
     if kind is SectionType.BODY:
         return decoder.body_bytes(plan, chunk.n_body)
     if kind is SectionType.SINK:
-        return fp8_bytes(2 * header.row_features // header.head_dim * chunk.n_sink, header.head_dim)
+        return fp8_bytes(header.n_layers * header.n_kv_heads * chunk.n_sink, header.dims)
     return decoder.body_bytes(plan, chunk.n_window) if kind is SectionType.WINDOW else None
 
 
@@ -303,9 +303,10 @@ def _positions(data: bytes | None, header: Header, index: int, chunk: Chunk) -> 
 
 
 def _exact(data: bytes, header: Header, n: int, first: int, is_fp8: bool) -> ExactTokens:
-    shape = (header.n_layers, header.n_kv_heads, n, header.head_dim)
+    key_dim, value_dim = header.dims
+    heads = header.n_layers, header.n_kv_heads, n
     decode = decode_fp8 if is_fp8 else decode_exact
-    return ExactTokens(first, *decode(data, shape, header.dtype))
+    return ExactTokens(first, *decode(data, ((*heads, key_dim), (*heads, value_dim)), header.dtype))
 
 
 def shift_to(start_position: int | None, opened: OpenedStream) -> int:

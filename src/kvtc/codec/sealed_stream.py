@@ -13,13 +13,12 @@ import numpy.typing as npt
 from numpy import int64
 from torch import Tensor
 
-from ..cache import KVCache
+from ..cache import KVCache, is_latent
 from ..calibration.artifact import FINGERPRINT_BYTES, Calibration
-from ..coding.exact.floats import FloatLayout
-from ..coding.exact.tokens import encode_exact, encode_fp8
+from ..coding.exact.tokens import encode_exact, encode_fp8, exact_layout
 from ..coding.lossless import BlockCoder
 from ..coding.regions import ChunkSpan
-from ..container.groups import FULL_ATTENTION, Group, Part
+from ..container.groups import FULL_ATTENTION, LATENT, Group, Part
 from ..container.stream import CodedSection, Payload, code_payloads, token_digest, write_stream
 from ..container.tables import DIGEST_BYTES, SECTION_BYTES, STREAM_WIDE, Chunk, Header, SectionType, table_bytes
 from ..profiles.interface import CodedRows
@@ -174,7 +173,7 @@ def _payloads(
             if section is SectionType.POSITIONS:
                 raw = (positions[span.tokens] % settings.chunk_tokens).numpy().astype("<u2").tobytes()
             elif n_exact:
-                layout = FloatLayout(n_exact, cache.head_dim, cache.dtype)
+                layout = exact_layout(n_exact, (cache.key_dim, cache.value_dim), cache.dtype)
                 raw = encode_exact(*(side[:, :, regions[section]] for side in (cache.keys, cache.values)))
             elif section is SectionType.SINK:
                 raw = encode_fp8(cache.keys[:, :, span.sink], cache.values[:, :, span.sink])
@@ -185,9 +184,10 @@ def _payloads(
 
 
 def _coded_group(calibration: Calibration | None, cache: KVCache) -> Group:
-    shape = cache.n_kv_heads, cache.head_dim, cache.head_dim
+    shape = cache.n_kv_heads, cache.key_dim, cache.value_dim
+    kind = LATENT if is_latent(*shape) else FULL_ATTENTION
     layers, length = cache.resolved_layers(), _rope_length(calibration, cache)
-    return Group(FULL_ATTENTION, Part.KEYS_AND_VALUES, cache.dtype, layers, shape, cache.first_kv_head, extent=length)
+    return Group(kind, Part.KEYS_AND_VALUES, cache.dtype, layers, shape, cache.first_kv_head, extent=length)
 
 
 def chunks_of(

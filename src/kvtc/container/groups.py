@@ -120,9 +120,8 @@ class Group:
 
     @property
     def is_codable(self) -> bool:
-        """Whether a profile can code it: keys and values of one width, of every token."""
-        heads, key_dim, value_dim = self.shape
-        return self.kind == FULL_ATTENTION and key_dim == value_dim and not self.values_are_keys and heads > 0
+        """Whether a profile can code it: keys and values of every token."""
+        return self.kind in (FULL_ATTENTION, LATENT) and min(self.shape) > 0
 
     @property
     def is_complete(self) -> bool:

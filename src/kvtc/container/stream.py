@@ -21,6 +21,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..coding.exact.floats import FloatLayout, compress_floats, decompress_floats
+from ..coding.exact.tokens import exact_layout
 from ..coding.lossless import FLOATS, BlockCoder, compress, compress_all, decompress, decompress_all
 from ..coding.states.rounding import ROUNDED_BITS, compress_state, decompress_state
 from ..errors import CorruptStream, InvalidArgument
@@ -184,7 +185,7 @@ class Stream:
     def _layout(self, section_type: SectionType, chunk: int) -> FloatLayout | None:
         """How the exact tokens of a section are ordered; None where it holds none."""
         n_exact = 0 if chunk == STREAM_WIDE else self.chunks[chunk].exact_tokens(section_type, self.header.profile)
-        return FloatLayout(n_exact, self.header.head_dim, self.header.dtype) if n_exact else None
+        return exact_layout(n_exact, self.header.dims, self.header.dtype) if n_exact else None
 
 
 def _threads() -> int:

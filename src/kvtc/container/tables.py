@@ -104,7 +104,7 @@ class Header:
 
     @property
     def coded(self) -> Group | None:
-        """The group that the profile codes, which is the first one: of full attention, keys and values of one width."""
+        """The group that the profile codes, which is the first one where it can be: of full attention, or of latents."""
         return self.groups[0] if self.groups[0].is_codable else None
 
     @property
@@ -133,17 +133,18 @@ class Header:
         return self.groups[0].shape[0]
 
     @property
-    def head_dim(self) -> int:
-        return self.groups[0].shape[1]
+    def dims(self) -> tuple[int, int]:
+        """Features of a head's key, and of its value."""
+        return self.groups[0].shape[1:]
 
     @property
     def rope_length(self) -> int:
         return self.groups[0].extent
 
     @property
-    def row_features(self) -> int:
-        """p: values of one token's keys, or values."""
-        return self.n_layers * self.n_kv_heads * self.head_dim
+    def joint_features(self) -> int:
+        """P: numbers of one token, keys and values."""
+        return self.groups[0].row_numbers
 
     @property
     def original_bits(self) -> int:

@@ -250,7 +250,7 @@ class _Gathered:
 
 def _joint_rank(model: Any, geometry: CacheGeometry) -> int:
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return max(1, min(JOINT_RANK_CAP, int(2 * n_parameters * _BASIS_SHARE) // (2 * geometry.row_features)))
+    return max(1, min(JOINT_RANK_CAP, int(2 * n_parameters * _BASIS_SHARE) // (geometry.joint_features)))
 
 
 def _about(model: Any) -> dict[str, Any]:

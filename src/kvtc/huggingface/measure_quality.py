@@ -111,7 +111,7 @@ def _case(model: Any, ids: Tensor) -> _Case:
 def _curve(
     model: Any, calibration: Calibration, profile: str, known: CoefficientModel, cases: list[_Case]
 ) -> QualityCurve:
-    original_bits = 32 * calibration.geometry.row_features
+    original_bits = 16 * calibration.geometry.joint_features
     steps = sorted({known.step_for(original_bits / ratio) for ratio in RATIOS})
     codec = Codec(
         calibration, profile, step=steps[0], window_tokens=0, model=model if profile == "conditional" else None

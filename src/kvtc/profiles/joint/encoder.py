@@ -138,7 +138,7 @@ class JointEncoder:
     def _body_bytes(self, original_bits: int) -> float:
         """What a body token may take at the ratio."""
         ratio = self._rate.ratio if isinstance(self._rate, Ratio) else 1.0
-        return 2 * self._model.geometry.row_features * original_bits / 8 / ratio
+        return self._model.geometry.joint_features * original_bits / 8 / ratio
 
     def _expected_step(self, original_bits: int) -> float:
         """A step near the one that the search will find."""
