@@ -52,7 +52,19 @@ _MOST_EXPLAINED = 1.01
 
 @dataclass(frozen=True, eq=False)
 class KindCalibration:
-    """What is calibrated for keys, or for values: the basis, its distortion, and the summed variance of all features."""
+    """What is calibrated for keys, or for values, for the profile `paper`.
+
+    Parameters:
+        basis: orthonormal directions in which the rows vary most, with mean and spectrum.
+        distortion: measured error of each coefficient group at each number of bits.
+        total_variance: summed variance of all features of the calibration rows.
+
+    Example:
+        >>> calibration.key.basis.vectors.shape
+        torch.Size([1152, 512])
+        >>> 0.9 < calibration.key.explained_variance <= 1.01
+        True
+    """
 
     basis: Basis
     distortion: DistortionTable
@@ -64,7 +76,18 @@ class KindCalibration:
         return float(self.basis.spectrum.double().sum()) / self.total_variance if self.total_variance else 1.0
 
     def tensors(self, name: str) -> Named:
-        """Its tensors in the calibration file."""
+        """Its tensors in the calibration file.
+
+        Parameters:
+            name: "key" or "value".
+
+        Returns:
+            An iterator of (name in the file, tensor).
+
+        Example:
+            >>> [name for name, tensor in calibration.key.tensors("key")]
+            ['key.mean', 'key.vectors', 'key.spectrum', 'key.energy', 'key.errors']
+        """
         yield f"{name}.mean", self.basis.mean
         yield f"{name}.vectors", self.basis.vectors
         yield f"{name}.spectrum", self.basis.spectrum
@@ -75,23 +98,48 @@ class KindCalibration:
     def from_tensors(
         cls, name: str, tensors: dict[str, Tensor], sizes: tuple[int, ...], total_variance: float
     ) -> KindCalibration:
-        """Inverse of `tensors`. sizes: of blocks."""
+        """Inverse of `tensors`.
+
+        Parameters:
+            name: "key" or "value".
+            tensors: those of the file, by name.
+            sizes: of the coefficient groups whose errors were measured.
+            total_variance: as the class has it.
+
+        Returns:
+            What is calibrated for this kind.
+
+        Example:
+            >>> from kvtc.calibration import KindCalibration
+            >>> key = calibration.key
+            >>> again = KindCalibration.from_tensors("key", dict(key.tensors("key")), key.distortion.sizes, key.total_variance)
+            >>> again.explained_variance == key.explained_variance
+            True
+        """
         basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
         return cls(basis, _distortion(name, tensors, sizes), total_variance)
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Everything that the codec knows of a model.
+    """All that the codec knows of a model, made by `kvtc.calibrate` and read by `kvtc.load_calibration`.
 
     Parameters:
-        geometry: the layers, heads and rotation that it covers.
-        key, value: bases and distortion, for the profile `paper`; None: it does not serve it.
+        geometry: the layers and heads that it covers, and the rotation.
+        key: basis and distortion of keys, for the profile `paper`; None: it does not serve it.
+        value: the same of values.
         info: what it was made from; it plays no part in coding.
         joint: for `joint`; None: it does not serve it.
+        quality: by profile, what steps do to the model's predictions, if that was measured; it plays no part in
+            coding.
         conditional: for `conditional`; None: it does not serve it.
         importance: of tokens, for both; None: all tokens have one step.
-        quality: by profile, what steps do to the model's predictions, if that was measured; it plays no part in coding.
+
+    Example:
+        >>> calibration.profiles
+        ('paper', 'joint', 'conditional')
+        >>> len(calibration.fingerprint), calibration.n_parameters > 1_000_000
+        (16, True)
     """
 
     geometry: CacheGeometry
@@ -117,14 +165,24 @@ class Calibration:
         return digest.digest()[:FINGERPRINT_BYTES]
 
     def kinds(self) -> Iterator[tuple[str, KindCalibration]]:
-        """Keys and values by their names; none where the profile `paper` is not served."""
+        """What is calibrated for keys and for values, as (name, `KindCalibration`); nothing where the profile `paper` is
+        not served.
+
+            >>> [name for name, kind in calibration.kinds()]
+            ['key', 'value']
+        """
         for name, kind in zip(KINDS, (self.key, self.value), strict=True):
             if kind is not None:
                 yield name, kind
 
     @property
     def sides(self) -> tuple[KindCalibration, KindCalibration]:
-        """Keys and values, for the profile `paper`; `InvalidArgument` for a calibration that does not serve it."""
+        """Keys and values, for the profile `paper`; `InvalidArgument` for a calibration that does not serve it.
+
+        >>> key, value = calibration.sides
+        >>> key is calibration.key, value is calibration.value
+        (True, True)
+        """
         if self.key is None or self.value is None:
             raise InvalidArgument(
                 f"this calibration serves {', '.join(self.profiles)}, not the profile paper: calibrate for it, too"
@@ -156,10 +214,19 @@ class Calibration:
 
     @neutral_torch_state
     def save(self, path: str | Path) -> None:
-        """Write the file. A reader never sees half of it.
+        """Write the calibration file. A reader never sees half of it.
+
+        Parameters:
+            path: the file; one that exists is replaced.
 
         Raises:
-            CorruptCalibration: for a calibration that `load_calibration` would refuse.
+            CorruptCalibration: `load_calibration` would refuse the file.
+            OSError: the file cannot be written.
+
+        Example:
+            >>> calibration.save("calibration.safetensors")
+            >>> kvtc.load_calibration("calibration.safetensors").fingerprint == calibration.fingerprint
+            True
         """
         variances = [kind.total_variance for _, kind in self.kinds()]
         sizes = self.key.distortion.sizes if self.key is not None else BLOCK_SIZES
@@ -182,12 +249,23 @@ class Calibration:
 
 @neutral_torch_state
 def load_calibration(path: str | Path) -> Calibration:
-    """Read a calibration file.
+    """Read a calibration file. Its checksum is compared, and nothing in it is unpickled.
+
+    Parameters:
+        path: the file.
+
+    Returns:
+        The calibration.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        CorruptCalibration: if the file is damaged or holds no calibration.
-        UnsupportedVersion: if the file has another version, or groups of layers that this kvtc does not read.
+        FileNotFoundError: there is no such file.
+        CorruptCalibration: the file is damaged or holds no calibration.
+        UnsupportedVersion: the file has another version, or groups of layers that this kvtc does not read.
+
+    Example:
+        >>> calibration.save("calibration.safetensors")
+        >>> kvtc.load_calibration("calibration.safetensors").geometry.n_layers
+        12
     """
     path = Path(path)
     if not path.is_file():

@@ -51,15 +51,16 @@ def measure_quality(
     Parameters:
         model: a transformers causal LM.
         calibration: of the whole model, for `joint` at least.
-        token_sequences: [T] integers each; text that the calibration was not fitted to and that it will not be judged by.
-            Of each sequence of at least 384 tokens the last 128 are predicted, from a cache of which only the sinks
-            are exact; shorter ones are left out. Eight sequences or more are advised.
+        token_sequences: [T] integers each; text that the calibration was not fitted to and that it will not be
+            judged by. Of each sequence of at least 384 tokens the last 128 are predicted, from a cache of which
+            only the sinks are exact; shorter ones are left out. Eight sequences or more are advised.
 
     Returns:
         The calibration with the curves. Everything else, its fingerprint too, is as before.
 
     Raises:
-        InvalidArgument: for a calibration of `paper` alone or of a part of the model, or if no sequence is long enough.
+        InvalidArgument: the calibration is of `paper` alone or of a part of the model, or no sequence is long
+            enough.
     """
     if calibration.joint is None:
         raise InvalidArgument("this calibration serves the profile paper alone, which has no step")
