@@ -38,6 +38,7 @@ from .tables import (
     STREAM_WIDE,
     Chunk,
     ChunkTable,
+    Counts,
     Header,
     Section,
     SectionTable,
@@ -327,11 +328,16 @@ def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
     """
     opened, counts = open_data(data)
     view = opened.head
+    header, chunks = parse_tables(view, counts)
+    return Stream(header, chunks, parse_sections(view, counts, header, chunks, opened.n_bytes), opened)
+
+
+def parse_tables(view: memoryview, counts: Counts) -> tuple[Header, ChunkTable]:
+    """Header and chunks, from the first bytes of a stream, all tables among them; errors as of `parse_stream`."""
     if zlib.crc32(view[HEADER_BYTES : counts.tables_end], zlib.crc32(view[: HEADER_BYTES - 4])) != counts.checksum:
         raise CorruptStream("header and tables fail their checksum")
     header = parse_header(view, counts)
-    chunks = parse_chunks(view, counts, header)
-    return Stream(header, chunks, parse_sections(view, counts, header, chunks, opened.n_bytes), opened)
+    return header, parse_chunks(view, counts, header)
 
 
 def assemble(

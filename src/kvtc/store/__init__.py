@@ -6,13 +6,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument
 from .base import Store, StoreStatistics
 from .urls import StoreUrl, parse_bytes
 
-__all__ = ["Store", "StoreStatistics", "encrypted", "open_store"]
+if TYPE_CHECKING:
+    from .framed import FramedStore
+    from .place import Place
+
+__all__ = ["Store", "StoreStatistics", "encrypted", "open_place", "open_store"]
 
 # Imported when one is opened: a package may be missing, and what lies on devices is in a layer above.
 _SCHEMES = {
@@ -99,14 +103,43 @@ def _open(url: str | Sequence[str | Store], options: dict[str, Any]) -> Store:
     return _open_one(StoreUrl(url, options))
 
 
+def open_place(url: str, **options: Any) -> Place:
+    """The place that a URL names, to look after what is there: see `kvtc.store.place.Place`.
+
+    Parameters:
+        url, options: As of `open_store`, of one store that does not lie in the memory of a process.
+
+    Raises:
+        InvalidArgument: The URL is of tiers or of a process's memory, or is not understood.
+        MissingDependency, StoreUnavailable: As `open_store`; there is no such directory, too.
+    """
+    from .place import Place
+
+    parsed = StoreUrl(url, options)
+    if url.startswith(_TIERED):
+        raise InvalidArgument("the URL names several tiers; expected the URL of one of them")
+    store, keys = _opened(parsed)
+    if store.is_of_process:
+        raise InvalidArgument(f"{parsed}: its entries lie in the memory of the process that has put them there")
+    store.check_place()
+    return Place(store, keys)
+
+
 def _open_one(url: StoreUrl) -> Store:
+    store, keys = _opened(url)
+    store.recover()
+    return encrypted(store, *keys) if keys else store
+
+
+def _opened(url: StoreUrl) -> tuple[FramedStore, list[bytes]]:
+    """A store as it was left, and the keys of its values, if they are encrypted."""
     if url.scheme not in _SCHEMES:
         raise InvalidArgument(f"store URL {str(url)!r}: expected a scheme of tiered, {', '.join(sorted(_SCHEMES))}")
     module, _, name = _SCHEMES[url.scheme].partition(":")
     keys = _take_keys(url)
     opener = getattr(importlib.import_module(module, __name__), name)
-    store: Store = opener(url)
-    return encrypted(store, *keys) if keys else store
+    store: FramedStore = opener(url)
+    return store, keys
 
 
 def _take_keys(url: StoreUrl) -> list[bytes]:

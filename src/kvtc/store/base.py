@@ -388,3 +388,12 @@ class Names:
             return None
         key = name[len(self.prefix) :].replace("!", "/")
         return key if _KEY.fullmatch(key) else None
+
+
+def split_name(name: str) -> tuple[str | None, str] | None:
+    """(namespace, key) behind the name of an entry of any namespace; None for a name of no entry."""
+    namespace, found, _ = name.rpartition("=")
+    if found and _NAMESPACE.fullmatch(namespace) is None:
+        return None
+    key = Names(namespace if found else None).key(name)
+    return None if key is None else (namespace if found else None, key)
