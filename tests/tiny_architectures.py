@@ -263,7 +263,7 @@ def mixed_calibration() -> Calibration:
 def windowed_calibration() -> Calibration:
     """For `joint`: of layers 0, 2 and 5, and of the windows of layers 1 and 4, which it codes, too."""
     table = RopeTable((1.0, 0.01))
-    windows = CacheGeometry(MIXED_WINDOWS, 0, 2, 4, Rope((table,), (0, 0)), is_window=True)
+    windows = CacheGeometry(MIXED_WINDOWS, 0, 2, 4, 4, Rope((table,), (0, 0)), is_window=True)
     rows = [
         CalibrationRows(geometry, sink_tokens=SINK_TOKENS)
         for geometry in (replace(tiny_geometry(), layers=MIXED_LAYERS), windows)
@@ -273,7 +273,9 @@ def windowed_calibration() -> Calibration:
         rows[0].add(replace(random_cache(200, seed=10_000 + seed), layers=MIXED_LAYERS))
         sides = torch.randn(2, 2, 2, 200, 4, generator=drawn)
         rows[1].add(KVCache(sides[0], sides[1], layers=MIXED_WINDOWS))
-    shape = 256, 2 * windows.row_features
+    shape = 256, windows.joint_features
     directions = torch.nn.functional.normalize(torch.randn(shape, generator=drawn), dim=1)
-    sample = GradientSample(torch.randn(shape, generator=drawn).half(), directions.half(), torch.full((256,), 3.0), 4)
+    sample = GradientSample(
+        torch.randn(shape, generator=drawn).half(), directions.half(), torch.full((256,), 3.0), 4, (4, 4)
+    )
     return fit(rows[0], paper=True, sample=tiny_gradients(), further=[(rows[1], sample)])

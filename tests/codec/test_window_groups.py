@@ -134,7 +134,9 @@ def test_caches_without_the_windows_of_the_calibration():
     ):
         windowed_codec().encode(cache)
     stream = windowed_codec().encode(mixed_cache())
-    with pytest.raises(GeometryMismatch, match=r"the stream codes sliding window of layers 1, 4, 2 heads of 4"):
+    with pytest.raises(
+        GeometryMismatch, match=r"the stream codes sliding window of layers 1, 4, 2 heads of head_dim 4"
+    ):
         Codec(replace(windowed_calibration(), further=()), ratio=3).decode(stream)
     other = Codec(replace(windowed_calibration(), further=windowed_calibration().further[:1], info={}), ratio=3)
     assert other.fingerprint == windowed_codec().fingerprint

@@ -404,4 +404,4 @@ def test_what_cannot_be_coded_is_refused(model):
     with pytest.raises(InvalidArgument):
         Profile.of([prefill(model, drawn_ids(1))])
     with pytest.raises(InvalidArgument):
-        Header.of(torch.zeros(1, 1, 1, 1, dtype=torch.float64), 0)
+        Header.of(*[torch.zeros(1, 1, 1, 1, dtype=torch.float64)] * 2, 0)

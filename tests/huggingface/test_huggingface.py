@@ -125,9 +125,9 @@ def test_full_attention_is_supported(name: str, changes: dict[str, Any]) -> None
 def test_geometry_of_a_model_and_of_its_config(llama: Any) -> None:
     geometry = geometry_of(llama)
     assert geometry == geometry_of(llama.config)
-    assert geometry == CacheGeometry((0, 1, 2, 3), 0, 4, 8, rope_from_config(llama.config))
+    assert geometry == CacheGeometry((0, 1, 2, 3), 0, 4, 8, 8, rope_from_config(llama.config))
     part = geometry_of(llama, layers=(1, 3), kv_heads=(2, 4))
-    assert part == CacheGeometry((1, 2), 2, 2, 8, geometry.rope.of_layers([1, 2]))
+    assert part == CacheGeometry((1, 2), 2, 2, 8, 8, geometry.rope.of_layers([1, 2]))
 
 
 @pytest.mark.parametrize(

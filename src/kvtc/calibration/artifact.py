@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from .. import strict_json
-from ..cache import MAX_EXTENT, CacheGeometry
+from ..cache import MAX_EXTENT, CacheGeometry, is_latent
 from ..coding.joint.importance import Importance
 from ..coding.paper.distortion import BLOCK_SIZES, SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
-from ..container.groups import FULL_ATTENTION, WINDOW, Group
+from ..container.groups import FULL_ATTENTION, LATENT, WINDOW, Group
 from ..errors import CorruptCalibration, InvalidArgument, KvtcError, UnsupportedVersion
 from ..files import write_atomically
 from ..process.torch_state import neutral_torch_state
@@ -45,7 +45,7 @@ CALIBRATION_VERSION = 4
 FINGERPRINT_BYTES = 16
 MAX_GROUP_SIZE = 0xFFFF
 KINDS = ("key", "value")
-_KINDS = (FULL_ATTENTION, WINDOW)
+_KINDS = (FULL_ATTENTION, LATENT, WINDOW)
 """Of groups that a calibration can cover."""
 PROFILES_WITH_STEP = ("joint", "conditional")
 _MOST_EXPLAINED = 1.01
@@ -54,7 +54,19 @@ _MOST_EXPLAINED = 1.01
 
 @dataclass(frozen=True, eq=False)
 class KindCalibration:
-    """What is calibrated for keys, or for values: the basis, its distortion, and the summed variance of all features."""
+    """What is calibrated for keys, or for values, for the profile `paper`.
+
+    Parameters:
+        basis: orthonormal directions in which the rows vary most, with mean and spectrum.
+        distortion: measured error of each coefficient group at each number of bits.
+        total_variance: summed variance of all features of the calibration rows.
+
+    Example:
+        >>> calibration.key.basis.vectors.shape
+        torch.Size([1152, 512])
+        >>> 0.9 < calibration.key.explained_variance <= 1.01
+        True
+    """
 
     basis: Basis
     distortion: DistortionTable
@@ -66,7 +78,18 @@ class KindCalibration:
         return float(self.basis.spectrum.double().sum()) / self.total_variance if self.total_variance else 1.0
 
     def tensors(self, name: str) -> Named:
-        """Its tensors in the calibration file."""
+        """Its tensors in the calibration file.
+
+        Parameters:
+            name: "key" or "value".
+
+        Returns:
+            An iterator of (name in the file, tensor).
+
+        Example:
+            >>> [name for name, tensor in calibration.key.tensors("key")]
+            ['key.mean', 'key.vectors', 'key.spectrum', 'key.energy', 'key.errors']
+        """
         yield f"{name}.mean", self.basis.mean
         yield f"{name}.vectors", self.basis.vectors
         yield f"{name}.spectrum", self.basis.spectrum
@@ -77,7 +100,24 @@ class KindCalibration:
     def from_tensors(
         cls, name: str, tensors: dict[str, Tensor], sizes: tuple[int, ...], total_variance: float
     ) -> KindCalibration:
-        """Inverse of `tensors`. sizes: of blocks."""
+        """Inverse of `tensors`.
+
+        Parameters:
+            name: "key" or "value".
+            tensors: those of the file, by name.
+            sizes: of the coefficient groups whose errors were measured.
+            total_variance: as the class has it.
+
+        Returns:
+            What is calibrated for this kind.
+
+        Example:
+            >>> from kvtc.calibration import KindCalibration
+            >>> key = calibration.key
+            >>> again = KindCalibration.from_tensors("key", dict(key.tensors("key")), key.distortion.sizes, key.total_variance)
+            >>> again.explained_variance == key.explained_variance
+            True
+        """
         basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
         return cls(basis, _distortion(name, tensors, sizes), total_variance)
 
@@ -99,17 +139,25 @@ class CodedGroup:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Everything that the codec knows of a model.
+    """All that the codec knows of a model, made by `kvtc.calibrate` and read by `kvtc.load_calibration`.
 
     Parameters:
-        geometry: the layers, heads and rotation of the first group that it covers.
-        key, value: bases and distortion, for the profile `paper`; None: it does not serve it.
+        geometry: the layers and heads of the first group that it covers, and the rotation.
+        key: basis and distortion of keys, for the profile `paper`; None: it does not serve it.
+        value: the same of values.
         info: what it was made from; it plays no part in coding.
         joint: for `joint`; None: it does not serve it.
+        quality: by profile, what steps do to the model's predictions, if that was measured; it plays no part in
+            coding.
         conditional: for `conditional`; None: it does not serve it.
         importance: of tokens, for both; None: all tokens have one step.
-        quality: by profile, what steps do to the model's predictions, if that was measured; it plays no part in coding.
         further: the groups that `joint` codes beside the first one. One step does the same harm in all of them.
+
+    Example:
+        >>> calibration.profiles
+        ('paper', 'joint', 'conditional')
+        >>> len(calibration.fingerprint), calibration.n_parameters > 1_000_000
+        (16, True)
     """
 
     geometry: CacheGeometry
@@ -153,14 +201,24 @@ class Calibration:
         return digest.digest()[:FINGERPRINT_BYTES]
 
     def kinds(self) -> Iterator[tuple[str, KindCalibration]]:
-        """Keys and values by their names; none where the profile `paper` is not served."""
+        """What is calibrated for keys and for values, as (name, `KindCalibration`); nothing where the profile `paper` is
+        not served.
+
+            >>> [name for name, kind in calibration.kinds()]
+            ['key', 'value']
+        """
         for name, kind in zip(KINDS, (self.key, self.value), strict=True):
             if kind is not None:
                 yield name, kind
 
     @property
     def sides(self) -> tuple[KindCalibration, KindCalibration]:
-        """Keys and values, for the profile `paper`; `InvalidArgument` for a calibration that does not serve it."""
+        """Keys and values, for the profile `paper`; `InvalidArgument` for a calibration that does not serve it.
+
+        >>> key, value = calibration.sides
+        >>> key is calibration.key, value is calibration.value
+        (True, True)
+        """
         if self.key is None or self.value is None:
             raise InvalidArgument(
                 f"this calibration serves {', '.join(self.profiles)}, not the profile paper: calibrate for it, too"
@@ -194,10 +252,19 @@ class Calibration:
 
     @neutral_torch_state
     def save(self, path: str | Path) -> None:
-        """Write the file. A reader never sees half of it.
+        """Write the calibration file. A reader never sees half of it.
+
+        Parameters:
+            path: the file; one that exists is replaced.
 
         Raises:
-            CorruptCalibration: for a calibration that `load_calibration` would refuse.
+            CorruptCalibration: `load_calibration` would refuse the file.
+            OSError: the file cannot be written.
+
+        Example:
+            >>> calibration.save("calibration.safetensors")
+            >>> kvtc.load_calibration("calibration.safetensors").fingerprint == calibration.fingerprint
+            True
         """
         variances = [kind.total_variance for _, kind in self.kinds()]
         sizes = self.key.distortion.sizes if self.key is not None else BLOCK_SIZES
@@ -223,24 +290,37 @@ class Calibration:
 
 def covers(geometry: CacheGeometry, group: Group) -> bool:
     """Whether a group of a cache, or of a stream, is what a geometry describes."""
-    shape = geometry.n_kv_heads, geometry.head_dim, geometry.head_dim
+    shape = geometry.n_kv_heads, *geometry.dims
     found = group.kind, group.layers, group.first_kv_head, group.shape, group.has_rows
     return found == (_kind(geometry), geometry.layers, geometry.first_kv_head, shape, True)
 
 
 def _kind(geometry: CacheGeometry) -> str:
     """Of its group."""
-    return WINDOW if geometry.is_window else FULL_ATTENTION
+    if geometry.is_window:
+        return WINDOW
+    return LATENT if is_latent(geometry.n_kv_heads, *geometry.dims) else FULL_ATTENTION
 
 
 @neutral_torch_state
 def load_calibration(path: str | Path) -> Calibration:
-    """Read a calibration file.
+    """Read a calibration file. Its checksum is compared, and nothing in it is unpickled.
+
+    Parameters:
+        path: the file.
+
+    Returns:
+        The calibration.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        CorruptCalibration: if the file is damaged or holds no calibration.
-        UnsupportedVersion: if the file has another version, or groups of layers that this kvtc does not read.
+        FileNotFoundError: there is no such file.
+        CorruptCalibration: the file is damaged or holds no calibration.
+        UnsupportedVersion: the file has another version, or groups of layers that this kvtc does not read.
+
+    Example:
+        >>> calibration.save("calibration.safetensors")
+        >>> kvtc.load_calibration("calibration.safetensors").geometry.n_layers
+        12
     """
     path = Path(path)
     if not path.is_file():
@@ -318,10 +398,10 @@ def _kinds_of(
             f"total_variance holds {len(variances)} numbers; expected one of keys and one of values"
         )
     kinds = []
-    for name, given in zip(KINDS, variances, strict=True):
+    for name, given, features in zip(KINDS, variances, geometry.side_features, strict=True):
         basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
-        expect_basis(name, basis, geometry.row_features)
-        variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * geometry.row_features)
+        expect_basis(name, basis, features)
+        variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * features)
         if float(basis.spectrum.double().sum()) > _MOST_EXPLAINED * variance:
             raise CorruptCalibration(f"{name}.spectrum explains more than the total variance, {variance:g}")
         kinds.append(KindCalibration.from_tensors(name, tensors, sizes, variance))
@@ -360,8 +440,8 @@ def _group_json(geometry: CacheGeometry) -> dict[str, Any]:
         "layers": list(geometry.layers),
         "first_kv_head": geometry.first_kv_head,
         "n_kv_heads": geometry.n_kv_heads,
-        "key_dim": geometry.head_dim,
-        "value_dim": geometry.head_dim,
+        "key_dim": geometry.key_dim,
+        "value_dim": geometry.value_dim,
         "rope": geometry.rope.to_json(),
     }
 
@@ -380,7 +460,7 @@ def _groups_of(groups: list[Any]) -> list[dict[str, Any]]:
     if not set(kinds) <= set(_KINDS) or set(kinds[1:]) - {WINDOW}:
         raise UnsupportedVersion(
             f"a calibration of {len(kinds)} groups of layers ({', '.join(sorted(set(kinds))[:8])}); this kvtc reads one "
-            f"of {' or '.join(_KINDS)}, and further ones of {WINDOW}: upgrade kvtc"
+            f"of {', '.join(_KINDS)}, and further ones of {WINDOW}: upgrade kvtc"
         )
     return entries
 
@@ -396,12 +476,8 @@ def _geometry_of(group: dict[str, Any]) -> CacheGeometry:
     names = ("first_kv_head", "n_kv_heads", "key_dim", "value_dim")
     listed = strict_json.items(group["layers"], "layers")
     layers = tuple(strict_json.whole(layer, "layers", 0, MAX_EXTENT) for layer in listed)
-    *extents, key_dim, value_dim = (strict_json.whole(group[name], name, 0, MAX_EXTENT) for name in names)
-    if key_dim != value_dim:
-        raise UnsupportedVersion(
-            f"a calibration for keys of {key_dim} features and values of {value_dim}; this kvtc reads equal widths: "
-            "upgrade kvtc"
-        )
-    first_kv_head, n_kv_heads = extents
+    first_kv_head, n_kv_heads, key_dim, value_dim = (
+        strict_json.whole(group[name], name, 0, MAX_EXTENT) for name in names
+    )
     rope = Rope.from_json(strict_json.fields(group["rope"], "rope"))
-    return CacheGeometry(layers, first_kv_head, n_kv_heads, key_dim, rope, group["kind"] == WINDOW)
+    return CacheGeometry(layers, first_kv_head, n_kv_heads, key_dim, value_dim, rope, group["kind"] == WINDOW)

@@ -107,7 +107,7 @@ def fit(
     if sample is not None:
         with task("metric"):
             metric, importance = fit_metric(sample, options.seed)
-        drawn = rows.sample(table_rows(2 * rows.geometry.row_features), options.seed)
+        drawn = rows.sample(table_rows(rows.geometry.joint_features), options.seed)
         levels = None if importance is None else importance.levels(drawn[0])
         rank = options.joint_rank
         joint = _fit_joint(0, rows, drawn[0], metric, levels, options, checkpoint)
@@ -151,7 +151,7 @@ def _fit_further(
     """A group behind the first. unit: of the metric of the first."""
     with task(f"metric of group {number}"):
         metric, importance = fit_metric(sample, options.seed, unit)
-    drawn = rows.sample(table_rows(2 * rows.geometry.row_features), options.seed)[0]
+    drawn = rows.sample(table_rows(rows.geometry.joint_features), options.seed)[0]
     levels = None if importance is None else importance.levels(drawn)
     joint = _fit_joint(number, rows, drawn, metric, levels, options, checkpoint)
     return CodedGroup(rows.geometry, joint, importance)
@@ -181,10 +181,9 @@ def _fit_paper(
     rows: CalibrationRows, options: FitOptions, checkpoint: Checkpoint
 ) -> tuple[KindCalibration, KindCalibration]:
     """The bases of keys and of values, and their distortion."""
-    p = rows.geometry.row_features
     found = []
-    for index, name in enumerate(("key", "value")):
-        side = torch.arange(index * p, (index + 1) * p)
+    features = torch.split(torch.arange(rows.geometry.joint_features), list(rows.geometry.side_features))
+    for name, side in zip(("key", "value"), features, strict=True):
         tensors = checkpoint.once(name, partial(_fit_side, rows, options, name, side))
         found.append(KindCalibration.from_tensors(name, tensors, BLOCK_SIZES, float(tensors["variance"])))
     return found[0], found[1]
@@ -193,7 +192,7 @@ def _fit_paper(
 def _fit_side(rows: CalibrationRows, options: FitOptions, name: str, side: Tensor) -> dict[str, Tensor]:
     geometry = rows.geometry
     group = options.layers_per_basis or geometry.n_layers
-    layer_features = geometry.row_features // geometry.n_layers
+    layer_features = len(side) // geometry.n_layers
     with task(f"{name} basis"):
         covariance = rows.moments.covariance().of(side)
         parts = torch.split(torch.arange(len(side)), group * layer_features)

@@ -21,7 +21,7 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
         "path": str(path),
         "fingerprint": calibration.fingerprint.hex(),
         "groups": [{"kind": FULL_ATTENTION, "geometry": calibration.geometry.describe()}],
-        "row_features": calibration.geometry.row_features,
+        "joint_features": calibration.geometry.joint_features,
         "file_bytes": n_bytes,
         "n_parameters": calibration.n_parameters,
         "ranks": {name: kind.basis.rank for name, kind in kinds.items()},

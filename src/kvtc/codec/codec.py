@@ -58,8 +58,8 @@ class Codec:
     is to use more is spawned.
 
     Parameters:
-        calibration: of the model, from `kvtc.load_calibration` or `kvtc.calibrate`; None: for a lossless codec, which then takes
-            the cache of any model.
+        calibration: of the model, from `kvtc.load_calibration` or `kvtc.calibrate`. None (default): a lossless codec needs none,
+            and then takes the cache of any model.
         profile: "paper", "joint" or "conditional". The last one recomputes the first layers of the model, so it needs `model`,
             and encode and decode need the ids of all tokens from position 0 on. Default: "joint", or "paper" where the calibration
             serves that alone or an option of it is given.
@@ -70,24 +70,26 @@ class Codec:
         key_ratio: `paper` only: the ratio of keys alone.
         value_ratio: `paper` only: the ratio of values alone.
         step: instead of a ratio, the quantizer's step itself, so that equal chunks of different caches have equal bytes.
-        kl: instead of a ratio, the divergence in nats that the model's predictions are expected to have, by the quality curve of
-            the calibration.
+        kl: instead of a ratio, the divergence in nats that the model's predictions have at most, on average over texts like those
+            of the calibration, by its quality curve; lossless below the curve.
         max_error: `paper` only, instead of a ratio: the largest relative error of keys, and of values, 0 to 1.
         rate: instead of all of these, a rate as a type of `kvtc.profiles.rates`; ablations are asked for by it.
-        lossless: instead of a rate, keep every token exactly, bit for bit; sinks, window and profile then say nothing.
-        coder: of the body of `paper`, fp8 sinks and positions: "deflate" (default), "zstd", "lz4" or "none". Exact tokens have a
-            coder of their own, which "none" leaves out, too.
+        lossless: instead of a rate, keep every token exactly, bit for bit; sinks, window and profile are then not used.
+        coder: the lossless coder of the body of `paper`, of fp8 sinks and of positions: "deflate" (default), "zstd",
+            "lz4" or "none". Exact tokens have a coder of their own, which "none" also leaves out.
         sink_format: "exact" (default) or "fp8".
         window_format: "exact" (default), or "coded": as the body, with a quarter of its step (`joint`, `conditional`).
-        fixed_size: whether every stream of tokens at the same positions has the same length, `stream_bytes` of it: the step is as
-            fine as fits, and the rest is padded (`joint`, `conditional`, with a ratio). Default False.
+        states: how recurrent states are kept: "lossless" (default), or rounded to "int8" or "int6", a scale for every 128 numbers
+            after a Hadamard transform, also where tokens are lossless. States of convolutions are lossless in any case.
+        fixed_size: whether all streams of tokens at the same positions have the same length, which `stream_bytes` tells: the step
+            is as fine as fits, and the rest is padding (`joint`, `conditional`, with a ratio). Default False.
         chunk_tokens: tokens of a chunk, the unit of random access; default 256.
-        max_tokens: tokens that decode may restore beyond those that `tokens` or `token_ids` name, for few bytes may stand for
-            many tokens; default 2**20.
+        max_tokens: how many tokens decode may restore besides those that `tokens` or `token_ids` name; a limit is needed, because
+            few bytes may stand for many tokens. Default 2**20.
         model: the calibrated model, for `conditional`: a transformers model in memory, or the path of a checkpoint folder, of
             which the embedding and the recomputed layers alone are read.
         device: where the arithmetic runs; default "cpu".
-        backend: "reference", "triton", or "auto" (default): Triton on CUDA devices where it is installed.
+        backend: "reference", "triton", or "auto" (default): Triton on CUDA devices if it is installed, else the reference.
         precision: dtype that both sides of a product are rounded to: "float32", "bfloat16", or "auto" (default): bfloat16 on
             CUDA devices, else float32. Sums are float32.
 
@@ -97,6 +99,12 @@ class Codec:
         BackendUnavailable: for a backend that cannot run on the device.
 
     Source: Staniszewski et al. 2025, "KV Cache Transform Coding for Compact Storage in LLM Inference", for the pipeline.
+
+    Example:
+        >>> codec = kvtc.Codec(calibration, "joint", ratio=32, window_tokens=64)
+        >>> info = kvtc.inspect(codec.encode(cache, token_ids))
+        >>> info.profile, round(info.body_ratio), info.window_tokens
+        ('joint', 32, 64)
     """
 
     @neutral_torch_state
@@ -118,6 +126,7 @@ class Codec:
         coder: str = "deflate",
         sink_format: str = "exact",
         window_format: str = "exact",
+        states: str = "lossless",
         fixed_size: bool = False,
         chunk_tokens: int = 256,
         max_tokens: int = MAX_TOKENS,
@@ -134,9 +143,10 @@ class Codec:
         self.calibration = calibration
         self.max_tokens = max_tokens
         self.rate = arguments.resolve(profile, calibration)
+        profile = LOSSLESS if self.is_lossless else profile
         # Sections cost a little: where all tokens are exact, none is kept apart.
         self.sink_tokens, self.window_tokens = (0, 0) if self.is_lossless else (sink_tokens, window_tokens)
-        self.settings = stream_settings(profile, chunk_tokens, coder, sink_format, window_format, self.rate)
+        self.settings = stream_settings(profile, chunk_tokens, coder, sink_format, window_format, states, self.rate)
         self.device = usable_device(device)
         self.backend = make_backend(self.device, backend)
         self._product = product_dtype(precision, self.device)
@@ -157,9 +167,23 @@ class Codec:
 
     @neutral_torch_state
     def with_rate(self, rate: Rate) -> Codec:
-        """The same codec at another rate of the same kind of streams; the matrices are shared.
+        """The same codec at another rate; the matrices are shared.
 
-        Raises `InvalidArgument` for a rate that the profile lacks, and for one of fixed size where this one is not, or the reverse.
+        Parameters:
+            rate: a rate of `kvtc.profiles.rates`, for streams of the same kind.
+
+        Returns:
+            The other codec.
+
+        Raises:
+            InvalidArgument: the profile lacks such a rate, or one of the two rates is of fixed size and the other is
+                not.
+
+        Example:
+            >>> from kvtc.profiles.rates import Ratio
+            >>> smaller = codec.with_rate(Ratio(64)).encode(cache)
+            >>> round(kvtc.inspect(smaller).body_ratio)
+            64
         """
         if isinstance(rate, FixedSize) is not self.settings.fixed_size:
             raise InvalidArgument(
@@ -175,15 +199,33 @@ class Codec:
     def encode(
         self, cache: Any, token_ids: Any = None, positions: Any = None, points: ResumePoints | None = None
     ) -> bytes:
-        """A cache -> stream. The cache is left as it was.
+        """A cache as a stream. The cache is left as it was.
 
-        cache: a transformers cache of batch 1, or a `KVCache`. The groups of layers that the calibration covers are coded at the
-        codec's rate, sliding windows among them with `joint` alone; all others are kept bit for bit. token_ids [T]: their digest
-        is stored and must match on decode; with `conditional` those of all tokens from position 0 on, up to the last of the cache,
-        whose positions have no gaps. positions [T]: where the tokens stand, increasing; default the cache's own, or 0 .. T-1.
-        points: where besides its end the cache can be resumed, taken while it grew; of use where it has windows or states.
+        Parameters:
+            cache: a transformers cache of batch 1, or a `KVCache`. The groups of layers that the calibration covers
+                are coded at the codec's rate (with `joint` alone also sliding windows); all other groups are kept bit
+                for bit.
+            token_ids: [T] integers; their digest is stored and must match on decode. With `conditional` those of all
+                tokens from position 0 on, up to the last of the cache, whose positions have no gaps. None (default):
+                no digest is stored.
+            positions: [T] integers, increasing: where the tokens stand. None (default): the cache's own, or 0 .. T-1.
+            points: where besides its end the cache can be resumed, taken while it grew; of use where it has windows
+                or states.
 
-        Raises `InvalidCache`, `GeometryMismatch`, `UnsupportedModel`, `InvalidArgument`.
+        Returns:
+            The stream; docs/format.md describes its bytes.
+
+        Raises:
+            InvalidCache: the cache holds several sequences, NaN, infinities, or tensors of a shape or dtype that no
+                cache has.
+            GeometryMismatch: the cache has other layers or heads than the calibration covers.
+            UnsupportedModel: the cache has a layer of a kind that kvtc does not know.
+            InvalidArgument: token ids, positions or points do not fit the cache.
+
+        Example:
+            >>> stream = codec.encode(cache, token_ids)
+            >>> kvtc.inspect(stream).n_tokens
+            600
         """
         is_transformers = interop.is_transformers_cache(cache)
         if is_transformers:
@@ -200,7 +242,21 @@ class Codec:
 
     @neutral_torch_state
     def encode_split(self, split: SplitCache, token_ids: Any = None) -> bytes:
-        """As `encode`, of groups of layers by themselves."""
+        """As `encode`, of groups of layers by themselves.
+
+        Parameters:
+            split: the groups, as `decode_split` gives them.
+            token_ids: as in `encode`.
+
+        Returns:
+            The stream.
+
+        Example:
+            >>> split = codec.decode_split(stream)
+            >>> again = codec.encode_split(split, token_ids)
+            >>> kvtc.inspect(again).n_tokens == split.n_tokens == 600
+            True
+        """
         return self._encode(split, as_ids(token_ids), None, is_transformers=False)
 
     @neutral_torch_state
@@ -211,11 +267,25 @@ class Codec:
         first_position: int = 0,
         positions: Any = None,
     ) -> int:
-        """Bytes of every stream that this codec, made with `fixed_size=True`, writes of n_tokens tokens; no cache is needed.
+        """The size of every stream that this codec, made with `fixed_size=True`, writes of so many tokens; no cache is
+        needed.
 
-        dtype: of the cache. The tokens stand at first_position and after, or at `positions` [n_tokens].
+        Parameters:
+            n_tokens: tokens of the cache.
+            dtype: of the cache; default bfloat16.
+            first_position: of its first token; the others follow without gaps. Default 0.
+            positions: [n_tokens] integers, increasing, in place of first_position.
 
-        Raises `InvalidArgument` for a codec without fixed size and for tokens or a dtype that cannot be.
+        Returns:
+            Bytes.
+
+        Raises:
+            InvalidArgument: the codec has no fixed size, or there are no such tokens or no caches of this dtype.
+
+        Example:
+            >>> fixed = kvtc.Codec(calibration, ratio=16, fixed_size=True)
+            >>> fixed.stream_bytes(600) == len(fixed.encode(cache))
+            True
         """
         if not self.settings.fixed_size:
             raise InvalidArgument("streams have a size of their own unless the codec is made with fixed_size=True")
@@ -230,14 +300,22 @@ class Codec:
 
     @property
     def geometry(self) -> CacheGeometry:
-        """Of the first group that is coded; `InvalidArgument` for a codec without a calibration."""
+        """The first group that is coded; `InvalidArgument` for a codec without a calibration.
+
+        >>> codec.geometry.n_layers
+        12
+        """
         if self.calibration is None:
             raise InvalidArgument("this codec was made without a calibration, which is needed here")
         return self.calibration.geometry
 
     @property
     def fingerprint(self) -> bytes:
-        """Of its calibration, as streams name it; zeros without one."""
+        """The 16 bytes by which streams name the calibration; zeros without one.
+
+        >>> codec.fingerprint == calibration.fingerprint
+        True
+        """
         return fingerprint_of(self.calibration)
 
     @property
@@ -251,16 +329,28 @@ class Codec:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether every token is kept exactly."""
+        """Whether every token is kept exactly.
+
+        >>> kvtc.Codec(lossless=True).is_lossless, codec.is_lossless
+        (True, False)
+        """
         return isinstance(self.rate, Lossless)
 
     @property
     def needs_prefix(self) -> bool:
-        """Whether token ids are those of all tokens from position 0 on, and not of the cache's own alone (`conditional`)."""
+        """Whether `encode` and `decode` need the ids of all tokens from position 0 on (`conditional`), not of the
+        cache's own alone.
+
+            >>> kvtc.Codec(calibration, "conditional", model=model).needs_prefix, codec.needs_prefix
+            (True, False)
+        """
         return self._encoder is not None and self._encoder.recomputation is not None
 
     def forget_prefix(self) -> None:
-        """Drop what was recomputed last (`conditional`), which is kept for texts that go on from it."""
+        """Drop what was recomputed last (`conditional`), which is kept in memory for texts that go on from it.
+
+        >>> codec.forget_prefix()
+        """
         if self._recomputation is not None:
             self._recomputation.forget()
 
@@ -269,6 +359,9 @@ class Codec:
         """SHA-256 of all that a stream depends on besides the cache and the calibration, for the keys of entries.
 
         What counts is listed here by name: a field that is added elsewhere does not rename every entry.
+
+            >>> codec.settings_digest == kvtc.Codec(calibration, ratio=32).settings_digest
+            False
         """
         settings = self.settings
         return digest(
@@ -280,13 +373,28 @@ class Codec:
             fp8_sinks=settings.fp8_sinks,
             fixed_size=settings.fixed_size,
             coded_window=settings.coded_window,
+            states=settings.states,
             rate=self.rate.key_parts,
             sink_tokens=self.sink_tokens,
             window_tokens=self.window_tokens,
         )
 
     def with_window(self, window_tokens: int) -> Codec:
-        """The same codec, but for how many of the last tokens stay exact; 0: every token past the sinks is coded, alike."""
+        """The same codec with another window.
+
+        Parameters:
+            window_tokens: tokens at the end that are stored exactly; 0: all tokens but the sinks are coded.
+
+        Returns:
+            The other codec.
+
+        Raises:
+            InvalidArgument: window_tokens is negative.
+
+        Example:
+            >>> kvtc.inspect(codec.with_window(0).encode(cache)).body_tokens
+            596
+        """
         if window_tokens < 0:
             raise InvalidArgument(f"window_tokens {window_tokens} must not be negative")
         other = copy.copy(self)
@@ -297,16 +405,38 @@ class Codec:
     def decode(
         self, stream: Bytes, token_ids: Any = None, tokens: int | None = None, start_position: int | None = None
     ) -> Any:
-        """A stream -> cache of the kind that was encoded, ready for `generate`.
+        """A stream as a cache of the kind that was encoded, ready for `generate`.
 
-        stream: bytes, or uint8 [bytes] on a device, where coded bodies stay and are not held against their checksums again.
-        token_ids: the ids the stream was made from, or those of its first `tokens`; the last chunk of a prefix is compared only
-        if the ids of all its tokens are given. With `conditional` the ids of all tokens before them come first. tokens: decode only
-        so many tokens from the beginning; only the chunks that hold them are read, as wholes. start_position: place the first token
-        there instead of where it stood, keys rotated to match (then sinks and window are exact up to rounding).
+        Parameters:
+            stream: bytes, or uint8 [bytes] on a device, where coded bodies stay and are not held against their
+                checksums again.
+            token_ids: [T] integers, the ids the stream was made from, or those of its first `tokens`; the last chunk
+                of a prefix is compared only if the ids of all its tokens are given. With `conditional` the ids of all
+                tokens before them come first. None (default): nothing is compared.
+            tokens: how many tokens are decoded, from the beginning; only the chunks that hold them are read, as
+                wholes. None (default): all.
+            start_position: where the first token is placed, instead of where it stood; keys are rotated to match, so
+                that sinks and window are then exact up to rounding. None (default): where it stood.
 
-        Raises `TruncatedStream`, `CorruptStream`, `UnsupportedVersion`, `CalibrationMismatch`, `GeometryMismatch`,
-        `TokenMismatch`, `StreamTooLarge`, `InvalidArgument`.
+        Returns:
+            A transformers `DynamicCache`, or a `KVCache` if one was encoded.
+
+        Raises:
+            TruncatedStream, CorruptStream: the stream is damaged.
+            UnsupportedVersion: the stream has another version, or holds what this kvtc does not know.
+            CalibrationMismatch: the stream was made with another calibration.
+            GeometryMismatch: the stream covers other layers or heads than the calibration.
+            TokenMismatch: the stream was made from other token ids.
+            StreamTooLarge: the stream stands for more tokens than `max_tokens` allows.
+            InvalidArgument: `tokens` or `start_position` is out of range.
+
+        Example:
+            >>> prefix = codec.decode(stream, token_ids[:300], tokens=300)
+            >>> prefix.get_seq_length()
+            300
+            >>> codec.decode(stream, token_ids + 1)
+            Traceback (most recent call last):
+            kvtc.errors.TokenMismatch: the token ids of chunk 0 (tokens 0 .. 255, from position 0) are not those of the stream
         """
         parsed = parse_stream(stream)
         if parsed.header.others:
@@ -320,7 +450,19 @@ class Codec:
     ) -> KVCache:
         """As `decode`, but a `KVCache` whatever was encoded: with positions, and without transformers.
 
-        `UnsupportedModel` for a stream of other layers than full attention.
+        Parameters:
+            stream, token_ids, tokens, start_position: as in `decode`.
+
+        Returns:
+            The cache.
+
+        Raises:
+            UnsupportedModel: the stream has other layers than full attention. All others as in `decode`.
+
+        Example:
+            >>> restored = codec.decode_neutral(stream)
+            >>> restored.keys.shape, restored.dtype
+            (torch.Size([12, 3, 600, 32]), torch.bfloat16)
         """
         return self._decode(_of_one_group(stream), token_ids, tokens, start_position)[0]
 
@@ -335,7 +477,19 @@ class Codec:
 
     @neutral_torch_state
     def decode_split(self, stream: Bytes, token_ids: Any = None, tokens: int | None = None) -> SplitCache:
-        """As `decode`, but the groups of layers by themselves, and for a stream that may begin later, of those of its tokens."""
+        """As `decode`, but the groups of layers by themselves; a stream of windows or states may begin after position 0.
+
+        Parameters:
+            stream, token_ids, tokens: as in `decode`.
+
+        Returns:
+            The group that is coded, as `coded` (None: there is none), and the exact groups, as `exact`.
+
+        Example:
+            >>> split = codec.decode_split(stream)
+            >>> split.coded.n_tokens, split.exact
+            (600, [])
+        """
         return self._decode_split(parse_stream(stream), token_ids, tokens)
 
     def _decode_split(self, stream: Stream, token_ids: Any, tokens: int | None) -> SplitCache:
@@ -372,7 +526,7 @@ class Codec:
         header = opened[0].header
         if self.calibration is None:
             rope = Rope((), (NO_ROTATION,) * header.n_layers)
-            geometry = CacheGeometry(header.layers, header.first_kv_head, header.n_kv_heads, header.head_dim, rope)
+            geometry = CacheGeometry(header.layers, header.first_kv_head, header.n_kv_heads, *header.dims, rope)
         else:
             geometry = self.calibration.geometry_of(number)
         decoding = Decoding(opened, shifts or [0] * len(opened), geometry, self.backend)
@@ -394,9 +548,8 @@ class Codec:
     def _restored(self, opened: OpenedStream, shift: int, number: int = 0) -> KVCache:
         """A group that is coded. number: of it in the calibration."""
         header, decoding = opened.header, self._decoding([opened], [shift], False, number)
-        shape = (header.n_layers, header.n_kv_heads, opened.n_tokens, header.head_dim)
-        keys = torch.empty(shape, dtype=header.dtype, device=self.device)
-        values = torch.empty_like(keys)
+        shape = (header.n_layers, header.n_kv_heads, opened.n_tokens)
+        keys, values = (torch.empty(*shape, dim, dtype=header.dtype, device=self.device) for dim in header.dims)
         decoding.write_layers(lambda layer: [(Target.of(keys[layer]), Target.of(values[layer]))])
         positions = opened.positions[: opened.n_tokens] + shift
         # 0: it was not recorded, for no frequency depends on it. Moved to the front, a length too short would be negative.
@@ -405,9 +558,24 @@ class Codec:
 
     @neutral_torch_state
     def decode_layers(self, stream: Bytes, token_ids: Any = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (layer, keys [H, T, D], values [H, T, D]), first layer first, each as soon as it is restored.
+        """The layers of a stream one after the other, each as soon as it is restored.
 
         Arguments and stream are checked, and coefficients decoded, before this returns.
+
+        Parameters:
+            stream, token_ids: as in `decode`.
+
+        Returns:
+            An iterator of (layer, keys [H, T, D], values [H, T, D]), first layer first.
+
+        Raises:
+            UnsupportedModel: the stream has other layers than full attention. All others as in `decode`.
+
+        Example:
+            >>> for layer, keys, values in codec.decode_layers(stream):
+            ...     assert keys.shape == values.shape == (3, 600, 32)
+            >>> layer
+            11
         """
         opened = self._open(_of_one_group(stream), as_ids(token_ids), None)
         header, decoding = opened.header, self._decoding([opened])
@@ -417,8 +585,20 @@ class Codec:
     def decode_lazily(self, stream: Bytes, token_ids: Any = None, tokens: int | None = None) -> Any:
         """As `decode`, but always a `DynamicCache`, whose layers are restored when the model first comes to them.
 
-        Arguments and stream are checked, and coefficients decoded, before this returns. On CUDA each layer is restored beside the
-        computations of the one before it. A cache of several groups of layers is restored at once.
+        Arguments and stream are checked, and coefficients decoded, before this returns. On CUDA each layer is
+        restored beside the computations of the one before it. A cache of several groups of layers is restored at
+        once.
+
+        Parameters:
+            stream, token_ids, tokens: as in `decode`.
+
+        Returns:
+            The `DynamicCache`.
+
+        Example:
+            >>> lazy = codec.decode_lazily(stream)
+            >>> torch.equal(lazy.layers[5].keys, codec.decode(stream).layers[5].keys)
+            True
         """
         parsed = parse_stream(stream)
         if parsed.header.others:
@@ -436,11 +616,25 @@ class Codec:
         tokens: int | None = None,
         start_position: int | None = None,
     ) -> None:
-        """A stream -> keys and values of an engine, each layer written where its targets say: in pages, say.
+        """A stream as keys and values of an engine: each layer is written where its targets say, such as in pages.
 
-        targets: of keys and of values, for each layer of the stream, with places for the tokens decoded, on the codec's device.
-        The others as in `decode`, which also says what is raised; what is read of the stream is checked before anything is
-        written.
+        What is read of the stream is checked before anything is written.
+
+        Parameters:
+            stream, token_ids, tokens, start_position: as in `decode`.
+            targets: (of keys, of values) for each layer of the stream, each with a place for every token that is
+                decoded, on the codec's device.
+
+        Raises:
+            InvalidArgument: the targets are of other layers or tokens.
+            UnsupportedModel: the stream has other layers than full attention. All others as in `decode`.
+
+        Example:
+            >>> from kvtc.backends import Target
+            >>> keys, values = torch.zeros(2, 12, 3, 600, 32, dtype=torch.bfloat16)
+            >>> codec.decode_into(stream, [(Target.of(keys[layer]), Target.of(values[layer])) for layer in range(12)])
+            >>> torch.equal(values, codec.decode_neutral(stream).values)
+            True
         """
         opened = self._open(_of_one_group(stream), as_ids(token_ids), tokens)
         places = {len(target.token_offsets) for sides in targets for target in sides}
@@ -458,10 +652,26 @@ class Codec:
 
     @neutral_torch_state
     def encode_batch(self, cache: Any, token_ids: Any, attention_mask: Any) -> list[bytes]:
-        """A left-padded transformers cache of several sequences -> one stream each, padding left out.
+        """A left-padded transformers cache of several sequences as one stream each, without the padding.
 
-        token_ids, attention_mask: [B, T]; a mask of 0 marks padding. Positions count from the first real token, as `generate`
-        counts them.
+        Parameters:
+            cache: a transformers cache of batch B.
+            token_ids: [B, T] integers.
+            attention_mask: [B, T] integers or booleans; 0 marks padding. Positions count from the first real token,
+                as `generate` counts them.
+
+        Returns:
+            B streams.
+
+        Raises:
+            InvalidArgument: ids or mask have another shape than the cache, or there is padding after real tokens. All
+                others as in `encode`.
+
+        Example:
+            >>> batch = codec.decode_batch([stream, kvtc.split_stream(stream)[0]])
+            >>> streams = codec.encode_batch(batch[0], token_ids.expand(2, 600), batch[1])
+            >>> [kvtc.inspect(one).n_tokens for one in streams]
+            [600, 256]
         """
         ids, mask = as_tensor(token_ids, "token ids"), as_tensor(attention_mask, "attention mask").bool()
         found = interop.TransformersCache(cache)
@@ -482,9 +692,25 @@ class Codec:
 
     @neutral_torch_state
     def decode_batch(self, streams: Sequence[Bytes], token_ids: Any = None) -> tuple[Any, Tensor]:
-        """Streams of transformers caches -> (one left-padded cache, attention_mask [B, T] int64).
+        """Streams of transformers caches as one left-padded cache. Padded places hold zeros.
 
-        token_ids: one sequence of ids per stream, or a tensor [B, T] padded on the left. Padded places hold zeros.
+        Parameters:
+            streams: at least one.
+            token_ids: one sequence of ids for each stream, or a tensor [B, T] padded on the left. None (default):
+                nothing is compared.
+
+        Returns:
+            (a transformers cache of batch B, its attention mask [B, T] int64).
+
+        Raises:
+            InvalidArgument: there are no streams, ids do not fit them, or they hold different groups of layers.
+            StreamTooLarge: the batch with its padding has more tokens than `max_tokens` allows. All others as in
+                `decode`.
+
+        Example:
+            >>> cache_of_two, mask = codec.decode_batch([stream, kvtc.split_stream(stream)[0]])
+            >>> mask.sum(dim=1)
+            tensor([600, 256])
         """
         if not streams:
             raise InvalidArgument("there are no streams to decode")
@@ -531,9 +757,8 @@ class Codec:
             mask[index, longest - length :] = 1
         if header.coded is None:
             return interop.grouped_cache(header, None, exact, lengths, self.device), mask
-        shape = (len(streams), header.n_layers, header.n_kv_heads, longest, header.head_dim)
-        keys = torch.zeros(shape, dtype=header.dtype, device=self.device)
-        values = torch.zeros_like(keys)
+        shape = (len(streams), header.n_layers, header.n_kv_heads, longest)
+        keys, values = (torch.zeros(*shape, dim, dtype=header.dtype, device=self.device) for dim in header.dims)
         for group, decoding in zip(groups, decodings, strict=True):
             for layer in range(header.n_layers):
                 places = [(index, layer, slice(None), slice(longest - lengths[index], None)) for index in group]

@@ -46,8 +46,7 @@ class CodedRowsOf:
     def body_bytes(self) -> int:
         """Of its body tokens in the cache."""
         n_tokens = sum(span.n_body for span in self.spans.values())
-        extent = self.cache.extent
-        return n_tokens * 2 * extent.row_features * self.cache.original_bits // 8
+        return n_tokens * self.cache.extent.joint_features * self.cache.original_bits // 8
 
 
 def coded_windows(

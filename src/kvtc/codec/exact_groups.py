@@ -1,4 +1,4 @@
-"""Groups of layers that no profile codes: from tensors to the sections of a stream and back, bit for bit.
+"""Groups of layers that no profile codes: from tensors to the sections of a stream and back, bit for bit but for rounded states.
 
 A resume point is a position at which every group can be restored: a state only where there is a snapshot of it, a window
 where the tokens before it are there, all else at any token.
@@ -15,10 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..container.groups import SIDE_BUFFER, STATE, WINDOW, Group
+from ..container.groups import SIDE_BUFFER, STATE, WINDOW, Group, Part
 from ..container.stream import Payload, Stream
 from ..container.tables import Chunk, SectionType
 from ..errors import InvalidArgument
+
+LOSSLESS_STATES = "lossless"
 
 RowSides = tuple[Tensor, ...]
 """Of one layer: keys and values, each [H, rows, D], or one tensor: [1, rows, D] of a side buffer, its own shape of a state."""
@@ -36,19 +38,24 @@ class ExactGroup:
         return ExactGroup(self.group, [tuple(side.clone() for side in its) for its in self.sides])
 
 
-def group_payloads(index: int, snapshots: Mapping[int, ExactGroup], chunks: Sequence[Chunk]) -> list[Payload]:
+def group_payloads(
+    index: int, snapshots: Mapping[int, ExactGroup], chunks: Sequence[Chunk], states: str = LOSSLESS_STATES
+) -> list[Payload]:
     """The sections of a group, by ascending chunks.
 
     Parameters:
         index: of the group in the table.
         snapshots: what it was after so many tokens, ascending, for each resume point; the last one is where the chunks end.
         chunks: of the stream. Rows of a window that no resume point needs are left out.
+        states: how recurrent states are kept: "lossless", or a coder of `ROUNDED_BITS`.
     """
     found = []
     for number, exact, rows in kept_rows(snapshots, chunks):
         kind = SectionType.STATE if exact.group.part.is_snapshot else SectionType.BODY
         raw, layout = _rows_to_bytes(exact, rows), exact.group.layout(rows.stop - rows.start)
-        found.append(Payload(kind, number, raw, layout=layout, group=index))
+        is_rounded = exact.group.can_be_rounded and exact.group.part is not Part.CONVOLUTION_STATE
+        rounding = states if is_rounded and states != LOSSLESS_STATES else None
+        found.append(Payload(kind, number, raw, layout=layout, group=index, rounding=rounding))
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Bytes
-from ..cache import CacheExtent, TokenIds
+from ..cache import CacheExtent, TokenIds, describe_widths
 from ..calibration.artifact import Calibration
 from ..coding.exact.tokens import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from ..coding.lossless import BlockCoder
@@ -211,7 +211,7 @@ def check_calibration(header: Header, calibration: Calibration | None) -> None:
             f"the calibration covers {geometry.describe()}; the stream holds no such group ({kinds})"
         )
     if header.coded is not None:
-        found = CacheExtent(header.layers, header.first_kv_head, header.n_kv_heads, header.head_dim)
+        found = CacheExtent(header.layers, header.first_kv_head, header.n_kv_heads, *header.dims)
         if found != geometry.extent:
             raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the stream holds {found.describe()}")
     for group in (header.groups[index] for index in header.further):
@@ -219,7 +219,7 @@ def check_calibration(header: Header, calibration: Calibration | None) -> None:
             covered = "; ".join(one.geometry.describe() for one in calibration.groups)
             raise GeometryMismatch(
                 f"the calibration covers {covered or geometry.describe()}; the stream codes {group.kind} of layers "
-                f"{describe_layers(group.layers)}, {group.shape[0]} heads of {group.shape[1]}"
+                f"{describe_layers(group.layers)}, {group.shape[0]} heads of {describe_widths(*group.shape[1:])}"
             )
     if header.fingerprint != calibration.fingerprint:
         raise CalibrationMismatch(
@@ -292,11 +292,11 @@ def _raw_bytes(kind: SectionType, chunk: Chunk, header: Header, decoder: AnyDeco
         return 2 * chunk.n_tokens
     n_exact = chunk.exact_tokens(kind, header.profile)
     if n_exact:
-        return exact_bytes(2 * header.row_features * n_exact, header.dtype)
+        return exact_bytes(header.joint_features * n_exact, header.dtype)
     if kind is SectionType.BODY:
         return decoder.body_bytes(plan, chunk.n_body)
     if kind is SectionType.SINK:
-        return fp8_bytes(2 * header.row_features // header.head_dim * chunk.n_sink, header.head_dim)
+        return fp8_bytes(header.n_layers * header.n_kv_heads * chunk.n_sink, header.dims)
     return decoder.body_bytes(plan, chunk.n_window) if kind is SectionType.WINDOW else None
 
 
@@ -313,9 +313,10 @@ def _positions(data: bytes | None, header: Header, index: int, chunk: Chunk) -> 
 
 
 def _exact(data: bytes, header: Header, n: int, first: int, is_fp8: bool) -> ExactTokens:
-    shape = (header.n_layers, header.n_kv_heads, n, header.head_dim)
+    key_dim, value_dim = header.dims
+    heads = header.n_layers, header.n_kv_heads, n
     decode = decode_fp8 if is_fp8 else decode_exact
-    return ExactTokens(first, *decode(data, shape, header.dtype))
+    return ExactTokens(first, *decode(data, ((*heads, key_dim), (*heads, value_dim)), header.dtype))
 
 
 def shift_to(start_position: int | None, opened: OpenedStream) -> int:

@@ -92,7 +92,7 @@ def unrotated(
     geometry: of the cache, which is the group of this number in the calibration.
     """
     positions, length = cache.resolved_positions(), cache.resolved_rope_length()
-    most = backend.batch_tokens(2 * geometry.row_features)
+    most = backend.batch_tokens(geometry.joint_features)
     batches = [(False, batch) for batch in _batches([(span, span.body) for span in spans if span.n_body], most)]
     if codes_windows:
         windows = [(span, span.window) for span in spans if span.n_window]
@@ -122,7 +122,7 @@ class Decoding:
         self, opened: Sequence[OpenedStream], shifts: Sequence[int], geometry: CacheGeometry, backend: Backend
     ) -> None:
         self._opened, self._backend = opened, backend
-        self._n_heads, self._head_dim = geometry.n_kv_heads, geometry.head_dim
+        self._n_heads, self._dims = geometry.n_kv_heads, geometry.dims
         self._decoder = opened[0].decoder
         bodies = [body.on(backend.device) for stream in opened for body in stream.coded]
         coefficients = self._decoder.entropy_decode(bodies)
@@ -163,7 +163,7 @@ class Decoding:
         Exact tokens come last: they may still be on their way. Raises `CorruptStream` for them.
         """
         n_layers, is_inference = self._opened[0].header.n_layers, torch.is_inference_mode_enabled()
-        n_values = sum(stream.n_tokens for stream in self._opened) * n_layers * self._n_heads * self._head_dim
+        n_values = sum(stream.n_tokens for stream in self._opened) * n_layers * self._n_heads * sum(self._dims) // 2
         with task("decoding", n_layers, "layers") as advance:
 
             @neutral_torch_state
@@ -182,17 +182,17 @@ class Decoding:
     def new_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer of the only stream as keys and values [H, T, D] of their own, in its dtype, on the backend's device."""
         (stream,) = self._opened
-        shape = (self._n_heads, stream.n_tokens, self._head_dim)
+        dtype, device = stream.header.dtype, self._backend.device
         keys, values = (
-            torch.empty(shape, dtype=stream.header.dtype, device=self._backend.device) for _ in ("keys", "values")
+            torch.empty(self._n_heads, stream.n_tokens, dim, dtype=dtype, device=device) for dim in self._dims
         )
         self.write_layer(layer, [(Target.of(keys), Target.of(values))])
         return keys, values
 
     def _write_body(self, layer: int, sides: Sequence[Sides]) -> None:
         keys, values = (
-            rows.view(-1, self._n_heads, self._head_dim)
-            for rows in self._decoder.reconstruct(self._coefficients, layer)
+            rows.view(-1, self._n_heads, dim)
+            for rows, dim in zip(self._decoder.reconstruct(self._coefficients, layer), self._dims, strict=True)
         )
         first = 0
         for stream, targets, turns in zip(self._opened, sides, self._turns, strict=True):

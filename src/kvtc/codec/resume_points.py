@@ -14,16 +14,23 @@ RESUME_EVERY = 4096
 
 
 class ResumePoints:
-    """Windows and states of one cache at several positions, taken while it grows, so that a stream of it can be resumed there.
+    """Windows and states of one cache at several positions, taken while it grows, so that a stream of it can be resumed
+    there.
 
-    They cannot be had from the cache later: a window forgets what leaves it, and a state what it was. The end of a cache is a
-    resume point of its stream in any case.
+    They cannot be had from the cache later: a window forgets what leaves it, and a state what it was. The end of a
+    cache is a resume point of its stream in any case.
 
     Parameters:
         every: tokens from one point to the next, a multiple of the codec's chunk_tokens; default 4096.
 
     Raises:
-        InvalidArgument: for an `every` below 1.
+        InvalidArgument: `every` is below 1.
+
+    Example:
+        >>> points = kvtc.ResumePoints(every=256)
+        >>> grown = kvtc.prefill(model, token_ids, points)
+        >>> sorted(points.taken)
+        [256, 512]
     """
 
     def __init__(self, every: int = RESUME_EVERY) -> None:
@@ -33,7 +40,18 @@ class ResumePoints:
         self.taken: dict[int, list[ExactGroup]] = {}
 
     def tokens_to_next(self, n_tokens: int) -> int:
-        """How many tokens a cache of n_tokens has to read until a point is due."""
+        """How many tokens a cache has to read until a point is due.
+
+        Parameters:
+            n_tokens: tokens that it has read.
+
+        Returns:
+            A number of tokens.
+
+        Example:
+            >>> kvtc.ResumePoints(every=256).tokens_to_next(600)
+            168
+        """
         return self.every - n_tokens % self.every
 
     @neutral_torch_state
@@ -42,14 +60,19 @@ class ResumePoints:
 
         Parameters:
             cache: a transformers cache of batch 1; what was taken before is of the same text.
-            n_tokens: that it has read; needed where the cache does not say, as one of states alone.
+            n_tokens: tokens that it has read; needed where the cache does not say, as one of states alone. Default
+                None.
 
         Returns:
             Whether a point was due.
 
         Raises:
-            InvalidCache: for a cache of several sequences, or one that has read another number of tokens.
+            InvalidCache: the cache holds several sequences, or has read another number of tokens.
             UnsupportedModel: as `Codec.encode`.
+
+        Example:
+            >>> kvtc.ResumePoints(every=300).take(cache), kvtc.ResumePoints(every=256).take(cache)
+            (True, False)
         """
         found = TransformersCache(cache)
         length = found.n_tokens if found.n_tokens is not None else n_tokens
@@ -64,9 +87,22 @@ class ResumePoints:
         return True
 
     def of(self, split: SplitCache, n_tokens: int, chunk_tokens: int) -> Snapshots:
-        """The points before the end of a cache of n_tokens tokens, by position.
+        """The points before the end of a cache.
 
-        Raises `InvalidArgument` for points that are not of such a cache, or do not stand at the ends of chunks.
+        Parameters:
+            split: the cache in groups of layers.
+            n_tokens: tokens that it has read.
+            chunk_tokens: of the codec.
+
+        Returns:
+            Windows and states by position.
+
+        Raises:
+            InvalidArgument: a point is of another cache, or does not stand at the end of a chunk.
+
+        Example:
+            >>> kvtc.ResumePoints().of(codec.decode_split(stream), 600, 256)
+            {}
         """
         groups = [one.group for one in split.partial]
         for position, exact in self.taken.items():

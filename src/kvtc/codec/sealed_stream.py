@@ -13,13 +13,12 @@ import numpy.typing as npt
 from numpy import int64
 from torch import Tensor
 
-from ..cache import KVCache
+from ..cache import KVCache, is_latent
 from ..calibration.artifact import FINGERPRINT_BYTES, Calibration
-from ..coding.exact.floats import FloatLayout
-from ..coding.exact.tokens import encode_exact, encode_fp8
+from ..coding.exact.tokens import encode_exact, encode_fp8, exact_layout
 from ..coding.lossless import BlockCoder
 from ..coding.regions import ChunkSpan
-from ..container.groups import FULL_ATTENTION, Group, Part
+from ..container.groups import FULL_ATTENTION, LATENT, Group, Part
 from ..container.stream import CodedSection, Payload, code_payloads, token_digest, write_stream
 from ..container.tables import (
     CHUNK_BYTES,
@@ -36,7 +35,7 @@ from ..container.tables import (
 )
 from ..profiles.interface import CodedRows
 from .coded_groups import CodedRowsOf, coded_windows
-from .exact_groups import group_payloads
+from .exact_groups import LOSSLESS_STATES, group_payloads
 from .transformers_cache import SplitCache
 
 Place = tuple[int, int, SectionType]
@@ -53,6 +52,7 @@ class StreamSettings:
     fp8_sinks: bool
     fixed_size: bool = False
     coded_window: bool = False
+    states: str = LOSSLESS_STATES
 
 
 def exact_settings(settings: StreamSettings) -> StreamSettings:
@@ -177,7 +177,7 @@ def draft_stream(
     payloads += _position_payloads(settings, spans, chunks, positions)
     for index, its in zip(header.others, snapshots, strict=True):
         if not header.groups[index].is_coded:
-            payloads += group_payloads(index, its, chunks)
+            payloads += group_payloads(index, its, chunks, settings.states)
     sections = _placed(payloads, code_payloads(payloads, settings.coder, block_coder))
     is_lossless = settings.profile == LOSSLESS
     return StreamDraft(settings, header, tuple(chunks), sections, () if is_lossless else tuple(coded), block_coder)
@@ -212,14 +212,15 @@ def _payloads(settings: StreamSettings, rows: CodedRowsOf, is_further: bool, chu
             if n_tokens and is_sink and chunk.fp8_sinks and not is_further:
                 yield Payload(section, index, encode_fp8(*sides))
             elif n_tokens and (is_sink or chunk.exact_tokens(section, settings.profile)):
-                layout = FloatLayout(n_tokens, cache.head_dim, cache.dtype)
+                layout = exact_layout(n_tokens, (cache.key_dim, cache.value_dim), cache.dtype)
                 yield Payload(section, index, encode_exact(*sides), layout=layout, group=rows.index)
 
 
 def _coded_group(calibration: Calibration | None, cache: KVCache) -> Group:
-    shape = cache.n_kv_heads, cache.head_dim, cache.head_dim
+    shape = cache.n_kv_heads, cache.key_dim, cache.value_dim
+    kind = LATENT if is_latent(*shape) else FULL_ATTENTION
     layers, length = cache.resolved_layers(), _rope_length(calibration, cache)
-    return Group(FULL_ATTENTION, Part.KEYS_AND_VALUES, cache.dtype, layers, shape, cache.first_kv_head, extent=length)
+    return Group(kind, Part.KEYS_AND_VALUES, cache.dtype, layers, shape, cache.first_kv_head, extent=length)
 
 
 def chunks_of(

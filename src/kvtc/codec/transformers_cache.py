@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import CacheExtent, CacheGeometry, KVCache
+from ..cache import CacheExtent, CacheGeometry, KVCache, is_latent, sides_of_layer
 from ..calibration.artifact import covers
-from ..container.groups import FULL_ATTENTION, NO_CACHE, SIDE_BUFFER, STATE, Group, Part
+from ..container.groups import FULL_ATTENTION, LATENT, NO_CACHE, SIDE_BUFFER, STATE, Group, Part
 from ..container.tables import Header
 from ..errors import GeometryMismatch, InvalidCache, MissingDependency, UnsupportedModel
 from ..process.torch_state import neutral_torch_state
@@ -133,8 +133,8 @@ class TransformersCache:
         missing = [geometry for geometry in covered if not any(covers(geometry, one.group) for one in found)]
         if missing or (covered and first is None and coded is not None):
             held = "; ".join(f"{one.group.describe()}: {_extent(one.group)}" for one in found)
-            covers = "; ".join(geometry.describe() for geometry in covered)
-            raise GeometryMismatch(f"the calibration covers {covers}; the cache holds {held}")
+            expected = "; ".join(geometry.describe() for geometry in covered)
+            raise GeometryMismatch(f"the calibration covers {expected}; the cache holds {held}")
         exact = [one for one in found if one is not coded]
         tokens = None if self.n_tokens is None else self.n_tokens - first_token
         return SplitCache(None if coded is None else _neutral(coded), exact, tokens)
@@ -171,12 +171,12 @@ def from_transformers(cache: Any, geometry: CacheGeometry) -> KVCache:
 
 
 def _extent(group: Group) -> str:
-    return CacheExtent(group.layers, group.first_kv_head, *group.shape[:2]).describe()
+    return CacheExtent(group.layers, group.first_kv_head, *group.shape).describe()
 
 
 def _empty(geometry: CacheGeometry) -> KVCache:
-    side = torch.empty(geometry.n_layers, geometry.n_kv_heads, 0, geometry.head_dim, dtype=EMPTY_DTYPE)
-    return KVCache(side, side.clone(), layers=geometry.layers, first_kv_head=geometry.first_kv_head)
+    keys, values = (torch.empty(shape, dtype=EMPTY_DTYPE) for shape in geometry.side_shapes(0))
+    return KVCache(keys, values, layers=geometry.layers, first_kv_head=geometry.first_kv_head)
 
 
 def _neutral(coded: ExactGroup) -> KVCache:
@@ -197,7 +197,7 @@ def to_transformers(keys: Tensor, values: Tensor, layers: Iterable[int]) -> Any:
     """keys, values [B, L, H, T, D] -> a `DynamicCache` that `generate` continues from, its layers at their places."""
     cache = new_transformers_cache()
     for index, layer in enumerate(layers):
-        cache.update(keys[:, index], values[:, index], layer)
+        cache.update(*sides_of_layer(keys[:, index], values[:, index]), layer)
     return cache
 
 
@@ -247,8 +247,9 @@ def from_split(split: SplitCache, device: torch.device) -> Any:
         for one in split.exact
     ]
     if (coded := split.coded) is not None:
-        shape = coded.n_kv_heads, coded.head_dim, coded.head_dim
-        group = Group(FULL_ATTENTION, Part.KEYS_AND_VALUES, coded.dtype, coded.resolved_layers(), shape)
+        shape = coded.n_kv_heads, coded.key_dim, coded.value_dim
+        kind = LATENT if is_latent(*shape) else FULL_ATTENTION
+        group = Group(kind, Part.KEYS_AND_VALUES, coded.dtype, coded.resolved_layers(), shape)
         layers = zip(coded.keys, coded.values, strict=True)
         parts.append(ExactGroup(group, [(keys[None], values[None]) for keys, values in layers]))
     return cache_of_parts(parts, split.start + (split.n_tokens or 0))
@@ -276,7 +277,7 @@ def lazy_cache(restore: Callable[[int], Layer], n_tokens: int, header: Header, d
     cache = new_transformers_cache()
     from .lazy_layers import LazyLayer
 
-    queue = LayerQueue(restore, header.n_layers, device)
+    queue = LayerQueue(lambda index: sides_of_layer(*restore(index)), header.n_layers, device)
     cache.layers += [cache.layer_class_to_replicate() for _ in range(header.layers[-1] + 1)]
     for index, layer in enumerate(header.layers):
         cache.layers[layer] = LazyLayer(queue, index, n_tokens, header.dtype, device)

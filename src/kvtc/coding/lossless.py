@@ -21,7 +21,8 @@ FLOATS = "floats"
 """The coder of exact tokens (`coding.exact.floats`), which is not one of blocks."""
 PROFILE = "profile"
 """The coder of rows that a profile codes of another group than the first."""
-CODER_NAMES = {number: name for name, number in CODER_IDS.items()} | {4: FLOATS, 7: PROFILE}
+CODER_NAMES = {number: name for name, number in CODER_IDS.items()} | {4: FLOATS, 5: "int8", 6: "int6", 7: PROFILE}
+"""5 and 6 are of states alone (`coding.states.rounding`); these two and 7 are not lossless."""
 LAST_LOSSLESS = 4
 _DEFLATE_LEVEL = 6
 _ZSTD_LEVEL = 19

@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 
 from ..coding.exact.floats import FloatLayout
+from ..coding.exact.tokens import exact_layout
+from ..coding.states.rounding import ROUNDED_DTYPES
 from ..errors import CorruptStream, InvalidArgument, UnsupportedVersion
 from ..layer_runs import layer_runs
 
@@ -121,15 +123,19 @@ class Group:
 
     @property
     def has_rows(self) -> bool:
-        """Whether a profile can code its tokens: heads with keys and values of one width."""
+        """Whether a profile can code its tokens: heads with keys and values."""
+        return self.kind in (FULL_ATTENTION, LATENT, WINDOW) and min(self.shape) > 0
+
+    @property
+    def can_be_further(self) -> bool:
+        """Whether it can be coded beside the first: a window, but not one of latents."""
         heads, key_dim, value_dim = self.shape
-        is_attention = self.kind in (FULL_ATTENTION, WINDOW)
-        return is_attention and key_dim == value_dim and not self.values_are_keys and heads > 0
+        return self.kind == WINDOW and self.has_rows and (heads > 1 or key_dim == value_dim)
 
     @property
     def is_codable(self) -> bool:
         """Whether it can be the first coded group: rows of every token."""
-        return self.kind == FULL_ATTENTION and self.has_rows
+        return self.kind in (FULL_ATTENTION, LATENT) and self.has_rows
 
     @property
     def is_complete(self) -> bool:
@@ -137,6 +143,11 @@ class Group:
         return self.kind in (FULL_ATTENTION, LATENT, NO_CACHE) or (
             self.kind == SIDE_BUFFER and not self.part.is_snapshot
         )
+
+    @property
+    def can_be_rounded(self) -> bool:
+        """Whether a coder of states may round it."""
+        return self.kind == STATE and self.dtype in ROUNDED_DTYPES
 
     @property
     def n_layers(self) -> int:
@@ -178,7 +189,7 @@ class Group:
         if self.kind == STATE:
             return FloatLayout(key_dim or 1, value_dim, self.dtype)
         if self.is_coded:
-            return FloatLayout(n_rows, key_dim, self.dtype)
+            return exact_layout(n_rows, (key_dim, value_dim), self.dtype)
         return FloatLayout(n_rows, key_dim + value_dim, self.dtype)
 
     def describe(self) -> str:
@@ -280,7 +291,7 @@ def _check_group(index: int, group: Group) -> None:
         or group.kind not in group.part.kinds
         or (group.values_are_keys and not attention)
         or (group.has_run and group.kind != STATE)
-        or (group.is_coded and not (group.kind == WINDOW and group.has_rows))
+        or (group.is_coded and not group.can_be_further)
         or group.extent > MAX_LENGTH
         or group.index > group.part.most_index
     ):

@@ -21,7 +21,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..coding.exact.floats import FloatLayout, compress_floats, decompress_floats
+from ..coding.exact.tokens import exact_layout
 from ..coding.lossless import FLOATS, PROFILE, BlockCoder, compress, compress_all, decompress, decompress_all
+from ..coding.states.rounding import ROUNDED_BITS, compress_state, decompress_state
 from ..errors import CorruptStream, InvalidArgument
 from ..process.log_limits import log_once
 from ..process.workers import side_by_side
@@ -36,6 +38,7 @@ from .tables import (
     STREAM_WIDE,
     Chunk,
     ChunkTable,
+    Counts,
     Header,
     Section,
     SectionTable,
@@ -61,8 +64,9 @@ _WORTH_THREADS = 1 << 20
 class Payload:
     """Section bytes before lossless coding, on their way into a stream.
 
-    is_final: they are entropy-coded already. layout: of exact tokens, which have a coder of their own; None: others.
-    raw_bytes: of rows that a profile coded, of another group than the first, before that; None: of all else.
+    is_final: they are entropy-coded already. layout: of exact tokens, which have a coder of their own; None: others. rounding: of a
+    state that is rounded, one of `ROUNDED_BITS`. raw_bytes: of rows that a profile coded, of another group than the first, before
+    that; None: of all else.
     """
 
     type: SectionType
@@ -71,6 +75,7 @@ class Payload:
     is_final: bool = False
     layout: FloatLayout | None = None
     group: int = 0
+    rounding: str | None = None
     raw_bytes: int | None = None
 
 
@@ -186,7 +191,7 @@ class Stream:
     def _layout(self, section_type: SectionType, chunk: int) -> FloatLayout | None:
         """How the exact tokens of a section are ordered; None where it holds none."""
         n_exact = 0 if chunk == STREAM_WIDE else self.chunks[chunk].exact_tokens(section_type, self.header.profile)
-        return FloatLayout(n_exact, self.header.head_dim, self.header.dtype) if n_exact else None
+        return exact_layout(n_exact, self.header.dims, self.header.dtype) if n_exact else None
 
 
 def _threads() -> int:
@@ -221,6 +226,8 @@ def _decoded(section: Section, stored: memoryview, layout: FloatLayout | None) -
     try:
         if layout is not None and section.coder == FLOATS:
             return decompress_floats(stored, section.raw_bytes, layout)
+        if layout is not None and section.coder in ROUNDED_BITS:
+            return decompress_state(stored, section.raw_bytes, layout.dtype, ROUNDED_BITS[section.coder])
         return decompress(stored, section.raw_bytes, section.coder)
     except CorruptStream as error:
         raise CorruptStream(f"{section.describe()}: {error}") from error
@@ -239,24 +246,27 @@ def token_digest(token_ids: npt.NDArray[np.int64]) -> bytes:
 def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCoder | None = None) -> list[CodedSection]:
     """Each payload as it will be stored; one that coding would lengthen is stored as it is.
 
-    coder: of all but exact tokens, which have their own; "none" leaves these as they are, too. block_coder: codes the blocks of
-    all of them at once, where it takes them.
+    coder: of all but exact tokens and rounded states, which have their own; "none" leaves exact tokens as they are, too.
+    block_coder: codes the blocks of all of them at once, where it takes them. Raises `InvalidCache` for a state that cannot be
+    rounded.
     """
     for payload in payloads:
         if max(len(payload.raw), payload.raw_bytes or 0) >= 1 << 32:
             raise InvalidArgument(
                 f"a section of {len(payload.raw)} bytes; 4 GiB is the limit: use a smaller chunk_tokens"
             )
-    coders = ["none" if payload.is_final else coder for payload in payloads]
-    if coder != "none":
-        coders = [FLOATS if payload.layout else its for payload, its in zip(payloads, coders, strict=True)]
-    floats = [(payload.raw, payload.layout) for payload, its in zip(payloads, coders, strict=True) if its == FLOATS]
+    coders = [_coder_of(payload, coder) for payload in payloads]
+    own = [
+        (payload.raw, payload.layout, its)
+        for payload, its in zip(payloads, coders, strict=True)
+        if payload.layout is not None and (its == FLOATS or its in ROUNDED_BITS)
+    ]
     others = [payload.raw for payload, its in zip(payloads, coders, strict=True) if its == coder]
     coded_others = iter(_compressed(others, coder, block_coder))
-    coded_floats = iter(side_by_side(lambda one: compress_floats(*one), _threads(), floats))
+    coded_own = iter(side_by_side(lambda one: _compressed_alone(*one), _threads(), own))
     sections = []
     for payload, its in zip(payloads, coders, strict=True):
-        data = next(coded_floats) if its == FLOATS else next(coded_others) if its == coder else payload.raw
+        data = next(coded_others) if its == coder else payload.raw if its == "none" else next(coded_own)
         is_shorter = len(data) < len(payload.raw)
         stored, used = (data, its) if is_shorter else (payload.raw, "none")
         n_raw = len(payload.raw)
@@ -265,6 +275,21 @@ def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCod
         entry = Section(payload.type, used, payload.chunk, n_raw, len(stored), zlib.crc32(stored), 0, payload.group)
         sections.append(CodedSection(entry, stored))
     return sections
+
+
+def _coder_of(payload: Payload, coder: str) -> str:
+    if payload.rounding:
+        return payload.rounding
+    if payload.is_final or coder == "none":
+        return "none"
+    return FLOATS if payload.layout else coder
+
+
+def _compressed_alone(raw: bytes, layout: FloatLayout, coder: str) -> bytes:
+    """With a coder of numbers."""
+    if coder in ROUNDED_BITS:
+        return compress_state(raw, layout.dtype, ROUNDED_BITS[coder])
+    return compress_floats(raw, layout)
 
 
 def _compressed(parts: Sequence[bytes], coder: str, block_coder: BlockCoder | None) -> list[bytes]:
@@ -311,11 +336,16 @@ def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
     """
     opened, counts = open_data(data)
     view = opened.head
+    header, chunks = parse_tables(view, counts)
+    return Stream(header, chunks, parse_sections(view, counts, header, chunks, opened.n_bytes), opened)
+
+
+def parse_tables(view: memoryview, counts: Counts) -> tuple[Header, ChunkTable]:
+    """Header and chunks, from the first bytes of a stream, all tables among them; errors as of `parse_stream`."""
     if zlib.crc32(view[HEADER_BYTES : counts.tables_end], zlib.crc32(view[: HEADER_BYTES - 4])) != counts.checksum:
         raise CorruptStream("header and tables fail their checksum")
     header = parse_header(view, counts)
-    chunks = parse_chunks(view, counts, header)
-    return Stream(header, chunks, parse_sections(view, counts, header, chunks, opened.n_bytes), opened)
+    return header, parse_chunks(view, counts, header)
 
 
 def assemble(

@@ -109,7 +109,7 @@ class Header:
 
     @property
     def coded(self) -> Group | None:
-        """The group that the profile codes, which is the first one: of full attention, keys and values of one width."""
+        """The group that the profile codes, which is the first one where it can be: of full attention, or of latents."""
         return self.groups[0] if self.groups[0].is_codable else None
 
     @property
@@ -143,17 +143,18 @@ class Header:
         return self.groups[0].shape[0]
 
     @property
-    def head_dim(self) -> int:
-        return self.groups[0].shape[1]
+    def dims(self) -> tuple[int, int]:
+        """Features of a head's key, and of its value."""
+        return self.groups[0].shape[1:]
 
     @property
     def rope_length(self) -> int:
         return self.groups[0].extent
 
     @property
-    def row_features(self) -> int:
-        """p: values of one token's keys, or values."""
-        return self.n_layers * self.n_kv_heads * self.head_dim
+    def joint_features(self) -> int:
+        """P: numbers of one token, keys and values."""
+        return self.groups[0].row_numbers
 
     @property
     def original_bits(self) -> int:
@@ -567,28 +568,31 @@ def _check_others(
             f"section {before + 2} does not stand behind section {before + 1}, as groups and chunks ascend"
         )
     position, tokens = chunks.entries["position"].astype(np.int64), chunks.tokens
-    is_coded = entries["coder"] == _CODER_NUMBERS[PROFILE]
     for index in header.others:
         its = header.groups[index]
         mine = np.flatnonzero(is_other & (group == index))
+        coder = entries["coder"][mine]
         rows, rest = np.divmod(entries["raw"][mine].astype(np.int64), max(its.row_bytes, 1))
         wrong = (rest != 0) | (rows < 1)
         if its.is_coded:
             has_coded_window = chunks.has(_CODED_WINDOW)[chunk[mine]]
             is_body, is_window = (kind[mine] == one for one in (SectionType.BODY, SectionType.WINDOW))
+            codes = is_body | (is_window & has_coded_window)
             most = _room(kind[mine], chunk[mine], rows, chunks)
-            wrong |= (rows > most) | (is_coded[mine] != is_body | (is_window & has_coded_window))
+            wrong |= (rows > most) | np.where(codes, coder != _CODER_NUMBERS[PROFILE], coder > LAST_LOSSLESS)
         else:
             wanted = SectionType.STATE if its.part.is_snapshot else SectionType.BODY
             first, n = position[chunk[mine]], tokens[chunk[mine]]
             most = its.rows_between(first, first + n)
-            wrong |= (kind[mine] != wanted) | (rows > most) | is_coded[mine]
+            wrong |= (kind[mine] != wanted) | (rows > most)
+            wrong |= coder >= _CODER_NUMBERS[PROFILE] if its.can_be_rounded else coder > LAST_LOSSLESS
             if its.kind != WINDOW:
                 wrong |= rows != most
         for at in _first(wrong):
             raise CorruptStream(
-                f"section {mine[at]} of group {index} ({its.describe()}) is of type {kind[mine[at]]} and has "
-                f"{entries['raw'][mine[at]]} bytes; {most[at]} rows of {its.row_bytes} bytes belong to chunk {chunk[mine[at]]}"
+                f"section {mine[at]} of group {index} ({its.describe()}) is of type {kind[mine[at]]} (coder "
+                f"{entries['coder'][mine[at]]}) and has {entries['raw'][mine[at]]} bytes; {most[at]} rows of {its.row_bytes} bytes "
+                f"belong to chunk {chunk[mine[at]]}"
             )
         if its.is_complete:
             n_needed = int((its.rows_between(position, position + tokens) > 0).sum())

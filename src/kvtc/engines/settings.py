@@ -143,7 +143,7 @@ class CacheShard(CacheExtent):
     Parameters:
         layers: The layers of the model that the worker's pipeline-parallel rank computes.
         first_kv_head, n_kv_heads: The key-value heads of its tensor-parallel rank.
-        head_dim: Features of a head.
+        key_dim, value_dim: Features of a head.
         tp_rank, pp_rank: The ranks.
     """
 
@@ -190,5 +190,7 @@ def worker_shards(
     for pp_rank, (first, number) in enumerate(layer_ranges or [(0, n_layers)]):
         for tp_rank in range(tp_size):
             head = tp_rank * n_kv_heads // tp_size
-            shards.append(CacheShard(tuple(range(first, first + number)), head, each, head_dim, tp_rank, pp_rank))
+            shards.append(
+                CacheShard(tuple(range(first, first + number)), head, each, head_dim, head_dim, tp_rank, pp_rank)
+            )
     return shards

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import CacheGeometry, KVCache
+from ..cache import CacheGeometry, KVCache, describe_widths, sides_of_layer
 from ..errors import GeometryMismatch, InvalidArgument, UnsupportedModel
 from ..process.progress import task
 from ..process.torch_state import evaluation_mode, model_torch_state, neutral_torch_state
@@ -101,7 +101,7 @@ def geometry_of(
     if not chosen:
         raise UnsupportedModel(f"layers {first_layer}..{first_layer + n_layers - 1} hold no full attention")
     rope = rope_from_model(model) if isinstance(model, nn.Module) else rope_from_config(model)
-    return CacheGeometry(chosen, first_head, n_heads, whole.head_dim, rope.of_layers(chosen))
+    return CacheGeometry(chosen, first_head, n_heads, whole.key_dim, whole.value_dim, rope.of_layers(chosen))
 
 
 def capture(
@@ -150,14 +150,18 @@ def captured(model: Any, cached: Any, n_tokens: int, geometry: CacheGeometry | N
     """Those layers and heads of a cache of n_tokens tokens that a model has made; the parameters and errors of `capture`."""
     whole, layers, heads = _extent_of(model, geometry)
     device, remembered = model.get_input_embeddings().weight.device, remembered_length(model)
-    expected = (1, whole.n_kv_heads, n_tokens, whole.head_dim)
-    keys, values = [], []
+    expected = tuple((1, whole.n_kv_heads, n_tokens, dim) for dim in (whole.key_dim, whole.value_dim))
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     for layer in layers:
-        shapes = tuple(cached.layers[layer].keys.shape), tuple(cached.layers[layer].values.shape)
-        if shapes != (expected, expected):
-            raise UnsupportedModel(f"layer {layer} caches keys {shapes[0]} and values {shapes[1]}; expected {expected}")
-        keys.append(cached.layers[layer].keys[0, heads.start : heads.stop].detach().to(device))
-        values.append(cached.layers[layer].values[0, heads.start : heads.stop].detach().to(device))
+        sides = sides_of_layer(cached.layers[layer].keys, cached.layers[layer].values)
+        shapes = tuple(sides[0].shape), tuple(sides[1].shape)
+        if shapes != expected:
+            raise UnsupportedModel(
+                f"layer {layer} caches keys {shapes[0]} and values {shapes[1]}; expected {expected[0]} and {expected[1]}"
+            )
+        for side, of_layers in zip(sides, (keys, values), strict=True):
+            of_layers.append(side[0, heads.start : heads.stop].detach().to(device))
     return KVCache(
         torch.stack(keys),
         torch.stack(values),
@@ -173,7 +177,8 @@ def _extent_of(model: Any, geometry: CacheGeometry | None) -> tuple[_Extent, tup
     if geometry is None:
         return whole, coded_layers(model), range(whole.n_kv_heads)
     heads = range(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
-    if geometry.layers[-1] >= whole.n_layers or heads.stop > whole.n_kv_heads or geometry.head_dim != whole.head_dim:
+    widths = geometry.dims == (whole.key_dim, whole.value_dim)
+    if geometry.layers[-1] >= whole.n_layers or heads.stop > whole.n_kv_heads or not widths:
         raise GeometryMismatch(f"expected a part of a model with {whole.describe()}; got {geometry.describe()}")
     return whole, geometry.layers, heads
 
@@ -274,7 +279,8 @@ class _Extent:
 
     n_layers: int
     n_kv_heads: int
-    head_dim: int
+    key_dim: int
+    value_dim: int
     n_query_heads: int
 
     @classmethod
@@ -292,11 +298,11 @@ class _Extent:
             # Older architectures have no such field: every head has keys and values of its own.
             n_kv_heads = n_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-        return cls(n_layers, int(n_kv_heads), int(head_dim), n_heads)
+        return cls(n_layers, int(n_kv_heads), int(head_dim), int(head_dim), n_heads)
 
     def describe(self) -> str:
         """Sizes in words, for messages."""
-        return f"{self.n_layers} layers, {self.n_kv_heads} kv heads, head_dim {self.head_dim}"
+        return f"{self.n_layers} layers, {self.n_kv_heads} kv heads, {describe_widths(self.key_dim, self.value_dim)}"
 
 
 def _range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, int]:
@@ -336,7 +342,7 @@ def _recorder(outputs: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
 
 def _key_candidates(output: Tensor, whole: _Extent, n_tokens: int) -> Iterator[Tensor]:
     """Readings of a module's output as keys [H, T, D] of all heads: each layout some architecture uses."""
-    heads, dim, queries = whole.n_kv_heads, whole.head_dim, whole.n_query_heads
+    heads, dim, queries = whole.n_kv_heads, whole.key_dim, whole.n_query_heads
     if output.numel() == n_tokens * heads * dim:
         if output.shape == (1, heads, n_tokens, dim):
             yield output[0]

@@ -24,7 +24,7 @@ from .chain import Chain, chunk_key, entry_key
 from .parts import Parts, join
 from .tails import NAME_TOKENS, Tails, point_key, tail_key, tail_name
 
-_SORTS = {b"tokens and points": True, b"points alone": False}
+SORTS = {b"tokens and points": True, b"points alone": False}
 """What the entry of a model says: whether its caches have groups that keep every token."""
 
 
@@ -61,7 +61,7 @@ class PointedPrefixes:
         """Ask the store whether they are."""
         if self._keeps_tokens is None:
             (sort,) = self._entries.read([self._sort_key])
-            self._keeps_tokens = None if sort is None else _SORTS.get(bytes(sort))
+            self._keeps_tokens = None if sort is None else SORTS.get(bytes(sort))
         return self.is_known
 
     def save(self, ids: TokenIds, cache: SplitCache) -> tuple[int, int, int, int]:
@@ -79,7 +79,7 @@ class PointedPrefixes:
             BaseException: Whatever coding raises.
         """
         self._keeps_tokens = cache.keeps_tokens
-        self._entries.write(self._sort_key, next(sort for sort, keeps in _SORTS.items() if keeps is cache.keeps_tokens))
+        self._entries.write(self._sort_key, next(sort for sort, keeps in SORTS.items() if keeps is cache.keeps_tokens))
         before_tail = max(0, len(ids) - max(NAME_TOKENS, self._parts.codec.window_tokens)) // self._size
         points = {stop: exact for stop, exact in cache.points.items() if stop % self._every == 0}
         n_chunks = max(before_tail, max(points, default=0) // self._size)

@@ -44,7 +44,7 @@ class Rows:
     """The joint rows of coded tokens of some chunks that follow one another, their keys un-rotated.
 
     Attributes:
-        values: [n, 2 p] float32 on the backend's device; keys of all layers and heads, then values.
+        values: [n, P] float32 on the backend's device; keys of all layers and heads, then values.
         recomputed: what the first layers compute of these tokens; None where the profile predicts nothing.
         counts: tokens of each chunk; they sum to n.
         original_bits: bits of one value in the cache: 16, or 8.
@@ -187,7 +187,7 @@ class Encoder(Protocol[CoefficientsT, SymbolsT, PlanT]):
     """Whether coded bytes are final; otherwise a lossless coder is applied to them (`coding.lossless`)."""
 
     def predict(self, rows: Rows) -> Tensor | None:
-        """What the recomputed layers say of the rows of all deeper ones, float32 [n, 2 p']; None without prediction."""
+        """What the recomputed layers say of the rows of all deeper ones, float32 [n, P']; None without prediction."""
         ...
 
     def project(self, rows: Rows, predicted: Tensor | None) -> CoefficientsT:

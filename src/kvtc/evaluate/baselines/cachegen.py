@@ -102,7 +102,7 @@ class CacheGen(BodyMethod):
         return to_bytes(torch.tensor([len(coded)], dtype=torch.int32), scale) + coded + rest
 
     def decode_body(self, data: bytes, header: Header) -> tuple[Tensor, Tensor]:
-        n_layers, n_heads, n_tokens, dim = header.body_shape
+        n_layers, n_heads, n_tokens, dim = header.body_shapes[0]
         shape = 2 * n_layers, n_heads * dim
         n_anchors = -(-n_tokens // GROUP_TOKENS)
         n_scales = 2 * n_layers * n_anchors

@@ -57,19 +57,20 @@ class Eviction(ABC):
 
     def encode(self, model: Any, cache: Any, token_ids: Tensor, /) -> bytes:
         keys, values = cache_sides(cache)
-        header = Header.of(keys, max(1, round(self.share * keys.shape[2])))
+        header = Header.of(keys, values, max(1, round(self.share * keys.shape[2])))
         queries = attention_queries(model, token_ids)
         kept = [
             self.kept_tokens(layer_queries, layer_keys.float(), header.n_exact)
             for layer_queries, layer_keys in zip(queries, keys, strict=True)
         ]
-        index = torch.from_numpy(np.stack(kept))[..., None].expand(header.exact_shape)
-        return header.write() + to_bytes(*(to_stored(side.gather(2, index), header) for side in (keys, values)))
+        index = torch.from_numpy(np.stack(kept))[..., None]
+        sides = [side.gather(2, index.expand(*index.shape[:3], side.shape[3])) for side in (keys, values)]
+        return header.write() + to_bytes(*(to_stored(side, header) for side in sides))
 
     def decode(self, stream: bytes, _token_ids: Tensor, /) -> Any:
         header = Header.read(stream)
         reader = Reader(stream[Header.SIZE :])
-        keys, values = (reader.take(header.exact_shape, header.stored_dtype).to(header.dtype) for _ in range(2))
+        keys, values = (reader.take(shape, header.stored_dtype).to(header.dtype) for shape in header.exact_shapes)
         return interop.to_transformers(keys[None], values[None], range(len(keys)))
 
     def measure(self, stream: bytes, /) -> Cost:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stream import BodyMethod, Header, Reader, to_bytes
+from .stream import BodyMethod, Header, Reader, Shape, to_bytes
 
 E4M3_MAX = 448.0
 
@@ -27,7 +27,8 @@ class Fp8(BodyMethod):
 
     def decode_body(self, data: bytes, header: Header) -> tuple[Tensor, Tensor]:
         reader = Reader(data)
-        return _decode(reader, header), _decode(reader, header)
+        keys, values = (_decode(reader, shape) for shape in header.body_shapes)
+        return keys, values
 
 
 def _encode(side: Tensor) -> bytes:
@@ -37,6 +38,6 @@ def _encode(side: Tensor) -> bytes:
     return to_bytes(scale, symbols)
 
 
-def _decode(reader: Reader, header: Header) -> Tensor:
-    scale = reader.take((header.n_layers, header.n_kv_heads), torch.float32)
-    return reader.take(header.body_shape, torch.float8_e4m3fn).float() * scale[:, :, None, None]
+def _decode(reader: Reader, shape: Shape) -> Tensor:
+    scale = reader.take(shape[:2], torch.float32)
+    return reader.take(shape, torch.float8_e4m3fn).float() * scale[:, :, None, None]

@@ -33,5 +33,5 @@ class Int4(BodyMethod):
 
     def decode_body(self, data: bytes, header: Header) -> tuple[Tensor, Tensor]:
         reader = Reader(data)
-        keys, values = (read_groups(reader, header.body_shape, self.group_size, BITS) for _ in range(2))
+        keys, values = (read_groups(reader, shape, self.group_size, BITS) for shape in header.body_shapes)
         return keys, values

@@ -37,9 +37,9 @@ class Kivi(BodyMethod):
 
     def decode_body(self, data: bytes, header: Header) -> tuple[Tensor, Tensor]:
         reader = Reader(data)
-        n_layers, n_heads, n_tokens, dim = header.body_shape
+        (n_layers, n_heads, n_tokens, dim), of_values = header.body_shapes
         keys = read_groups(reader, (n_layers, n_heads, dim, n_tokens), self.group_size, self.bits)
-        return keys.mT, read_groups(reader, header.body_shape, self.group_size, self.bits)
+        return keys.mT, read_groups(reader, of_values, self.group_size, self.bits)
 
 
 def write_groups(vectors: Tensor, group_size: int, bits: int) -> bytes:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MissingDependency
-from .stream import BodyMethod, Header, from_bytes, to_bytes, to_stored
+from .stream import BodyMethod, Header, Reader, from_bytes, to_bytes, to_stored
 
 LEVEL = 3
 
@@ -28,7 +28,7 @@ class PlainZstd(BodyMethod):
     byte_planes: bool = False
 
     def encode_body(self, keys: Tensor, values: Tensor) -> bytes:
-        header = Header.of(keys, 0)
+        header = Header.of(keys, values, 0)
         data = to_bytes(to_stored(keys, header), to_stored(values, header))
         if self.byte_planes:
             data = to_bytes(from_bytes(data, torch.uint8).reshape(-1, 2).mT)
@@ -38,7 +38,8 @@ class PlainZstd(BodyMethod):
         plain = bytes(_zstandard().ZstdDecompressor().decompress(data))
         if self.byte_planes:
             plain = to_bytes(from_bytes(plain, torch.uint8).reshape(2, -1).mT)
-        keys, values = from_bytes(plain, header.stored_dtype).reshape(2, *header.body_shape)
+        reader = Reader(plain)
+        keys, values = (reader.take(shape, header.stored_dtype) for shape in header.body_shapes)
         return keys, values
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .stream import BodyMethod, Header, Reader, to_bytes, to_float16
+from .stream import BodyMethod, Header, Reader, Shape, to_bytes, to_float16
 
 _GRID = 1 << 15
 _STEPS = 300
@@ -45,7 +45,8 @@ class TurboQuant(BodyMethod):
 
     def decode_body(self, data: bytes, header: Header) -> tuple[Tensor, Tensor]:
         reader = Reader(data)
-        return self._decode(reader, header, self.sketched_keys), self._decode(reader, header, sketched=False)
+        of_keys, of_values = header.body_shapes
+        return self._decode(reader, of_keys, self.sketched_keys), self._decode(reader, of_values, sketched=False)
 
     def _encode(self, side: Tensor, sketched: bool) -> bytes:
         dim, bits = side.shape[-1], self.bits - sketched
@@ -61,8 +62,8 @@ class TurboQuant(BodyMethod):
             stored += _pack_planes((residual @ projection.mT >= 0).long(), 1)
         return stored
 
-    def _decode(self, reader: Reader, header: Header, sketched: bool) -> Tensor:
-        shape, dim, bits = header.body_shape, header.head_dim, self.bits - sketched
+    def _decode(self, reader: Reader, shape: Shape, sketched: bool) -> Tensor:
+        dim, bits = shape[-1], self.bits - sketched
         rotation, projection = self._matrices(dim)
         norm = reader.take((*shape[:-1], 1), torch.float16).float()
         turned = lloyd_max_levels(dim, bits)[_unpack_planes(reader, shape, bits)]

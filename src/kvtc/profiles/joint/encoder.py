@@ -147,7 +147,7 @@ class JointEncoder:
         """A step near the one that the search would find for a group alone."""
         if isinstance(self._rate, Step):
             return self._rate.step
-        return model.coefficients.step_for(2 * model.geometry.row_features * original_bits / self._ratio)
+        return model.coefficients.step_for(model.geometry.joint_features * original_bits / self._ratio)
 
     def _finest_step(self, original_bits: int) -> float:
         """No step of a body is finer than this: of all groups together none is than the finest of one of them alone."""

@@ -85,7 +85,7 @@ class PaperEncoder:
         return None
 
     def project(self, rows: Rows, predicted: Tensor | None) -> SideCoefficients:  # noqa: ARG002
-        key_rows, value_rows = rows.values.tensor_split(2, dim=1)
+        key_rows, value_rows = torch.split(rows.values, list(self._calibration.geometry.side_features), dim=1)
         key, value = self.plan(rows.original_bits).allocations
         keys = self._transform.side(0, key.n_coefficients).coefficients(key_rows, key.n_coefficients)
         values = self._transform.side(1, value.n_coefficients).coefficients(value_rows, value.n_coefficients)

@@ -33,11 +33,15 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Found(NamedTuple):
-    """An entry met on a scan."""
+    """An entry met on a scan. tick: its recency. n_bytes: of the file."""
 
     tick: int
-    size: int
+    n_bytes: int
     path: str
+
+    def recency(self, last_tick: int) -> int:
+        """Its recency as eviction sees it: 0 for one so far past the ledger's clock that this did not give it out."""
+        return self.tick if self.tick <= last_tick + FUTURE_NS else 0
 
 
 class Directory:
@@ -94,10 +98,16 @@ class Directory:
             return [shard.path for shard in shards if shard.is_dir(follow_symlinks=False)]
         return []
 
-    def entries(self, shard: str) -> list[os.DirEntry[str]]:
+    def entries(self, shard: str) -> list[Found]:
+        """The entries of one of them."""
+        found = []
         with suppress(FileNotFoundError), os.scandir(shard) as entries:
-            return [entry for entry in entries if entry.name.endswith(SUFFIX)]
-        return []
+            for entry in (entry for entry in entries if entry.name.endswith(SUFFIX)):
+                with suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        found.append(Found(status.st_mtime_ns, status.st_size, entry.path))
+        return found
 
     def load(self, name: str, tick: int | None, entry_bytes: int) -> Frame | None:
         """The file's bytes, or its head where it is longer than allowed or than it says; stamped
@@ -126,6 +136,17 @@ class Directory:
             while n_read < len(frame) and (step := os.preadv(descriptor, [memoryview(frame)[n_read:]], n_read)):
                 n_read += step
             return bytes(frame[:n_read])
+        finally:
+            os.close(descriptor)
+
+    def head(self, name: str, n_bytes: int) -> bytes:
+        """The first bytes of a file, and not a use of it; b"" where there is none."""
+        try:
+            descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return b""
+        try:
+            return os.pread(descriptor, n_bytes, 0) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
         finally:
             os.close(descriptor)
 
@@ -184,15 +205,8 @@ class Directory:
         total = sum(
             self._living_partials()
         )  # first: a file that is finished meanwhile counts twice rather than not at all
-        found = []
-        for entry in (entry for shard in self.shards() for entry in self.entries(shard)):
-            with suppress(FileNotFoundError):
-                status = entry.stat(follow_symlinks=False)
-                if not stat.S_ISREG(status.st_mode):
-                    continue
-                found.append(Found(status.st_mtime_ns, blocks(status.st_size), entry.path))
-                total += found[-1].size
-        return total, found
+        found = [entry for shard in self.shards() for entry in self.entries(shard)]
+        return total + sum(blocks(entry.n_bytes) for entry in found), found
 
     def evict(self, held: LockedLedger, total: int, found: list[Found], target: int) -> tuple[int, int]:
         """Remove entries until at most `target` bytes are in use: those used longest ago, of equals
@@ -201,8 +215,8 @@ class Directory:
         Size does not weigh more, since what an entry saves grows with its size as well. Returns
         bytes in use and entries removed.
         """
-        newest = held.last_tick + FUTURE_NS
-        order = sorted(found, key=lambda entry: (entry.tick if entry.tick <= newest else 0, -entry.size))
+        last_tick = held.last_tick
+        order = sorted(found, key=lambda entry: (entry.recency(last_tick), -entry.n_bytes))
         n_removed = 0
         for entry in order:
             if total <= target:
@@ -210,7 +224,7 @@ class Directory:
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)  # noqa: PTH108  plain paths: there may be a million of them
                 n_removed += 1
-            total -= entry.size
+            total -= blocks(entry.n_bytes)
         return total, n_removed
 
     def clean(self) -> None:
