@@ -6,7 +6,7 @@ and dtypes of a real one, and is taken apart as the codec takes caches apart: wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as torch_config
 from torch.overrides import TorchFunctionMode
 
+from ..cache import CacheGeometry
 from ..codec.transformers_cache import TransformersCache
+from ..coding.rope import Rope
 from ..container.groups import SIDE_BUFFER, WINDOW, Group
 from ..errors import KvtcError, UnsupportedModel
 from ..process.torch_state import model_torch_state, torch_functions
 from .continuation import CACHES
-from .models import geometry_of
-from .rope_discovery import require_transformers, skeleton_of, text_config
+from .models import geometry_of, layer_types
+from .rope_discovery import require_transformers, rope_from_config, rope_from_model, skeleton_of, text_config
 
 _TOKENS = 6
 
@@ -119,11 +121,59 @@ def supported(model_or_config: Any) -> Support:
         groups = TransformersCache(cache_without_weights(model_or_config)).groups
     except KvtcError as error:
         return Support(config.model_type, (), " ".join(str(error).split()), None)
-    coded, reason = _coded_layers(getattr(model_or_config, "config", model_or_config))
+    config_of = getattr(model_or_config, "config", model_or_config)
+    coded, reason = _coded_layers(config_of)
     if coded is not None and not any(group.is_codable and group.layers == coded for group in groups):
         coded, reason = None, "its full-attention layers have keys and values of different widths, or of several shapes"
-    needs = tuple(_group_support(group, group.is_codable and group.layers == coded) for group in groups)
-    return Support(config.model_type, needs, None, reason)
+    windows = {geometry.layers for geometry in _windows_of(groups, _rope_of(config_of))}
+    needs = tuple(
+        _group_support(group, group.layers == coded if group.is_codable else group.layers in windows)
+        for group in groups
+    )
+    return Support(
+        config.model_type, needs, None, None if windows and not any(g.is_codable for g in groups) else reason
+    )
+
+
+def covered_geometries(model: Any) -> list[CacheGeometry]:
+    """The groups that a calibration of a whole model covers: full attention, and sliding windows.
+
+    Parameters:
+        model: a transformers model or config.
+
+    Returns:
+        Those of full attention first, if there are any.
+
+    Raises:
+        UnsupportedModel: neither can be coded.
+    """
+    types = layer_types(model)
+    if all(its == "full_attention" for its in types):
+        return [geometry_of(model)]
+    groups = TransformersCache(cache_without_weights(model)).groups
+    windows = _windows_of(groups, _rope_of(model))
+    has_full = any(group.is_codable for group in groups)
+    return [geometry_of(model), *windows] if has_full or not windows else windows
+
+
+def _rope_of(model_or_config: Any) -> Rope | None:
+    """None where it is not known."""
+    try:
+        is_model = isinstance(model_or_config, nn.Module)
+        return rope_from_model(model_or_config) if is_model else rope_from_config(model_or_config)
+    except KvtcError:
+        return None
+
+
+def _windows_of(groups: Sequence[Group], rope: Rope | None) -> list[CacheGeometry]:
+    """The windows among some groups that can be coded: those whose rotation is known, and is the same at any length."""
+    found = []
+    for group in groups:
+        if rope is not None and group.can_be_further and group.extent > 1:
+            its_rope = rope.of_layers(group.layers)
+            if not its_rope.depends_on_length:
+                found.append(CacheGeometry(group.layers, 0, *group.shape, its_rope, is_window=True))
+    return found
 
 
 def cache_without_weights(model_or_config: Any) -> Any:
