@@ -292,11 +292,11 @@ def covers(geometry: CacheGeometry, group: Group) -> bool:
     """Whether a group of a cache, or of a stream, is what a geometry describes."""
     shape = geometry.n_kv_heads, *geometry.dims
     found = group.kind, group.layers, group.first_kv_head, group.shape, group.has_rows
-    return found == (_kind(geometry), geometry.layers, geometry.first_kv_head, shape, True)
+    return found == (kind_of(geometry), geometry.layers, geometry.first_kv_head, shape, True)
 
 
-def _kind(geometry: CacheGeometry) -> str:
-    """Of its group."""
+def kind_of(geometry: CacheGeometry) -> str:
+    """The kind of the group that a geometry describes."""
     if geometry.is_window:
         return WINDOW
     return LATENT if is_latent(geometry.n_kv_heads, *geometry.dims) else FULL_ATTENTION
@@ -436,7 +436,7 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 def _group_json(geometry: CacheGeometry) -> dict[str, Any]:
     """The entry of a group of layers in the file, but for its variances."""
     return {
-        "kind": _kind(geometry),
+        "kind": kind_of(geometry),
         "layers": list(geometry.layers),
         "first_kv_head": geometry.first_kv_head,
         "n_kv_heads": geometry.n_kv_heads,

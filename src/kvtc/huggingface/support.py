@@ -125,14 +125,18 @@ def supported(model_or_config: Any) -> Support:
     coded, reason = _coded_layers(config_of)
     if coded is not None and not any(group.is_codable and group.layers == coded for group in groups):
         coded, reason = None, "its full-attention layers have keys and values of different widths, or of several shapes"
-    windows = {geometry.layers for geometry in _windows_of(groups, _rope_of(config_of))}
+    has_full = any(group.is_codable for group in groups)
+    is_covered = coded is not None or not has_full
+    windows = {its.layers for its in _windows_of(groups, _rope_of(config_of))} if is_covered else set()
     needs = tuple(
-        _group_support(group, group.layers == coded if group.is_codable else group.layers in windows)
+        _group_support(group, group.layers == coded if group.is_codable else _is_one_of(group, windows))
         for group in groups
     )
-    return Support(
-        config.model_type, needs, None, None if windows and not any(g.is_codable for g in groups) else reason
-    )
+    return Support(config.model_type, needs, None, None if windows else reason)
+
+
+def _is_one_of(group: Group, windows: set[tuple[int, ...]]) -> bool:
+    return group.kind == WINDOW and group.layers in windows
 
 
 def covered_geometries(model: Any) -> list[CacheGeometry]:
