@@ -126,7 +126,7 @@ class CacheGeometry(CacheExtent):
         first_kv_head: number of the first key-value head in the model; 0 unless a tensor-parallel worker holds later
             ones.
         n_kv_heads: number of key-value heads.
-        head_dim: features of a head.
+        key_dim, value_dim: features of a head's key, and of its value.
         rope: the rotation of each layer.
 
     Raises:
