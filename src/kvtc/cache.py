@@ -128,6 +128,7 @@ class CacheGeometry(CacheExtent):
         n_kv_heads: number of key-value heads.
         key_dim, value_dim: features of a head's key, and of its value.
         rope: the rotation of each layer.
+        is_window: whether its layers have sliding windows; else they have full attention. Default False.
 
     Raises:
         InvalidArgument: there is no layer, head or feature, the layers do not ascend, a number is larger than a
@@ -142,6 +143,7 @@ class CacheGeometry(CacheExtent):
     """
 
     rope: Rope
+    is_window: bool = False
 
     def __post_init__(self) -> None:
         sizes = self.n_layers, self.n_kv_heads, self.key_dim, self.value_dim
@@ -172,6 +174,10 @@ class CacheGeometry(CacheExtent):
             (10, 11)
         """
         return replace(self, layers=self.layers[n_layers:], rope=self.rope.of_layers(range(n_layers, self.n_layers)))
+
+    def describe(self) -> str:
+        """Layers and ranges in words, for messages."""
+        return super().describe() + (" (sliding window)" if self.is_window else "")
 
     def check(self, cache: KVCache) -> None:
         """Refuse a cache of another part of a model.

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ..backends import Bytes, Target, make_backend
 from ..cache import CACHE_DTYPES, CacheGeometry, KVCache, TokenIds
-from ..calibration.artifact import Calibration
+from ..calibration.artifact import Calibration, covers
 from ..coding.device import usable_device
 from ..coding.regions import ChunkSpan, split_regions
 from ..coding.rope import NO_ROTATION, Rope
-from ..container.groups import FULL_ATTENTION, LATENT, Group
+from ..container.groups import FULL_ATTENTION, LATENT, WINDOW, Group
 from ..container.stream import Stream, parse_stream
-from ..container.tables import FORMAT_VERSION, LOSSLESS, Chunk, Header
-from ..errors import InvalidArgument, InvalidCache, StreamTooLarge, UnsupportedModel
+from ..container.tables import FORMAT_VERSION, JOINT, LOSSLESS, Chunk, Header
+from ..errors import CorruptStream, InvalidArgument, InvalidCache, StreamTooLarge, UnsupportedModel
 from ..key_digest import digest
 from ..layer_runs import describe_layers
 from ..process.forks import in_child
@@ -30,7 +30,8 @@ from ..profiles.interface import CodedRows
 from ..profiles.rates import FixedSize, Lossless, Rate
 from . import pipeline
 from . import transformers_cache as interop
-from .exact_groups import check_beginning, read_groups
+from .coded_groups import open_window, restored_window
+from .exact_groups import ExactGroup, check_beginning, check_restorable, read_group, read_groups, start_of
 from .fixed_size import fixed_stream_bytes
 from .opened_stream import MAX_TOKENS, OpenedStream, check_calibration, open_stream, shift_to
 from .options import (
@@ -46,7 +47,7 @@ from .options import (
 from .pipeline import Decoding
 from .recomputing import recomputation_of, recompute_cache
 from .resume_points import ResumePoints
-from .sealed_stream import StreamDraft, chunks_of, draft_stream, fingerprint_of
+from .sealed_stream import chunks_of, draft_stream, exact_settings, fingerprint_of
 from .transformers_cache import SplitCache
 
 
@@ -201,9 +202,9 @@ class Codec:
         """A cache as a stream. The cache is left as it was.
 
         Parameters:
-            cache: a transformers cache of batch 1, or a `KVCache`. The full-attention layers that the calibration
-                covers are coded at the codec's rate; all other layers (windows, states, latents, buffers) are kept
-                bit for bit.
+            cache: a transformers cache of batch 1, or a `KVCache`. The groups of layers that the calibration covers
+                are coded at the codec's rate (with `joint` alone also sliding windows); all other groups are kept bit
+                for bit.
             token_ids: [T] integers; their digest is stored and must match on decode. With `conditional` those of all
                 tokens from position 0 on, up to the last of the cache, whose positions have no gaps. None (default):
                 no digest is stored.
@@ -231,7 +232,7 @@ class Codec:
             found = interop.TransformersCache(cache)
             if found.n_sequences != 1:
                 raise InvalidCache(f"the cache holds {found.n_sequences} sequences; use encode_batch")
-            split = found.split(self._geometry)
+            split = found.split(self.covered)
         elif isinstance(cache, KVCache):
             cache.check_axes()
             split = interop.SplitCache(cache, [], cache.n_tokens)
@@ -299,7 +300,7 @@ class Codec:
 
     @property
     def geometry(self) -> CacheGeometry:
-        """The layers and heads that are coded; `InvalidArgument` for a codec without a calibration.
+        """The first group that is coded; `InvalidArgument` for a codec without a calibration.
 
         >>> codec.geometry.n_layers
         12
@@ -318,9 +319,13 @@ class Codec:
         return fingerprint_of(self.calibration)
 
     @property
-    def _geometry(self) -> CacheGeometry | None:
-        """Of the group that is coded; None without a calibration."""
-        return None if self.calibration is None else self.calibration.geometry
+    def covered(self) -> list[CacheGeometry]:
+        """Of the groups that a cache must have: those that are coded, or else the first that the calibration covers."""
+        if self.calibration is None:
+            return []
+        if self.settings.profile == JOINT:
+            return [group.geometry for group in self.calibration.groups]
+        return [self.calibration.geometry]
 
     @property
     def is_lossless(self) -> bool:
@@ -434,7 +439,7 @@ class Codec:
             kvtc.errors.TokenMismatch: the token ids of chunk 0 (tokens 0 .. 255, from position 0) are not those of the stream
         """
         parsed = parse_stream(stream)
-        if parsed.header.exact:
+        if parsed.header.others:
             return self._decode_groups(parsed, token_ids, tokens, start_position)
         cache, is_transformers = self._decode(parsed, token_ids, tokens, start_position)
         return interop.as_transformers(cache) if is_transformers else cache
@@ -489,20 +494,41 @@ class Codec:
 
     def _decode_split(self, stream: Stream, token_ids: Any, tokens: int | None) -> SplitCache:
         opened = self._open(stream, as_ids(token_ids), tokens)
-        exact = read_groups(stream, opened.n_chunks, opened.n_tokens)
+        exact = self._others(stream, opened)
         coded = self._restored(opened, 0) if opened.header.coded is not None else None
         start = int(opened.positions[0]) if opened.n_tokens else 0
         return SplitCache(coded, exact, opened.n_tokens, start=start)
 
+    def _others(self, stream: Stream, opened: OpenedStream) -> list[ExactGroup]:
+        """The groups beside the first that is coded, as they were after the tokens that are decoded."""
+        check_restorable(stream, opened.n_tokens)
+        return [
+            self._window(stream, opened, index)
+            if stream.header.groups[index].is_coded
+            else read_group(stream, index, opened.n_chunks, opened.n_tokens)
+            for index in stream.header.others
+        ]
+
+    def _window(self, stream: Stream, opened: OpenedStream, index: int) -> ExactGroup:
+        """A window that is coded."""
+        group = stream.header.groups[index]
+        number = self.calibration.number_of(group) if self.calibration is not None else None
+        if number is None:
+            raise CorruptStream(f"group {index} is coded, but the calibration does not cover it")
+        decoder = self._profile(stream.header.profile).decoder(number)
+        rows = open_window(stream, index, opened.n_chunks, opened.n_tokens, decoder, opened.plan)
+        return restored_window(group, self._restored(rows, 0, number), start_of(stream) + opened.n_tokens)
+
     def _decoding(
-        self, opened: Sequence[OpenedStream], shifts: Sequence[int] | None = None, waits: bool = True
+        self, opened: Sequence[OpenedStream], shifts: Sequence[int] | None = None, waits: bool = True, number: int = 0
     ) -> Decoding:
-        """waits: for exact tokens, so that every error of the streams is raised here."""
+        """waits: for exact tokens, so that every error of the streams is raised here. number: of the group."""
         header = opened[0].header
-        geometry = self._geometry
-        if geometry is None:
+        if self.calibration is None:
             rope = Rope((), (NO_ROTATION,) * header.n_layers)
             geometry = CacheGeometry(header.layers, header.first_kv_head, header.n_kv_heads, *header.dims, rope)
+        else:
+            geometry = self.calibration.geometry_of(number)
         decoding = Decoding(opened, shifts or [0] * len(opened), geometry, self.backend)
         if waits:
             decoding.wait()
@@ -519,9 +545,9 @@ class Codec:
             raise InvalidArgument("without a calibration the rotation is not known: start_position cannot be given")
         return self._restored(opened, shift), header.is_transformers
 
-    def _restored(self, opened: OpenedStream, shift: int) -> KVCache:
-        """The group that is coded."""
-        header, decoding = opened.header, self._decoding([opened], [shift], waits=False)
+    def _restored(self, opened: OpenedStream, shift: int, number: int = 0) -> KVCache:
+        """A group that is coded. number: of it in the calibration."""
+        header, decoding = opened.header, self._decoding([opened], [shift], False, number)
         shape = (header.n_layers, header.n_kv_heads, opened.n_tokens)
         keys, values = (torch.empty(*shape, dim, dtype=header.dtype, device=self.device) for dim in header.dims)
         decoding.write_layers(lambda layer: [(Target.of(keys[layer]), Target.of(values[layer]))])
@@ -575,7 +601,7 @@ class Codec:
             True
         """
         parsed = parse_stream(stream)
-        if parsed.header.exact:
+        if parsed.header.others:
             return self._decode_groups(parsed, token_ids, tokens, None)
         opened = self._open(parsed, as_ids(token_ids), tokens)
         decoding = self._decoding([opened])
@@ -660,7 +686,7 @@ class Codec:
         streams = []
         for index in range(shape[0]):
             padding = int((~mask[index]).sum())
-            part = found.split(self._geometry, index, padding)
+            part = found.split(self.covered, index, padding)
             streams.append(self._encode(part, as_ids(ids[index][mask[index]]), None, is_transformers=True))
         return streams
 
@@ -724,7 +750,7 @@ class Codec:
         ]
         # Coefficients come first: memory for the batch is asked for once all streams have proved sound.
         header = opened[0].header
-        exact = [read_groups(stream, one.n_chunks, one.n_tokens) for stream, one in zip(parsed, opened, strict=True)]
+        exact = [self._others(stream, one) for stream, one in zip(parsed, opened, strict=True)]
         decodings = [self._decoding([opened[index] for index in group]) for group in groups if header.coded is not None]
         mask = torch.zeros(len(streams), longest, dtype=torch.int64, device=self.device)
         for index, length in enumerate(lengths):
@@ -737,7 +763,7 @@ class Codec:
             for layer in range(header.n_layers):
                 places = [(index, layer, slice(None), slice(longest - lengths[index], None)) for index in group]
                 decoding.write_layer(layer, [(Target.of(keys[at]), Target.of(values[at])) for at in places])
-        if not header.exact:
+        if not header.others:
             return interop.to_transformers(keys, values, header.layers), mask
         layers = [(keys[:, layer], values[:, layer]) for layer in range(header.n_layers)]
         return interop.grouped_cache(header, layers, exact, lengths, self.device), mask
@@ -756,13 +782,13 @@ class Codec:
                 "a cache of several groups of layers stands at positions 0 and after, and its streams have no fixed size"
             )
         if cache is None:
-            return self._encode_exactly(split, token_ids, is_transformers, points)
+            return self._encode_others(split, token_ids, is_transformers, points)
         if positions is not None:
             cache = replace(cache, positions=torch.from_numpy(positions))
         cache = cache.plain()
         cache.validate(is_finite=not self.is_lossless)
-        if self._geometry is not None:
-            self._geometry.check(cache)
+        if self.calibration is not None:
+            self.calibration.geometry.check(cache)
         recomputation = None if self._encoder is None else self._encoder.recomputation
         recomputed = recompute_cache(recomputation, cache, token_ids, self.settings.profile)
         if recomputed is not None and token_ids is not None:
@@ -772,21 +798,22 @@ class Codec:
         places = cache.resolved_positions()
         spans = self._spans(places)
         split = self._with_points(replace(split, coded=cache), points, cache.n_tokens)
-        draft = self._draft(split, is_transformers, token_ids, spans, places)
+        blocks = self.backend.block_coder
+        draft = draft_stream(self.settings, self.calibration, split, is_transformers, token_ids, spans, places, blocks)
         if self._encoder is None or self.calibration is None:
             return draft.seal(b"", CodedRows(), is_final=True, size=None)
         size = self._size(list(draft.chunks), cache.dtype) if self.settings.fixed_size else None
-        return pipeline.encode(cache, recomputed, spans, draft, size, self.calibration, self.backend, self._encoder)
+        return pipeline.encode(recomputed, draft, size, self.calibration, self.backend, self._encoder)
 
     def _with_points(self, split: SplitCache, points: ResumePoints | None, n_tokens: int) -> SplitCache:
         if points is None:
             return split
         return replace(split, points=points.of(split, n_tokens, self.settings.chunk_tokens))
 
-    def _encode_exactly(
+    def _encode_others(
         self, split: SplitCache, token_ids: TokenIds | None, is_transformers: bool, points: ResumePoints | None
     ) -> bytes:
-        """A cache no group of which is coded."""
+        """A cache without full attention."""
         n_tokens = split.n_tokens if split.n_tokens is not None else 0 if token_ids is None else len(token_ids)
         if not n_tokens:
             raise InvalidCache(
@@ -796,19 +823,36 @@ class Codec:
             raise InvalidArgument(f"the cache holds {n_tokens} tokens, but {len(token_ids)} token ids are given")
         places = torch.arange(split.start, split.start + n_tokens)
         split = self._with_points(split, points, n_tokens)
-        draft = self._draft(split, is_transformers, token_ids, self._spans(places), places)
-        return draft.seal(b"", CodedRows(), is_final=True, size=None)
-
-    def _draft(
-        self,
-        split: SplitCache,
-        is_transformers: bool,
-        token_ids: TokenIds | None,
-        spans: list[ChunkSpan],
-        places: Tensor,
-    ) -> StreamDraft:
+        settings, calibration, spans = self.settings, self.calibration, self._spans(places)
+        is_coded = self._encoder is not None and any(
+            covers(one, its.group) for one in self.covered for its in split.exact
+        )
+        if not (is_coded or self.is_lossless):
+            settings, calibration = exact_settings(settings), None
+            spans = split_regions(places, 0, 0, settings.chunk_tokens)
         blocks = self.backend.block_coder
-        return draft_stream(self.settings, self.calibration, split, is_transformers, token_ids, spans, places, blocks)
+        draft = draft_stream(settings, calibration, split, is_transformers, token_ids, spans, places, blocks)
+        if not draft.coded or self._encoder is None or calibration is None:
+            return draft.seal(b"", CodedRows(), is_final=True, size=None)
+        return pipeline.encode(None, draft, None, calibration, self.backend, self._encoder)
+
+    @neutral_torch_state
+    def encode_point(self, exact: Sequence[ExactGroup], n_tokens: int) -> bytes:
+        """Windows and states as they were after n_tokens tokens -> a stream of these groups alone."""
+        held = max((one.group.rows_held(n_tokens) for one in exact if one.group.kind == WINDOW), default=0)
+        start = (n_tokens - max(held, 1)) // self.settings.chunk_tokens * self.settings.chunk_tokens
+        split = SplitCache(None, list(exact), n_tokens - start, start=start)
+        return self._encode_others(split, None, False, None)
+
+    @neutral_torch_state
+    def decode_point(self, data: Bytes) -> list[ExactGroup]:
+        """Inverse of `encode_point`; raises as `decode`."""
+        stream = parse_stream(data)
+        if stream.header.coded is not None or not stream.n_tokens:
+            raise CorruptStream("a resume point holds tokens of every kind, or none; expected windows and states")
+        if stream.header.further:
+            return self._decode_split(stream, None, None).exact
+        return read_groups(stream, len(stream.chunks), stream.n_tokens)
 
     def _spans(self, positions: Tensor) -> list[ChunkSpan]:
         return split_regions(positions, self.sink_tokens, self.window_tokens, self.settings.chunk_tokens)
@@ -852,7 +896,7 @@ class Codec:
 def _of_one_group(stream: Bytes) -> Stream:
     """A stream parsed; `UnsupportedModel` unless the group that is coded is the only one."""
     parsed = parse_stream(stream)
-    if parsed.header.exact:
+    if parsed.header.others:
         raise UnsupportedModel(
             f"the stream holds several groups of layers ({describe_groups(parsed.header)}), which decode and decode_batch restore"
         )
@@ -865,5 +909,6 @@ def describe_groups(header: Header) -> str:
 
 
 def _without_extents(header: Header) -> list[Group]:
-    """Groups, whatever length chose their rotation."""
-    return [replace(group, extent=0) if group.kind in (FULL_ATTENTION, LATENT) else group for group in header.groups]
+    """Groups, whatever length chose their rotation, and however they are coded."""
+    groups = [replace(group, is_coded=False) for group in header.groups]
+    return [replace(group, extent=0) if group.kind in (FULL_ATTENTION, LATENT) else group for group in groups]

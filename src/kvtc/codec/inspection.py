@@ -96,8 +96,8 @@ class StreamInfo:
         window_format: "exact" or "coded".
         padding_bytes: zeros that fill a stream of fixed size.
         original_bytes: size of the cache at 16 bits a number, also where it is float32; at 8 where it is fp8.
-        body_bytes: all that the coded tokens cost: every byte of the stream, padding included, but the sections of
-            sinks, window and exact groups and their entries in the table.
+        body_bytes: all that the coded tokens of all coded groups cost: every byte of the stream, padding included, but
+            the sections of sinks, window and exact groups and their entries in the table.
         total_bytes: length of the stream.
         body_ratio: original size of the body over body_bytes; None: nothing is coded.
         total_ratio: original_bytes over total_bytes; None: there are no tokens.
@@ -162,18 +162,21 @@ def inspect(stream: bytes | memoryview) -> StreamInfo:
 def describe(stream: Stream) -> StreamInfo:
     """Describe a parsed stream."""
     header, chunks = stream.header, stream.chunks
-    has_coded = header.coded is not None
-    token_bytes = header.joint_features * header.original_bits // 8 if has_coded else 0
-    n_exact, exact_bytes = stream.sections.stored_bytes(SectionType.SINK, SectionType.WINDOW)
+    coded = [
+        index for index in range(len(header.groups)) if index not in header.others or header.groups[index].is_coded
+    ]
+    n_exact, exact_bytes = stream.sections.stored_bytes(coded, SectionType.SINK, SectionType.WINDOW)
     total = stream.n_bytes
     sink_tokens, body_tokens, window_tokens = chunks.region_tokens()
     n_tokens = sink_tokens + body_tokens + window_tokens
     groups = tuple(_group(stream, index) for index in range(len(header.groups)))
     of_others = sum(
         groups[index].stored_bytes + table_bytes([header.groups[index].layers], []) - HEADER_BYTES - SECTION_BYTES
-        for index in header.exact
+        for index in header.others
+        if index not in coded
     )
-    body_bytes = total - exact_bytes - SECTION_BYTES * n_exact - of_others if body_tokens and has_coded else 0
+    original_body = sum(_original_body(stream, index) for index in coded)
+    body_bytes = total - exact_bytes - SECTION_BYTES * n_exact - of_others if original_body else 0
     original = sum(group.original_bytes for group in groups)
     is_partial = any(not group.is_complete for group in header.groups)
     return StreamInfo(
@@ -192,31 +195,41 @@ def describe(stream: Stream) -> StreamInfo:
         has_token_digests=header.has_digests,
         window_format="coded" if chunks.coded_window else "exact",
         sink_format="fp8" if chunks.fp8_sinks else "exact",
-        padding_bytes=stream.sections.stored_bytes(SectionType.PADDING)[1],
+        padding_bytes=stream.sections.stored_bytes([0], SectionType.PADDING)[1],
         original_bytes=original,
         body_bytes=body_bytes,
         total_bytes=total,
-        body_ratio=body_tokens * token_bytes / body_bytes if body_bytes else None,
+        body_ratio=original_body / body_bytes if body_bytes else None,
         total_ratio=original / total if n_tokens else None,
         resume_points=tuple(resume_points(stream)) if is_partial else (),
         sections=_sections(stream),
     )
 
 
+def _original_body(stream: Stream, index: int) -> int:
+    """Bytes of the body tokens of a coded group in the cache."""
+    header = stream.header
+    if index not in header.others:
+        return stream.chunks.region_tokens()[1] * header.joint_features * header.original_bits // 8
+    entries, dtype = stream.sections.entries, header.groups[index].dtype
+    raw = entries["raw"][(entries["group"] == index) & (entries["type"] == SectionType.BODY)]
+    return int(raw.sum(dtype=np.int64)) * min(2, dtype.itemsize) // dtype.itemsize
+
+
 def _group(stream: Stream, index: int) -> GroupInfo:
     header, entries = stream.header, stream.sections.entries
-    group, is_coded = header.groups[index], header.coded is not None and index == 0
+    group, is_first = header.groups[index], index not in header.others
     mine = entries[1:][entries["group"][1:] == index]
     mine = mine[mine["type"] != SectionType.PADDING]
     stored = int(mine["stored"].sum(dtype=np.int64)) + SECTION_BYTES * len(mine)
-    if is_coded:
+    if is_first:
         original = stream.n_tokens * header.joint_features * header.original_bits // 8
     else:
         original = int(mine["raw"].sum(dtype=np.int64)) * min(2, group.dtype.itemsize) // group.dtype.itemsize
     dtype = str(group.dtype).removeprefix("torch.")
     coders = {CODER_NAMES[coder] for coder in mine["coder"].tolist()}
     rounding = next((coder for coder in ROUNDED_BITS if coder in coders), None)
-    ratio = original / stored if stored else None
+    ratio, is_coded = original / stored if stored else None, is_first or group.is_coded
     part, head = group.part.name.lower().replace("_", " "), group.first_kv_head
     return GroupInfo(
         group.kind, part, dtype, group.layers, group.shape, head, is_coded, original, stored, ratio, rounding

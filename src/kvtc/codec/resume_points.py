@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
-
-from ..coding.regions import split_regions
-from ..container.groups import WINDOW
-from ..container.stream import parse_stream
-from ..container.tables import LOSSLESS
-from ..errors import CorruptStream, InvalidArgument, InvalidCache
+from ..errors import InvalidArgument, InvalidCache
 from ..process.torch_state import neutral_torch_state
-from ..profiles.interface import CodedRows
-from .exact_groups import ExactGroup, read_groups
-from .sealed_stream import StreamSettings, draft_stream
+from .exact_groups import ExactGroup
 from .transformers_cache import Snapshots, SplitCache, TransformersCache
 
 RESUME_EVERY = 4096
@@ -129,30 +119,6 @@ class ResumePoints:
                     f"{_listed([one.group.describe() for one in exact])}; the cache holds {_listed([g.describe() for g in groups])}"
                 )
         return {position: self.taken[position] for position in sorted(self.taken) if position < n_tokens}
-
-
-def encode_point(exact: Sequence[ExactGroup], n_tokens: int, settings: StreamSettings) -> bytes:
-    """Windows and states as they were after n_tokens tokens -> a stream of these groups alone, windows bit for bit.
-
-    settings: of the codec; chunk_tokens, coder and states count.
-    """
-    held = max((one.group.rows_held(n_tokens) for one in exact if one.group.kind == WINDOW), default=0)
-    start = (n_tokens - max(held, 1)) // settings.chunk_tokens * settings.chunk_tokens
-    places = torch.arange(start, n_tokens)
-    lossless = replace(settings, profile=LOSSLESS, fp8_sinks=False, fixed_size=False, coded_window=False)
-    spans = split_regions(places, 0, 0, settings.chunk_tokens)
-    split = SplitCache(None, list(exact), len(places), start=start)
-    draft = draft_stream(lossless, None, split, False, None, spans, places)
-    return draft.seal(b"", CodedRows(), is_final=True, size=None)
-
-
-@neutral_torch_state
-def decode_point(data: Any) -> list[ExactGroup]:
-    """Inverse of `encode_point`; raises as `Codec.decode`."""
-    stream = parse_stream(data)
-    if stream.header.coded is not None or not stream.n_tokens:
-        raise CorruptStream("a resume point holds tokens of every kind, or none; expected windows and states")
-    return read_groups(stream, len(stream.chunks), stream.n_tokens)
 
 
 def _listed(names: list[str]) -> str:

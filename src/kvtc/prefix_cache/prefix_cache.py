@@ -376,7 +376,7 @@ class PrefixCache:
             whole = interop.TransformersCache(cache)
             if whole.n_sequences != 1:
                 raise InvalidCache(f"the cache holds {whole.n_sequences} sequences; expected one")
-            found = whole.split(geometry)
+            found = whole.split(self.codec.covered)
             found = replace(found, exact=[one.copied() for one in found.exact])
         elif isinstance(cache, KVCache):
             coded = cache.plain()
