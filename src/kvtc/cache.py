@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .coding.rope import Rope
+from .container.groups import FULL_ATTENTION, LATENT
 from .errors import GeometryMismatch, InvalidArgument, InvalidCache
 from .layer_runs import describe_layers
 from .process.torch_state import neutral_torch_state, plain
@@ -62,6 +63,11 @@ class CacheExtent:
     @property
     def n_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def kind(self) -> str:
+        """The kind of the group of layers that it is."""
+        return LATENT if is_latent(self.n_kv_heads, *self.dims) else FULL_ATTENTION
 
     @property
     def dims(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import strict_json
-from ..cache import MAX_EXTENT, CacheGeometry, is_latent
+from ..cache import MAX_EXTENT, CacheGeometry
 from ..coding.joint.importance import Importance
 from ..coding.paper.distortion import BLOCK_SIZES, SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
@@ -297,7 +297,7 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 def _group_json(geometry: CacheGeometry) -> dict[str, Any]:
     """The entry of a group of layers in the file, but for its variances."""
     return {
-        "kind": LATENT if is_latent(geometry.n_kv_heads, *geometry.dims) else FULL_ATTENTION,
+        "kind": geometry.kind,
         "layers": list(geometry.layers),
         "first_kv_head": geometry.first_kv_head,
         "n_kv_heads": geometry.n_kv_heads,
