@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .coding.rope import Rope
+from .container.groups import FULL_ATTENTION, LATENT, WINDOW
 from .errors import GeometryMismatch, InvalidArgument, InvalidCache
 from .layer_runs import describe_layers
 from .process.torch_state import neutral_torch_state, plain
@@ -71,6 +72,11 @@ class CacheExtent:
     def n_layers(self) -> int:
         """Number of layers."""
         return len(self.layers)
+
+    @property
+    def kind(self) -> str:
+        """The kind of the group of layers that it is."""
+        return LATENT if is_latent(self.n_kv_heads, *self.dims) else FULL_ATTENTION
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -159,6 +165,11 @@ class CacheGeometry(CacheExtent):
         for table in self.rope.tables:
             if table.rotated_dim > self.key_dim:
                 raise InvalidArgument(f"{table.rotated_dim} rotated features in heads of {self.key_dim}")
+
+    @property
+    def kind(self) -> str:
+        """The kind of the group of layers that it is."""
+        return WINDOW if self.is_window else super().kind
 
     def behind(self, n_layers: int) -> CacheGeometry:
         """The same geometry without the first layers.

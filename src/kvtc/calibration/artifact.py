@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import strict_json
-from ..cache import MAX_EXTENT, CacheGeometry, is_latent
+from ..cache import MAX_EXTENT, CacheGeometry
 from ..coding.joint.importance import Importance
 from ..coding.paper.distortion import BLOCK_SIZES, SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
@@ -292,14 +292,7 @@ def covers(geometry: CacheGeometry, group: Group) -> bool:
     """Whether a group of a cache, or of a stream, is what a geometry describes."""
     shape = geometry.n_kv_heads, *geometry.dims
     found = group.kind, group.layers, group.first_kv_head, group.shape, group.has_rows
-    return found == (_kind(geometry), geometry.layers, geometry.first_kv_head, shape, True)
-
-
-def _kind(geometry: CacheGeometry) -> str:
-    """Of its group."""
-    if geometry.is_window:
-        return WINDOW
-    return LATENT if is_latent(geometry.n_kv_heads, *geometry.dims) else FULL_ATTENTION
+    return found == (geometry.kind, geometry.layers, geometry.first_kv_head, shape, True)
 
 
 @neutral_torch_state
@@ -436,7 +429,7 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 def _group_json(geometry: CacheGeometry) -> dict[str, Any]:
     """The entry of a group of layers in the file, but for its variances."""
     return {
-        "kind": _kind(geometry),
+        "kind": geometry.kind,
         "layers": list(geometry.layers),
         "first_kv_head": geometry.first_kv_head,
         "n_kv_heads": geometry.n_kv_heads,

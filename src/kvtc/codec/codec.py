@@ -525,10 +525,12 @@ class Codec:
         """waits: for exact tokens, so that every error of the streams is raised here. number: of the group."""
         header = opened[0].header
         if self.calibration is None:
-            rope = Rope((), (NO_ROTATION,) * header.n_layers)
+            rope = Rope((), (NO_ROTATION,) * header.n_layers, is_known=False)
             geometry = CacheGeometry(header.layers, header.first_kv_head, header.n_kv_heads, *header.dims, rope)
         else:
             geometry = self.calibration.geometry_of(number)
+        if any(shifts or ()) and not geometry.rope.is_known:
+            raise InvalidArgument("the rotation of these keys is not known: start_position cannot be given")
         decoding = Decoding(opened, shifts or [0] * len(opened), geometry, self.backend)
         if waits:
             decoding.wait()
@@ -541,8 +543,6 @@ class Codec:
         opened = self._open(stream, as_ids(token_ids), tokens)
         header = opened.header
         shift = shift_to(start_position, opened)
-        if shift and self.calibration is None:
-            raise InvalidArgument("without a calibration the rotation is not known: start_position cannot be given")
         return self._restored(opened, shift), header.is_transformers
 
     def _restored(self, opened: OpenedStream, shift: int, number: int = 0) -> KVCache:
@@ -644,8 +644,6 @@ class Codec:
                 f"and {opened.n_tokens} tokens are decoded"
             )
         shift = shift_to(start_position, opened)
-        if shift and self.calibration is None:
-            raise InvalidArgument("without a calibration the rotation is not known: start_position cannot be given")
         decoding = self._decoding([opened], [shift])
         with writing_into(*(target.data for sides in targets for target in sides)):
             decoding.write_layers(lambda layer: [targets[layer]])
