@@ -28,6 +28,10 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "kvtc.cache_file": ("load_cache", "save_cache"),
     "kvtc.calibration": ("KindCalibration",),
     "kvtc.codec.inspection": ("GroupInfo", "SectionInfo"),
+    "kvtc.engines.page_layout": (
+        "PageLayout", "cache_dtype", "lmcache_layout", "pack", "sglang_layout", "unpack", "vllm_layout",
+    ),
+    "kvtc.engines.settings": ("EngineSettings", "worker_shards"),
     "kvtc.evaluate.baselines": (
         "CacheGen", "EvictedKvtc", "Fp8", "Gear", "H2O", "Int4", "Kivi", "Nvfp4", "PlainZstd", "Profile", "Tova", "TurboQuant",
         "Xkv", "baselines",
