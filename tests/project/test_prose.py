@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import PARSER
 from pathlib import Path
 
 import pytest
@@ -99,14 +100,19 @@ def test_commands_in_prose_parse(page):
     """Options of `kvtc <subcommand>`, and targets of `make`."""
     from kvtc.cli import _parser
 
-    (subcommands,) = (action.choices for action in _parser()._actions if action.dest == "run" or action.choices)
+    def subcommands(parser):
+        """The parsers of its subcommands by name."""
+        return next((action.choices for action in parser._actions if action.nargs == PARSER), {})
+
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = re.findall(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     code = "\n".join([*blocks, *re.findall(r"^    (.+)$", text, flags=re.MULTILINE), *re.findall(r"`([^`\n]+)`", text)])
     for subcommand, options in re.findall(r"(?:^|&& )kvtc ([a-z]+)([^&|\n]*)", code, flags=re.MULTILINE):
-        assert subcommand in subcommands, subcommand
-        known = subcommands[subcommand]._option_string_actions
+        parser, words = subcommands(_parser())[subcommand], options.split()
+        if inner := subcommands(parser) if words else {}:
+            parser = inner[words[0]]
+        known = parser._option_string_actions
         assert [option for option in re.findall(r"(?<!\S)--?[a-z][\w-]*", options) if option not in known] == []
     for target in re.findall(r"^make ([\w-]+)", code, flags=re.MULTILINE):
         assert target in targets, target
