@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration, KindCalibration
+from kvtc.calibration.artifact import CodedGroup
 from kvtc.calibration.conditional_calibration import ConditionalCalibration
 from kvtc.calibration.fit import FitOptions, fit
 from kvtc.calibration.gradients import GradientSample
@@ -517,6 +518,14 @@ def golden_joint_calibration() -> Calibration:
     return Calibration(plain.geometry, plain.key, plain.value, joint=joint, importance=importance)
 
 
+def golden_windows_calibration() -> Calibration:
+    """`golden_joint_calibration` with a window of the same shape in layer 1, whose metric is 1 and whose tokens have one step."""
+    first = golden_joint_calibration()
+    geometry = replace(first.geometry, layers=(1,), is_window=True)
+    joint = replace(first.joint, metric=Metric.from_roots(HeadBlocks(torch.eye(8)[None], torch.eye(8)[None])))
+    return replace(first, further=(CodedGroup(geometry, joint, None),))
+
+
 def golden_latent_codec() -> Codec:
     """As `golden_joint_codec`, of a latent of 6 features and a rotary part of 2: together they are as wide as a key is there.
 
@@ -593,8 +602,10 @@ def golden_conditional_cache() -> KVCache:
 
 
 def golden_joint_codec(profile: str, **options: object) -> Codec:
-    """As `golden_codec`; the step is an eighth, so that some values escape."""
+    """As `golden_codec`; the step is an eighth, so that some values escape. profile: or "windows", of `joint`."""
     defaults = {"step": 0.125, "sink_tokens": 1, "window_tokens": 1, "chunk_tokens": 4, "coder": "none"}
+    if profile == "windows":
+        return Codec(golden_windows_calibration(), **(defaults | options))
     calibration = golden_joint_calibration() if profile == "joint" else golden_conditional_calibration()
     return Codec(calibration, profile, model=GoldenModel(), **(defaults | options))
 

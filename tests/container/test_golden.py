@@ -27,6 +27,7 @@ from transformers.cache_utils import (
 from kvtc.cache import KVCache
 from kvtc.calibration import Calibration
 from kvtc.codec.codec import Codec
+from kvtc.codec.resume_points import ResumePoints
 from kvtc.profiles.rates import Ratio, Truncation
 from kvtc.recomputation import Recomputed
 from tests.builders import (
@@ -51,6 +52,7 @@ from tests.builders import (
     two_widths,
     two_widths_calibration,
 )
+from tests.tiny_architectures import mixed_cache, windowed_calibration
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -380,6 +382,54 @@ def test_the_golden_stream_of_groups():
     assert nothing["numbers"].size == 0
 
 
+def golden_windows_cache(n: int = 6) -> DynamicCache:
+    """Full attention in layer 0 and a window of 5 in layer 1, in quarters: the first n of 6 tokens."""
+    rows = ((torch.arange(4 * 6 * 8).reshape(4, 1, 1, 6, 8) * 7) % 25 - 12) / 4
+    cache = DynamicCache()
+    for sides, layer in ((rows[:2], DynamicLayer()), (rows[2:], DynamicSlidingWindowLayer(sliding_window=5))):
+        layer.update(*(side[:, :, :n].bfloat16() for side in sides))
+        cache.layers.append(layer)
+    return cache
+
+
+def test_the_golden_stream_of_coded_windows():
+    """Two resume points; the rows of both groups at one step, each in its own metric."""
+    codec, points = golden_joint_codec("windows"), ResumePoints(4)
+    assert points.take(golden_windows_cache(4))
+    stream = golden_stream("windows")
+    assert codec.encode(golden_windows_cache(), points=points).hex() == stream.hex()
+    full, window = coded_groups_by_the_page(stream, codec.calibration)
+    assert (full[0], window[0]) == ([*range(6)], [*range(6)])
+    for n in (4, 6):
+        decoded = codec.decode(stream, tokens=n)
+        for (_, rows), layer, first in ((full, 0, 0), (window, 1, max(0, n - 4))):
+            found = decoded.layers[layer].keys[0].float().numpy(), decoded.layers[layer].values[0].float().numpy()
+            np.testing.assert_array_equal(rows[0, 0, :, first:n], found[0])
+            np.testing.assert_array_equal(rows[1, 0, :, first:n], found[1])
+    # What the vectors pick comes back as close as the step and bfloat16 allow.
+    window_keys = golden_windows_cache(6).layers[1].keys[0, 0, :, [1, 6]].float().numpy()
+    np.testing.assert_allclose(window[1][0, 0, 0, 2:][:, [1, 6]], window_keys, atol=0.2)
+
+
+@pytest.mark.parametrize("options", [{"step": 0.1}, {"ratio": 4, "window_format": "coded"}])
+def test_the_specification_suffices_for_coded_windows_of_layers(options):
+    """Rotation, sinks, levels that are not there, and exact groups between."""
+    codec = Codec(windowed_calibration(), chunk_tokens=16, sink_tokens=2, window_tokens=3, **options)
+    points = ResumePoints(16)
+    for n in (16, 32):
+        assert points.take(mixed_cache(n, part_of=50))
+    stream = codec.encode(mixed_cache(), points=points)
+    full, window = coded_groups_by_the_page(stream, codec.calibration)
+    assert (full[0], window[0]) == ([*range(50)], [*range(9, 16), *range(25, 32), *range(43, 50)])
+    back = codec.decode(stream)
+    for (_, rows), layers in ((full, (0, 2, 5)), (window, (1, 4))):
+        for at, layer in enumerate(layers):
+            for side, found in enumerate((back.layers[layer].keys[0], back.layers[layer].values[0])):
+                np.testing.assert_allclose(
+                    rows[side, at, :, -found.shape[1] :], found.float().numpy(), rtol=1e-4, atol=1e-3
+                )
+
+
 # From here on nothing of the package is used but the tensors of a calibration, and of a model's first layers.
 
 Sides = tuple[np.ndarray, np.ndarray]
@@ -525,6 +575,57 @@ def groups_by_the_page(data: bytes) -> list[dict]:
         parts = group["parts"]
         group["numbers"] = np.concatenate(parts, axis=-2) if parts else np.empty(0)
     return groups
+
+
+def coded_groups_by_the_page(data: bytes, calibration: Calibration) -> list[tuple[list[int], np.ndarray]]:
+    """Of a stream of profile 2 that begins a text, for each coded group: the positions of its rows, and these [2, L, H, n, D]."""
+    profile, flags, n_groups, cell, n_chunks, n_sections = struct.unpack_from("<x3B16x3I", data, 4)
+    assert (data[:5], profile, flags & 4) == (b"KVTC\x03", 2, 0)
+    entries = [struct.unpack_from("<2B7HI", data, 40 + 20 * index) for index in range(n_groups)]
+    at = 40 + 20 * n_groups
+    n_layers = []
+    for entry in entries:
+        n_layers.append(sum(struct.unpack_from("<2H", data, at + 4 * run)[1] for run in range(entry[2])))
+        at += 4 * entry[2]
+    chunks = [struct.unpack_from("<IHHHH8s", data, at + 20 * index) for index in range(n_chunks)]
+    at += 20 * n_chunks
+    start, steps = at + 20 * n_sections, ()
+    found: list[tuple[list[int], list[np.ndarray]]] = [([], []) for _ in entries]
+    for index in range(n_sections):
+        kind, coder, number, chunk, raw, stored, crc = struct.unpack_from("<BBHIIII", data, at + 20 * index)
+        part, start = data[start : start + stored], start + stored
+        assert zlib.crc32(part) == crc
+        if kind == 1:
+            steps = struct.unpack(f"<{raw // 4}f", part)
+            continue
+        _, dtype, _, _, _, heads, dim, value_dim, group_flags, _ = entries[number]
+        if number and not group_flags & 4:
+            continue
+        assert dim == value_dim
+        first, *counts, chunk_flags, _ = chunks[chunk]
+        shape = n_layers[number], heads
+        n_rows = counts[kind - 3]
+        if number:
+            row_bytes = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1}[dtype] * math.prod(shape) * 2 * dim
+            n_rows, rest = divmod(raw, row_bytes)
+            assert (rest, 0 < n_rows <= counts[kind - 3]) == (0, True)
+        stop = first + sum(counts[: kind - 2])
+        places = np.arange(stop - n_rows, stop)
+        if kind == 4 or (kind == 5 and chunk_flags & 8):
+            assert coder == (7 if number else 0)
+            one = calibration.groups[sum(entry[8] & 4 > 0 for entry in entries[1 : number + 1])]
+            rows = joint_rows(part, n_rows, steps[kind - 4], places.tolist(), None, one)
+            sides = round_to(both_sides(rows, places, None, 1, heads, dim, one), dtype)
+        elif coder == 4:
+            plain = exact_floats(part, (2 * math.prod(shape), n_rows, dim), dtype)
+            sides = numbers(plain, (2, *shape, n_rows, dim), dtype)
+        else:
+            sides = numbers(undo_coder(part, coder, raw), (2, *shape, n_rows, dim), dtype)
+        found[number][0].extend(places.tolist())
+        found[number][1].append(sides)
+    assert start == len(data)
+    assert all(first // cell == (first + sum(counts) - 1) // cell for first, *counts, _, _ in chunks)
+    return [(places, np.concatenate(parts, axis=3)) for places, parts in found if parts]
 
 
 def both_sides(

@@ -48,18 +48,20 @@ class GradientSample:
             yield self.rows[some].float(), self.directions[some].float() * self.sizes[some, None]
 
 
-def fit_metric(sample: GradientSample, seed: int) -> tuple[Metric, Importance | None]:
+def fit_metric(sample: GradientSample, seed: int, unit: float | None = None) -> tuple[Metric, Importance | None]:
     """The metric of ordinary tokens, and how levels follow from rows; None for too few tokens.
+
+    unit: of the metric; None: its own.
 
     Raises `InvalidArgument` for a sample of no tokens, or gradients that are not finite.
     """
-    metric = _metric(sample, torch.zeros(len(sample.rows), dtype=torch.float32))
+    metric = _metric(sample, torch.zeros(len(sample.rows), dtype=torch.float32), unit)
     if len(sample.rows) < _LEAST_TOKENS:
         return metric, None
     mean = sample.rows.mean(dim=0, dtype=torch.float32)
     directions = _log_sensitivity_directions(sample, mean, metric, seed)
     logs = torch.cat([(rows - mean) @ directions for rows, _ in sample.blocks()])
-    metric = _metric(sample, logs)
+    metric = _metric(sample, logs, unit)
     # A level is half an octave of the step, whose square falls as the sensitivity rises.
     weights = _log_sensitivity_directions(sample, mean, metric, seed) / log(2)
     return metric, Importance(torch.cat([weights, -(mean @ weights)[None]]))
@@ -73,7 +75,7 @@ def _log_sensitivity_directions(sample: GradientSample, mean: Tensor, metric: Me
     return vectors @ _regression(coefficients, logs)
 
 
-def _metric(sample: GradientSample, logs: Tensor) -> Metric:
+def _metric(sample: GradientSample, logs: Tensor, unit: float | None) -> Metric:
     """The metric of gradients whose squares are divided by the exponentials of `logs` [n]."""
     if not len(sample.rows):
         raise InvalidArgument("the metric of joint and conditional needs gradients of at least one token")
@@ -85,7 +87,7 @@ def _metric(sample: GradientSample, logs: Tensor) -> Metric:
             heads = side.reshape(len(side), -1, dim).transpose(0, 1)
             total += (heads.mT @ heads).double()
     keys, values = (total / len(sample.rows) for total in totals)
-    return Metric.from_sensitivity(keys[None], values[None], METRIC_POWER, METRIC_RIDGE)
+    return Metric.from_sensitivity(keys[None], values[None], METRIC_POWER, METRIC_RIDGE, unit)
 
 
 def _leading(sample: GradientSample, mean: Tensor, metric: Metric, seed: int) -> tuple[Tensor, Tensor]:

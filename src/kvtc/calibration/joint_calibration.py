@@ -21,6 +21,7 @@ from ..coding.joint.uniform_quantizer import ESCAPE, N_ACTIVITIES, N_CLASSES, N_
 from ..coding.rans import TOTAL
 from ..coding.transform import Basis
 from ..errors import CorruptCalibration, InvalidArgument
+from ..layer_runs import describe_layers
 
 Named = Iterator[tuple[str, Tensor]]
 
@@ -104,10 +105,11 @@ class JointCalibration:
         yield from self.coefficients.tensors(prefix)
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str, geometry: CacheGeometry) -> JointCalibration | None:
-        """Inverse of `tensors`, of the layers of a geometry; None for a calibration without."""
+    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str, geometry: CacheGeometry) -> JointCalibration:
+        """Inverse of `tensors`, of the layers of a geometry; `CorruptCalibration` where they are missing or odd."""
         if f"{prefix}.mean" not in tensors:
-            return None
+            layers = describe_layers(geometry.layers)
+            raise CorruptCalibration(f"there is no {prefix}.mean: nothing says how layers {layers} are coded")
         basis = _joint_basis(tensors, prefix, geometry)
         roots = _head_blocks(tensors, f"{prefix}.roots", geometry, torch.float32, LARGEST)
         coefficients = CoefficientModel.from_tensors(tensors, prefix, basis.order.numel())
@@ -120,12 +122,12 @@ class JointCalibration:
         return cls(basis, metric, coefficients)
 
 
-def importance_of(tensors: dict[str, Tensor], geometry: CacheGeometry) -> Importance | None:
-    """The importance of tokens in a calibration file; None for one without."""
-    if "importance" not in tensors:
+def importance_of(tensors: dict[str, Tensor], geometry: CacheGeometry, name: str = "importance") -> Importance | None:
+    """The importance of tokens in a calibration file, the tensor `name`; None for one without."""
+    if name not in tensors:
         return None
-    weights = tensors["importance"]
-    expect("importance", weights, (geometry.joint_features + 1,), torch.float32, -LARGEST, LARGEST)
+    weights = tensors[name]
+    expect(name, weights, (geometry.joint_features + 1,), torch.float32, -LARGEST, LARGEST)
     return Importance(weights)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Bytes
-from ..cache import CacheExtent, TokenIds
+from ..cache import CacheExtent, TokenIds, describe_widths
 from ..calibration.artifact import Calibration
 from ..coding.exact.tokens import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from ..coding.lossless import BlockCoder
@@ -31,6 +31,7 @@ from ..errors import (
     StreamTooLarge,
     TokenMismatch,
 )
+from ..layer_runs import describe_layers
 from ..process.torch_state import neutral_torch_state
 from ..profiles import AnyDecoder
 from ..profiles.interface import CodedBody, Plan
@@ -66,7 +67,7 @@ class OpenedStream:
     positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: the coded ones among them, with a window
     that is coded. decoder: of the stream's profile. coded: bodies and coded windows, in order. exact_bytes: of sinks and exact
     tokens, which may still be on their way. exact_parts: of each of them how many tokens it holds, the first, whether in fp8.
-    n_chunks: how many were read.
+    n_chunks: how many were read. plan: of the stream.
     """
 
     header: Header
@@ -78,6 +79,7 @@ class OpenedStream:
     coded: list[CodedBody[Any]]
     exact_bytes: Begun[list[bytes]]
     exact_parts: list[tuple[int, int, bool]]
+    plan: Plan
 
     def exact(self) -> list[ExactTokens]:
         """Sinks and exact tokens, in order. Raises `CorruptStream`."""
@@ -171,7 +173,7 @@ def open_stream(
     n_sink = sum(chunk.n_sink for chunk in chunks) if header.coded is not None else 0
     body = slice(n_sink, n_sink + sum(rows.n_tokens for rows in coded))
     whole = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
-    return OpenedStream(header, n_tokens, len(chunks), decoder, whole, body, coded, exact_bytes, exact)
+    return OpenedStream(header, n_tokens, len(chunks), decoder, whole, body, coded, exact_bytes, exact, plan)
 
 
 def first_position(stream_bytes: bytes) -> int | None:
@@ -203,14 +205,22 @@ def check_calibration(header: Header, calibration: Calibration | None) -> None:
             )
         return
     geometry = calibration.geometry
-    if header.coded is None:
+    if header.coded is None and not header.further:
         kinds = ", ".join(sorted({group.kind for group in header.groups}))
         raise GeometryMismatch(
             f"the calibration covers {geometry.describe()}; the stream holds no such group ({kinds})"
         )
-    found = CacheExtent(header.layers, header.first_kv_head, header.n_kv_heads, *header.dims)
-    if found != geometry.extent:
-        raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the stream holds {found.describe()}")
+    if header.coded is not None:
+        found = CacheExtent(header.layers, header.first_kv_head, header.n_kv_heads, *header.dims)
+        if found != geometry.extent:
+            raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the stream holds {found.describe()}")
+    for group in (header.groups[index] for index in header.further):
+        if calibration.number_of(group) is None:
+            covered = "; ".join(one.geometry.describe() for one in calibration.groups)
+            raise GeometryMismatch(
+                f"the calibration covers {covered or geometry.describe()}; the stream codes {group.kind} of layers "
+                f"{describe_layers(group.layers)}, {group.shape[0]} heads of {describe_widths(*group.shape[1:])}"
+            )
     if header.fingerprint != calibration.fingerprint:
         raise CalibrationMismatch(
             f"the stream was made with calibration {header.fingerprint.hex()}; this one is {calibration.fingerprint.hex()}"

@@ -40,35 +40,33 @@ _WRITING_OPERATIONS = 128
 
 
 def encode(
-    cache: KVCache,
     recomputed: Recomputed | None,
-    spans: list[ChunkSpan],
     draft: StreamDraft,
     size: int | None,
     calibration: Calibration,
     backend: Backend,
     encoder: Encoder[CoefficientsT, SymbolsT, PlanT],
 ) -> bytes:
-    """A cache -> stream.
+    """The rows of a draft -> stream.
 
     All coefficients are held until the plan is found, 4 r bytes a token for r coefficients, so that rows are un-rotated and
     projected once however many steps are tried.
 
     Parameters:
-        cache: checked; on any device.
         recomputed: what the first layers compute of its tokens; None where the profile predicts nothing.
-        spans: its chunks.
-        draft: the sections of the stream that do not depend on the rate.
+        draft: the sections of the stream that do not depend on the rate, and the rows that are to be coded.
         size: bytes of the stream, which is padded to them; None: no padding.
         calibration: of the cache's model.
         backend: does the arithmetic.
         encoder: of a profile, at a rate.
     """
     batches = []
-    for rows in unrotated(cache, recomputed, spans, draft.settings.coded_window, calibration, backend):
-        predicted = encoder.predict(rows)
-        batches.append((rows.is_window, encoder.project(rows, predicted)))
-    search = encoder.search([coefficients for _, coefficients in batches], _budget(cache, draft, size, encoder))
+    for one in draft.coded:
+        spans, geometry = list(one.spans.values()), calibration.geometry_of(one.number)
+        for rows in unrotated(one.cache, recomputed, spans, draft.settings.coded_window, geometry, backend, one.number):
+            predicted = encoder.predict(rows)
+            batches.append((rows.is_window, encoder.project(rows, predicted)))
+    search = encoder.search([coefficients for _, coefficients in batches], _budget(draft, size, encoder))
     is_searching = True
     while is_searching:
         coded = CodedRows()
@@ -85,12 +83,16 @@ def unrotated(
     recomputed: Recomputed | None,
     spans: list[ChunkSpan],
     codes_windows: bool,
-    calibration: Calibration,
+    geometry: CacheGeometry,
     backend: Backend,
+    group: int = 0,
 ) -> Iterator[Rows]:
-    """The rows of coded tokens on the backend's device, some chunks at a time: all bodies, then all windows that are coded."""
+    """The rows of coded tokens on the backend's device, some chunks at a time: all bodies, then all windows that are coded.
+
+    geometry: of the cache, which is the group of this number in the calibration.
+    """
     positions, length = cache.resolved_positions(), cache.resolved_rope_length()
-    most = backend.batch_tokens(calibration.geometry.joint_features)
+    most = backend.batch_tokens(geometry.joint_features)
     batches = [(False, batch) for batch in _batches([(span, span.body) for span in spans if span.n_body], most)]
     if codes_windows:
         windows = [(span, span.window) for span in spans if span.n_window]
@@ -98,10 +100,10 @@ def unrotated(
     for is_window, batch in track(batches, "encoding", "batches"):
         tokens = slice(batch[0][1].start, batch[-1][1].stop)
         keys, values = (side[:, :, tokens].to(backend.device) for side in (cache.keys, cache.values))
-        turns = calibration.geometry.rope.turns(positions[tokens].to(backend.device), length, inverse=True)
+        turns = geometry.rope.turns(positions[tokens].to(backend.device), length, inverse=True)
         known = None if recomputed is None else recomputed.part(tokens)
         counts = tuple(part.stop - part.start for _, part in batch)
-        yield Rows(backend.gather(keys, values, turns), known, counts, cache.original_bits, is_window)
+        yield Rows(backend.gather(keys, values, turns), known, counts, cache.original_bits, is_window, group)
 
 
 class Decoding:
@@ -218,13 +220,11 @@ class Decoding:
         return ExactTokens(part.first, keys, values)
 
 
-def _budget(
-    cache: KVCache, draft: StreamDraft, size: int | None, encoder: Encoder[CoefficientsT, SymbolsT, PlanT]
-) -> Budget:
+def _budget(draft: StreamDraft, size: int | None, encoder: Encoder[CoefficientsT, SymbolsT, PlanT]) -> Budget:
     plan_bytes = encoder.plan_bytes()
     return Budget(
-        sum(chunk.n_body for chunk in draft.chunks),
-        cache.original_bits,
+        sum(one.body_bytes for one in draft.coded),
+        draft.coded[0].cache.original_bits,
         other_bytes=draft.body_bytes + plan_bytes,
         at_most=None if size is None else size - draft.n_bytes - plan_bytes,
     )

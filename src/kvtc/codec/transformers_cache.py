@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cache import CacheExtent, CacheGeometry, KVCache, sides_of_layer
+from ..calibration.artifact import covers
 from ..container.groups import NO_CACHE, SIDE_BUFFER, STATE, Group, Part
 from ..container.tables import Header
 from ..errors import GeometryMismatch, InvalidCache, MissingDependency, UnsupportedModel
@@ -112,25 +113,28 @@ class TransformersCache:
         return sorted(found, key=lambda group: group is not next((one for one in found if one.is_codable), None))
 
     @neutral_torch_state
-    def split(self, geometry: CacheGeometry | None, batch_index: int = 0, first_token: int = 0) -> SplitCache:
+    def split(self, covered: Sequence[CacheGeometry], batch_index: int = 0, first_token: int = 0) -> SplitCache:
         """One sequence.
 
         Parameters:
-            geometry: of the group that is coded, which must be there; None: the first one that can be.
+            covered: of the groups that are coded, which must be there; none: the first of full attention is the coded one.
             batch_index: which sequence.
             first_token: how many tokens of padding stand before it.
 
         Raises:
-            GeometryMismatch: if no group has the geometry.
+            GeometryMismatch: if a group that is covered is not there, or the first of full attention is not covered.
         """
+        first = next((geometry for geometry in covered if not geometry.is_window), None)
         if not self._parts:
-            return SplitCache(None if geometry is None else _empty(geometry), [], 0)
+            return SplitCache(None if first is None else _empty(first), [], 0)
         found = self._grouped(self._parts, batch_index, first_token)
         codable = [one for one in found if one.group.is_codable]
-        coded = next((one for one in codable if geometry is None or _fits(one.group, geometry)), None)
-        if coded is None and geometry is not None:
+        coded = next((one for one in codable if first is None or covers(first, one.group)), None)
+        missing = [geometry for geometry in covered if not any(covers(geometry, one.group) for one in found)]
+        if missing or (covered and first is None and coded is not None):
             held = "; ".join(f"{one.group.describe()}: {_extent(one.group)}" for one in found)
-            raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the cache holds {held}")
+            expected = "; ".join(geometry.describe() for geometry in covered)
+            raise GeometryMismatch(f"the calibration covers {expected}; the cache holds {held}")
         exact = [one for one in found if one is not coded]
         tokens = None if self.n_tokens is None else self.n_tokens - first_token
         return SplitCache(None if coded is None else _neutral(coded), exact, tokens)
@@ -157,17 +161,13 @@ def from_transformers(cache: Any, geometry: CacheGeometry) -> KVCache:
     found = TransformersCache(cache)
     if found.n_sequences != 1:
         raise InvalidCache(f"the cache holds {found.n_sequences} sequences; expected one")
-    split = found.split(geometry)
+    split = found.split([geometry])
     if split.exact or split.coded is None:
         others = ", ".join(sorted({one.group.describe() for one in split.exact}))
         raise UnsupportedModel(
             f"layers of other groups ({others}) beside full attention; expected full attention alone"
         )
     return split.coded
-
-
-def _fits(group: Group, geometry: CacheGeometry) -> bool:
-    return CacheExtent(group.layers, group.first_kv_head, *group.shape) == geometry.extent
 
 
 def _extent(group: Group) -> str:

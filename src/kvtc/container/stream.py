@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..coding.exact.floats import FloatLayout, compress_floats, decompress_floats
 from ..coding.exact.tokens import exact_layout
-from ..coding.lossless import FLOATS, BlockCoder, compress, compress_all, decompress, decompress_all
+from ..coding.lossless import FLOATS, PROFILE, BlockCoder, compress, compress_all, decompress, decompress_all
+from ..coding.states.rounding import ROUNDED_BITS, compress_state, decompress_state
 from ..errors import CorruptStream, InvalidArgument
 from ..process.log_limits import log_once
 from ..process.workers import side_by_side
@@ -37,6 +38,7 @@ from .tables import (
     STREAM_WIDE,
     Chunk,
     ChunkTable,
+    Counts,
     Header,
     Section,
     SectionTable,
@@ -62,7 +64,9 @@ _WORTH_THREADS = 1 << 20
 class Payload:
     """Section bytes before lossless coding, on their way into a stream.
 
-    is_final: they are entropy-coded already. layout: of exact tokens, which have a coder of their own; None: others.
+    is_final: they are entropy-coded already. layout: of exact tokens, which have a coder of their own; None: others. rounding: of a
+    state that is rounded, one of `ROUNDED_BITS`. raw_bytes: of rows that a profile coded, of another group than the first, before
+    that; None: of all else.
     """
 
     type: SectionType
@@ -71,6 +75,8 @@ class Payload:
     is_final: bool = False
     layout: FloatLayout | None = None
     group: int = 0
+    rounding: str | None = None
+    raw_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,14 +140,17 @@ class Stream:
         read |= zip(left, rest, strict=True)
         return [read[index] for index in range(len(sections))]
 
-    def read_group(self, index: int, first_chunk: int, stop_chunk: int) -> list[bytes]:
-        """The sections of an exact group in the chunks first_chunk .. stop_chunk - 1, in order, verified and decoded."""
+    def read_group(self, index: int, first_chunk: int, stop_chunk: int) -> list[tuple[Section, bytes]]:
+        """The sections of another group in the chunks first_chunk .. stop_chunk - 1, in order, verified and decoded.
+
+        What a profile coded stays as it is.
+        """
         group = self.header.groups[index]
         sections = [self.sections[number] for number in self.sections.of_group(index, stop_chunk).tolist()]
         sections = [section for section in sections if section.chunk >= first_chunk]
         stored = self.data.on_host([section.span for section in sections])
         layouts = [group.layout(section.raw_bytes // group.row_bytes) for section in sections]
-        return side_by_side(_decoded, _threads(), sections, stored, layouts)
+        return list(zip(sections, side_by_side(_decoded, _threads(), sections, stored, layouts), strict=True))
 
     def leave(self, wanted: Sequence[Wanted]) -> dict[tuple[SectionType, int], Tensor]:
         """Those of the sections that can be used where they lie: on a device, and without a lossless coder.
@@ -212,9 +221,13 @@ def _decoded_with(
 def _decoded(section: Section, stored: memoryview, layout: FloatLayout | None) -> bytes:
     """The bytes behind a section's own, verified. layout: of exact tokens."""
     _verify(section, stored)
+    if section.coder == PROFILE:
+        return bytes(stored)
     try:
         if layout is not None and section.coder == FLOATS:
             return decompress_floats(stored, section.raw_bytes, layout)
+        if layout is not None and section.coder in ROUNDED_BITS:
+            return decompress_state(stored, section.raw_bytes, layout.dtype, ROUNDED_BITS[section.coder])
         return decompress(stored, section.raw_bytes, section.coder)
     except CorruptStream as error:
         raise CorruptStream(f"{section.describe()}: {error}") from error
@@ -233,31 +246,50 @@ def token_digest(token_ids: npt.NDArray[np.int64]) -> bytes:
 def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCoder | None = None) -> list[CodedSection]:
     """Each payload as it will be stored; one that coding would lengthen is stored as it is.
 
-    coder: of all but exact tokens, which have their own; "none" leaves these as they are, too. block_coder: codes the blocks of
-    all of them at once, where it takes them.
+    coder: of all but exact tokens and rounded states, which have their own; "none" leaves exact tokens as they are, too.
+    block_coder: codes the blocks of all of them at once, where it takes them. Raises `InvalidCache` for a state that cannot be
+    rounded.
     """
     for payload in payloads:
-        if len(payload.raw) >= 1 << 32:
+        if max(len(payload.raw), payload.raw_bytes or 0) >= 1 << 32:
             raise InvalidArgument(
                 f"a section of {len(payload.raw)} bytes; 4 GiB is the limit: use a smaller chunk_tokens"
             )
-    coders = ["none" if payload.is_final else coder for payload in payloads]
-    if coder != "none":
-        coders = [FLOATS if payload.layout else its for payload, its in zip(payloads, coders, strict=True)]
-    floats = [(payload.raw, payload.layout) for payload, its in zip(payloads, coders, strict=True) if its == FLOATS]
+    coders = [_coder_of(payload, coder) for payload in payloads]
+    own = [
+        (payload.raw, payload.layout, its)
+        for payload, its in zip(payloads, coders, strict=True)
+        if payload.layout is not None and (its == FLOATS or its in ROUNDED_BITS)
+    ]
     others = [payload.raw for payload, its in zip(payloads, coders, strict=True) if its == coder]
     coded_others = iter(_compressed(others, coder, block_coder))
-    coded_floats = iter(side_by_side(lambda one: compress_floats(*one), _threads(), floats))
+    coded_own = iter(side_by_side(lambda one: _compressed_alone(*one), _threads(), own))
     sections = []
     for payload, its in zip(payloads, coders, strict=True):
-        data = next(coded_floats) if its == FLOATS else next(coded_others) if its == coder else payload.raw
+        data = next(coded_others) if its == coder else payload.raw if its == "none" else next(coded_own)
         is_shorter = len(data) < len(payload.raw)
         stored, used = (data, its) if is_shorter else (payload.raw, "none")
-        entry = Section(
-            payload.type, used, payload.chunk, len(payload.raw), len(stored), zlib.crc32(stored), 0, payload.group
-        )
+        n_raw = len(payload.raw)
+        if payload.raw_bytes is not None:
+            used, n_raw = PROFILE, payload.raw_bytes
+        entry = Section(payload.type, used, payload.chunk, n_raw, len(stored), zlib.crc32(stored), 0, payload.group)
         sections.append(CodedSection(entry, stored))
     return sections
+
+
+def _coder_of(payload: Payload, coder: str) -> str:
+    if payload.rounding:
+        return payload.rounding
+    if payload.is_final or coder == "none":
+        return "none"
+    return FLOATS if payload.layout else coder
+
+
+def _compressed_alone(raw: bytes, layout: FloatLayout, coder: str) -> bytes:
+    """With a coder of numbers."""
+    if coder in ROUNDED_BITS:
+        return compress_state(raw, layout.dtype, ROUNDED_BITS[coder])
+    return compress_floats(raw, layout)
 
 
 def _compressed(parts: Sequence[bytes], coder: str, block_coder: BlockCoder | None) -> list[bytes]:
@@ -273,7 +305,7 @@ def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[Cod
     Parameters:
         header: of the whole stream; `has_gaps` is set here, from the chunks.
         chunks: by ascending positions.
-        sections: the rate, and then the sections of each chunk, in the order of `Chunk.sections`.
+        sections: the rate, and then the sections of each chunk, in the order of `Chunk.sections` and, among them, of the groups.
 
     Raises:
         InvalidArgument: for more chunks than a stream may hold.
@@ -304,11 +336,16 @@ def parse_stream(data: bytes | bytearray | memoryview | Tensor) -> Stream:
     """
     opened, counts = open_data(data)
     view = opened.head
+    header, chunks = parse_tables(view, counts)
+    return Stream(header, chunks, parse_sections(view, counts, header, chunks, opened.n_bytes), opened)
+
+
+def parse_tables(view: memoryview, counts: Counts) -> tuple[Header, ChunkTable]:
+    """Header and chunks, from the first bytes of a stream, all tables among them; errors as of `parse_stream`."""
     if zlib.crc32(view[HEADER_BYTES : counts.tables_end], zlib.crc32(view[: HEADER_BYTES - 4])) != counts.checksum:
         raise CorruptStream("header and tables fail their checksum")
     header = parse_header(view, counts)
-    chunks = parse_chunks(view, counts, header)
-    return Stream(header, chunks, parse_sections(view, counts, header, chunks, opened.n_bytes), opened)
+    return header, parse_chunks(view, counts, header)
 
 
 def assemble(

@@ -87,17 +87,27 @@ def check_full_attention(model_or_config: Any) -> None:
 def geometry_of(
     model: Any, layers: tuple[int, int] | None = None, kv_heads: tuple[int, int] | None = None
 ) -> CacheGeometry:
-    """The geometry of what kvtc codes of a transformers model's cache: its full-attention layers. Of a config alone, too.
+    """The geometry of what kvtc codes of a transformers model's cache: its full-attention layers. Of a config alone,
+    too.
 
     Where it is not known how the model rotates keys, its rotation is none, and its keys are coded as they are cached.
 
     Parameters:
         model: a transformers model or config.
-        layers, kv_heads: half-open (start, stop) of one pipeline or tensor-parallel rank; None: all.
+        layers: half-open (start, stop) of the layers of one pipeline-parallel worker. None (default): all.
+        kv_heads: half-open (start, stop) of the key-value heads of one tensor-parallel worker. None (default): all.
+
+    Returns:
+        The geometry.
 
     Raises:
-        InvalidArgument: for a range outside of the model.
-        UnsupportedModel: for a cache that kvtc does not code.
+        InvalidArgument: a range is outside of the model.
+        UnsupportedModel: kvtc does not code the cache.
+
+    Example:
+        >>> from kvtc.huggingface.models import geometry_of
+        >>> geometry_of(model, layers=(0, 6)).describe()
+        'layers 0..5, kv heads 0..2, head_dim 32'
     """
     full = coded_layers(model)
     whole = _Extent.of(model)
@@ -123,18 +133,24 @@ def capture(
     Parameters:
         model: a transformers causal LM.
         token_ids: [T] integers, T >= 1.
-        geometry: the layers and heads wanted; None: all.
-        piece_tokens: tokens that the model reads in one pass, after those before them. This takes less memory and shows
-            progress, and values differ by rounding. None: all at once, which is also done if the rotation depends on
-            the length of the text.
+        geometry: the layers and heads wanted. None (default): all.
+        piece_tokens: tokens that the model reads in one pass, after those before them. This takes less memory and
+            shows progress, and values differ by rounding. None (default): all at once, which is also done if the
+            rotation depends on the length of the text.
 
     Returns:
         Keys and values [L, H, T, D] in the model's dtype, contiguous, on the device of its embeddings.
 
     Raises:
-        InvalidArgument: for ids that are empty, not one sequence, or outside of the vocabulary.
-        GeometryMismatch: for a geometry outside of the model.
-        UnsupportedModel: for another kind of cache.
+        InvalidArgument: the ids are empty, not one sequence, or outside of the vocabulary.
+        GeometryMismatch: the geometry is outside of the model.
+        UnsupportedModel: the model keeps another kind of cache.
+
+    Example:
+        >>> from kvtc.huggingface.models import capture
+        >>> captured = capture(model, token_ids[:50])
+        >>> captured.n_tokens, captured.dtype
+        (50, torch.bfloat16)
     """
     _extent_of(model, geometry)
     device = model.get_input_embeddings().weight.device

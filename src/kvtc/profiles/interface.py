@@ -49,6 +49,7 @@ class Rows:
         counts: tokens of each chunk; they sum to n.
         original_bits: bits of one value in the cache: 16, or 8.
         is_window: whether these are windows of the chunks; else bodies.
+        group: which of the groups of the calibration they are of.
     """
 
     values: Tensor
@@ -56,6 +57,7 @@ class Rows:
     counts: tuple[int, ...]
     original_bits: int = 16
     is_window: bool = False
+    group: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -74,13 +76,13 @@ class Budget:
     """What the coded rows of one stream may cost.
 
     Attributes:
-        n_tokens: body tokens.
+        original_bytes: of the body tokens in the cache, of all groups that are coded.
         original_bits: bits of one value in the cache: 16, or 8.
         other_bytes: bytes of the stream that count for the body besides its coded rows.
         at_most: bytes that all coded rows together may take, whatever they hold; None where there is no such limit.
     """
 
-    n_tokens: int
+    original_bytes: int
     original_bits: int
     other_bytes: int
     at_most: int | None = None
@@ -88,7 +90,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class CodedRows:
-    """The coded bytes of one stream: an entry for each chunk with a body, and for each chunk with a coded window, in order."""
+    """The coded bytes of one stream: an entry for each chunk with a body, and for each chunk with a coded window, in order.
+
+    Where several groups are coded, those of the first come first.
+    """
 
     bodies: list[bytes] = field(default_factory=list)
     windows: list[bytes] = field(default_factory=list)
@@ -259,6 +264,6 @@ class Profile(Protocol[CoefficientsT, SymbolsT, PlanT]):
         """
         ...
 
-    def decoder(self) -> Decoder[CoefficientsT, PlanT]:
-        """The decoder of every stream of the profile."""
+    def decoder(self, group: int = 0) -> Decoder[CoefficientsT, PlanT]:
+        """The decoder of every stream of the profile. group: of the calibration; `joint` alone has others than the first."""
         ...

@@ -7,7 +7,7 @@ The root is block diagonal, so it folds into the basis and costs nothing when a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,16 +19,23 @@ from .blocks import HeadBlocks
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """roots float32, symmetric and positive, and their inverses."""
+    """roots float32, symmetric and positive, and their inverses.
+
+    unit: what the roots of the sensitivity were divided by; 1 where that is not known.
+    """
 
     roots: HeadBlocks
     inverses: HeadBlocks
+    unit: float = 1.0
 
     @classmethod
-    def from_sensitivity(cls, keys: Tensor, values: Tensor, power: float, ridge: float) -> Metric:
+    def from_sensitivity(
+        cls, keys: Tensor, values: Tensor, power: float, ridge: float, unit: float | None = None
+    ) -> Metric:
         """Sensitivities of keys [L, H, Dk, Dk] and of values [L, H, Dv, Dv] -> the roots of their `power`.
 
         ridge: share of the mean diagonal of all that is added to every direction, so that none counts for nothing.
+        unit: of another group's metric, in which the same step does the same harm; None: one of its own.
         Raises `InvalidArgument` where some direction still does, or a sensitivity is not finite.
         """
         blocks = HeadBlocks(keys.flatten(0, 1).double(), values.flatten(0, 1).double())
@@ -47,10 +54,11 @@ class Metric:
 
         roots = blocks.map(root)
         # One overall scale is free: with unit determinant on average steps are comparable between models.
-        logs = torch.cat([torch.linalg.slogdet(side).logabsdet for side in roots.sides])
-        scale = logs.sum().div(sum(roots.side_features)).exp()
+        if unit is None:
+            logs = torch.cat([torch.linalg.slogdet(side).logabsdet for side in roots.sides])
+            unit = float(logs.sum().div(sum(roots.side_features)).exp())
         # The inverses of what a file keeps: a calibration codes alike before and after it is saved.
-        return cls.from_roots(roots.map(lambda side: (side / scale).float()))
+        return replace(cls.from_roots(roots.map(lambda side: (side / unit).float())), unit=unit)
 
     @classmethod
     def from_roots(cls, roots: HeadBlocks) -> Metric:

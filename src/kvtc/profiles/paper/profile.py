@@ -58,7 +58,7 @@ class PaperProfile:
             raise InvalidArgument("the profile paper keeps its window exactly: use joint or conditional to code it")
         return PaperEncoder(self._calibration, self._backend, self._transform, rate)
 
-    def decoder(self) -> PaperDecoder:
+    def decoder(self, group: int = 0) -> PaperDecoder:  # noqa: ARG002  there is one
         return PaperDecoder(self._calibration, self._backend, self._transform)
 
 
