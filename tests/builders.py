@@ -526,6 +526,35 @@ def golden_windows_calibration() -> Calibration:
     return replace(first, further=(CodedGroup(geometry, joint, None),))
 
 
+def golden_latent_codec() -> Codec:
+    """As `golden_joint_codec`, of a latent of 6 features and a rotary part of 2: together they are as wide as a key is there.
+
+    The vectors pick rotary feature 1 and latent features 0, 3 and 4; of the remainder rotary feature 0 and latent feature 2 vary.
+    """
+    joint = golden_joint_calibration().joint
+    vectors = torch.zeros(8, 4, dtype=torch.int8)
+    for column, (feature, sign) in enumerate([(1, 1), (2, -1), (5, 1), (6, 1)]):
+        vectors[feature, column] = (64 if feature < 2 else 32) * sign
+    turns = HeadBlocks(torch.eye(2)[None].half(), -torch.eye(6)[None].half())
+    varying = [0, 1, 4, 2, 3, 4 + 2 + 2]
+    order = torch.tensor(varying + [place for place in range(12) if place not in varying]).int()
+    scales = torch.tensor([[1 / 64], [1 / 32]]).half().expand(2, 4)
+    basis = JointBasis(torch.arange(8) * 0.25 - 2, vectors, scales, turns, order)
+    metric = Metric.from_roots(HeadBlocks(2 * torch.eye(2)[None], torch.eye(6)[None] / 2))
+    deviations = np.array([4, 2, 1, 1, 0.5, 0.25] + 6 * [0], np.float32)
+    importance = Importance(torch.tensor([0.0, -2.0] + 6 * [0.0] + [0.75]))
+    geometry = CacheGeometry((0,), 0, 1, 2, 6, Rope((), (NO_ROTATION,)))
+    joint = JointCalibration(basis, metric, replace(joint.coefficients, deviations=deviations))
+    calibration = Calibration(geometry, None, None, joint=joint, importance=importance)
+    return Codec(calibration, step=0.125, sink_tokens=1, window_tokens=1, chunk_tokens=4, coder="none")
+
+
+def golden_latent_cache() -> KVCache:
+    """The keys of `golden_cache`, the first two features of which are the rotary part."""
+    cache = golden_cache()
+    return KVCache(cache.keys[..., :2], cache.keys[..., 2:], cache.positions)
+
+
 class GoldenModel(Recomputation):
     """The first of two layers of a model that is not there, by formula."""
 

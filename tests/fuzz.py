@@ -55,6 +55,8 @@ from .builders import (
     golden_codec,
     golden_conditional_cache,
     golden_joint_codec,
+    golden_latent_cache,
+    golden_latent_codec,
     groups_end,
     joint_calibration,
     joint_codec,
@@ -132,6 +134,7 @@ def make_targets() -> list[Target]:
     for codec, cache, ids in (
         (golden_joint_codec("joint"), golden_cache(), GOLDEN_TOKEN_IDS),
         (golden_joint_codec("conditional"), golden_conditional_cache(), GOLDEN_TOKEN_IDS),
+        (golden_latent_codec(), golden_latent_cache(), GOLDEN_TOKEN_IDS),
         (joint_codec("joint", step=0.05, chunk_tokens=64), told_cache(45), None),
         (joint_codec("joint", step=20.0), *told_gappy_cache(20)),
         # Tokens enough for a second lane of the coder.

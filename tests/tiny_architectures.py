@@ -159,6 +159,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "deepseek_v32": _INDEXED,
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _INDEXED | {"qk_head_dim": 12},
+    "minicpm3": _LATENT,
     "kimi_linear": _LATENT
     | {
         "q_lora_rank": None,

@@ -90,7 +90,7 @@ def exact(part: Part) -> Coded:
 def with_baseline(method: BodyMethod) -> Coder:
     def coded(part: Part) -> Coded:
         data = method.encode_body(part.keys, part.values)
-        keys, values = method.decode_body(data, Header.of(part.keys, 0))
+        keys, values = method.decode_body(data, Header.of(part.keys, part.values, 0))
         size, original, n_tokens = len(data), part.original_bytes, len(part.positions)
         return Coded(size, original, n_tokens, size, keys.bfloat16(), values.bfloat16())
 

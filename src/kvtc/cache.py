@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .coding.rope import Rope
+from .container.groups import FULL_ATTENTION, LATENT, WINDOW
 from .errors import GeometryMismatch, InvalidArgument, InvalidCache
 from .layer_runs import describe_layers
 from .process.torch_state import neutral_torch_state, plain
@@ -73,6 +74,11 @@ class CacheExtent:
         return len(self.layers)
 
     @property
+    def kind(self) -> str:
+        """The kind of the group of layers that it is."""
+        return LATENT if is_latent(self.n_kv_heads, *self.dims) else FULL_ATTENTION
+
+    @property
     def dims(self) -> tuple[int, int]:
         """Features of a head's key, and of its value."""
         return self.key_dim, self.value_dim
@@ -106,7 +112,14 @@ class CacheExtent:
         return sum(self.side_features)
 
     def side_shapes(self, n_tokens: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-        """Shapes [L, H, T, D] of keys and of values."""
+        """Shapes [L, H, T, D] of keys and of values.
+
+        Parameters:
+            n_tokens: T.
+
+        Returns:
+            The two shapes.
+        """
         heads = self.n_layers, self.n_kv_heads, n_tokens
         return (*heads, self.key_dim), (*heads, self.value_dim)
 
@@ -126,7 +139,7 @@ class CacheGeometry(CacheExtent):
         first_kv_head: number of the first key-value head in the model; 0 unless a tensor-parallel worker holds later
             ones.
         n_kv_heads: number of key-value heads.
-        head_dim: features of a head.
+        key_dim, value_dim: features of a head's key, and of its value.
         rope: the rotation of each layer.
         is_window: whether its layers have sliding windows; else they have full attention. Default False.
 
@@ -136,8 +149,12 @@ class CacheGeometry(CacheExtent):
 
     Example:
         >>> geometry = calibration.geometry
-        >>> geometry.sizes, geometry.n_layers, geometry.row_features
-        ((12, 3, 32), 12, 1152)
+        >>> geometry.kind, geometry.sizes, geometry.n_layers, geometry.head_dim, geometry.dims
+        ('full attention', (12, 3, 32), 12, 32, (32, 32))
+        >>> geometry.layer_features, geometry.side_features, geometry.joint_features
+        ((96, 96), (1152, 1152), 2304)
+        >>> geometry.side_shapes(600)
+        ((12, 3, 600, 32), (12, 3, 600, 32))
         >>> geometry.describe() == geometry.extent.describe()
         True
     """
@@ -159,6 +176,11 @@ class CacheGeometry(CacheExtent):
         for table in self.rope.tables:
             if table.rotated_dim > self.key_dim:
                 raise InvalidArgument(f"{table.rotated_dim} rotated features in heads of {self.key_dim}")
+
+    @property
+    def kind(self) -> str:
+        """The kind of the group of layers that it is."""
+        return WINDOW if self.is_window else super().kind
 
     def behind(self, n_layers: int) -> CacheGeometry:
         """The same geometry without the first layers.
@@ -211,8 +233,8 @@ class KVCache:
 
     Example:
         >>> tiny = kvtc.KVCache(torch.zeros(3, 2, 5, 8), torch.ones(3, 2, 5, 8), layers=(4, 5, 6))
-        >>> tiny.n_layers, tiny.n_kv_heads, tiny.n_tokens, tiny.key_dim, tiny.dtype
-        (3, 2, 5, 8, torch.float32)
+        >>> tiny.n_layers, tiny.n_kv_heads, tiny.n_tokens, tiny.key_dim, tiny.value_dim, tiny.dtype
+        (3, 2, 5, 8, 8, torch.float32)
         >>> tiny.describe()
         'layers 4..6, kv heads 0..1, head_dim 8'
         >>> tiny.resolved_layers(), tiny.resolved_positions(), tiny.resolved_rope_length()

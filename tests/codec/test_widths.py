@@ -12,7 +12,8 @@ from kvtc.cache_file import load_cache, save_cache
 from kvtc.coding.exact.tokens import decode_exact, decode_fp8, encode_exact, encode_fp8
 from kvtc.coding.joint.basis import joint_in_bytes, joint_times_scales
 from kvtc.coding.joint.blocks import HeadBlocks
-from kvtc.errors import CorruptCalibration, GeometryMismatch, InvalidCache
+from kvtc.coding.rope import NO_ROTATION, Rope
+from kvtc.errors import CorruptCalibration, GeometryMismatch, InvalidArgument, InvalidCache
 
 from ..builders import random_cache, relative_error, same_bits, same_cache, two_widths, two_widths_calibration
 
@@ -163,3 +164,16 @@ def test_blocks_of_two_widths():
     vectors, scales = joint_in_bytes(dense, blocks)
     assert scales.shape == (6, 18)
     torch.testing.assert_close(joint_times_scales(vectors, scales, blocks), dense, rtol=0, atol=0.02)
+
+
+def test_keys_of_unknown_rotation_stay_where_they_are():
+    calibration = two_widths_calibration("latent")
+    rope = Rope((), (NO_ROTATION,) * 3, is_known=False)
+    unknown = replace(calibration, geometry=replace(calibration.geometry, rope=rope))
+    codec = Codec(unknown, "joint", ratio=4)
+    stream = codec.encode(cache_of("latent", 300))
+    assert codec.decode(stream, start_position=0).n_tokens == 300
+    with pytest.raises(InvalidArgument, match="rotation of these keys is not known"):
+        codec.decode(stream, start_position=5)
+    assert Rope.from_json(rope.to_json()) == rope
+    assert unknown.fingerprint != calibration.fingerprint

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import strict_json
-from ..cache import MAX_EXTENT, CacheGeometry, is_latent
+from ..cache import MAX_EXTENT, CacheGeometry
 from ..coding.joint.importance import Importance
 from ..coding.paper.distortion import BLOCK_SIZES, SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
@@ -158,6 +158,11 @@ class Calibration:
         ('paper', 'joint', 'conditional')
         >>> len(calibration.fingerprint), calibration.n_parameters > 1_000_000
         (16, True)
+        >>> len(calibration.groups), calibration.geometry_of(0) == calibration.geometry
+        (1, True)
+        >>> from kvtc.container.stream import parse_stream
+        >>> calibration.number_of(parse_stream(stream).header.groups[0])
+        0
     """
 
     geometry: CacheGeometry
@@ -178,11 +183,25 @@ class Calibration:
         return CodedGroup(self.geometry, self.joint, self.importance), *self.further
 
     def geometry_of(self, number: int) -> CacheGeometry:
-        """Of the group of this number, the first of which is 0."""
+        """The geometry of a group.
+
+        Parameters:
+            number: of the group, 0 for the first.
+
+        Returns:
+            Its geometry.
+        """
         return self.further[number - 1].geometry if number else self.geometry
 
     def number_of(self, group: Group) -> int | None:
-        """Which of `groups` covers a group of a cache; None: none does."""
+        """Which of `groups` covers a group of a cache.
+
+        Parameters:
+            group: as the group table of a stream has it.
+
+        Returns:
+            Its number, 0 for the first; None: none covers it.
+        """
         return next((number for number, one in enumerate(self.groups) if covers(one.geometry, group)), None)
 
     @cached_property
@@ -292,14 +311,7 @@ def covers(geometry: CacheGeometry, group: Group) -> bool:
     """Whether a group of a cache, or of a stream, is what a geometry describes."""
     shape = geometry.n_kv_heads, *geometry.dims
     found = group.kind, group.layers, group.first_kv_head, group.shape, group.has_rows
-    return found == (kind_of(geometry), geometry.layers, geometry.first_kv_head, shape, True)
-
-
-def kind_of(geometry: CacheGeometry) -> str:
-    """The kind of the group that a geometry describes."""
-    if geometry.is_window:
-        return WINDOW
-    return LATENT if is_latent(geometry.n_kv_heads, *geometry.dims) else FULL_ATTENTION
+    return found == (geometry.kind, geometry.layers, geometry.first_kv_head, shape, True)
 
 
 @neutral_torch_state
@@ -436,7 +448,7 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 def _group_json(geometry: CacheGeometry) -> dict[str, Any]:
     """The entry of a group of layers in the file, but for its variances."""
     return {
-        "kind": kind_of(geometry),
+        "kind": geometry.kind,
         "layers": list(geometry.layers),
         "first_kv_head": geometry.first_kv_head,
         "n_kv_heads": geometry.n_kv_heads,

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..cache import CacheGeometry
 from ..calibration import Calibration
-from ..calibration.artifact import kind_of
 from ..report.table import format_bytes
 
 Fields = list[tuple[str, object]]
@@ -22,7 +21,7 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
         "path": str(path),
         "fingerprint": calibration.fingerprint.hex(),
         "groups": [
-            {"kind": kind_of(geometry), "geometry": geometry.describe(), "joint_rank": rank}
+            {"kind": geometry.kind, "geometry": geometry.describe(), "joint_rank": rank}
             for geometry, rank in _groups(calibration)
         ],
         "joint_features": calibration.geometry.joint_features,
@@ -43,7 +42,7 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
     }
     fields: Fields = [
         ("calibration", calibration.fingerprint.hex()),
-        *(("group", f"{kind_of(geometry)}, {geometry.describe()}") for geometry, _ in _groups(calibration)),
+        *(("group", f"{geometry.kind}, {geometry.describe()}") for geometry, _ in _groups(calibration)),
     ]
     for name, kind in kinds.items():
         worth = f"{kind.basis.rank:,} coefficients explain {kind.explained_variance:.2%} of the variance"

@@ -320,7 +320,11 @@ class Codec:
 
     @property
     def covered(self) -> list[CacheGeometry]:
-        """Of the groups that a cache must have: those that are coded, or else the first that the calibration covers."""
+        """Of the groups that a cache must have: those that are coded, or else the first that the calibration covers.
+
+        >>> codec.covered == [codec.geometry]
+        True
+        """
         if self.calibration is None:
             return []
         if self.settings.profile == JOINT:
@@ -525,10 +529,12 @@ class Codec:
         """waits: for exact tokens, so that every error of the streams is raised here. number: of the group."""
         header = opened[0].header
         if self.calibration is None:
-            rope = Rope((), (NO_ROTATION,) * header.n_layers)
+            rope = Rope((), (NO_ROTATION,) * header.n_layers, is_known=False)
             geometry = CacheGeometry(header.layers, header.first_kv_head, header.n_kv_heads, *header.dims, rope)
         else:
             geometry = self.calibration.geometry_of(number)
+        if any(shifts or ()) and not geometry.rope.is_known:
+            raise InvalidArgument("the rotation of these keys is not known: start_position cannot be given")
         decoding = Decoding(opened, shifts or [0] * len(opened), geometry, self.backend)
         if waits:
             decoding.wait()
@@ -541,8 +547,6 @@ class Codec:
         opened = self._open(stream, as_ids(token_ids), tokens)
         header = opened.header
         shift = shift_to(start_position, opened)
-        if shift and self.calibration is None:
-            raise InvalidArgument("without a calibration the rotation is not known: start_position cannot be given")
         return self._restored(opened, shift), header.is_transformers
 
     def _restored(self, opened: OpenedStream, shift: int, number: int = 0) -> KVCache:
@@ -644,8 +648,6 @@ class Codec:
                 f"and {opened.n_tokens} tokens are decoded"
             )
         shift = shift_to(start_position, opened)
-        if shift and self.calibration is None:
-            raise InvalidArgument("without a calibration the rotation is not known: start_position cannot be given")
         decoding = self._decoding([opened], [shift])
         with writing_into(*(target.data for sides in targets for target in sides)):
             decoding.write_layers(lambda layer: [targets[layer]])
@@ -838,7 +840,15 @@ class Codec:
 
     @neutral_torch_state
     def encode_point(self, exact: Sequence[ExactGroup], n_tokens: int) -> bytes:
-        """Windows and states as they were after n_tokens tokens -> a stream of these groups alone."""
+        """Windows and states as they were after some tokens, as a stream of these groups alone.
+
+        Parameters:
+            exact: the groups.
+            n_tokens: tokens that had been read.
+
+        Returns:
+            The stream, for `decode_point`.
+        """
         held = max((one.group.rows_held(n_tokens) for one in exact if one.group.kind == WINDOW), default=0)
         start = (n_tokens - max(held, 1)) // self.settings.chunk_tokens * self.settings.chunk_tokens
         split = SplitCache(None, list(exact), n_tokens - start, start=start)
@@ -846,7 +856,17 @@ class Codec:
 
     @neutral_torch_state
     def decode_point(self, data: Bytes) -> list[ExactGroup]:
-        """Inverse of `encode_point`; raises as `decode`."""
+        """Inverse of `encode_point`.
+
+        Parameters:
+            data: the stream.
+
+        Returns:
+            The groups.
+
+        Raises:
+            CorruptStream, CalibrationMismatch: As `decode`.
+        """
         stream = parse_stream(data)
         if stream.header.coded is not None or not stream.n_tokens:
             raise CorruptStream("a resume point holds tokens of every kind, or none; expected windows and states")

@@ -13,12 +13,12 @@ import numpy.typing as npt
 from numpy import int64
 from torch import Tensor
 
-from ..cache import KVCache, is_latent
+from ..cache import KVCache
 from ..calibration.artifact import FINGERPRINT_BYTES, Calibration
 from ..coding.exact.tokens import encode_exact, encode_fp8, exact_layout
 from ..coding.lossless import BlockCoder
 from ..coding.regions import ChunkSpan
-from ..container.groups import FULL_ATTENTION, LATENT, Group, Part
+from ..container.groups import Group, Part
 from ..container.stream import CodedSection, Payload, code_payloads, token_digest, write_stream
 from ..container.tables import (
     CHUNK_BYTES,
@@ -217,10 +217,10 @@ def _payloads(settings: StreamSettings, rows: CodedRowsOf, is_further: bool, chu
 
 
 def _coded_group(calibration: Calibration | None, cache: KVCache) -> Group:
-    shape = cache.n_kv_heads, cache.key_dim, cache.value_dim
-    kind = LATENT if is_latent(*shape) else FULL_ATTENTION
-    layers, length = cache.resolved_layers(), _rope_length(calibration, cache)
-    return Group(kind, Part.KEYS_AND_VALUES, cache.dtype, layers, shape, cache.first_kv_head, extent=length)
+    extent, length = cache.extent, _rope_length(calibration, cache)
+    shape = extent.n_kv_heads, *extent.dims
+    part, first_head = Part.KEYS_AND_VALUES, extent.first_kv_head
+    return Group(extent.kind, part, cache.dtype, extent.layers, shape, first_head, extent=length)
 
 
 def chunks_of(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import CacheExtent, CacheGeometry, KVCache, is_latent, sides_of_layer
+from ..cache import CacheExtent, CacheGeometry, KVCache, sides_of_layer
 from ..calibration.artifact import covers
-from ..container.groups import FULL_ATTENTION, LATENT, NO_CACHE, SIDE_BUFFER, STATE, Group, Part
+from ..container.groups import NO_CACHE, SIDE_BUFFER, STATE, Group, Part
 from ..container.tables import Header
 from ..errors import GeometryMismatch, InvalidCache, MissingDependency, UnsupportedModel
 from ..process.torch_state import neutral_torch_state
@@ -247,9 +247,9 @@ def from_split(split: SplitCache, device: torch.device) -> Any:
         for one in split.exact
     ]
     if (coded := split.coded) is not None:
-        shape = coded.n_kv_heads, coded.key_dim, coded.value_dim
-        kind = LATENT if is_latent(*shape) else FULL_ATTENTION
-        group = Group(kind, Part.KEYS_AND_VALUES, coded.dtype, coded.resolved_layers(), shape)
+        extent = coded.extent
+        shape = extent.n_kv_heads, *extent.dims
+        group = Group(extent.kind, Part.KEYS_AND_VALUES, coded.dtype, extent.layers, shape)
         layers = zip(coded.keys, coded.values, strict=True)
         parts.append(ExactGroup(group, [(keys[None], values[None]) for keys, values in layers]))
     return cache_of_parts(parts, split.start + (split.n_tokens or 0))

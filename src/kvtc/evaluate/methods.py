@@ -125,12 +125,6 @@ class KvtcMethod:
     def encode(self, _model: Any, cache: Any, token_ids: Tensor, /) -> bytes:
         """As `Method.encode`. Nothing that was recomputed before is used, so that the time is that
         of a first writer.
-
-        Parameters:
-            _model, cache, token_ids: as in `Method.encode`; the model is not used.
-
-        Returns:
-            The stream.
         """
         self.codec.forget_prefix()
         return self.codec.encode(cache, token_ids)
@@ -139,25 +133,12 @@ class KvtcMethod:
         # So that its time is that of a reader which has computed nothing yet.
         """As `Method.decode`. Nothing that was recomputed before is used, so that the time is that
         of a first reader.
-
-        Parameters:
-            stream, token_ids: as in `Method.decode`.
-
-        Returns:
-            A transformers `DynamicCache`.
         """
         self.codec.forget_prefix()
         return self.codec.decode(stream, token_ids)
 
     def measure(self, stream: bytes, /) -> Cost:
-        """As `Method.measure`.
-
-        Parameters:
-            stream: as in `Method.measure`.
-
-        Returns:
-            The cost.
-        """
+        """As `Method.measure`."""
         info = inspect(stream)
         of_coded = sum(group.original_bytes for group in info.groups if group.is_coded)
         body_original = of_coded / max(1, info.n_tokens) * info.body_tokens

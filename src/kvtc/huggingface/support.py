@@ -24,7 +24,7 @@ from ..errors import KvtcError, UnsupportedModel
 from ..process.torch_state import model_torch_state, torch_functions
 from .continuation import CACHES
 from .models import geometry_of, layer_types
-from .rope_discovery import require_transformers, rope_from_config, rope_from_model, skeleton_of, text_config
+from .rope_discovery import require_transformers, rotation_of, skeleton_of, text_config
 
 _TOKENS = 6
 
@@ -67,6 +67,8 @@ class Support:
         stopped_by: the layer or the reason why its cache cannot be coded at all; None: it can be, bit for bit at
             least.
         not_coded: why no group is coded at a rate below lossless; None: one is.
+        not_turned: why it is not known how keys are rotated, so that they are coded as they are cached, which costs bytes; None:
+            it is known, or no group is coded.
 
     Example:
         >>> support = kvtc.supported(model.config)
@@ -78,6 +80,7 @@ class Support:
     groups: tuple[GroupSupport, ...]
     stopped_by: str | None
     not_coded: str | None
+    not_turned: str | None = None
 
     @property
     def is_supported(self) -> bool:
@@ -122,21 +125,27 @@ def supported(model_or_config: Any) -> Support:
     except KvtcError as error:
         return Support(config.model_type, (), " ".join(str(error).split()), None)
     config_of = getattr(model_or_config, "config", model_or_config)
-    coded, reason = _coded_layers(config_of)
-    if coded is not None and not any(group.is_codable and group.layers == coded for group in groups):
-        coded, reason = None, "its full-attention layers have keys and values of different widths, or of several shapes"
-    has_full = any(group.is_codable for group in groups)
-    is_covered = coded is not None or not has_full
-    windows = {its.layers for its in _windows_of(groups, _rope_of(config_of))} if is_covered else set()
+    coded, reason = _coded(config_of)
+    if coded is not None and not any(_is_coded(group, coded) for group in groups):
+        reason = f"its layers are of several shapes; expected {coded.describe()}"
+        coded = None
+    rope, unknown = rotation_of(config_of)
+    # Beside full attention that cannot be coded nothing is.
+    is_covered = coded is not None or not any(group.is_codable for group in groups)
+    windows = {geometry.layers for geometry in _windows_of(groups, rope)} if is_covered else set()
     needs = tuple(
-        _group_support(group, group.layers == coded if group.is_codable else _is_one_of(group, windows))
+        _group_support(
+            group,
+            coded is not None and _is_coded(group, coded)
+            if group.is_codable
+            else group.kind == WINDOW and group.layers in windows,
+        )
         for group in groups
     )
-    return Support(config.model_type, needs, None, None if windows else reason)
-
-
-def _is_one_of(group: Group, windows: set[tuple[int, ...]]) -> bool:
-    return group.kind == WINDOW and group.layers in windows
+    if windows:
+        reason = None
+    not_turned = unknown if any(need.is_coded for need in needs) else None
+    return Support(config.model_type, needs, None, reason, not_turned)
 
 
 def covered_geometries(model: Any) -> list[CacheGeometry]:
@@ -155,25 +164,16 @@ def covered_geometries(model: Any) -> list[CacheGeometry]:
     if all(its == "full_attention" for its in types):
         return [geometry_of(model)]
     groups = TransformersCache(cache_without_weights(model)).groups
-    windows = _windows_of(groups, _rope_of(model))
+    windows = _windows_of(groups, rotation_of(model)[0])
     has_full = any(group.is_codable for group in groups)
     return [geometry_of(model), *windows] if has_full or not windows else windows
 
 
-def _rope_of(model_or_config: Any) -> Rope | None:
-    """None where it is not known."""
-    try:
-        is_model = isinstance(model_or_config, nn.Module)
-        return rope_from_model(model_or_config) if is_model else rope_from_config(model_or_config)
-    except KvtcError:
-        return None
-
-
-def _windows_of(groups: Sequence[Group], rope: Rope | None) -> list[CacheGeometry]:
-    """The windows among some groups that can be coded: those whose rotation is known, and is the same at any length."""
+def _windows_of(groups: Sequence[Group], rope: Rope) -> list[CacheGeometry]:
+    """The windows among some groups that can be coded: those whose rotation is the same at any length."""
     found = []
     for group in groups:
-        if rope is not None and group.can_be_further and group.extent > 1:
+        if group.can_be_further and group.extent > 1:
             its_rope = rope.of_layers(group.layers)
             if not its_rope.depends_on_length:
                 found.append(CacheGeometry(group.layers, 0, *group.shape, its_rope, is_window=True))
@@ -245,10 +245,14 @@ def _zeros(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.zeros_like(hidden)
 
 
-def _coded_layers(config: Any) -> tuple[tuple[int, ...] | None, str | None]:
-    """The layers that a calibration would cover; or None, and why it covers none."""
+def _is_coded(group: Group, geometry: CacheGeometry) -> bool:
+    return group.is_codable and (group.layers, group.shape) == (geometry.layers, (geometry.n_kv_heads, *geometry.dims))
+
+
+def _coded(config: Any) -> tuple[CacheGeometry | None, str | None]:
+    """What a calibration would cover; or None, and why it covers nothing."""
     try:
-        return geometry_of(config).layers, None
+        return geometry_of(config), None
     except KvtcError as error:
         return None, " ".join(str(error).split())
 

@@ -7,23 +7,17 @@ from dataclasses import dataclass
 
 from ..container.stream import parse_stream, parse_tables
 from ..container.tables import MAGIC, parse_counts
-from ..errors import CorruptStream, KvtcError
+from ..errors import CorruptStream, KvtcError, UnsupportedVersion
 from ..layer_runs import describe_layers
 from ..prefix_cache.pointed import SORTS
 from ..prefix_cache.tails import INDEX_MAGIC, parse_index
 from ..store.frame import ENCRYPTED_MAGIC
+from ..store.place import DAMAGED, FOREIGN, SOUND
 
 HEAD_BYTES = 8192
 """Of a value, from which it is described: the tables of a stream of two hundred chunks."""
 
-STREAM, INDEX, SORT, ENCRYPTED, BYTES, UNREADABLE = (
-    "stream",
-    "index of tails",
-    "sort",
-    "encrypted",
-    "bytes",
-    "unreadable",
-)
+STREAM, INDEX, SORT, ENCRYPTED, BYTES = "stream", "index of tails", "sort", "encrypted", "bytes"
 OTHER = "other"
 """The kind of a key that neither a prefix cache nor an adapter gives."""
 _STREAM_KINDS = ("chunk", "tail", "point", "page")
@@ -35,7 +29,8 @@ class Contents:
     """What a value is.
 
     Parameters:
-        form: `STREAM`, `INDEX`, `SORT`, `ENCRYPTED` without a key at hand, any other `BYTES`, or `UNREADABLE`: damaged or newer.
+        form: `STREAM`, `INDEX`, `SORT`, `ENCRYPTED` without a key at hand, or any other `BYTES`; `DAMAGED` or `FOREIGN` for what
+            cannot be read.
         n_tokens, first_position: Of a stream: its tokens, and where they begin. None: it does not say so in its first bytes.
         profile, calibration, layout: Of a stream: how it is coded, the fingerprint of the calibration, and the groups of layers.
     """
@@ -54,17 +49,19 @@ def kind_of(key: str) -> str:
     return known[1] if known else OTHER
 
 
-def describe(head: bytes | None, n_bytes: int) -> Contents:
-    """Describe a value of n_bytes bytes by its first `HEAD_BYTES`; None: it has no sound frame."""
-    if head is None:
-        return Contents(UNREADABLE)
+def describe(state: str, head: bytes, n_bytes: int) -> Contents:
+    """Describe a value of n_bytes bytes by its state and its first `HEAD_BYTES`, as of `Place.heads`."""
+    if state != SOUND:
+        return Contents(state)
     if not head.startswith(MAGIC):
         forms = {INDEX_MAGIC: INDEX, ENCRYPTED_MAGIC: ENCRYPTED} | dict.fromkeys(SORTS, SORT)
         return Contents(next((form for start, form in forms.items() if head.startswith(start)), BYTES))
     try:
         return _stream(memoryview(head), n_bytes)
+    except UnsupportedVersion:
+        return Contents(FOREIGN)
     except KvtcError:
-        return Contents(UNREADABLE)
+        return Contents(DAMAGED)
 
 
 def check(key: str, value: bytes) -> str:

@@ -40,21 +40,24 @@ class Share:
 
     Parameters:
         n_entries, n_bytes: How many there are, and their bytes.
+        n_charged: What they take of a byte budget.
         n_tokens: In those that say how many they hold.
         used_first, used_last: When the ones used longest ago and last were used, in seconds since the epoch; None: not known.
     """
 
     n_entries: int = 0
     n_bytes: int = 0
+    n_charged: int = 0
     n_tokens: int = 0
     used_first: float | None = None
     used_last: float | None = None
 
-    def add(self, described: Description) -> None:
-        """Count an entry."""
+    def add(self, described: Description, charged: int) -> None:
+        """Count an entry. charged: what it takes of a byte budget."""
         used_at = described.entry.used_at
         self.n_entries += 1
         self.n_bytes += described.entry.n_bytes
+        self.n_charged += charged
         self.n_tokens += described.contents.n_tokens or 0
         if used_at is not None:
             self.used_first = min(used_at, self.used_first or used_at)
@@ -67,8 +70,8 @@ def describe_entries(place: Place, prefix: str = "") -> Iterator[Description]:
     with task("reading the first bytes", len(entries), "entries") as advance:
         for start in range(0, len(entries), _READ_AT_ONCE):
             batch = entries[start : start + _READ_AT_ONCE]
-            for entry, head in zip(batch, place.heads(batch, HEAD_BYTES), strict=True):
-                yield Description(entry, kind_of(entry.key), describe(head, entry.n_bytes - FRAME_BYTES))
+            for entry, found in zip(batch, place.heads(batch, HEAD_BYTES), strict=True):
+                yield Description(entry, kind_of(entry.key), describe(*found, entry.n_bytes - FRAME_BYTES))
             advance(len(batch))
 
 
@@ -85,5 +88,5 @@ def shares(place: Place) -> dict[Owner, Share]:
             contents.calibration,
             contents.layout,
         )
-        found.setdefault(owner, Share()).add(described)
+        found.setdefault(owner, Share()).add(described, place.store.cost(described.entry.n_bytes))
     return dict(sorted(found.items(), key=lambda item: -item[1].n_bytes))

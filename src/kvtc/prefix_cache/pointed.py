@@ -136,6 +136,25 @@ class PointedPrefixes:
                 return point.stop
         return 0
 
+    def portable(self, ids: TokenIds) -> list[tuple[str, bytes | None]]:
+        """As `PrefixCache.portable`: chunks, points and the tails that the text contains."""
+        if not self.discover():
+            return []
+        nodes = self._nodes(ids)
+        n_chunks = self._count_chunks(nodes)
+        found: list[tuple[str, bytes | None]] = [(self._sort_key, None)]
+        found += [(chunk_key(node), None) for node in nodes[1 : n_chunks + 1] if self._keeps_tokens]
+        for point in self._points(ids, nodes[: n_chunks + 1]):
+            node = nodes[point.n_chunks]
+            if not self._entries.count_leading([point_key(node, point.name)]):
+                continue
+            found.append((point_key(node, point.name), None))
+            if point.name:
+                found.append(self._tails.index_of(node, ids[point.n_chunks * self._size :], point.name))
+            if point.name and self._keeps_tokens:
+                found.append((tail_key(node, point.name), None))
+        return found
+
     def delete(self, ids: TokenIds, first: int) -> None:
         """Delete what is stored of a prefix behind its first chunks. Raises `StoreError`."""
         if not self.discover():

@@ -94,6 +94,8 @@ class PrefixCache:
         >>> restored, n_tokens = prefixes.load(prompt)
         >>> n_tokens, prefixes.statistics["hits"]
         (600, 1)
+        >>> len(prefixes.portable(token_ids))
+        3
         >>> prefixes.close()
     """
 
@@ -285,6 +287,31 @@ class PrefixCache:
         if not n_chunks and self._pointed.discover():
             return self._pointed.contains(ids)
         return self.chain.chunk_tokens * n_chunks
+
+    def portable(self, token_ids: Any) -> list[tuple[str, bytes | None]]:
+        """The entries with which another store loads what this one has of a text.
+
+        Parameters:
+            token_ids: [T], of the text.
+
+        Returns:
+            (key, value) of each, those first that others are of no use without. None: the value under this key of the store. An
+            index of tails is told of the text's own tail alone, and not of those of other texts.
+
+        Raises:
+            InvalidArgument, StoreUnavailable: As `load`.
+        """
+        self._fetcher.check_open()
+        ids, size = as_token_ids(token_ids), self.chain.chunk_tokens
+        nodes = self.chain.nodes(ids)
+        n_chunks = self.entries.count_leading([chunk_key(node) for node in nodes[1:]])
+        found: list[tuple[str, bytes | None]] = [(chunk_key(node), None) for node in nodes[1 : n_chunks + 1]]
+        for index in range(n_chunks, max(-1, n_chunks - 2), -1):
+            rest = ids[index * size :]
+            name, n_common = self._tails.find(nodes[index], rest)
+            if n_common:
+                found += [self._tails.index_of(nodes[index], rest, name), (tail_key(nodes[index], name), None)]
+        return [*self._pointed.portable(ids), *found]
 
     def delete(self, token_ids: Any, *, keep_tokens: int = 0) -> None:
         """Delete what is stored of a prefix. Chunks and tails that other texts share are deleted

@@ -122,6 +122,11 @@ class Tails:
             found += [(index, tail) for tail in tails if tail.n_common(digest_of) == tail.n_tokens]
         return found
 
+    def index_of(self, node: bytes, token_ids: TokenIds, name: bytes) -> tuple[str, bytes]:
+        """(key, bytes) of the index of a text that tells of one tail alone, found there by its name."""
+        key = _index_key(node, token_ids) or ""
+        return key, pack_index([tail for tail in self._read(key, self._entries.read([key])[0]) if tail.name == name])
+
     def save(
         self,
         node: bytes,
@@ -231,6 +236,14 @@ def _index_key(node: bytes, token_ids: TokenIds) -> str | None:
 def pack_index(tails: Sequence[Tail]) -> bytes:
     """The bytes of an index of tails."""
     return b"".join([INDEX_MAGIC, *(_HEAD.pack(tail.name, tail.n_tokens) + tail.digests for tail in tails)])
+
+
+def merged_index(news: bytes, before: bytes | None) -> bytes:
+    """An index with the tails of two: those of the first one count as saved later. Raises as `parse_index`."""
+    tails = parse_index(news)
+    names = {tail.name for tail in tails}
+    tails += [tail for tail in (parse_index(before) if before is not None else []) if tail.name not in names]
+    return pack_index(tails[:MAX_TAILS])
 
 
 def parse_index(data: bytes) -> list[Tail]:

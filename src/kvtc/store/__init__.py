@@ -103,15 +103,16 @@ def _open(url: str | Sequence[str | Store], options: dict[str, Any]) -> Store:
     return _open_one(StoreUrl(url, options))
 
 
-def open_place(url: str, **options: Any) -> Place:
+def open_place(url: str, *, recovers: bool = False, **options: Any) -> Place:
     """The place that a URL names, to look after what is there: see `kvtc.store.place.Place`.
 
     Parameters:
         url, options: As of `open_store`, of one store that does not lie in the memory of a process.
+        recovers: Whether the place is made and cleaned up, as `open_store` does; otherwise opening it changes nothing.
 
     Raises:
         InvalidArgument: The URL is of tiers or of a process's memory, or is not understood.
-        MissingDependency, StoreUnavailable: As `open_store`; there is no such directory, too.
+        MissingDependency, StoreUnavailable: As `open_store`; without `recovers` also where there is no such directory.
     """
     from .place import Place
 
@@ -121,7 +122,7 @@ def open_place(url: str, **options: Any) -> Place:
     store, keys = _opened(parsed)
     if store.is_of_process:
         raise InvalidArgument(f"{parsed}: its entries lie in the memory of the process that has put them there")
-    store.check_place()
+    (store.recover if recovers else store.check_place)()
     return Place(store, keys)
 
 

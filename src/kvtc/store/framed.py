@@ -3,6 +3,7 @@ error means."""
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from .frame import DamagedEntry, ForeignEntry, Frame, Head, seal, unseal
 from .urls import StoreUrl
 
 T = TypeVar("T")
+MAX_SKEW_SECONDS = 60.0  # between clocks, from which on it is told as wrong
 PROBE_NAME = "kvtc-probe"  # of no entry; to ask whether a place answers
 
 
@@ -29,6 +31,20 @@ class Listed(NamedTuple):
     name: str
     n_bytes: int
     used_at: float | None
+
+
+class Finding(NamedTuple):
+    """What an examination of a place found.
+
+    Parameters:
+        what: Was examined.
+        is_right: Whether nothing need be done about it.
+        told: The facts, in words.
+    """
+
+    what: str
+    is_right: bool
+    told: str
 
 
 class FramedStore(Store):
@@ -80,11 +96,26 @@ class FramedStore(Store):
     budget_bytes: int | None = None
     """The byte budget that the store keeps itself; None: it has none."""
 
+    @property
+    def filled_bytes(self) -> int | None:
+        """How much of the byte budget is in use right after an eviction; None: there is no budget."""
+        return self.budget_bytes
+
+    def cost(self, n_bytes: int) -> int:
+        """What a frame of so many bytes takes of a byte budget."""
+        return n_bytes
+
     def recover(self) -> None:
         """Make the place ready for use, and clean up after those that died there: when it is opened."""
 
     def check_place(self) -> None:
         """Raise `StoreUnavailable` where there is no such place; nothing is made."""
+
+    def diagnose(self) -> list[Finding]:
+        """What is right and wrong with the place, its entries apart; nothing is changed. Raises `StoreUnavailable`."""
+        began = time.monotonic()
+        self.contains(PROBE_NAME)
+        return [Finding("answers", True, f"within {time.monotonic() - began:.3f} seconds")]
 
     def _look(self, name: str) -> Frame | None:
         """As `_read` of one name, which does not count as a use where the place allows that."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .base import split_name
+from .base import Store, split_name
 from .frame import FRAME_BYTES, DamagedEntry, ForeignEntry, Frame, check_head, unseal
 from .framed import FramedStore
 
@@ -60,11 +60,11 @@ class Place:
 
     def __init__(self, store: FramedStore, keys: Sequence[bytes] = ()) -> None:
         self.store = store
-        self._decrypted = None
+        self._encrypted = None
         if keys:
             from .encryption import EncryptedStore
 
-            self._decrypted = EncryptedStore(store, keys).decrypted
+            self._encrypted = EncryptedStore(store, keys)
 
     def __enter__(self) -> Place:
         return self
@@ -73,9 +73,17 @@ class Place:
         self.store.close()
 
     @property
-    def is_encrypted(self) -> bool:
-        """Whether values are decrypted."""
-        return self._decrypted is not None
+    def users(self) -> Store:
+        """The store as its users have it: what is read there counts as used."""
+        return self.store if self._encrypted is None else self._encrypted
+
+    def own_entries(self, prefix: str = "") -> list[PlacedEntry]:
+        """Those `entries` that have the namespace of the URL, or none as the URL."""
+        return [entry for entry in self.entries(prefix) if entry.namespace == self.store.namespace]
+
+    def entry(self, key: str) -> PlacedEntry:
+        """What is under a key, of unknown size and age; perhaps nothing."""
+        return PlacedEntry(self.store._names.name(key), self.store.namespace, key, 0, None)
 
     def entries(self, prefix: str = "") -> list[PlacedEntry]:
         """Entries by name, those of all namespaces unless the URL names one. Files and objects whose names kvtc does not give are
@@ -93,8 +101,8 @@ class Place:
                 found.append(PlacedEntry(name, *known, listed[name].n_bytes, listed[name].used_at))
         return found
 
-    def heads(self, entries: Sequence[PlacedEntry], n_bytes: int) -> list[bytes | None]:
-        """The first n_bytes bytes of values, as they lie there; None where there is no sound frame around them."""
+    def heads(self, entries: Sequence[PlacedEntry], n_bytes: int) -> list[tuple[str, bytes]]:
+        """The first n_bytes bytes of values, as they lie there, each behind the state of its entry, as far as these bytes tell."""
         names = [entry.name for entry in entries]
         heads = self.store._attempt(lambda: self.store._heads(names, FRAME_BYTES + n_bytes))
         return [_value_head(entry, head) for entry, head in zip(entries, heads, strict=True)]
@@ -106,8 +114,8 @@ class Place:
             return Reading(GONE)
         try:
             value = unseal(entry.name, frame, self.store.entry_bytes)
-            if self._decrypted is not None:
-                value = self._decrypted(entry.name, value)
+            if self._encrypted is not None:
+                value = self._encrypted.decrypted(entry.name, value)
         except DamagedEntry as error:
             return Reading(DAMAGED, str(error), frame=frame)
         except ForeignEntry as error:
@@ -125,9 +133,9 @@ class Place:
         self.store._attempt(lambda: self.store._remove(entry.name))
 
 
-def _value_head(entry: PlacedEntry, head: bytes) -> bytes | None:
+def _value_head(entry: PlacedEntry, head: bytes) -> tuple[str, bytes]:
     try:
         check_head(entry.name, head[:FRAME_BYTES], entry.n_bytes)
-    except (DamagedEntry, ForeignEntry):
-        return None
-    return head[FRAME_BYTES:]
+    except (DamagedEntry, ForeignEntry) as error:
+        return (FOREIGN if isinstance(error, ForeignEntry) else DAMAGED), b""
+    return SOUND, head[FRAME_BYTES:]

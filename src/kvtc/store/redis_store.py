@@ -14,7 +14,7 @@ from ..errors import InvalidArgument, KvtcError, MissingDependency, StoreFull, S
 from ..process.forks import in_child
 from .bounded_calls import BoundedCalls
 from .frame import FRAME_BYTES, Frame, Head
-from .framed import PROBE_NAME, FramedStore, Listed
+from .framed import MAX_SKEW_SECONDS, PROBE_NAME, Finding, FramedStore, Listed
 from .redaction import SECRET_OPTIONS, Redactor, translated, user_info
 from .urls import StoreUrl, parse_seconds
 
@@ -127,6 +127,25 @@ class RedisStore(FramedStore):
         head, size = frame if isinstance(frame, Head) else (frame, len(frame))
         digest = hashlib.sha1(head, usedforsecurity=False).hexdigest()
         self._calls.run(lambda: self._client.eval(_DISCARD, 1, self._prefix + name, digest, size, len(head) - 1))
+
+    def diagnose(self) -> list[Finding]:
+        found = super().diagnose()
+        memory = self._calls.run(lambda: self._client.info("memory"))
+        most, policy, used = (
+            memory.get("maxmemory", 0),
+            memory.get("maxmemory_policy", "?"),
+            memory.get("used_memory", 0),
+        )
+        keeps_all = policy == "noeviction" and self._ttl_milliseconds is None
+        wrong = "; it evicts nothing and the URL has no ttl" if keeps_all else "" if most else "; no limit is set"
+        told = f"{used:,} bytes in use, maxmemory {most:,}, maxmemory-policy {policy}{wrong}"
+        found.append(Finding("memory of the server", not wrong or self._ttl_milliseconds is not None, told))
+        seconds, microseconds = self._calls.run(lambda: self._client.time())
+        skew = seconds + microseconds / 1e6 - time.time()
+        return [
+            *found,
+            Finding("clock of the server", abs(skew) < MAX_SKEW_SECONDS, f"{skew:+.1f} seconds from this machine's"),
+        ]
 
     def _list(self) -> Iterator[Listed]:
         cursor, seen = None, set[bytes]()

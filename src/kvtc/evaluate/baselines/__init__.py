@@ -57,7 +57,8 @@ def baselines(
             tokens that they keep.
         profile_caches: transformers caches of other texts, on which CacheGen is profiled.
             Without them (default) CacheGen is left out; zstd is left out where the package
-            zstandard is not installed.
+            zstandard is not installed. CacheGen, H2O and TOVA are left out where keys and
+            values have two widths: a latent's key is no key that attention scores.
 
     Returns:
         Methods by name.
@@ -69,22 +70,23 @@ def baselines(
         >>> method.decode(coded, token_ids).get_seq_length(), round(method.measure(coded).body_ratio, 1)
         (600, 3.2)
     """
+    is_one_width = geometry.key_dim == geometry.value_dim
     found: dict[str, Method] = {"FP8": Fp8(), "NVFP4": Nvfp4(), "INT4": Int4()}
     for bits in (4, 2):
         found[f"KIVI {bits}-bit"] = Kivi(window_tokens=window_tokens, bits=bits)
     for rank, name in ((4, "GEAR"), (1, "GEAR (rank 1)")):
         for bits in (4, 2):
             found[f"{name} {bits}-bit"] = Gear(window_tokens=window_tokens, bits=bits, rank=rank)
-    for divisor in (2, 4, 8, 16):
+    for divisor in (2, 4, 8, 16) if is_one_width else ():
         found[f"H2O 1/{divisor}"] = H2O(share=1 / divisor)
-    for divisor in (2, 4, 8, 16):
+    for divisor in (2, 4, 8, 16) if is_one_width else ():
         found[f"TOVA 1/{divisor}"] = Tova(share=1 / divisor)
     for divisor in (4, 8, 16):
         found[f"xKV rank/{divisor}"] = Xkv(
             window_tokens=window_tokens, geometry=geometry, key_share=1 / divisor, value_share=1.5 / divisor
         )
     caches = list(profile_caches)
-    if caches:
+    if caches and is_one_width:
         for factor in (0.5, 1, 2, 4):
             profile = Profile.of(caches, bin_factor=factor)
             found[f"CacheGen bins*{factor:g}"] = CacheGen(window_tokens=window_tokens, profile=profile)

@@ -26,12 +26,20 @@ from .stream import BodyMethod, Header, Reader, Shape, to_bytes, to_float16
 
 @dataclass(frozen=True, kw_only=True)
 class Gear(BodyMethod):
-    """GEAR: a quantized backbone, a correction of low rank per head, and outliers.
+    """GEAR: a quantized backbone, a correction of low rank for each head, and outliers.
 
     Parameters:
-        bits: bits of the backbone, 2 or 4.
-        rank: rank of the correction of a head.
-        outliers: share of the values that is stored apart, 0 .. 1.
+        window_tokens: last tokens kept exactly; default 128.
+        bits: bits of the backbone, 2 (default) or 4.
+        group_size: numbers of the backbone that share a shift and a scale; default 64.
+        rank: rank of the correction of a head; default 4.
+        outliers: share of the numbers that is stored apart, 0 .. 1; default 0.02.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import Gear
+        >>> method = Gear(rank=1)
+        >>> method.decode(method.encode(model, cache, token_ids), token_ids).get_seq_length()
+        600
     """
 
     window_tokens: int = 128

@@ -33,7 +33,17 @@ _SIGN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Nvfp4(BodyMethod):
-    """e2m1 with a scale for each block of 16 features, and one for each layer and kind."""
+    """NVFP4 (e2m1) with a scale for each block of 16 features, and one for each layer and kind.
+
+    Parameters:
+        window_tokens: last tokens kept exactly; default 0.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import Nvfp4
+        >>> method = Nvfp4()
+        >>> round(method.measure(method.encode(model, cache, token_ids)).body_ratio, 1)
+        3.6
+    """
 
     def encode_body(self, keys: Tensor, values: Tensor) -> bytes:
         return _encode(keys.float()) + _encode(values.float())

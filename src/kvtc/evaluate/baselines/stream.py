@@ -147,22 +147,53 @@ def cache_sides(cache: Any) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class BodyMethod(ABC):
-    """A method that codes all tokens but the last `window_tokens`, which it keeps at 16 bits a
-    value.
+    """A method that codes all tokens but the last ones, which it keeps at 16 bits a number.
+
+    Parameters:
+        window_tokens: the last tokens that are kept; default 0.
+
+    Example:
+        >>> from kvtc.evaluate.baselines.stream import BodyMethod, from_bytes, to_bytes
+        >>> class Halves(BodyMethod):
+        ...     def encode_body(self, keys, values):
+        ...         return to_bytes(keys[..., ::2], values[..., ::2])
+        ...     def decode_body(self, data, header):
+        ...         halves = from_bytes(data, header.dtype).reshape(2, *header.body_shape[:3], -1)
+        ...         return halves.repeat_interleave(2, dim=-1)
+        >>> method = Halves(window_tokens=10)
+        >>> round(method.measure(method.encode(model, cache, token_ids)).body_ratio, 1)
+        2.0
     """
 
     window_tokens: int = 0
 
     @abstractmethod
     def encode_body(self, keys: Tensor, values: Tensor) -> bytes:
-        """Keys and values [L, H, T, D] of the first T >= 1 tokens, as cached -> bytes."""
+        """The body as bytes.
+
+        Parameters:
+            keys: [L, H, T, D] of the first T >= 1 tokens, as the model cached them.
+            values: of the same shape and dtype.
+
+        Returns:
+            Bytes, from which `decode_body` restores both.
+        """
 
     @abstractmethod
     def decode_body(self, data: bytes, header: Header) -> tuple[Tensor, Tensor]:
-        """Inverse: keys and values of `header.body_shapes` in any floating dtype."""
+        """Inverse of `encode_body`.
+
+        Parameters:
+            data: the bytes.
+            header: shape and dtype of the cache.
+
+        Returns:
+            Keys and values of `header.body_shapes` in any floating dtype.
+        """
 
     @neutral_torch_state
     def encode(self, _model: Any, cache: Any, _token_ids: Tensor, /) -> bytes:
+        """As `Method.encode`."""
         keys, values = cache_sides(cache)
         header = Header.of(keys, values, min(self.window_tokens, keys.shape[2]))
         n_body = header.n_body
@@ -172,6 +203,7 @@ class BodyMethod(ABC):
 
     @neutral_torch_state
     def decode(self, stream: bytes, _token_ids: Tensor, /) -> Any:
+        """As `Method.decode`."""
         header = Header.read(stream)
         n_body = header.n_body
         start = Header.SIZE + header.n_exact * header.token_bytes
@@ -185,6 +217,7 @@ class BodyMethod(ABC):
         return interop.to_transformers(sides[0][None], sides[1][None], range(len(sides[0])))
 
     def measure(self, stream: bytes, /) -> Cost:
+        """As `Method.measure`."""
         header = Header.read(stream)
         n_body = header.n_body
         return Cost(

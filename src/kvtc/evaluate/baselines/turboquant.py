@@ -34,7 +34,22 @@ _STEPS = 300
 
 @dataclass(frozen=True, kw_only=True)
 class TurboQuant(BodyMethod):
-    """bits: of a coordinate, 1 to 8; with sketched_keys at least 2, its sign among them."""
+    """TurboQuant: vectors are rotated at random, and each coordinate is rounded to one of some
+    levels.
+
+    Parameters:
+        window_tokens: last tokens kept exactly; default 0.
+        bits: of a coordinate, 1 to 8, with `sketched_keys` at least 2, one of which is a sign;
+            default 3.
+        sketched_keys: whether keys follow the variant for inner products; default False.
+        seed: of the rotation; default 0.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import TurboQuant
+        >>> method = TurboQuant(bits=4)
+        >>> round(method.measure(method.encode(model, cache, token_ids)).body_ratio, 1)
+        3.6
+    """
 
     bits: int = 3
     sketched_keys: bool = False

@@ -26,8 +26,18 @@ class Xkv(BodyMethod):
     """xKV: groups of layers share a basis of low rank.
 
     Parameters:
-        geometry: the geometry of the model, for its rotation.
-        key_share, value_share: rank over the number of features of a group of layers, 0 .. 1.
+        window_tokens: last tokens kept exactly; default 0.
+        geometry: of the model, for its rotation.
+        layers_per_group: layers that share a basis; default 4.
+        key_share: rank of the keys over the number of features of a group of layers, 0 .. 1;
+            default 1/8.
+        value_share: the same of values; default 3/16.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import Xkv
+        >>> method = Xkv(geometry=calibration.geometry)
+        >>> method.decode(method.encode(model, cache, token_ids), token_ids).get_seq_length()
+        600
     """
 
     geometry: CacheGeometry

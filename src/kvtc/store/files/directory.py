@@ -59,13 +59,13 @@ class Directory:
     def __init__(self, root: Path, sync: str, timeout: float, mode: int) -> None:
         self.root = root
         self._sync, self._mode = sync, mode
-        self._entries = root / "entries"
-        self._partial = root / "partial"
+        self.entries_root = root / "entries"
+        self.partial = root / "partial"
         self.ledger = Ledger(root / "ledger", timeout, mode)
 
     def create(self) -> None:
         """Make what is missing."""
-        for directory in (self.root, self._entries, self._partial):
+        for directory in (self.root, self.entries_root, self.partial):
             self._make(directory)
 
     def _make(self, directory: Path) -> None:
@@ -90,11 +90,11 @@ class Directory:
 
     def path(self, name: str) -> Path:
         shard = hashlib.blake2b(name.encode(), digest_size=1).hexdigest()
-        return self._entries / shard / (name + SUFFIX)
+        return self.entries_root / shard / (name + SUFFIX)
 
     def shards(self) -> list[str]:
         """Directories of entries."""
-        with suppress(FileNotFoundError), os.scandir(self._entries) as shards:
+        with suppress(FileNotFoundError), os.scandir(self.entries_root) as shards:
             return [shard.path for shard in shards if shard.is_dir(follow_symlinks=False)]
         return []
 
@@ -153,7 +153,7 @@ class Directory:
     def begin(self, size: int) -> tuple[int, Path]:
         """A new locked partial file of that length, so that a scan counts it in full. The ledger
         must be locked."""
-        path = self._partial / f"{secrets.token_hex(12)}.part"
+        path = self.partial / f"{secrets.token_hex(12)}.part"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptor = os.open(path, flags, self._mode)
         try:
@@ -190,7 +190,7 @@ class Directory:
 
     def remove(self, name: str) -> None:
         path = self.path(name)
-        if self._is_made(self._entries) and self._is_made(path.parent):
+        if self._is_made(self.entries_root) and self._is_made(path.parent):
             path.unlink(missing_ok=True)
 
     def discard(self, name: str, frame: Frame, entry_bytes: int) -> None:
@@ -233,8 +233,12 @@ class Directory:
             for _ in self._living_partials():
                 pass
 
+    def partial_files(self) -> list[Path]:
+        """Files that are being written, or were when their writers died."""
+        return list(self.partial.iterdir()) if self.partial.is_dir() else []
+
     def _living_partials(self) -> Iterator[int]:
-        for path in self._partial.iterdir() if self._partial.is_dir() else ():
+        for path in self.partial_files():
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             except OSError:  # finished meanwhile, another user's, or a link

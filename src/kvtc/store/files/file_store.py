@@ -14,8 +14,9 @@ from ...errors import InvalidArgument, StoreError, StoreFull, StoreUnavailable
 from ..base import StoreStatistics
 from ..bounded_calls import BoundedCalls
 from ..frame import Frame
-from ..framed import PROBE_NAME, FramedStore, Listed
+from ..framed import PROBE_NAME, Finding, FramedStore, Listed
 from ..urls import StoreUrl, parse_bytes, parse_choice, parse_mode, parse_seconds
+from .diagnosis import diagnose
 from .directory import SUFFIX, Directory, blocks
 from .ledger import LockedLedger
 
@@ -82,9 +83,20 @@ class FileStore(FramedStore):
         it is."""
         self._translated(lambda: self._writing.run(self._recover))
 
+    @property
+    def filled_bytes(self) -> int | None:
+        return None if self.budget_bytes is None else int(FILLED_AFTER_EVICTION * self.budget_bytes)
+
+    def cost(self, n_bytes: int) -> int:
+        return blocks(n_bytes)
+
     def check_place(self) -> None:
         if not self._reading.run(self._directory.root.is_dir):
             raise StoreUnavailable(f"file store {self._directory.root}: there is no such directory")
+
+    def diagnose(self) -> list[Finding]:
+        self.check_place()
+        return [*super().diagnose(), *self._reading.run(lambda: diagnose(self._directory, self.budget_bytes))]
 
     def _recover(self) -> None:
         self._directory.create()
@@ -168,7 +180,7 @@ class FileStore(FramedStore):
             raise StoreFull(f"an entry of {size} bytes on disk exceeds the byte budget of {budget} bytes of {self!r}")
         total, found = self._directory.scan()
         if total + size > budget:
-            target = min(budget - size, max(0, int(FILLED_AFTER_EVICTION * budget) - size))
+            target = min(budget - size, max(0, (self.filled_bytes or 0) - size))
             total, n_removed = self._directory.evict(held, total, found, target)
             self._counters.add(evictions=n_removed)
         held.usage = total
