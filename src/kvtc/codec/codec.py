@@ -78,8 +78,8 @@ class Codec:
             coder of their own, which "none" leaves out, too.
         sink_format: "exact" (default) or "fp8".
         window_format: "exact" (default), or "coded": as the body, with a quarter of its step (`joint`, `conditional`).
-        states: how recurrent states are kept: "lossless" (default), or rounded to "int8" or "int6", a scale for every 128 numbers
-            after a Hadamard transform, also where tokens are lossless. States of convolutions are lossless in any case.
+        states: how recurrent states are kept: "lossless" (default), or rounded to "int8" or "int6" with a scale for each row, also
+            where tokens are lossless. States of convolutions are lossless in any case.
         fixed_size: whether every stream of tokens at the same positions has the same length, `stream_bytes` of it: the step is as
             fine as fits, and the rest is padded (`joint`, `conditional`, with a ratio). Default False.
         chunk_tokens: tokens of a chunk, the unit of random access; default 256.

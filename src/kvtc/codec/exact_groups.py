@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..coding.states.rounding import ROUNDED_BITS
 from ..container.groups import SIDE_BUFFER, STATE, WINDOW, Group, Part
 from ..container.stream import Payload, Stream
 from ..container.tables import Chunk, SectionType
@@ -47,7 +48,7 @@ def group_payloads(
         index: of the group in the table.
         snapshots: what it was after so many tokens, ascending, for each resume point; the last one is where the chunks end.
         chunks: of the stream. Rows of a window that no resume point needs are left out.
-        states: how recurrent states are kept: "lossless", or a coder of `ROUNDED_BITS`.
+        states: how recurrent states are kept: "lossless", or one of `ROUNDED_BITS`.
     """
     points, found = list(snapshots), []
     for number, chunk in enumerate(chunks):
@@ -66,8 +67,8 @@ def group_payloads(
         if rows.stop > rows.start and group.row_numbers:
             raw, layout = _rows_to_bytes(exact, rows), group.layout(rows.stop - rows.start)
             is_rounded = group.can_be_rounded and group.part is not Part.CONVOLUTION_STATE
-            rounding = states if is_rounded and states != LOSSLESS_STATES else None
-            found.append(Payload(kind, number, raw, layout=layout, group=index, rounding=rounding))
+            bits = ROUNDED_BITS.get(states, 0) if is_rounded else 0
+            found.append(Payload(kind, number, raw, layout=layout, group=index, rounded_bits=bits))
     return found
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..coding.lossless import CODER_NAMES
-from ..coding.states.rounding import ROUNDED_BITS
+from ..coding.lossless import CODER_NAMES, ROUNDED
 from ..container.stream import Stream, parse_stream
 from ..container.tables import FORMAT_VERSION, HEADER_BYTES, SECTION_BYTES, SectionType, table_bytes
 from .exact_groups import resume_points
@@ -20,8 +19,8 @@ class GroupInfo:
     kind, part: what of a layer it holds, in words. dtype: of its numbers. layers: of the model. shape: heads, features of a key and
     of a value; of a state its axes, 0 where it has fewer. first_kv_head: where its heads stand. is_coded: whether the profile codes
     it; the others are exact, but for states that are rounded. original_bytes: of what is stored of it, at 16 bits a value, or 8
-    where it is fp8. stored_bytes: its sections with their table entries. ratio: of the two; None where it holds nothing. rounding:
-    "int8" or "int6" where its states are rounded, else None.
+    where it is fp8. stored_bytes: its sections with their table entries. ratio: of the two; None where it holds nothing.
+    is_rounded: whether its numbers are (states alone).
     """
 
     kind: str
@@ -34,7 +33,7 @@ class GroupInfo:
     original_bytes: int
     stored_bytes: int
     ratio: float | None
-    rounding: str | None = None
+    is_rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,12 +145,11 @@ def _group(stream: Stream, index: int) -> GroupInfo:
     else:
         original = int(mine["raw"].sum(dtype=np.int64)) * min(2, group.dtype.itemsize) // group.dtype.itemsize
     dtype = str(group.dtype).removeprefix("torch.")
-    coders = {CODER_NAMES[coder] for coder in mine["coder"].tolist()}
-    rounding = next((coder for coder in ROUNDED_BITS if coder in coders), None)
+    is_rounded = ROUNDED in {CODER_NAMES[coder] for coder in mine["coder"].tolist()}
     ratio = original / stored if stored else None
     part, head = group.part.name.lower().replace("_", " "), group.first_kv_head
     return GroupInfo(
-        group.kind, part, dtype, group.layers, group.shape, head, is_coded, original, stored, ratio, rounding
+        group.kind, part, dtype, group.layers, group.shape, head, is_coded, original, stored, ratio, is_rounded
     )
 
 

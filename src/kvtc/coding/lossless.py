@@ -19,8 +19,9 @@ BLOCK_BYTES = 1 << 16
 CODER_IDS = {"none": 0, "deflate": 1, "zstd": 2, "lz4": 3}
 FLOATS = "floats"
 """The coder of exact tokens (`coding.exact.floats`), which is not one of blocks."""
-CODER_NAMES = {number: name for name, number in CODER_IDS.items()} | {4: FLOATS, 5: "int8", 6: "int6"}
-"""The last two are of states alone (`coding.states.rounding`), and not lossless."""
+ROUNDED = "rounded"
+"""That of recurrent states (`coding.states.rounding`), which is not lossless."""
+CODER_NAMES = {number: name for name, number in CODER_IDS.items()} | {4: FLOATS, 5: ROUNDED}
 LAST_LOSSLESS = 4
 _DEFLATE_LEVEL = 6
 _ZSTD_LEVEL = 19
