@@ -90,7 +90,7 @@ def exact(part: Part) -> Coded:
 def with_baseline(method: BodyMethod) -> Coder:
     def coded(part: Part) -> Coded:
         data = method.encode_body(part.keys, part.values)
-        keys, values = method.decode_body(data, Header.of(part.keys, 0))
+        keys, values = method.decode_body(data, Header.of(part.keys, part.values, 0))
         size, original, n_tokens = len(data), part.original_bytes, len(part.positions)
         return Coded(size, original, n_tokens, size, keys.bfloat16(), values.bfloat16())
 
@@ -233,7 +233,7 @@ def of_sliding_layers(model: Any, tokenizer: Any, options: argparse.Namespace) -
         texts = token_sequences(documents(options.calibration_text), tokenizer, kept_tokens(model))
         layers = tuple(index for index, its in enumerate(model.config.layer_types) if its == "sliding_attention")
         of_full, rope = geometry_of(model), rope_from_model(model)
-        geometry = CacheGeometry(layers, 0, of_full.n_kv_heads, of_full.head_dim, rope.of_layers(layers))
+        geometry = CacheGeometry(layers, 0, of_full.n_kv_heads, *of_full.dims, rope.of_layers(layers))
         rows = CalibrationRows(geometry, max_tokens=options.calibration_tokens, rank=options.window_rank)
         sensitivity = Sensitivity(model, geometry, rows.sink_tokens)
         with reporting():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,9 +13,10 @@ PRIVATE, SHARED = 0o600, 0o666
 """Modes of new files, before the umask: what holds a cache, or what was learnt from texts; and figures, pages and pictures."""
 
 
-def write_atomically(path: str | Path, data: bytes | memoryview, mode: int = PRIVATE) -> None:
+def write_atomically(path: str | Path, data: bytes | memoryview | Iterable[bytes], mode: int = PRIVATE) -> None:
     """Write a file so that a reader, or a failure or interruption on the way, never leaves half of it.
 
+    data: the bytes, or parts of them that are written one after the other.
     mode: of a new file, less what the umask takes away. A file of the same owner that is replaced hands its permissions on; a
     symbolic link is itself replaced. When this returns the bytes are on the disk. Raises OSError where the file cannot be written.
     """
@@ -26,7 +28,7 @@ def write_atomically(path: str | Path, data: bytes | memoryview, mode: int = PRI
         try:
             with os.fdopen(descriptor, "wb") as file:
                 _hand_on_permissions(path, descriptor)
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes | memoryview) else data)
                 file.flush()
                 os.fsync(descriptor)
             temporary.replace(path)

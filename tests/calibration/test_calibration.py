@@ -437,7 +437,7 @@ def test_nothing_unpickles():
 
 def line_rows(n_tokens: int, **options) -> CalibrationRows:
     """Rows of two features whose tokens are numbers: keys 0, 1, 2, ..., values 1000 more."""
-    geometry = CacheGeometry((0,), 0, 1, 1, Rope((), (NO_ROTATION,)))
+    geometry = CacheGeometry((0,), 0, 1, 1, 1, Rope((), (NO_ROTATION,)))
     rows = CalibrationRows(geometry, sink_tokens=0, **options)
     start, lengths = 0, cycle((1, 7, 40, 3, 100))
     while start < n_tokens:

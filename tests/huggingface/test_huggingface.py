@@ -59,7 +59,6 @@ def config(name: str, **changes: Any) -> Any:
         ),
         ("Gemma3Text", {}, "layer 0 of gemma3_text is a sliding_attention layer"),
         ("Llama4Text", {}, "layer 0 of llama4_text is a chunked_attention layer"),
-        ("DeepseekV3", {}, r"every layer of deepseek_v3 uses multi-head latent attention \(kv_lora_rank 512\)"),
         ("Qwen3Next", {}, "layer 0 of qwen3_next is a linear_attention layer"),
         ("Jamba", {}, "layer 0 of jamba is a linear_attention layer"),
         ("FalconH1", {}, "layer 0 of falcon_h1 is a hybrid layer"),
@@ -99,7 +98,6 @@ def test_the_geometry_is_of_the_layers_of_full_attention(name: str, layers: tupl
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("deepseek_v3", "every layer of deepseek_v3 uses multi-head latent attention"),
         ("mamba2", "no layer of mamba2 keeps keys and values of every token; layer 0 is a linear_attention layer"),
         ("mistral", "no layer of mistral keeps keys and values of every token; layer 0 is a sliding_attention layer"),
     ],
@@ -125,9 +123,9 @@ def test_full_attention_is_supported(name: str, changes: dict[str, Any]) -> None
 def test_geometry_of_a_model_and_of_its_config(llama: Any) -> None:
     geometry = geometry_of(llama)
     assert geometry == geometry_of(llama.config)
-    assert geometry == CacheGeometry((0, 1, 2, 3), 0, 4, 8, rope_from_config(llama.config))
+    assert geometry == CacheGeometry((0, 1, 2, 3), 0, 4, 8, 8, rope_from_config(llama.config))
     part = geometry_of(llama, layers=(1, 3), kv_heads=(2, 4))
-    assert part == CacheGeometry((1, 2), 2, 2, 8, geometry.rope.of_layers([1, 2]))
+    assert part == CacheGeometry((1, 2), 2, 2, 8, 8, geometry.rope.of_layers([1, 2]))
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_real_sizes_need_no_memory():
     """DeepSeek V3 has 671 thousand million parameters."""
     said = supported(transformers.DeepseekV3Config())
     assert said.token_bytes == 61 * (512 + 64) * 2
-    assert "multi-head latent attention" in said.not_coded
-    assert [group.kind for group in said.groups] == ["latent"]
+    assert (said.not_coded, said.not_turned) == (None, None)
+    assert [(group.kind, group.shape, group.is_coded) for group in said.groups] == [("latent", (1, 64, 512), True)]
 
 
 def test_what_stops_a_model_is_said():

@@ -107,6 +107,27 @@ def test_a_prefix_is_loaded_at_the_last_point_before_it(name, store):
                 assert prefixes.contains(talk.ids[0, :asked]) == n
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "mamba2", "llama"])
+def test_another_store_loads_from_what_is_portable(name, store):
+    """Chunks, points and tails of one conversation; of others that share its beginning, none."""
+    talk, other = Conversation(tiny_model(name), random_ids(1, 120)), Conversation(tiny_model(name), random_ids(1, 120))
+    other.ids[:, 80:] = random_ids(1, 40, seed=1)
+    for each in (other, talk):
+        each.read(105)
+        with opened(store) as prefixes:
+            prefixes.save(each.ids[0, :105], each.cache, each.points).result()
+    with opened(store) as prefixes:
+        found = prefixes.portable(talk.ids[0])
+        most = prefixes.load(talk.ids[0], whole=True)[1]
+    with open_store("memory:") as target:
+        target.put_many((key, store.get(key) if value is None else value) for key, value in found)
+        with opened(target) as prefixes:
+            loaded, n = prefixes.load(talk.ids[0], whole=True)
+            assert n == most >= 96
+            talk.check(loaded, n)
+            assert prefixes.load(other.ids[0], whole=True)[1] <= 80
+
+
 def test_what_is_shared_is_stored_once(store):
     model, ids = tiny_model("gemma3_text"), random_ids(1, 100)
     talk = Conversation(model, ids)

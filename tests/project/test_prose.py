@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import PARSER
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def test_lines_of_prose_are_short(page):
     # Tables, indented commands and single links cannot be wrapped.
     long = [n for n, line in enumerate(lines, 1) if len(line) > LONGEST_LINE and not re.match(r" *\||    |\S+$", line)]
     assert long == []
+
+
+def test_tables_are_tables(page):
+    """Every row has as many cells as the head, and no row was wrapped into the text."""
+    text = re.sub(r"`[^`\n]*`", "", without_fences(page.read_text(encoding="utf-8")))
+    wrong, n_cells = [], 0
+    for number, line in enumerate(text.splitlines(), 1):
+        is_row = re.fullmatch(r" *\|.*\|", line) is not None
+        n_cells = (n_cells or line.count("|")) if is_row else 0
+        if line.count("|") != n_cells and (is_row or (" | " in line and not line.startswith("    "))):
+            wrong.append(number)
+    assert wrong == []
 
 
 def test_links_lead_somewhere(page):
@@ -87,14 +100,19 @@ def test_commands_in_prose_parse(page):
     """Options of `kvtc <subcommand>`, and targets of `make`."""
     from kvtc.cli import _parser
 
-    (subcommands,) = (action.choices for action in _parser()._actions if action.dest == "run" or action.choices)
+    def subcommands(parser):
+        """The parsers of its subcommands by name."""
+        return next((action.choices for action in parser._actions if action.nargs == PARSER), {})
+
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = re.findall(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     code = "\n".join([*blocks, *re.findall(r"^    (.+)$", text, flags=re.MULTILINE), *re.findall(r"`([^`\n]+)`", text)])
     for subcommand, options in re.findall(r"(?:^|&& )kvtc ([a-z]+)([^&|\n]*)", code, flags=re.MULTILINE):
-        assert subcommand in subcommands, subcommand
-        known = subcommands[subcommand]._option_string_actions
+        parser, words = subcommands(_parser())[subcommand], options.split()
+        if inner := subcommands(parser) if words else {}:
+            parser = inner[words[0]]
+        known = parser._option_string_actions
         assert [option for option in re.findall(r"(?<!\S)--?[a-z][\w-]*", options) if option not in known] == []
     for target in re.findall(r"^make ([\w-]+)", code, flags=re.MULTILINE):
         assert target in targets, target

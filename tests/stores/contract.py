@@ -221,7 +221,7 @@ class StoreContract:
         """Somebody else may have put it, who reads longer ones."""
         place = self.place(store)
         place.put_many([("k", bytes(5000)), ("small", b"v")])
-        place._entry_bytes = 4999
+        place.entry_bytes = 4999
         assert place.get_many(["k", "small"]) == [None, b"v"]
         assert (place.statistics().foreign, place.statistics().damaged) == (1, 0)
         tamper(place, "small", lambda frame: frame + bytes(5000))
@@ -231,7 +231,7 @@ class StoreContract:
         with pytest.raises(StoreFull, match="entry_bytes"):
             place.put_many([("before", b"v"), ("k", bytes(5000)), ("after", b"v")])
         assert (place.contains("before"), place.contains("after")) == (True, False)
-        place._entry_bytes = 5000
+        place.entry_bytes = 5000
         assert place.get("k") == bytes(5000)
 
     # Counting, closing, threads.

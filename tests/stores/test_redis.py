@@ -65,7 +65,7 @@ def test_keys_and_values_of_other_programs_do_no_harm(url, server):
         for name in (b"\xff\xfe\x00", "ü".encode(), b"A", b"a/b", b"other=x"):
             client.set(prefix.encode() + name, b"x")
         client.rpush(prefix + "list", "x")
-        assert list(store.keys()) == ["a/b", "list"] or list(store.keys()) == ["list", "a/b"]
+        assert list(store.keys()) == ["a/b"]
         assert store.get_many(["a/b", "list", "absent"]) == [b"v", None, None]
         store.put("list", b"w")
         assert store.get("list") == b"w"

@@ -1,7 +1,8 @@
 """The command `kvtc`: subcommands, and how they end.
 
 Results go to stdout, as text or with --json as one JSON object; progress and logs go to stderr.
-Exit codes: 0 done, 1 failed (the last line on stderr says why), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed (the last line on stderr says why) or done and a fault was found, 2 wrong
+usage, 130 interrupted.
 Importing this package costs nothing: what a subcommand needs is imported when it runs, inside of
 its functions.
 """
@@ -20,7 +21,7 @@ from ..display import shown, shown_lines, without_credentials
 from ..errors import KvtcError
 from ..process import progress
 from ..strict_json import dumps
-from . import calibrate, decode, demo, doctor, encode, evaluate, inspect, measure, plan, report
+from . import calibrate, decode, demo, doctor, encode, evaluate, inspect, measure, plan, report, store
 from .arguments import Subcommands
 
 FAILED, INTERRUPTED = 1, 130
@@ -55,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
             print(shown_lines(traceback.format_exc()), file=sys.stderr, end="")
         print(f"kvtc: error: {_one_line(error)}", file=sys.stderr)
         return FAILED
-    return 0
+    return int(options.exit_code)
 
 
 def _one_line(error: BaseException) -> str:
@@ -77,6 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvtc {__version__}")
     subcommands = Subcommands(parser)
-    for module in (demo, calibrate, measure, encode, decode, inspect, doctor, evaluate, report, plan):
+    for module in (demo, calibrate, measure, encode, decode, inspect, doctor, evaluate, report, plan, store):
         module.add_subcommands(subcommands)
     return parser

@@ -24,30 +24,36 @@ MODEL_HELP = (
 class Subcommands:
     """Makes the parsers of subcommands; all of them take --json, --quiet and --debug."""
 
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
+    def __init__(self, parser: Any) -> None:
         self._parsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
         self._common = argparse.ArgumentParser(add_help=False)
         self._common.add_argument("--json", action="store_true", help="print the result as one JSON object")
         self._common.add_argument("--quiet", action="store_true", help="show no progress")
         self._common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
+    def group(self, name: str, description: str) -> Subcommands:
+        """The subcommands of a subcommand."""
+        summary = f"{description[:1].lower()}{description[1:]}".removesuffix(".")
+        return Subcommands(self._parsers.add_parser(name, help=summary, description=description, allow_abbrev=False))
+
     def add(self, run: Callable[[argparse.Namespace], Outcome]) -> Any:
         """The parser of a subcommand.
 
         Parameters:
-            run: Gets the parsed options. Its name is the subcommand's, and its docstring the help.
+            run: Gets the parsed options. Its name is the subcommand's, and its docstring the help. It
+                sets `options.exit_code` where it has done what it should and found a fault.
         """
         description = getdoc(run) or ""
         summary = description.partition("\n\n")[0].replace("\n", " ").removesuffix(".")
         parser = self._parsers.add_parser(
-            run.__name__,
+            run.__name__.removesuffix("_"),
             parents=[self._common],
             help=f"{summary[:1].lower()}{summary[1:]}",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        parser.set_defaults(run=run, usage_error=parser.error)
+        parser.set_defaults(run=run, usage_error=parser.error, exit_code=0)
         return parser
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import Calibration
-from ..container.groups import FULL_ATTENTION
 from ..report.table import format_bytes
 
 Fields = list[tuple[str, object]]
@@ -20,8 +19,8 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
     result = {
         "path": str(path),
         "fingerprint": calibration.fingerprint.hex(),
-        "groups": [{"kind": FULL_ATTENTION, "geometry": calibration.geometry.describe()}],
-        "row_features": calibration.geometry.row_features,
+        "groups": [{"kind": calibration.geometry.kind, "geometry": calibration.geometry.describe()}],
+        "joint_features": calibration.geometry.joint_features,
         "file_bytes": n_bytes,
         "n_parameters": calibration.n_parameters,
         "ranks": {name: kind.basis.rank for name, kind in kinds.items()},
@@ -39,7 +38,7 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
     }
     fields: Fields = [
         ("calibration", calibration.fingerprint.hex()),
-        ("group", f"{FULL_ATTENTION}, {calibration.geometry.describe()}"),
+        ("group", f"{calibration.geometry.kind}, {calibration.geometry.describe()}"),
     ]
     for name, kind in kinds.items():
         worth = f"{kind.basis.rank:,} coefficients explain {kind.explained_variance:.2%} of the variance"

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .arguments import Outcome, Subcommands, add_calibration, add_model, add_output, check_output
 from .models import find_calibration, load_model, load_tokenizer, source_of
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..cache import KVCache
     from ..calibration import Calibration
+    from ..codec import Codec
 
 CACHE_SUFFIX = ".safetensors"
 PIECE_TOKENS = 512
@@ -32,6 +33,11 @@ def add_subcommands(subcommands: Subcommands) -> None:
     add_calibration(parser)
     add_model(parser)
     add_truncate(parser)
+    add_codec(parser)
+
+
+def add_codec(parser: Any) -> None:
+    """The options of `kvtc.Codec`, as `make_codec` takes them."""
     parser.add_argument(
         "--profile",
         metavar="NAME",
@@ -69,6 +75,17 @@ def add_subcommands(subcommands: Subcommands) -> None:
     parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk, the unit of random access")
 
 
+def make_codec(options: argparse.Namespace, calibration: Calibration) -> Codec:
+    """The codec that the options of `add_codec` and `add_model` describe."""
+    from ..codec import Codec
+
+    taken = signature(Codec).parameters.keys() - {"calibration", "model"}
+    given = {name: value for name, value in vars(options).items() if name in taken and value is not None}
+    if options.profile == "conditional" and options.model is not None:
+        given["model"] = source_of(options.model)
+    return Codec(calibration, **given)
+
+
 def encode(options: argparse.Namespace) -> Outcome:
     """Code a cache, or the cache of a text, into a stream.
 
@@ -80,19 +97,14 @@ def encode(options: argparse.Namespace) -> Outcome:
     if not is_cache and options.model is None:
         options.usage_error(f"a text needs --model; a saved cache ends in {CACHE_SUFFIX}")
     from ..cache_file import load_cache
-    from ..codec import Codec
     from ..codec.inspection import inspect
     from ..files import write_atomically
 
     calibration = find_calibration(options)
-    taken = signature(Codec).parameters.keys() - {"calibration", "model"}
-    given = {name: value for name, value in vars(options).items() if name in taken and value is not None}
     prefill_seconds = None
     if is_cache:
         cache, token_ids = load_cache(options.input)
-    if options.profile == "conditional" and options.model is not None:
-        given["model"] = source_of(options.model)
-    codec = Codec(calibration, **given)
+    codec = make_codec(options, calibration)
     if not is_cache:
         cache, token_ids, prefill_seconds = _prefill(options, calibration)
     started = time.perf_counter()

@@ -117,7 +117,7 @@ class RateArguments:
         if self.step is not None:
             return Step(self.step)
         if self.kl is not None:
-            return Step(_step_for(calibration, profile, self.kl))
+            return _rate_for(calibration, profile, self.kl)
         if self.max_error is not None:
             return MaxError(self.max_error)
         if sides != (None, None):
@@ -126,8 +126,8 @@ class RateArguments:
         return FixedSize(default) if self.fixed_size else Ratio(default)
 
 
-def _step_for(calibration: Calibration | None, profile: str, kl: float) -> float:
-    """The step that is expected to make predictions diverge by kl nats."""
+def _rate_for(calibration: Calibration | None, profile: str, kl: float) -> Rate:
+    """The step at which predictions diverge by kl nats at most, or no loss where none was measured to be as good."""
     if profile == "paper":
         raise InvalidArgument("the profile paper has no step, which step and kl decide; give a ratio")
     if calibration is None or profile not in calibration.quality:
@@ -135,7 +135,8 @@ def _step_for(calibration: Calibration | None, profile: str, kl: float) -> float
             f"this calibration has no measured quality of the profile {profile}, so kl cannot be given; "
             "kvtc.measure_quality adds it"
         )
-    return calibration.quality[profile].step_for(kl)
+    curve = calibration.quality[profile]
+    return Lossless() if 0 <= kl < curve.kl[0] else Step(curve.step_for(kl))
 
 
 def product_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -25,6 +25,7 @@ from .measure_quality import HeldOut, measure_quality
 from .model_files import UnknownModel
 from .model_identity import calibrated_identity
 from .models import as_ids, capture, geometry_of, verify_rope
+from .rope_discovery import rotation_of
 from .sensitivity import Sensitivity
 
 _VERIFICATION_TOKENS = 256
@@ -55,31 +56,44 @@ def calibrate(
     Parameters:
         model: a transformers causal LM.
         token_sequences: [T] integers each; any iterable, read once and only until `max_tokens` tokens were seen.
-            Sequences of at most `sink_tokens` tokens hold nothing to learn from and are skipped. The first one
-            also verifies the rotation. Of a whole model, every 16th sequence of at least 384 tokens, up to 8, is
-            not fitted to: quality is measured on it.
-        sink_tokens: first tokens of each sequence, whose rows are left out.
-        layers, kv_heads: half-open (start, stop) of one pipeline or tensor-parallel rank; None: all.
-        profiles: what the calibration shall serve. Each adds to the time and to the file; a calibration of
-            `("joint",)` alone is the smallest.
-        max_tokens: tokens past the sinks after which no more text is read.
-        rank, joint_rank: sizes, as in `kvtc.calibration.fit.FitOptions`. joint_rank None: at most 4096, and no more than makes the
-            joint basis, in 8 bits, an eighth as large as the model's parameters in 16 bits.
-        recompute_layers: how many of the first layers `conditional` recomputes, at a cost of so many layers of a prefill.
-        checkpoint_directory: a folder that keeps what is done, so that the same call goes on where an interrupted one
-            was and ends in the same calibration; delete it when the calibration is saved. Nothing is kept for a model
-            whose identity cannot be told (`kvtc.model_identity`). None: nothing is kept.
-        seed: of all random draws.
-        device: where the calibration is fitted; None: where the model's embeddings are.
-        progress: whether to show on stderr what is being done.
+            Sequences of at most `sink_tokens` tokens hold nothing to learn from and are skipped. The first one also
+            verifies the rotation. Of a whole model, every 16th sequence of at least 384 tokens, up to 8, is not
+            fitted to: quality is measured on it.
+        sink_tokens: first tokens of each sequence, whose rows are left out; default 4.
+        layers: half-open (start, stop) of the layers of one pipeline-parallel worker. None (default): all.
+        kv_heads: half-open (start, stop) of the key-value heads of one tensor-parallel worker. None (default): all.
+        profiles: what the calibration shall serve; default all. Each adds to the time and to the file; a
+            calibration of `("joint",)` alone is the smallest.
+        max_tokens: tokens past the sinks after which no more text is read; the default is
+            `kvtc.calibration.rows.DEFAULT_TOKENS`.
+        rank: the largest number of components of the bases of `paper`; the default is
+            `kvtc.calibration.fit.RANK_CAP`.
+        joint_rank: the same of the bases of `joint` and `conditional`. None (default): at most 4096, and no more
+            than makes the joint basis, in 8 bits, an eighth as large as the model's parameters in 16 bits.
+        recompute_layers: how many of the first layers `conditional` recomputes, at a cost of so many layers of a
+            prefill; default 1.
+        checkpoint_directory: a folder that keeps what is done, so that the same call goes on where an interrupted
+            one was and ends in the same calibration; delete it when the calibration is saved. Nothing is kept for a
+            model whose identity cannot be told (`kvtc.model_identity`). None (default): nothing is kept.
+        seed: of all random draws; default 0.
+        device: where the calibration is fitted. None (default): where the model's embeddings are.
+        progress: whether to show on stderr what is being done; default True.
 
     Returns:
         The calibration; its `save` writes the file.
 
     Raises:
-        InvalidArgument: for an option out of range, an unknown profile, or too little text.
-        UnsupportedModel: for a model whose cache, rotation or attention cannot be read, naming the layer.
-        InvalidCache: for a model whose cache holds NaN or infinite values.
+        InvalidArgument: an option is out of range, a profile is unknown, or there is too little text.
+        UnsupportedModel: the model's cache, rotation or attention cannot be read; the message names the layer.
+        InvalidCache: the model's cache holds NaN or infinite values.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> untrained = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes))
+        >>> texts = [token_ids[:200], token_ids[200:400], token_ids[400:]]
+        >>> kvtc.calibrate(untrained, texts, profiles=("paper",), progress=False).geometry.describe()
+        'layers 0..1, kv heads 0..1, head_dim 16'
     """
     unknown = set(profiles) - set(PROFILES)
     if unknown:
@@ -147,8 +161,11 @@ def _verified(
     first = next(sequences, None)
     if first is None:
         raise InvalidArgument(f"expected at least one sequence of more than {sink_tokens} tokens, found none")
-    with task("checking the rotation"):
-        verify_rope(model, geometry, first[:_VERIFICATION_TOKENS])
+    if not geometry.rope.is_known:
+        note(f"keys are coded as they are cached: {rotation_of(model)[1]}")
+    else:
+        with task("checking the rotation"):
+            verify_rope(model, geometry, first[:_VERIFICATION_TOKENS])
     return chain([first], sequences)
 
 
@@ -250,7 +267,7 @@ class _Gathered:
 
 def _joint_rank(model: Any, geometry: CacheGeometry) -> int:
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return max(1, min(JOINT_RANK_CAP, int(2 * n_parameters * _BASIS_SHARE) // (2 * geometry.row_features)))
+    return max(1, min(JOINT_RANK_CAP, int(2 * n_parameters * _BASIS_SHARE) // (geometry.joint_features)))
 
 
 def _about(model: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache import CacheGeometry, KVCache
+from ..cache import CacheGeometry, KVCache, sides_of_layer
 from ..calibration.gradients import GradientSample
 from ..coding.transform import rows_of
 from ..errors import InvalidArgument, UnsupportedModel
@@ -53,7 +53,7 @@ class Sensitivity:
         self._sink_tokens = sink_tokens
         self._generator = torch.Generator().manual_seed(seed)
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        row_bytes = 4 * 2 * geometry.row_features
+        row_bytes = 4 * geometry.joint_features
         self._n_sampled = max(1, min(_SAMPLED_TOKENS, _SAMPLED_BYTES // (_MOST_PASSES * row_bytes)))
 
     def capture(self, token_ids: Tensor) -> KVCache:
@@ -89,7 +89,8 @@ class Sensitivity:
             )
         rows, directions, sizes = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
         self._parts = [(rows, directions, sizes)]  # and not a second copy beside
-        return GradientSample(rows, directions, sizes, self._geometry.head_dim)
+        geometry = self._geometry
+        return GradientSample(rows, directions, sizes, geometry.n_layers * geometry.n_kv_heads, geometry.dims)
 
     def state(self) -> dict[str, Tensor]:
         """All that was gathered; `resume` reads it."""
@@ -119,7 +120,7 @@ class Sensitivity:
                 layer.keys, layer.values = (
                     side.detach().clone().requires_grad_() for side in (layer.keys, layer.values)
                 )
-                leaves.append((layer.keys, layer.values))
+                leaves.append(sides_of_layer(layer.keys, layer.values))
             for parameter in frozen:
                 parameter.requires_grad_(False)
             try:

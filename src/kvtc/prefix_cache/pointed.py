@@ -18,14 +18,13 @@ from dataclasses import dataclass, replace
 
 from ..cache import TokenIds
 from ..codec.exact_groups import ExactGroup
-from ..codec.resume_points import decode_point, encode_point
 from ..codec.transformers_cache import SplitCache
 from ..key_digest import digest
 from .chain import Chain, chunk_key, entry_key
 from .parts import Parts, join
 from .tails import NAME_TOKENS, Tails, point_key, tail_key, tail_name
 
-_SORTS = {b"tokens and points": True, b"points alone": False}
+SORTS = {b"tokens and points": True, b"points alone": False}
 """What the entry of a model says: whether its caches have groups that keep every token."""
 
 
@@ -62,7 +61,7 @@ class PointedPrefixes:
         """Ask the store whether they are."""
         if self._keeps_tokens is None:
             (sort,) = self._entries.read([self._sort_key])
-            self._keeps_tokens = None if sort is None else _SORTS.get(bytes(sort))
+            self._keeps_tokens = None if sort is None else SORTS.get(bytes(sort))
         return self.is_known
 
     def save(self, ids: TokenIds, cache: SplitCache) -> tuple[int, int, int, int]:
@@ -80,7 +79,7 @@ class PointedPrefixes:
             BaseException: Whatever coding raises.
         """
         self._keeps_tokens = cache.keeps_tokens
-        self._entries.write(self._sort_key, next(sort for sort, keeps in _SORTS.items() if keeps is cache.keeps_tokens))
+        self._entries.write(self._sort_key, next(sort for sort, keeps in SORTS.items() if keeps is cache.keeps_tokens))
         before_tail = max(0, len(ids) - max(NAME_TOKENS, self._parts.codec.window_tokens)) // self._size
         points = {stop: exact for stop, exact in cache.points.items() if stop % self._every == 0}
         n_chunks = max(before_tail, max(points, default=0) // self._size)
@@ -107,8 +106,8 @@ class PointedPrefixes:
         # Layers that hold nothing stand in chunks, if there are any.
         held = [*exact, *(() if cache.keeps_tokens else (one for one in cache.exact if one.group.is_complete))]
         n_bytes = sum(side.nbytes for one in held for sides in one.sides for side in sides)
-        settings = self._parts.codec.settings
-        return self._entries.put(point_key(node, name), lambda: encode_point(held, stop, settings), n_bytes)
+        codec = self._parts.codec if name else self._parts.windowless
+        return self._entries.put(point_key(node, name), lambda: codec.encode_point(held, stop), n_bytes)
 
     def load(self, ids: TokenIds) -> SplitCache | None:
         """The cache of the longest prefix of a text that can be restored; None if there is none."""
@@ -136,6 +135,25 @@ class PointedPrefixes:
             if self._entries.count_leading([point_key(nodes[point.n_chunks], point.name)]):
                 return point.stop
         return 0
+
+    def portable(self, ids: TokenIds) -> list[tuple[str, bytes | None]]:
+        """As `PrefixCache.portable`: chunks, points and the tails that the text contains."""
+        if not self.discover():
+            return []
+        nodes = self._nodes(ids)
+        n_chunks = self._count_chunks(nodes)
+        found: list[tuple[str, bytes | None]] = [(self._sort_key, None)]
+        found += [(chunk_key(node), None) for node in nodes[1 : n_chunks + 1] if self._keeps_tokens]
+        for point in self._points(ids, nodes[: n_chunks + 1]):
+            node = nodes[point.n_chunks]
+            if not self._entries.count_leading([point_key(node, point.name)]):
+                continue
+            found.append((point_key(node, point.name), None))
+            if point.name:
+                found.append(self._tails.index_of(node, ids[point.n_chunks * self._size :], point.name))
+            if point.name and self._keeps_tokens:
+                found.append((tail_key(node, point.name), None))
+        return found
 
     def delete(self, ids: TokenIds, first: int) -> None:
         """Delete what is stored of a prefix behind its first chunks. Raises `StoreError`."""
@@ -166,7 +184,7 @@ class PointedPrefixes:
         """What was at a point, and the tail before it, if there is one."""
         key = point_key(node, point.name)
         (entry,) = self._entries.read([key])
-        exact = None if entry is None else self._entries.decode(key, entry, decode_point)
+        exact = None if entry is None else self._entries.decode(key, entry, self._parts.codec.decode_point)
         if exact is None or not point.name or not self._keeps_tokens:
             return None if exact is None else (exact, [])
         key = tail_key(node, point.name)

@@ -33,7 +33,7 @@ MAX_TAILS = 32
 NAME_TOKENS = 16
 """Tokens that tails of one index have in common. Tails of fewer are not worth an entry."""
 
-_MAGIC = b"KVTX"
+INDEX_MAGIC = b"KVTX"
 _NAME_BYTES = 16
 _HEAD = struct.Struct(f"<{_NAME_BYTES}sI")
 _BLOCK_TOKENS = 16
@@ -122,6 +122,11 @@ class Tails:
             found += [(index, tail) for tail in tails if tail.n_common(digest_of) == tail.n_tokens]
         return found
 
+    def index_of(self, node: bytes, token_ids: TokenIds, name: bytes) -> tuple[str, bytes]:
+        """(key, bytes) of the index of a text that tells of one tail alone, found there by its name."""
+        key = _index_key(node, token_ids) or ""
+        return key, pack_index([tail for tail in self._read(key, self._entries.read([key])[0]) if tail.name == name])
+
     def save(
         self,
         node: bytes,
@@ -185,7 +190,7 @@ class Tails:
             if kept == before:
                 return
             if kept:
-                self._entries.write(key, _to_bytes(kept))
+                self._entries.write(key, pack_index(kept))
             else:
                 self._entries.forget(key)
         for name in {tail.name for tail in before} - {tail.name for tail in kept}:
@@ -198,7 +203,7 @@ class Tails:
 
     def _read(self, key: str, index: bytes | None) -> list[Tail]:
         """The tails of an index; none where it is damaged, which deletes it."""
-        return self._entries.parse(key, index, _from_bytes) or [] if index is not None else []
+        return self._entries.parse(key, index, parse_index) or [] if index is not None else []
 
 
 def tail_name(node: bytes, token_ids: TokenIds) -> bytes:
@@ -228,16 +233,25 @@ def _index_key(node: bytes, token_ids: TokenIds) -> str | None:
     return entry_key("tails", hashlib.sha256(node + token_ids[:NAME_TOKENS].astype("<i8").tobytes()).digest())
 
 
-def _to_bytes(tails: Sequence[Tail]) -> bytes:
-    return b"".join([_MAGIC, *(_HEAD.pack(tail.name, tail.n_tokens) + tail.digests for tail in tails)])
+def pack_index(tails: Sequence[Tail]) -> bytes:
+    """The bytes of an index of tails."""
+    return b"".join([INDEX_MAGIC, *(_HEAD.pack(tail.name, tail.n_tokens) + tail.digests for tail in tails)])
 
 
-def _from_bytes(data: bytes) -> list[Tail]:
-    """Inverse of `_to_bytes`; raises `CorruptStream`, `TruncatedStream`."""
-    if not data.startswith(_MAGIC):
-        raise CorruptStream(f"an index of tails begins with {_MAGIC!r}; got {data[: len(_MAGIC)]!r}")
+def merged_index(news: bytes, before: bytes | None) -> bytes:
+    """An index with the tails of two: those of the first one count as saved later. Raises as `parse_index`."""
+    tails = parse_index(news)
+    names = {tail.name for tail in tails}
+    tails += [tail for tail in (parse_index(before) if before is not None else []) if tail.name not in names]
+    return pack_index(tails[:MAX_TAILS])
+
+
+def parse_index(data: bytes) -> list[Tail]:
+    """Inverse of `pack_index`; raises `CorruptStream`, `TruncatedStream`."""
+    if not data.startswith(INDEX_MAGIC):
+        raise CorruptStream(f"an index of tails begins with {INDEX_MAGIC!r}; got {data[: len(INDEX_MAGIC)]!r}")
     tails: list[Tail] = []
-    at = len(_MAGIC)
+    at = len(INDEX_MAGIC)
     while at < len(data):
         if len(tails) == MAX_TAILS:
             raise CorruptStream(f"an index of tails tells of at most {MAX_TAILS}; {len(data) - at} bytes follow those")

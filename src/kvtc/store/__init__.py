@@ -6,15 +6,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument
 from .base import Store, StoreStatistics
 from .urls import StoreUrl, parse_bytes
 
-__all__ = ["Store", "StoreStatistics", "encrypted", "open_store"]
+if TYPE_CHECKING:
+    from .framed import FramedStore
+    from .place import Place
 
-# Imported when one is opened: a package may be missing, and what lies on devices is a room above.
+__all__ = ["Store", "StoreStatistics", "encrypted", "open_place", "open_store"]
+
+# Imported when one is opened: a package may be missing, and what lies on devices is in a layer above.
 _SCHEMES = {
     "memory": ".memory:MemoryStore",
     "file": ".files.file_store:FileStore",
@@ -33,17 +37,27 @@ def open_store(url: str | Sequence[str | Store], **options: Any) -> Store:
     Parameters:
         url: `memory:?bytes=1GB`, `cuda:0?bytes=8GB` (`device:` with the name of any device of
             torch), `file:///path?bytes=100GB`, `redis://host`, `rediss://host`,
-            `s3://bucket/prefix?endpoint=...`; for tiers `tiered:memory:|file:///path`, or a list of
-            URLs and stores, the fastest first. Options of the tiers themselves come first:
-            `tiered:?write=back|memory:|...`.
-        options: By name, in place of those in the query of the URL. All but tiers take `namespace`,
-            `entry_bytes` (the longest value, 512MiB), and `key_file` or `key_variable` for
-            encryption; docs/stores.md lists the others.
+            `s3://bucket/prefix?endpoint=...`; for tiers `tiered:memory:|file:///path`, or a
+            list of URLs and stores, the fastest first. Options of the tiers themselves come
+            first: `tiered:?write=back|memory:|...`.
+        options: By name, in place of those in the query of the URL. All but tiers take
+            `namespace`, `entry_bytes` (the longest value, 512MiB), and `key_file` or
+            `key_variable` for encryption; docs/stores.md lists the others.
+
+    Returns:
+        The store. Close it, or use it in a `with` block.
 
     Raises:
         InvalidArgument: The URL or an option is not understood.
         MissingDependency: The package that such a store needs is not installed.
         StoreUnavailable: The place of storage cannot be used.
+
+    Example:
+        >>> from pathlib import Path
+        >>> with kvtc.open_store(["memory:?bytes=1MB", f"file://{Path.cwd()}/store?bytes=1GB"]) as store:
+        ...     store.put("chunk/1", stream[:1000])
+        ...     store.get("chunk/1") == stream[:1000]
+        True
     """
     store = _open(url, dict(options))
     if isinstance(url, str) or all(isinstance(tier, str) for tier in url):
@@ -58,9 +72,21 @@ def encrypted(store: Store, *keys: bytes) -> Store:
         store: Holds the encrypted values; closed with the new store.
         keys: Of 32 bytes each. The first encrypts; entries under any of them can be read.
 
+    Returns:
+        The store that reads and writes plain values.
+
     Raises:
         InvalidArgument: A key has another length, or is one byte repeated.
         MissingDependency: The package cryptography is not installed.
+
+    Example:
+        >>> import secrets
+        >>> from kvtc.store import encrypted
+        >>> inner = kvtc.open_store("memory:")
+        >>> store = encrypted(inner, secrets.token_bytes(32))
+        >>> store.put("name", b"plain text")
+        >>> store.get("name"), b"plain text" in inner.get("name")
+        (b'plain text', False)
     """
     from .encryption import EncryptedStore
 
@@ -77,14 +103,44 @@ def _open(url: str | Sequence[str | Store], options: dict[str, Any]) -> Store:
     return _open_one(StoreUrl(url, options))
 
 
+def open_place(url: str, *, recovers: bool = False, **options: Any) -> Place:
+    """The place that a URL names, to look after what is there: see `kvtc.store.place.Place`.
+
+    Parameters:
+        url, options: As of `open_store`, of one store that does not lie in the memory of a process.
+        recovers: Whether the place is made and cleaned up, as `open_store` does; otherwise opening it changes nothing.
+
+    Raises:
+        InvalidArgument: The URL is of tiers or of a process's memory, or is not understood.
+        MissingDependency, StoreUnavailable: As `open_store`; without `recovers` also where there is no such directory.
+    """
+    from .place import Place
+
+    parsed = StoreUrl(url, options)
+    if url.startswith(_TIERED):
+        raise InvalidArgument("the URL names several tiers; expected the URL of one of them")
+    store, keys = _opened(parsed)
+    if store.is_of_process:
+        raise InvalidArgument(f"{parsed}: its entries lie in the memory of the process that has put them there")
+    (store.recover if recovers else store.check_place)()
+    return Place(store, keys)
+
+
 def _open_one(url: StoreUrl) -> Store:
+    store, keys = _opened(url)
+    store.recover()
+    return encrypted(store, *keys) if keys else store
+
+
+def _opened(url: StoreUrl) -> tuple[FramedStore, list[bytes]]:
+    """A store as it was left, and the keys of its values, if they are encrypted."""
     if url.scheme not in _SCHEMES:
         raise InvalidArgument(f"store URL {str(url)!r}: expected a scheme of tiered, {', '.join(sorted(_SCHEMES))}")
     module, _, name = _SCHEMES[url.scheme].partition(":")
     keys = _take_keys(url)
     opener = getattr(importlib.import_module(module, __name__), name)
-    store: Store = opener(url)
-    return encrypted(store, *keys) if keys else store
+    store: FramedStore = opener(url)
+    return store, keys
 
 
 def _take_keys(url: StoreUrl) -> list[bytes]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from ..errors import InvalidArgument, MissingDependency, StoreFull
 from ..process.log_limits import log_once
 from .base import Names, Store, StoreStatistics, Value, check_value
+from .frame import ENCRYPTED_MAGIC, DamagedEntry, ForeignEntry
 
 try:
     from cryptography.exceptions import InvalidTag
@@ -35,7 +36,7 @@ try:
 except ImportError as error:
     raise MissingDependency('encrypted stores need the package cryptography; pip install "kvtc[encryption]"') from error
 
-MAGIC, VERSION = b"kvte", 1
+VERSION = 1
 KEY_BYTES, ID_BYTES, NONCE_BYTES, TAG_BYTES = 32, 8, 12, 16
 _HEADER = struct.Struct(f"<4sB3x{ID_BYTES}s")
 MAX_VALUE_BYTES = (1 << 31) - 1 - TAG_BYTES
@@ -125,30 +126,37 @@ class EncryptedStore(Store):
         self._inner.close()
 
     def _seal(self, name: str, value: Value) -> bytes:
-        header, nonce = _HEADER.pack(MAGIC, VERSION, self._current), os.urandom(NONCE_BYTES)
+        header, nonce = _HEADER.pack(ENCRYPTED_MAGIC, VERSION, self._current), os.urandom(NONCE_BYTES)
         content = memoryview(value).cast("B")
         return b"".join((header, nonce, self._ciphers[self._current].encrypt(nonce, content, header + name.encode())))
 
-    def _open(self, key: str, sealed: bytes) -> bytes | None:
+    def decrypted(self, name: str, sealed: bytes) -> bytes:
+        """The value of an entry by its name, of any namespace. Raises `ForeignEntry`, `DamagedEntry`."""
         view = memoryview(sealed)
         header, nonce, content = (
             view[: _HEADER.size],
             view[_HEADER.size :][:NONCE_BYTES],
             view[_HEADER.size + NONCE_BYTES :],
         )
-        if len(content) < TAG_BYTES or bytes(header[:8]) != _HEADER.pack(MAGIC, VERSION, b"")[:8]:
-            self._found_foreign(key, "it is not encrypted, or in a newer format")
-            return None
+        if len(content) < TAG_BYTES or bytes(header[:8]) != _HEADER.pack(ENCRYPTED_MAGIC, VERSION, b"")[:8]:
+            raise ForeignEntry("it is not encrypted, or in a newer format")
         cipher = self._ciphers.get(bytes(header[8:]))
         if cipher is None:
-            self._found_foreign(key, "it is encrypted with another key")
-            return None
+            raise ForeignEntry("it is encrypted with another key")
         try:
-            value: bytes = cipher.decrypt(bytes(nonce), content, bytes(header) + self._names.name(key).encode())
+            value: bytes = cipher.decrypt(bytes(nonce), content, bytes(header) + name.encode())
         except InvalidTag:
-            self._found_damaged(key, "its authentication tag does not fit", lambda: self._discard(key, sealed))
-            return None
+            raise DamagedEntry("its authentication tag does not fit") from None
         return value
+
+    def _open(self, key: str, sealed: bytes) -> bytes | None:
+        try:
+            return self.decrypted(self._names.name(key), sealed)
+        except ForeignEntry as error:
+            self._found_foreign(key, error)
+        except DamagedEntry as error:
+            self._found_damaged(key, error, lambda: self._discard(key, sealed))
+        return None
 
     def _discard(self, key: str, sealed: bytes) -> None:
         if self._inner.get(key) == sealed:

@@ -21,6 +21,8 @@ from .base import Value
 
 MAGIC = b"kvts"
 VERSION = 1
+ENCRYPTED_MAGIC = b"kvte"
+"""What an encrypted value inside of a frame begins with."""
 DIGEST_BYTES = 16
 _HEADER = struct.Struct(f"<4sB3xQ{DIGEST_BYTES}s")
 FRAME_BYTES = _HEADER.size + DIGEST_BYTES

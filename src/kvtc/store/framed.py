@@ -3,17 +3,48 @@ error means."""
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from ..errors import PROGRAM_ENDS, KvtcError, StoreError, StoreFull, StoreUnavailable
 from .base import Names, Store, Value, check_value
-from .frame import DamagedEntry, ForeignEntry, Frame, seal, unseal
+from .frame import DamagedEntry, ForeignEntry, Frame, Head, seal, unseal
 from .urls import StoreUrl
 
 T = TypeVar("T")
+MAX_SKEW_SECONDS = 60.0  # between clocks, from which on it is told as wrong
 PROBE_NAME = "kvtc-probe"  # of no entry; to ask whether a place answers
+
+
+class Listed(NamedTuple):
+    """An entry as its place lists it.
+
+    Parameters:
+        name: As of `Names`, of any namespace, or of no entry.
+        n_bytes: Of the frame.
+        used_at: When it was used last, or where the place does not know that, written: seconds since
+            the epoch. None: not known, and the first to be evicted.
+    """
+
+    name: str
+    n_bytes: int
+    used_at: float | None
+
+
+class Finding(NamedTuple):
+    """What an examination of a place found.
+
+    Parameters:
+        what: Was examined.
+        is_right: Whether nothing need be done about it.
+        told: The facts, in words.
+    """
+
+    what: str
+    is_right: bool
+    told: str
 
 
 class FramedStore(Store):
@@ -31,7 +62,7 @@ class FramedStore(Store):
 
     def __init__(self, url: StoreUrl) -> None:
         super().__init__()
-        self.namespace, self._entry_bytes = url.take_common()
+        self.namespace, self.entry_bytes = url.take_common()
         self._names = Names(self.namespace)
 
     # What a subclass provides. Each may raise whatever its place of storage does: `_attempt` makes
@@ -59,8 +90,43 @@ class FramedStore(Store):
         """Forget an entry if it still is this damaged frame, and not a sound one written since."""
 
     @abstractmethod
-    def _list(self) -> Iterator[str]:
-        """All names, those of other namespaces too."""
+    def _list(self) -> Iterator[Listed]:
+        """All entries, those of other namespaces too."""
+
+    budget_bytes: int | None = None
+    """The byte budget that the store keeps itself; None: it has none."""
+
+    @property
+    def filled_bytes(self) -> int | None:
+        """How much of the byte budget is in use right after an eviction; None: there is no budget."""
+        return self.budget_bytes
+
+    def cost(self, n_bytes: int) -> int:
+        """What a frame of so many bytes takes of a byte budget."""
+        return n_bytes
+
+    def recover(self) -> None:
+        """Make the place ready for use, and clean up after those that died there: when it is opened."""
+
+    def check_place(self) -> None:
+        """Raise `StoreUnavailable` where there is no such place; nothing is made."""
+
+    def diagnose(self) -> list[Finding]:
+        """What is right and wrong with the place, its entries apart; nothing is changed. Raises `StoreUnavailable`."""
+        began = time.monotonic()
+        self.contains(PROBE_NAME)
+        return [Finding("answers", True, f"within {time.monotonic() - began:.3f} seconds")]
+
+    def _look(self, name: str) -> Frame | None:
+        """As `_read` of one name, which does not count as a use where the place allows that."""
+        return self._read([name])[0]
+
+    def _heads(self, names: Sequence[str], n_bytes: int) -> list[bytes]:
+        """The first bytes of frames, as many as there are and n_bytes at most; b"" for a name without
+        an entry. Does not count as a use, as in `_look`."""
+        frames = (self._look(name) for name in names)
+        heads = (frame.head if isinstance(frame, Head) else frame or b"" for frame in frames)
+        return [head[:n_bytes] for head in heads]
 
     # The contract in terms of these.
 
@@ -92,13 +158,13 @@ class FramedStore(Store):
 
     def keys(self) -> Iterator[str]:
         self._check_open()
-        names = self._attempt(lambda: list(self._list()))
-        return (key for key in map(self._names.key, names) if key is not None)
+        found = self._attempt(lambda: list(self._list()))
+        return (key for one in found if (key := self._names.key(one.name)) is not None)
 
     def _seal(self, name: str, value: Value) -> bytes:
         n_bytes = memoryview(value).nbytes
-        if n_bytes > self._entry_bytes:
-            raise StoreFull(f"a value of {n_bytes} bytes; {self!r} takes up to {self._entry_bytes} (entry_bytes)")
+        if n_bytes > self.entry_bytes:
+            raise StoreFull(f"a value of {n_bytes} bytes; {self!r} takes up to {self.entry_bytes} (entry_bytes)")
         return seal(name, value)
 
     def _open_all(self, names: Sequence[str]) -> list[bytes | None]:
@@ -110,7 +176,7 @@ class FramedStore(Store):
         if frame is None:
             return None
         try:
-            return unseal(name, frame, self._entry_bytes)
+            return unseal(name, frame, self.entry_bytes)
         except ForeignEntry as error:
             self._found_foreign(name, error)
         except DamagedEntry as error:

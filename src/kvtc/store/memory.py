@@ -11,7 +11,7 @@ from ..errors import StoreFull
 from ..process.forks import in_child
 from .base import StoreStatistics
 from .frame import Frame
-from .framed import FramedStore
+from .framed import FramedStore, Listed
 from .urls import StoreUrl, parse_bytes
 
 DEFAULT_BYTES = 1 << 30
@@ -131,6 +131,6 @@ class MemoryStore(FramedStore):
             if held is not None and self._frame(held) == frame:
                 self._drop(name)
 
-    def _list(self) -> Iterator[str]:
+    def _list(self) -> Iterator[Listed]:
         with self._lock:
-            return iter(list(self._frames))
+            return iter([Listed(name, len(held), None) for name, held in self._frames.items()])

@@ -13,7 +13,7 @@ from ..errors import InvalidArgument, KvtcError, MissingDependency, StoreFull, S
 from ..process.forks import in_child
 from .bounded_calls import MAX_THREADS, BoundedCalls
 from .frame import FRAME_BYTES, Frame, Head
-from .framed import PROBE_NAME, FramedStore
+from .framed import PROBE_NAME, FramedStore, Listed
 from .redaction import SECRET_OPTIONS, Redactor, translated, user_info
 from .urls import StoreUrl, parse_seconds
 
@@ -129,14 +129,26 @@ class ObjectStore(FramedStore):
         if self._read([name]) == [frame]:  # the protocol has no surer way that every server knows
             self._remove(name)
 
-    def _list(self) -> Iterator[str]:
+    def _list(self) -> Iterator[Listed]:
         """Page by page. A name that obstore cannot parse, such as with an empty part, ends it with
         an error that shows the name."""
         (pages,) = self._run([lambda: iter(obstore.list(self._objects))])
         while page := self._run([lambda: next(pages, None)])[0]:
             for entry in page:
                 if entry["path"].endswith(SUFFIX):
-                    yield entry["path"].removesuffix(SUFFIX)
+                    name = entry["path"].removesuffix(SUFFIX)
+                    yield Listed(name, entry["size"], entry["last_modified"].timestamp())
+
+    def _heads(self, names: Sequence[str], n_bytes: int) -> list[bytes]:
+        return [
+            head for group in _groups(names) for head in self._run(partial(self._head, name, n_bytes) for name in group)
+        ]
+
+    def _head(self, name: str, n_bytes: int) -> bytes:
+        try:
+            return bytes(obstore.get_range(self._objects, name + SUFFIX, start=0, length=n_bytes))
+        except FileNotFoundError:
+            return b""
 
     def _get(self, name: str) -> Frame | None:
         try:
@@ -146,7 +158,7 @@ class ObjectStore(FramedStore):
                 raise
             return None
         size = found.meta["size"]
-        if size <= FRAME_BYTES + self._entry_bytes:
+        if size <= FRAME_BYTES + self.entry_bytes:
             return bytes(found.bytes())
         return Head(bytes(obstore.get_range(self._objects, name + SUFFIX, start=0, length=FRAME_BYTES)), size)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import InvalidArgument, KvtcError, MissingDependency, StoreFull, StoreUnavailable
 from ..process.forks import in_child
 from .bounded_calls import BoundedCalls
 from .frame import FRAME_BYTES, Frame, Head
-from .framed import PROBE_NAME, FramedStore
+from .framed import MAX_SKEW_SECONDS, PROBE_NAME, Finding, FramedStore, Listed
 from .redaction import SECRET_OPTIONS, Redactor, translated, user_info
 from .urls import StoreUrl, parse_seconds
 
@@ -127,14 +128,60 @@ class RedisStore(FramedStore):
         digest = hashlib.sha1(head, usedforsecurity=False).hexdigest()
         self._calls.run(lambda: self._client.eval(_DISCARD, 1, self._prefix + name, digest, size, len(head) - 1))
 
-    def _list(self) -> Iterator[str]:
-        cursor, seen = None, set()
+    def diagnose(self) -> list[Finding]:
+        found = super().diagnose()
+        memory = self._calls.run(lambda: self._client.info("memory"))
+        most, policy, used = (
+            memory.get("maxmemory", 0),
+            memory.get("maxmemory_policy", "?"),
+            memory.get("used_memory", 0),
+        )
+        keeps_all = policy == "noeviction" and self._ttl_milliseconds is None
+        wrong = "; it evicts nothing and the URL has no ttl" if keeps_all else "" if most else "; no limit is set"
+        told = f"{used:,} bytes in use, maxmemory {most:,}, maxmemory-policy {policy}{wrong}"
+        found.append(Finding("memory of the server", not wrong or self._ttl_milliseconds is not None, told))
+        seconds, microseconds = self._calls.run(lambda: self._client.time())
+        skew = seconds + microseconds / 1e6 - time.time()
+        return [
+            *found,
+            Finding("clock of the server", abs(skew) < MAX_SKEW_SECONDS, f"{skew:+.1f} seconds from this machine's"),
+        ]
+
+    def _list(self) -> Iterator[Listed]:
+        cursor, seen = None, set[bytes]()
         while cursor != 0:
             scan = partial(self._client.scan, cursor or 0, match=f"{self._prefix}*", count=1000)
             cursor, keys = self._calls.run(scan)
-            seen.update(keys)
-        # Keys of other programs may be any bytes; what is no text is no name.
-        return (key.decode("utf-8", "replace").removeprefix(self._prefix) for key in seen)
+            news = [key for key in keys if key not in seen]
+            seen.update(news)
+            for key, (size, idle) in zip(news, self._calls.run(partial(self._facts, news)), strict=True):
+                # Keys of other programs may be any bytes; what is no text is no name.
+                name = key.decode("utf-8", "replace").removeprefix(self._prefix)
+                if isinstance(size, int):  # a string
+                    yield Listed(name, size, time.time() - idle if isinstance(idle, int) else None)
+
+    def _facts(self, keys: Sequence[bytes]) -> list[tuple[Any, Any]]:
+        """Length and seconds without use of each key; errors where it is no string, or the server counts
+        uses in another way."""
+        with self._client.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.strlen(key)
+                pipeline.object("IDLETIME", key)
+            found = pipeline.execute(raise_on_error=False)
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def _heads(self, names: Sequence[str], n_bytes: int) -> list[bytes]:
+        return [
+            head
+            for start in range(0, len(names), BATCH_KEYS)
+            for head in self._calls.run(partial(self._get_ranges, names[start : start + BATCH_KEYS], n_bytes))
+        ]
+
+    def _get_ranges(self, names: Sequence[str], n_bytes: int) -> list[bytes]:
+        with self._client.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.getrange(self._prefix + name, 0, n_bytes - 1)
+            return [head if isinstance(head, bytes) else b"" for head in pipeline.execute(raise_on_error=False)]
 
     def _get(self, names: Sequence[str]) -> list[Frame | None]:
         """Lengths first, so that no value is read that is longer than allowed; MGET knows the
@@ -147,7 +194,7 @@ class RedisStore(FramedStore):
             for size in sizes:
                 if isinstance(size, redis.RedisError) and not str(size).startswith("WRONGTYPE"):  # no string: no entry
                     raise size
-            is_long = [isinstance(size, int) and size > FRAME_BYTES + self._entry_bytes for size in sizes]
+            is_long = [isinstance(size, int) and size > FRAME_BYTES + self.entry_bytes for size in sizes]
             pipeline.mget([key for key, long in zip(keys, is_long, strict=True) if not long] or [self._prefix])
             for key, long in zip(keys, is_long, strict=True):
                 if long:

@@ -33,11 +33,15 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Found(NamedTuple):
-    """An entry met on a scan."""
+    """An entry met on a scan. tick: its recency. n_bytes: of the file."""
 
     tick: int
-    size: int
+    n_bytes: int
     path: str
+
+    def recency(self, last_tick: int) -> int:
+        """Its recency as eviction sees it: 0 for one so far past the ledger's clock that this did not give it out."""
+        return self.tick if self.tick <= last_tick + FUTURE_NS else 0
 
 
 class Directory:
@@ -55,13 +59,13 @@ class Directory:
     def __init__(self, root: Path, sync: str, timeout: float, mode: int) -> None:
         self.root = root
         self._sync, self._mode = sync, mode
-        self._entries = root / "entries"
-        self._partial = root / "partial"
+        self.entries_root = root / "entries"
+        self.partial = root / "partial"
         self.ledger = Ledger(root / "ledger", timeout, mode)
 
     def create(self) -> None:
         """Make what is missing."""
-        for directory in (self.root, self._entries, self._partial):
+        for directory in (self.root, self.entries_root, self.partial):
             self._make(directory)
 
     def _make(self, directory: Path) -> None:
@@ -86,18 +90,24 @@ class Directory:
 
     def path(self, name: str) -> Path:
         shard = hashlib.blake2b(name.encode(), digest_size=1).hexdigest()
-        return self._entries / shard / (name + SUFFIX)
+        return self.entries_root / shard / (name + SUFFIX)
 
     def shards(self) -> list[str]:
         """Directories of entries."""
-        with suppress(FileNotFoundError), os.scandir(self._entries) as shards:
+        with suppress(FileNotFoundError), os.scandir(self.entries_root) as shards:
             return [shard.path for shard in shards if shard.is_dir(follow_symlinks=False)]
         return []
 
-    def entries(self, shard: str) -> list[os.DirEntry[str]]:
+    def entries(self, shard: str) -> list[Found]:
+        """The entries of one of them."""
+        found = []
         with suppress(FileNotFoundError), os.scandir(shard) as entries:
-            return [entry for entry in entries if entry.name.endswith(SUFFIX)]
-        return []
+            for entry in (entry for entry in entries if entry.name.endswith(SUFFIX)):
+                with suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        found.append(Found(status.st_mtime_ns, status.st_size, entry.path))
+        return found
 
     def load(self, name: str, tick: int | None, entry_bytes: int) -> Frame | None:
         """The file's bytes, or its head where it is longer than allowed or than it says; stamped
@@ -129,10 +139,21 @@ class Directory:
         finally:
             os.close(descriptor)
 
+    def head(self, name: str, n_bytes: int) -> bytes:
+        """The first bytes of a file, and not a use of it; b"" where there is none."""
+        try:
+            descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return b""
+        try:
+            return os.pread(descriptor, n_bytes, 0) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+        finally:
+            os.close(descriptor)
+
     def begin(self, size: int) -> tuple[int, Path]:
         """A new locked partial file of that length, so that a scan counts it in full. The ledger
         must be locked."""
-        path = self._partial / f"{secrets.token_hex(12)}.part"
+        path = self.partial / f"{secrets.token_hex(12)}.part"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptor = os.open(path, flags, self._mode)
         try:
@@ -169,7 +190,7 @@ class Directory:
 
     def remove(self, name: str) -> None:
         path = self.path(name)
-        if self._is_made(self._entries) and self._is_made(path.parent):
+        if self._is_made(self.entries_root) and self._is_made(path.parent):
             path.unlink(missing_ok=True)
 
     def discard(self, name: str, frame: Frame, entry_bytes: int) -> None:
@@ -184,15 +205,8 @@ class Directory:
         total = sum(
             self._living_partials()
         )  # first: a file that is finished meanwhile counts twice rather than not at all
-        found = []
-        for entry in (entry for shard in self.shards() for entry in self.entries(shard)):
-            with suppress(FileNotFoundError):
-                status = entry.stat(follow_symlinks=False)
-                if not stat.S_ISREG(status.st_mode):
-                    continue
-                found.append(Found(status.st_mtime_ns, blocks(status.st_size), entry.path))
-                total += found[-1].size
-        return total, found
+        found = [entry for shard in self.shards() for entry in self.entries(shard)]
+        return total + sum(blocks(entry.n_bytes) for entry in found), found
 
     def evict(self, held: LockedLedger, total: int, found: list[Found], target: int) -> tuple[int, int]:
         """Remove entries until at most `target` bytes are in use: those used longest ago, of equals
@@ -201,8 +215,8 @@ class Directory:
         Size does not weigh more, since what an entry saves grows with its size as well. Returns
         bytes in use and entries removed.
         """
-        newest = held.last_tick + FUTURE_NS
-        order = sorted(found, key=lambda entry: (entry.tick if entry.tick <= newest else 0, -entry.size))
+        last_tick = held.last_tick
+        order = sorted(found, key=lambda entry: (entry.recency(last_tick), -entry.n_bytes))
         n_removed = 0
         for entry in order:
             if total <= target:
@@ -210,7 +224,7 @@ class Directory:
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)  # noqa: PTH108  plain paths: there may be a million of them
                 n_removed += 1
-            total -= entry.size
+            total -= blocks(entry.n_bytes)
         return total, n_removed
 
     def clean(self) -> None:
@@ -219,8 +233,12 @@ class Directory:
             for _ in self._living_partials():
                 pass
 
+    def partial_files(self) -> list[Path]:
+        """Files that are being written, or were when their writers died."""
+        return list(self.partial.iterdir()) if self.partial.is_dir() else []
+
     def _living_partials(self) -> Iterator[int]:
-        for path in self._partial.iterdir() if self._partial.is_dir() else ():
+        for path in self.partial_files():
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             except OSError:  # finished meanwhile, another user's, or a link

@@ -10,12 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from ...errors import InvalidArgument, StoreError, StoreFull
+from ...errors import InvalidArgument, StoreError, StoreFull, StoreUnavailable
 from ..base import StoreStatistics
 from ..bounded_calls import BoundedCalls
 from ..frame import Frame
-from ..framed import PROBE_NAME, FramedStore
+from ..framed import PROBE_NAME, Finding, FramedStore, Listed
 from ..urls import StoreUrl, parse_bytes, parse_choice, parse_mode, parse_seconds
+from .diagnosis import diagnose
 from .directory import SUFFIX, Directory, blocks
 from .ledger import LockedLedger
 
@@ -46,7 +47,7 @@ class FileStore(FramedStore):
     def __init__(self, url: StoreUrl) -> None:
         if url.host or not url.path.startswith("/"):
             raise InvalidArgument(f"{url}: expected file:///absolute/path")
-        self._max_bytes: int | None = url.take("bytes", parse_bytes)
+        self.budget_bytes = url.take("bytes", parse_bytes)
         sync = url.take("sync", parse_choice(*SYNC), "none")
         timeout = url.take("timeout", parse_seconds, DEFAULT_SECONDS)
         mode = url.take("mode", parse_mode, DEFAULT_MODE)
@@ -56,7 +57,6 @@ class FileStore(FramedStore):
         # threads.
         self._reading = BoundedCalls(repr(self), timeout, self._probe_reading, self._directory.meaning)
         self._writing = BoundedCalls(repr(self), timeout, self._probe_writing, self._directory.meaning)
-        self._translated(lambda: self._writing.run(self._recover))
 
     def __repr__(self) -> str:
         return f"FileStore({str(self._directory.root)!r})"
@@ -78,12 +78,30 @@ class FileStore(FramedStore):
         with self._directory.ledger.locked():
             pass
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Clean up after the dead and count what is there; a store that can only be read stays as
         it is."""
+        self._translated(lambda: self._writing.run(self._recover))
+
+    @property
+    def filled_bytes(self) -> int | None:
+        return None if self.budget_bytes is None else int(FILLED_AFTER_EVICTION * self.budget_bytes)
+
+    def cost(self, n_bytes: int) -> int:
+        return blocks(n_bytes)
+
+    def check_place(self) -> None:
+        if not self._reading.run(self._directory.root.is_dir):
+            raise StoreUnavailable(f"file store {self._directory.root}: there is no such directory")
+
+    def diagnose(self) -> list[Finding]:
+        self.check_place()
+        return [*super().diagnose(), *self._reading.run(lambda: diagnose(self._directory, self.budget_bytes))]
+
+    def _recover(self) -> None:
         self._directory.create()
         try:
-            if self._max_bytes is None:
+            if self.budget_bytes is None:
                 self._directory.clean()
             else:
                 with self._directory.ledger.locked() as held:
@@ -105,7 +123,7 @@ class FileStore(FramedStore):
             ticks += reversed(self._directory.ledger.ticks(len(names)))
         batch = slice(start, start + BATCH_NAMES)
         return [
-            self._directory.load(name, tick, self._entry_bytes)
+            self._directory.load(name, tick, self.entry_bytes)
             for name, tick in zip(names[batch], ticks[batch], strict=True)
         ]
 
@@ -126,7 +144,7 @@ class FileStore(FramedStore):
         try:
             self._attempt_write(name, frame, tick)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self._max_bytes is None:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self.budget_bytes is None:
                 raise
             # The disk is smaller than the budget: make room as if the budget were.
             with self._directory.ledger.locked() as held:
@@ -139,7 +157,7 @@ class FileStore(FramedStore):
     def _attempt_write(self, name: str, frame: bytes, tick: int) -> None:
         size = blocks(len(frame))
         with self._directory.ledger.locked() as held:
-            if self._max_bytes is not None and (held.usage is None or held.usage + size > self._max_bytes):
+            if self.budget_bytes is not None and (held.usage is None or held.usage + size > self.budget_bytes):
                 self._make_room(held, size)
             if held.usage is not None:
                 # Taken back by a scan alone: whoever dies meanwhile leaves the count too high and
@@ -155,14 +173,14 @@ class FileStore(FramedStore):
 
     def _make_room(self, held: LockedLedger, size: int) -> None:
         """Count again, and evict where `size` more bytes exceed the budget."""
-        budget = self._max_bytes
+        budget = self.budget_bytes
         if budget is None:
             return
         if size > budget:
             raise StoreFull(f"an entry of {size} bytes on disk exceeds the byte budget of {budget} bytes of {self!r}")
         total, found = self._directory.scan()
         if total + size > budget:
-            target = min(budget - size, max(0, int(FILLED_AFTER_EVICTION * budget) - size))
+            target = min(budget - size, max(0, (self.filled_bytes or 0) - size))
             total, n_removed = self._directory.evict(held, total, found, target)
             self._counters.add(evictions=n_removed)
         held.usage = total
@@ -176,9 +194,24 @@ class FileStore(FramedStore):
         self._writing.run(lambda: self._directory.remove(name))
 
     def _discard(self, name: str, frame: Frame) -> None:
-        self._writing.run(lambda: self._directory.discard(name, frame, self._entry_bytes))
+        self._writing.run(lambda: self._directory.discard(name, frame, self.entry_bytes))
 
-    def _list(self) -> Iterator[str]:
+    def _list(self) -> Iterator[Listed]:
+        last_tick = self._reading.run(self._directory.ledger.read)[0]
         for shard in self._reading.run(self._directory.shards):
             for entry in self._reading.run(partial(self._directory.entries, shard)):
-                yield entry.name.removesuffix(SUFFIX)
+                recency = entry.tick if last_tick is None else entry.recency(last_tick)
+                name = os.path.basename(entry.path).removesuffix(SUFFIX)  # noqa: PTH119  there may be a million of them
+                yield Listed(name, entry.n_bytes, recency / 1e9 if recency else None)
+
+    def _look(self, name: str) -> Frame | None:
+        return self._reading.run(lambda: self._directory.load(name, None, self.entry_bytes))
+
+    def _heads(self, names: Sequence[str], n_bytes: int) -> list[bytes]:
+        heads: list[bytes] = []
+        for start in range(0, len(names), BATCH_NAMES):
+            heads += self._reading.run(partial(self._batch_heads, names[start : start + BATCH_NAMES], n_bytes))
+        return heads
+
+    def _batch_heads(self, names: Sequence[str], n_bytes: int) -> list[bytes]:
+        return [self._directory.head(name, n_bytes) for name in names]
