@@ -79,8 +79,8 @@ class Codec:
             "lz4" or "none". Exact tokens have a coder of their own, which "none" also leaves out.
         sink_format: "exact" (default) or "fp8".
         window_format: "exact" (default), or "coded": as the body, with a quarter of its step (`joint`, `conditional`).
-        states: how recurrent states are kept: "lossless" (default), or rounded to "int8" or "int6", a scale for every 128 numbers
-            after a Hadamard transform, also where tokens are lossless. States of convolutions are lossless in any case.
+        states: how recurrent states are kept: "lossless" (default), or rounded to "int8" or "int6" with a scale for each row, also
+            where tokens are lossless. States of convolutions are lossless in any case.
         fixed_size: whether all streams of tokens at the same positions have the same length, which `stream_bytes` tells: the step
             is as fine as fits, and the rest is padding (`joint`, `conditional`, with a ratio). Default False.
         chunk_tokens: tokens of a chunk, the unit of random access; default 256.
