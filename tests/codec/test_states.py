@@ -10,7 +10,6 @@ import torch
 import kvtc
 from kvtc.cli import main
 from kvtc.codec.codec import Codec
-from kvtc.codec.resume_points import decode_point, encode_point
 from kvtc.errors import InvalidArgument, InvalidCache
 from tests.codec.test_groups import CHUNK, lossless, same
 from tests.tiny_architectures import mixed_cache, mixed_calibration, random_ids, read, tiny_model
@@ -100,10 +99,10 @@ def test_resume_points_are_rounded():
     assert info.resume_points == (16, 32, 48, 60)
     assert [s.coder for s in info.sections if s.kind == "state" and s.group == 1] == ["int8"] * 4
     # A point by itself, as prefix caches keep it, has the same numbers.
-    found = decode_point(encode_point(points.taken[32], 32, codec.settings))
+    found = codec.decode_point(codec.encode_point(points.taken[32], 32))
     of_stream = codec.decode(stream, IDS[0, :32], tokens=32)
     assert torch.equal(found[1].sides[0][0], of_stream.layers[0].recurrent_states[0][0])
-    exact = decode_point(encode_point(points.taken[32], 32, lossless().settings))
+    exact = lossless().decode_point(lossless().encode_point(points.taken[32], 32))
     assert not torch.equal(found[1].sides[0][0], exact[1].sides[0][0])
 
 

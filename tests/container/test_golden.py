@@ -615,7 +615,7 @@ def coded_groups_by_the_page(data: bytes, calibration: Calibration) -> list[tupl
             assert coder == (7 if number else 0)
             one = calibration.groups[sum(entry[8] & 4 > 0 for entry in entries[1 : number + 1])]
             rows = joint_rows(part, n_rows, steps[kind - 4], places.tolist(), None, one)
-            sides = round_to(both_sides(rows, places, None, 1, heads, dim, one), dtype)
+            sides = np.stack(both_sides(rows, places, None, 1, heads, [dim, dim], one, dtype))
         elif coder == 4:
             plain = exact_floats(part, (2 * math.prod(shape), n_rows, dim), dtype)
             sides = numbers(plain, (2, *shape, n_rows, dim), dtype)
