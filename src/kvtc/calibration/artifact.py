@@ -158,6 +158,8 @@ class Calibration:
         ('paper', 'joint', 'conditional')
         >>> len(calibration.fingerprint), calibration.n_parameters > 1_000_000
         (16, True)
+        >>> [group.geometry.kind for group in calibration.groups]
+        ['full attention']
     """
 
     geometry: CacheGeometry
@@ -178,11 +180,34 @@ class Calibration:
         return CodedGroup(self.geometry, self.joint, self.importance), *self.further
 
     def geometry_of(self, number: int) -> CacheGeometry:
-        """Of the group of this number, the first of which is 0."""
+        """The geometry of a group.
+
+        Parameters:
+            number: of the group in `groups`; 0 is the first, which every calibration has.
+
+        Returns:
+            Its layers, heads and rotation.
+
+        Example:
+            >>> calibration.geometry_of(0) is calibration.geometry
+            True
+        """
         return self.further[number - 1].geometry if number else self.geometry
 
     def number_of(self, group: Group) -> int | None:
-        """Which of `groups` covers a group of a cache; None: none does."""
+        """Which of `groups` covers a group of a cache.
+
+        Parameters:
+            group: of a cache, or of a stream.
+
+        Returns:
+            Its number in `groups`; None: none covers it.
+
+        Example:
+            >>> from kvtc.container.stream import parse_stream
+            >>> calibration.number_of(parse_stream(stream).header.groups[0])
+            0
+        """
         return next((number for number, one in enumerate(self.groups) if covers(one.geometry, group)), None)
 
     @cached_property
