@@ -103,7 +103,7 @@ class CacheExtent:
 
     @property
     def layer_features(self) -> tuple[int, int]:
-        """Features of one token's keys over all heads of one layer, and of its values."""
+        """The same of one layer."""
         return self.n_kv_heads * self.key_dim, self.n_kv_heads * self.value_dim
 
     @property
@@ -112,17 +112,13 @@ class CacheExtent:
         return sum(self.side_features)
 
     def side_shapes(self, n_tokens: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-        """The shapes of keys and of values.
+        """Shapes [L, H, T, D] of keys and of values.
 
         Parameters:
-            n_tokens: tokens of the cache.
+            n_tokens: T.
 
         Returns:
-            [L, H, T, D] of keys, and of values.
-
-        Example:
-            >>> calibration.geometry.side_shapes(600)
-            ((12, 3, 600, 32), (12, 3, 600, 32))
+            The two shapes.
         """
         heads = self.n_layers, self.n_kv_heads, n_tokens
         return (*heads, self.key_dim), (*heads, self.value_dim)
@@ -140,25 +136,25 @@ class CacheGeometry(CacheExtent):
 
     Parameters:
         layers: numbers of the layers in the model, ascending.
-        first_kv_head: number of the first key-value head in the model; 0 unless a tensor-parallel worker holds
-            later ones.
+        first_kv_head: number of the first key-value head in the model; 0 unless a tensor-parallel worker holds later
+            ones.
         n_kv_heads: number of key-value heads.
         key_dim, value_dim: features of a head's key, and of its value.
         rope: the rotation of each layer.
-        is_window: whether its layers have sliding windows; otherwise they have full attention. Default False.
+        is_window: whether its layers have sliding windows; else they have full attention. Default False.
 
     Raises:
         InvalidArgument: there is no layer, head or feature, the layers do not ascend, a number is larger than a
-            stream can hold, or the rotation is of other layers or wider than a key.
+            stream can hold, or the rotation is of other layers or wider than a head.
 
     Example:
         >>> geometry = calibration.geometry
-        >>> geometry.kind, geometry.n_layers, geometry.n_kv_heads, geometry.dims
-        ('full attention', 12, 3, (32, 32))
-        >>> geometry.head_dim, geometry.sizes
-        (32, (12, 3, 32))
-        >>> geometry.side_features, geometry.layer_features, geometry.joint_features
-        ((1152, 1152), (96, 96), 2304)
+        >>> geometry.kind, geometry.sizes, geometry.n_layers, geometry.head_dim, geometry.dims
+        ('full attention', (12, 3, 32), 12, 32, (32, 32))
+        >>> geometry.layer_features, geometry.side_features, geometry.joint_features
+        ((96, 96), (1152, 1152), 2304)
+        >>> geometry.side_shapes(600)
+        ((12, 3, 600, 32), (12, 3, 600, 32))
         >>> geometry.describe() == geometry.extent.describe()
         True
     """

@@ -12,6 +12,7 @@ from kvtc.counts import COUNTERS, Counts
 from kvtc.engines.settings import EngineSettings
 from kvtc.engines.vllm.facts import engine_facts, layers_in_order, served_model
 from kvtc.errors import GeometryMismatch, InvalidArgument, UnsupportedLayout, UnsupportedModel
+from kvtc.metrics import COUNTER_METRICS
 from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 from tests.builders import (
@@ -459,7 +460,10 @@ def test_every_count_is_a_metric():
     with fake_vllm():
         from kvtc.engines.vllm import metrics as vllm_metrics
 
-        assert set(vllm_metrics.tier_metric_definitions()) == {f"vllm:kvtc_{name}" for name in COUNTERS}
+        names = set(vllm_metrics.tier_metric_definitions())
+        assert names == {f"vllm:{metric.name.removesuffix('_total')}" for metric in COUNTER_METRICS.values()}
+        assert len(names) == len(COUNTERS)
+        assert {"vllm:kvtc_tokens_loaded", "vllm:kvtc_read_bytes", "vllm:kvtc_original_bytes"} <= names
     with pytest.raises(KeyError, match="there is no counter chunks_lost"):
         Counts().add(chunks_lost=1)
 

@@ -365,7 +365,7 @@ def test_calibrate_holds_sequences_out_of_a_whole_model_alone(llama: Any, monkey
     measured: list[list[int]] = []
     usual = Sensitivity.capture
 
-    def capturing(self: Sensitivity, ids: Tensor) -> KVCache:
+    def capturing(self: Sensitivity, ids: Tensor) -> list[KVCache]:
         captured.append(int(ids[0]))
         return usual(self, ids)
 
@@ -389,7 +389,7 @@ def test_logits_of_the_text_that_is_only_read_are_not_computed(llama: Any) -> No
     computed: list[int] = []
     hook = llama.lm_head.register_forward_hook(lambda _module, _inputs, output: computed.append(output.shape[1]))
     try:
-        Sensitivity(llama, geometry_of(llama), sink_tokens=4).capture(torch.tensor(IDS))
+        Sensitivity(llama, [geometry_of(llama)], sink_tokens=4).capture(torch.tensor(IDS))
     finally:
         hook.remove()
     assert computed == [1, len(IDS) - int(READ_SHARE * len(IDS))]

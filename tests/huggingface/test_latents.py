@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +14,14 @@ import torch
 from torch import Tensor
 
 import kvtc
+from kvtc.cli import main
 from kvtc.coding.rope import Rope
 from kvtc.errors import InvalidArgument, UnsupportedModel
 from kvtc.huggingface.models import capture, geometry_of, verify_rope
 from kvtc.huggingface.rope_discovery import rotation_of
 from kvtc.huggingface.sensitivity import Sensitivity
 from kvtc.huggingface.support import supported
+from kvtc.store import open_store
 from tests.builders import relative_error
 from tests.tiny_architectures import random_ids, read, tiny_config, tiny_model
 
@@ -161,3 +166,30 @@ def test_keys_of_unknown_rotation_are_coded_as_they_are() -> None:
     assert relative_error(codec.decode(stream).layers[0].keys, cache.layers[0].keys) < 0.5
     with pytest.raises(InvalidArgument, match="rotation of these keys is not known"):
         codec.decode(stream, start_position=3)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32"])
+def test_prefixes_of_latents_are_found_and_read_on_from(name: str) -> None:
+    model, texts = tiny_model(name), [random_ids(1, 128, seed=seed)[0] for seed in range(1, 4)]
+    calibration = kvtc.calibrate(model, texts, profiles=("joint",), progress=False)
+    codec = kvtc.Codec(calibration, ratio=2, sink_tokens=4, window_tokens=16, chunk_tokens=32)
+    ids = random_ids(1, 120, seed=9)
+    logits, _ = read(model, ids)
+    with kvtc.PrefixCache(codec, open_store("memory:"), min_tokens=32) as prefixes:
+        prefixes.save(ids[0, :100], read(model, ids[:, :100])[1]).result()
+        restored, n_tokens = prefixes.load(ids[0])
+    assert n_tokens >= 96
+    after = read(model, ids[:, n_tokens:], restored)[0]
+    assert relative_error(after, logits[:, n_tokens:]) < 0.2
+
+
+def test_doctor_says_which_keys_are_coded_as_cached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(transformers.GPTJConfig(**GPTJ).to_dict()))
+    assert main(["doctor", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"at a rate +yes", out)
+    assert "keys are coded as cached: GPTJForCausalLM (gptj): has no *RotaryEmbedding module" in " ".join(out.split())
+    path.write_text(json.dumps(tiny_config("deepseek_v3").to_dict()))
+    assert main(["doctor", str(path)]) == 0
+    assert re.search(r"latent +keys and values +0\.\.3 +1 x 4 x 16 +160 +0 +codes it", capsys.readouterr().out)

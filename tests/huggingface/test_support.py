@@ -97,6 +97,7 @@ def test_the_page_shows_what_is_stored(stored):
     rows = stored["rows"]
     assert {name for name in NAMED if rows[name]["stopped_by"]} == set()
     assert sum(not row["stopped_by"] for row in rows.values()) >= 0.9 * len(rows)
+    assert sum(row["is_coded"] for row in rows.values()) >= 0.8 * len(rows)
 
 
 def test_what_is_stored_is_of_every_text_model_of_this_transformers(stored):

@@ -158,8 +158,11 @@ class Calibration:
         ('paper', 'joint', 'conditional')
         >>> len(calibration.fingerprint), calibration.n_parameters > 1_000_000
         (16, True)
-        >>> [group.geometry.kind for group in calibration.groups]
-        ['full attention']
+        >>> len(calibration.groups), calibration.geometry_of(0) == calibration.geometry
+        (1, True)
+        >>> from kvtc.container.stream import parse_stream
+        >>> calibration.number_of(parse_stream(stream).header.groups[0])
+        0
     """
 
     geometry: CacheGeometry
@@ -183,14 +186,10 @@ class Calibration:
         """The geometry of a group.
 
         Parameters:
-            number: of the group in `groups`; 0 is the first, which every calibration has.
+            number: of the group, 0 for the first.
 
         Returns:
-            Its layers, heads and rotation.
-
-        Example:
-            >>> calibration.geometry_of(0) is calibration.geometry
-            True
+            Its geometry.
         """
         return self.further[number - 1].geometry if number else self.geometry
 
@@ -198,15 +197,10 @@ class Calibration:
         """Which of `groups` covers a group of a cache.
 
         Parameters:
-            group: of a cache, or of a stream.
+            group: as the group table of a stream has it.
 
         Returns:
-            Its number in `groups`; None: none covers it.
-
-        Example:
-            >>> from kvtc.container.stream import parse_stream
-            >>> calibration.number_of(parse_stream(stream).header.groups[0])
-            0
+            Its number, 0 for the first; None: none covers it.
         """
         return next((number for number, one in enumerate(self.groups) if covers(one.geometry, group)), None)
 

@@ -320,11 +320,10 @@ class Codec:
 
     @property
     def covered(self) -> list[CacheGeometry]:
-        """The geometries of the groups that a cache must have: of those that are coded, or else of the first that the
-        calibration covers.
+        """Of the groups that a cache must have: those that are coded, or else the first that the calibration covers.
 
-            >>> codec.covered == [calibration.geometry]
-            True
+        >>> codec.covered == [codec.geometry]
+        True
         """
         if self.calibration is None:
             return []
@@ -841,14 +840,14 @@ class Codec:
 
     @neutral_torch_state
     def encode_point(self, exact: Sequence[ExactGroup], n_tokens: int) -> bytes:
-        """Windows and states as they were at a resume point, as a stream of these groups alone.
+        """Windows and states as they were after some tokens, as a stream of these groups alone.
 
         Parameters:
             exact: the groups.
-            n_tokens: tokens that the cache had read; at least 1.
+            n_tokens: tokens that had been read.
 
         Returns:
-            The stream.
+            The stream, for `decode_point`.
 
         Example:
             >>> from kvtc.codec.exact_groups import ExactGroup
@@ -875,8 +874,7 @@ class Codec:
             The groups.
 
         Raises:
-            CorruptStream: the stream is damaged, or holds other groups than windows and states. All others as in
-                `decode`.
+            CorruptStream, CalibrationMismatch: As `decode`.
         """
         stream = parse_stream(data)
         if stream.header.coded is not None or not stream.n_tokens:

@@ -94,6 +94,8 @@ class PrefixCache:
         >>> restored, n_tokens = prefixes.load(prompt)
         >>> n_tokens, prefixes.statistics["hits"]
         (600, 1)
+        >>> len(prefixes.portable(token_ids))
+        3
         >>> prefixes.close()
     """
 
