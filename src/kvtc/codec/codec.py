@@ -848,6 +848,15 @@ class Codec:
 
         Returns:
             The stream, for `decode_point`.
+
+        Example:
+            >>> from kvtc.codec.exact_groups import ExactGroup
+            >>> from kvtc.container.groups import STATE, Group, Part
+            >>> state = torch.arange(6.0).reshape(1, 2, 3)
+            >>> group = Group(STATE, Part.RECURRENT_STATE, state.dtype, layers=(0,), shape=(1, 2, 3), has_run=True)
+            >>> point = codec.encode_point([ExactGroup(group, [(state,)])], n_tokens=512)
+            >>> torch.equal(codec.decode_point(point)[0].sides[0][0], state)
+            True
         """
         held = max((one.group.rows_held(n_tokens) for one in exact if one.group.kind == WINDOW), default=0)
         start = (n_tokens - max(held, 1)) // self.settings.chunk_tokens * self.settings.chunk_tokens
