@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration, KindCalibration
+from kvtc.calibration.artifact import CodedGroup
 from kvtc.calibration.conditional_calibration import ConditionalCalibration
 from kvtc.calibration.fit import FitOptions, fit
 from kvtc.calibration.gradients import GradientSample
@@ -29,6 +30,7 @@ from kvtc.calibration.rows import CalibrationRows
 from kvtc.codec.codec import Codec
 from kvtc.codec.inspection import inspect
 from kvtc.coding.joint.basis import JointBasis
+from kvtc.coding.joint.blocks import HeadBlocks
 from kvtc.coding.joint.importance import Importance
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.joint.probability import ProbabilityTables
@@ -58,25 +60,53 @@ CHUNKS_AT = HEADER_BYTES + GROUP_BYTES + RUN_BYTES
 def tiny_geometry() -> CacheGeometry:
     """3 layers, 2 key-value heads, head_dim 8, half-split rotation in every layer: p = 48."""
     table = RopeTable(tuple((10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)).tolist()))
-    return CacheGeometry(tuple(range(N_LAYERS)), 0, N_HEADS, HEAD_DIM, Rope((table,), (0,) * N_LAYERS))
+    return CacheGeometry(tuple(range(N_LAYERS)), 0, N_HEADS, HEAD_DIM, HEAD_DIM, Rope((table,), (0,) * N_LAYERS))
 
 
-def random_cache(n: int, dtype: torch.dtype = torch.float32, seed: int = 0, first_position: int = 0) -> KVCache:
+def random_cache(
+    n: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    first_position: int = 0,
+    geometry: CacheGeometry | None = None,
+) -> KVCache:
     """A cache of `n` tokens with a few strong directions and a little noise, as real ones have."""
-    geometry = tiny_geometry()
+    geometry = geometry or tiny_geometry()
     mixing = torch.Generator().manual_seed(7)
     drawn = torch.Generator().manual_seed(1000 + seed)
     sides = []
-    for _ in ("keys", "values"):
-        directions = torch.randn(LATENT, geometry.row_features, generator=mixing)
+    for features in geometry.side_features:
+        directions = torch.randn(LATENT, features, generator=mixing)
         strength = 0.6 ** torch.arange(LATENT)
-        offset = torch.randn(geometry.row_features, generator=mixing)
+        offset = torch.randn(features, generator=mixing)
         rows = (torch.randn(n, LATENT, generator=drawn) * strength) @ directions + offset
-        rows += 0.02 * torch.randn(n, geometry.row_features, generator=drawn)
+        rows += 0.02 * torch.randn(n, features, generator=drawn)
         sides.append(cache_side_of(rows, geometry.n_layers, geometry.n_kv_heads))
     positions = torch.arange(first_position, first_position + n)
     keys = geometry.rope.rotate(sides[0], positions, first_position + n)
     return KVCache(keys.to(dtype), sides[1].to(dtype, copy=True).contiguous(), positions if first_position else None)
+
+
+def two_widths(name: str) -> CacheGeometry:
+    """3 layers: "wide keys" has 2 heads with keys of 12 features, 8 of them rotated, and values of 4; "latent" latents of 16
+    features with rotary parts of 4."""
+    heads, key_dim, value_dim, rotated = {"wide keys": (2, 12, 4, 8), "latent": (1, 4, 16, 4)}[name]
+    table = RopeTable(tuple((10000.0 ** (-torch.arange(0, rotated, 2) / rotated)).tolist()))
+    return CacheGeometry(tuple(range(N_LAYERS)), 0, heads, key_dim, value_dim, Rope((table,), (0,) * N_LAYERS))
+
+
+@remember
+def two_widths_calibration(name: str) -> Calibration:
+    """Of `random_cache` with a geometry of `two_widths`, for `paper` and `joint`; the joint basis leaves much to the remainder."""
+    geometry, generator = two_widths(name), torch.Generator().manual_seed(43)
+    gradients = torch.randn(128, geometry.joint_features, generator=generator)
+    gradients *= 10 ** torch.rand(geometry.joint_features, generator=generator)
+    sizes = gradients.norm(dim=1)
+    rows = torch.randn(gradients.shape, generator=generator).half()
+    directions = (gradients / sizes[:, None]).half()
+    sample = GradientSample(rows, directions, sizes, geometry.n_layers * geometry.n_kv_heads, geometry.dims)
+    caches = (random_cache(200, seed=20_000 + index, geometry=geometry) for index in range(4))
+    return fit_caches(geometry, caches, sink_tokens=SINK_TOKENS, sample=sample, joint_rank=12)
 
 
 def fit_caches(
@@ -158,19 +188,17 @@ def told_model() -> ToldModel:
 @remember
 @neutral_torch_state
 def told_mixing() -> Tensor:
-    """[TOLD_WIDTH, 2 p]: what a hidden state says of the rows."""
+    """[TOLD_WIDTH, P]: what a hidden state says of the rows."""
     return torch.randn(
-        TOLD_WIDTH, 2 * tiny_geometry().row_features, dtype=torch.float32, generator=torch.Generator().manual_seed(17)
+        TOLD_WIDTH, tiny_geometry().joint_features, dtype=torch.float32, generator=torch.Generator().manual_seed(17)
     )
 
 
 @remember
 @neutral_torch_state
 def told_offset() -> Tensor:
-    """[2 p]: the mean row."""
-    return torch.randn(
-        2 * tiny_geometry().row_features, dtype=torch.float32, generator=torch.Generator().manual_seed(18)
-    )
+    """[P]: the mean row."""
+    return torch.randn(tiny_geometry().joint_features, dtype=torch.float32, generator=torch.Generator().manual_seed(18))
 
 
 def told_ids(n: int, seed: int = 0) -> Tensor:
@@ -181,13 +209,13 @@ def told_ids(n: int, seed: int = 0) -> Tensor:
 def told_cache(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> KVCache:
     """A cache of `told_model`: its first layer follows from token ids, the others from the hidden state and latent noise."""
     geometry, places = tiny_geometry(), torch.arange(n)
-    features = 2 * geometry.row_features
+    features = geometry.joint_features
     drawn = torch.randn(4096, LATENT, generator=torch.Generator().manual_seed(2000 + seed))[:n]
     mixing = torch.randn(LATENT, features, generator=torch.Generator().manual_seed(19))
     noise = (drawn * 0.7 ** torch.arange(LATENT)) @ mixing
     noise += 0.02 * torch.randn(4096, features, generator=torch.Generator().manual_seed(3000 + seed))[:n]
     for side in noise.chunk(2, dim=1):
-        side[:, : geometry.row_features // N_LAYERS] = 0
+        side[:, : N_HEADS * HEAD_DIM] = 0
     hidden = told_model().run(told_ids(n, seed).numpy()).hidden if n else torch.zeros(0, TOLD_WIDTH)
     rows = product(hidden, told_mixing()) + told_offset() + noise
     keys, values = (cache_side_of(side, geometry.n_layers, geometry.n_kv_heads) for side in rows.chunk(2, dim=1))
@@ -213,7 +241,7 @@ def tiny_gradients(n: int = 512) -> GradientSample:
     gradients = (drawn @ roots.mT).transpose(0, 1).reshape(n, -1)
     sizes = gradients.norm(dim=1)
     rows = torch.randn(gradients.shape, generator=generator).half()
-    return GradientSample(rows, (gradients / sizes[:, None]).half(), sizes, HEAD_DIM)
+    return GradientSample(rows, (gradients / sizes[:, None]).half(), sizes, N_LAYERS * N_HEADS, (HEAD_DIM, HEAD_DIM))
 
 
 @remember
@@ -358,7 +386,7 @@ def golden_calibration() -> Calibration:
     1 layer, 1 head of 8 features without rotation; the bases permute the features. The tables of distortion leave one sensible
     choice: keys as 4 coefficients of int4, one dropped, 2 of fp8, one dropped; values as two groups of 4 in int2.
     """
-    geometry = CacheGeometry((0,), 0, 1, 8, Rope((), (NO_ROTATION,)))
+    geometry = CacheGeometry((0,), 0, 1, 8, 8, Rope((), (NO_ROTATION,)))
     order = torch.tensor([3, 1, 4, 0, 5, 2, 6, 7])
     key_vectors, value_vectors = torch.eye(8)[:, order].half(), -torch.eye(8).half()
     key_mean, value_mean = torch.arange(8) * 0.25 - 1, torch.arange(8) * -0.5
@@ -474,13 +502,13 @@ def golden_joint_calibration() -> Calibration:
     vectors = torch.zeros(16, 4, dtype=torch.int8)
     for column, (feature, sign) in enumerate([(1, 1), (8, -1), (6, 1), (11, 1)]):
         vectors[feature, column] = (64 if feature < 8 else 32) * sign
-    turns = torch.stack([torch.eye(8), -torch.eye(8)]).half()
+    turns = HeadBlocks(torch.eye(8)[None].half(), -torch.eye(8)[None].half())
     varying = [0, 1, 4 + 2, 2, 3, 4 + 8 + 2]
     order = torch.tensor(varying + [place for place in range(20) if place not in varying]).int()
     basis = JointBasis(
         torch.arange(16) * 0.25 - 2, vectors, torch.tensor([[1 / 64], [1 / 32]]).half().expand(2, 4), turns, order
     )
-    metric = Metric.from_roots(torch.stack([2 * torch.eye(8), torch.eye(8) / 2]))
+    metric = Metric.from_roots(HeadBlocks(2 * torch.eye(8)[None], torch.eye(8)[None] / 2))
     offsets = np.full((4, 27, 2), [0.125, 0.0625], np.float32)
     tables = ProbabilityTables(golden_frequencies(), offsets)
     steps, bits = 2.0 ** np.arange(3, -5, -1), np.arange(8) * 4.0 + 2
@@ -488,6 +516,43 @@ def golden_joint_calibration() -> Calibration:
     importance = Importance(torch.tensor([0.0, -2.0] + 14 * [0.0] + [0.75]))
     joint = JointCalibration(basis, metric, model)
     return Calibration(plain.geometry, plain.key, plain.value, joint=joint, importance=importance)
+
+
+def golden_windows_calibration() -> Calibration:
+    """`golden_joint_calibration` with a window of the same shape in layer 1, whose metric is 1 and whose tokens have one step."""
+    first = golden_joint_calibration()
+    geometry = replace(first.geometry, layers=(1,), is_window=True)
+    joint = replace(first.joint, metric=Metric.from_roots(HeadBlocks(torch.eye(8)[None], torch.eye(8)[None])))
+    return replace(first, further=(CodedGroup(geometry, joint, None),))
+
+
+def golden_latent_codec() -> Codec:
+    """As `golden_joint_codec`, of a latent of 6 features and a rotary part of 2: together they are as wide as a key is there.
+
+    The vectors pick rotary feature 1 and latent features 0, 3 and 4; of the remainder rotary feature 0 and latent feature 2 vary.
+    """
+    joint = golden_joint_calibration().joint
+    vectors = torch.zeros(8, 4, dtype=torch.int8)
+    for column, (feature, sign) in enumerate([(1, 1), (2, -1), (5, 1), (6, 1)]):
+        vectors[feature, column] = (64 if feature < 2 else 32) * sign
+    turns = HeadBlocks(torch.eye(2)[None].half(), -torch.eye(6)[None].half())
+    varying = [0, 1, 4, 2, 3, 4 + 2 + 2]
+    order = torch.tensor(varying + [place for place in range(12) if place not in varying]).int()
+    scales = torch.tensor([[1 / 64], [1 / 32]]).half().expand(2, 4)
+    basis = JointBasis(torch.arange(8) * 0.25 - 2, vectors, scales, turns, order)
+    metric = Metric.from_roots(HeadBlocks(2 * torch.eye(2)[None], torch.eye(6)[None] / 2))
+    deviations = np.array([4, 2, 1, 1, 0.5, 0.25] + 6 * [0], np.float32)
+    importance = Importance(torch.tensor([0.0, -2.0] + 6 * [0.0] + [0.75]))
+    geometry = CacheGeometry((0,), 0, 1, 2, 6, Rope((), (NO_ROTATION,)))
+    joint = JointCalibration(basis, metric, replace(joint.coefficients, deviations=deviations))
+    calibration = Calibration(geometry, None, None, joint=joint, importance=importance)
+    return Codec(calibration, step=0.125, sink_tokens=1, window_tokens=1, chunk_tokens=4, coder="none")
+
+
+def golden_latent_cache() -> KVCache:
+    """The keys of `golden_cache`, the first two features of which are the rotary part."""
+    cache = golden_cache()
+    return KVCache(cache.keys[..., :2], cache.keys[..., 2:], cache.positions)
 
 
 class GoldenModel(Recomputation):
@@ -513,17 +578,17 @@ def golden_conditional_calibration() -> Calibration:
     plain, joint = golden_calibration(), golden_joint_calibration().joint
     vectors = torch.zeros(8, 2, dtype=torch.int8)
     vectors[1, 0], vectors[6, 1] = 64, -32
-    turns = torch.eye(4).expand(2, 4, 4).half()
+    turns = HeadBlocks(torch.eye(4)[None].half(), torch.eye(4)[None].half())
     order = torch.arange(10).int()
     basis = JointBasis(
         torch.arange(8) * 0.25 - 1, vectors, torch.tensor([[1 / 64], [1 / 32]]).half().expand(2, 2), turns, order
     )
-    metric = Metric.from_roots(torch.stack([2 * torch.eye(4), torch.eye(4) / 2]))
+    metric = Metric.from_roots(HeadBlocks(2 * torch.eye(4)[None], torch.eye(4)[None] / 2))
     model = replace(joint.coefficients, deviations=np.array([4, 2] + 8 * [0], np.float32))
     weights = ((torch.arange(40).reshape(5, 8) % 7 - 3) / 8).half()
     left = JointCalibration(basis, metric, model)
     conditional = ConditionalCalibration(1, GoldenModel().identity, weights, torch.full((1, 2), 0.5), left)
-    geometry = CacheGeometry((0, 1), 0, 1, 4, Rope((), (NO_ROTATION, NO_ROTATION)))
+    geometry = CacheGeometry((0, 1), 0, 1, 4, 4, Rope((), (NO_ROTATION, NO_ROTATION)))
     return Calibration(geometry, plain.key, plain.value, conditional=conditional)
 
 
@@ -537,8 +602,10 @@ def golden_conditional_cache() -> KVCache:
 
 
 def golden_joint_codec(profile: str, **options: object) -> Codec:
-    """As `golden_codec`; the step is an eighth, so that some values escape."""
+    """As `golden_codec`; the step is an eighth, so that some values escape. profile: or "windows", of `joint`."""
     defaults = {"step": 0.125, "sink_tokens": 1, "window_tokens": 1, "chunk_tokens": 4, "coder": "none"}
+    if profile == "windows":
+        return Codec(golden_windows_calibration(), **(defaults | options))
     calibration = golden_joint_calibration() if profile == "joint" else golden_conditional_calibration()
     return Codec(calibration, profile, model=GoldenModel(), **(defaults | options))
 

@@ -135,7 +135,7 @@ def states_alone(calibration: Calibration, n_tokens: int = 32768) -> bytes:
 
 def exact_zeros(calibration: Calibration, n_tokens: int, coder: str = "deflate") -> bytes:
     """Window tokens that are all zero, in a few bytes a block."""
-    raw_bytes = 4 * calibration.geometry.row_features * n_tokens
+    raw_bytes = 2 * calibration.geometry.joint_features * n_tokens
     window = SectionType.WINDOW, coder, zeros(raw_bytes, coder), raw_bytes
     rate = one_coefficient()
     return whole_stream(

@@ -34,10 +34,9 @@ import kvtc
 from kvtc.cache import CACHE_DTYPES, KVCache
 from kvtc.codec.codec import Codec
 from kvtc.codec.opened_stream import positions_of
-from kvtc.codec.resume_points import decode_point, encode_point
-from kvtc.coding.lossless import CODER_IDS, compress
+from kvtc.coding.lossless import CODER_IDS, PROFILE, compress
 from kvtc.container.stream import Stream, parse_stream
-from kvtc.container.tables import LOSSLESS, SectionType
+from kvtc.container.tables import LOSSLESS, REGIONS, SectionType
 from kvtc.errors import KvtcError
 from kvtc.profiles.rates import Truncation
 
@@ -56,6 +55,8 @@ from .builders import (
     golden_codec,
     golden_conditional_cache,
     golden_joint_codec,
+    golden_latent_cache,
+    golden_latent_codec,
     groups_end,
     joint_calibration,
     joint_codec,
@@ -69,7 +70,7 @@ from .builders import (
     told_ids,
     with_section,
 )
-from .tiny_architectures import mixed_cache, mixed_calibration, random_ids, tiny_model
+from .tiny_architectures import mixed_cache, mixed_calibration, random_ids, tiny_model, windowed_calibration
 
 # What one input may take: so much, and so much more for each of its bytes. Time is the processor's; memory is what is resident.
 SECONDS, SECONDS_A_BYTE = 2.0, 4e-6
@@ -100,7 +101,7 @@ class Target:
     """A valid stream, its parts for mutations that know them, and the codec that decodes it.
 
     final: the sections that no lossless coder may be applied to. token_ids: those without which it does not decode.
-    is_point: whether it is a resume point alone, which no codec decodes.
+    is_point: whether it is a resume point alone.
     """
 
     codec: Codec
@@ -112,9 +113,9 @@ class Target:
     is_point: bool = False
 
     def decode(self, data: bytes, **arguments: Any) -> Any:
-        """`Codec.decode`, with token ids where they are needed, or `decode_point`."""
+        """`Codec.decode`, with token ids where they are needed, or `Codec.decode_point`."""
         if self.is_point:
-            return decode_point(data)
+            return self.codec.decode_point(data)
         return self.codec.decode(data, **({"token_ids": self.token_ids} | arguments))
 
 
@@ -133,6 +134,7 @@ def make_targets() -> list[Target]:
     for codec, cache, ids in (
         (golden_joint_codec("joint"), golden_cache(), GOLDEN_TOKEN_IDS),
         (golden_joint_codec("conditional"), golden_conditional_cache(), GOLDEN_TOKEN_IDS),
+        (golden_latent_codec(), golden_latent_cache(), GOLDEN_TOKEN_IDS),
         (joint_codec("joint", step=0.05, chunk_tokens=64), told_cache(45), None),
         (joint_codec("joint", step=20.0), *told_gappy_cache(20)),
         # Tokens enough for a second lane of the coder.
@@ -171,11 +173,20 @@ def make_targets() -> list[Target]:
         codec = Codec(lossless=True, chunk_tokens=8, coder="none" if name == "gemma3_text" else "deflate")
         made.append((codec, codec.encode(model_cache, ids), None))
         made.append((codec, codec.encode(model_cache, ids, points=points), None))
+        rounding = Codec(lossless=True, chunk_tokens=8, states="int8" if name == "mamba2" else "int6")
+        made.append((rounding, rounding.encode(model_cache, ids, points=points), None))
         if points.taken[16]:
-            of_points.append(encode_point(points.taken[16], 16, codec.settings))
+            of_points.append(codec.encode_point(points.taken[16], 16))
             made.append((codec, of_points[-1], None))
     calibrated = Codec(mixed_calibration(), ratio=3, sink_tokens=1, window_tokens=1, chunk_tokens=16)
     made.append((calibrated, calibrated.encode(mixed_cache(30)), None))
+    for options in ({"window_format": "coded"}, {"sink_tokens": 6, "sink_format": "fp8"}):
+        windowed = Codec(windowed_calibration(), **({"step": 0.1, "window_tokens": 2, "chunk_tokens": 8} | options))
+        points = kvtc.ResumePoints(8)
+        points.take(mixed_cache(8, part_of=21))
+        made.append((windowed, windowed.encode(mixed_cache(21), points=points), None))
+        of_points.append(windowed.encode_point(points.taken[8], 8))
+        made.append((windowed, of_points[-1], None))
     targets = []
     for whole, stream, needed in made:
         codec = copy(whole)
@@ -185,7 +196,9 @@ def make_targets() -> list[Target]:
         is_final = parsed.header.profile not in ("paper", LOSSLESS)
         finished = {SectionType.BODY, SectionType.PADDING} if is_final else set()
         finished |= {SectionType.WINDOW} if any(chunk.coded_window for chunk in parsed.chunks) else set()
-        final = frozenset(i for i, s in enumerate(parsed.sections) if s.type in finished and not s.group)
+        final = frozenset(
+            i for i, s in enumerate(parsed.sections) if (s.type in finished and not s.group) or s.coder == PROFILE
+        )
         targets.append(Target(codec, stream, raw, final, parsed.n_tokens, needed, stream in of_points))
     return targets
 
@@ -193,9 +206,10 @@ def make_targets() -> list[Target]:
 def raw_section(stream: Stream, number: int) -> bytes:
     """What a section holds, before lossless coding."""
     section = stream.sections[number]
-    if section.group not in stream.header.exact or section.type not in (SectionType.BODY, SectionType.STATE):
+    if section.group not in stream.header.others or section.type not in (*REGIONS, SectionType.STATE):
         return stream.read(section.type, section.chunk, section.raw_bytes)
-    return stream.read_group(section.group, section.chunk, section.chunk + 1)[0]
+    found = stream.read_group(section.group, section.chunk, section.chunk + 1)
+    return next(data for one, data in found if one.type is section.type)
 
 
 def draw_of(seed: int, number: int) -> random.Random:
@@ -364,6 +378,9 @@ def replace_section(draw: random.Random, target: Target) -> bytearray:
     if stored and draw.random() < 0.3:
         stored[draw.randrange(len(stored))] ^= 1 << draw.randrange(8)
     claimed = len(raw) if is_final or draw.random() < 0.5 else len(target.raw_sections[number])
+    if is_final and parse_stream(target.stream).sections[number].coder == PROFILE:
+        # What it claims are its rows.
+        return bytearray(with_section(target.stream, number, bytes(stored)))
     return bytearray(with_section(target.stream, number, bytes(stored), CODER_IDS[coder], claimed))
 
 
@@ -424,7 +441,7 @@ def try_to_decode(draw: random.Random, target: Target, data: bytes) -> None:
     parts = kvtc.split_stream(data)
     assert not parts or kvtc.join_streams(parts) == data, "split and joined, the stream is another one"
     with suppress(KvtcError):
-        decode_point(data)
+        target.codec.decode_point(data)
     decoded = target.decode(data, **arguments)
     if isinstance(decoded, KVCache):
         assert decoded.n_tokens == arguments.get("tokens", info.n_tokens)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache as remember
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration
+from kvtc.calibration.fit import fit
+from kvtc.calibration.gradients import GradientSample
+from kvtc.calibration.rows import CalibrationRows
+from kvtc.coding.rope import Rope, RopeTable
 
-from .builders import random_cache, tiny_calibration
+from .builders import SINK_TOKENS, random_cache, tiny_calibration, tiny_geometry, tiny_gradients
 
 WINDOW = 16
 """Of every sliding window and every attention chunk."""
 VOCABULARY = 64
-MIXED_LAYERS = (0, 2, 5)
-"""Those of full attention in `mixed_cache`."""
+MIXED_LAYERS, MIXED_WINDOWS = (0, 2, 5), (1, 4)
+"""Those of full attention in `mixed_cache`, and those with windows."""
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -153,6 +159,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "deepseek_v32": _INDEXED,
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _INDEXED | {"qk_head_dim": 12},
+    "minicpm3": _LATENT,
     "kimi_linear": _LATENT
     | {
         "q_lora_rank": None,
@@ -218,17 +225,22 @@ def read(model: Any, ids: Tensor, cache: Any = None, **arguments: Any) -> tuple[
     return output.logits, output[name]
 
 
-def mixed_cache(n: int = 50, seed: int = 0) -> Any:
-    """A transformers cache of n tokens: layers 0, 2 and 5 as `mixed_calibration` has them, two windows and a state between."""
+def mixed_cache(n: int = 50, seed: int = 0, part_of: int | None = None) -> Any:
+    """A transformers cache of n tokens: layers 0, 2 and 5 as `mixed_calibration` has them, two windows and a state between.
+
+    part_of: tokens of the text that these are the first of.
+    """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-    neutral, cache = random_cache(n, seed=seed), DynamicCache()
+    drawn_tokens = n if part_of is None else part_of
+    neutral, cache = random_cache(drawn_tokens, seed=seed), DynamicCache()
     drawn = torch.Generator().manual_seed(seed)
     for layer in range(6):
         if layer in (1, 4):
             window = DynamicSlidingWindowLayer(sliding_window=8)
-            window.update(torch.randn(1, 2, n, 4, generator=drawn), torch.randn(1, 2, n, 4, generator=drawn))
+            sides = (torch.randn(1, 2, drawn_tokens, 4, generator=drawn)[:, :, :n] for _ in range(2))
+            window.update(*sides)
             cache.layers.append(window)
         elif layer == 3:
             state = LinearAttentionLayer()
@@ -237,7 +249,7 @@ def mixed_cache(n: int = 50, seed: int = 0) -> Any:
             cache.layers.append(state)
         else:
             at, full = MIXED_LAYERS.index(layer), DynamicLayer()
-            full.update(neutral.keys[None, at], neutral.values[None, at])
+            full.update(neutral.keys[None, at, :, :n], neutral.values[None, at, :, :n])
             cache.layers.append(full)
     return cache
 
@@ -246,3 +258,25 @@ def mixed_calibration() -> Calibration:
     """The tiny calibration, of layers 0, 2 and 5."""
     calibration = tiny_calibration()
     return replace(calibration, geometry=replace(calibration.geometry, layers=MIXED_LAYERS))
+
+
+@remember
+def windowed_calibration() -> Calibration:
+    """For `joint`: of layers 0, 2 and 5, and of the windows of layers 1 and 4, which it codes, too."""
+    table = RopeTable((1.0, 0.01))
+    windows = CacheGeometry(MIXED_WINDOWS, 0, 2, 4, 4, Rope((table,), (0, 0)), is_window=True)
+    rows = [
+        CalibrationRows(geometry, sink_tokens=SINK_TOKENS)
+        for geometry in (replace(tiny_geometry(), layers=MIXED_LAYERS), windows)
+    ]
+    drawn = torch.Generator().manual_seed(5)
+    for seed in range(6):
+        rows[0].add(replace(random_cache(200, seed=10_000 + seed), layers=MIXED_LAYERS))
+        sides = torch.randn(2, 2, 2, 200, 4, generator=drawn)
+        rows[1].add(KVCache(sides[0], sides[1], layers=MIXED_WINDOWS))
+    shape = 256, windows.joint_features
+    directions = torch.nn.functional.normalize(torch.randn(shape, generator=drawn), dim=1)
+    sample = GradientSample(
+        torch.randn(shape, generator=drawn).half(), directions.half(), torch.full((256,), 3.0), 4, (4, 4)
+    )
+    return fit(rows[0], paper=True, sample=tiny_gradients(), further=[(rows[1], sample)])

@@ -62,10 +62,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where the fit runs")
     options = parser.parse_args()
     device = usable_device(options.device)
-    geometry = CacheGeometry(
-        tuple(range(options.layers)), 0, options.heads, options.head_dim, Rope((), (NO_ROTATION,) * options.layers)
-    )
-    features = 2 * geometry.row_features
+    rope, dims = Rope((), (NO_ROTATION,) * options.layers), (options.head_dim, options.head_dim)
+    geometry = CacheGeometry(tuple(range(options.layers)), 0, options.heads, *dims, rope)
+    features = geometry.joint_features
     is_exact = features <= moments.EXACT_FEATURES
     if options.sketch:
         moments.EXACT_FEATURES = 0

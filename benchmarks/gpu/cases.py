@@ -21,7 +21,8 @@ import kvtc
 from kvtc.cache import CacheGeometry, KVCache
 from kvtc.calibration import Calibration, KindCalibration
 from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration
-from kvtc.coding.joint.basis import JointBasis, in_bytes
+from kvtc.coding.joint.basis import JointBasis, joint_in_bytes
+from kvtc.coding.joint.blocks import HeadBlocks
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.joint.rounding import round_coefficients
 from kvtc.coding.joint.uniform_quantizer import N_ACTIVITIES, column_classes
@@ -54,7 +55,7 @@ class Shape:
     def geometry(self) -> CacheGeometry:
         frequencies = 1e6 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
         rope = Rope((RopeTable(tuple(frequencies.tolist())),), (0,) * self.n_layers)
-        return CacheGeometry(tuple(range(self.n_layers)), 0, self.n_kv_heads, self.head_dim, rope)
+        return CacheGeometry(tuple(range(self.n_layers)), 0, self.n_kv_heads, self.head_dim, self.head_dim, rope)
 
     def small(self) -> "Shape":
         """A model of the same form on which a CPU can run everything."""
@@ -119,12 +120,13 @@ def calibration_for(shape: Shape, profile: str, rank: int, device: torch.device)
     """A calibration that serves a profile at a rank, its large tensors on the device."""
     generator = torch.Generator(device).manual_seed(rank)
     geometry = shape.geometry
-    kind_rank = min(rank, geometry.row_features) if profile == "paper" else min(16, geometry.row_features)
-    key, value = (_kind(geometry.row_features, kind_rank, generator) for _ in range(2))
+    p = geometry.side_features[0]
+    kind_rank = min(rank if profile == "paper" else 16, p)
+    key, value = (_kind(p, kind_rank, generator) for _ in range(2))
     calibration = Calibration(geometry, key, value, {})
     if profile == "paper":
         return calibration
-    return replace(calibration, joint=_joint(shape, min(rank, 2 * geometry.row_features), generator))
+    return replace(calibration, joint=_joint(shape, min(rank, geometry.joint_features), generator))
 
 
 def _kind(features: int, rank: int, generator: torch.Generator) -> KindCalibration:
@@ -142,14 +144,14 @@ def _mean(features: int, generator: torch.Generator) -> Tensor:
 def _joint(shape: Shape, rank: int, generator: torch.Generator) -> JointCalibration:
     geometry, measured = shape.geometry, shipped().joint
     device = generator.device
-    blocks = 2 * geometry.n_layers * geometry.n_kv_heads
-    roots = torch.eye(geometry.head_dim, device=device).repeat(blocks, 1, 1)
+    eye = torch.eye(geometry.head_dim, device=device).repeat(geometry.n_layers * geometry.n_kv_heads, 1, 1)
+    roots = HeadBlocks(eye, eye)
     plain = coefficient_model(measured.coefficients, rank)
-    features = 2 * geometry.row_features
-    vectors, scales = in_bytes(orthonormal(features, rank, generator), blocks)
+    features = geometry.joint_features
+    vectors, scales = joint_in_bytes(orthonormal(features, rank, generator), roots)
     # Of the remainder nothing varies, and so nothing is coded.
     order = torch.arange(rank + features, dtype=torch.int32, device=device)
-    basis = JointBasis(_mean(features, generator), vectors, scales, roots.half(), order)
+    basis = JointBasis(_mean(features, generator), vectors, scales, roots.map(Tensor.half), order)
     model = replace(plain, deviations=np.pad(plain.deviations, (0, features)))
     return JointCalibration(basis, Metric.from_roots(roots), model)
 
@@ -188,7 +190,7 @@ def caches(calibration: Calibration, profile: str, batch: tuple[int, int], devic
 
 def _sources(calibration: Calibration, profile: str, n: int, generator: torch.Generator):
     """Of keys and of values: plain coefficients, and the mean and columns that lead to rows."""
-    joint, p = calibration.joint, calibration.geometry.row_features
+    joint, p = calibration.joint, calibration.geometry.side_features[0]
     if profile == "paper" or joint is None:
         for kind in (calibration.key, calibration.value):
             deviations = kind.basis.spectrum.sqrt().numpy()

@@ -82,8 +82,8 @@ class Setting:
         """The same codec, with the matrices of the one that searches."""
         if case.profile == "paper":
             return codec
-        features = codec.calibration.geometry.row_features
-        return codec.with_rate(Step(coded_model(codec).step_for(32 * features / self.ratio(case))))
+        features = codec.calibration.geometry.joint_features
+        return codec.with_rate(Step(coded_model(codec).step_for(16 * features / self.ratio(case))))
 
     def ratio(self, case: Case) -> float:
         """With `joint` and `conditional` what takes as many bits a coefficient of this shape as of
@@ -91,7 +91,7 @@ class Setting:
         """
         if self.is_small or case.profile == "paper":
             return PAPER_RATIO
-        features, of_nemo = (SHAPES[name].geometry.row_features for name in (case.shape, "nemo"))
+        features, of_nemo = (SHAPES[name].geometry.joint_features for name in (case.shape, "nemo"))
         return RATIOS[case.rank] * features / of_nemo
 
 

@@ -113,8 +113,9 @@ def text_configs() -> dict[str, Any]:
 def row_of(support: Support) -> Row:
     """What the table says of a model."""
     kept = [group for group in support.groups if group.token_bytes or group.constant_bytes]
+    turned = "" if support.not_turned is None else " (keys as cached)"
     return {
-        "groups": "; ".join(_group(group) for group in kept),
+        "groups": "; ".join(_group(group, turned) for group in kept),
         "kinds": sorted({group.kind for group in kept}),
         "is_coded": any(group.is_coded for group in kept),
         "token_bytes": round(support.token_bytes),
@@ -124,9 +125,11 @@ def row_of(support: Support) -> Row:
     }
 
 
-def _group(group: GroupSupport) -> str:
+def _group(group: GroupSupport, turned: str) -> str:
+    """turned: what is said of keys that are coded."""
     name = group.kind if group.part in ("keys and values", "recurrent state") else f"{group.kind} ({group.part})"
-    return f"{'**' if group.is_coded else ''}{name} x {len(group.layers)}{'**' if group.is_coded else ''}"
+    listed = f"{name} x {len(group.layers)}"
+    return f"**{listed}**{turned}" if group.is_coded else listed
 
 
 def _cell(text: str | None) -> str:

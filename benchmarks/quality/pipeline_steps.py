@@ -34,6 +34,7 @@ from kvtc.calibration.fit import FitOptions, block_diagonal, fit
 from kvtc.calibration.joint_calibration import JointCalibration
 from kvtc.calibration.joint_fit import complete, fit_joint, table_rows
 from kvtc.calibration.rows import CalibrationRows
+from kvtc.coding.joint.blocks import HeadBlocks
 from kvtc.coding.joint.metric import Metric
 from kvtc.coding.joint.rounding import Rounded
 from kvtc.coding.joint.uniform_quantizer import ESCAPE, quantize, to_symbols
@@ -115,12 +116,18 @@ class Fits:
 
     def __init__(self, rows: CalibrationRows, shipped: Calibration, rank: int, identity: bytes) -> None:
         self._rows, self._shipped, self._rank, self._identity = rows, shipped, rank, identity
-        self._drawn = rows.sample(table_rows(2 * shipped.geometry.row_features), 0)
+        self._drawn = rows.sample(table_rows(shipped.geometry.joint_features), 0)
         self.paper = fit(rows, FitOptions(**RANKS))
-        blocks, size, _ = shipped.joint.metric.roots.shape
-        deviations = [side.mean().sqrt() for side in rows.moments.variances().chunk(2)]
-        scales = torch.stack(deviations).float().repeat_interleave(blocks // 2)
-        self._unit_variance = Metric.from_roots(torch.eye(size) / scales[:, None, None])
+        sides = zip(
+            rows.moments.variances().split(shipped.geometry.side_features),
+            shipped.joint.metric.roots.sides,
+            strict=True,
+        )
+        self._unit_variance = Metric.from_roots(
+            HeadBlocks(
+                *(torch.eye(roots.shape[1]).expand_as(roots) / side.mean().sqrt().float() for side, roots in sides)
+            )
+        )
 
     def of(self, fit: Fit) -> Calibration:
         """Its tables are made with its rounding."""
@@ -189,7 +196,7 @@ def main() -> None:
     texts = sequences(options.calibration_text, tokenizer)
     recorded = HiddenStates(model, 1, shipped.geometry)
     rows = CalibrationRows(shipped.geometry, max_tokens=options.calibration_tokens, hidden_width=recorded.width)
-    accumulate(model, texts, rows, recorded=recorded)
+    accumulate(model, texts, [rows], recorded=recorded)
     if not rows.is_full:
         raise SystemExit(f"the calibration text holds {rows.n_rows} tokens; {rows.max_tokens} are asked for")
     fits = Fits(rows, shipped, options.joint_rank, recorded.identity)

@@ -48,7 +48,7 @@ def fitted(model: Any, tokenizer: Any, shipped: Calibration, options: argparse.N
     geometry, importance = shipped.geometry, shipped.importance
     states = {m: HiddenStates(model, m, geometry) for m in options.layers}
     width = n_features(next(iter(states.values())).width)
-    features = 2 * geometry.row_features
+    features = geometry.joint_features
     moments = Moments(features, width * len(states), shipped.joint.basis.rank)
     kept: list[tuple[torch.Tensor, dict[int, torch.Tensor]]] = []
     generator = torch.Generator().manual_seed(0)

@@ -94,7 +94,7 @@ def large_case(tokens: int) -> tuple[kvtc.Calibration, kvtc.KVCache]:
         kinds.append(KindCalibration(basis, measure_distortion(sample.numpy()), float(deviations.square().sum())))
         rows = (torch.randn(tokens, rank, generator=generator) * deviations) @ vectors.float().T
         sides.append(rows.reshape(tokens, layers, heads, dim).permute(1, 2, 0, 3).to(torch.bfloat16))
-    geometry = kvtc.CacheGeometry(tuple(range(layers)), 0, heads, dim, rope)
+    geometry = kvtc.CacheGeometry(tuple(range(layers)), 0, heads, dim, dim, rope)
     keys = rope.rotate(sides[0], torch.arange(tokens), tokens).to(torch.bfloat16)
     return kvtc.Calibration(geometry, *kinds), kvtc.KVCache(keys, sides[1].contiguous())
 

@@ -7,6 +7,20 @@ Calibrate once per model; then any cache of that model becomes few bytes, and ba
     stream = codec.encode(cache, token_ids)
     cache = codec.decode(stream, token_ids)
 
+The same with the model and the calibration that come with kvtc. All examples in docstrings go on from these lines:
+
+    >>> import kvtc, torch
+    >>> model, tokenizer = kvtc.reference_model("bfloat16")
+    >>> text = " ".join(str(number) for number in range(400))
+    >>> token_ids = torch.tensor(tokenizer(text).input_ids[:600])
+    >>> with torch.no_grad():
+    ...     cache = model(token_ids[None]).past_key_values
+    >>> calibration = kvtc.reference_calibration()
+    >>> codec = kvtc.Codec(calibration, ratio=16)
+    >>> stream = codec.encode(cache, token_ids)
+    >>> codec.decode(stream, token_ids).get_seq_length()
+    600
+
 Names load on first use, so that importing the package costs nothing.
 """
 

@@ -33,12 +33,19 @@ def save_cache(path: str | Path, cache: KVCache, token_ids: Tensor | None = None
 
     Parameters:
         path: the file; one that exists is replaced.
-        cache: the keys and values, with positions and metadata.
-        token_ids: [T] int32 or int64, the ids of its tokens; None: unknown.
+        cache: keys and values, with positions and the numbers of layers and heads.
+        token_ids: [T] int32 or int64, the ids of its tokens. None (default): they are not stored.
 
     Raises:
-        InvalidCache: for a cache that `load_cache` would refuse.
-        OSError: if the file cannot be written.
+        InvalidCache: `load_cache` would refuse the cache.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> from kvtc.cache_file import load_cache, save_cache
+        >>> save_cache("cache.safetensors", codec.decode_neutral(stream), token_ids)
+        >>> loaded, ids = load_cache("cache.safetensors")
+        >>> loaded.n_tokens, torch.equal(ids, token_ids)
+        (600, True)
     """
     _check(cache, token_ids, "the cache to save")
     tensors = {"keys": cache.keys, "values": cache.values}
@@ -64,12 +71,22 @@ def save_cache(path: str | Path, cache: KVCache, token_ids: Tensor | None = None
 def load_cache(path: str | Path) -> tuple[KVCache, Tensor | None]:
     """Read a cache from a file.
 
+    Parameters:
+        path: the file, of `save_cache` or of any program that writes the tensors `keys` and `values` [L, H, T, D].
+
     Returns:
-        The cache, and the ids [T] int64 of its tokens; None if the file has none.
+        (the cache, the ids [T] int64 of its tokens; None: the file has none).
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        InvalidCache: if the file is damaged or holds no cache.
+        FileNotFoundError: there is no such file.
+        InvalidCache: the file is damaged or holds no cache.
+
+    Example:
+        >>> from safetensors.torch import save_file
+        >>> save_file({"keys": torch.zeros(12, 3, 9, 32), "values": torch.zeros(12, 3, 9, 32)}, "zeros.safetensors")
+        >>> from kvtc.cache_file import load_cache
+        >>> load_cache("zeros.safetensors")[0].n_tokens
+        9
     """
     path = Path(path)
     if not path.is_file():

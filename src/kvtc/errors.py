@@ -1,6 +1,13 @@
 """Every error kvtc raises on purpose, named by what went wrong.
 
-A message says what was expected, what was found, and where. Callers catch the class they can act on; `KvtcError` catches all.
+A message says what was expected, what was found, and where. Callers catch the class they can act on; `KvtcError`
+catches all.
+
+    >>> try:
+    ...     codec.decode(stream[:-1], token_ids)
+    ... except kvtc.errors.TruncatedStream:
+    ...     print("the stream was cut off")
+    the stream was cut off
 """
 
 from __future__ import annotations

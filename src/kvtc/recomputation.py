@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import TokenIds
+from .cache import TokenIds, sides_of_layer
 from .errors import InvalidArgument, MissingDependency, UnsupportedModel
 from .key_digest import Part, digest
 from .process.locks import ForkSafeLock
@@ -164,7 +164,7 @@ class TruncatedModel(Recomputation):
         cache = DynamicCache()
         if before is not None:
             for layer in range(self.n_layers):
-                cache.update(before.keys[layer][None], before.values[layer][None], layer)
+                cache.update(*sides_of_layer(before.keys[layer][None], before.values[layer][None]), layer)
         ids = torch.from_numpy(token_ids).to(self._decoder.get_input_embeddings().weight.device)
         with model_torch_state(), torch_functions(), evaluation_mode(self._decoder):
             try:
@@ -172,10 +172,8 @@ class TruncatedModel(Recomputation):
                 raise UnsupportedModel(f"{type(self._decoder).__name__} does not call its layers one after the other")
             except _Reached as reached:
                 hidden = reached.hidden[0]
-        keys, values = (
-            torch.stack([getattr(layer, side)[0] for layer in cache.layers[: self.n_layers]])
-            for side in ("keys", "values")
-        )
+        sides = [sides_of_layer(layer.keys[0], layer.values[0]) for layer in cache.layers[: self.n_layers]]
+        keys, values = map(torch.stack, zip(*sides, strict=True))
         return Recomputed(0, hidden if before is None else torch.cat([before.hidden, hidden]), keys, values)
 
 

@@ -236,6 +236,17 @@ def test_rows_are_turned_and_saturated_as_the_reference_does(dtype, n_pairs, int
         assert same_numbers(found[1], expected[1])
 
 
+@pytest.mark.parametrize("key_dim", [8, D])
+def test_keys_and_values_of_two_widths(key_dim):
+    """The narrower ones are turned like the others, and neither reaches into the other's places."""
+    turn = RopeTable((1.0, 0.5, 0.25), 1.25).turn(torch.arange(T, device=DEVICE), 0, inverse=False)
+    sides = KEYS[..., :key_dim].to(DEVICE), VALUES[..., : D + 4 - key_dim].to(DEVICE)
+    found, expected = ([torch.zeros_like(side.transpose(0, 1)) for side in sides] for _ in range(2))
+    for backend, written in ((TRITON, found), (REFERENCE, expected)):
+        backend.place(*sides, turn, (Target.of(written[0]), Target.of(written[1])))
+    assert all(map(same_numbers, found, expected))
+
+
 @pytest.mark.parametrize("axes", ["BHNC", "BNHC", "BCHN"])
 def test_rows_go_into_pages_of_any_order_and_nowhere_else(axes):
     """Pages of 8 tokens, keys and values side by side, in the middle of a tensor whose other pages stay."""

@@ -254,6 +254,15 @@ def test_rows_of_a_cache_are_the_references(dtype):
     assert same_bits(TRITON.gather(*by_token, turns_of(ROPE, DEVICE)), expected)
 
 
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(D, 3), (6, D)])
+def test_rows_of_keys_and_values_of_two_widths(key_dim, value_dim):
+    keys, values = cache_sides(torch.float32)
+    keys, values = keys[..., :key_dim], values[..., :value_dim]
+    rope = Rope((RopeTable((1.0, 0.5, 0.1)), RopeTable((0.3,), interleaved=True)), (0, 1, -1, 0))
+    found = TRITON.gather(keys.to(DEVICE), values.to(DEVICE), turns_of(rope, DEVICE))
+    assert same_bits(found, REFERENCE.gather(keys, values, turns_of(rope, CPU)))
+
+
 def test_every_code_of_fp8_is_read():
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         codes = torch.arange(256, dtype=torch.uint8).view(dtype).view(1, 1, 16, 16)

@@ -65,7 +65,7 @@ def test_rans_reads_the_same_from_bytes_on_the_device():
 def test_a_coefficient_takes_as_many_bits_of_every_model():
     setting = Setting(torch.device("cpu"), "auto", Clock(torch.device("cpu")), is_small=False)
     bits = {
-        name: 32 * shape.geometry.row_features / setting.ratio(Case(name, "joint", 3000)) / 3000
+        name: 16 * shape.geometry.joint_features / setting.ratio(Case(name, "joint", 3000)) / 3000
         for name, shape in SHAPES.items()
     }
     assert bits["nemo"] == pytest.approx(3.41, abs=0.01)

@@ -83,8 +83,8 @@ def test_memory_on_the_device_is_what_is_said_of_it(monkeypatch):
     """8 P l bytes are held, and at most 20 P l + 16 l^2 more: a covariance of the 3840 features takes far more."""
     monkeypatch.setattr(moments, "_ROWS_AT_ONCE", 64)
     layers, heads, dim, n_rows, rank = 15, 4, 32, 400, 60
-    geometry = CacheGeometry(tuple(range(layers)), 0, heads, dim, Rope((), (NO_ROTATION,) * layers))
-    features = 2 * geometry.row_features
+    geometry = CacheGeometry(tuple(range(layers)), 0, heads, dim, dim, Rope((), (NO_ROTATION,) * layers))
+    features = geometry.joint_features
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(n_rows, 40, generator=generator) @ torch.randn(40, features, generator=generator)
     factors = torch.randn(2, layers, heads, dim, 2 * dim, generator=generator)

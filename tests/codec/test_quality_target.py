@@ -16,7 +16,7 @@ from kvtc.demo.run import CONVERSATION
 from kvtc.errors import CorruptCalibration, InvalidArgument
 from kvtc.evaluate.quality import evaluate_continuation
 from kvtc.huggingface.continuation import mean_divergence
-from kvtc.huggingface.measure_quality import LEAST_TOKENS, HeldOut, measure_quality
+from kvtc.huggingface.measure_quality import LEAST_TOKENS, HeldOut, _upper_mean, measure_quality
 from kvtc.profiles.rates import Step
 from tests.builders import (
     joint_calibration,
@@ -65,9 +65,25 @@ def test_a_codec_takes_the_step_of_its_target(with_curve):
     assert codec.encode(cache) == same.encode(cache)
 
 
+@pytest.mark.parametrize("kl", [0, 5e-5])
+def test_below_the_curve_nothing_is_lost(with_curve, kl):
+    codec = Codec(with_curve, "joint", kl=kl)
+    cache = told_cache(300)
+    assert codec.is_lossless
+    assert same_cache(codec.decode(codec.encode(cache)), cache)
+
+
+def test_a_curve_is_what_the_mean_over_many_texts_does_not_exceed():
+    # Mean 2, standard error 1, and Student's t of one degree of freedom.
+    assert _upper_mean([1.0, 3.0]) == pytest.approx(2 + 6.31)
+    assert _upper_mean([1.0] * 40 + [3.0] * 40) == pytest.approx(2 + 1.75 / 79**0.5)
+    assert _upper_mean([0.5]) == 0.5
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        ({"profile": "joint", "kl": -1.0}, "outside of what was measured"),
         ({"profile": "joint", "kl": 1.0}, "outside of what was measured"),
         ({"profile": "conditional", "kl": 1e-3}, "no measured quality of the profile conditional.*measure_quality"),
         ({"profile": "paper", "kl": 1e-3}, "paper has no step"),

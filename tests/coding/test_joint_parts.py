@@ -59,18 +59,19 @@ from tests.builders import (
 @pytest.mark.parametrize("power", [0.0, 0.5, 0.75, 1.0])
 def test_a_root_times_its_inverse_is_the_identity(power):
     metric = Metric.from_sensitivity(*tiny_sensitivities(), power=power, ridge=0.01)
-    torch.testing.assert_close(metric.roots @ metric.inverses, torch.eye(8).expand(12, 8, 8), rtol=0, atol=2e-5)
-    torch.testing.assert_close(metric.roots, metric.roots.mT)
-    assert bool((torch.linalg.eigvalsh(metric.roots) > 0).all())
+    roots, inverses = metric.roots.packed, metric.inverses.packed
+    torch.testing.assert_close(roots @ inverses, torch.eye(8).expand(12, 8, 8), rtol=0, atol=2e-5)
+    torch.testing.assert_close(roots, roots.mT)
+    assert bool((torch.linalg.eigvalsh(roots) > 0).all())
     rows = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(metric.unweigh(metric.weigh(rows)), rows, rtol=1e-4, atol=1e-4)
     again = Metric.from_roots(metric.roots)
-    assert same_bits(again.inverses, metric.inverses)
+    assert same_bits(again.inverses.packed, metric.inverses.packed)
 
 
 def test_power_zero_is_the_plain_metric():
     metric = Metric.from_sensitivity(*tiny_sensitivities(), power=0, ridge=0.01)
-    torch.testing.assert_close(metric.roots, torch.eye(8).expand(12, 8, 8), rtol=0, atol=1e-6)
+    torch.testing.assert_close(metric.roots.packed, torch.eye(8).expand(12, 8, 8), rtol=0, atol=1e-6)
 
 
 def test_power_one_measures_what_the_sensitivity_says():
@@ -89,8 +90,8 @@ def test_a_direction_without_sensitivity_still_counts():
     keys, values = tiny_sensitivities()
     keys[1, 0] = 0
     metric = Metric.from_sensitivity(keys, values, power=1, ridge=0.01)
-    assert bool(metric.inverses.isfinite().all())
-    torch.testing.assert_close(metric.roots[2], metric.roots[2, 0, 0] * torch.eye(8))
+    assert bool(metric.inverses.packed.isfinite().all())
+    torch.testing.assert_close(metric.roots.keys[2], metric.roots.keys[2, 0, 0] * torch.eye(8))
 
 
 # Prediction.
@@ -427,7 +428,7 @@ def test_what_is_saved_is_loaded(path):
     for (name, before), (other, after) in tensors:
         assert name == other
         assert same_bits(before, after), name
-    assert same_bits(loaded.joint.metric.inverses, calibration.joint.metric.inverses)
+    assert same_bits(loaded.joint.metric.inverses.packed, calibration.joint.metric.inverses.packed)
 
 
 def test_a_joint_part_alone_is_loaded(tmp_path):
@@ -612,8 +613,8 @@ def ids_of_length(n: int = LENGTH) -> Tensor:
 
 
 def gathered(model, geometry, n: int = LENGTH) -> Sensitivity:
-    found = Sensitivity(model, geometry, SINKS)
-    cache = found.capture(ids_of_length(n))
+    found = Sensitivity(model, [geometry], SINKS)
+    (cache,) = found.capture(ids_of_length(n))
     assert (cache.n_layers, cache.n_tokens) == (geometry.n_layers, n)
     return found
 
@@ -662,7 +663,7 @@ def test_gradients_are_those_by_unrotated_keys_and_values(rope):
     geometry = geometry_of(model)
     assert (geometry.rope.tables[0].attention_scaling == 1) == (rope == "plain")
     found = gathered(model, geometry)
-    rows, gradients = next(found.sample().blocks())
+    rows, gradients = next(found.samples()[0].blocks())
     expected = derived(model)[SINKS:]
     torch.testing.assert_close(gradients, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
     read = capture(model, ids_of_length()[:N_READ])
@@ -677,9 +678,9 @@ def test_sensitivity_of_a_part_of_the_model():
     model = tiny_llama()
     whole = gathered(model, geometry_of(model))
     part = gathered(model, geometry_of(model, layers=(1, 2), kv_heads=(1, 2)))
-    _, gradients = next(whole.sample().blocks())
+    _, gradients = next(whole.samples()[0].blocks())
     expected = gradients.reshape(len(gradients), 2, 2, 2, 8)[:, :, 1, 1].reshape(len(gradients), -1)
-    of_part = next(part.sample().blocks())[1]
+    of_part = next(part.samples()[0].blocks())[1]
     torch.testing.assert_close(of_part, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
 
 
@@ -689,9 +690,9 @@ def test_a_model_stays_as_it_was():
     model = tiny_llama().train()
     model.lm_head.requires_grad_(False)
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    found = Sensitivity(model, geometry_of(model), SINKS)
+    found = Sensitivity(model, [geometry_of(model)], SINKS)
     with torch.inference_mode():
-        cache = found.capture(ids_of_length())
+        (cache,) = found.capture(ids_of_length())
     assert found.n_passes == 1
     assert model.training
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == frozen
@@ -708,7 +709,7 @@ def test_short_texts_are_captured_alone():
     found = gathered(model, geometry_of(model), 12)
     assert found.n_passes == 0
     with pytest.raises(InvalidArgument, match="a text of 13 tokens or more"):
-        found.sample()
+        found.samples()
     assert gathered(model, geometry_of(model), 13).n_passes == 1
 
 
@@ -719,4 +720,4 @@ def test_a_model_without_gradients_is_named(monkeypatch):
     plain = type(model.model).forward
     monkeypatch.setattr(type(model.model), "forward", lambda *given, **named: torch.no_grad()(plain)(*given, **named))
     with pytest.raises(UnsupportedModel, match="LlamaForCausalLM gives no gradients"):
-        Sensitivity(model, geometry_of(model), SINKS).capture(ids_of_length())
+        Sensitivity(model, [geometry_of(model)], SINKS).capture(ids_of_length())

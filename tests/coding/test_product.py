@@ -239,11 +239,11 @@ def test_products_with_blocks_are_those_of_all_features_to_the_last_bit(size):
     for place, block in enumerate((2, 0)):
         here = slice(place * size, (place + 1) * size)
         expected[:, here] += product(dense[:, block * size : (block + 1) * size].contiguous(), blocks[block])
-    found = Columns(matrix).times(left, blocks=rows.of([2, 0]))
+    found = Columns(matrix).times(left, blocks=[rows.of([2, 0])])
     if size <= BLOCK_ROWS:
         assert torch.equal(found, expected)
     torch.testing.assert_close(found, expected)
-    rounded = Columns(matrix, result=torch.bfloat16).times(left, blocks=rows.of([2, 0]))
+    rounded = Columns(matrix, result=torch.bfloat16).times(left, blocks=[rows.of([2, 0])])
     torch.testing.assert_close(rounded, expected.bfloat16(), rtol=2**-7, atol=2**-6)
 
 
@@ -261,7 +261,7 @@ def test_the_rest_of_rows_is_projected_block_by_block(size):
         features = order[numbers].flatten()
         layers.append((Columns(back[:, features]), mean[features], numbers))
     found = torch.empty(203, size)
-    project_rest(rows, PackedRows(leading), layers, Blocks(blocks), places, found)
+    project_rest(rows, PackedRows(leading), layers, [Blocks(blocks)], places, found)
     rest = rows - Columns(back).times(leading, mean)
     expected = torch.cat(
         [product(rest[:, part].contiguous(), block) for part, block in zip(order, blocks, strict=True)], dim=1

@@ -27,6 +27,7 @@ from transformers.cache_utils import (
 from kvtc.cache import KVCache
 from kvtc.calibration import Calibration
 from kvtc.codec.codec import Codec
+from kvtc.codec.resume_points import ResumePoints
 from kvtc.profiles.rates import Ratio, Truncation
 from kvtc.recomputation import Recomputed
 from tests.builders import (
@@ -37,6 +38,8 @@ from tests.builders import (
     golden_codec,
     golden_conditional_cache,
     golden_joint_codec,
+    golden_latent_cache,
+    golden_latent_codec,
     joint_codec,
     random_cache,
     same_cache,
@@ -46,7 +49,10 @@ from tests.builders import (
     told_gappy_cache,
     told_ids,
     told_model,
+    two_widths,
+    two_widths_calibration,
 )
+from tests.tiny_architectures import mixed_cache, windowed_calibration
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -212,6 +218,31 @@ def test_the_specification_suffices_for_lossless_streams(calibration, dtype):
     np.testing.assert_array_equal(values, cache.values.float().numpy())
 
 
+@pytest.mark.parametrize("name", ["wide keys", "latent"])
+@pytest.mark.parametrize("profile", ["paper", "joint", "lossless"])
+@pytest.mark.parametrize("sink_format", ["exact", "fp8"])
+def test_the_specification_suffices_for_two_widths(name, profile, sink_format):
+    cache = replace(random_cache(60, torch.bfloat16, geometry=two_widths(name)), rope_length=60)
+    options = {"lossless": True} if profile == "lossless" else {"ratio": 2, "sink_format": sink_format}
+    calibration = two_widths_calibration(name)
+    codec = Codec(calibration, None if profile == "lossless" else profile, chunk_tokens=32, window_tokens=9, **options)
+    stream = codec.encode(cache)
+    decoded = codec.decode(stream)
+    _, _, keys, values = decode_by_the_page(stream, calibration)
+    np.testing.assert_allclose(keys, decoded.keys.float().numpy(), rtol=2**-7, atol=1e-3)
+    np.testing.assert_allclose(values, decoded.values.float().numpy(), rtol=2**-7, atol=1e-3)
+
+
+def test_the_golden_stream_of_latents():
+    """Nothing that is computed with its calibration rounds before the end."""
+    codec, stream = golden_latent_codec(), golden_stream("latent")
+    assert codec.encode(golden_latent_cache(), GOLDEN_TOKEN_IDS).hex() == stream.hex()
+    decoded = codec.decode(stream, GOLDEN_TOKEN_IDS)
+    _, _, keys, values = decode_by_the_page(stream, codec.calibration)
+    np.testing.assert_array_equal(keys, decoded.keys.float().numpy())
+    np.testing.assert_array_equal(values, decoded.values.float().numpy())
+
+
 def golden_lossless_cache() -> KVCache:
     """Integers by formula as bfloat16, with a number that escapes, a NaN, infinities, -0.0 and a denormal."""
     patterns = 16256 + (torch.arange(2 * 20 * 8).reshape(2, 1, 1, 20, 8) * 7919) % 389 - 128
@@ -339,18 +370,86 @@ def test_the_golden_stream_of_groups():
         np.testing.assert_array_equal(both[1, at], cache.layers[layer].values[0].float().numpy())
     for one, layers in ((window, (0, 5)), (latent, (3,))):
         for at, layer in enumerate(layers):
-            width = cache.layers[layer].keys.shape[-1]
-            np.testing.assert_array_equal(one["numbers"][at][..., :width], cache.layers[layer].keys[0].float().numpy())
-            np.testing.assert_array_equal(
-                one["numbers"][at][..., width:], cache.layers[layer].values[0].float().numpy()
-            )
+            # Of a latent transformers keeps the vector as keys; in a stream the rotary part is the key.
+            sides = ("values", "keys") if one is latent else ("keys", "values")
+            first, second = (getattr(cache.layers[layer], side)[0].float().numpy() for side in sides)
+            width = first.shape[-1]
+            np.testing.assert_array_equal(one["numbers"][at][..., :width], first)
+            np.testing.assert_array_equal(one["numbers"][at][..., width:], second)
     np.testing.assert_array_equal(convolution["numbers"][0], cache.layers[2].conv_states[0][0].float().numpy())
     np.testing.assert_array_equal(state["numbers"][0], cache.layers[2].recurrent_states[0][0].numpy())
     np.testing.assert_array_equal(indexer["numbers"][0, 0], cache.layers[3].indexer_keys[0].float().numpy())
     assert nothing["numbers"].size == 0
 
 
+def test_the_golden_stream_of_rounded_states():
+    """Integers and single operations of binary32 decide its bytes. All else is as in the stream that keeps states exactly."""
+    cache, stream = golden_groups_cache(), golden_stream("states")
+    codec = Codec(lossless=True, chunk_tokens=8, states="int6")
+    assert codec.encode(cache).hex() == stream.hex()
+    found, exact = (groups_by_the_page(data) for data in (stream, golden_stream("groups")))
+    for one, other in zip(found, exact, strict=True):
+        if (one["kind"], one["part"]) != (4, 3):
+            np.testing.assert_array_equal(one["numbers"], other["numbers"])
+            continue
+        np.testing.assert_array_equal(one["numbers"][0], codec.decode(stream).layers[2].recurrent_states[0][0].numpy())
+        largest = np.abs(other["numbers"]).max(axis=-1, keepdims=True)
+        assert (np.abs(one["numbers"] - other["numbers"]) <= largest / 31 / 2 * 1.1).all()
+        assert (one["numbers"] != other["numbers"]).any()
+
+
+def golden_windows_cache(n: int = 6) -> DynamicCache:
+    """Full attention in layer 0 and a window of 5 in layer 1, in quarters: the first n of 6 tokens."""
+    rows = ((torch.arange(4 * 6 * 8).reshape(4, 1, 1, 6, 8) * 7) % 25 - 12) / 4
+    cache = DynamicCache()
+    for sides, layer in ((rows[:2], DynamicLayer()), (rows[2:], DynamicSlidingWindowLayer(sliding_window=5))):
+        layer.update(*(side[:, :, :n].bfloat16() for side in sides))
+        cache.layers.append(layer)
+    return cache
+
+
+def test_the_golden_stream_of_coded_windows():
+    """Two resume points; the rows of both groups at one step, each in its own metric."""
+    codec, points = golden_joint_codec("windows"), ResumePoints(4)
+    assert points.take(golden_windows_cache(4))
+    stream = golden_stream("windows")
+    assert codec.encode(golden_windows_cache(), points=points).hex() == stream.hex()
+    full, window = coded_groups_by_the_page(stream, codec.calibration)
+    assert (full[0], window[0]) == ([*range(6)], [*range(6)])
+    for n in (4, 6):
+        decoded = codec.decode(stream, tokens=n)
+        for (_, rows), layer, first in ((full, 0, 0), (window, 1, max(0, n - 4))):
+            found = decoded.layers[layer].keys[0].float().numpy(), decoded.layers[layer].values[0].float().numpy()
+            np.testing.assert_array_equal(rows[0, 0, :, first:n], found[0])
+            np.testing.assert_array_equal(rows[1, 0, :, first:n], found[1])
+    # What the vectors pick comes back as close as the step and bfloat16 allow.
+    window_keys = golden_windows_cache(6).layers[1].keys[0, 0, :, [1, 6]].float().numpy()
+    np.testing.assert_allclose(window[1][0, 0, 0, 2:][:, [1, 6]], window_keys, atol=0.2)
+
+
+@pytest.mark.parametrize("options", [{"step": 0.1}, {"ratio": 4, "window_format": "coded"}])
+def test_the_specification_suffices_for_coded_windows_of_layers(options):
+    """Rotation, sinks, levels that are not there, and exact groups between."""
+    codec = Codec(windowed_calibration(), chunk_tokens=16, sink_tokens=2, window_tokens=3, **options)
+    points = ResumePoints(16)
+    for n in (16, 32):
+        assert points.take(mixed_cache(n, part_of=50))
+    stream = codec.encode(mixed_cache(), points=points)
+    full, window = coded_groups_by_the_page(stream, codec.calibration)
+    assert (full[0], window[0]) == ([*range(50)], [*range(9, 16), *range(25, 32), *range(43, 50)])
+    back = codec.decode(stream)
+    for (_, rows), layers in ((full, (0, 2, 5)), (window, (1, 4))):
+        for at, layer in enumerate(layers):
+            for side, found in enumerate((back.layers[layer].keys[0], back.layers[layer].values[0])):
+                np.testing.assert_allclose(
+                    rows[side, at, :, -found.shape[1] :], found.float().numpy(), rtol=1e-4, atol=1e-3
+                )
+
+
 # From here on nothing of the package is used but the tensors of a calibration, and of a model's first layers.
+
+Sides = tuple[np.ndarray, np.ndarray]
+"""Of keys, and of values."""
 
 
 def decode_by_the_page(
@@ -363,14 +462,13 @@ def decode_by_the_page(
     magic, version, profile, flags, n_groups, _, cell, n_chunks, n_sections, crc = struct.unpack_from(
         "<4s4B16s4I", data
     )
-    kind, dtype, n_runs, part, _, heads, dim, value_dim, group_flags, rope_length = struct.unpack_from(
-        "<2B7HI", data, 40
-    )
+    kind, dtype, n_runs, part, _, heads, *dims, group_flags, rope_length = struct.unpack_from("<2B7HI", data, 40)
     layers = struct.unpack_from("<2H", data, 60)[1]
     section_table = 64 + 20 * n_chunks
     tables_end = section_table + 20 * n_sections
-    assert (magic, version, n_groups, kind, n_runs, part) == (b"KVTC", 3, 1, 1, 1, 1)
-    assert (value_dim, group_flags) == (dim, 0)
+    is_one_width = dims[0] == dims[1]
+    assert (magic, version, n_groups, n_runs, part) == (b"KVTC", 3, 1, 1, 1)
+    assert (kind, group_flags) == (1 if is_one_width or heads > 1 else 3, 0)
     assert zlib.crc32(data[:36] + data[40:tables_end]) == crc
     sections, start = {}, tables_end
     for index in range(n_sections):
@@ -379,7 +477,8 @@ def decode_by_the_page(
         assert (group, zlib.crc32(part)) == (0, crc)
         if coder == 4:
             n_tokens = struct.unpack_from("<3H", data, 68 + 20 * chunk)[kind - 3]
-            sections[kind, chunk] = exact_floats(part, (2 * layers * heads, n_tokens, dim), dtype)
+            groups = (2 * layers * heads, dims[0]) if is_one_width else (layers * heads, sum(dims))
+            sections[kind, chunk] = exact_floats(part, (groups[0], n_tokens, groups[1]), dtype)
             assert len(sections[kind, chunk]) == raw
         else:
             sections[kind, chunk] = undo_coder(part, coder, raw)
@@ -396,7 +495,7 @@ def decode_by_the_page(
     assert profile != 4 or not rate
     steps = struct.unpack(f"<{len(rate) // 4}f", rate) if profile > 1 else ()
     positions: list[int] = []
-    parts: list[np.ndarray] = []
+    parts: list[Sides] = []
     for index in range(n_chunks):
         first, n_sink, n_body, n_window, chunk_flags, _ = struct.unpack_from("<IHHHH8s", data, 64 + 20 * index)
         n = n_sink + n_body + n_window
@@ -407,29 +506,29 @@ def decode_by_the_page(
             here = list(range(first, first + n))
         known = known if profile == 3 else None
         if n_sink and chunk_flags & 2:
-            parts.append(fp8_vectors(sections[3, index], (2, layers, heads, n_sink, dim), dtype))
+            parts.append(fp8_vectors(sections[3, index], (layers, heads, n_sink), dims, dtype))
         elif n_sink:
-            parts.append(numbers(sections[3, index], (2, layers, heads, n_sink, dim), dtype))
+            parts.append(exact_sides(sections[3, index], (layers, heads, n_sink), dims, dtype))
         if n_body and profile == 4:
-            parts.append(numbers(sections[4, index], (2, layers, heads, n_body, dim), dtype))
+            parts.append(exact_sides(sections[4, index], (layers, heads, n_body), dims, dtype))
         elif n_body:
             if profile == 1:
                 rows = body_rows(sections[4, index], n_body, allocations, calibration)
             else:
                 rows = joint_rows(sections[4, index], n_body, steps[0], here[n_sink:], known, calibration)
             places = np.array(here[n_sink : n_sink + n_body])
-            parts.append(round_to(both_sides(rows, places, known, rope_length, heads, dim, calibration), dtype))
+            parts.append(both_sides(rows, places, known, rope_length, heads, dims, calibration, dtype))
         if n_window and chunk_flags & 8:
             rows = joint_rows(sections[5, index], n_window, steps[1], here[n_sink + n_body :], known, calibration)
             places = np.array(here[n_sink + n_body :])
-            parts.append(round_to(both_sides(rows, places, known, rope_length, heads, dim, calibration), dtype))
+            parts.append(both_sides(rows, places, known, rope_length, heads, dims, calibration, dtype))
         elif n_window:
-            parts.append(numbers(sections[5, index], (2, layers, heads, n_window, dim), dtype))
+            parts.append(exact_sides(sections[5, index], (layers, heads, n_window), dims, dtype))
         if chunk_flags & 4:
             assert not any(sections[6, index])
         positions += here
-    both = np.concatenate(parts, axis=3)
-    return positions, rope_length, both[0], both[1]
+    keys, values = (np.concatenate(side, axis=2) for side in zip(*parts, strict=True))
+    return positions, rope_length, keys, values
 
 
 def groups_by_the_page(data: bytes) -> list[dict]:
@@ -470,7 +569,7 @@ def groups_by_the_page(data: bytes) -> list[dict]:
             continue
         group, n_tokens = groups[number], chunks[chunk][2]
         size = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1}[group["dtype"]]
-        is_coded = number == 0 and group["kind"] == 1 and group["axes"][1] == group["axes"][2]
+        is_coded = number == 0 and group["kind"] in (1, 3) and group["axes"][1] == group["axes"][2]
         if group["kind"] == 4:
             assert kind == 7
             shape = len(group["layers"]), *group["axes"]
@@ -485,6 +584,10 @@ def groups_by_the_page(data: bytes) -> list[dict]:
             order = (-1, *shape[-2:])
         n_numbers = math.prod(shape)
         order = (n_numbers // (order[1] * order[2]), *order[1:])
+        if coder == 5:
+            assert group["kind"] == 4
+            group["parts"].append(rounded_state(part, order, group["dtype"]).reshape(shape))
+            continue
         plain = exact_floats(part, order, group["dtype"]) if coder == 4 else undo_coder(part, coder, raw)
         group["parts"].append(numbers(plain, shape, group["dtype"]))
     assert start == len(data)
@@ -494,23 +597,87 @@ def groups_by_the_page(data: bytes) -> list[dict]:
     return groups
 
 
+def coded_groups_by_the_page(data: bytes, calibration: Calibration) -> list[tuple[list[int], np.ndarray]]:
+    """Of a stream of profile 2 that begins a text, for each coded group: the positions of its rows, and these [2, L, H, n, D]."""
+    profile, flags, n_groups, cell, n_chunks, n_sections = struct.unpack_from("<x3B16x3I", data, 4)
+    assert (data[:5], profile, flags & 4) == (b"KVTC\x03", 2, 0)
+    entries = [struct.unpack_from("<2B7HI", data, 40 + 20 * index) for index in range(n_groups)]
+    at = 40 + 20 * n_groups
+    n_layers = []
+    for entry in entries:
+        n_layers.append(sum(struct.unpack_from("<2H", data, at + 4 * run)[1] for run in range(entry[2])))
+        at += 4 * entry[2]
+    chunks = [struct.unpack_from("<IHHHH8s", data, at + 20 * index) for index in range(n_chunks)]
+    at += 20 * n_chunks
+    start, steps = at + 20 * n_sections, ()
+    found: list[tuple[list[int], list[np.ndarray]]] = [([], []) for _ in entries]
+    for index in range(n_sections):
+        kind, coder, number, chunk, raw, stored, crc = struct.unpack_from("<BBHIIII", data, at + 20 * index)
+        part, start = data[start : start + stored], start + stored
+        assert zlib.crc32(part) == crc
+        if kind == 1:
+            steps = struct.unpack(f"<{raw // 4}f", part)
+            continue
+        _, dtype, _, _, _, heads, dim, value_dim, group_flags, _ = entries[number]
+        if number and not group_flags & 4:
+            continue
+        assert dim == value_dim
+        first, *counts, chunk_flags, _ = chunks[chunk]
+        shape = n_layers[number], heads
+        n_rows = counts[kind - 3]
+        if number:
+            row_bytes = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1}[dtype] * math.prod(shape) * 2 * dim
+            n_rows, rest = divmod(raw, row_bytes)
+            assert (rest, 0 < n_rows <= counts[kind - 3]) == (0, True)
+        stop = first + sum(counts[: kind - 2])
+        places = np.arange(stop - n_rows, stop)
+        if kind == 4 or (kind == 5 and chunk_flags & 8):
+            assert coder == (7 if number else 0)
+            one = calibration.groups[sum(entry[8] & 4 > 0 for entry in entries[1 : number + 1])]
+            rows = joint_rows(part, n_rows, steps[kind - 4], places.tolist(), None, one)
+            sides = np.stack(both_sides(rows, places, None, 1, heads, [dim, dim], one, dtype))
+        elif coder == 4:
+            plain = exact_floats(part, (2 * math.prod(shape), n_rows, dim), dtype)
+            sides = numbers(plain, (2, *shape, n_rows, dim), dtype)
+        else:
+            sides = numbers(undo_coder(part, coder, raw), (2, *shape, n_rows, dim), dtype)
+        found[number][0].extend(places.tolist())
+        found[number][1].append(sides)
+    assert start == len(data)
+    assert all(first // cell == (first + sum(counts) - 1) // cell for first, *counts, _, _ in chunks)
+    return [(places, np.concatenate(parts, axis=3)) for places, parts in found if parts]
+
+
 def both_sides(
-    rows: np.ndarray,
+    rows: Sides,
     places: np.ndarray,
     known: Recomputed | None,
     rope_length: int,
     heads: int,
-    dim: int,
+    dims: list[int],
     calibration: Calibration,
-) -> np.ndarray:
-    """[2, n, p'] of coded layers -> [2, L, H, n, D], keys rotated; recomputed layers are as the model caches them."""
+    dtype: int,
+) -> Sides:
+    """[n, p'] of coded layers -> [L, H, n, D], keys rotated; recomputed layers are as the model caches them."""
     n, own = len(places), 0 if known is None else known.keys.shape[0]
-    coded = rows.reshape(2, n, -1, heads, dim).transpose(0, 2, 3, 1, 4)
-    both = np.concatenate([np.zeros((2, own, heads, n, dim), np.float32), coded], axis=1)
-    rotate(both[0], places, rope_length, calibration)
+    sides = []
+    for side, dim in zip(rows, dims, strict=True):
+        coded = side.reshape(n, -1, heads, dim).transpose(1, 2, 0, 3)
+        sides.append(np.concatenate([np.zeros((own, heads, n, dim), np.float32), coded]))
+    rotate(sides[0], places, rope_length, calibration)
     if known is not None:
-        both[0, :own], both[1, :own] = (side.float().numpy()[:, :, places] for side in (known.keys, known.values))
-    return both
+        for side, its in zip(sides, (known.keys, known.values), strict=True):
+            side[:own] = its.float().numpy()[:, :, places]
+    return round_to(sides[0], dtype), round_to(sides[1], dtype)
+
+
+def exact_sides(data: bytes, heads: tuple[int, int, int], dims: list[int], dtype: int) -> Sides:
+    """Exact tokens -> keys and values; heads: L, H, n."""
+    if dims[0] == dims[1]:
+        keys, values = numbers(data, (2, *heads, dims[0]), dtype)
+    else:
+        keys, values = np.split(numbers(data, (*heads, sum(dims)), dtype), [dims[0]], axis=3)
+    return keys, values
 
 
 def undo_coder(part: bytes, coder: int, raw: int) -> bytes:
@@ -628,15 +795,28 @@ def exact_floats(data: bytes, shape: tuple[int, int, int], dtype: int) -> bytes:
     return found.astype(f"<u{n_bits // 8}").tobytes()
 
 
-def fp8_vectors(data: bytes, shape: tuple[int, ...], dtype: int) -> np.ndarray:
-    n_vectors = int(np.prod(shape[:-1]))
-    symbols = E4M3[np.frombuffer(data, np.uint8, n_vectors * shape[-1])].astype(np.float32)
-    scales = np.frombuffer(data, "<f2", offset=n_vectors * shape[-1]).astype(np.float32)
-    return round_to(symbols.reshape(shape) * (scales / np.float32(448)).reshape(*shape[:-1], 1), dtype)
+def rounded_state(data: bytes, shape: tuple[int, int, int], dtype: int) -> np.ndarray:
+    """Coder 5; numbers are ordered [group][row][feature]."""
+    (m,) = struct.unpack_from("<I", data)
+    of_scales = *shape[:2], 1
+    scales = numbers(exact_floats(data[4 : 4 + m], of_scales, 1), of_scales, 1)
+    octets = np.frombuffer(exact_floats(data[4 + m :], shape, 4), np.uint8).astype(np.int32).reshape(shape)
+    return round_to(scales * np.where(octets >= 128, 128 - octets, octets).astype(np.float32), dtype)
 
 
-def body_rows(data: bytes, n: int, allocations: list, calibration: Calibration) -> np.ndarray:
-    """[2, n, p] float32: keys before rotation, and values."""
+def fp8_vectors(data: bytes, heads: tuple[int, int, int], dims: list[int], dtype: int) -> Sides:
+    n_vectors, first = math.prod(heads), 0
+    scales = np.frombuffer(data, "<f2", offset=n_vectors * sum(dims)).astype(np.float32) / np.float32(448)
+    sides = []
+    for its_scales, dim in zip(np.split(scales, 2), dims, strict=True):
+        symbols = E4M3[np.frombuffer(data, np.uint8, n_vectors * dim, first)].astype(np.float32)
+        sides.append(round_to(symbols.reshape(*heads, dim) * its_scales.reshape(*heads, 1), dtype))
+        first += n_vectors * dim
+    return sides[0], sides[1]
+
+
+def body_rows(data: bytes, n: int, allocations: list, calibration: Calibration) -> Sides:
+    """[n, p] float32: keys before rotation, and values."""
     at, sides = 0, []
     for runs, kind in zip(allocations, (calibration.key, calibration.value), strict=True):
         coefficients = np.zeros((n, kind.basis.rank), np.float32)
@@ -662,12 +842,12 @@ def body_rows(data: bytes, n: int, allocations: list, calibration: Calibration) 
             coefficients[:, start : start + size * count] = values.transpose(1, 0, 2).reshape(n, -1)
         sides.append(coefficients @ kind.basis.vectors.float().numpy().T + kind.basis.mean.numpy())
     assert at == len(data)
-    return np.stack(sides)
+    return sides[0], sides[1]
 
 
 def joint_rows(
     data: bytes, n: int, step: float, places: list[int], known: Recomputed | None, calibration: Calibration
-) -> np.ndarray:
+) -> Sides:
     """As `body_rows`, for the profiles with one step; with `conditional` of the layers behind the recomputed ones."""
     joint = calibration.joint if known is None else calibration.conditional.left
     model, order, rank = joint.coefficients, joint.basis.order.numpy(), joint.basis.vectors.shape[1]
@@ -690,20 +870,29 @@ def joint_rows(
             coefficients[token, order[column]] = decoded / np.float32(2.0 ** ((levels[token] - 8) / 2))
     assert next(escapes, None) is None
 
-    scales = joint.basis.scales.numpy().astype(np.float32)
-    vectors = joint.basis.vectors.numpy() * np.repeat(scales, len(joint.basis.vectors) // len(scales), axis=0)
-    rows = coefficients[:, :rank] @ vectors.T + joint.basis.mean.numpy()
-    inverses = np.linalg.inv(joint.metric.roots.numpy().astype(np.float64)).astype(np.float32)
-    blocks = rows.reshape(n, len(inverses), -1)
-    turned = coefficients[:, rank:].reshape(blocks.shape)
-    blocks = blocks + np.einsum("tbd,bed->tbe", turned, joint.basis.turns.float().numpy())
-    plain = np.einsum("tbd,bde->tbe", blocks, inverses).reshape(n, -1)
+    tensors = dict(joint.tensors("joint"))
+    scales, mean = tensors["joint.scales"].numpy().astype(np.float32), tensors["joint.mean"].numpy()
+    sides, at, first = [], 0, 0
+    n_blocks = len(scales) // 2
+    for index, dim in enumerate(calibration.geometry.dims):
+        features = slice(at, at + n_blocks * dim)
+        its_scales = np.repeat(scales[index * n_blocks : (index + 1) * n_blocks], dim, axis=0)
+        rows = coefficients[:, :rank] @ (joint.basis.vectors.numpy()[features] * its_scales).T + mean[features]
+        # Blocks of two widths are one row of numbers in the file.
+        own = slice(first, first + n_blocks * dim * dim)
+        roots, turns = (tensors[f"joint.{name}"].float().numpy().reshape(-1)[own] for name in ("roots", "turns"))
+        inverses = np.linalg.inv(roots.reshape(-1, dim, dim).astype(np.float64)).astype(np.float32)
+        turned = coefficients[:, rank:][:, features].reshape(n, n_blocks, dim)
+        blocks = rows.reshape(turned.shape) + np.einsum("tbd,bed->tbe", turned, turns.reshape(-1, dim, dim))
+        sides.append(np.einsum("tbd,bde->tbe", blocks, inverses).reshape(n, -1))
+        at, first = features.stop, own.stop
     if known is not None:
         hidden = known.hidden.float().numpy()[places[:n]]
         rms = np.maximum(np.sqrt(np.mean(hidden**2, axis=1, keepdims=True)), np.float32(1e-6))
         features = np.concatenate([hidden / rms, hidden.clip(-50, 50) / np.float32(10), np.ones_like(rms)], axis=1)
-        plain = plain + features @ calibration.conditional.weights.float().numpy()
-    return plain.reshape(n, 2, -1).transpose(1, 0, 2)
+        said = features @ calibration.conditional.weights.float().numpy()
+        sides = [side + its for side, its in zip(sides, np.split(said, [sides[0].shape[1]], axis=1), strict=True)]
+    return sides[0], sides[1]
 
 
 def variance_classes(deviations: np.ndarray, step: float) -> list[int]:

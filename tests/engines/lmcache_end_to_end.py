@@ -111,7 +111,7 @@ def report(place: Place) -> None:
 
     sizes = place.sizes()
     expect(f"chunks stored, {place.name}", len(sizes), N_CHUNKS)
-    original = 2 * reference_calibration().geometry.row_features * 2 * N_CHUNKS * CHUNK_TOKENS
+    original = reference_calibration().geometry.joint_features * 2 * N_CHUNKS * CHUNK_TOKENS
     print(
         f"  store: {place.name}: {len(sizes)} chunks, {sum(sizes)} bytes for {original} at 16 bits: total ratio "
         f"{original / sum(sizes):.2f}"

@@ -72,7 +72,7 @@ def round_trip(layout: str, page_tokens: int, prefix: list[str] | None, cache: K
         expect("pages got", second.batch_get_v1(keys, indices, told), [True] * n_pages)
         second.close()
         stored = sum(file.stat().st_size for file in (store / "entries").rglob("*") if file.is_file())
-    original = 2 * reference_calibration().geometry.row_features * 2 * N_TOKENS
+    original = reference_calibration().geometry.joint_features * 2 * N_TOKENS
     found = read(pool, cache)
     error = float((found.keys.float() - cache.keys.float()).norm() / cache.keys.float().norm())
     print(

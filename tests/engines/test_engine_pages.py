@@ -124,7 +124,7 @@ def test_rotations_that_depend_on_a_texts_length_are_refused():
 
     odd = replace(
         calibration,
-        geometry=CacheGeometry(geometry.layers, 0, geometry.n_kv_heads, geometry.head_dim, LengthDependent()),
+        geometry=CacheGeometry(geometry.layers, 0, geometry.n_kv_heads, *geometry.dims, LengthDependent()),
     )
     with pytest.raises(UnsupportedModel, match="length of a sequence"):
         WindowlessCodec(odd, settings())
@@ -132,7 +132,7 @@ def test_rotations_that_depend_on_a_texts_length_are_refused():
 
 def test_the_reference_model_has_a_name():
     geometry = reference_calibration().geometry
-    part = CacheShard(geometry.layers, 0, geometry.n_kv_heads, geometry.head_dim)
+    part = CacheShard(geometry.layers, 0, geometry.n_kv_heads, *geometry.dims)
     assert settings().load_calibration(part).fingerprint == reference_calibration().fingerprint
 
 

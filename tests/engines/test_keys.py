@@ -125,13 +125,13 @@ def test_chunks_of_servers_have_no_key_in_common(first, second):
 def test_every_setting_of_a_stream_is_in_the_key():
     """A field that is added to these must be listed in `Codec.settings_digest`, or be of no effect on what is stored."""
     assert {field.name for field in fields(StreamSettings)} == {
-        "profile", "chunk_tokens", "coder", "fp8_sinks", "fixed_size", "coded_window"
+        "profile", "chunk_tokens", "coder", "fp8_sinks", "fixed_size", "coded_window", "states"
     }  # fmt: skip
     joint, paper = joint_calibration(), tiny_calibration()
     codecs = [
         *(Codec(paper, "paper", 8, **changed) for changed in (
             {}, {"key_ratio": 4}, {"value_ratio": 4}, {"coder": "none"}, {"sink_format": "fp8"},
-            {"chunk_tokens": 128}, {"sink_tokens": 0}, {"window_tokens": 0},
+            {"chunk_tokens": 128}, {"sink_tokens": 0}, {"window_tokens": 0}, {"states": "int8"}, {"states": "int6"},
         )),
         Codec(paper, "paper", max_error=0.2),
         Codec(paper, "paper", rate=Truncation(8)),
@@ -141,7 +141,7 @@ def test_every_setting_of_a_stream_is_in_the_key():
     ]  # fmt: skip
     digests = [codec.settings_digest for codec in codecs]
     assert len(set(digests)) == len(codecs)
-    assert Codec(joint, "joint", 8).settings_digest == Codec(joint, "joint", 8.0).settings_digest == digests[10]
+    assert Codec(joint, "joint", 8).settings_digest == Codec(joint, "joint", 8.0).settings_digest == digests[12]
 
 
 def test_chunks_of_another_length_have_other_keys():

@@ -232,7 +232,7 @@ def report_disk(store: Path, n_entries: int, n_tokens: int) -> None:
 
     files = [file for file in (store / "entries").rglob("*") if file.is_file()]
     expect("entries on disk", len(files), n_entries)
-    original = 2 * reference_calibration().geometry.row_features * 2 * n_tokens
+    original = reference_calibration().geometry.joint_features * 2 * n_tokens
     stored = sum(file.stat().st_size for file in files)
     print(f"  store: {len(files)} files, {stored} bytes for {n_tokens} tokens, {original} bytes at 16 bits")
     print(f"  store: total ratio on disk {original / stored:.2f}")

@@ -10,6 +10,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import kvtc
+from kvtc.codec.transformers_cache import to_transformers
 from kvtc.errors import InvalidArgument, MissingDependency, UnsupportedModel
 from kvtc.evaluate.baselines import (
     H2O,
@@ -34,11 +35,11 @@ from kvtc.evaluate.methods import KvtcMethod, Method, as_method, restore
 from kvtc.evaluate.quality import evaluate_continuation
 from kvtc.huggingface.continuation import predict, prefill
 from kvtc.huggingface.models import geometry_of
-from tests.builders import relative_error
+from tests.builders import random_cache, relative_error, two_widths
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 8
 VALUES = N_LAYERS * N_HEADS * HEAD_DIM
-HEADER = 15
+HEADER = 17
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,24 @@ def names() -> list[str]:
 def test_the_registry_names_every_baseline(model, methods):
     assert list(methods) == names()
     assert not any(name.startswith("CacheGen") for name in baselines(geometry_of(model)))
+
+
+@pytest.mark.parametrize("name", ["wide keys", "latent"])
+def test_keys_and_values_of_two_widths_make_the_round_trip(name):
+    """Those that look at one head's keys with queries, or at keys and values together, are left out."""
+    geometry, ids = two_widths(name), drawn_ids(70)
+    held = random_cache(70, geometry=geometry)
+    cache = to_transformers(held.keys[None], held.values[None], range(N_LAYERS))
+    found = baselines(geometry, 16, [cache])
+    assert {name.split()[0] for name in found} == {"FP8", "NVFP4", "INT4", "KIVI", "GEAR", "xKV", "TurboQuant", "zstd"}
+    for method in found.values():
+        restored = restore(method, None, cache, ids)
+        assert restored.cost.original_bytes == 70 * 2 * geometry.joint_features
+        keys, values = cache_sides(restored.cache)
+        assert (keys.shape, values.shape) == (held.keys.shape, held.values.shape)
+    fp8 = restore(found["FP8"], None, cache, ids)
+    assert fp8.cost.total_bytes == HEADER + 70 * geometry.joint_features + 2 * N_LAYERS * geometry.n_kv_heads * 4
+    assert relative_error(cache_sides(fp8.cache)[0], held.keys) < 0.05
 
 
 @pytest.mark.parametrize("name", names())
@@ -404,4 +423,4 @@ def test_what_cannot_be_coded_is_refused(model):
     with pytest.raises(InvalidArgument):
         Profile.of([prefill(model, drawn_ids(1))])
     with pytest.raises(InvalidArgument):
-        Header.of(torch.zeros(1, 1, 1, 1, dtype=torch.float64), 0)
+        Header.of(*[torch.zeros(1, 1, 1, 1, dtype=torch.float64)] * 2, 0)

@@ -583,13 +583,27 @@ def test_planning_needs_no_torch(tmp_path):
 
 
 def test_a_geometry_is_enough():
-    model = PlannedModel("m", 2, 3, 4, 1000)
+    model = PlannedModel("m", 2, 3, (4, 4), 1000)
     assert (
-        model.row_features,
+        model.side_features,
         model.bytes_per_token,
         model.calibration_parameters(10),
         model.calibration_parameters(99),
-    ) == (24, 96, 480, 1152)
+    ) == ((24, 24), 96, 480, 1152)
+
+
+def test_latents_count_as_they_are_cached():
+    """Those of DeepSeek V3: 512 features and a rotary part of 64 in 61 layers."""
+    found = config("deepseek_v3", 61, 7168, 18432, 128, 128, 64, 129280)
+    found |= {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    model = model_from_config(found, parameters=671_000_000_000)
+    assert model.bytes_per_token == 61 * (512 + 64) * 2
+    assert model.calibration_parameters(1000) == 61 * (512 + 64) * 1000
+
+
+def test_values_may_be_narrower_than_keys():
+    found = config("mimo_v2_flash", 2, 64, 64, 4, 2, 24, 100) | {"v_head_dim": 16}
+    assert model_from_config(found, parameters=100_000).bytes_per_token == 2 * 2 * (24 + 16) * 2
 
 
 ODD_JSON = {

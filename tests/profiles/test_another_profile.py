@@ -33,7 +33,7 @@ class Halves:
     project = lambda self, rows, predicted: (rows.values.half(), rows.spans)
     search = lambda self, coefficients, budget: Settled(SimpleNamespace(to_bytes=bytes))
     quantize = lambda self, coefficients, plan: coefficients
-    body_bytes = lambda self, plan, n: 4 * n * self.calibration.geometry.row_features
+    body_bytes = lambda self, plan, n: 2 * n * self.calibration.geometry.joint_features
     add_prediction = lambda self, rows, bodies: rows
 
     def entropy_code(self, symbols: tuple[torch.Tensor, list[slice]]) -> list[bytes]:

@@ -119,7 +119,7 @@ def test_the_tree_is_in_the_order_of_the_layers():
 def test_how_to_add_something_takes_ten_lines_at_most():
     recipes = re.findall(r"^## (How to add .+?)\n\n(.*?)\n\n(?=## )", contributing(), flags=re.MULTILINE | re.DOTALL)
     assert [name for name, _ in recipes] == [
-        f"How to add {what}" for what in ("a profile", "a store", "an engine", "a baseline")
+        f"How to add {what}" for what in ("a profile", "a coder", "a store", "an engine", "a baseline")
     ]
     assert [name for name, text in recipes if len(text.splitlines()) > 10] == []
 

@@ -46,6 +46,18 @@ def test_lines_of_prose_are_short(page):
     assert long == []
 
 
+def test_tables_are_tables(page):
+    """Every row has as many cells as the head, and no row was wrapped into the text."""
+    text = re.sub(r"`[^`\n]*`", "", without_fences(page.read_text(encoding="utf-8")))
+    wrong, n_cells = [], 0
+    for number, line in enumerate(text.splitlines(), 1):
+        is_row = re.fullmatch(r" *\|.*\|", line) is not None
+        n_cells = (n_cells or line.count("|")) if is_row else 0
+        if line.count("|") != n_cells and (is_row or (" | " in line and not line.startswith("    "))):
+            wrong.append(number)
+    assert wrong == []
+
+
 def test_links_lead_somewhere(page):
     text = without_fences(page.read_text(encoding="utf-8"))
     wrong = []

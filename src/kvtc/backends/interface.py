@@ -121,7 +121,7 @@ class Backend(Protocol):
         ...
 
     def gather(self, keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor:
-        """Keys and values [L, H, n, D] of tokens, as cached -> their joint rows [n, 2 p] float32, keys first, turned back.
+        """Keys and values [L, H, n, D] of tokens, as cached -> their joint rows [n, P] float32, keys first, turned back.
 
         turns: of each layer, as `Rope.turns` gives them.
         """

@@ -26,7 +26,7 @@ from ..coding.joint.importance import Importance
 from ..coding.paper.distortion import BLOCK_SIZES, SYMBOL_TYPES, DistortionTable
 from ..coding.rope import Rope
 from ..coding.transform import Basis
-from ..container.groups import FULL_ATTENTION
+from ..container.groups import FULL_ATTENTION, LATENT, WINDOW, Group
 from ..errors import CorruptCalibration, InvalidArgument, KvtcError, UnsupportedVersion
 from ..files import write_atomically
 from ..process.torch_state import neutral_torch_state
@@ -45,6 +45,8 @@ CALIBRATION_VERSION = 4
 FINGERPRINT_BYTES = 16
 MAX_GROUP_SIZE = 0xFFFF
 KINDS = ("key", "value")
+_KINDS = (FULL_ATTENTION, LATENT, WINDOW)
+"""Of groups that a calibration can cover."""
 PROFILES_WITH_STEP = ("joint", "conditional")
 _MOST_EXPLAINED = 1.01
 """Of the total variance, for both are sums of rounded numbers."""
@@ -52,7 +54,19 @@ _MOST_EXPLAINED = 1.01
 
 @dataclass(frozen=True, eq=False)
 class KindCalibration:
-    """What is calibrated for keys, or for values: the basis, its distortion, and the summed variance of all features."""
+    """What is calibrated for keys, or for values, for the profile `paper`.
+
+    Parameters:
+        basis: orthonormal directions in which the rows vary most, with mean and spectrum.
+        distortion: measured error of each coefficient group at each number of bits.
+        total_variance: summed variance of all features of the calibration rows.
+
+    Example:
+        >>> calibration.key.basis.vectors.shape
+        torch.Size([1152, 512])
+        >>> 0.9 < calibration.key.explained_variance <= 1.01
+        True
+    """
 
     basis: Basis
     distortion: DistortionTable
@@ -64,7 +78,18 @@ class KindCalibration:
         return float(self.basis.spectrum.double().sum()) / self.total_variance if self.total_variance else 1.0
 
     def tensors(self, name: str) -> Named:
-        """Its tensors in the calibration file."""
+        """Its tensors in the calibration file.
+
+        Parameters:
+            name: "key" or "value".
+
+        Returns:
+            An iterator of (name in the file, tensor).
+
+        Example:
+            >>> [name for name, tensor in calibration.key.tensors("key")]
+            ['key.mean', 'key.vectors', 'key.spectrum', 'key.energy', 'key.errors']
+        """
         yield f"{name}.mean", self.basis.mean
         yield f"{name}.vectors", self.basis.vectors
         yield f"{name}.spectrum", self.basis.spectrum
@@ -75,23 +100,69 @@ class KindCalibration:
     def from_tensors(
         cls, name: str, tensors: dict[str, Tensor], sizes: tuple[int, ...], total_variance: float
     ) -> KindCalibration:
-        """Inverse of `tensors`. sizes: of blocks."""
+        """Inverse of `tensors`.
+
+        Parameters:
+            name: "key" or "value".
+            tensors: those of the file, by name.
+            sizes: of the coefficient groups whose errors were measured.
+            total_variance: as the class has it.
+
+        Returns:
+            What is calibrated for this kind.
+
+        Example:
+            >>> from kvtc.calibration import KindCalibration
+            >>> key = calibration.key
+            >>> again = KindCalibration.from_tensors("key", dict(key.tensors("key")), key.distortion.sizes, key.total_variance)
+            >>> again.explained_variance == key.explained_variance
+            True
+        """
         basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
         return cls(basis, _distortion(name, tensors, sizes), total_variance)
 
 
 @dataclass(frozen=True, eq=False)
+class CodedGroup:
+    """What `joint` knows of one group of layers. importance: of tokens; None: all of them have one step."""
+
+    geometry: CacheGeometry
+    joint: JointCalibration
+    importance: Importance | None
+
+    def tensors(self, prefix: str) -> Named:
+        """Its tensors in the calibration file."""
+        yield from self.joint.tensors(f"{prefix}joint")
+        if self.importance is not None:
+            yield f"{prefix}importance", self.importance.weights
+
+
+@dataclass(frozen=True, eq=False)
 class Calibration:
-    """Everything that the codec knows of a model.
+    """All that the codec knows of a model, made by `kvtc.calibrate` and read by `kvtc.load_calibration`.
 
     Parameters:
-        geometry: the layers, heads and rotation that it covers.
-        key, value: bases and distortion, for the profile `paper`; None: it does not serve it.
+        geometry: the layers and heads of the first group that it covers, and the rotation.
+        key: basis and distortion of keys, for the profile `paper`; None: it does not serve it.
+        value: the same of values.
         info: what it was made from; it plays no part in coding.
         joint: for `joint`; None: it does not serve it.
+        quality: by profile, what steps do to the model's predictions, if that was measured; it plays no part in
+            coding.
         conditional: for `conditional`; None: it does not serve it.
         importance: of tokens, for both; None: all tokens have one step.
-        quality: by profile, what steps do to the model's predictions, if that was measured; it plays no part in coding.
+        further: the groups that `joint` codes beside the first one. One step does the same harm in all of them.
+
+    Example:
+        >>> calibration.profiles
+        ('paper', 'joint', 'conditional')
+        >>> len(calibration.fingerprint), calibration.n_parameters > 1_000_000
+        (16, True)
+        >>> len(calibration.groups), calibration.geometry_of(0) == calibration.geometry
+        (1, True)
+        >>> from kvtc.container.stream import parse_stream
+        >>> calibration.number_of(parse_stream(stream).header.groups[0])
+        0
     """
 
     geometry: CacheGeometry
@@ -102,12 +173,44 @@ class Calibration:
     quality: Mapping[str, QualityCurve] = field(default_factory=dict)
     conditional: ConditionalCalibration | None = None
     importance: Importance | None = None
+    further: tuple[CodedGroup, ...] = ()
+
+    @property
+    def groups(self) -> tuple[CodedGroup, ...]:
+        """The groups that `joint` codes, the first one first; none where `joint` is not served."""
+        if self.joint is None:
+            return ()
+        return CodedGroup(self.geometry, self.joint, self.importance), *self.further
+
+    def geometry_of(self, number: int) -> CacheGeometry:
+        """The geometry of a group.
+
+        Parameters:
+            number: of the group, 0 for the first.
+
+        Returns:
+            Its geometry.
+        """
+        return self.further[number - 1].geometry if number else self.geometry
+
+    def number_of(self, group: Group) -> int | None:
+        """Which of `groups` covers a group of a cache.
+
+        Parameters:
+            group: as the group table of a stream has it.
+
+        Returns:
+            Its number, 0 for the first; None: none covers it.
+        """
+        return next((number for number, one in enumerate(self.groups) if covers(one.geometry, group)), None)
 
     @cached_property
     @neutral_torch_state
     def fingerprint(self) -> bytes:
         """First 16 bytes of the SHA-256 of all that decoding depends on: geometry, rotation, means, bases, tables."""
         digest = hashlib.sha256(json.dumps(_group_json(self.geometry), sort_keys=True).encode())
+        for one in self.further:
+            digest.update(json.dumps(_group_json(one.geometry), sort_keys=True).encode())
         for _, kind in self.kinds():
             for tensor in (kind.basis.mean, kind.basis.vectors):
                 digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -117,14 +220,24 @@ class Calibration:
         return digest.digest()[:FINGERPRINT_BYTES]
 
     def kinds(self) -> Iterator[tuple[str, KindCalibration]]:
-        """Keys and values by their names; none where the profile `paper` is not served."""
+        """What is calibrated for keys and for values, as (name, `KindCalibration`); nothing where the profile `paper` is
+        not served.
+
+            >>> [name for name, kind in calibration.kinds()]
+            ['key', 'value']
+        """
         for name, kind in zip(KINDS, (self.key, self.value), strict=True):
             if kind is not None:
                 yield name, kind
 
     @property
     def sides(self) -> tuple[KindCalibration, KindCalibration]:
-        """Keys and values, for the profile `paper`; `InvalidArgument` for a calibration that does not serve it."""
+        """Keys and values, for the profile `paper`; `InvalidArgument` for a calibration that does not serve it.
+
+        >>> key, value = calibration.sides
+        >>> key is calibration.key, value is calibration.value
+        (True, True)
+        """
         if self.key is None or self.value is None:
             raise InvalidArgument(
                 f"this calibration serves {', '.join(self.profiles)}, not the profile paper: calibrate for it, too"
@@ -153,13 +266,24 @@ class Calibration:
         yield from self.conditional.tensors() if self.conditional else ()
         if self.importance is not None:
             yield "importance", self.importance.weights
+        for number, one in enumerate(self.further, 1):
+            yield from one.tensors(_prefix(number))
 
     @neutral_torch_state
     def save(self, path: str | Path) -> None:
-        """Write the file. A reader never sees half of it.
+        """Write the calibration file. A reader never sees half of it.
+
+        Parameters:
+            path: the file; one that exists is replaced.
 
         Raises:
-            CorruptCalibration: for a calibration that `load_calibration` would refuse.
+            CorruptCalibration: `load_calibration` would refuse the file.
+            OSError: the file cannot be written.
+
+        Example:
+            >>> calibration.save("calibration.safetensors")
+            >>> kvtc.load_calibration("calibration.safetensors").fingerprint == calibration.fingerprint
+            True
         """
         variances = [kind.total_variance for _, kind in self.kinds()]
         sizes = self.key.distortion.sizes if self.key is not None else BLOCK_SIZES
@@ -167,7 +291,10 @@ class Calibration:
             "format": "kvtc calibration",
             "version": str(CALIBRATION_VERSION),
             "fingerprint": self.fingerprint.hex(),
-            "groups": json.dumps([_group_json(self.geometry) | {"total_variance": variances}]),
+            "groups": json.dumps(
+                [_group_json(self.geometry) | {"total_variance": variances}]
+                + [_group_json(one.geometry) for one in self.further]
+            ),
             "block_sizes": json.dumps(sizes),
             "info": json.dumps(self.info),
         }
@@ -180,14 +307,32 @@ class Calibration:
         write_atomically(path, data)
 
 
+def covers(geometry: CacheGeometry, group: Group) -> bool:
+    """Whether a group of a cache, or of a stream, is what a geometry describes."""
+    shape = geometry.n_kv_heads, *geometry.dims
+    found = group.kind, group.layers, group.first_kv_head, group.shape, group.has_rows
+    return found == (geometry.kind, geometry.layers, geometry.first_kv_head, shape, True)
+
+
 @neutral_torch_state
 def load_calibration(path: str | Path) -> Calibration:
-    """Read a calibration file.
+    """Read a calibration file. Its checksum is compared, and nothing in it is unpickled.
+
+    Parameters:
+        path: the file.
+
+    Returns:
+        The calibration.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        CorruptCalibration: if the file is damaged or holds no calibration.
-        UnsupportedVersion: if the file has another version, or groups of layers that this kvtc does not read.
+        FileNotFoundError: there is no such file.
+        CorruptCalibration: the file is damaged or holds no calibration.
+        UnsupportedVersion: the file has another version, or groups of layers that this kvtc does not read.
+
+    Example:
+        >>> calibration.save("calibration.safetensors")
+        >>> kvtc.load_calibration("calibration.safetensors").geometry.n_layers
+        12
     """
     path = Path(path)
     if not path.is_file():
@@ -229,7 +374,7 @@ def _check_kind(metadata: Mapping[str, str]) -> None:
 def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Calibration:
     """What a file holds, every number in a range that coding can use; KeyError, ValueError or `KvtcError` where one is not."""
     read = {name: strict_json.loads(metadata[name]) for name in ("groups", "block_sizes", "info")}
-    group = _only_group(strict_json.items(read["groups"], "groups"))
+    group, *others = _groups_of(strict_json.items(read["groups"], "groups"))
     geometry = _geometry_of(group)
     found = strict_json.items(read["block_sizes"], "block_sizes")
     sizes = tuple(strict_json.whole(size, "block_sizes", 1, MAX_GROUP_SIZE) for size in found)
@@ -237,7 +382,7 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Calibrati
         raise CorruptCalibration(f"block sizes {sizes}; expected ascending ones of 1 to {MAX_GROUP_SIZE}")
     variances = strict_json.items(group["total_variance"], "total_variance")
     key, value = _kinds_of(tensors, sizes, variances, geometry)
-    joint = JointCalibration.from_tensors(tensors, "joint", geometry)
+    joint = JointCalibration.from_tensors(tensors, "joint", geometry) if "joint.mean" in tensors else None
     conditional = ConditionalCalibration.from_tensors(tensors, geometry)
     names = (f"quality.{profile}" for profile in PROFILES_WITH_STEP)
     curves = {name.split(".")[1]: QualityCurve.from_tensor(name, tensors[name]) for name in names if name in tensors}
@@ -245,7 +390,13 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Calibrati
     importance = importance_of(tensors, geometry)
     if joint is None and key is None:
         raise CorruptCalibration("it serves no profile: it holds neither a joint basis nor bases of keys and values")
-    return Calibration(geometry, key, value, info, joint, curves, conditional, importance)
+    if joint is None and (others or geometry.is_window):
+        kinds = ", ".join(str(one["kind"]) for one in (group, *others))
+        raise CorruptCalibration(
+            f"groups of {kinds}, but no joint basis: joint alone codes more than one of {FULL_ATTENTION}"
+        )
+    further = tuple(_further_group(number, one, tensors) for number, one in enumerate(others, 1))
+    return Calibration(geometry, key, value, info, joint, curves, conditional, importance, further)
 
 
 def _kinds_of(
@@ -259,10 +410,10 @@ def _kinds_of(
             f"total_variance holds {len(variances)} numbers; expected one of keys and one of values"
         )
     kinds = []
-    for name, given in zip(KINDS, variances, strict=True):
+    for name, given, features in zip(KINDS, variances, geometry.side_features, strict=True):
         basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
-        expect_basis(name, basis, geometry.row_features)
-        variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * geometry.row_features)
+        expect_basis(name, basis, features)
+        variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * features)
         if float(basis.spectrum.double().sum()) > _MOST_EXPLAINED * variance:
             raise CorruptCalibration(f"{name}.spectrum explains more than the total variance, {variance:g}")
         kinds.append(KindCalibration.from_tensors(name, tensors, sizes, variance))
@@ -297,40 +448,48 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
 def _group_json(geometry: CacheGeometry) -> dict[str, Any]:
     """The entry of a group of layers in the file, but for its variances."""
     return {
-        "kind": FULL_ATTENTION,
+        "kind": geometry.kind,
         "layers": list(geometry.layers),
         "first_kv_head": geometry.first_kv_head,
         "n_kv_heads": geometry.n_kv_heads,
-        "key_dim": geometry.head_dim,
-        "value_dim": geometry.head_dim,
+        "key_dim": geometry.key_dim,
+        "value_dim": geometry.value_dim,
         "rope": geometry.rope.to_json(),
     }
 
 
-def _only_group(groups: list[Any]) -> dict[str, Any]:
-    """The entry of the one group; `UnsupportedVersion`, naming the kinds found, for others that a later kvtc may write."""
+def _prefix(number: int) -> str:
+    """Before the names of the tensors of a group behind the first."""
+    return f"group{number}."
+
+
+def _groups_of(groups: list[Any]) -> list[dict[str, Any]]:
+    """The entries of the groups; `UnsupportedVersion`, naming the kinds found, for others that a later kvtc may write."""
     entries = [strict_json.fields(entry, "a group") for entry in groups]
     kinds = [str(entry["kind"])[:64] for entry in entries]
     if not entries:
         raise CorruptCalibration("groups is an empty list; expected at least one group of layers")
-    if kinds != [FULL_ATTENTION]:
+    if not set(kinds) <= set(_KINDS) or set(kinds[1:]) - {WINDOW}:
         raise UnsupportedVersion(
             f"a calibration of {len(kinds)} groups of layers ({', '.join(sorted(set(kinds))[:8])}); this kvtc reads one "
-            f"group, of {FULL_ATTENTION}: upgrade kvtc"
+            f"of {', '.join(_KINDS)}, and further ones of {WINDOW}: upgrade kvtc"
         )
-    return entries[0]
+    return entries
+
+
+def _further_group(number: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> CodedGroup:
+    """A group behind the first."""
+    geometry, prefix = _geometry_of(entry), _prefix(number)
+    joint = JointCalibration.from_tensors(tensors, f"{prefix}joint", geometry)
+    return CodedGroup(geometry, joint, importance_of(tensors, geometry, f"{prefix}importance"))
 
 
 def _geometry_of(group: dict[str, Any]) -> CacheGeometry:
     names = ("first_kv_head", "n_kv_heads", "key_dim", "value_dim")
     listed = strict_json.items(group["layers"], "layers")
     layers = tuple(strict_json.whole(layer, "layers", 0, MAX_EXTENT) for layer in listed)
-    *extents, key_dim, value_dim = (strict_json.whole(group[name], name, 0, MAX_EXTENT) for name in names)
-    if key_dim != value_dim:
-        raise UnsupportedVersion(
-            f"a calibration for keys of {key_dim} features and values of {value_dim}; this kvtc reads equal widths: "
-            "upgrade kvtc"
-        )
-    first_kv_head, n_kv_heads = extents
+    first_kv_head, n_kv_heads, key_dim, value_dim = (
+        strict_json.whole(group[name], name, 0, MAX_EXTENT) for name in names
+    )
     rope = Rope.from_json(strict_json.fields(group["rope"], "rope"))
-    return CacheGeometry(layers, first_kv_head, n_kv_heads, key_dim, rope)
+    return CacheGeometry(layers, first_kv_head, n_kv_heads, key_dim, value_dim, rope, group["kind"] == WINDOW)

@@ -24,7 +24,7 @@ class ConditionalCalibration:
     Attributes:
         n_layers: m: the first layers of the model, which are recomputed.
         identity: 32 bytes, digest of their weights and of the embedding's.
-        weights: [2 d + 1, 2 p'] float16; features of the hidden state times these are the joint rows of the layers behind.
+        weights: [2 d + 1, P'] float16; features of the hidden state times these are the joint rows of the layers behind.
         explained: [L', 2] float32, share of the variance of each such layer's keys and of its values that is predicted.
         left: of the rows of these layers, less what is predicted.
     """
@@ -61,12 +61,10 @@ class ConditionalCalibration:
         n_features = weights.shape[0] if weights.dim() == 2 else 0
         if n_features < 3 or n_features % 2 == 0 or n_features > 2 * MAX_EXTENT + 1:
             raise CorruptCalibration(f"recomputed.weights is {tuple(weights.shape)}; expected 2 d + 1 rows")
-        shape = n_features, 2 * behind.row_features
+        shape = n_features, behind.joint_features
         expect("recomputed.weights", weights, shape, torch.float16, -_LARGEST_HALF, _LARGEST_HALF)
         expect("recomputed.explained", explained, (behind.n_layers, 2), torch.float32, -_LARGEST_SINGLE, 1.01)
         left = JointCalibration.from_tensors(tensors, "conditional", behind)
-        if left is None:
-            raise CorruptCalibration("layers are recomputed, but nothing says how the others are coded")
         return cls(n_layers, identity.numpy().tobytes(), weights, explained, left)
 
 

@@ -28,7 +28,7 @@ def fit_conditional(
 
     Parameters:
         rows: with the hidden states that enter a layer.
-        sample: joint rows [n, 2 p] and hidden states [n, d] of some of their tokens.
+        sample: joint rows [n, P] and hidden states [n, d] of some of their tokens.
         hidden_layer: that layer, and how many layers are recomputed.
         identity: of their weights.
         metric: of all layers.
@@ -36,12 +36,14 @@ def fit_conditional(
     """
     n_own = own_layers(hidden_layer, rows.geometry)
     behind = rows.geometry.behind(n_own)
-    p, skipped = rows.geometry.row_features, rows.geometry.row_features - behind.row_features
-    chosen = torch.cat([torch.arange(skipped, p), torch.arange(p + skipped, 2 * p)])
+    p, total = rows.geometry.side_features[0], rows.geometry.joint_features
+    key_features, value_features = behind.side_features
+    chosen = torch.cat([torch.arange(p - key_features, p), torch.arange(total - value_features, total)])
     weights, left_variances, covariance = rows.moments.regression(REGRESSION_RIDGE)
     weights = weights.cpu()[:, chosen].half()
     variances = torch.stack([left_variances, rows.moments.variances()]).cpu()[:, chosen]
-    sums = variances.reshape(2, 2, behind.n_layers, -1).sum(dim=-1)
+    sides = torch.split(variances, list(behind.side_features), dim=1)
+    sums = torch.stack([side.reshape(2, behind.n_layers, -1).sum(dim=-1) for side in sides], dim=1)
     explained = (1 - sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)).T.float().contiguous()
     of_sample, hidden = sample
     left = of_sample[:, chosen] - hidden_features(hidden) @ weights.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..coding.joint.metric import Metric
 from ..coding.paper.distortion import BLOCK_SIZES, measure_distortion
 from ..coding.transform import Basis, project
 from ..errors import InvalidArgument
 from ..process.progress import task
 from ..process.torch_state import neutral_torch_state
-from .artifact import Calibration, KindCalibration
+from .artifact import Calibration, CodedGroup, KindCalibration
 from .checkpoint import Checkpoint
 from .conditional_calibration import ConditionalCalibration
 from .conditional_fit import fit_conditional
@@ -62,6 +63,7 @@ def fit(
     recomputed: tuple[int, bytes] | None = None,
     info: Mapping[str, Any] | None = None,
     checkpoint: Checkpoint | None = None,
+    further: Sequence[tuple[CalibrationRows, GradientSample]] = (),
 ) -> Calibration:
     """Fit a calibration to the rows that were gathered.
 
@@ -79,9 +81,11 @@ def fit(
             calibration serves `conditional`, too. The rows must have the hidden states that enter the next layer.
         info: what else the calibration's `info` shall say.
         checkpoint: keeps each part when it is done, and gives those that were; None: nothing is kept.
+        further: rows and gradients of the groups that `joint` codes beside the first; with a sample alone.
 
     Raises:
-        InvalidArgument: for fewer than two rows, rows that do not vary, or layers to recompute for rows without hidden states.
+        InvalidArgument: for fewer than two rows of a group, rows that do not vary, or layers to recompute for rows without
+            hidden states.
     """
     options = FitOptions() if options is None else options
     checkpoint = Checkpoint(None, "") if checkpoint is None else checkpoint
@@ -91,25 +95,24 @@ def fit(
         )
     if recomputed is not None and not rows.hidden_width:
         raise InvalidArgument("what recomputed layers predict is fitted to rows with hidden states; these have none")
-    if rows.n_rows < 2:
-        raise InvalidArgument(
-            f"calibration needs at least 2 tokens past the {rows.sink_tokens} sinks; got {rows.n_rows}"
-        )
+    for its in (rows, *(one for one, _ in further)):
+        if its.n_rows < 2:
+            raise InvalidArgument(
+                f"calibration needs at least 2 tokens past the {its.sink_tokens} sinks; got {its.n_rows}"
+            )
     key = value = joint = conditional = importance = None
+    groups: list[CodedGroup] = []
     if paper:
         key, value = _fit_paper(rows, options, checkpoint)
     if sample is not None:
         with task("metric"):
             metric, importance = fit_metric(sample, options.seed)
-        drawn = rows.sample(table_rows(2 * rows.geometry.row_features), options.seed)
+        drawn = rows.sample(table_rows(rows.geometry.joint_features), options.seed)
         levels = None if importance is None else importance.levels(drawn[0])
         rank = options.joint_rank
-
-        def fitted_joint() -> dict[str, Tensor]:
-            with task("joint basis and tables"):
-                return dict(fit_joint(rows.moments.covariance(), drawn[0], metric, levels, rank).tensors("joint"))
-
-        joint = JointCalibration.from_tensors(checkpoint.once("joint", fitted_joint), "joint", rows.geometry)
+        joint = _fit_joint(0, rows, drawn[0], metric, levels, options, checkpoint)
+        for number, (its, of_its) in enumerate(further, 1):
+            groups.append(_fit_further(number, its, of_its, metric.unit, options, checkpoint))
         if recomputed is not None:
 
             def fitted_conditional() -> dict[str, Tensor]:
@@ -126,18 +129,61 @@ def fit(
         "seed": options.seed,
     }
     return Calibration(
-        rows.geometry, key, value, made_from | dict(info or {}), joint, conditional=conditional, importance=importance
+        rows.geometry,
+        key,
+        value,
+        made_from | dict(info or {}),
+        joint,
+        conditional=conditional,
+        importance=importance,
+        further=tuple(groups),
     )
+
+
+def _fit_further(
+    number: int,
+    rows: CalibrationRows,
+    sample: GradientSample,
+    unit: float,
+    options: FitOptions,
+    checkpoint: Checkpoint,
+) -> CodedGroup:
+    """A group behind the first. unit: of the metric of the first."""
+    with task(f"metric of group {number}"):
+        metric, importance = fit_metric(sample, options.seed, unit)
+    drawn = rows.sample(table_rows(rows.geometry.joint_features), options.seed)[0]
+    levels = None if importance is None else importance.levels(drawn)
+    joint = _fit_joint(number, rows, drawn, metric, levels, options, checkpoint)
+    return CodedGroup(rows.geometry, joint, importance)
+
+
+def _fit_joint(
+    number: int,
+    rows: CalibrationRows,
+    drawn: Tensor,
+    metric: Metric,
+    levels: Tensor | None,
+    options: FitOptions,
+    checkpoint: Checkpoint,
+) -> JointCalibration:
+    """The joint basis and tables of a group. drawn: rows of the sample."""
+
+    def fitted() -> dict[str, Tensor]:
+        with task("joint basis and tables" + (f" of group {number}" if number else "")):
+            covariance = rows.moments.covariance()
+            return dict(fit_joint(covariance, drawn, metric, levels, options.joint_rank).tensors("joint"))
+
+    found = checkpoint.once("joint" + (str(number) if number else ""), fitted)
+    return JointCalibration.from_tensors(found, "joint", rows.geometry)
 
 
 def _fit_paper(
     rows: CalibrationRows, options: FitOptions, checkpoint: Checkpoint
 ) -> tuple[KindCalibration, KindCalibration]:
     """The bases of keys and of values, and their distortion."""
-    p = rows.geometry.row_features
     found = []
-    for index, name in enumerate(("key", "value")):
-        side = torch.arange(index * p, (index + 1) * p)
+    features = torch.split(torch.arange(rows.geometry.joint_features), list(rows.geometry.side_features))
+    for name, side in zip(("key", "value"), features, strict=True):
         tensors = checkpoint.once(name, partial(_fit_side, rows, options, name, side))
         found.append(KindCalibration.from_tensors(name, tensors, BLOCK_SIZES, float(tensors["variance"])))
     return found[0], found[1]
@@ -146,7 +192,7 @@ def _fit_paper(
 def _fit_side(rows: CalibrationRows, options: FitOptions, name: str, side: Tensor) -> dict[str, Tensor]:
     geometry = rows.geometry
     group = options.layers_per_basis or geometry.n_layers
-    layer_features = geometry.row_features // geometry.n_layers
+    layer_features = len(side) // geometry.n_layers
     with task(f"{name} basis"):
         covariance = rows.moments.covariance().of(side)
         parts = torch.split(torch.arange(len(side)), group * layer_features)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..coding.joint.importance import Importance
-from ..coding.joint.metric import Metric, times_blocks
+from ..coding.joint.metric import Metric
 from ..errors import InvalidArgument
 
 METRIC_POWER, METRIC_RIDGE = 0.75, 0.01
@@ -33,12 +33,13 @@ _ROWS_AT_ONCE = 1024
 @dataclass(frozen=True, eq=False)
 class GradientSample:
     """Some tokens of the calibration text: joint rows float16 [n, P]; directions float16 [n, P], their gradients at unit length,
-    those of keys un-rotated; sizes float32 [n], the lengths. head_dim: D, features of a head."""
+    those of keys un-rotated; sizes float32 [n], the lengths. n_heads: of all layers. dims: features of a key and of a value."""
 
     rows: Tensor
     directions: Tensor
     sizes: Tensor
-    head_dim: int
+    n_heads: int
+    dims: tuple[int, int]
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and gradients, float32, some at a time."""
@@ -47,18 +48,20 @@ class GradientSample:
             yield self.rows[some].float(), self.directions[some].float() * self.sizes[some, None]
 
 
-def fit_metric(sample: GradientSample, seed: int) -> tuple[Metric, Importance | None]:
+def fit_metric(sample: GradientSample, seed: int, unit: float | None = None) -> tuple[Metric, Importance | None]:
     """The metric of ordinary tokens, and how levels follow from rows; None for too few tokens.
+
+    unit: of the metric; None: its own.
 
     Raises `InvalidArgument` for a sample of no tokens, or gradients that are not finite.
     """
-    metric = _metric(sample, torch.zeros(len(sample.rows), dtype=torch.float32))
+    metric = _metric(sample, torch.zeros(len(sample.rows), dtype=torch.float32), unit)
     if len(sample.rows) < _LEAST_TOKENS:
         return metric, None
     mean = sample.rows.mean(dim=0, dtype=torch.float32)
     directions = _log_sensitivity_directions(sample, mean, metric, seed)
     logs = torch.cat([(rows - mean) @ directions for rows, _ in sample.blocks()])
-    metric = _metric(sample, logs)
+    metric = _metric(sample, logs, unit)
     # A level is half an octave of the step, whose square falls as the sensitivity rises.
     weights = _log_sensitivity_directions(sample, mean, metric, seed) / log(2)
     return metric, Importance(torch.cat([weights, -(mean @ weights)[None]]))
@@ -67,22 +70,24 @@ def fit_metric(sample: GradientSample, seed: int) -> tuple[Metric, Importance | 
 def _log_sensitivity_directions(sample: GradientSample, mean: Tensor, metric: Metric, seed: int) -> Tensor:
     """[P]: times rows less their mean, the logarithms of the squared gradients in the metric, but for a constant."""
     coefficients, vectors = _leading(sample, mean, metric, seed)
-    squares = [times_blocks(gradients, metric.inverses).square().sum(dim=1) for _, gradients in sample.blocks()]
+    squares = [metric.unweigh(gradients).square().sum(dim=1) for _, gradients in sample.blocks()]
     logs = torch.cat(squares).clamp_min(torch.finfo(torch.float32).tiny).log()
     return vectors @ _regression(coefficients, logs)
 
 
-def _metric(sample: GradientSample, logs: Tensor) -> Metric:
+def _metric(sample: GradientSample, logs: Tensor, unit: float | None) -> Metric:
     """The metric of gradients whose squares are divided by the exponentials of `logs` [n]."""
     if not len(sample.rows):
         raise InvalidArgument("the metric of joint and conditional needs gradients of at least one token")
-    dim, total = sample.head_dim, torch.zeros((), dtype=torch.float64)
+    totals = [torch.zeros(sample.n_heads, dim, dim, dtype=torch.float64) for dim in sample.dims]
     divided = replace(sample, sizes=sample.sizes * (-logs / 2).exp())
     for _, gradients in divided.blocks():
-        heads = gradients.reshape(len(gradients), -1, dim).transpose(0, 1)
-        total = total + (heads.mT @ heads).double()
-    keys, values = (total / len(sample.rows)).tensor_split(2)
-    return Metric.from_sensitivity(keys[None], values[None], METRIC_POWER, METRIC_RIDGE)
+        sides = torch.split(gradients, [sample.n_heads * dim for dim in sample.dims], dim=1)
+        for side, dim, total in zip(sides, sample.dims, totals, strict=True):
+            heads = side.reshape(len(side), -1, dim).transpose(0, 1)
+            total += (heads.mT @ heads).double()
+    keys, values = (total / len(sample.rows) for total in totals)
+    return Metric.from_sensitivity(keys[None], values[None], METRIC_POWER, METRIC_RIDGE, unit)
 
 
 def _leading(sample: GradientSample, mean: Tensor, metric: Metric, seed: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..cache import CacheGeometry
 from ..coding.joint.basis import LARGEST_ENTRY, JointBasis
+from ..coding.joint.blocks import HeadBlocks
 from ..coding.joint.importance import Importance
 from ..coding.joint.metric import Metric
 from ..coding.joint.probability import ProbabilityTables
@@ -19,6 +21,7 @@ from ..coding.joint.uniform_quantizer import ESCAPE, N_ACTIVITIES, N_CLASSES, N_
 from ..coding.rans import TOTAL
 from ..coding.transform import Basis
 from ..errors import CorruptCalibration, InvalidArgument
+from ..layer_runs import describe_layers
 
 Named = Iterator[tuple[str, Tensor]]
 
@@ -84,7 +87,7 @@ class CoefficientModel:
 
 @dataclass(frozen=True, eq=False)
 class JointCalibration:
-    """basis: of joint rows (keys, then values: 2 p features) in the metric. coefficients: their distribution, in its order.
+    """basis: of joint rows (keys, then values: P features) in the metric. coefficients: their distribution, in its order.
 
     The profile `joint` has one for the rows of all layers, `conditional` one for what prediction leaves of those that it codes.
     """
@@ -96,52 +99,66 @@ class JointCalibration:
     def tensors(self, prefix: str) -> Named:
         """Its tensors in the calibration file."""
         for name in _BASIS:
-            yield f"{prefix}.{name}", getattr(self.basis, name)
-        yield f"{prefix}.roots", self.metric.roots
+            found = getattr(self.basis, name)
+            yield f"{prefix}.{name}", found.packed if isinstance(found, HeadBlocks) else found
+        yield f"{prefix}.roots", self.metric.roots.packed
         yield from self.coefficients.tensors(prefix)
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str, geometry: CacheGeometry) -> JointCalibration | None:
-        """Inverse of `tensors`, of the layers of a geometry; None for a calibration without."""
+    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str, geometry: CacheGeometry) -> JointCalibration:
+        """Inverse of `tensors`, of the layers of a geometry; `CorruptCalibration` where they are missing or odd."""
         if f"{prefix}.mean" not in tensors:
-            return None
+            layers = describe_layers(geometry.layers)
+            raise CorruptCalibration(f"there is no {prefix}.mean: nothing says how layers {layers} are coded")
         basis = _joint_basis(tensors, prefix, geometry)
-        roots, shape = tensors[f"{prefix}.roots"], tuple(basis.turns.shape)
-        expect(f"{prefix}.roots", roots, shape, torch.float32, -LARGEST, LARGEST)
+        roots = _head_blocks(tensors, f"{prefix}.roots", geometry, torch.float32, LARGEST)
         coefficients = CoefficientModel.from_tensors(tensors, prefix, basis.order.numel())
         try:
             metric = Metric.from_roots(roots)
         except InvalidArgument as error:
             raise CorruptCalibration(f"{prefix}.roots: {error}") from error
-        expect(f"the inverse of {prefix}.roots", metric.inverses, shape, torch.float32, -LARGEST, LARGEST)
+        for side in metric.inverses.sides:
+            expect(f"the inverse of {prefix}.roots", side, tuple(side.shape), torch.float32, -LARGEST, LARGEST)
         return cls(basis, metric, coefficients)
 
 
-def importance_of(tensors: dict[str, Tensor], geometry: CacheGeometry) -> Importance | None:
-    """The importance of tokens in a calibration file; None for one without."""
-    if "importance" not in tensors:
+def importance_of(tensors: dict[str, Tensor], geometry: CacheGeometry, name: str = "importance") -> Importance | None:
+    """The importance of tokens in a calibration file, the tensor `name`; None for one without."""
+    if name not in tensors:
         return None
-    weights = tensors["importance"]
-    expect("importance", weights, (2 * geometry.row_features + 1,), torch.float32, -LARGEST, LARGEST)
+    weights = tensors[name]
+    expect(name, weights, (geometry.joint_features + 1,), torch.float32, -LARGEST, LARGEST)
     return Importance(weights)
 
 
 def _joint_basis(tensors: dict[str, Tensor], prefix: str, geometry: CacheGeometry) -> JointBasis:
-    basis = JointBasis(*(tensors[f"{prefix}.{name}"] for name in _BASIS))
-    features, dim = 2 * geometry.row_features, geometry.head_dim
+    turns = _head_blocks(tensors, f"{prefix}.turns", geometry, torch.float16, ORTHONORMAL)
+    fields: dict[str, Any] = {name: tensors[f"{prefix}.{name}"] for name in _BASIS} | {"turns": turns}
+    basis = JointBasis(**fields)
+    features, n_blocks = geometry.joint_features, len(turns)
     rank = basis.vectors.shape[-1] if basis.vectors.dim() else 0
     if not 1 <= rank <= features:
         raise CorruptCalibration(f"{prefix}.vectors holds {rank} columns; expected 1 .. {features}")
     expect(f"{prefix}.mean", basis.mean, (features,), torch.float32, -LARGEST, LARGEST)
     expect(f"{prefix}.vectors", basis.vectors, (features, rank), torch.int8)
-    expect(f"{prefix}.scales", basis.scales, (features // dim, rank), torch.float16, 0, ORTHONORMAL / LARGEST_ENTRY)
-    expect(f"{prefix}.turns", basis.turns, (features // dim, dim, dim), torch.float16, -ORTHONORMAL, ORTHONORMAL)
+    expect(f"{prefix}.scales", basis.scales, (n_blocks, rank), torch.float16, 0, ORTHONORMAL / LARGEST_ENTRY)
     expect(f"{prefix}.order", basis.order, (rank + features,), torch.int32, 0, rank + features - 1)
     if not bool((basis.order.sort().values == torch.arange(rank + features)).all()):
         raise CorruptCalibration(f"{prefix}.order does not hold every coefficient once")
     if bool((basis.order[basis.of_vectors].diff() < 0).any()):
         raise CorruptCalibration(f"{prefix}.order does not keep the order of the vectors")
     return basis
+
+
+def _head_blocks(
+    tensors: dict[str, Tensor], name: str, geometry: CacheGeometry, dtype: torch.dtype, largest: float
+) -> HeadBlocks:
+    """Blocks as `HeadBlocks.packed` gives them, of numbers up to `largest`."""
+    n_heads, (key_dim, value_dim) = geometry.n_layers * geometry.n_kv_heads, geometry.dims
+    is_one_width = key_dim == value_dim
+    shape = (2 * n_heads, key_dim, key_dim) if is_one_width else (n_heads * (key_dim**2 + value_dim**2),)
+    expect(name, tensors[name], shape, dtype, -largest, largest)
+    return HeadBlocks.of(tensors[name], n_heads, geometry.dims)
 
 
 def expect_basis(name: str, basis: Basis, features: int) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..coding.joint.basis import JointBasis, in_bytes, times_scales
+from ..coding.joint.basis import JointBasis, joint_in_bytes, joint_times_scales
+from ..coding.joint.blocks import HeadBlocks
 from ..coding.joint.importance import factors
-from ..coding.joint.metric import Metric, times_blocks
+from ..coding.joint.metric import Metric
 from ..coding.transform import Basis, project
 from .entropy import fit_coefficients
 from .joint_calibration import JointCalibration
@@ -41,17 +42,23 @@ def fit_joint(
 
 def complete(found: Basis, metric: Metric, rows: Tensor) -> tuple[JointBasis, Tensor]:
     """The basis with its remainder, and the coefficients [n, r + P] of a sample of weighted rows [n, P] in its order."""
-    vectors, scales = in_bytes(found.vectors, len(metric.roots))
-    plain = times_scales(vectors, scales)
+    vectors, scales = joint_in_bytes(found.vectors, metric.roots)
+    plain = joint_times_scales(vectors, scales, metric.roots)
     leading = project(rows, found.mean, plain)
     remainder = rows - found.mean - leading @ plain.T
-    blocks = remainder.reshape(len(rows), -1, metric.roots.shape[-1]).transpose(0, 1).double()
-    turns = torch.linalg.eigh(blocks.mT @ blocks).eigenvectors.flip(2).half()
-    both = torch.cat([leading, times_blocks(remainder, turns.float())], dim=1)
+    turns = HeadBlocks(*(_principal(heads) for heads in metric.roots.split(remainder)))
+    both = torch.cat([leading, turns.map(Tensor.float).times(remainder)], dim=1)
     order = both.square().mean(dim=0).argsort(descending=True, stable=True)
     # The vectors keep their order among themselves: at any step those that are coded are the first ones.
     order[order < scales.shape[1]] = torch.arange(scales.shape[1])
     return JointBasis(found.mean, vectors, scales, turns, order.int()), both[:, order]
+
+
+def _principal(heads: Tensor) -> Tensor:
+    """Principal directions float16 [n, D, D], the leading one first, of heads [T, n, D]."""
+    blocks = heads.transpose(0, 1).double()
+    found: Tensor = torch.linalg.eigh(blocks.mT @ blocks).eigenvectors.flip(2).half()
+    return found
 
 
 def table_rows(features: int) -> int:

@@ -58,9 +58,7 @@ class Covariance:
     def weighed(self, metric: Metric) -> Covariance:
         """The covariance of rows in a metric."""
         mean, matrix = self.mean.clone(), self.matrix.clone()
-        size = metric.roots.shape[-1]
-        for start, root in zip(range(0, len(mean), size), metric.roots.to(matrix), strict=True):
-            block = slice(start, start + size)
+        for block, root in metric.roots.map(lambda side: side.to(matrix)).columns():
             mean[block] = root.to(mean) @ mean[block]
             matrix[block] = root @ matrix[block]
             if not self.is_factor:

@@ -20,8 +20,8 @@ from .joint_calibration import LARGEST, expect
 class QualityCurve:
     """Of one profile. steps, kl float64 [S], both rising, S at least 2.
 
-    kl: mean KL divergence, in nats, of next-token predictions from a restored cache against those from the exact one, with
-    nothing but sinks kept exactly.
+    kl: of next-token predictions from a restored cache against those from the exact one, in nats, with nothing but sinks kept
+    exactly: what the mean over many texts does not exceed, with a confidence of 95 %.
     """
 
     steps: npt.NDArray[np.float64]
@@ -35,11 +35,11 @@ class QualityCurve:
         return cls(np.asarray(steps, np.float64)[order], np.maximum(rising, np.finfo(np.float64).tiny))
 
     def step_for(self, kl: float) -> float:
-        """The step at which predictions are expected to diverge so much; `InvalidArgument` past the ends of the curve."""
+        """The step at which predictions diverge by so much at most; `InvalidArgument` past the ends of the curve."""
         if not self.kl[0] <= kl <= self.kl[-1]:
             raise InvalidArgument(
-                f"a KL of {kl:g} nats is outside of what was measured: {self.kl[0]:.3g} .. {self.kl[-1]:.3g}; "
-                "lossless=True gives a KL of 0, a ratio= any other size"
+                f"a KL of {kl:g} nats is outside of what was measured: {self.kl[0]:.3g} .. {self.kl[-1]:.3g}; a ratio= asks for "
+                "any other size"
             )
         # Of several steps with one KL the largest: it costs least.
         last = np.append(np.diff(self.kl) > 0, True)

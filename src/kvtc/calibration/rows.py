@@ -29,7 +29,7 @@ class CalibrationRows:
     """The rows that a calibration is fitted to: keys before rotation, values, and a hidden state of each token.
 
     Caches are given one by one to `add`; none is kept. Memory: 4 P^2 bytes (8 P^2 up to 4096 features, 8 P l above
-    16 384, with l = rank + 512), where P = 2 p, and 16 kB for each feature.
+    16 384, with l = rank + 512), where P = features of a joint row, and 16 kB for each feature.
 
     Parameters:
         geometry: layers and heads that the caches cover.
@@ -60,7 +60,7 @@ class CalibrationRows:
             raise InvalidArgument(f"sink_tokens {sink_tokens}, max_tokens {max_tokens}: expected >= 0, >= 2")
         self.geometry, self.sink_tokens, self.max_tokens = geometry, sink_tokens, max_tokens
         self.hidden_width = hidden_width
-        features = 2 * geometry.row_features
+        features = geometry.joint_features
         told = n_features(hidden_width) if hidden_width else 0
         self.moments = Moments(features, told, rank, seed, usable_device(device))
         self.n_sequences = self.n_rows = 0
@@ -132,7 +132,7 @@ class CalibrationRows:
         kept = min(self.n_rows, len(self._sample))
         chosen = np.sort(np.random.default_rng(seed).permutation(kept)[:n_rows])
         drawn = self._sample[torch.from_numpy(chosen)].float()
-        features = 2 * self.geometry.row_features
+        features = self.geometry.joint_features
         return drawn[:, :features], drawn[:, features:]
 
     @neutral_torch_state

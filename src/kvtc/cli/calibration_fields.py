@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..cache import CacheGeometry
 from ..calibration import Calibration
-from ..container.groups import FULL_ATTENTION
 from ..report.table import format_bytes
 
 Fields = list[tuple[str, object]]
@@ -20,8 +20,11 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
     result = {
         "path": str(path),
         "fingerprint": calibration.fingerprint.hex(),
-        "groups": [{"kind": FULL_ATTENTION, "geometry": calibration.geometry.describe()}],
-        "row_features": calibration.geometry.row_features,
+        "groups": [
+            {"kind": geometry.kind, "geometry": geometry.describe(), "joint_rank": rank}
+            for geometry, rank in _groups(calibration)
+        ],
+        "joint_features": calibration.geometry.joint_features,
         "file_bytes": n_bytes,
         "n_parameters": calibration.n_parameters,
         "ranks": {name: kind.basis.rank for name, kind in kinds.items()},
@@ -39,7 +42,7 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
     }
     fields: Fields = [
         ("calibration", calibration.fingerprint.hex()),
-        ("group", f"{FULL_ATTENTION}, {calibration.geometry.describe()}"),
+        *(("group", f"{geometry.kind}, {geometry.describe()}") for geometry, _ in _groups(calibration)),
     ]
     for name, kind in kinds.items():
         worth = f"{kind.basis.rank:,} coefficients explain {kind.explained_variance:.2%} of the variance"
@@ -48,6 +51,14 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
     fields.append(("size", f"{format_bytes(n_bytes)}, {calibration.n_parameters:,} numbers"))
     fields += [(name.replace("_", " "), value) for name, value in info.items() if value is not None]
     return result, fields
+
+
+def _groups(calibration: Calibration) -> list[tuple[CacheGeometry, int | None]]:
+    """Each group that it covers, and the rank of its joint basis."""
+    of_joint: list[tuple[CacheGeometry, int | None]] = [
+        (group.geometry, group.joint.basis.rank) for group in calibration.groups
+    ]
+    return of_joint or [(calibration.geometry, None)]
 
 
 def _joint_fields(calibration: Calibration) -> Fields:

@@ -121,9 +121,11 @@ def _code_a_cache(device: torch.device) -> None:
 
     calibration = reference_calibration()
     geometry = calibration.geometry
-    shape = (geometry.n_layers, geometry.n_kv_heads, _TOKENS, geometry.head_dim)
     generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(shape, generator=generator, dtype=torch.float32).to(device) for _ in range(2))
+    keys, values = (
+        torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
+        for shape in geometry.side_shapes(_TOKENS)
+    )
     codec = Codec(calibration, "joint", ratio=4, sink_tokens=1, window_tokens=1, device=device)
     cache = codec.decode(codec.encode(KVCache(keys, values)))
     kept = cache.keys[:, :, 0].equal(keys[:, :, 0]) and cache.values[:, :, -1].equal(values[:, :, -1])

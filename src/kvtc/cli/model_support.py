@@ -68,6 +68,10 @@ def _describe(support: Support) -> str:
                     ("model", support.model_type),
                     ("supported", "yes"),
                     ("at a rate", "yes" if support.not_coded is None else f"no, lossless alone: {support.not_coded}"),
+                    *(
+                        [("rotation", f"not known, keys are coded as cached: {support.not_turned}")]
+                        * bool(support.not_turned)
+                    ),
                 ]
             ),
             format_table(heads, rows),

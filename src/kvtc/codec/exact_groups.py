@@ -1,4 +1,4 @@
-"""Groups of layers that no profile codes: from tensors to the sections of a stream and back, bit for bit.
+"""Groups of layers that no profile codes: from tensors to the sections of a stream and back, bit for bit but for rounded states.
 
 A resume point is a position at which every group can be restored: a state only where there is a snapshot of it, a window
 where the tokens before it are there, all else at any token.
@@ -7,7 +7,7 @@ where the tokens before it are there, all else at any token.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..container.groups import SIDE_BUFFER, STATE, WINDOW, Group
+from ..coding.states.rounding import ROUNDED_BITS
+from ..container.groups import SIDE_BUFFER, STATE, WINDOW, Group, Part
 from ..container.stream import Payload, Stream
 from ..container.tables import Chunk, SectionType
 from ..errors import InvalidArgument
+
+LOSSLESS_STATES = "lossless"
 
 RowSides = tuple[Tensor, ...]
 """Of one layer: keys and values, each [H, rows, D], or one tensor: [1, rows, D] of a side buffer, its own shape of a state."""
@@ -36,32 +39,48 @@ class ExactGroup:
         return ExactGroup(self.group, [tuple(side.clone() for side in its) for its in self.sides])
 
 
-def group_payloads(index: int, snapshots: Mapping[int, ExactGroup], chunks: Sequence[Chunk]) -> list[Payload]:
+def group_payloads(
+    index: int, snapshots: Mapping[int, ExactGroup], chunks: Sequence[Chunk], states: str = LOSSLESS_STATES
+) -> list[Payload]:
     """The sections of a group, by ascending chunks.
 
     Parameters:
         index: of the group in the table.
         snapshots: what it was after so many tokens, ascending, for each resume point; the last one is where the chunks end.
         chunks: of the stream. Rows of a window that no resume point needs are left out.
+        states: how recurrent states are kept: "lossless", or one of `ROUNDED_BITS`.
     """
-    points, found = list(snapshots), []
+    found = []
+    for number, exact, rows in kept_rows(snapshots, chunks):
+        kind = SectionType.STATE if exact.group.part.is_snapshot else SectionType.BODY
+        raw, layout = _rows_to_bytes(exact, rows), exact.group.layout(rows.stop - rows.start)
+        is_rounded = exact.group.can_be_rounded and exact.group.part is not Part.CONVOLUTION_STATE
+        bits = ROUNDED_BITS.get(states, 0) if is_rounded else 0
+        found.append(Payload(kind, number, raw, layout=layout, group=index, rounded_bits=bits))
+    return found
+
+
+def kept_rows(snapshots: Mapping[int, ExactGroup], chunks: Sequence[Chunk]) -> Iterator[tuple[int, ExactGroup, slice]]:
+    """The number of each chunk that has rows of a group, the snapshot that they are taken from, and which of its rows they are.
+
+    The parameters are those of `group_payloads`.
+    """
+    points = list(snapshots)
     for number, chunk in enumerate(chunks):
         start, stop = chunk.first_position, chunk.first_position + chunk.n_tokens
         # The first resume point behind a chunk needs most of its rows.
         point = points[bisect_left(points, stop)]
         exact = snapshots[point]
-        group, kind, rows = exact.group, SectionType.BODY, slice(start, stop)
+        group, rows = exact.group, slice(start, stop)
         if group.part.is_snapshot:
-            kind, rows = SectionType.STATE, slice(0, group.rows_between(start, stop) if stop == point else 0)
+            rows = slice(0, group.rows_between(start, stop) if stop == point else 0)
         elif group.kind == WINDOW:
             first = point - group.rows_held(point)
             rows = slice(max(0, start - first), max(0, stop - first))
         elif group.kind == SIDE_BUFFER:
             rows = slice(start // group.extent, stop // group.extent)
         if rows.stop > rows.start and group.row_numbers:
-            raw, layout = _rows_to_bytes(exact, rows), group.layout(rows.stop - rows.start)
-            found.append(Payload(kind, number, raw, layout=layout, group=index))
-    return found
+            yield number, exact, rows
 
 
 def resume_points(stream: Stream) -> list[int]:
@@ -69,45 +88,41 @@ def resume_points(stream: Stream) -> list[int]:
     header, n_tokens = stream.header, stream.chunks.tokens
     stops = n_tokens.cumsum()
     possible = np.ones(len(stops), np.bool_)
-    for index in header.exact:
+    for index in header.others:
         if not header.groups[index].is_complete:
-            possible &= _restorable(stream, index, n_tokens, _first_position(stream) + stops)
+            possible &= _restorable(stream, index, n_tokens, start_of(stream) + stops)
     return [int(stop) for stop in stops[possible]]
 
 
 def check_beginning(stream: Stream) -> None:
     """Raise `InvalidArgument` for a part of a stream with exact groups: its other parts are needed, too."""
-    if stream.header.exact and _first_position(stream):
+    if stream.header.others and start_of(stream):
         raise InvalidArgument(
-            f"the stream begins at position {_first_position(stream)}; {len(stream.header.groups)} groups of layers are restored "
+            f"the stream begins at position {start_of(stream)}; {len(stream.header.groups)} groups of layers are restored "
             "from position 0 on: join it to the parts before it"
         )
 
 
-def read_groups(stream: Stream, n_chunks: int, n_tokens: int) -> list[ExactGroup]:
-    """The exact groups of a stream as they were after its first n_tokens tokens; of complete groups the rows that it holds.
-
-    Parameters:
-        stream: parsed.
-        n_chunks: the chunks that hold these tokens.
-        n_tokens: at least one.
-
-    Raises:
-        InvalidArgument: where a group cannot be restored there.
-        CorruptStream: for sections that do not decode.
-    """
+def check_restorable(stream: Stream, n_tokens: int) -> None:
+    """Raise `InvalidArgument` where some group cannot be restored after the first n_tokens tokens."""
     header = stream.header
-    if any(not header.groups[index].is_complete for index in header.exact):
+    if any(not header.groups[index].is_complete for index in header.others):
         points = resume_points(stream)
         if n_tokens not in points:
             raise InvalidArgument(
                 f"this cache cannot be restored after {n_tokens} tokens, for its windows and states were not kept there; "
                 f"it can be after {', '.join(map(str, points[-8:])) or 'none'}"
             )
-    return [_read(stream, index, n_chunks, n_tokens) for index in header.exact]
 
 
-def _first_position(stream: Stream) -> int:
+def read_groups(stream: Stream, n_chunks: int, n_tokens: int) -> list[ExactGroup]:
+    """The groups of a stream of exact ones, as `read_group` gives them; raises as `check_restorable`, too."""
+    check_restorable(stream, n_tokens)
+    return [read_group(stream, index, n_chunks, n_tokens) for index in stream.header.others]
+
+
+def start_of(stream: Stream) -> int:
+    """Where its first token stands; 0 where it has none."""
     return int(stream.chunks.entries["position"][0]) if len(stream.chunks) else 0
 
 
@@ -118,7 +133,7 @@ def _restorable(
     group, entries = stream.header.groups[index], stream.sections.entries
     mine = stream.sections.of_group(index, len(stops))
     rows = np.zeros(len(stops), np.int64)
-    rows[entries["chunk"][mine]] = entries["raw"][mine] // max(group.row_bytes, 1)
+    np.add.at(rows, entries["chunk"][mine], entries["raw"][mine] // max(group.row_bytes, 1))
     if group.part.is_snapshot:
         whole: npt.NDArray[np.bool_] = rows >= group.rows_between(stops - n_tokens, stops)
         return whole
@@ -130,12 +145,23 @@ def _restorable(
     return enough
 
 
-def _read(stream: Stream, index: int, n_chunks: int, n_tokens: int) -> ExactGroup:
-    group, start = stream.header.groups[index], _first_position(stream)
+def read_group(stream: Stream, index: int, n_chunks: int, n_tokens: int) -> ExactGroup:
+    """An exact group of a stream as it was after the first n_tokens tokens; of a complete group the rows that it holds.
+
+    Parameters:
+        stream: parsed; all groups can be restored there.
+        index: of the group in the table.
+        n_chunks: the chunks that hold these tokens.
+        n_tokens: at least one.
+
+    Raises:
+        CorruptStream: for sections that do not decode.
+    """
+    group, start = stream.header.groups[index], start_of(stream)
     stop = start + n_tokens
     held = group.rows_held(stop) if group.kind == WINDOW else 1 if group.part.is_snapshot else n_tokens
     first_chunk = bisect_right(stream.chunks.tokens[:n_chunks].cumsum().tolist(), n_tokens - held)
-    read = stream.read_group(index, first_chunk, n_chunks)
+    read = [raw for _, raw in stream.read_group(index, first_chunk, n_chunks)]
     parts = [_bytes_to_rows(group, raw, len(raw) // group.row_bytes) for raw in read]
     parts = parts or [_bytes_to_rows(group, b"", 0)]
     if len(parts) == 1:

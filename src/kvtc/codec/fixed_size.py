@@ -31,7 +31,7 @@ def fixed_stream_bytes(
     exact, n_exact = _exact_bytes(chunks, geometry, dtype)
     n_body = sum(chunk.n_body for chunk in chunks)
     n_window = sum(chunk.n_window for chunk in chunks if chunk.coded_window)
-    token_bytes = 2 * geometry.row_features * min(16, 8 * dtype.itemsize) / 8
+    token_bytes = geometry.joint_features * min(16, 8 * dtype.itemsize) / 8
     share = int(token_bytes * (n_body / ratio + n_window / max(1.0, ratio / WINDOW_SHARE)))
     least = table_bytes([geometry.layers], chunks) - SECTION_BYTES * n_exact + rate_bytes
     least += sum(2 * chunk.n_tokens for chunk in chunks if chunk.explicit_positions)
@@ -43,11 +43,11 @@ def fixed_stream_bytes(
 
 def _exact_bytes(chunks: Sequence[Chunk], geometry: CacheGeometry, dtype: torch.dtype) -> tuple[int, int]:
     """Sections of exact tokens where lossless coding gains nothing: their bytes, table entries included, and their number."""
-    values = 2 * geometry.row_features
+    values = geometry.joint_features
     sizes = []
     for chunk in chunks:
         if chunk.n_sink and chunk.fp8_sinks:
-            sizes.append(fp8_bytes(values // geometry.head_dim * chunk.n_sink, geometry.head_dim))
+            sizes.append(fp8_bytes(geometry.n_layers * geometry.n_kv_heads * chunk.n_sink, geometry.dims))
         elif chunk.n_sink:
             sizes.append(exact_bytes(values * chunk.n_sink, dtype))
         if chunk.n_window and not chunk.coded_window:

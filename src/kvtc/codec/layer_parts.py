@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import is_latent, sides_of_layer
 from ..container.groups import (
     DTYPES,
     FULL_ATTENTION,
@@ -185,16 +186,17 @@ _READERS: Mapping[str, tuple[Reader, ...]] = {
 
 
 def _sides(index: int, keys: Tensor, values: Tensor, kind: str, extent: int) -> LayerPart:
-    """Keys and values of a layer. kind: ""; full attention, or latents where one head has keys and values of two widths."""
+    """Keys and values of a layer. kind: ""; full attention, or latents."""
     is_shared = values is keys
     if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
         raise InvalidCache(
             f"layer {index} holds keys {tuple(keys.shape)} of {keys.dtype} and values {tuple(values.shape)} of {values.dtype}"
         )
-    heads, key_dim, value_dim = keys.shape[1], keys.shape[3], 0 if is_shared else values.shape[3]
-    is_latent = heads == 1 and key_dim != value_dim
-    kind = kind or (LATENT if is_latent and not is_shared else FULL_ATTENTION)
-    group = _group(kind, Part.KEYS_AND_VALUES, keys.dtype, index, (heads, key_dim, value_dim))
+    keys, values = sides_of_layer(keys, values)
+    heads, key_dim, value_dim = keys.shape[1], keys.shape[3], values.shape[3]
+    kind = kind or (LATENT if is_latent(heads, key_dim, value_dim) else FULL_ATTENTION)
+    shape = heads, key_dim, 0 if is_shared else value_dim
+    group = _group(kind, Part.KEYS_AND_VALUES, keys.dtype, index, shape)
     group = replace(group, values_are_keys=is_shared, extent=extent)
     return LayerPart(group, (keys,) if is_shared else (keys, values), None if kind == WINDOW else keys.shape[2])
 
@@ -354,7 +356,7 @@ def _fill(layer: Any, part: ExactGroup, sides: RowSides, n_tokens: int) -> None:
     """Put a part into its layer."""
     group = part.group
     if group.part is Part.KEYS_AND_VALUES:
-        keys, values = sides[0], sides[0] if group.values_are_keys else sides[1]
+        keys, values = sides_of_layer(sides[0], sides[0] if group.values_are_keys else sides[1])
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         if group.kind == WINDOW:

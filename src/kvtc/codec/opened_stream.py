@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..backends import Bytes
-from ..cache import CacheExtent, TokenIds
-from ..calibration.artifact import Calibration
+from ..cache import CacheExtent, TokenIds, describe_widths
+from ..calibration.artifact import Calibration, covers
 from ..coding.exact.tokens import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from ..coding.lossless import BlockCoder
 from ..coding.threads import Begun
@@ -31,6 +31,7 @@ from ..errors import (
     StreamTooLarge,
     TokenMismatch,
 )
+from ..layer_runs import describe_layers
 from ..process.torch_state import neutral_torch_state
 from ..profiles import AnyDecoder
 from ..profiles.interface import CodedBody, Plan
@@ -66,7 +67,7 @@ class OpenedStream:
     positions: [T'] int64 of all tokens in the chunks read (T' >= n_tokens). body: the coded ones among them, with a window
     that is coded. decoder: of the stream's profile. coded: bodies and coded windows, in order. exact_bytes: of sinks and exact
     tokens, which may still be on their way. exact_parts: of each of them how many tokens it holds, the first, whether in fp8.
-    n_chunks: how many were read.
+    n_chunks: how many were read. plan: of the stream.
     """
 
     header: Header
@@ -78,6 +79,7 @@ class OpenedStream:
     coded: list[CodedBody[Any]]
     exact_bytes: Begun[list[bytes]]
     exact_parts: list[tuple[int, int, bool]]
+    plan: Plan
 
     def exact(self) -> list[ExactTokens]:
         """Sinks and exact tokens, in order. Raises `CorruptStream`."""
@@ -171,7 +173,7 @@ def open_stream(
     n_sink = sum(chunk.n_sink for chunk in chunks) if header.coded is not None else 0
     body = slice(n_sink, n_sink + sum(rows.n_tokens for rows in coded))
     whole = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64, device="cpu")
-    return OpenedStream(header, n_tokens, len(chunks), decoder, whole, body, coded, exact_bytes, exact)
+    return OpenedStream(header, n_tokens, len(chunks), decoder, whole, body, coded, exact_bytes, exact, plan)
 
 
 def first_position(stream_bytes: bytes) -> int | None:
@@ -203,14 +205,23 @@ def check_calibration(header: Header, calibration: Calibration | None) -> None:
             )
         return
     geometry = calibration.geometry
-    if header.coded is None:
+    is_covered = header.further or any(covers(geometry, group) for group in header.groups)
+    if header.coded is None and not is_covered:
         kinds = ", ".join(sorted({group.kind for group in header.groups}))
         raise GeometryMismatch(
             f"the calibration covers {geometry.describe()}; the stream holds no such group ({kinds})"
         )
-    found = CacheExtent(header.layers, header.first_kv_head, header.n_kv_heads, header.head_dim)
-    if found != geometry.extent:
-        raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the stream holds {found.describe()}")
+    if header.coded is not None:
+        found = CacheExtent(header.layers, header.first_kv_head, header.n_kv_heads, *header.dims)
+        if found != geometry.extent:
+            raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the stream holds {found.describe()}")
+    for group in (header.groups[index] for index in header.further):
+        if calibration.number_of(group) is None:
+            covered = "; ".join(one.geometry.describe() for one in calibration.groups)
+            raise GeometryMismatch(
+                f"the calibration covers {covered or geometry.describe()}; the stream codes {group.kind} of layers "
+                f"{describe_layers(group.layers)}, {group.shape[0]} heads of {describe_widths(*group.shape[1:])}"
+            )
     if header.fingerprint != calibration.fingerprint:
         raise CalibrationMismatch(
             f"the stream was made with calibration {header.fingerprint.hex()}; this one is {calibration.fingerprint.hex()}"
@@ -282,11 +293,11 @@ def _raw_bytes(kind: SectionType, chunk: Chunk, header: Header, decoder: AnyDeco
         return 2 * chunk.n_tokens
     n_exact = chunk.exact_tokens(kind, header.profile)
     if n_exact:
-        return exact_bytes(2 * header.row_features * n_exact, header.dtype)
+        return exact_bytes(header.joint_features * n_exact, header.dtype)
     if kind is SectionType.BODY:
         return decoder.body_bytes(plan, chunk.n_body)
     if kind is SectionType.SINK:
-        return fp8_bytes(2 * header.row_features // header.head_dim * chunk.n_sink, header.head_dim)
+        return fp8_bytes(header.n_layers * header.n_kv_heads * chunk.n_sink, header.dims)
     return decoder.body_bytes(plan, chunk.n_window) if kind is SectionType.WINDOW else None
 
 
@@ -303,9 +314,10 @@ def _positions(data: bytes | None, header: Header, index: int, chunk: Chunk) -> 
 
 
 def _exact(data: bytes, header: Header, n: int, first: int, is_fp8: bool) -> ExactTokens:
-    shape = (header.n_layers, header.n_kv_heads, n, header.head_dim)
+    key_dim, value_dim = header.dims
+    heads = header.n_layers, header.n_kv_heads, n
     decode = decode_fp8 if is_fp8 else decode_exact
-    return ExactTokens(first, *decode(data, shape, header.dtype))
+    return ExactTokens(first, *decode(data, ((*heads, key_dim), (*heads, value_dim)), header.dtype))
 
 
 def shift_to(start_position: int | None, opened: OpenedStream) -> int:

@@ -12,14 +12,17 @@ from torch import Tensor
 from ..cache import TokenIds
 from ..calibration.artifact import Calibration
 from ..coding.lossless import require_coder
+from ..coding.states.rounding import ROUNDED_BITS
 from ..container.tables import LOSSLESS, MAX_CHUNK_TOKENS, PROFILES
 from ..errors import InvalidArgument
 from ..process.torch_state import neutral_torch_state, plain
 from ..profiles.rates import DEFAULT_RATIO, FixedSize, Lossless, MaxError, Rate, Ratio, SideRatios, Step, Truncation
+from .exact_groups import LOSSLESS_STATES
 from .sealed_stream import StreamSettings
 
 SINK_FORMATS = ("exact", "fp8")
 WINDOW_FORMATS = ("exact", "coded")
+STATE_FORMATS = (LOSSLESS_STATES, *ROUNDED_BITS)
 _LARGEST_ID = 2**63 - 1
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -45,7 +48,7 @@ def check_limit(max_tokens: int) -> None:
 
 
 def stream_settings(
-    profile: str, chunk_tokens: int, coder: str, sink_format: str, window_format: str, rate: Rate
+    profile: str, chunk_tokens: int, coder: str, sink_format: str, window_format: str, states: str, rate: Rate
 ) -> StreamSettings:
     """What holds for every stream of a codec."""
     is_lossless = isinstance(rate, Lossless)
@@ -59,9 +62,13 @@ def stream_settings(
         raise InvalidArgument(f"window_format must be exact or coded; got {window_format!r}")
     if is_lossless and (sink_format, window_format) != ("exact", "exact"):
         raise InvalidArgument("lossless keeps every token exactly: sink_format and window_format must be exact")
+    if states not in STATE_FORMATS:
+        raise InvalidArgument(f"states must be one of {', '.join(STATE_FORMATS)}; got {states!r}")
     require_coder(coder)
     is_fixed = isinstance(rate, FixedSize)
-    return StreamSettings(profile, chunk_tokens, coder, sink_format == "fp8", is_fixed, window_format == "coded")
+    return StreamSettings(
+        profile, chunk_tokens, coder, sink_format == "fp8", is_fixed, window_format == "coded", states
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class RateArguments:
         if self.step is not None:
             return Step(self.step)
         if self.kl is not None:
-            return Step(_step_for(calibration, profile, self.kl))
+            return _rate_for(calibration, profile, self.kl)
         if self.max_error is not None:
             return MaxError(self.max_error)
         if sides != (None, None):
@@ -119,8 +126,8 @@ class RateArguments:
         return FixedSize(default) if self.fixed_size else Ratio(default)
 
 
-def _step_for(calibration: Calibration | None, profile: str, kl: float) -> float:
-    """The step that is expected to make predictions diverge by kl nats."""
+def _rate_for(calibration: Calibration | None, profile: str, kl: float) -> Rate:
+    """The step at which predictions diverge by kl nats at most, or no loss where none was measured to be as good."""
     if profile == "paper":
         raise InvalidArgument("the profile paper has no step, which step and kl decide; give a ratio")
     if calibration is None or profile not in calibration.quality:
@@ -128,7 +135,8 @@ def _step_for(calibration: Calibration | None, profile: str, kl: float) -> float
             f"this calibration has no measured quality of the profile {profile}, so kl cannot be given; "
             "kvtc.measure_quality adds it"
         )
-    return calibration.quality[profile].step_for(kl)
+    curve = calibration.quality[profile]
+    return Lossless() if 0 <= kl < curve.kl[0] else Step(curve.step_for(kl))
 
 
 def product_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -40,35 +40,33 @@ _WRITING_OPERATIONS = 128
 
 
 def encode(
-    cache: KVCache,
     recomputed: Recomputed | None,
-    spans: list[ChunkSpan],
     draft: StreamDraft,
     size: int | None,
     calibration: Calibration,
     backend: Backend,
     encoder: Encoder[CoefficientsT, SymbolsT, PlanT],
 ) -> bytes:
-    """A cache -> stream.
+    """The rows of a draft -> stream.
 
     All coefficients are held until the plan is found, 4 r bytes a token for r coefficients, so that rows are un-rotated and
     projected once however many steps are tried.
 
     Parameters:
-        cache: checked; on any device.
         recomputed: what the first layers compute of its tokens; None where the profile predicts nothing.
-        spans: its chunks.
-        draft: the sections of the stream that do not depend on the rate.
+        draft: the sections of the stream that do not depend on the rate, and the rows that are to be coded.
         size: bytes of the stream, which is padded to them; None: no padding.
         calibration: of the cache's model.
         backend: does the arithmetic.
         encoder: of a profile, at a rate.
     """
     batches = []
-    for rows in unrotated(cache, recomputed, spans, draft.settings.coded_window, calibration, backend):
-        predicted = encoder.predict(rows)
-        batches.append((rows.is_window, encoder.project(rows, predicted)))
-    search = encoder.search([coefficients for _, coefficients in batches], _budget(cache, draft, size, encoder))
+    for one in draft.coded:
+        spans, geometry = list(one.spans.values()), calibration.geometry_of(one.number)
+        for rows in unrotated(one.cache, recomputed, spans, draft.settings.coded_window, geometry, backend, one.number):
+            predicted = encoder.predict(rows)
+            batches.append((rows.is_window, encoder.project(rows, predicted)))
+    search = encoder.search([coefficients for _, coefficients in batches], _budget(draft, size, encoder))
     is_searching = True
     while is_searching:
         coded = CodedRows()
@@ -85,12 +83,16 @@ def unrotated(
     recomputed: Recomputed | None,
     spans: list[ChunkSpan],
     codes_windows: bool,
-    calibration: Calibration,
+    geometry: CacheGeometry,
     backend: Backend,
+    group: int = 0,
 ) -> Iterator[Rows]:
-    """The rows of coded tokens on the backend's device, some chunks at a time: all bodies, then all windows that are coded."""
+    """The rows of coded tokens on the backend's device, some chunks at a time: all bodies, then all windows that are coded.
+
+    geometry: of the cache, which is the group of this number in the calibration.
+    """
     positions, length = cache.resolved_positions(), cache.resolved_rope_length()
-    most = backend.batch_tokens(2 * calibration.geometry.row_features)
+    most = backend.batch_tokens(geometry.joint_features)
     batches = [(False, batch) for batch in _batches([(span, span.body) for span in spans if span.n_body], most)]
     if codes_windows:
         windows = [(span, span.window) for span in spans if span.n_window]
@@ -98,10 +100,10 @@ def unrotated(
     for is_window, batch in track(batches, "encoding", "batches"):
         tokens = slice(batch[0][1].start, batch[-1][1].stop)
         keys, values = (side[:, :, tokens].to(backend.device) for side in (cache.keys, cache.values))
-        turns = calibration.geometry.rope.turns(positions[tokens].to(backend.device), length, inverse=True)
+        turns = geometry.rope.turns(positions[tokens].to(backend.device), length, inverse=True)
         known = None if recomputed is None else recomputed.part(tokens)
         counts = tuple(part.stop - part.start for _, part in batch)
-        yield Rows(backend.gather(keys, values, turns), known, counts, cache.original_bits, is_window)
+        yield Rows(backend.gather(keys, values, turns), known, counts, cache.original_bits, is_window, group)
 
 
 class Decoding:
@@ -120,7 +122,7 @@ class Decoding:
         self, opened: Sequence[OpenedStream], shifts: Sequence[int], geometry: CacheGeometry, backend: Backend
     ) -> None:
         self._opened, self._backend = opened, backend
-        self._n_heads, self._head_dim = geometry.n_kv_heads, geometry.head_dim
+        self._n_heads, self._dims = geometry.n_kv_heads, geometry.dims
         self._decoder = opened[0].decoder
         bodies = [body.on(backend.device) for stream in opened for body in stream.coded]
         coefficients = self._decoder.entropy_decode(bodies)
@@ -161,7 +163,7 @@ class Decoding:
         Exact tokens come last: they may still be on their way. Raises `CorruptStream` for them.
         """
         n_layers, is_inference = self._opened[0].header.n_layers, torch.is_inference_mode_enabled()
-        n_values = sum(stream.n_tokens for stream in self._opened) * n_layers * self._n_heads * self._head_dim
+        n_values = sum(stream.n_tokens for stream in self._opened) * n_layers * self._n_heads * sum(self._dims) // 2
         with task("decoding", n_layers, "layers") as advance:
 
             @neutral_torch_state
@@ -180,17 +182,17 @@ class Decoding:
     def new_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer of the only stream as keys and values [H, T, D] of their own, in its dtype, on the backend's device."""
         (stream,) = self._opened
-        shape = (self._n_heads, stream.n_tokens, self._head_dim)
+        dtype, device = stream.header.dtype, self._backend.device
         keys, values = (
-            torch.empty(shape, dtype=stream.header.dtype, device=self._backend.device) for _ in ("keys", "values")
+            torch.empty(self._n_heads, stream.n_tokens, dim, dtype=dtype, device=device) for dim in self._dims
         )
         self.write_layer(layer, [(Target.of(keys), Target.of(values))])
         return keys, values
 
     def _write_body(self, layer: int, sides: Sequence[Sides]) -> None:
         keys, values = (
-            rows.view(-1, self._n_heads, self._head_dim)
-            for rows in self._decoder.reconstruct(self._coefficients, layer)
+            rows.view(-1, self._n_heads, dim)
+            for rows, dim in zip(self._decoder.reconstruct(self._coefficients, layer), self._dims, strict=True)
         )
         first = 0
         for stream, targets, turns in zip(self._opened, sides, self._turns, strict=True):
@@ -218,13 +220,11 @@ class Decoding:
         return ExactTokens(part.first, keys, values)
 
 
-def _budget(
-    cache: KVCache, draft: StreamDraft, size: int | None, encoder: Encoder[CoefficientsT, SymbolsT, PlanT]
-) -> Budget:
+def _budget(draft: StreamDraft, size: int | None, encoder: Encoder[CoefficientsT, SymbolsT, PlanT]) -> Budget:
     plan_bytes = encoder.plan_bytes()
     return Budget(
-        sum(chunk.n_body for chunk in draft.chunks),
-        cache.original_bits,
+        sum(one.body_bytes for one in draft.coded),
+        draft.coded[0].cache.original_bits,
         other_bytes=draft.body_bytes + plan_bytes,
         at_most=None if size is None else size - draft.n_bytes - plan_bytes,
     )

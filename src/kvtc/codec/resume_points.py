@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
-
-from ..coding.regions import split_regions
-from ..container.groups import WINDOW
-from ..container.stream import parse_stream
-from ..container.tables import LOSSLESS
-from ..errors import CorruptStream, InvalidArgument, InvalidCache
+from ..errors import InvalidArgument, InvalidCache
 from ..process.torch_state import neutral_torch_state
-from ..profiles.interface import CodedRows
-from .exact_groups import ExactGroup, read_groups
-from .sealed_stream import StreamSettings, draft_stream
+from .exact_groups import ExactGroup
 from .transformers_cache import Snapshots, SplitCache, TransformersCache
 
 RESUME_EVERY = 4096
@@ -24,16 +14,23 @@ RESUME_EVERY = 4096
 
 
 class ResumePoints:
-    """Windows and states of one cache at several positions, taken while it grows, so that a stream of it can be resumed there.
+    """Windows and states of one cache at several positions, taken while it grows, so that a stream of it can be resumed
+    there.
 
-    They cannot be had from the cache later: a window forgets what leaves it, and a state what it was. The end of a cache is a
-    resume point of its stream in any case.
+    They cannot be had from the cache later: a window forgets what leaves it, and a state what it was. The end of a
+    cache is a resume point of its stream in any case.
 
     Parameters:
         every: tokens from one point to the next, a multiple of the codec's chunk_tokens; default 4096.
 
     Raises:
-        InvalidArgument: for an `every` below 1.
+        InvalidArgument: `every` is below 1.
+
+    Example:
+        >>> points = kvtc.ResumePoints(every=256)
+        >>> grown = kvtc.prefill(model, token_ids, points)
+        >>> sorted(points.taken)
+        [256, 512]
     """
 
     def __init__(self, every: int = RESUME_EVERY) -> None:
@@ -43,7 +40,18 @@ class ResumePoints:
         self.taken: dict[int, list[ExactGroup]] = {}
 
     def tokens_to_next(self, n_tokens: int) -> int:
-        """How many tokens a cache of n_tokens has to read until a point is due."""
+        """How many tokens a cache has to read until a point is due.
+
+        Parameters:
+            n_tokens: tokens that it has read.
+
+        Returns:
+            A number of tokens.
+
+        Example:
+            >>> kvtc.ResumePoints(every=256).tokens_to_next(600)
+            168
+        """
         return self.every - n_tokens % self.every
 
     @neutral_torch_state
@@ -52,14 +60,19 @@ class ResumePoints:
 
         Parameters:
             cache: a transformers cache of batch 1; what was taken before is of the same text.
-            n_tokens: that it has read; needed where the cache does not say, as one of states alone.
+            n_tokens: tokens that it has read; needed where the cache does not say, as one of states alone. Default
+                None.
 
         Returns:
             Whether a point was due.
 
         Raises:
-            InvalidCache: for a cache of several sequences, or one that has read another number of tokens.
+            InvalidCache: the cache holds several sequences, or has read another number of tokens.
             UnsupportedModel: as `Codec.encode`.
+
+        Example:
+            >>> kvtc.ResumePoints(every=300).take(cache), kvtc.ResumePoints(every=256).take(cache)
+            (True, False)
         """
         found = TransformersCache(cache)
         length = found.n_tokens if found.n_tokens is not None else n_tokens
@@ -74,9 +87,22 @@ class ResumePoints:
         return True
 
     def of(self, split: SplitCache, n_tokens: int, chunk_tokens: int) -> Snapshots:
-        """The points before the end of a cache of n_tokens tokens, by position.
+        """The points before the end of a cache.
 
-        Raises `InvalidArgument` for points that are not of such a cache, or do not stand at the ends of chunks.
+        Parameters:
+            split: the cache in groups of layers.
+            n_tokens: tokens that it has read.
+            chunk_tokens: of the codec.
+
+        Returns:
+            Windows and states by position.
+
+        Raises:
+            InvalidArgument: a point is of another cache, or does not stand at the end of a chunk.
+
+        Example:
+            >>> kvtc.ResumePoints().of(codec.decode_split(stream), 600, 256)
+            {}
         """
         groups = [one.group for one in split.partial]
         for position, exact in self.taken.items():
@@ -93,30 +119,6 @@ class ResumePoints:
                     f"{_listed([one.group.describe() for one in exact])}; the cache holds {_listed([g.describe() for g in groups])}"
                 )
         return {position: self.taken[position] for position in sorted(self.taken) if position < n_tokens}
-
-
-def encode_point(exact: Sequence[ExactGroup], n_tokens: int, settings: StreamSettings) -> bytes:
-    """Windows and states as they were after n_tokens tokens -> a stream of these groups alone, bit for bit.
-
-    settings: of the codec; chunk_tokens and coder count.
-    """
-    held = max((one.group.rows_held(n_tokens) for one in exact if one.group.kind == WINDOW), default=0)
-    start = (n_tokens - max(held, 1)) // settings.chunk_tokens * settings.chunk_tokens
-    places = torch.arange(start, n_tokens)
-    lossless = replace(settings, profile=LOSSLESS, fp8_sinks=False, fixed_size=False, coded_window=False)
-    spans = split_regions(places, 0, 0, settings.chunk_tokens)
-    split = SplitCache(None, list(exact), len(places), start=start)
-    draft = draft_stream(lossless, None, split, False, None, spans, places)
-    return draft.seal(b"", CodedRows(), is_final=True, size=None)
-
-
-@neutral_torch_state
-def decode_point(data: Any) -> list[ExactGroup]:
-    """Inverse of `encode_point`; raises as `Codec.decode`."""
-    stream = parse_stream(data)
-    if stream.header.coded is not None or not stream.n_tokens:
-        raise CorruptStream("a resume point holds tokens of every kind, or none; expected windows and states")
-    return read_groups(stream, len(stream.chunks), stream.n_tokens)
 
 
 def _listed(names: list[str]) -> str:

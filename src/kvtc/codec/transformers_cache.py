@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import CacheExtent, CacheGeometry, KVCache
-from ..container.groups import FULL_ATTENTION, NO_CACHE, SIDE_BUFFER, STATE, Group, Part
+from ..cache import CacheExtent, CacheGeometry, KVCache, sides_of_layer
+from ..calibration.artifact import covers
+from ..container.groups import NO_CACHE, SIDE_BUFFER, STATE, Group, Part
 from ..container.tables import Header
 from ..errors import GeometryMismatch, InvalidCache, MissingDependency, UnsupportedModel
 from ..process.torch_state import neutral_torch_state
@@ -112,25 +113,28 @@ class TransformersCache:
         return sorted(found, key=lambda group: group is not next((one for one in found if one.is_codable), None))
 
     @neutral_torch_state
-    def split(self, geometry: CacheGeometry | None, batch_index: int = 0, first_token: int = 0) -> SplitCache:
+    def split(self, covered: Sequence[CacheGeometry], batch_index: int = 0, first_token: int = 0) -> SplitCache:
         """One sequence.
 
         Parameters:
-            geometry: of the group that is coded, which must be there; None: the first one that can be.
+            covered: of the groups that are coded, which must be there; none: the first of full attention is the coded one.
             batch_index: which sequence.
             first_token: how many tokens of padding stand before it.
 
         Raises:
-            GeometryMismatch: if no group has the geometry.
+            GeometryMismatch: if a group that is covered is not there, or the first of full attention is not covered.
         """
+        first = next((geometry for geometry in covered if not geometry.is_window), None)
         if not self._parts:
-            return SplitCache(None if geometry is None else _empty(geometry), [], 0)
+            return SplitCache(None if first is None else _empty(first), [], 0)
         found = self._grouped(self._parts, batch_index, first_token)
         codable = [one for one in found if one.group.is_codable]
-        coded = next((one for one in codable if geometry is None or _fits(one.group, geometry)), None)
-        if coded is None and geometry is not None:
+        coded = next((one for one in codable if first is None or covers(first, one.group)), None)
+        missing = [geometry for geometry in covered if not any(covers(geometry, one.group) for one in found)]
+        if missing or (covered and first is None and coded is not None):
             held = "; ".join(f"{one.group.describe()}: {_extent(one.group)}" for one in found)
-            raise GeometryMismatch(f"the calibration covers {geometry.describe()}; the cache holds {held}")
+            expected = "; ".join(geometry.describe() for geometry in covered)
+            raise GeometryMismatch(f"the calibration covers {expected}; the cache holds {held}")
         exact = [one for one in found if one is not coded]
         tokens = None if self.n_tokens is None else self.n_tokens - first_token
         return SplitCache(None if coded is None else _neutral(coded), exact, tokens)
@@ -157,7 +161,7 @@ def from_transformers(cache: Any, geometry: CacheGeometry) -> KVCache:
     found = TransformersCache(cache)
     if found.n_sequences != 1:
         raise InvalidCache(f"the cache holds {found.n_sequences} sequences; expected one")
-    split = found.split(geometry)
+    split = found.split([geometry])
     if split.exact or split.coded is None:
         others = ", ".join(sorted({one.group.describe() for one in split.exact}))
         raise UnsupportedModel(
@@ -166,21 +170,13 @@ def from_transformers(cache: Any, geometry: CacheGeometry) -> KVCache:
     return split.coded
 
 
-def _fits(group: Group, geometry: CacheGeometry) -> bool:
-    return (group.layers, group.first_kv_head, group.shape[:2]) == (
-        geometry.layers,
-        geometry.first_kv_head,
-        (geometry.n_kv_heads, geometry.head_dim),
-    )
-
-
 def _extent(group: Group) -> str:
-    return CacheExtent(group.layers, group.first_kv_head, *group.shape[:2]).describe()
+    return CacheExtent(group.layers, group.first_kv_head, *group.shape).describe()
 
 
 def _empty(geometry: CacheGeometry) -> KVCache:
-    side = torch.empty(geometry.n_layers, geometry.n_kv_heads, 0, geometry.head_dim, dtype=EMPTY_DTYPE)
-    return KVCache(side, side.clone(), layers=geometry.layers, first_kv_head=geometry.first_kv_head)
+    keys, values = (torch.empty(shape, dtype=EMPTY_DTYPE) for shape in geometry.side_shapes(0))
+    return KVCache(keys, values, layers=geometry.layers, first_kv_head=geometry.first_kv_head)
 
 
 def _neutral(coded: ExactGroup) -> KVCache:
@@ -201,7 +197,7 @@ def to_transformers(keys: Tensor, values: Tensor, layers: Iterable[int]) -> Any:
     """keys, values [B, L, H, T, D] -> a `DynamicCache` that `generate` continues from, its layers at their places."""
     cache = new_transformers_cache()
     for index, layer in enumerate(layers):
-        cache.update(keys[:, index], values[:, index], layer)
+        cache.update(*sides_of_layer(keys[:, index], values[:, index]), layer)
     return cache
 
 
@@ -251,8 +247,9 @@ def from_split(split: SplitCache, device: torch.device) -> Any:
         for one in split.exact
     ]
     if (coded := split.coded) is not None:
-        shape = coded.n_kv_heads, coded.head_dim, coded.head_dim
-        group = Group(FULL_ATTENTION, Part.KEYS_AND_VALUES, coded.dtype, coded.resolved_layers(), shape)
+        extent = coded.extent
+        shape = extent.n_kv_heads, *extent.dims
+        group = Group(extent.kind, Part.KEYS_AND_VALUES, coded.dtype, extent.layers, shape)
         layers = zip(coded.keys, coded.values, strict=True)
         parts.append(ExactGroup(group, [(keys[None], values[None]) for keys, values in layers]))
     return cache_of_parts(parts, split.start + (split.n_tokens or 0))
@@ -280,7 +277,7 @@ def lazy_cache(restore: Callable[[int], Layer], n_tokens: int, header: Header, d
     cache = new_transformers_cache()
     from .lazy_layers import LazyLayer
 
-    queue = LayerQueue(restore, header.n_layers, device)
+    queue = LayerQueue(lambda index: sides_of_layer(*restore(index)), header.n_layers, device)
     cache.layers += [cache.layer_class_to_replicate() for _ in range(header.layers[-1] + 1)]
     for index, layer in enumerate(header.layers):
         cache.layers[layer] = LazyLayer(queue, index, n_tokens, header.dtype, device)

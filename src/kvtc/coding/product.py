@@ -71,11 +71,11 @@ class Columns:
         rows: Tensor | PackedRows,
         start: Tensor | None = None,
         n_columns: int | None = None,
-        blocks: LayerBlocks | None = None,
+        blocks: Sequence[LayerBlocks] = (),
     ) -> Tensor:
         """rows [T, K'] -> rows @ matrix[:K', :n_columns] + start, in `result`. start: [n_columns] float32, zeros if None.
 
-        blocks: products with blocks, which are added to the rounded result.
+        blocks: products with blocks, which are added to the rounded result, each to columns of their own.
 
         Raises `InvalidArgument` for rows that are longer than the matrix, and for more columns than it has.
         """
@@ -84,16 +84,15 @@ class Columns:
             raise InvalidArgument(f"rows {tuple(rows.shape)} times {n} columns of a matrix {self.shape}")
         if not self._is_on_cpu:
             values = rows.values if isinstance(rows, PackedRows) else rows.to(self._dtype)
-            found = self._times_elsewhere(values, start, n)
-            return found if blocks is None else blocks.added_to(found)
+            return _added(self._times_elsewhere(values, start, n), blocks)
         packed = rows if isinstance(rows, PackedRows) else PackedRows(rows, self._dtype)
         sums = np.empty((packed.shape[0], n), np.float32)
         begin = np.zeros(n, np.float32) if start is None else start.numpy()
-        if self._result == torch.float32 or blocks is None:
+        if self._result == torch.float32 or not blocks:
             _add_product(packed.packed, self._matrix, begin, sums, blocks)
             return torch.from_numpy(sums).to(self._result)
-        _add_product(packed.packed, self._matrix, begin, sums, None)
-        return blocks.added_to(torch.from_numpy(sums).to(self._result))
+        _add_product(packed.packed, self._matrix, begin, sums, ())
+        return _added(torch.from_numpy(sums).to(self._result), blocks)
 
     def _times_elsewhere(self, rows: Tensor, start: Tensor | None, n: int) -> Tensor:
         matrix = self._matrix[: rows.shape[1], :n]
@@ -142,29 +141,30 @@ class BlockRows:
             self._dense = torch.zeros(len(values), n_blocks * size, dtype=torch.float32, device=values.device)
             self._dense[:, features.to(values.device)] = values[:, columns.to(values.device)]
 
-    def of(self, blocks: Sequence[int]) -> LayerBlocks:
-        """The products of some blocks, which are side by side in the results."""
+    def of(self, blocks: Sequence[int], at: int = 0) -> LayerBlocks:
+        """The products of some blocks, which are side by side in the results, from column `at` on."""
         size = self._blocks.size
         groups = [
-            (block * size + first, block * size + min(first + _block_rows(), size), place * size)
+            (block * size + first, block * size + min(first + _block_rows(), size), at + place * size)
             for place, block in enumerate(blocks)
             for first in range(0, size, _block_rows())
         ]
         bounds = np.array(groups, np.int64).reshape(-1, 3)
         bounds[:, :2] = np.searchsorted(self._features, bounds[:, :2])
-        return LayerBlocks(self, blocks, bounds[bounds[:, 1] > bounds[:, 0]])
+        return LayerBlocks(self, blocks, at, bounds[bounds[:, 1] > bounds[:, 0]])
 
 
 @dataclass(frozen=True, eq=False)
 class LayerBlocks:
-    """Products of some blocks. parts: as `product_kernels.add_parts` takes them."""
+    """Products of some blocks. at: their first column. parts: as `product_kernels.add_parts` takes them."""
 
     rows: BlockRows
     blocks: Sequence[int]
+    at: int
     parts: npt.NDArray[np.int64]
 
     def added_to(self, found: Tensor) -> Tensor:
-        """found [T, blocks D], changed in place: plus the products."""
+        """found [T, n], changed in place: plus the products."""
         own, size = self.rows, self.rows._blocks.size
         if not len(self.parts):
             return found
@@ -174,13 +174,13 @@ class LayerBlocks:
             found += torch.from_numpy(sums)
             return found
         for place in sorted(set(self.parts[:, 2].tolist())):
-            block = self.blocks[place // size]
+            block = self.blocks[(place - self.at) // size]
             here = own._dense[:, block * size : (block + 1) * size]
             found[:, place : place + size] += here @ own._blocks.matrices[block]
         return found
 
     def add(self, sums: Any, first_row: int, stop_row: int) -> None:
-        """sums float32 [T, blocks D], changed in place, in some tiles of rows; on CPUs."""
+        """sums float32 [T, n], changed in place, in some tiles of rows; on CPUs."""
         own = self.rows
         operands = own._turned, own._chosen, own._columns, self.parts, own._blocks.size
         _kernels().add_parts(*operands, sums, first_row, stop_row)
@@ -202,25 +202,25 @@ def project_rest(
     rows: Tensor,
     of_rows: PackedRows,
     layers: Sequence[tuple[Columns, Tensor, Sequence[int]]],
-    blocks: Blocks,
+    sides: Sequence[Blocks],
     places: Tensor,
     found: Tensor,
 ) -> None:
     """What products leave of rows, times blocks, to chosen columns of `found`; on CPUs.
 
     Parameters:
-        rows: float32 [T, B D].
+        rows: float32 [T, P]: the blocks of each side, one side after the other.
         of_rows: what stands for them, [T, K].
-        layers: of each the matrix [K, n D] that leads back to n blocks of the rows, what is added then, float32 [n D], and the
-            numbers of those blocks.
-        blocks: what the rest is multiplied by.
-        places: int64 [B D], the column of found that each result goes to; -1: none.
+        layers: of each the matrix [K, N] that leads back to some blocks of each side, side after side, what is added then,
+            float32 [N], and the numbers of those blocks among their side's.
+        sides: what the rest is multiplied by.
+        places: int64 [P], the column of found that each result goes to; -1: none.
         found: float32 [T, n], changed in place.
     """
     kernels = _kernels()
-    there, size = places.numpy(), blocks.size
-    data, output = rows.contiguous().numpy(), found.numpy()
-    operands = [(columns, start.numpy(), np.array(numbers, np.int64) * size) for columns, start, numbers in layers]
+    there, data, output = places.numpy(), rows.contiguous().numpy(), found.numpy()
+    begins = np.cumsum([0, *(len(side.matrices) * side.size for side in sides)])
+    of_layers = [(columns, start.numpy(), np.array(numbers, np.int64)) for columns, start, numbers in layers]
     n_groups = -(-len(of_rows.packed) // _GROUP_TILES)
 
     def work(first: int, stop: int) -> None:
@@ -229,13 +229,18 @@ def project_rest(
             tiles = group * _GROUP_TILES, min((group + 1) * _GROUP_TILES, len(of_rows.packed))
             part = slice(tiles[0] * kernels.TILE_ROWS, tiles[1] * kernels.TILE_ROWS)
             packed, its_rows, its_output = of_rows.packed[slice(*tiles)], data[part], output[part]
-            for columns, start, features in operands:
+            for columns, start, numbers in of_layers:
                 spanned = np.empty((len(its_rows), columns.shape[1]), np.float32)
                 n_tiles = columns._matrix.shape[0]
                 kernels.add_product(packed, columns._matrix, start, spanned, 0, n_tiles, 0, len(packed))
                 if columns._result != torch.float32:
                     spanned = torch.from_numpy(spanned).to(columns._result).float().numpy()
-                kernels.multiply_rest(its_rows, spanned, features, blocks.packed, there, its_output, 0, len(packed))
+                at = 0
+                for side, begin in zip(sides, begins, strict=False):
+                    features = begin + numbers * side.size
+                    operands = spanned, at, side.size, features, begin
+                    kernels.multiply_rest(its_rows, *operands, side.packed, there, its_output, 0, len(packed))
+                    at += len(numbers) * side.size
 
     in_threads(work, n_groups, rows.numel() * of_rows.shape[1])
 
@@ -287,19 +292,25 @@ def inverses(blocks: Tensor) -> Tensor:
     return found
 
 
-def _add_product(rows: Any, columns: Any, start: Any, sums: Any, blocks: LayerBlocks | None) -> None:
+def _added(found: Tensor, blocks: Sequence[LayerBlocks]) -> Tensor:
+    for its in blocks:
+        found = its.added_to(found)
+    return found
+
+
+def _add_product(rows: Any, columns: Any, start: Any, sums: Any, blocks: Sequence[LayerBlocks]) -> None:
     """`product_kernels.add_product`, and what `blocks` add, in threads."""
     add = _kernels().add_product
     row_tiles, column_tiles = len(rows), -(-sums.shape[1] // _kernels().TILE_COLUMNS)
     n_terms = sums.size * rows.shape[1]
-    if blocks is None and column_tiles >= row_tiles:
+    if not blocks and column_tiles >= row_tiles:
         in_threads(lambda *tiles: add(rows, columns, start, sums, *tiles, 0, row_tiles), column_tiles, n_terms)
         return
 
     def work(first: int, stop: int) -> None:
         add(rows, columns, start, sums, 0, column_tiles, first, stop)
-        if blocks is not None:
-            blocks.add(sums, first, stop)
+        for its in blocks:
+            its.add(sums, first, stop)
 
     in_threads(work, row_tiles, n_terms)
 

@@ -218,18 +218,20 @@ def add_parts(turned, chosen, columns, parts, width, sums, first_row, stop_row):
 
 
 @compiled(nogil=True)
-def multiply_rest(rows, spanned, features, columns, places, found, first_row, stop_row):  # type: ignore[no-untyped-def]
+def multiply_rest(  # type: ignore[no-untyped-def]
+    rows, spanned, at, size, features, begin, columns, places, found, first_row, stop_row
+):
     """What `spanned` leaves of some blocks of rows, times their matrices, to chosen columns of found, in some tiles of rows.
 
     Parameters:
-        rows: float32 [T, B D].
-        spanned: float32 [T, n D], side by side.
-        features: int64 [n], the first feature of each block in rows.
+        rows: float32 [T, P].
+        spanned: float32 [T, N], those blocks side by side from column `at` on. size: D.
+        features: int64 [n], the first feature of each block in rows. begin: that of the first matrix of `columns`.
         columns: [column tiles, B D, NARROW_COLUMNS] of all matrices, one upon the other.
-        places: int64 [B D], the column of found that each result goes to; -1: none.
+        places: int64 [P], the column of found that each result goes to; -1: none.
         found: float32 [T, N].
     """
-    n_rows, size = rows.shape[0], spanned.shape[1] // len(features)
+    n_rows = rows.shape[0]
     own = np.zeros((size, TILE_ROWS), np.float32)
     edge = np.zeros((TILE_ROWS, NARROW_COLUMNS), np.float32)
     for row_tile in range(first_row, stop_row):
@@ -239,7 +241,9 @@ def multiply_rest(rows, spanned, features, columns, places, found, first_row, st
             feature = features[index]
             for within in range(height):
                 for term in range(size):
-                    own[term, within] = rows[row + within, feature + term] - spanned[row + within, index * size + term]
+                    own[term, within] = (
+                        rows[row + within, feature + term] - spanned[row + within, at + index * size + term]
+                    )
             for tile in range(columns.shape[0]):
                 start = tile * NARROW_COLUMNS
                 n_columns = min(NARROW_COLUMNS, size - start)
@@ -251,7 +255,7 @@ def multiply_rest(rows, spanned, features, columns, places, found, first_row, st
                 edge[:] = np.float32(0)
                 for first in range(0, size, BLOCK_ROWS):
                     count = min(BLOCK_ROWS, size - first)
-                    of_columns = columns[tile, feature + first :].ctypes.data
+                    of_columns = columns[tile, feature - begin + first :].ctypes.data
                     _add_narrow_tile(own[first:].ctypes.data, of_columns, edge.ctypes.data, NARROW_COLUMNS, count)
                 for column in range(n_columns):
                     place = places[feature + start + column]

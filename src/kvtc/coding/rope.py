@@ -147,12 +147,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotations of a model: the distinct tables, and for each layer the index of its table (`NO_ROTATION`: none)."""
+    """The rotations of a model: the distinct tables, and for each layer the index of its table (`NO_ROTATION`: none).
+
+    is_known: false where nobody could tell how the model rotates keys; they are then coded as they are cached, without tables.
+    """
 
     tables: tuple[RopeTable, ...]
     layer_tables: tuple[int, ...]
+    is_known: bool = True
 
     def __post_init__(self) -> None:
+        if self.tables and not self.is_known:
+            raise InvalidArgument(f"a rotation that is not known has {len(self.tables)} tables; expected none")
         for layer, index in enumerate(self.layer_tables):
             if not NO_ROTATION <= index < len(self.tables):
                 raise InvalidArgument(f"layer {layer} names rotation table {index}; there are {len(self.tables)}")
@@ -167,7 +173,8 @@ class Rope:
         chosen = [self.layer_tables[layer] for layer in layers]
         used = sorted({table for table in chosen if table != NO_ROTATION})
         tables = tuple(self.tables[table] for table in used)
-        return Rope(tables, tuple(NO_ROTATION if table == NO_ROTATION else used.index(table) for table in chosen))
+        indexes = tuple(NO_ROTATION if table == NO_ROTATION else used.index(table) for table in chosen)
+        return Rope(tables, indexes, self.is_known)
 
     def unrotate(self, keys: Tensor, positions: Tensor, length: int) -> Tensor:
         """Keys [L, H, T, D] as cached -> float32 [L, H, T, D] as before rotation; `positions` [T], `length` the sequence's."""
@@ -204,14 +211,17 @@ class Rope:
         return {
             "layer_tables": list(self.layer_tables),
             "tables": [_table_to_json(table) for table in self.tables],
-        }
+        } | ({} if self.is_known else {"is_known": False})
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Rope:
         """Inverse of `to_json`; KeyError, ValueError or `InvalidArgument` for anything else."""
         tables = tuple(_table_from_json(table) for table in strict_json.items(fields["tables"], "tables"))
         layers = strict_json.items(fields["layer_tables"], "layer_tables")
-        return cls(tables, tuple(strict_json.whole(i, "layer_tables", NO_ROTATION, len(tables)) for i in layers))
+        indexes = tuple(strict_json.whole(i, "layer_tables", NO_ROTATION, len(tables)) for i in layers)
+        if fields.get("is_known", False) is not False:
+            raise InvalidArgument("is_known is there where it is false alone")
+        return cls(tables, indexes, "is_known" not in fields)
 
 
 def turn_in_place(keys: Tensor, turn: Turn) -> None:

@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 
 from ..coding.exact.floats import FloatLayout
+from ..coding.exact.tokens import exact_layout
+from ..coding.states.rounding import ROUNDED_DTYPES
 from ..errors import CorruptStream, InvalidArgument, UnsupportedVersion
 from ..layer_runs import layer_runs
 
@@ -36,7 +38,7 @@ MAX_NAMED_LAYERS = 1 << 12
 _GROUP = struct.Struct("<BBHHHHHHHI")
 _RUN = struct.Struct("<HH")
 GROUP_BYTES, RUN_BYTES = _GROUP.size, _RUN.size
-_VALUES_ARE_KEYS, _HAS_RUN = 1, 2
+_VALUES_ARE_KEYS, _HAS_RUN, _IS_CODED = 1, 2, 4
 _KIND_NAMES = {number: name for name, number in GROUP_KINDS.items()}
 
 
@@ -104,6 +106,7 @@ class Group:
         has_run: whether the layers of a state have read tokens.
         extent: full attention and latents: the length that chose the rotation, 0 where nothing depends on it. Windows: their
             tokens. Side buffers: the tokens of one entry.
+        is_coded: of a stream: whether the profile codes this group beside the first one. Groups of a cache do not say so.
     """
 
     kind: str
@@ -116,12 +119,23 @@ class Group:
     values_are_keys: bool = False
     has_run: bool = False
     extent: int = 0
+    is_coded: bool = False
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether a profile can code its tokens: heads with keys and values."""
+        return self.kind in (FULL_ATTENTION, LATENT, WINDOW) and min(self.shape) > 0
+
+    @property
+    def can_be_further(self) -> bool:
+        """Whether it can be coded beside the first: a window, but not one of latents."""
+        heads, key_dim, value_dim = self.shape
+        return self.kind == WINDOW and self.has_rows and (heads > 1 or key_dim == value_dim)
 
     @property
     def is_codable(self) -> bool:
-        """Whether a profile can code it: keys and values of one width, of every token."""
-        heads, key_dim, value_dim = self.shape
-        return self.kind == FULL_ATTENTION and key_dim == value_dim and not self.values_are_keys and heads > 0
+        """Whether it can be the first coded group: rows of every token."""
+        return self.kind in (FULL_ATTENTION, LATENT) and self.has_rows
 
     @property
     def is_complete(self) -> bool:
@@ -129,6 +143,11 @@ class Group:
         return self.kind in (FULL_ATTENTION, LATENT, NO_CACHE) or (
             self.kind == SIDE_BUFFER and not self.part.is_snapshot
         )
+
+    @property
+    def can_be_rounded(self) -> bool:
+        """Whether a coder of states may round it."""
+        return self.kind == STATE and self.dtype in ROUNDED_DTYPES
 
     @property
     def n_layers(self) -> int:
@@ -169,6 +188,8 @@ class Group:
         _, key_dim, value_dim = self.shape
         if self.kind == STATE:
             return FloatLayout(key_dim or 1, value_dim, self.dtype)
+        if self.is_coded:
+            return exact_layout(n_rows, (key_dim, value_dim), self.dtype)
         return FloatLayout(n_rows, key_dim + value_dim, self.dtype)
 
     def describe(self) -> str:
@@ -189,7 +210,7 @@ def pack_groups(groups: Sequence[Group]) -> bytes:
 
 
 def _pack(group: Group, n_runs: int) -> bytes:
-    flags = group.values_are_keys * _VALUES_ARE_KEYS + group.has_run * _HAS_RUN
+    flags = group.values_are_keys * _VALUES_ARE_KEYS + group.has_run * _HAS_RUN + group.is_coded * _IS_CODED
     first = group.index if group.part.is_snapshot or group.kind == SIDE_BUFFER else group.first_kv_head
     return _GROUP.pack(
         GROUP_KINDS[group.kind], DTYPES[group.dtype], n_runs, group.part, first, *group.shape, flags, group.extent
@@ -220,7 +241,7 @@ def parse_groups(view: memoryview, offset: int, n_groups: int) -> tuple[Group, .
         if any(after[0] <= before[0] + before[1] for before, after in pairwise(runs)):
             raise CorruptStream(f"the runs of layers of group {index} do not ascend, or touch: {runs[:4]}")
         layers = tuple(layer for first_layer, count in runs for layer in range(first_layer, first_layer + count))
-        if dtype not in DTYPE_OF or flags > (_VALUES_ARE_KEYS | _HAS_RUN):
+        if dtype not in DTYPE_OF or flags > (_VALUES_ARE_KEYS | _HAS_RUN | _IS_CODED):
             raise CorruptStream(f"group {index} has dtype {dtype} and flags {flags}: some value is unknown")
         is_indexed = Part(part).is_snapshot or _KIND_NAMES[kind] == SIDE_BUFFER
         group = Group(
@@ -234,6 +255,7 @@ def parse_groups(view: memoryview, offset: int, n_groups: int) -> tuple[Group, .
             bool(flags & _VALUES_ARE_KEYS),
             bool(flags & _HAS_RUN),
             extent,
+            bool(flags & _IS_CODED),
         )
         _check_group(index, group)
         groups.append(group)
@@ -269,6 +291,7 @@ def _check_group(index: int, group: Group) -> None:
         or group.kind not in group.part.kinds
         or (group.values_are_keys and not attention)
         or (group.has_run and group.kind != STATE)
+        or (group.is_coded and not group.can_be_further)
         or group.extent > MAX_LENGTH
         or group.index > group.part.most_index
     ):

@@ -16,7 +16,8 @@ _LARGEST_GROWTH = 64
 
 
 def split_stream(data: bytes | memoryview) -> list[bytes]:
-    """Split a stream into self-contained streams of one chunk. Nothing is recoded: stored bytes are copied.
+    """Split a stream into streams of one chunk, each of which decodes alone. Stored bytes are copied; nothing is encoded
+    again.
 
     Parameters:
         data: the stream.
@@ -25,8 +26,15 @@ def split_stream(data: bytes | memoryview) -> list[bytes]:
         One stream for each chunk, in order; none for an empty cache.
 
     Raises:
-        TruncatedStream, CorruptStream, UnsupportedVersion: for a stream that cannot be read.
-        StreamTooLarge: if the parts would take far more bytes than the stream, because each repeats a large rate.
+        TruncatedStream, CorruptStream, UnsupportedVersion: the stream cannot be read.
+        StreamTooLarge: the parts would take far more bytes than the stream, because each repeats a large rate.
+
+    Example:
+        >>> parts = kvtc.split_stream(stream)
+        >>> [kvtc.inspect(part).n_tokens for part in parts]
+        [256, 256, 88]
+        >>> codec.decode(parts[1], token_ids[256:512]).get_seq_length()
+        256
     """
     stream = parse_stream(data)
     rate_entry, rate = stream.sections.entries[:1].tobytes(), stream.stored(stream.find(SectionType.RATE))
@@ -59,7 +67,7 @@ def split_stream(data: bytes | memoryview) -> list[bytes]:
 
 
 def join_streams(parts: Sequence[bytes | memoryview]) -> bytes:
-    """Join streams of consecutive chunks of one encoding; `join_streams(split_stream(s)) == s`.
+    """Join streams of consecutive chunks of one encoding. Stored bytes are copied; nothing is encoded again.
 
     Parameters:
         parts: the streams, in the order of their positions; at least one.
@@ -68,8 +76,15 @@ def join_streams(parts: Sequence[bytes | memoryview]) -> bytes:
         One stream of all chunks.
 
     Raises:
-        TruncatedStream, CorruptStream, UnsupportedVersion: for a part that cannot be read.
-        InvalidArgument: if the parts do not belong together, or there are none.
+        TruncatedStream, CorruptStream, UnsupportedVersion: a part cannot be read.
+        InvalidArgument: the parts do not belong together, or there are none.
+
+    Example:
+        >>> parts = kvtc.split_stream(stream)
+        >>> kvtc.join_streams(parts) == stream
+        True
+        >>> kvtc.inspect(kvtc.join_streams(parts[:2])).n_tokens
+        512
     """
     if not parts:
         raise InvalidArgument("there are no streams to join")

@@ -21,7 +21,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..coding.exact.floats import FloatLayout, compress_floats, decompress_floats
-from ..coding.lossless import FLOATS, BlockCoder, compress, compress_all, decompress, decompress_all
+from ..coding.exact.tokens import exact_layout
+from ..coding.lossless import FLOATS, PROFILE, ROUNDED, BlockCoder, compress, compress_all, decompress, decompress_all
+from ..coding.states.rounding import compress_state, decompress_state
 from ..errors import CorruptStream, InvalidArgument
 from ..process.log_limits import log_once
 from ..process.workers import side_by_side
@@ -63,6 +65,8 @@ class Payload:
     """Section bytes before lossless coding, on their way into a stream.
 
     is_final: they are entropy-coded already. layout: of exact tokens, which have a coder of their own; None: others.
+    rounded_bits: of a number of a state that is rounded, 0: others. raw_bytes: of rows that a profile coded, of another group than
+    the first, before that; None: of all else.
     """
 
     type: SectionType
@@ -71,6 +75,8 @@ class Payload:
     is_final: bool = False
     layout: FloatLayout | None = None
     group: int = 0
+    rounded_bits: int = 0
+    raw_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,14 +140,17 @@ class Stream:
         read |= zip(left, rest, strict=True)
         return [read[index] for index in range(len(sections))]
 
-    def read_group(self, index: int, first_chunk: int, stop_chunk: int) -> list[bytes]:
-        """The sections of an exact group in the chunks first_chunk .. stop_chunk - 1, in order, verified and decoded."""
+    def read_group(self, index: int, first_chunk: int, stop_chunk: int) -> list[tuple[Section, bytes]]:
+        """The sections of another group in the chunks first_chunk .. stop_chunk - 1, in order, verified and decoded.
+
+        What a profile coded stays as it is.
+        """
         group = self.header.groups[index]
         sections = [self.sections[number] for number in self.sections.of_group(index, stop_chunk).tolist()]
         sections = [section for section in sections if section.chunk >= first_chunk]
         stored = self.data.on_host([section.span for section in sections])
         layouts = [group.layout(section.raw_bytes // group.row_bytes) for section in sections]
-        return side_by_side(_decoded, _threads(), sections, stored, layouts)
+        return list(zip(sections, side_by_side(_decoded, _threads(), sections, stored, layouts), strict=True))
 
     def leave(self, wanted: Sequence[Wanted]) -> dict[tuple[SectionType, int], Tensor]:
         """Those of the sections that can be used where they lie: on a device, and without a lossless coder.
@@ -182,7 +191,7 @@ class Stream:
     def _layout(self, section_type: SectionType, chunk: int) -> FloatLayout | None:
         """How the exact tokens of a section are ordered; None where it holds none."""
         n_exact = 0 if chunk == STREAM_WIDE else self.chunks[chunk].exact_tokens(section_type, self.header.profile)
-        return FloatLayout(n_exact, self.header.head_dim, self.header.dtype) if n_exact else None
+        return exact_layout(n_exact, self.header.dims, self.header.dtype) if n_exact else None
 
 
 def _threads() -> int:
@@ -212,9 +221,13 @@ def _decoded_with(
 def _decoded(section: Section, stored: memoryview, layout: FloatLayout | None) -> bytes:
     """The bytes behind a section's own, verified. layout: of exact tokens."""
     _verify(section, stored)
+    if section.coder == PROFILE:
+        return bytes(stored)
     try:
         if layout is not None and section.coder == FLOATS:
             return decompress_floats(stored, section.raw_bytes, layout)
+        if layout is not None and section.coder == ROUNDED:
+            return decompress_state(stored, section.raw_bytes, layout)
         return decompress(stored, section.raw_bytes, section.coder)
     except CorruptStream as error:
         raise CorruptStream(f"{section.describe()}: {error}") from error
@@ -233,31 +246,48 @@ def token_digest(token_ids: npt.NDArray[np.int64]) -> bytes:
 def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCoder | None = None) -> list[CodedSection]:
     """Each payload as it will be stored; one that coding would lengthen is stored as it is.
 
-    coder: of all but exact tokens, which have their own; "none" leaves these as they are, too. block_coder: codes the blocks of
-    all of them at once, where it takes them.
+    coder: of all but exact tokens and rounded states, which have their own; "none" leaves exact tokens as they are, too.
+    block_coder: codes the blocks of all of them at once, where it takes them. Raises `InvalidCache` for a state that cannot be
+    rounded.
     """
     for payload in payloads:
-        if len(payload.raw) >= 1 << 32:
+        if max(len(payload.raw), payload.raw_bytes or 0) >= 1 << 32:
             raise InvalidArgument(
                 f"a section of {len(payload.raw)} bytes; 4 GiB is the limit: use a smaller chunk_tokens"
             )
-    coders = ["none" if payload.is_final else coder for payload in payloads]
-    if coder != "none":
-        coders = [FLOATS if payload.layout else its for payload, its in zip(payloads, coders, strict=True)]
-    floats = [(payload.raw, payload.layout) for payload, its in zip(payloads, coders, strict=True) if its == FLOATS]
+    coders = [_coder_of(payload, coder) for payload in payloads]
+    own = [payload for payload, its in zip(payloads, coders, strict=True) if its in (FLOATS, ROUNDED)]
     others = [payload.raw for payload, its in zip(payloads, coders, strict=True) if its == coder]
     coded_others = iter(_compressed(others, coder, block_coder))
-    coded_floats = iter(side_by_side(lambda one: compress_floats(*one), _threads(), floats))
+    coded_own = iter(side_by_side(_compressed_alone, _threads(), own))
     sections = []
     for payload, its in zip(payloads, coders, strict=True):
-        data = next(coded_floats) if its == FLOATS else next(coded_others) if its == coder else payload.raw
+        data = next(coded_others) if its == coder else payload.raw if its == "none" else next(coded_own)
         is_shorter = len(data) < len(payload.raw)
         stored, used = (data, its) if is_shorter else (payload.raw, "none")
-        entry = Section(
-            payload.type, used, payload.chunk, len(payload.raw), len(stored), zlib.crc32(stored), 0, payload.group
-        )
+        n_raw = len(payload.raw)
+        if payload.raw_bytes is not None:
+            used, n_raw = PROFILE, payload.raw_bytes
+        entry = Section(payload.type, used, payload.chunk, n_raw, len(stored), zlib.crc32(stored), 0, payload.group)
         sections.append(CodedSection(entry, stored))
     return sections
+
+
+def _coder_of(payload: Payload, coder: str) -> str:
+    if payload.rounded_bits:
+        return ROUNDED
+    if payload.is_final or coder == "none":
+        return "none"
+    return FLOATS if payload.layout else coder
+
+
+def _compressed_alone(payload: Payload) -> bytes:
+    """With the coder of its numbers, where it has any."""
+    if payload.layout is None:
+        return payload.raw
+    if payload.rounded_bits:
+        return compress_state(payload.raw, payload.layout, payload.rounded_bits)
+    return compress_floats(payload.raw, payload.layout)
 
 
 def _compressed(parts: Sequence[bytes], coder: str, block_coder: BlockCoder | None) -> list[bytes]:
@@ -273,7 +303,7 @@ def write_stream(header: Header, chunks: Sequence[Chunk], sections: Sequence[Cod
     Parameters:
         header: of the whole stream; `has_gaps` is set here, from the chunks.
         chunks: by ascending positions.
-        sections: the rate, and then the sections of each chunk, in the order of `Chunk.sections`.
+        sections: the rate, and then the sections of each chunk, in the order of `Chunk.sections` and, among them, of the groups.
 
     Raises:
         InvalidArgument: for more chunks than a stream may hold.

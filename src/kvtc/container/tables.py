@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..coding.lossless import CODER_NAMES
+from ..coding.lossless import CODER_NAMES, LAST_LOSSLESS, PROFILE, ROUNDED
 from ..errors import CorruptStream, TruncatedStream, UnsupportedVersion
 from ..layer_runs import layer_runs
 from .groups import GROUP_BYTES, MAX_LENGTH, RUN_BYTES, WINDOW, Group, count_runs, parse_groups
@@ -49,7 +49,9 @@ _SECTIONS = np.dtype(
     ]
 )
 
-PROFILES = {"paper": 1, "joint": 2, "conditional": 3}
+JOINT = "joint"
+"""The only profile that codes several groups."""
+PROFILES = {"paper": 1, JOINT: 2, "conditional": 3}
 LOSSLESS = "lossless"
 """What headers call a stream all of whose tokens are exact: no profile codes it."""
 _LOSSLESS_NUMBER = 4
@@ -67,7 +69,9 @@ _HAS_DIGESTS, _IS_TRANSFORMERS, _HAS_GAPS = 1, 2, 4
 _EXPLICIT_POSITIONS, _FP8_SINKS, _PADDED, _CODED_WINDOW = 1, 2, 4, 8
 _ALL_CHUNK_FLAGS = 15
 SECTIONS_OF_A_CHUNK = 5
-"""At most, but for those of exact groups."""
+"""At most, but for those of other groups than the first coded one."""
+SECTIONS_OF_A_GROUP = 3
+"""Of a chunk, at most."""
 
 
 class SectionType(IntEnum):
@@ -85,8 +89,9 @@ class SectionType(IntEnum):
     STATE = 7
 
 
-_GROUP_TYPES = (SectionType.BODY, SectionType.STATE)
-"""Of what an exact group has: a body for each chunk, or a state where it can be resumed."""
+REGIONS = (SectionType.SINK, SectionType.BODY, SectionType.WINDOW)
+_GROUP_TYPES = (*REGIONS, SectionType.STATE)
+"""Of what the other groups have: an exact one a body for each chunk, or a state where it can be resumed; a coded one regions."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +109,18 @@ class Header:
 
     @property
     def coded(self) -> Group | None:
-        """The group that the profile codes, which is the first one: of full attention, keys and values of one width."""
+        """The group that the profile codes, which is the first one where it can be: of full attention, or of latents."""
         return self.groups[0] if self.groups[0].is_codable else None
 
     @property
-    def exact(self) -> range:
-        """The indexes of the other groups, which are kept exactly."""
+    def others(self) -> range:
+        """The indexes of the other groups: further ones that the profile codes, and those that are kept exactly."""
         return range(0 if self.coded is None else 1, len(self.groups))
+
+    @property
+    def further(self) -> list[int]:
+        """The indexes of the others that the profile codes."""
+        return [index for index, group in enumerate(self.groups) if group.is_coded]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,17 +143,18 @@ class Header:
         return self.groups[0].shape[0]
 
     @property
-    def head_dim(self) -> int:
-        return self.groups[0].shape[1]
+    def dims(self) -> tuple[int, int]:
+        """Features of a head's key, and of its value."""
+        return self.groups[0].shape[1:]
 
     @property
     def rope_length(self) -> int:
         return self.groups[0].extent
 
     @property
-    def row_features(self) -> int:
-        """p: values of one token's keys, or values."""
-        return self.n_layers * self.n_kv_heads * self.head_dim
+    def joint_features(self) -> int:
+        """P: numbers of one token, keys and values."""
+        return self.groups[0].row_numbers
 
     @property
     def original_bits(self) -> int:
@@ -304,14 +315,15 @@ class SectionTable:
         return self[self._types.index(section_type, self.firsts[chunk], self.firsts[chunk + 1])]
 
     def of_group(self, group: int, n_chunks: int) -> npt.NDArray[np.int64]:
-        """The numbers of the sections of an exact group in the first chunks, in order."""
+        """The numbers of the sections of one of the other groups in the first chunks, in order."""
         stop = int(self.firsts[n_chunks])
         is_its = (self.entries["group"][:stop] == group) & np.isin(self.entries["type"][:stop], _GROUP_TYPES)
         return np.flatnonzero(is_its).astype(np.int64)
 
-    def stored_bytes(self, *types: SectionType) -> tuple[int, int]:
-        """How many sections are of these types, and their stored bytes."""
-        mine = [self.entries["stored"][(self.entries["type"] == kind) & (self.entries["group"] == 0)] for kind in types]
+    def stored_bytes(self, groups: Sequence[int], *types: SectionType) -> tuple[int, int]:
+        """How many sections of some groups are of these types, and their stored bytes."""
+        is_theirs = np.isin(self.entries["group"], groups)
+        mine = [self.entries["stored"][(self.entries["type"] == kind) & is_theirs] for kind in types]
         return sum(map(len, mine)), sum(int(stored.sum(dtype=np.int64)) for stored in mine)
 
 
@@ -377,10 +389,11 @@ def parse_counts(view: memoryview, n_bytes: int) -> Counts:
         raise UnsupportedVersion(
             f"the stream has format version {version}; this kvtc reads version {FORMAT_VERSION}: {remedy}"
         )
-    if not n_groups or n_chunks > MAX_CHUNKS or n_sections > (SECTIONS_OF_A_CHUNK + n_groups) * n_chunks + 1:
+    most = SECTIONS_OF_A_CHUNK + SECTIONS_OF_A_GROUP * n_groups
+    if not n_groups or n_chunks > MAX_CHUNKS or n_sections > most * n_chunks + 1:
         raise CorruptStream(
             f"{n_groups} groups, {n_chunks} chunks and {n_sections} sections are claimed; expected at least one group, "
-            f"at most {MAX_CHUNKS} chunks, and at most {SECTIONS_OF_A_CHUNK + n_groups} sections a chunk"
+            f"at most {MAX_CHUNKS} chunks, and at most {most} sections a chunk"
         )
     if n_bytes < HEADER_BYTES + n_groups * GROUP_BYTES:
         raise TruncatedStream(f"{n_groups} groups are claimed; only {n_bytes} bytes are here")
@@ -399,8 +412,11 @@ def parse_header(view: memoryview, counts: Counts) -> Header:
     _, _, profile, flags, _, fingerprint, chunk_tokens, *_ = _HEADER.unpack_from(view)
     if profile not in PROFILE_NAMES or flags > 7 or not 1 <= chunk_tokens <= MAX_CHUNK_TOKENS:
         raise CorruptStream(f"profile {profile}, flags {flags}, chunks of {chunk_tokens} tokens: some value is unknown")
-    if PROFILE_NAMES[profile] != LOSSLESS and not groups[0].is_codable:
+    further = [index for index, group in enumerate(groups) if group.is_coded]
+    if PROFILE_NAMES[profile] != LOSSLESS and not groups[0].is_codable and not further:
         raise CorruptStream(f"the profile is {PROFILE_NAMES[profile]}, but there is no group that it codes")
+    if further and PROFILE_NAMES[profile] != JOINT:
+        raise CorruptStream(f"group {further[0]} is coded beside the first, which {PROFILE_NAMES[profile]} cannot")
     if flags & _HAS_GAPS and len(groups) > 1:
         raise CorruptStream(f"positions have gaps in a stream of {len(groups)} groups; expected one group")
     if any(group.is_codable for group in groups) and not groups[0].is_codable:
@@ -465,7 +481,7 @@ def check_order(chunks: ChunkTable, header: Header) -> None:
     if header.profile == LOSSLESS:
         for index in _first(chunks.has(_FP8_SINKS | _CODED_WINDOW)):
             raise CorruptStream(f"chunk {index} of a lossless stream has flags {entries['flags'][index]}: not exact")
-    if header.coded is None:
+    if header.coded is None and not header.further:
         for index in _first((entries["sink"] > 0) | (entries["window"] > 0) | chunks.has(_FP8_SINKS | _CODED_WINDOW)):
             raise CorruptStream(f"chunk {index} has sinks or a window, but no group is coded")
     coded = chunks.has(_CODED_WINDOW)[entries["window"] > 0]
@@ -496,27 +512,27 @@ def parse_sections(view: memoryview, counts: Counts, header: Header, chunks: Chu
     entries = np.frombuffer(view, _SECTIONS, counts.n_sections, counts.chunks_end)
     present = chunks.present(header.coded is not None)
     others, firsts = entries, np.ones(len(chunks) + 1, np.int64)
-    if header.exact:
-        is_exact = (entries["group"] >= header.exact.start) & np.isin(entries["type"], _GROUP_TYPES)
-        others = entries[~is_exact]
+    if header.others:
+        is_other = (entries["group"] >= header.others.start) & np.isin(entries["type"], _GROUP_TYPES)
+        others = entries[~is_other]
     n_needed = 1 + int(present.sum())
     if n_needed != len(others):
         raise CorruptStream(
-            f"the chunks need {n_needed} sections; {len(others)} are in the table, but for those of exact groups"
+            f"the chunks need {n_needed} sections; {len(others)} are in the table, but for those of other groups"
         )
     owners, kinds = np.nonzero(present)
     types = np.concatenate([[SectionType.RATE], kinds + SectionType.POSITIONS])
     owners = np.concatenate([[STREAM_WIDE], owners])
     wrong = (others["type"] != types) | (others["chunk"] != owners) | (others["group"] != 0)
-    wrong |= others["coder"] > max(CODER_NAMES)
+    wrong |= others["coder"] > LAST_LOSSLESS
     for number in _first(wrong):
         found = others[number]
         raise CorruptStream(
             f"section {number} is type {found['type']} of chunk {found['chunk']} (group {found['group']}, coder "
             f"{found['coder']}); expected {SectionType(types[number]).name} of chunk {owners[number]} of group 0"
         )
-    if header.exact:
-        _check_exact(entries, is_exact, header, chunks)
+    if header.others:
+        _check_others(entries, is_other, header, chunks)
         firsts += np.searchsorted(entries["chunk"][1:], np.arange(len(chunks) + 1, dtype=np.uint32))
     else:
         firsts[1:] += present.sum(axis=1).cumsum()
@@ -530,42 +546,53 @@ def parse_sections(view: memoryview, counts: Counts, header: Header, chunks: Chu
     return SectionTable(entries, offsets, firsts)
 
 
-def _check_exact(
-    entries: npt.NDArray[np.void], is_exact: npt.NDArray[np.bool_], header: Header, chunks: ChunkTable
+def _check_others(
+    entries: npt.NDArray[np.void], is_other: npt.NDArray[np.bool_], header: Header, chunks: ChunkTable
 ) -> None:
-    """Each section of an exact group stands at its place, and its length is one that the tokens of its chunk can have."""
+    """Each section of another group stands at its place, and its length is one that the tokens of its chunk can have."""
     group, chunk, kind = (entries[name].astype(np.int64) for name in ("group", "chunk", "type"))
-    unknown = is_exact & (
-        (group >= len(header.groups)) | (chunk >= len(chunks)) | (entries["coder"] > max(CODER_NAMES))
+    unknown = is_other & (
+        (group >= len(header.groups)) | (chunk >= len(chunks)) | ~np.isin(entries["coder"], list(CODER_NAMES))
     )
     for number in _first(unknown):
         raise CorruptStream(
             f"section {number} is of chunk {chunk[number]} of group {group[number]} (coder {entries['coder'][number]}); there "
             f"are {len(chunks)} chunks and {len(header.groups)} groups"
         )
-    # Places within a chunk: positions, sink, body and window of the coded group, then the groups, then padding.
-    place = np.where(is_exact, 4 + group, kind - SectionType.POSITIONS)
-    place = np.where(kind == SectionType.PADDING, 4 + len(header.groups), place)
-    order = chunk * (5 + len(header.groups)) + place
+    # Places within a chunk: positions, sink, body and window of the first coded group, then the groups, then padding.
+    place = np.where(is_other, SectionType.STATE * (1 + group) + kind, kind)
+    place = np.where(kind == SectionType.PADDING, SectionType.STATE * (2 + len(header.groups)), place)
+    order = chunk * SectionType.STATE * (3 + len(header.groups)) + place
     for before in _first(order[2:] <= order[1:-1]):
         raise CorruptStream(
             f"section {before + 2} does not stand behind section {before + 1}, as groups and chunks ascend"
         )
     position, tokens = chunks.entries["position"].astype(np.int64), chunks.tokens
-    for index in header.exact:
+    for index in header.others:
         its = header.groups[index]
-        mine = np.flatnonzero(is_exact & (group == index))
-        wanted = SectionType.STATE if its.part.is_snapshot else SectionType.BODY
-        first, n = position[chunk[mine]], tokens[chunk[mine]]
-        most = its.rows_between(first, first + n)
+        mine = np.flatnonzero(is_other & (group == index))
+        coder = entries["coder"][mine]
         rows, rest = np.divmod(entries["raw"][mine].astype(np.int64), max(its.row_bytes, 1))
-        wrong = (kind[mine] != wanted) | (rest != 0) | (rows < 1) | (rows > most)
-        if its.kind != WINDOW:
-            wrong |= rows != most
+        wrong = (rest != 0) | (rows < 1)
+        if its.is_coded:
+            has_coded_window = chunks.has(_CODED_WINDOW)[chunk[mine]]
+            is_body, is_window = (kind[mine] == one for one in (SectionType.BODY, SectionType.WINDOW))
+            codes = is_body | (is_window & has_coded_window)
+            most = _room(kind[mine], chunk[mine], rows, chunks)
+            wrong |= (rows > most) | np.where(codes, coder != _CODER_NUMBERS[PROFILE], coder > LAST_LOSSLESS)
+        else:
+            wanted = SectionType.STATE if its.part.is_snapshot else SectionType.BODY
+            first, n = position[chunk[mine]], tokens[chunk[mine]]
+            most = its.rows_between(first, first + n)
+            wrong |= (kind[mine] != wanted) | (rows > most)
+            wrong |= coder > _CODER_NUMBERS[ROUNDED] if its.can_be_rounded else coder > LAST_LOSSLESS
+            if its.kind != WINDOW:
+                wrong |= rows != most
         for at in _first(wrong):
             raise CorruptStream(
-                f"section {mine[at]} of group {index} ({its.describe()}) is of type {kind[mine[at]]} and has "
-                f"{entries['raw'][mine[at]]} bytes; {most[at]} rows of {its.row_bytes} bytes belong to chunk {chunk[mine[at]]}"
+                f"section {mine[at]} of group {index} ({its.describe()}) is of type {kind[mine[at]]} (coder "
+                f"{entries['coder'][mine[at]]}) and has {entries['raw'][mine[at]]} bytes; {most[at]} rows of {its.row_bytes} bytes "
+                f"belong to chunk {chunk[mine[at]]}"
             )
         if its.is_complete:
             n_needed = int((its.rows_between(position, position + tokens) > 0).sum())
@@ -573,6 +600,19 @@ def _check_exact(
                 raise CorruptStream(
                     f"group {index} ({its.describe()}) has {len(mine)} sections; it needs {n_needed}, one for each chunk"
                 )
+
+
+def _room(
+    kinds: npt.NDArray[np.int64], chunk: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], chunks: ChunkTable
+) -> npt.NDArray[np.int64]:
+    """How many rows each section of a coded group may have: those of its region, if all of the regions behind it are there."""
+    counts = np.stack([chunks.entries[name].astype(np.int64) for name in ("sink", "body", "window")])
+    held = [np.bincount(chunk, rows * (kinds == region), len(chunks)) for region in REGIONS]
+    counts[1] *= held[2] >= counts[2]
+    counts[0] *= (held[2] >= counts[2]) & (held[1] >= counts[1])
+    regions = kinds - SectionType.SINK
+    room: npt.NDArray[np.int64] = np.where(regions < len(REGIONS), counts[regions.clip(max=2), chunk], 0)
+    return room
 
 
 def _first(wrong: npt.NDArray[np.bool_]) -> list[int]:

@@ -54,12 +54,20 @@ class PageLayout:
         axes: The order of the axes in memory, in the letters above.
         n_layers, n_kv_heads, head_dim: L, H and D.
         page_tokens: N.
-        packing: How the numbers of a page and head lie. `split`: keys [N, D] beside values [N, D].
-            `vec`: keys [D, N], then values [N, D]. `amx`: keys [N / 16, D / 2, 16, 2], then values
-            [D / 16, N / 2, 16, 2].
+        packing: How the numbers of a page and head lie. `split` (default): keys [N, D] beside
+            values [N, D]. `vec`: keys [D, N], then values [N, D]. `amx`: keys [N / 16, D / 2,
+            16, 2], then values [D / 16, N / 2, 16, 2].
 
     Raises:
         UnsupportedLayout: The axes or the packing are unknown, or do not go together.
+
+    Example:
+        >>> from kvtc.engines.page_layout import PageLayout
+        >>> layout = PageLayout("LBHNC", n_layers=2, n_kv_heads=3, head_dim=8, page_tokens=16)
+        >>> pages = torch.arange(5 * layout.page_values).reshape(layout.shape(n_pages=5))
+        >>> keys, values = layout.read(pages)
+        >>> keys.shape, torch.equal(layout.write(keys, values), pages)
+        (torch.Size([2, 3, 80, 8]), True)
     """
 
     axes: str
@@ -88,11 +96,31 @@ class PageLayout:
         return 2 * self.n_layers * self.n_kv_heads * self.page_tokens * self.head_dim
 
     def bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of so many tokens in this dtype, keys and values of all layers."""
+        """The size of tokens in these pages.
+
+        Parameters:
+            n_tokens: How many.
+            dtype: Of their numbers.
+
+        Returns:
+            Bytes of keys and values of all layers.
+
+        Example:
+            >>> from kvtc.engines.page_layout import PageLayout
+            >>> PageLayout("LBHNC", 2, 3, 8, page_tokens=16).bytes(16, torch.bfloat16)
+            3072
+        """
         return n_tokens * self.page_values // self.page_tokens * dtype.itemsize
 
     def shape(self, n_pages: int) -> list[int]:
-        """Sizes in the order of the axes."""
+        """The shape of a tensor that holds pages.
+
+        Parameters:
+            n_pages: How many.
+
+        Returns:
+            Sizes in the order of the axes.
+        """
         sizes = {
             "S": 2,
             "L": self.n_layers,
@@ -105,10 +133,13 @@ class PageLayout:
         return [sizes[axis] for axis in self.axes]
 
     def read(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [L, H, B * N, D] of whole pages, copied.
+        """Keys and values of whole pages, copied.
 
         Parameters:
             data: The pages, of any shape with as many numbers.
+
+        Returns:
+            Keys and values, each [L, H, B * N, D].
 
         Raises:
             UnsupportedLayout: `data` is not a whole number of pages.
@@ -124,11 +155,13 @@ class PageLayout:
         return _tokens_together(keys), _tokens_together(values)
 
     def write(self, keys: Tensor, values: Tensor) -> Tensor:
-        """The pages of some tokens, a contiguous tensor in the order of the axes: the inverse of
-        `read`.
+        """The pages of some tokens: the inverse of `read`.
 
         Parameters:
             keys, values: [L, H, B * N, D].
+
+        Returns:
+            A contiguous tensor in the order of the axes.
 
         Raises:
             UnsupportedLayout: The tokens are not whole pages, or other sizes do not fit.
@@ -147,7 +180,20 @@ class PageLayout:
 
 
 def unpack(content: Tensor, packing: str) -> tuple[Tensor, Tensor]:
-    """[.., N, 2 D] as an engine holds it -> keys, values [.., N, D]."""
+    """The keys and values of pages.
+
+    Parameters:
+        content: [.., N, 2 D], as an engine holds it.
+        packing: As of `PageLayout`.
+
+    Returns:
+        Keys and values, each [.., N, D].
+
+    Example:
+        >>> from kvtc.engines.page_layout import unpack
+        >>> unpack(torch.tensor([[1, 2, 3, 4]]), "split")
+        (tensor([[1, 2]]), tensor([[3, 4]]))
+    """
     n, d = content.shape[-2], content.shape[-1] // 2
     if packing == SPLIT:
         return content[..., :d], content[..., d:]
@@ -162,7 +208,21 @@ def unpack(content: Tensor, packing: str) -> tuple[Tensor, Tensor]:
 
 
 def pack(keys: Tensor, values: Tensor, packing: str) -> Tensor:
-    """Inverse of `unpack`: keys, values [.., N, D] -> [.., N, 2 D]."""
+    """Inverse of `unpack`.
+
+    Parameters:
+        keys, values: [.., N, D].
+        packing: As of `PageLayout`.
+
+    Returns:
+        [.., N, 2 D], as an engine holds it.
+
+    Example:
+        >>> from kvtc.engines.page_layout import pack
+        >>> pack(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5, 6], [7, 8]]), "vec")
+        tensor([[1, 3, 2, 4],
+                [5, 6, 7, 8]])
+    """
     n, d = keys.shape[-2:]
     if packing == SPLIT:
         return torch.cat([keys, values], dim=-1)
@@ -192,12 +252,21 @@ def vllm_layout(
     Parameters:
         n_layers, n_kv_heads, head_dim, page_tokens: Of the pages.
         backend: Name of the attention backend, as `AttentionBackend.get_name()` gives it.
-        isa: Instruction set for which the CPU backend packs pages; None for other backends.
-        axes: Name of vLLM's `KVCacheLayout`, for raw bytes; vLLM's views of a layer are in logical
-            order.
+        isa: Instruction set for which the CPU backend packs pages; None (default) for other
+            backends.
+        axes: Name of vLLM's `KVCacheLayout`, for raw bytes; vLLM's views of a layer are in
+            logical order, which is the default.
+
+    Returns:
+        The layout.
 
     Raises:
         UnsupportedLayout: kvtc does not read pages of this backend, instruction set or order.
+
+    Example:
+        >>> from kvtc.engines.page_layout import vllm_layout
+        >>> vllm_layout(12, 3, 32, page_tokens=16, backend="FLASH_ATTN").packing
+        'split'
     """
     if axes not in _VLLM_AXES:
         raise UnsupportedLayout(f"vLLM's KV cache layout {axes}; kvtc reads {', '.join(_VLLM_AXES)}")
@@ -221,14 +290,23 @@ def lmcache_layout(
     """The layout of a chunk of LMCache.
 
     Parameters:
-        shape: [2, L, T, H * D], or with keys beside values [1, L, T, H * 2 D] or [L, T, H * 2 D].
+        shape: [2, L, T, H * D], or with keys beside values [1, L, T, H * 2 D] or [L, T, H * 2
+            D].
         n_layers, n_kv_heads, head_dim: L, H and D.
         page_tokens: Tokens of a page of the engine, where it packs pages: the chunk holds their
-            slots one after the other, packed as they are.
-        packing: Of the engine's pages, as of `PageLayout`.
+            slots one after the other, packed as they are. Default 1.
+        packing: Of the engine's pages, as of `PageLayout`; default `split`.
+
+    Returns:
+        The layout.
 
     Raises:
         UnsupportedLayout: The shape is another one.
+
+    Example:
+        >>> from kvtc.engines.page_layout import lmcache_layout
+        >>> lmcache_layout([2, 12, 256, 96], n_layers=12, n_kv_heads=3, head_dim=32).axes
+        'SLBNHD'
     """
     shape, row = tuple(shape), n_kv_heads * head_dim
     sides, layers, _, features = shape if len(shape) == 4 else (1, *shape) if len(shape) == 3 else (0, 0, 0, 0)
@@ -249,8 +327,16 @@ def sglang_layout(name: str, n_layers: int, n_kv_heads: int, head_dim: int, page
         name: Of SGLang's host layout.
         n_layers, n_kv_heads, head_dim, page_tokens: Of the page.
 
+    Returns:
+        The layout.
+
     Raises:
         UnsupportedLayout: kvtc does not read this layout.
+
+    Example:
+        >>> from kvtc.engines.page_layout import sglang_layout
+        >>> sglang_layout("page_first", 12, 3, 32, page_tokens=64).axes
+        'SBNLHD'
     """
     axes = {
         "layer_first": "SLBNHD",
@@ -264,8 +350,22 @@ def sglang_layout(name: str, n_layers: int, n_kv_heads: int, head_dim: int, page
 
 
 def cache_dtype(name: str) -> torch.dtype:
-    """The dtype of an engine's name for it; `UnsupportedLayout` for caches with scales of their
-    own."""
+    """The dtype of a cache.
+
+    Parameters:
+        name: As an engine calls the dtype.
+
+    Returns:
+        The dtype of torch.
+
+    Raises:
+        UnsupportedLayout: The cache has scales of its own, or the name is unknown.
+
+    Example:
+        >>> from kvtc.engines.page_layout import cache_dtype
+        >>> cache_dtype("fp8")
+        torch.float8_e4m3fn
+    """
     if name not in _CACHE_DTYPES:
         raise UnsupportedLayout(f"cache dtype {name!r}; kvtc reads {', '.join(_CACHE_DTYPES)}")
     return _CACHE_DTYPES[name]

@@ -47,20 +47,34 @@ class EngineSettings:
     """The options of an engine's configuration that begin with `kvtc.`.
 
     Parameters:
-        calibration: Path of the calibration file, in which `{tp_rank}` and `{pp_rank}` stand for
-            the ranks of a worker; or `reference`, the calibration of the model that ships with
-            kvtc.
+        calibration: Path of the calibration file, in which `{tp_rank}` and `{pp_rank}` stand
+            for the ranks of a worker; or `reference`, the calibration of the model that ships
+            with kvtc.
         store: URL for `kvtc.store.open_store`.
-        profile: `paper`, `joint`, or `auto`: `joint` if the calibration serves it. (`conditional`
-            recomputes layers of the model, which a worker's store does not have at hand.)
-        ratio, step, kl: At most one of them, as of `kvtc.Codec`; none: the codec's default ratio.
-        namespace: Separates what must not be shared, such as the caches of tenants.
-        model: Path of the model's files, or its name on the hub, `name@revision` too; None: as the
-            engine was given it.
-        identity: A name for the weights that stands for the digest of their files.
-        check_model: Whether a calibration of another model, or of another rotation, is refused.
-        device: Where the codec computes.
-        threads: Tasks of coding at a time.
+        profile: `paper`, `joint`, or `auto` (default): `joint` if the calibration serves it.
+            (`conditional` recomputes layers of the model, which a worker's store does not have
+            at hand.)
+        ratio, step, kl: At most one of them, as of `kvtc.Codec`; none (default): the codec's
+            default ratio.
+        namespace: Separates what must not be shared, such as the caches of tenants; default "".
+        model: Path of the model's files, or its name on the hub, `name@revision` too. None
+            (default): as the engine was given it.
+        identity: A name for the weights that stands for the digest of their files; None
+            (default): the digest.
+        check_model: Whether a calibration of another model, or of another rotation, is refused;
+            default True.
+        device: Where the codec computes; default "cpu".
+        threads: Tasks of coding at a time; default 1.
+
+    Example:
+        >>> from kvtc.engines.settings import EngineSettings
+        >>> options = {"kvtc.calibration": "reference", "kvtc.store": "memory:", "kvtc.ratio": 32}
+        >>> settings = EngineSettings.from_config(options)
+        >>> settings.ratio, settings.profile, settings.read_calibration()[0].profiles
+        (32, 'auto', ('paper', 'joint', 'conditional'))
+        >>> EngineSettings.from_config({"kvtc.calibration": "reference"})
+        Traceback (most recent call last):
+        kvtc.errors.InvalidArgument: the engine's configuration must give kvtc.store
     """
 
     calibration: str = field(metadata=TEXT)
@@ -86,9 +100,11 @@ class EngineSettings:
             needs_store: False where the engine itself stores the streams: there are no options of
                 stores then.
 
+        Returns:
+            The settings.
+
         Raises:
-            InvalidArgument: For an option that is unknown, missing or of a value that it does not
-                take.
+            InvalidArgument: An option is unknown, missing or of a value that it does not take.
         """
         given = {key.removeprefix(PREFIX): value for key, value in config.items() if key.startswith(PREFIX)}
         known = {known.name: known for known in fields(cls) if needs_store or known.name not in OF_STORES}
@@ -108,23 +124,43 @@ class EngineSettings:
     def load_calibration(self, shard: CacheShard) -> Calibration:
         """The calibration of one worker's shard.
 
+        Parameters:
+            shard: What the worker holds.
+
+        Returns:
+            The calibration.
+
         Raises:
-            GeometryMismatch: The calibration covers other layers or heads; the message says how to
-                make the one that is needed.
+            GeometryMismatch: The calibration covers other layers or heads; the message says how
+                to make the one that is needed.
             FileNotFoundError, CorruptCalibration, UnsupportedVersion, InvalidArgument: As
                 `read_calibration`.
+
+        Example:
+            >>> from kvtc.engines.settings import EngineSettings, worker_shards
+            >>> settings = EngineSettings(calibration="reference", store="memory:")
+            >>> (shard,) = worker_shards(n_layers=12, n_kv_heads=3, head_dim=32, tp_size=1)
+            >>> settings.load_calibration(shard).geometry.n_layers
+            12
         """
         calibration, name = self.read_calibration(shard.tp_rank, shard.pp_rank)
         return shard.checked(calibration, name)
 
     def read_calibration(self, tp_rank: int = 0, pp_rank: int = 0) -> tuple[Calibration, str]:
-        """(calibration, its name in messages) of the worker with these ranks, whatever layers and
-        heads it covers.
+        """The calibration of a worker, whatever layers and heads it covers.
+
+        Parameters:
+            tp_rank: The worker's tensor-parallel rank; default 0.
+            pp_rank: Its pipeline-parallel rank; default 0.
+
+        Returns:
+            (the calibration, its name in messages).
 
         Raises:
             FileNotFoundError: There is no such file.
             CorruptCalibration, UnsupportedVersion: The file cannot be read.
-            InvalidArgument: `calibration` has other names in braces than those of the two ranks.
+            InvalidArgument: `calibration` has other names in braces than those of the two
+                ranks.
         """
         if self.calibration == REFERENCE:
             return reference_calibration(), self.calibration
@@ -139,7 +175,7 @@ class CacheShard(CacheExtent):
     Parameters:
         layers: The layers of the model that the worker's pipeline-parallel rank computes.
         first_kv_head, n_kv_heads: The key-value heads of its tensor-parallel rank.
-        head_dim: Features of a head.
+        key_dim, value_dim: Features of a head.
         tp_rank, pp_rank: The ranks.
     """
 
@@ -183,11 +219,19 @@ def worker_shards(
         head_dim: Features of a head.
         tp_size: Number of tensor-parallel ranks. If it exceeds `n_kv_heads`, neighbouring ranks
             hold the same head.
-        layer_ranges: (first layer, number of layers) of each pipeline rank; None: one rank has all
-            layers.
+        layer_ranges: (first layer, number of layers) of each pipeline rank. None (default): one
+            rank has all layers.
+
+    Returns:
+        One shard for each worker.
 
     Raises:
         InvalidArgument: The heads do not divide among the ranks.
+
+    Example:
+        >>> from kvtc.engines.settings import worker_shards
+        >>> [shard.first_kv_head for shard in worker_shards(12, n_kv_heads=4, head_dim=32, tp_size=2)]
+        [0, 2]
     """
     if n_kv_heads % tp_size and tp_size % n_kv_heads:
         raise InvalidArgument(f"{n_kv_heads} key-value heads do not divide among {tp_size} tensor-parallel ranks")
@@ -196,5 +240,7 @@ def worker_shards(
     for pp_rank, (first, number) in enumerate(layer_ranges or [(0, n_layers)]):
         for tp_rank in range(tp_size):
             head = tp_rank * n_kv_heads // tp_size
-            shards.append(CacheShard(tuple(range(first, first + number)), head, each, head_dim, tp_rank, pp_rank))
+            shards.append(
+                CacheShard(tuple(range(first, first + number)), head, each, head_dim, head_dim, tp_rank, pp_rank)
+            )
     return shards

@@ -29,11 +29,19 @@ class Cost:
 
     Parameters:
         n_tokens: tokens of the cache.
-        original_bytes: bytes of all tokens at 16 bits a value.
-        body_tokens: tokens that are not kept exactly on purpose (as sinks and window are).
-        body_original_bytes: of these tokens, in the layers that the method codes, 16 bits a value.
-        body_bytes: all bytes of the stream but the values of exact tokens; 0 without a body.
-        total_bytes: the length of the stream.
+        body_tokens: tokens that are not kept exactly on purpose, as sinks and window are.
+        original_bytes: size of all tokens at 16 bits a number.
+        body_original_bytes: size of the body in the layers that the method codes, at 16 bits a
+            number.
+        body_bytes: all bytes of the stream but the numbers of exact tokens; 0: there is no
+            body.
+        total_bytes: length of the stream.
+
+    Example:
+        >>> from kvtc.evaluate.methods import Cost
+        >>> cost = Cost(100, 90, original_bytes=1000, body_original_bytes=900, body_bytes=60, total_bytes=160)
+        >>> cost.body_ratio, cost.total_ratio
+        (15.0, 6.25)
     """
 
     n_tokens: int
@@ -65,37 +73,72 @@ class Method(Protocol):
         Parameters:
             model: the transformers model that made the cache.
             cache: a transformers cache of one sequence.
-            token_ids: the ids [T] of its tokens.
+            token_ids: [T] integers, the ids of its tokens.
+
+        Returns:
+            The stream.
         """
         ...
 
     def decode(self, stream: bytes, token_ids: Tensor, /) -> Any:
-        """A stream of this method -> a transformers `DynamicCache`. It holds fewer than T tokens
-        where tokens are evicted.
+        """A stream of this method as a cache.
+
+        Parameters:
+            stream: as `encode` gave it.
+            token_ids: [T] integers, the ids of its tokens.
+
+        Returns:
+            A transformers `DynamicCache`. It holds fewer than T tokens where tokens are
+            evicted.
         """
         ...
 
     def measure(self, stream: bytes, /) -> Cost:
-        """What a stream of this method costs."""
+        """What a stream of this method costs.
+
+        Parameters:
+            stream: as `encode` gave it.
+
+        Returns:
+            The cost.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class KvtcMethod:
-    """A codec of kvtc."""
+    """A codec of kvtc as a method.
+
+    Parameters:
+        codec: the codec.
+
+    Example:
+        >>> from kvtc.evaluate.methods import KvtcMethod
+        >>> method = KvtcMethod(codec)
+        >>> coded = method.encode(model, cache, token_ids)
+        >>> method.decode(coded, token_ids).get_seq_length(), method.measure(coded).body_tokens
+        (600, 468)
+    """
 
     codec: Codec
 
     def encode(self, _model: Any, cache: Any, token_ids: Tensor, /) -> bytes:
+        """As `Method.encode`. Nothing that was recomputed before is used, so that the time is that
+        of a first writer.
+        """
         self.codec.forget_prefix()
         return self.codec.encode(cache, token_ids)
 
     def decode(self, stream: bytes, token_ids: Tensor, /) -> Any:
         # So that its time is that of a reader which has computed nothing yet.
+        """As `Method.decode`. Nothing that was recomputed before is used, so that the time is that
+        of a first reader.
+        """
         self.codec.forget_prefix()
         return self.codec.decode(stream, token_ids)
 
     def measure(self, stream: bytes, /) -> Cost:
+        """As `Method.measure`."""
         info = inspect(stream)
         of_coded = sum(group.original_bytes for group in info.groups if group.is_coded)
         body_original = of_coded / max(1, info.n_tokens) * info.body_tokens

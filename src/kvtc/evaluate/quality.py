@@ -35,15 +35,25 @@ class Quality:
         name: the name of the method.
         n_documents: number of texts.
         n_tokens: tokens of the cache.
-        n_continuation: number of predictions.
-        original_bytes: bytes of all tokens at 16 bits a value.
+        body_tokens: tokens of the body.
+        original_bytes: size of all tokens at 16 bits a number.
         body_bytes, total_bytes, body_ratio, total_ratio: as in `kvtc.StreamInfo`.
+        n_continuation: number of predictions.
         kl: mean KL(exact || restored) of the next-token distributions, in nats.
         top1_agreement: share of predictions with the same most likely token, 0 .. 1.
-        perplexity, perplexity_exact: of the text from the restored cache, and from the exact one.
+        perplexity_exact: of the text, from the exact cache.
+        perplexity: of the text, from the restored cache.
         prefill_seconds, encode_seconds, decode_seconds: times of one text, medians over the
             repeats.
-        kl_by_text, body_bytes_by_text: KL and body bytes of each text.
+        kl_by_text: the KL of each text, in nats.
+        body_bytes_by_text: bytes of the body of each text.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import Fp8
+        >>> from kvtc.evaluate.quality import evaluate_continuation
+        >>> (quality,) = evaluate_continuation(model, token_ids[:60], {"FP8": Fp8()}, n_continuation=20)
+        >>> quality.name, quality.n_tokens, round(quality.total_ratio), quality.kl < 0.01
+        ('FP8', 39, 2, True)
     """
 
     name: str
@@ -80,15 +90,25 @@ def evaluate_continuation(
 
     Parameters:
         model: a transformers causal LM; it is run in evaluation mode.
-        token_ids: the ids [T] of the text.
+        token_ids: [T] integers, the text.
         methods: methods or codecs by name.
         n_continuation: number of predictions to compare.
-        repeats: how many times prefill, encode and decode are timed. From 2 on there is a warm-up
-            run.
-        advance: called after each method.
+        repeats: how many times prefill, encode and decode are timed; default 1. From 2 on there
+            is a warm-up run.
+        advance: called after each method; default: nothing is.
+
+    Returns:
+        The quality of each method, in their order.
 
     Raises:
-        InvalidArgument: if the text is too short. Encoding raises what it raises.
+        InvalidArgument: the text is too short. Encoding raises what it raises.
+
+    Example:
+        >>> from kvtc.evaluate.quality import evaluate_continuation
+        >>> methods = {"joint 16x": codec, "joint 64x": kvtc.Codec(calibration, ratio=64)}
+        >>> fine, coarse = evaluate_continuation(model, token_ids[:300], methods, n_continuation=32)
+        >>> 0 < fine.kl < coarse.kl < 0.1
+        True
     """
     ids = torch.as_tensor(token_ids, dtype=torch.int64, device=model.device).reshape(-1)
     n_cached = len(ids) - n_continuation - 1
@@ -120,6 +140,23 @@ def summarize(qualities: Sequence[Quality]) -> Quality:
 
     Counts, bytes and seconds are sums, and ratios are computed from the sums. KL, agreement and
     log-perplexity are means over all predictions.
+
+    Parameters:
+        qualities: of one method, one for each text.
+
+    Returns:
+        The quality over all of them.
+
+    Raises:
+        InvalidArgument: there are no results, or they are of several methods.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import Fp8
+        >>> from kvtc.evaluate.quality import evaluate_continuation, summarize
+        >>> texts = token_ids[:60], token_ids[60:120]
+        >>> found = [evaluate_continuation(model, text, {"FP8": Fp8()}, n_continuation=20)[0] for text in texts]
+        >>> summarize(found).n_documents, summarize(found).n_continuation
+        (2, 40)
     """
     names = {quality.name for quality in qualities}
     if len(names) != 1:

@@ -160,7 +160,18 @@ class _WholeResult:
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A result as read. name: of the file, without its suffix."""
+    """A result file, read and checked.
+
+    Parameters:
+        name: of the file, without its suffix.
+        provenance: date, commit, machine and command of the measurement.
+        result: what was measured.
+
+    Example:
+        >>> from kvtc.evaluate.schema import ResultFile
+        >>> ResultFile("figures", {}, {"kind": "recompute", "points": []}).kind
+        'recompute'
+    """
 
     name: str
     provenance: dict[str, Any]
@@ -204,9 +215,23 @@ def is_study(study: object) -> bool:
 def read_result(path: Path) -> ResultFile:
     """Read and check a result file.
 
+    Parameters:
+        path: the file, as `kvtc evaluate` or `kvtc.evaluate.provenance.save_result` writes it.
+
+    Returns:
+        What it holds.
+
     Raises:
-        InvalidArgument: if it is not a result file, has impossible values or is of a later schema.
-        OSError: if it cannot be read.
+        InvalidArgument: it is not a result file, has impossible values or is of a later schema.
+        OSError: it cannot be read.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from kvtc.evaluate.provenance import save_result
+        >>> from kvtc.evaluate.schema import read_result
+        >>> path = save_result("figures", {"kind": "recompute", "points": []}, Path.cwd())
+        >>> read_result(path).result["points"]
+        []
     """
     try:
         found = loads(path.read_bytes())

@@ -36,11 +36,18 @@ class Methods:
     """The methods of a sweep.
 
     Parameters:
-        profiles, ratios: profiles of kvtc, each at each ratio. None: all that the calibration serves.
+        profiles: profiles of kvtc. None (default): all that the calibration serves.
+        ratios: ratios of each profile; default 8, 16, 32, 64 and 128.
         windows: last tokens kept exactly; each window is a part of the sweep of its own.
-        baselines: names of series in `baselines`; None: all.
-        evicted: for each n, TOVA keeps 1 / n of the tokens and the last profile codes them at every
-            ratio.
+            Default 128 alone.
+        baselines: names of series in `kvtc.evaluate.baselines`; None: all. Default none.
+        evicted: for each n, TOVA keeps 1 / n of the tokens and the last profile codes them at
+            every ratio. Default none.
+
+    Example:
+        >>> from kvtc.evaluate.sweep import Methods, methods_of
+        >>> list(methods_of(calibration, Methods(profiles=("joint",), ratios=(16, 32), baselines=("FP8",)), window_tokens=128))
+        ['FP8', 'joint 16x', 'joint 32x']
     """
 
     profiles: Sequence[str] | None = None
@@ -55,10 +62,18 @@ class Texts:
     """Held-out text.
 
     Parameters:
-        files: text files.
-        n_tokens: tokens of a stretch.
-        n_continuation: last tokens of a stretch, which are predicted.
-        per_file: evenly spaced stretches of each file.
+        files: text files; default none.
+        n_tokens: tokens of a stretch; default 1792.
+        n_continuation: last tokens of a stretch, which are predicted; default 256.
+        per_file: evenly spaced stretches of each file; default 4.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from kvtc.evaluate.sweep import Texts, stretches
+        >>> written = Path("held_out.txt").write_text(text)
+        >>> texts = Texts(files=[Path("held_out.txt")], n_tokens=300, per_file=2)
+        >>> [len(ids) for ids in stretches(tokenizer, texts, texts.files)]
+        [300, 300]
     """
 
     files: Sequence[Path] = ()
@@ -72,11 +87,16 @@ class Tasks:
     """Look-up tasks.
 
     Parameters:
-        names: names in `standard_tasks`; None: all, empty: none.
-        contexts: tokens of a context; each length is measured.
-        n_contexts: contexts of each length.
-        n_questions: questions per context.
-        published: files of "Lost in the Middle".
+        names: names in `kvtc.evaluate.scoring.standard_tasks`; None: all. Default none.
+        contexts: tokens of a context; each length is measured. Default 1024 alone.
+        n_contexts: contexts of each length; default 6.
+        n_questions: questions for each context; default 8.
+        published: files of "Lost in the Middle"; default none.
+
+    Example:
+        >>> from kvtc.evaluate.sweep import Sweep, Tasks
+        >>> Sweep(tasks=Tasks(names=None, contexts=(512, 1024))).tasks.n_contexts
+        6
     """
 
     names: Sequence[str] | None = ()
@@ -91,12 +111,22 @@ class Sweep:
     """All that is measured.
 
     Parameters:
-        methods, texts, tasks: on what, and with what.
-        turns: (tokens of a turn, number of turns) of multi-turn use.
-        n_bits_windows: windows of 1 024 tokens per file for bits per byte; 0: none.
-        profile_files: text on which CacheGen is profiled.
-        on_texts: whether the texts themselves are measured; otherwise they only serve to make
-            tasks.
+        methods: what is measured.
+        texts: the text on which it is measured.
+        tasks: the tasks on which it is measured.
+        turns: (tokens of a turn, number of turns) of multi-turn use; default none.
+        n_bits_windows: windows of 1 024 tokens of each file for bits per byte; 0 (default):
+            none.
+        profile_files: text on which CacheGen is profiled; default none.
+        on_texts: whether the texts themselves are measured (default); otherwise they only serve
+            to make tasks.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from kvtc.evaluate.sweep import Methods, Sweep, Texts
+        >>> sweep = Sweep(methods=Methods(ratios=(32,)), texts=Texts(files=[Path("held_out.txt")]), turns=[(256, 4)])
+        >>> sweep.methods.windows, sweep.texts.n_continuation
+        ((128,), 256)
     """
 
     methods: Methods = field(default_factory=Methods)
@@ -115,17 +145,18 @@ def run_sweep(
     """Run a sweep, with the exact cache beside everything.
 
     Parameters:
-        model, tokenizer: of transformers.
-        calibration: the calibration of the model. None: only the exact cache is measured, on tasks
-            and for bits per byte.
+        model: a transformers causal LM.
+        tokenizer: of the model.
+        calibration: of the model. None: only the exact cache is measured, on tasks and for bits
+            per byte.
         sweep: what to measure.
-        model_name: the name of the model in the result.
+        model_name: the name of the model in the result; default "".
 
     Returns:
         A result of the kind "evaluation".
 
     Raises:
-        InvalidArgument: if a baseline, task or text does not exist, or a text is too short.
+        InvalidArgument: a baseline, task or text does not exist, or a text is too short.
             Encoding raises what it raises.
     """
     running = [path.read_text(encoding="utf-8") for path in sweep.texts.files]

@@ -26,6 +26,8 @@ LEAST_TOKENS = 3 * N_CONTINUATION
 RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
 """Where the curve is measured: at the steps that are expected to give these ratios."""
 _HELD_OUT_EVERY, _MOST_HELD_OUT = 16, 8
+_STUDENT_95 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81, 1.80, 1.78, 1.77, 1.76, 1.75)
+"""One-sided quantiles of Student's t for 2 texts and more; the last one stands for all above."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,16 @@ def measure_quality(
     Parameters:
         model: a transformers causal LM.
         calibration: of the whole model, for `joint` at least.
-        token_sequences: [T] integers each; text that the calibration was not fitted to and that it will not be judged by.
-            Of each sequence of at least 384 tokens the last 128 are predicted, from a cache of which only the sinks
-            are exact; shorter ones are left out. Eight sequences or more are advised.
+        token_sequences: [T] integers each; text that the calibration was not fitted to and that it will not be
+            judged by. Of each sequence of at least 384 tokens the last 128 are predicted, from a cache of which
+            only the sinks are exact; shorter ones are left out. Eight sequences or more are advised.
 
     Returns:
         The calibration with the curves. Everything else, its fingerprint too, is as before.
 
     Raises:
-        InvalidArgument: for a calibration of `paper` alone or of a part of the model, or if no sequence is long enough.
+        InvalidArgument: the calibration is of `paper` alone or of a part of the model, or no sequence is long
+            enough.
     """
     if calibration.joint is None:
         raise InvalidArgument("this calibration serves the profile paper alone, which has no step")
@@ -109,20 +112,23 @@ def _case(model: Any, ids: Tensor) -> _Case:
 def _curve(
     model: Any, calibration: Calibration, profile: str, known: CoefficientModel, cases: list[_Case]
 ) -> QualityCurve:
-    original_bits = 32 * calibration.geometry.row_features
+    original_bits = 16 * calibration.geometry.joint_features
     steps = sorted({known.step_for(original_bits / ratio) for ratio in RATIOS})
     codec = Codec(
         calibration, profile, step=steps[0], window_tokens=0, model=model if profile == "conditional" else None
     )
     shown = track(steps, f"quality of {profile}", "steps")
-    found = [_expected([_divergence(model, codec.with_rate(Step(step)), case) for case in cases]) for step in shown]
+    found = [_upper_mean([_divergence(model, codec.with_rate(Step(step)), case) for case in cases]) for step in shown]
     return QualityCurve.from_measurements(steps, found)
 
 
-def _expected(divergences: list[float]) -> float:
-    """What other texts are expected to show on average: the mean, and its standard error on top, for few texts are measured."""
-    spread = stdev(divergences) / len(divergences) ** 0.5 if len(divergences) > 1 else 0.0
-    return fmean(divergences) + spread
+def _upper_mean(divergences: list[float]) -> float:
+    """What the mean over many texts does not exceed, with a confidence of 95 %: few are measured, and some differ much."""
+    n = len(divergences)
+    if n == 1:
+        return divergences[0]
+    quantile = _STUDENT_95[min(n, len(_STUDENT_95) + 1) - 2]
+    return float(fmean(divergences) + quantile * stdev(divergences) / n**0.5)
 
 
 def _divergence(model: Any, codec: Codec, case: _Case) -> float:

@@ -30,19 +30,25 @@ _ADAPTER_STATE = ("_disable_adapters", "_active_adapter")
 
 
 def model_identity(model: Any) -> str:
-    """The identity of a model: that of its files, or that of its parameters if they are in no file.
+    """The identity of a model: a digest of its files, or of its parameters if they are in no file.
 
     Parameters:
-        model: a folder, a GGUF file, a name of the Hugging Face hub (`name@revision`) whose files are on this machine, or
-            a live transformers model. A live one has the identity of its files if every byte of its parameters, its
-            configuration and its modules are as loaded from them; otherwise that of its parameters, buffers,
-            configuration and modules.
+        model: a folder, a GGUF file, a name of the Hugging Face hub (`name@revision`) whose files are on this
+            machine, or a live transformers model. A live one has the identity of its files if every byte of its
+            parameters, its configuration and its modules are as loaded from them; otherwise that of its parameters,
+            buffers, configuration and modules.
 
     Returns:
-        "files:" or "parameters:" and 32 hexadecimal digits. An identity of files cannot be compared with one of parameters.
+        "files:" or "parameters:" and 32 hexadecimal digits. An identity of files cannot be compared with one of
+        parameters.
 
     Raises:
-        InvalidArgument: if there are no files, no parameters in memory, or a forward hook, which may change what is computed.
+        InvalidArgument: there are no files, no parameters in memory, or there is a forward hook, which may change
+            what is computed.
+
+    Example:
+        >>> kvtc.model_identity(model) == kvtc.model_identity(model.name_or_path)
+        True
     """
     if not isinstance(model, nn.Module):
         return files_identity(find_model(str(model)))

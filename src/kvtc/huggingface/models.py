@@ -10,22 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import CacheGeometry, KVCache
+from ..cache import CacheGeometry, KVCache, describe_widths, sides_of_layer
+from ..cache import is_latent as looks_like_latent
 from ..errors import GeometryMismatch, InvalidArgument, UnsupportedModel
 from ..process.progress import task
 from ..process.torch_state import evaluation_mode, model_torch_state, neutral_torch_state
 from .rope_discovery import (
-    refuse_unusual_heads,
+    halves,
+    refuse_several_shapes,
     remembered_length,
     require_transformers,
-    rope_from_config,
-    rope_from_model,
+    rotated_dim,
+    rotation_of,
     text_config,
 )
+from .window_rows import WindowRows
 
 # Modules whose output is the key before rotation, or a projection that contains it.
 _KEY_NORMS = frozenset({"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm"})
-_KEY_PROJECTIONS = frozenset({"k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "kv_proj"})
+_KEY_PROJECTIONS = frozenset(
+    {"k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "kv_proj", "kv_a_proj_with_mqa"}
+)
 
 
 FULL_TYPES = frozenset({"full_attention", "hybrid", "indexed_attention", "minimax_m3_sparse"})
@@ -36,7 +41,7 @@ def coded_layers(model_or_config: Any) -> tuple[int, ...]:
     """The layers of a model whose cache kvtc codes: those of full attention, which keep keys and values of every token.
 
     Raises:
-        UnsupportedModel: for a model that has none, or whose keys and values there are not plain heads of one shape.
+        UnsupportedModel: for a model that has none, or whose keys and values there are not of one shape.
         InvalidArgument: for what is no config or model.
         MissingDependency: without transformers.
     """
@@ -47,7 +52,7 @@ def coded_layers(model_or_config: Any) -> tuple[int, ...]:
         raise UnsupportedModel(
             f"no layer of {config.model_type} keeps keys and values of every token; layer 0 is a {types[0]} layer"
         )
-    refuse_unusual_heads(config, found)
+    refuse_several_shapes(config, found)
     return found
 
 
@@ -83,15 +88,27 @@ def check_full_attention(model_or_config: Any) -> None:
 def geometry_of(
     model: Any, layers: tuple[int, int] | None = None, kv_heads: tuple[int, int] | None = None
 ) -> CacheGeometry:
-    """The geometry of what kvtc codes of a transformers model's cache: its full-attention layers. Of a config alone, too.
+    """The geometry of what kvtc codes of a transformers model's cache: its full-attention layers. Of a config alone,
+    too.
+
+    Where it is not known how the model rotates keys, its rotation is none, and its keys are coded as they are cached.
 
     Parameters:
         model: a transformers model or config.
-        layers, kv_heads: half-open (start, stop) of one pipeline or tensor-parallel rank; None: all.
+        layers: half-open (start, stop) of the layers of one pipeline-parallel worker. None (default): all.
+        kv_heads: half-open (start, stop) of the key-value heads of one tensor-parallel worker. None (default): all.
+
+    Returns:
+        The geometry.
 
     Raises:
-        InvalidArgument: for a range outside of the model.
-        UnsupportedModel: for a cache or a rotation that kvtc does not support.
+        InvalidArgument: a range is outside of the model.
+        UnsupportedModel: kvtc does not code the cache.
+
+    Example:
+        >>> from kvtc.huggingface.models import geometry_of
+        >>> geometry_of(model, layers=(0, 6)).describe()
+        'layers 0..5, kv heads 0..2, head_dim 32'
     """
     full = coded_layers(model)
     whole = _Extent.of(model)
@@ -100,8 +117,8 @@ def geometry_of(
     chosen = tuple(layer for layer in full if first_layer <= layer < first_layer + n_layers)
     if not chosen:
         raise UnsupportedModel(f"layers {first_layer}..{first_layer + n_layers - 1} hold no full attention")
-    rope = rope_from_model(model) if isinstance(model, nn.Module) else rope_from_config(model)
-    return CacheGeometry(chosen, first_head, n_heads, whole.head_dim, rope.of_layers(chosen))
+    rope, _ = rotation_of(model)
+    return CacheGeometry(chosen, first_head, n_heads, whole.key_dim, whole.value_dim, rope.of_layers(chosen))
 
 
 def capture(
@@ -117,20 +134,37 @@ def capture(
     Parameters:
         model: a transformers causal LM.
         token_ids: [T] integers, T >= 1.
-        geometry: the layers and heads wanted; None: all.
-        piece_tokens: tokens that the model reads in one pass, after those before them. This takes less memory and shows
-            progress, and values differ by rounding. None: all at once, which is also done if the rotation depends on
-            the length of the text.
+        geometry: the layers and heads wanted. None (default): all.
+        piece_tokens: tokens that the model reads in one pass, after those before them. This takes less memory and
+            shows progress, and values differ by rounding. None (default): all at once, which is also done if the
+            rotation depends on the length of the text.
 
     Returns:
         Keys and values [L, H, T, D] in the model's dtype, contiguous, on the device of its embeddings.
 
     Raises:
-        InvalidArgument: for ids that are empty, not one sequence, or outside of the vocabulary.
-        GeometryMismatch: for a geometry outside of the model.
-        UnsupportedModel: for another kind of cache.
+        InvalidArgument: the ids are empty, not one sequence, or outside of the vocabulary.
+        GeometryMismatch: the geometry is outside of the model.
+        UnsupportedModel: the model keeps another kind of cache.
+
+    Example:
+        >>> from kvtc.huggingface.models import capture
+        >>> captured = capture(model, token_ids[:50])
+        >>> captured.n_tokens, captured.dtype
+        (50, torch.bfloat16)
     """
-    _extent_of(model, geometry)
+    return capture_groups(model, token_ids, [geometry], piece_tokens)[0]
+
+
+def capture_groups(
+    model: Any,
+    token_ids: Tensor | Sequence[int],
+    geometries: Sequence[CacheGeometry | None],
+    piece_tokens: int | None = None,
+) -> list[KVCache]:
+    """As `capture`, of several groups of layers in one prefill; of windows, too, all tokens."""
+    for geometry in geometries:
+        _extent_of(model, geometry)
     device = model.get_input_embeddings().weight.device
     ids = as_ids(token_ids)
     vocabulary = int(text_config(model).vocab_size)
@@ -138,26 +172,48 @@ def capture(
         found = f"{int(ids.min())} .. {int(ids.max())}" if len(ids) else "none"
         raise InvalidArgument(f"expected one or more token ids in 0 .. {vocabulary - 1}, found {found}")
     arguments = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    if piece_tokens is None or geometry_of(model).rope.depends_on_length:
+    if piece_tokens is None or rotation_of(model)[0].depends_on_length:
         piece_tokens = len(ids)
+    windows = window_rows(model, geometries)
     with model_torch_state(), evaluation_mode(model):
-        cached = _read_in_pieces(model, ids.to(device), piece_tokens, arguments)
-    return captured(model, cached, len(ids), geometry)
+        cached = _read_in_pieces(model, ids.to(device), piece_tokens, arguments, windows and windows.cache)
+    return [captured(model, cached, len(ids), geometry, windows) for geometry in geometries]
+
+
+def window_rows(model: Any, geometries: Sequence[CacheGeometry | None]) -> WindowRows | None:
+    """What records the windows among some geometries; None where there are none. Raises `UnsupportedModel`."""
+    layers = [layer for its in geometries if its is not None and its.is_window for layer in its.layers]
+    return WindowRows(model, layers) if layers else None
 
 
 @neutral_torch_state
-def captured(model: Any, cached: Any, n_tokens: int, geometry: CacheGeometry | None = None) -> KVCache:
-    """Those layers and heads of a cache of n_tokens tokens that a model has made; the parameters and errors of `capture`."""
+def captured(
+    model: Any,
+    cached: Any,
+    n_tokens: int,
+    geometry: CacheGeometry | None = None,
+    windows: WindowRows | None = None,
+) -> KVCache:
+    """Those layers and heads of a cache of n_tokens tokens that a model has made; the parameters and errors of `capture`.
+
+    windows: recorded them, where the geometry is one of windows.
+    """
     whole, layers, heads = _extent_of(model, geometry)
     device, remembered = model.get_input_embeddings().weight.device, remembered_length(model)
-    expected = (1, whole.n_kv_heads, n_tokens, whole.head_dim)
-    keys, values = [], []
+    expected = tuple((1, whole.n_kv_heads, n_tokens, dim) for dim in (whole.key_dim, whole.value_dim))
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     for layer in layers:
-        shapes = tuple(cached.layers[layer].keys.shape), tuple(cached.layers[layer].values.shape)
-        if shapes != (expected, expected):
-            raise UnsupportedModel(f"layer {layer} caches keys {shapes[0]} and values {shapes[1]}; expected {expected}")
-        keys.append(cached.layers[layer].keys[0, heads.start : heads.stop].detach().to(device))
-        values.append(cached.layers[layer].values[0, heads.start : heads.stop].detach().to(device))
+        held = cached.layers[layer]
+        is_window = windows is not None and geometry is not None and geometry.is_window
+        sides = windows.sides(layer) if is_window and windows else sides_of_layer(held.keys, held.values)
+        shapes = tuple(sides[0].shape), tuple(sides[1].shape)
+        if shapes != expected:
+            raise UnsupportedModel(
+                f"layer {layer} caches keys {shapes[0]} and values {shapes[1]}; expected {expected[0]} and {expected[1]}"
+            )
+        for side, of_layers in zip(sides, (keys, values), strict=True):
+            of_layers.append(side[0, heads.start : heads.stop].detach().to(device))
     return KVCache(
         torch.stack(keys),
         torch.stack(values),
@@ -169,18 +225,18 @@ def captured(model: Any, cached: Any, n_tokens: int, geometry: CacheGeometry | N
 
 def _extent_of(model: Any, geometry: CacheGeometry | None) -> tuple[_Extent, tuple[int, ...], range]:
     """The extent of a model's cache, and the layers and heads of a geometry. Raises `GeometryMismatch` for one outside."""
-    whole = _Extent.of(model)
+    whole = _Extent.of(model, None if geometry is None or not geometry.is_window else geometry.layers[0])
     if geometry is None:
         return whole, coded_layers(model), range(whole.n_kv_heads)
     heads = range(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
-    if geometry.layers[-1] >= whole.n_layers or heads.stop > whole.n_kv_heads or geometry.head_dim != whole.head_dim:
+    widths = geometry.dims == (whole.key_dim, whole.value_dim)
+    if geometry.layers[-1] >= whole.n_layers or heads.stop > whole.n_kv_heads or not widths:
         raise GeometryMismatch(f"expected a part of a model with {whole.describe()}; got {geometry.describe()}")
     return whole, geometry.layers, heads
 
 
-def _read_in_pieces(model: Any, ids: Tensor, piece_tokens: int, arguments: dict[str, Any]) -> Any:
-    """The cache of all tokens."""
-    cached: Any = None
+def _read_in_pieces(model: Any, ids: Tensor, piece_tokens: int, arguments: dict[str, Any], cached: Any) -> Any:
+    """The cache of all tokens. cached: an empty one to read into; None: the model's own."""
     with task("prefill", len(ids), "tokens") as advance:
         for start in range(0, len(ids), piece_tokens):
             piece = ids[start : start + piece_tokens]
@@ -215,8 +271,9 @@ def verify_rope(
     observed: dict[int, list[Tensor]] = {}
     names: dict[int, str] = {}
     hooks = []
+    layers: dict[str, int] = {}
     for path, module in model.get_decoder().named_modules():
-        layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
+        layer = _layer_of(path, module, layers)
         if layer is None:
             continue
         if "attention" in type(module).__name__.lower():
@@ -228,7 +285,7 @@ def verify_rope(
     finally:
         for hook in hooks:
             hook.remove()
-    return _worst_rope_error(geometry, cache, observed, names, _Extent.of(model), tolerance)
+    return _worst_rope_error(geometry, cache, observed, names, _extent_of(model, geometry)[0], tolerance)
 
 
 @neutral_torch_state
@@ -274,16 +331,23 @@ class _Extent:
 
     n_layers: int
     n_kv_heads: int
-    head_dim: int
+    key_dim: int
+    value_dim: int
     n_query_heads: int
 
     @classmethod
-    def of(cls, model_or_config: Any) -> _Extent:
+    def of(cls, model_or_config: Any, layer: int | None = None) -> _Extent:
+        """layer: whose shape it is; None: that of the layers of full attention."""
         config = text_config(model_or_config)
         n_layers = int(config.num_hidden_layers)
         # Layers may differ in shape: sizes are those of the layers that are coded.
-        config = config.per_layer_config[coded_layers(model_or_config)[0]]
+        if layer is None or layer >= n_layers:
+            layer = coded_layers(model_or_config)[0]
+        config = config.per_layer_config[layer]
         n_heads = int(config.num_attention_heads)
+        rank = getattr(config, "kv_lora_rank", None)
+        if rank is not None:
+            return cls(n_layers, 1, rotated_dim(config), int(rank), n_heads).checked(config.model_type, is_latent=True)
         n_kv_heads = getattr(config, "num_key_value_heads", None)
         if config.model_type == "falcon":
             # Its new architecture groups heads in the projection but caches one key-value head for each query head.
@@ -291,12 +355,25 @@ class _Extent:
         elif n_kv_heads is None:
             # Older architectures have no such field: every head has keys and values of its own.
             n_kv_heads = n_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-        return cls(n_layers, int(n_kv_heads), int(head_dim), n_heads)
+        key_dim = rotated_dim(config)
+        value_dim = getattr(config, "v_head_dim", None) or key_dim
+        found = cls(n_layers, int(n_kv_heads), key_dim, int(value_dim), n_heads)
+        return found.checked(config.model_type, is_latent=False)
+
+    def checked(self, name: str, is_latent: bool) -> _Extent:
+        """The same; `UnsupportedModel` where a cache would not show whether it holds latents, or its keys have no features."""
+        looks_latent = looks_like_latent(self.n_kv_heads, self.key_dim, self.value_dim)
+        if looks_latent is not is_latent or not self.key_dim:
+            what = "latents" if is_latent else "keys and values"
+            raise UnsupportedModel(
+                f"{name} keeps {what} in {self.n_kv_heads} heads, {describe_widths(self.key_dim, self.value_dim)}; expected "
+                "latents of two widths, and keys and values of one width where there is one head"
+            )
+        return self
 
     def describe(self) -> str:
         """Sizes in words, for messages."""
-        return f"{self.n_layers} layers, {self.n_kv_heads} kv heads, head_dim {self.head_dim}"
+        return f"{self.n_layers} layers, {self.n_kv_heads} kv heads, {describe_widths(self.key_dim, self.value_dim)}"
 
 
 def _range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, int]:
@@ -334,9 +411,25 @@ def _recorder(outputs: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
     return hook
 
 
+def _layer_of(path: str, module: nn.Module, known: dict[str, int]) -> int | None:
+    """The layer of the cache that a module belongs to; known: of attention modules before it, by their paths, which is added to.
+
+    It is the one that its attention names, else the first number in its path.
+    """
+    if isinstance(named := getattr(module, "layer_idx", None), int):
+        known[path] = named
+    parents = [path[:end] for end in range(len(path), 0, -1) if path[:end] in known]
+    return known[parents[0]] if parents else next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
 def _key_candidates(output: Tensor, whole: _Extent, n_tokens: int) -> Iterator[Tensor]:
     """Readings of a module's output as keys [H, T, D] of all heads: each layout some architecture uses."""
-    heads, dim, queries = whole.n_kv_heads, whole.head_dim, whole.n_query_heads
+    heads, dim, queries = whole.n_kv_heads, whole.key_dim, whole.n_query_heads
+    if output.numel() == n_tokens * (dim + whole.value_dim) and heads == 1:
+        rotary = output.reshape(n_tokens, -1)[None, :, whole.value_dim :]  # latent | rotary part
+        yield rotary
+        yield halves(rotary)
+        return
     if output.numel() == n_tokens * heads * dim:
         if output.shape == (1, heads, n_tokens, dim):
             yield output[0]

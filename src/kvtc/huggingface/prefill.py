@@ -17,18 +17,24 @@ def prefill(model: Any, token_ids: Any, points: ResumePoints, cache: Any = None,
 
     Parameters:
         model: a transformers causal LM.
-        token_ids: [T], of the text.
+        token_ids: [T] integers, the text.
         points: takes the points.
-        cache: of the first n_tokens tokens, which are not read again; it may be changed.
-        n_tokens: how many these are; 0: the cache is not used.
+        cache: a transformers cache of the first n_tokens tokens, which are not read again; it may be changed. None
+            (default): there is none.
+        n_tokens: tokens of `cache`; 0 (default): the cache is not used.
 
     Returns:
         The model's cache of all T tokens.
 
     Raises:
-        InvalidArgument: for ids that are no text, or fewer than the cache has.
-        UnsupportedModel: for a model that keeps no cache.
+        InvalidArgument: the ids are no text, or fewer than the cache has tokens.
+        UnsupportedModel: the model keeps no cache.
         InvalidCache: as `ResumePoints.take`.
+
+    Example:
+        >>> points = kvtc.ResumePoints(every=256)
+        >>> kvtc.prefill(model, token_ids, points).get_seq_length(), sorted(points.taken)
+        (600, [256, 512])
     """
     ids = as_ids(token_ids)
     if not 0 <= n_tokens <= len(ids) or not len(ids):

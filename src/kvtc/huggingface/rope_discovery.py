@@ -26,7 +26,7 @@ from ..process.torch_state import torch_functions
 _NEVER_ROTATE = frozenset(
     {
         *("biogpt", "bloom", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm"),
-        *("granitemoehybrid", "jamba", "nemotron_h", "zamba2"),
+        *("granitemoehybrid", "jamba", "kimi_linear", "nemotron_h", "zamba2"),
     }
 )
 
@@ -38,7 +38,9 @@ _ROTATE_SLIDING_ONLY_IF_ANY = frozenset({"exaone4", "exaone_moe", "kolibri1"})
 _UNKNOWN_LAYER_RULE = frozenset({"cohere2_moe", "zamba2"})
 
 # What must be equal in all layers for the cache to be one [layers, heads, tokens, features] block.
-_HEAD_SHAPE = frozenset({"head_dim", "kv_lora_rank", "num_attention_heads", "num_key_value_heads"})
+_HEAD_SHAPE = frozenset(
+    {"head_dim", "kv_lora_rank", "num_attention_heads", "num_key_value_heads", "qk_rope_head_dim", "v_head_dim"}
+)
 
 # Both sides round cos and sin of the same float32 angle; other tables differ by far more at the positions tried.
 _AGREEMENT = 1e-5
@@ -64,11 +66,8 @@ def text_config(model_or_config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def refuse_unusual_heads(config: Any, layers: Sequence[int]) -> None:
-    """Raise `UnsupportedModel` unless some layers of a text config have plain key-value heads of one number and size.
-
-    Refuses multi-head latent attention (MLA), whose keys are not plain rotated heads, and layers of differing shapes.
-    """
+def refuse_several_shapes(config: Any, layers: Sequence[int]) -> None:
+    """Raise `UnsupportedModel` unless some layers of a text config have key-value heads of one number and size."""
     by_layer = config.per_layer_config
     for name in sorted(_HEAD_SHAPE & set(getattr(config, "per_layer_attributes", None) or ())):
         found = {getattr(by_layer[layer], name, None) for layer in layers}
@@ -76,12 +75,27 @@ def refuse_unusual_heads(config: Any, layers: Sequence[int]) -> None:
             raise UnsupportedModel(
                 f"{config.model_type} has full-attention layers that differ in {name} ({found}); expected one shape"
             )
-    rank = getattr(by_layer[layers[0]], "kv_lora_rank", None)
-    if rank is not None:
-        raise UnsupportedModel(
-            f"every layer of {config.model_type} uses multi-head latent attention "
-            f"(kv_lora_rank {rank}); expected layers that cache plain keys and values"
-        )
+
+
+def rotation_of(model_or_config: Any) -> tuple[Rope, str | None]:
+    """The rotations of all layers of a causal language model or of its config, and None; or no rotation, and why none is known.
+
+    Raises `InvalidArgument` for what is no model or config.
+    """
+    try:
+        if isinstance(model_or_config, nn.Module):
+            return rope_from_model(model_or_config), None
+        return rope_from_config(model_or_config), None
+    except UnsupportedModel as error:
+        n_layers = int(text_config(model_or_config).num_hidden_layers)
+        return Rope((), (NO_ROTATION,) * n_layers, is_known=False), " ".join(str(error).split())
+
+
+def rotated_dim(config: Any) -> int:
+    """Features of what is rotated of a key, by the config of its layer; the rotary part of a latent is a key by itself."""
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return int(config.qk_rope_head_dim)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def rope_from_model(model: Any) -> Rope:
@@ -240,9 +254,9 @@ class _TableReader:
             settings = settings[layer_type]
             if settings is None:
                 return None
-        probe = _Probe(self._fresh(self._rotary), layer_type)
         of_layer = self._config.per_layer_config[layer]
-        head_dim = getattr(of_layer, "head_dim", None) or of_layer.hidden_size // of_layer.num_attention_heads
+        probe = _Probe(self._fresh(self._rotary), layer_type, _takes_pairs(of_layer))
+        head_dim = rotated_dim(of_layer)
         kind = probe.rope_type
         # Read after a short sequence: the buffers of a live model may still hold the frequencies of a long one.
         base = probe.frequencies(1)
@@ -264,11 +278,22 @@ class _TableReader:
         )
 
 
-class _Probe:
-    """A rotary module of its own, on the CPU, that is run at will."""
+def _takes_pairs(config: Any) -> bool:
+    """Whether latents are rotated by the function for keys whose pairs are neighbours, where a model has one."""
+    return getattr(config, "kv_lora_rank", None) is not None and getattr(config, "rope_interleave", True) is not False
 
-    def __init__(self, rotary: nn.Module, layer_type: str | None) -> None:
+
+def halves(keys: Tensor) -> Tensor:
+    """Keys [..., D] whose pairs are neighbours, with the first of all pairs before the second: some models cache them so."""
+    return torch.cat([keys[..., 0::2], keys[..., 1::2]], dim=-1)
+
+
+class _Probe:
+    """A rotary module of its own, on the CPU, that is run at will. takes_pairs: see `_takes_pairs`."""
+
+    def __init__(self, rotary: nn.Module, layer_type: str | None, takes_pairs: bool) -> None:
         self._rotary: Any = rotary.to("cpu")
+        self._takes_pairs = takes_pairs
         self._prefix = "" if layer_type is None else f"{layer_type}_"
         self._arguments = {} if layer_type is None else {"layer_type": layer_type}
         kind = rotary.rope_type
@@ -300,17 +325,25 @@ class _Probe:
             # With partial rotation some models cut the rotated features off before they call the function.
             keys = keys[:, : table.rotated_dim]
             turned = self._turn(keys, positions)
-        expected = Rope((table,), (0,)).rotate(keys[None, None], positions, length)[0, 0]
-        return turned.shape == expected.shape and bool((turned - expected).norm() <= _AGREEMENT * keys.norm())
+        for plain in (keys, halves(keys)):
+            expected = Rope((table,), (0,)).rotate(plain[None, None], positions, length)[0, 0]
+            if turned.shape == expected.shape and bool((turned - expected).norm() <= _AGREEMENT * keys.norm()):
+                return True
+        return False
 
     def _turn(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Keys [T, D] rotated by the function of the model's own modeling module."""
         module = sys.modules[type(self._rotary).__module__]
         embedding = self._embed(positions)
         turned: Tensor
-        if isinstance(embedding, Tensor):  # complex factors, heads after tokens (llama4)
-            heads = keys[None, :, None]
-            turned = module.apply_rotary_emb(heads, heads, embedding)[1][0, :, 0]
+        if isinstance(embedding, Tensor):  # complex factors
+            heads = keys[None, :, None]  # after tokens (llama4)
+            turned = module.apply_rotary_emb(heads, heads, embedding)[1]
+            if turned.shape != heads.shape:  # before tokens (deepseek_v2)
+                turned = module.apply_rotary_emb(keys[None, None], keys[None, None], embedding)[1]
+            turned = turned.reshape(keys.shape)
+        elif self._takes_pairs and hasattr(module, "apply_rotary_pos_emb_interleave"):
+            turned = module.apply_rotary_pos_emb_interleave(keys[None, None], keys[None, None], *embedding)[1][0, 0]
         elif "k" in inspect.signature(module.apply_rotary_pos_emb).parameters:
             turned = module.apply_rotary_pos_emb(keys[None, None], keys[None, None], *embedding)[1][0, 0]
         else:

@@ -6,7 +6,7 @@ and dtypes of a real one, and is taken apart as the codec takes caches apart: wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as torch_config
 from torch.overrides import TorchFunctionMode
 
+from ..cache import CacheGeometry
 from ..codec.transformers_cache import TransformersCache
+from ..coding.rope import Rope
 from ..container.groups import SIDE_BUFFER, WINDOW, Group
 from ..errors import KvtcError, UnsupportedModel
 from ..process.torch_state import model_torch_state, torch_functions
 from .continuation import CACHES
-from .models import geometry_of
-from .rope_discovery import require_transformers, skeleton_of, text_config
+from .models import geometry_of, layer_types
+from .rope_discovery import require_transformers, rotation_of, skeleton_of, text_config
 
 _TOKENS = 6
 
@@ -32,12 +34,18 @@ class GroupSupport:
     """One group of layers of a model's cache.
 
     Parameters:
-        kind, part: what of a layer it is, in words.
-        layers: of the model.
+        kind: the kind of layer, in words.
+        part: what of each layer the group holds, in words.
+        layers: numbers of its layers in the model.
         shape: heads, features of a key and of a value; of a state its axes, 0 where it has fewer.
-        token_bytes: bytes of each token that is read, all layers together.
-        constant_bytes: bytes that it takes at most however many tokens are read: of windows and states.
-        is_coded: whether a calibrated codec codes it; else it is kept bit for bit.
+        token_bytes: bytes for each token that is read, all its layers together.
+        constant_bytes: bytes that it takes at most, however many tokens are read: of windows and states.
+        is_coded: whether a calibrated codec codes it; otherwise it is kept bit for bit.
+
+    Example:
+        >>> (group,) = kvtc.supported(model).groups
+        >>> group.kind, group.shape, group.token_bytes, group.is_coded
+        ('full attention', (3, 32, 32), 4608.0, True)
     """
 
     kind: str
@@ -56,14 +64,23 @@ class Support:
     Parameters:
         model_type: of the config of the text decoder.
         groups: of its cache; none where something stops it.
-        stopped_by: the layer or the reason why its cache cannot be coded at all; None: it can be, bit for bit at least.
+        stopped_by: the layer or the reason why its cache cannot be coded at all; None: it can be, bit for bit at
+            least.
         not_coded: why no group is coded at a rate below lossless; None: one is.
+        not_turned: why it is not known how keys are rotated, so that they are coded as they are cached, which costs bytes; None:
+            it is known, or no group is coded.
+
+    Example:
+        >>> support = kvtc.supported(model.config)
+        >>> support.is_supported, support.token_bytes, support.constant_bytes
+        (True, 4608.0, 0)
     """
 
     model_type: str
     groups: tuple[GroupSupport, ...]
     stopped_by: str | None
     not_coded: str | None
+    not_turned: str | None = None
 
     @property
     def is_supported(self) -> bool:
@@ -82,17 +99,24 @@ class Support:
 
 
 def supported(model_or_config: Any) -> Support:
-    """What kvtc does with the cache of a model.
+    """What kvtc does with the cache of a model. The weights are not needed.
 
     Parameters:
         model_or_config: a transformers config, or a model.
 
     Returns:
-        Its groups, or what stops it. Bytes are those of a cache in bfloat16 but for parts that the model keeps in another dtype.
+        Its groups, or what stops it. Bytes are those of a cache in bfloat16, but for parts that the model keeps in
+        another dtype.
 
     Raises:
-        InvalidArgument: for what is no config or model.
-        MissingDependency: without transformers.
+        InvalidArgument: this is no config or model.
+        MissingDependency: transformers is not installed.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> found = kvtc.supported(GPT2Config())
+        >>> found.is_supported, found.groups[0].layers == tuple(range(12))
+        (True, True)
     """
     require_transformers()
     config = text_config(model_or_config)
@@ -100,11 +124,60 @@ def supported(model_or_config: Any) -> Support:
         groups = TransformersCache(cache_without_weights(model_or_config)).groups
     except KvtcError as error:
         return Support(config.model_type, (), " ".join(str(error).split()), None)
-    coded, reason = _coded_layers(getattr(model_or_config, "config", model_or_config))
-    if coded is not None and not any(group.is_codable and group.layers == coded for group in groups):
-        coded, reason = None, "its full-attention layers have keys and values of different widths, or of several shapes"
-    needs = tuple(_group_support(group, group.is_codable and group.layers == coded) for group in groups)
-    return Support(config.model_type, needs, None, reason)
+    config_of = getattr(model_or_config, "config", model_or_config)
+    coded, reason = _coded(config_of)
+    if coded is not None and not any(_is_coded(group, coded) for group in groups):
+        reason = f"its layers are of several shapes; expected {coded.describe()}"
+        coded = None
+    rope, unknown = rotation_of(config_of)
+    # Beside full attention that cannot be coded nothing is.
+    is_covered = coded is not None or not any(group.is_codable for group in groups)
+    windows = {geometry.layers for geometry in _windows_of(groups, rope)} if is_covered else set()
+    needs = tuple(
+        _group_support(
+            group,
+            coded is not None and _is_coded(group, coded)
+            if group.is_codable
+            else group.kind == WINDOW and group.layers in windows,
+        )
+        for group in groups
+    )
+    if windows:
+        reason = None
+    not_turned = unknown if any(need.is_coded for need in needs) else None
+    return Support(config.model_type, needs, None, reason, not_turned)
+
+
+def covered_geometries(model: Any) -> list[CacheGeometry]:
+    """The groups that a calibration of a whole model covers: full attention, and sliding windows.
+
+    Parameters:
+        model: a transformers model or config.
+
+    Returns:
+        Those of full attention first, if there are any.
+
+    Raises:
+        UnsupportedModel: neither can be coded.
+    """
+    types = layer_types(model)
+    if all(its == "full_attention" for its in types):
+        return [geometry_of(model)]
+    groups = TransformersCache(cache_without_weights(model)).groups
+    windows = _windows_of(groups, rotation_of(model)[0])
+    has_full = any(group.is_codable for group in groups)
+    return [geometry_of(model), *windows] if has_full or not windows else windows
+
+
+def _windows_of(groups: Sequence[Group], rope: Rope) -> list[CacheGeometry]:
+    """The windows among some groups that can be coded: those whose rotation is the same at any length."""
+    found = []
+    for group in groups:
+        if group.can_be_further and group.extent > 1:
+            its_rope = rope.of_layers(group.layers)
+            if not its_rope.depends_on_length:
+                found.append(CacheGeometry(group.layers, 0, *group.shape, its_rope, is_window=True))
+    return found
 
 
 def cache_without_weights(model_or_config: Any) -> Any:
@@ -172,10 +245,14 @@ def _zeros(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.zeros_like(hidden)
 
 
-def _coded_layers(config: Any) -> tuple[tuple[int, ...] | None, str | None]:
-    """The layers that a calibration would cover; or None, and why it covers none."""
+def _is_coded(group: Group, geometry: CacheGeometry) -> bool:
+    return group.is_codable and (group.layers, group.shape) == (geometry.layers, (geometry.n_kv_heads, *geometry.dims))
+
+
+def _coded(config: Any) -> tuple[CacheGeometry | None, str | None]:
+    """What a calibration would cover; or None, and why it covers nothing."""
     try:
-        return geometry_of(config).layers, None
+        return geometry_of(config), None
     except KvtcError as error:
         return None, " ".join(str(error).split())
 

@@ -17,34 +17,36 @@ COUNTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model's cache. n_parameters: all of them; input_embedding: those of the table of input
+    """A model's cache. dims: features of a head's key and of its value; of latents, of their rotary
+    part and of the vector. n_parameters: all of them; input_embedding: those of the table of input
     embeddings.
     """
 
     name: str
     n_layers: int
     n_kv_heads: int
-    head_dim: int
+    dims: tuple[int, int]
     n_parameters: int
     input_embedding: int = 0
     bits_per_value: int = 16
 
     @property
-    def row_features(self) -> int:
-        """Features of one token's keys, or of its values, over all layers and heads: p."""
-        return self.n_layers * self.n_kv_heads * self.head_dim
+    def side_features(self) -> tuple[int, int]:
+        """Features of one token's keys over all layers and heads, and of its values."""
+        n_heads = self.n_layers * self.n_kv_heads
+        return n_heads * self.dims[0], n_heads * self.dims[1]
 
     @property
     def bytes_per_token(self) -> float:
         """Keys and values of one token."""
-        return 2 * self.row_features * self.bits_per_value / 8
+        return sum(self.side_features) * self.bits_per_value / 8
 
     def calibration_parameters(self, rank: int) -> int:
         """Numbers in the bases of keys and of values, p x min(rank, p) each (the paper's table 21).
 
         A joint basis of keys and values of the same rank has as many.
         """
-        return 2 * self.row_features * min(rank, self.row_features)
+        return sum(p * min(rank, p) for p in self.side_features)
 
     def calibration_share(self, rank: int) -> float:
         """Those over the parameters of the model without its input embeddings, which is how table
@@ -70,11 +72,12 @@ def read_model(fields: Fields, directory: Path) -> PlannedModel:
         parameters = fields.whole("parameters", None)
         model = model_from_config(config, where, fields.text("name", None), parameters, bits)
     else:
+        head_dim = fields.whole("head_dim")
         model = PlannedModel(
             fields.text("name"),
             fields.whole("layers"),
             fields.whole("kv_heads"),
-            fields.whole("head_dim"),
+            (head_dim, fields.whole("value_dim", head_dim)),
             fields.whole("parameters"),
             fields.whole("input_embedding_parameters", 0, low=0),
             bits,
@@ -98,6 +101,9 @@ def model_from_config(
     n_heads = fields.whole("num_attention_heads")
     n_kv_heads = fields.whole("num_key_value_heads", n_heads)
     head_dim = fields.whole("head_dim", hidden // n_heads)
+    dims = head_dim, fields.whole("v_head_dim", head_dim)
+    if (rank := fields.whole("kv_lora_rank", None)) is not None:  # latents
+        n_kv_heads, dims = 1, (fields.whole("qk_rope_head_dim"), rank)
     embedding = fields.whole("vocab_size") * hidden
     if parameters is None:
         if kind not in COUNTED_MODELS:
@@ -108,7 +114,7 @@ def model_from_config(
         tied = fields.truth("tie_word_embeddings", False)
         layer = _block_parameters(fields, kind, hidden, n_heads * head_dim, n_kv_heads * head_dim, head_dim)
         parameters = embedding * (1 if tied else 2) + n_layers * layer + hidden
-    return PlannedModel(name or kind, n_layers, n_kv_heads, head_dim, parameters, embedding, bits)
+    return PlannedModel(name or kind, n_layers, n_kv_heads, dims, parameters, embedding, bits)
 
 
 def _block_parameters(fields: Fields, kind: str, hidden: int, queries: int, keys: int, head_dim: int) -> int:

@@ -51,8 +51,23 @@ class Published:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan file, read and checked. The sweep is a field of the workload and its values; ("",
-    [None]) if there is none.
+    """A plan file, read and checked.
+
+    Parameters:
+        description: what it is about, in words.
+        fleet: the model, the engines and the tiers below them, with the measurements.
+        codecs: those that are compared.
+        workloads: what is asked, at each value of the sweep.
+        sweep_field: the field of the workload that is swept; "": none.
+        sweep_values: its values; [None]: there is no sweep.
+        published: figures that results are shown beside.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from kvtc.plan import load_plan
+        >>> plan = load_plan(Path(kvtc.__file__).parent / "plan/examples/paper_clients.json")
+        >>> plan.sweep_field, plan.sweep_values
+        ('clients', [1, 2, 4, 8, 10, 11, 12, 16])
     """
 
     description: str
@@ -67,9 +82,21 @@ class Plan:
 def load_plan(path: str | Path) -> Plan:
     """Read a plan and the files that it names, relative to its own directory.
 
+    Parameters:
+        path: the plan, a JSON file; docs/plan.md describes it.
+
+    Returns:
+        The plan.
+
     Raises:
-        InvalidPlan: if something is missing, unknown or impossible.
-        OSError: if a file cannot be read.
+        InvalidPlan: something is missing, unknown or impossible.
+        OSError: a file cannot be read.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from kvtc.plan import load_plan
+        >>> load_plan(Path(kvtc.__file__).parent / "plan/examples/paper_clients.json").fleet.model.name
+        'Llama 3.3 70B'
     """
     path = Path(path)
     return read_object(read_json(path), str(path), partial(_plan, path.parent))
@@ -97,12 +124,22 @@ def _plan(directory: Path, fields: Fields) -> Plan:
 def run_plan(plan: Plan) -> dict[str, Any]:
     """Simulate a plan.
 
+    Parameters:
+        plan: the plan.
+
     Returns:
         Seconds, bytes, shares and, if the measurement file has prices, costs; ready for JSON.
 
     Raises:
-        MissingMeasurement: if the measurement file lacks a number.
-        InvalidPlan: if something cannot be simulated.
+        MissingMeasurement: the measurement file lacks a number.
+        InvalidPlan: something cannot be simulated.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from kvtc.plan import load_plan, run_plan
+        >>> result = run_plan(load_plan(Path(kvtc.__file__).parent / "plan/examples/paper_clients.json"))
+        >>> sorted({run["policy"] for run in result["runs"]})
+        ['hold', 'offload paper', 'offload raw', 'recompute']
     """
     policies = policies_of(plan.codecs)
     wanted = [(*run, policy) for run in zip(plan.sweep_values, plan.workloads, strict=True) for policy in policies]

@@ -23,11 +23,17 @@ from ..key_digest import digest
 
 @dataclass(frozen=True)
 class Chain:
-    """The hash chain of one model, calibration and codec.
+    """The hash chain of one model, calibration and codec: it names the chunks of every text.
 
     Parameters:
         root: Node 0.
         chunk_tokens: Tokens of a chunk.
+
+    Example:
+        >>> prefixes = kvtc.PrefixCache(codec, kvtc.open_store("memory:"))
+        >>> nodes = prefixes.chain.nodes(token_ids.numpy())
+        >>> len(nodes), nodes[0] == prefixes.chain.root
+        (3, True)
     """
 
     root: bytes
@@ -40,12 +46,21 @@ class Chain:
         """The chain of entries that depend on all of these.
 
         Parameters:
-            scope: Namespace and identity of the model, as of `entry_scope`.
+            scope: Namespace and identity of the model, as of `kvtc.key_digest.entry_scope`.
             fingerprint: Of the calibration.
             settings: Digest of the codec's settings.
             chunk_tokens: Tokens of a chunk.
-            request: Digest of all that a request's cache depends on besides its tokens; None: of
-                nothing.
+            request: Digest of all that a request's cache depends on besides its tokens. None
+                (default): it depends on nothing else.
+
+        Returns:
+            The chain.
+
+        Example:
+            >>> from kvtc.prefix_cache import Chain
+            >>> one, other = (Chain.of(scope, codec.fingerprint, codec.settings_digest, 256) for scope in (b"one", b"other"))
+            >>> one.root == other.root
+            False
         """
         root = digest(
             "prefix",
@@ -59,7 +74,20 @@ class Chain:
         return cls(root, chunk_tokens)
 
     def nodes(self, token_ids: TokenIds) -> list[bytes]:
-        """Nodes 0 .. n for the n whole chunks of token_ids [T]."""
+        """The nodes of a text.
+
+        Parameters:
+            token_ids: [T] int64, of the text.
+
+        Returns:
+            Nodes 0 .. n, 32 bytes each, for its n whole chunks.
+
+        Example:
+            >>> from kvtc.prefix_cache import Chain
+            >>> chain = Chain(root=bytes(32), chunk_tokens=256)
+            >>> chain.nodes(token_ids.numpy())[:2] == chain.nodes(token_ids[:256].numpy())
+            True
+        """
         return list(accumulate(self._chunks(token_ids), _next_node, initial=self.root))
 
     def _chunks(self, token_ids: TokenIds) -> Iterator[TokenIds]:
@@ -68,7 +96,19 @@ class Chain:
 
 
 def chunk_key(node: bytes) -> str:
-    """The entry of the chunk that ends at a node (1, 2, ...)."""
+    """The key of the entry of a chunk.
+
+    Parameters:
+        node: The node at which the chunk ends: 1, 2, and so on.
+
+    Returns:
+        The key, as stores take it.
+
+    Example:
+        >>> from kvtc.prefix_cache import chunk_key
+        >>> chunk_key(bytes(4))
+        'chunk/00000000'
+    """
     return entry_key("chunk", node)
 
 

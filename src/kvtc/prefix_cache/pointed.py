@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 from ..cache import TokenIds
 from ..codec.exact_groups import ExactGroup
-from ..codec.resume_points import decode_point, encode_point
 from ..codec.transformers_cache import SplitCache
 from ..key_digest import digest
 from .chain import Chain, chunk_key, entry_key
@@ -107,8 +106,8 @@ class PointedPrefixes:
         # Layers that hold nothing stand in chunks, if there are any.
         held = [*exact, *(() if cache.keeps_tokens else (one for one in cache.exact if one.group.is_complete))]
         n_bytes = sum(side.nbytes for one in held for sides in one.sides for side in sides)
-        settings = self._parts.codec.settings
-        return self._entries.put(point_key(node, name), lambda: encode_point(held, stop, settings), n_bytes)
+        codec = self._parts.codec if name else self._parts.windowless
+        return self._entries.put(point_key(node, name), lambda: codec.encode_point(held, stop), n_bytes)
 
     def load(self, ids: TokenIds) -> SplitCache | None:
         """The cache of the longest prefix of a text that can be restored; None if there is none."""
@@ -185,7 +184,7 @@ class PointedPrefixes:
         """What was at a point, and the tail before it, if there is one."""
         key = point_key(node, point.name)
         (entry,) = self._entries.read([key])
-        exact = None if entry is None else self._entries.decode(key, entry, decode_point)
+        exact = None if entry is None else self._entries.decode(key, entry, self._parts.codec.decode_point)
         if exact is None or not point.name or not self._keeps_tokens:
             return None if exact is None else (exact, [])
         key = tail_key(node, point.name)

@@ -41,12 +41,18 @@ class SaveReport:
     """What a save has done.
 
     Parameters:
-        n_tokens: Tokens of the prefix that a load finds now. 0 if the prefix was too short. Fewer
-            than 16 tokens behind the last whole chunk have no entry and are not found, unless the
-            cache has windows or states.
+        n_tokens: Tokens of the prefix that a load finds now. 0 if the prefix was too short.
+            Fewer than 16 tokens behind the last whole chunk have no entry and are not found,
+            unless the cache has windows or states.
         chunks: Whole chunks of the prefix.
         coded: Those of them that were not in the store before.
         written_bytes: Bytes of the entries that were written.
+
+    Example:
+        >>> with kvtc.PrefixCache(codec, kvtc.open_store("memory:")) as prefixes:
+        ...     report = prefixes.save(token_ids, cache).result()
+        >>> report.n_tokens, report.chunks, report.coded
+        (600, 1, 1)
     """
 
     n_tokens: int
@@ -58,25 +64,39 @@ class SaveReport:
 class PrefixCache:
     """Keeps caches of prefixes in a store. Safe to share between threads.
 
-    Processes share a store, each with a PrefixCache of its own. A forked child may go on with that
-    of its parent, with threads and counts of its own, if the store may be used in it.
+    Processes share a store, each with a PrefixCache of its own. A forked child may go on with
+    that of its parent, with threads and counts of its own, if the store may be used in it.
 
     Parameters:
         codec: How chunks are coded; its window is the exact end of each saved prefix.
         store: As `kvtc.store.open_store` gives it; it is not closed here.
         namespace: A name or secret that separates tenants: entries of another namespace are not
-            found.
-        identity: Of the model that computes the caches, as `kvtc.model_identity` gives it: entries
-            of another identity are not found. A codec without a calibration, whose streams may be
-            of any model, needs one.
-        min_tokens: Shorter prefixes are not saved.
+            found. Default "".
+        identity: Of the model that computes the caches, as `kvtc.model_identity` gives it:
+            entries of another identity are not found. A codec without a calibration, whose
+            streams may be of any model, needs one. Default "".
+        min_tokens: Shorter prefixes are not saved; default 512.
         max_pending: Saves that may wait; a further call of `save` waits until one has ended.
-        resume_every: Of caches with windows or states, tokens from one resume point to the next; a
-            multiple of the codec's chunk_tokens. The end of each saved prefix is one in any case.
+            Default 4.
+        resume_every: Of caches with windows or states, tokens from one resume point to the
+            next; a multiple of the codec's chunk_tokens. The end of each saved prefix is one in
+            any case. Default 4096.
 
     Raises:
-        InvalidArgument: `min_tokens` or `max_pending` is below 1, `resume_every` no multiple, or
-            the identity missing.
+        InvalidArgument: `min_tokens` or `max_pending` is below 1, `resume_every` no multiple,
+            or the identity missing.
+
+    Example:
+        >>> prefixes = kvtc.PrefixCache(codec, kvtc.open_store("memory:?bytes=100MB"))
+        >>> prefixes.save(token_ids, cache).result().n_tokens
+        600
+        >>> prompt = torch.cat([token_ids, torch.tensor([7, 8, 9])])
+        >>> restored, n_tokens = prefixes.load(prompt)
+        >>> n_tokens, prefixes.statistics["hits"]
+        (600, 1)
+        >>> len(prefixes.portable(token_ids))
+        3
+        >>> prefixes.close()
     """
 
     def __init__(
@@ -195,9 +215,23 @@ class PrefixCache:
         return interop.from_split(found, self.codec.device), found.n_tokens or 0
 
     def load_neutral(self, token_ids: Any, *, whole: bool = False) -> tuple[KVCache | None, int]:
-        """As `load`, but a `KVCache`, or None if nothing is found. Needs no transformers.
+        """As `load`, but a `KVCache`. Needs no transformers.
 
-        Raises `UnsupportedModel` for a cache of other layers than full attention."""
+        Parameters:
+            token_ids, whole: As in `load`.
+
+        Returns:
+            (the cache, its tokens); (None, 0) if nothing is found.
+
+        Raises:
+            UnsupportedModel: The cache has other layers than full attention.
+            InvalidArgument, StoreUnavailable: As `load`.
+
+        Example:
+            >>> with kvtc.PrefixCache(codec, kvtc.open_store("memory:")) as prefixes:
+            ...     prefixes.load_neutral(token_ids)
+            (None, 0)
+        """
         found = self._load(token_ids, whole)
         if found is not None and (found.exact or found.coded is None):
             raise UnsupportedModel("the stored cache has several groups of layers, which load gives back")
@@ -228,14 +262,23 @@ class PrefixCache:
         return self.entries.parse("the whole prefix", parts, join) if parts else None
 
     def contains(self, token_ids: Any) -> int:
-        """How many leading tokens of a text are in the store in whole chunks; of a cache with
-        windows or states, up to a resume point. Nothing is decoded.
+        """How many leading tokens of a text are in the store. Nothing is decoded.
 
         Parameters:
-            token_ids: [T], of the text.
+            token_ids: [T] integers, of the text.
+
+        Returns:
+            Tokens in whole chunks; of a cache with windows or states, tokens up to a resume
+            point.
 
         Raises:
             InvalidArgument, StoreUnavailable: As `load`.
+
+        Example:
+            >>> with kvtc.PrefixCache(codec, kvtc.open_store("memory:")) as prefixes:
+            ...     report = prefixes.save(token_ids, cache).result()
+            ...     prefixes.contains(token_ids)
+            256
         """
         self._fetcher.check_open()
         ids = as_token_ids(token_ids)
@@ -249,14 +292,21 @@ class PrefixCache:
         """The entries with which another store loads what this one has of a text.
 
         Parameters:
-            token_ids: [T], of the text.
+            token_ids: [T] integers, of the text.
 
         Returns:
-            (key, value) of each, those first that others are of no use without. None: the value under this key of the store. An
-            index of tails is told of the text's own tail alone, and not of those of other texts.
+            (key, value) of each, those first that others are of no use without. None: the value
+            under this key of the store. An index of tails is told of the text's own tail alone,
+            and not of those of other texts.
 
         Raises:
             InvalidArgument, StoreUnavailable: As `load`.
+
+        Example:
+            >>> with kvtc.PrefixCache(codec, kvtc.open_store("memory:")) as prefixes:
+            ...     report = prefixes.save(token_ids, cache).result()
+            ...     [key.split("/")[0] for key, value in prefixes.portable(token_ids)]
+            ['chunk', 'tails', 'tail']
         """
         self._fetcher.check_open()
         ids, size = as_token_ids(token_ids), self.chain.chunk_tokens
@@ -275,12 +325,19 @@ class PrefixCache:
         for them, too.
 
         Parameters:
-            token_ids: [T], of the prefix.
-            keep_tokens: Leading tokens that stay, rounded up to whole chunks.
+            token_ids: [T] integers, of the prefix.
+            keep_tokens: Leading tokens that stay, rounded up to whole chunks; default 0.
 
         Raises:
             StoreError: The store failed.
             InvalidArgument, StoreUnavailable: As `load`.
+
+        Example:
+            >>> with kvtc.PrefixCache(codec, kvtc.open_store("memory:")) as prefixes:
+            ...     report = prefixes.save(token_ids, cache).result()
+            ...     prefixes.delete(token_ids)
+            ...     prefixes.contains(token_ids)
+            0
         """
         self._saver.check_open()
         ids, size = as_token_ids(token_ids), self.chain.chunk_tokens
@@ -354,7 +411,7 @@ class PrefixCache:
             whole = interop.TransformersCache(cache)
             if whole.n_sequences != 1:
                 raise InvalidCache(f"the cache holds {whole.n_sequences} sequences; expected one")
-            found = whole.split(geometry)
+            found = whole.split(self.codec.covered)
             found = replace(found, exact=[one.copied() for one in found.exact])
         elif isinstance(cache, KVCache):
             coded = cache.plain()

@@ -49,8 +49,11 @@ def register(name: str, number: int, make: MakeProfile) -> None:
     Parameters:
         name: as users ask for it and `inspect` shows it.
         number: 1 to 255, which names it in a stream's header.
-        make: makes it ready for a calibration, a backend, the dtype that products are rounded to, and what recomputes layers, if
-            the codec has a model.
+        make: makes it ready for a calibration, a backend, the dtype that products are rounded to, and what
+            recomputes layers (None: the codec has no model).
+
+    Raises:
+        InvalidArgument: the name or the number is taken, or the number is out of range.
     """
     name_profile(name, number)
     _MADE_BY[name] = make

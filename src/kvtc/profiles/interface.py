@@ -44,11 +44,12 @@ class Rows:
     """The joint rows of coded tokens of some chunks that follow one another, their keys un-rotated.
 
     Attributes:
-        values: [n, 2 p] float32 on the backend's device; keys of all layers and heads, then values.
+        values: [n, P] float32 on the backend's device; keys of all layers and heads, then values.
         recomputed: what the first layers compute of these tokens; None where the profile predicts nothing.
         counts: tokens of each chunk; they sum to n.
         original_bits: bits of one value in the cache: 16, or 8.
         is_window: whether these are windows of the chunks; else bodies.
+        group: which of the groups of the calibration they are of.
     """
 
     values: Tensor
@@ -56,6 +57,7 @@ class Rows:
     counts: tuple[int, ...]
     original_bits: int = 16
     is_window: bool = False
+    group: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -74,13 +76,13 @@ class Budget:
     """What the coded rows of one stream may cost.
 
     Attributes:
-        n_tokens: body tokens.
+        original_bytes: of the body tokens in the cache, of all groups that are coded.
         original_bits: bits of one value in the cache: 16, or 8.
         other_bytes: bytes of the stream that count for the body besides its coded rows.
         at_most: bytes that all coded rows together may take, whatever they hold; None where there is no such limit.
     """
 
-    n_tokens: int
+    original_bytes: int
     original_bits: int
     other_bytes: int
     at_most: int | None = None
@@ -88,7 +90,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class CodedRows:
-    """The coded bytes of one stream: an entry for each chunk with a body, and for each chunk with a coded window, in order."""
+    """The coded bytes of one stream: an entry for each chunk with a body, and for each chunk with a coded window, in order.
+
+    Where several groups are coded, those of the first come first.
+    """
 
     bodies: list[bytes] = field(default_factory=list)
     windows: list[bytes] = field(default_factory=list)
@@ -182,7 +187,7 @@ class Encoder(Protocol[CoefficientsT, SymbolsT, PlanT]):
     """Whether coded bytes are final; otherwise a lossless coder is applied to them (`coding.lossless`)."""
 
     def predict(self, rows: Rows) -> Tensor | None:
-        """What the recomputed layers say of the rows of all deeper ones, float32 [n, 2 p']; None without prediction."""
+        """What the recomputed layers say of the rows of all deeper ones, float32 [n, P']; None without prediction."""
         ...
 
     def project(self, rows: Rows, predicted: Tensor | None) -> CoefficientsT:
@@ -259,6 +264,6 @@ class Profile(Protocol[CoefficientsT, SymbolsT, PlanT]):
         """
         ...
 
-    def decoder(self) -> Decoder[CoefficientsT, PlanT]:
-        """The decoder of every stream of the profile."""
+    def decoder(self, group: int = 0) -> Decoder[CoefficientsT, PlanT]:
+        """The decoder of every stream of the profile. group: of the calibration; `joint` alone has others than the first."""
         ...

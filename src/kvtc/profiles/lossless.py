@@ -37,7 +37,7 @@ class LosslessProfile:
             f"nothing of a lossless stream is coded at the rate {rate} (coded windows: {codes_windows})"
         )
 
-    def decoder(self) -> LosslessProfile:
+    def decoder(self, group: int = 0) -> LosslessProfile:  # noqa: ARG002  all are alike
         return self
 
     def read_plan(self, data: bytes) -> NoPlan:  # noqa: ARG002  it was held against `most_plan_bytes`

@@ -16,13 +16,31 @@ class Rate:
 
     @property
     def key_parts(self) -> dict[str, float | str]:
-        """What goes into the keys of entries: the kind of rate, and its numbers."""
+        """What goes into the keys of entries: the type of rate, and its numbers.
+
+        >>> from kvtc.profiles.rates import Ratio
+        >>> Ratio(32).key_parts
+        {'rate': 'Ratio', 'ratio': 32.0}
+        """
         return {"rate": type(self).__name__} | {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
 class Ratio(Rate):
-    """Bits of the cache over bits of the stream's body. `paper` counts bits before lossless coding, as published."""
+    """A ratio: the size of the body in the exact cache over its size in the stream. `paper` counts bits before
+    lossless coding, as published.
+
+    Parameters:
+        ratio: at least 1; default 16.
+
+    Raises:
+        InvalidArgument: the ratio is below 1 or not finite.
+
+    Example:
+        >>> from kvtc.profiles.rates import Ratio
+        >>> kvtc.Codec(calibration, rate=Ratio(32)).rate == kvtc.Codec(calibration, ratio=32).rate
+        True
+    """
 
     ratio: float = DEFAULT_RATIO
 
@@ -32,12 +50,35 @@ class Ratio(Rate):
 
 @dataclass(frozen=True)
 class FixedSize(Ratio):
-    """The same, and every stream of tokens at the same positions has the same length: it is padded (`joint`, `conditional`)."""
+    """A ratio at which every stream of tokens at the same positions has the same length: it is padded (`joint`,
+    `conditional`).
+
+    Parameters:
+        ratio: at least 1; default 16.
+
+    Example:
+        >>> from kvtc.profiles.rates import FixedSize
+        >>> kvtc.Codec(calibration, rate=FixedSize(32)).rate.key_parts
+        {'rate': 'FixedSize', 'ratio': 32.0}
+    """
 
 
 @dataclass(frozen=True)
 class Step(Rate):
-    """The step that all coefficients are divided by (`joint`, `conditional`)."""
+    """The number by which all coefficients are divided before they are rounded (`joint`, `conditional`).
+
+    Parameters:
+        step: above 0, in units of the metric.
+
+    Raises:
+        InvalidArgument: the step is not positive.
+
+    Example:
+        >>> from kvtc.profiles.rates import Step
+        >>> fine, coarse = (len(codec.with_rate(Step(step)).encode(cache)) for step in (0.1, 0.4))
+        >>> fine > coarse
+        True
+    """
 
     step: float
 
@@ -49,7 +90,20 @@ class Step(Rate):
 
 @dataclass(frozen=True)
 class SideRatios(Rate):
-    """A ratio for keys and another one for values (`paper`)."""
+    """A ratio for keys and another one for values (`paper`).
+
+    Parameters:
+        key_ratio: at least 1.
+        value_ratio: at least 1.
+
+    Raises:
+        InvalidArgument: a ratio is below 1 or not finite.
+
+    Example:
+        >>> from kvtc.profiles.rates import SideRatios
+        >>> kvtc.Codec(calibration, "paper", rate=SideRatios(key_ratio=32, value_ratio=8)).rate.value_ratio
+        8.0
+    """
 
     key_ratio: float
     value_ratio: float
@@ -61,7 +115,19 @@ class SideRatios(Rate):
 
 @dataclass(frozen=True)
 class MaxError(Rate):
-    """The largest relative error of keys, and of values: Frobenius norm over the centred calibration rows (`paper`)."""
+    """The largest relative error of keys, and of values: Frobenius norm over the centred calibration rows (`paper`).
+
+    Parameters:
+        max_error: above 0 and below 1.
+
+    Raises:
+        InvalidArgument: the error is out of this range.
+
+    Example:
+        >>> from kvtc.profiles.rates import MaxError
+        >>> kvtc.Codec(calibration, "paper", rate=MaxError(0.1)).rate
+        MaxError(max_error=0.1)
+    """
 
     max_error: float
 
@@ -73,12 +139,28 @@ class MaxError(Rate):
 
 @dataclass(frozen=True)
 class Truncation(Ratio):
-    """A ratio met by leading coefficients in 16 bits, without the dynamic program: the ablation of the paper's table 15."""
+    """A ratio met by leading coefficients in 16 bits, without the dynamic program: the ablation of the paper's table
+    15.
+
+    Parameters:
+        ratio: at least 1; default 16.
+
+    Example:
+        >>> from kvtc.profiles.rates import Truncation
+        >>> kvtc.Codec(calibration, "paper", rate=Truncation(8)).rate
+        Truncation(ratio=8.0)
+    """
 
 
 @dataclass(frozen=True)
 class Lossless(Rate):
-    """Every bit is kept: all tokens are exact, and no profile codes any."""
+    """Every bit is kept: all tokens are exact, and no profile codes any.
+
+    Example:
+        >>> from kvtc.profiles.rates import Lossless
+        >>> kvtc.Codec(rate=Lossless()).is_lossless
+        True
+    """
 
 
 def checked_ratio(ratio: float) -> float:

@@ -49,21 +49,30 @@ def load_model(directory: Path, dtype: str = "float32") -> tuple[Any, Any]:
 
 
 def reference_model(dtype: str = "float32") -> tuple[Any, Any]:
-    """The reference model in evaluation mode, and its tokenizer.
+    """The reference model, kvtc-6m, in evaluation mode, and its tokenizer. Nothing is downloaded.
 
     Parameters:
-        dtype: dtype of the weights: "float32" (default) for exact comparisons, "bfloat16" for
-            caches of 16 bits a value, as they are served.
+        dtype: dtype of the weights: "float32" (default) for exact comparisons, "bfloat16" for caches of 16 bits a
+            number, as they are served.
 
     Returns:
         (a transformers causal LM, its tokenizer).
 
     Raises:
-        MissingDependency: if transformers is not installed.
+        MissingDependency: transformers is not installed.
+
+    Example:
+        >>> model, tokenizer = kvtc.reference_model("bfloat16")
+        >>> model.config.num_hidden_layers, model.dtype
+        (12, torch.bfloat16)
     """
     return load_model(MODEL_DIRECTORY, dtype)
 
 
 def reference_calibration() -> Calibration:
-    """The calibration of the reference model, made from its training text only."""
+    """The calibration of the reference model, made from its training text only.
+
+    >>> kvtc.reference_calibration().profiles
+    ('paper', 'joint', 'conditional')
+    """
     return load_calibration(CALIBRATION_FILE)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Store", "StoreStatistics", "encrypted", "open_place", "open_store"]
 
-# Imported when one is opened: a package may be missing, and what lies on devices is a room above.
+# Imported when one is opened: a package may be missing, and what lies on devices is in a layer above.
 _SCHEMES = {
     "memory": ".memory:MemoryStore",
     "file": ".files.file_store:FileStore",
@@ -37,17 +37,27 @@ def open_store(url: str | Sequence[str | Store], **options: Any) -> Store:
     Parameters:
         url: `memory:?bytes=1GB`, `cuda:0?bytes=8GB` (`device:` with the name of any device of
             torch), `file:///path?bytes=100GB`, `redis://host`, `rediss://host`,
-            `s3://bucket/prefix?endpoint=...`; for tiers `tiered:memory:|file:///path`, or a list of
-            URLs and stores, the fastest first. Options of the tiers themselves come first:
-            `tiered:?write=back|memory:|...`.
-        options: By name, in place of those in the query of the URL. All but tiers take `namespace`,
-            `entry_bytes` (the longest value, 512MiB), and `key_file` or `key_variable` for
-            encryption; docs/stores.md lists the others.
+            `s3://bucket/prefix?endpoint=...`; for tiers `tiered:memory:|file:///path`, or a
+            list of URLs and stores, the fastest first. Options of the tiers themselves come
+            first: `tiered:?write=back|memory:|...`.
+        options: By name, in place of those in the query of the URL. All but tiers take
+            `namespace`, `entry_bytes` (the longest value, 512MiB), and `key_file` or
+            `key_variable` for encryption; docs/stores.md lists the others.
+
+    Returns:
+        The store. Close it, or use it in a `with` block.
 
     Raises:
         InvalidArgument: The URL or an option is not understood.
         MissingDependency: The package that such a store needs is not installed.
         StoreUnavailable: The place of storage cannot be used.
+
+    Example:
+        >>> from pathlib import Path
+        >>> with kvtc.open_store(["memory:?bytes=1MB", f"file://{Path.cwd()}/store?bytes=1GB"]) as store:
+        ...     store.put("chunk/1", stream[:1000])
+        ...     store.get("chunk/1") == stream[:1000]
+        True
     """
     store = _open(url, dict(options))
     if isinstance(url, str) or all(isinstance(tier, str) for tier in url):
@@ -62,9 +72,21 @@ def encrypted(store: Store, *keys: bytes) -> Store:
         store: Holds the encrypted values; closed with the new store.
         keys: Of 32 bytes each. The first encrypts; entries under any of them can be read.
 
+    Returns:
+        The store that reads and writes plain values.
+
     Raises:
         InvalidArgument: A key has another length, or is one byte repeated.
         MissingDependency: The package cryptography is not installed.
+
+    Example:
+        >>> import secrets
+        >>> from kvtc.store import encrypted
+        >>> inner = kvtc.open_store("memory:")
+        >>> store = encrypted(inner, secrets.token_bytes(32))
+        >>> store.put("name", b"plain text")
+        >>> store.get("name"), b"plain text" in inner.get("name")
+        (b'plain text', False)
     """
     from .encryption import EncryptedStore
 

@@ -60,10 +60,18 @@ class StoreStatistics:
         evictions: Entries removed to keep the byte budget.
         errors: Calls that the place of storage refused or did not answer.
         damaged: Entries that were truncated, corrupted or swapped, and are removed.
-        foreign: Entries of a newer format, of another encryption key or longer than is read; they
-            stay.
+        foreign: Entries of a newer format, of another encryption key or longer than is read;
+            they stay.
         stored_entries: Entries in the store now; None: counting them takes long.
         stored_bytes: Bytes of all entries, frames included; None: as for `stored_entries`.
+
+    Example:
+        >>> with kvtc.open_store("memory:") as store:
+        ...     store.put("name", b"value")
+        ...     found = store.get("name"), store.get("another")
+        ...     statistics = store.statistics()
+        >>> statistics.puts, statistics.hits, statistics.misses, statistics.stored_entries
+        (1, 1, 1, 1)
     """
 
     hits: int = 0
@@ -103,18 +111,32 @@ class Counters:
 class Store(ABC):
     """A mapping of keys to bytes. All methods may be called from any number of threads.
 
-    A key has 1 to 200 characters of `a-z 0-9 / . _ -`; a value is any bytes, also none. A child of
-    `os.fork` may use a store that its parent has used: it has locks, threads and connections of its
-    own, or says at once that it cannot.
+    A key has 1 to 200 characters of `a-z 0-9 / . _ -`; a value is any bytes, also none. A child
+    of `os.fork` may use a store that its parent has used: it has locks, threads and connections
+    of its own, or says at once that it cannot.
 
-    Every method but `statistics` and `close` raises:
-        InvalidArgument: A key or value is not of this kind.
-        StoreUnavailable: The storage cannot be reached or has not answered, or the store is closed.
+    Every method but `statistics` and `close` raises `InvalidArgument` if a key or value is not
+    of this kind, and `StoreUnavailable` if the storage cannot be reached or has not answered,
+    or the store is closed.
 
     Attributes:
         namespace: Of its keys; None: none.
-        is_of_process: Whether its entries are in the memory of this process, so that such a store
-            that another process opens does not have them.
+        is_of_process: Whether its entries are in the memory of this process, so that such a
+            store that another process opens does not have them.
+
+    Example:
+        >>> store = kvtc.open_store("memory:")
+        >>> store.put_many([("a/1", b"one"), ("a/2", b"two")])
+        >>> store.get_many(["a/1", "a/2", "a/3"]), store.contains_prefix(["a/1", "a/2", "a/3"])
+        ([b'one', b'two', None], 2)
+        >>> store.put("a/3", b"three")
+        >>> store.get("a/3"), store.statistics().puts
+        (b'three', 3)
+        >>> store.delete("a/1")
+        >>> store.contains("a/1"), list(store.keys())
+        (False, ['a/2', 'a/3'])
+        >>> store.flush()
+        >>> store.close()
     """
 
     namespace: str | None = None
@@ -126,7 +148,14 @@ class Store(ABC):
         self._opened_by: tuple[Any, dict[str, Any]] | None = None  # `open_store`'s arguments, to do so again elsewhere
 
     def get(self, key: str) -> bytes | None:
-        """The value, or None for a miss."""
+        """Read a value.
+
+        Parameters:
+            key: Of the entry.
+
+        Returns:
+            The value; None: a miss.
+        """
         return self.get_many([key])[0]
 
     @abstractmethod
@@ -141,12 +170,27 @@ class Store(ABC):
         """
 
     def resident_many(self, keys: Sequence[str]) -> list[Any]:
-        """As `get_many`, but a value on a device may come as it lies there: a uint8 tensor [bytes],
-        not copied."""
+        """As `get_many`, but a value on a device may come as it lies there, not copied.
+
+        Parameters:
+            keys: As in `get_many`.
+
+        Returns:
+            One value for each key: bytes, a uint8 tensor [bytes] on the device, or None for a
+                miss.
+        """
         return self.get_many(keys)
 
     def put(self, key: str, value: Value) -> None:
-        """Keep a value in place of an older one. Raises `StoreFull` if there is no room for it."""
+        """Keep a value in place of an older one.
+
+        Parameters:
+            key: Of the entry.
+            value: Its bytes.
+
+        Raises:
+            StoreFull: There is no room for it.
+        """
         self.put_many([(key, value)])
 
     @abstractmethod
@@ -162,18 +206,35 @@ class Store(ABC):
         """
 
     def contains(self, key: str) -> bool:
-        """Whether the key has an entry, which is not read: only `get` finds out whether it is
-        sound."""
+        """Whether a key has an entry. It is not read: only `get` finds out whether it is sound.
+
+        Parameters:
+            key: Of the entry.
+
+        Returns:
+            True or False.
+        """
         return self.contains_prefix([key]) == 1
 
     @abstractmethod
     def contains_prefix(self, keys: Sequence[str]) -> int:
         """How many leading keys have entries, for lookups along a chain; one round trip where
-        possible."""
+        possible.
+
+        Parameters:
+            keys: Of a chain, first to last.
+
+        Returns:
+            The number of keys before the first that has no entry.
+        """
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Delete an entry; no error if the key has none."""
+        """Delete an entry; no error if the key has none.
+
+        Parameters:
+            key: Of the entry.
+        """
 
     @abstractmethod
     def keys(self) -> Iterator[str]:
@@ -184,6 +245,7 @@ class Store(ABC):
         self._check_open()  # nothing is pending in most stores
 
     def statistics(self) -> StoreStatistics:
+        """What the store has done since it was opened."""
         return self._counters.snapshot()
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ def gather_side(
 def gather_rows(
     key_data, key_token_stride, key_layer_stride, key_head_stride, key_feature_stride,
     value_data, value_token_stride, value_layer_stride, value_head_stride, value_feature_stride,
-    cos, sin, fields, rows, row_stride, value_column, n_tokens, n_heads, n_features,
+    cos, sin, fields, rows, row_stride, value_column, n_tokens, n_heads, key_features, value_features,
     MANTISSA: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Programs: [tokens / TOKENS, layers * heads, 2], keys and then values.
@@ -82,10 +82,10 @@ def gather_rows(
     if tl.program_id(2) == 0:
         gather_side(
             key_data, key_token_stride, key_layer_stride, key_head_stride, key_feature_stride, cos, sin, fields, rows,
-            row_stride, n_tokens, n_heads, n_features, True, MANTISSA, TOKENS, FEATURES,
+            row_stride, n_tokens, n_heads, key_features, True, MANTISSA, TOKENS, FEATURES,
         )  # fmt: skip
     else:
         gather_side(
             value_data, value_token_stride, value_layer_stride, value_head_stride, value_feature_stride, cos, sin,
-            fields, rows + value_column, row_stride, n_tokens, n_heads, n_features, False, MANTISSA, TOKENS, FEATURES,
+            fields, rows + value_column, row_stride, n_tokens, n_heads, value_features, False, MANTISSA, TOKENS, FEATURES,
         )  # fmt: skip

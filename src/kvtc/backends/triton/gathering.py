@@ -49,16 +49,17 @@ class _Turns:
 
 
 def gather(keys: Tensor, values: Tensor, turns: Sequence[Turn | None]) -> Tensor:
-    """Keys and values [L, H, n, D] of any strides, as cached -> joint rows [n, 2 L H D] float32, keys first, turned back."""
-    if keys.shape != values.shape or keys.dtype != values.dtype or len(turns) != len(keys):
+    """Keys and values [L, H, n, D] of any strides, as cached -> joint rows [n, P] float32, keys first, turned back."""
+    if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype or len(turns) != len(keys):
         raise InvalidArgument(
             f"keys {keys.dtype} {tuple(keys.shape)}, values {values.dtype} {tuple(values.shape)} and {len(turns)} rotations; "
-            "expected the same of both and a rotation a layer"
+            "expected the same of both but for features, and a rotation a layer"
         )
-    n_layers, n_heads, n_tokens, n_features = keys.shape
-    rows = torch.empty(n_tokens, 2 * n_layers * n_heads * n_features, dtype=torch.float32, device=keys.device)
+    n_layers, n_heads, n_tokens, key_features = keys.shape
+    n_features = n_layers * n_heads * (key_features + values.shape[3])
+    rows = torch.empty(n_tokens, n_features, dtype=torch.float32, device=keys.device)
     if rows.numel():
-        _launch(keys, values, _Turns.of(turns, n_tokens, n_features, keys.device), rows)
+        _launch(keys, values, _Turns.of(turns, n_tokens, key_features, keys.device), rows)
     return rows
 
 
@@ -68,7 +69,8 @@ def _stored(data: Tensor) -> Tensor:
 
 
 def _launch(keys: Tensor, values: Tensor, turns: _Turns, rows: Tensor) -> None:
-    n_layers, n_heads, n_tokens, n_features = keys.shape
+    n_layers, n_heads, n_tokens, key_features = keys.shape
+    widest = max(key_features, values.shape[3])
     sides = []
     for side in (keys, values):
         layers, heads, tokens, features = side.stride()
@@ -76,11 +78,11 @@ def _launch(keys: Tensor, values: Tensor, turns: _Turns, rows: Tensor) -> None:
     with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
         gather_rows[(-(-n_tokens // _TOKENS), n_layers * n_heads, 2)](
             *sides,
-            turns.cos, turns.sin, turns.fields, rows, rows.stride(0), rows.shape[1] // 2,
-            n_tokens, n_heads, n_features,
+            turns.cos, turns.sin, turns.fields, rows, rows.stride(0), n_layers * n_heads * key_features,
+            n_tokens, n_heads, key_features, values.shape[3],
             MANTISSA=_FP8_MANTISSA.get(keys.dtype, 0),
             TOKENS=_TOKENS,
-            FEATURES=1 << (n_features - 1).bit_length(),
+            FEATURES=1 << (widest - 1).bit_length(),
             num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip

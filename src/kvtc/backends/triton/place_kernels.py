@@ -94,7 +94,7 @@ def place_rows(
     values, value_token_stride, value_head_stride,
     key_data, n_key_places, key_offsets, key_to_head, key_to_feature,
     value_data, n_value_places, value_offsets, value_to_head, value_to_feature,
-    n_tokens, n_features,
+    n_tokens, key_features, value_features,
     TURNED: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
@@ -107,11 +107,11 @@ def place_rows(
     if tl.program_id(2) == 0:
         place_side(
             keys, key_token_stride, key_head_stride, cos, sin, turn_stride, n_pairs, key_data, n_key_places, key_offsets,
-            key_to_head, key_to_feature, n_tokens, n_features, TURNED, INTERLEAVED, LIMIT, MANTISSA, BIAS, TOKENS, FEATURES,
+            key_to_head, key_to_feature, n_tokens, key_features, TURNED, INTERLEAVED, LIMIT, MANTISSA, BIAS, TOKENS, FEATURES,
         )  # fmt: skip
     else:
         place_side(
             values, value_token_stride, value_head_stride, cos, sin, turn_stride, n_pairs, value_data, n_value_places,
-            value_offsets, value_to_head, value_to_feature, n_tokens, n_features, False, False, LIMIT, MANTISSA, BIAS, TOKENS,
+            value_offsets, value_to_head, value_to_feature, n_tokens, value_features, False, False, LIMIT, MANTISSA, BIAS, TOKENS,
             FEATURES,
         )  # fmt: skip

@@ -25,14 +25,15 @@ def place(keys: Tensor, values: Tensor, turn: Turn | None, targets: tuple[Target
     Places outside of a target's data are not written.
     """
     n_tokens, n_heads, n_features = keys.shape
+    value_features = values.shape[2]
     dtype = targets[0].data.dtype
-    if keys.shape != values.shape or targets[1].data.dtype != dtype:
+    if keys.shape[:2] != values.shape[:2] or targets[1].data.dtype != dtype:
         raise InvalidArgument(
             f"keys {tuple(keys.shape)} to {dtype} and values {tuple(values.shape)} to {targets[1].data.dtype}; expected the same"
         )
     if any(target.token_offsets.shape != (n_tokens,) for target in targets):
         raise InvalidArgument(f"a target has places for other than the {n_tokens} tokens of the rows")
-    if not keys.numel():
+    if not n_tokens:
         return
     # Nothing is read of these where there is no rotation.
     cos, sin = (turn.cos.contiguous(), turn.sin.contiguous()) if turn is not None else (keys, keys)
@@ -46,14 +47,14 @@ def place(keys: Tensor, values: Tensor, turn: Turn | None, targets: tuple[Target
             keys, keys.stride(0), keys.stride(1), cos, sin, cos.stride(0), n_pairs,
             values, values.stride(0), values.stride(1),
             *_arguments(targets[0], stored), *_arguments(targets[1], stored),
-            n_tokens, n_features,
+            n_tokens, n_features, value_features,
             TURNED=turn is not None,
             INTERLEAVED=turn is not None and turn.interleaved,
             LIMIT=torch.finfo(dtype).max,
             MANTISSA=mantissa,
             BIAS=bias,
             TOKENS=_TOKENS,
-            FEATURES=1 << (n_features - 1).bit_length(),
+            FEATURES=1 << (max(n_features, value_features) - 1).bit_length(),
             num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip

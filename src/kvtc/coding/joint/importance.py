@@ -32,12 +32,12 @@ _OPERATIONS = 8
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """weights float32 [2 p + 1]: from joint rows, and 1, to levels above the middle."""
+    """weights float32 [P + 1]: from joint rows, and 1, to levels above the middle."""
 
     weights: Tensor
 
     def levels(self, rows: Tensor) -> Tensor:
-        """Joint rows [T, 2 p] -> uint8 [T]."""
+        """Joint rows [T, P] -> uint8 [T]."""
         found = self._columns.times(rows, self.weights[-1:])[:, 0]
         return (found + MIDDLE_LEVEL).nan_to_num().round().clamp(0, N_LEVELS - 1).to(torch.uint8)
 

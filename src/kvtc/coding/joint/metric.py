@@ -7,73 +7,83 @@ The root is block diagonal, so it folds into the basis and costs nothing when a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...errors import InvalidArgument
-from ..product import inverses, product
+from ..product import inverses
+from .blocks import HeadBlocks
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """roots [2 L H, D, D] float32, symmetric and positive: blocks of the joint row in its order, keys first, and their inverses."""
+    """roots float32, symmetric and positive, and their inverses.
 
-    roots: Tensor
-    inverses: Tensor
+    unit: what the roots of the sensitivity were divided by; 1 where that is not known.
+    """
+
+    roots: HeadBlocks
+    inverses: HeadBlocks
+    unit: float = 1.0
 
     @classmethod
-    def from_sensitivity(cls, keys: Tensor, values: Tensor, power: float, ridge: float) -> Metric:
-        """Sensitivities of keys and of values [L, H, D, D] -> the roots of their `power`.
+    def from_sensitivity(
+        cls, keys: Tensor, values: Tensor, power: float, ridge: float, unit: float | None = None
+    ) -> Metric:
+        """Sensitivities of keys [L, H, Dk, Dk] and of values [L, H, Dv, Dv] -> the roots of their `power`.
 
         ridge: share of the mean diagonal of all that is added to every direction, so that none counts for nothing.
+        unit: of another group's metric, in which the same step does the same harm; None: one of its own.
         Raises `InvalidArgument` where some direction still does, or a sensitivity is not finite.
         """
-        blocks = torch.cat([keys.flatten(0, 1), values.flatten(0, 1)]).double()
-        if not bool(blocks.isfinite().all()):
+        blocks = HeadBlocks(keys.flatten(0, 1).double(), values.flatten(0, 1).double())
+        if not all(bool(side.isfinite().all()) for side in blocks.sides):
             raise InvalidArgument("a sensitivity is not finite")
-        floor = ridge * blocks.diagonal(dim1=1, dim2=2).mean()
-        scales, directions = torch.linalg.eigh(blocks)
-        scales = (scales.clamp_min(0) + floor).pow(power / 2)
-        if not bool((scales > 0).all()):
-            raise InvalidArgument("some direction has no sensitivity at all; give a ridge above 0, or other texts")
+        diagonals = [side.diagonal(dim1=1, dim2=2).reshape(-1) for side in blocks.sides]
+        floor = ridge * torch.cat(diagonals).mean()
+
+        def root(side: Tensor) -> Tensor:
+            scales, directions = torch.linalg.eigh(side)
+            scales = (scales.clamp_min(0) + floor).pow(power / 2)
+            if not bool((scales > 0).all()):
+                raise InvalidArgument("some direction has no sensitivity at all; give a ridge above 0, or other texts")
+            found: Tensor = (directions * scales[:, None]) @ directions.mT
+            return found
+
+        roots = blocks.map(root)
         # One overall scale is free: with unit determinant on average steps are comparable between models.
-        root = (directions * scales[:, None]) @ directions.mT
-        scale = torch.linalg.slogdet(root).logabsdet.mean().div(root.shape[-1]).exp()
+        if unit is None:
+            logs = torch.cat([torch.linalg.slogdet(side).logabsdet for side in roots.sides])
+            unit = float(logs.sum().div(sum(roots.side_features)).exp())
         # The inverses of what a file keeps: a calibration codes alike before and after it is saved.
-        return cls.from_roots((root / scale).float())
+        return replace(cls.from_roots(roots.map(lambda side: (side / unit).float())), unit=unit)
 
     @classmethod
-    def from_roots(cls, roots: Tensor) -> Metric:
+    def from_roots(cls, roots: HeadBlocks) -> Metric:
         """The metric of stored roots. Raises `InvalidArgument` where one is not positive."""
-        return cls(roots.float(), inverses(roots.float()).to(roots.device, torch.float32))
+        return cls(
+            roots.map(Tensor.float), roots.map(lambda side: inverses(side.float()).to(side.device, torch.float32))
+        )
 
     def behind(self, n_layers: int, n_kept: int) -> Metric:
         """The same without the first n_layers layers, of the n_kept layers behind them."""
-        roots, inverse = (
-            blocks.reshape(2, n_layers + n_kept, -1, *blocks.shape[1:])[:, n_layers:].flatten(0, 2).clone()
-            for blocks in (self.roots, self.inverses)
-        )
-        return Metric(roots, inverse)
+
+        def kept(side: Tensor) -> Tensor:
+            return side.reshape(n_layers + n_kept, -1, *side.shape[1:])[n_layers:].flatten(0, 1).clone()
+
+        return Metric(self.roots.map(kept), self.inverses.map(kept))
 
     def to(self, device: torch.device) -> Metric:
         """The same on a device."""
-        return Metric(self.roots.to(device), self.inverses.to(device))
+        roots, inverse = (blocks.map(lambda side: side.to(device)) for blocks in (self.roots, self.inverses))
+        return Metric(roots, inverse)
 
     def weigh(self, rows: Tensor) -> Tensor:
-        """Joint rows [T, 2 p] -> rows times the roots."""
-        return times_blocks(rows, self.roots)
+        """Joint rows [T, P] -> rows times the roots."""
+        return self.roots.times(rows)
 
     def unweigh(self, rows: Tensor) -> Tensor:
         """Inverse of `weigh`."""
-        return times_blocks(rows, self.inverses)
-
-
-def times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
-    """Joint rows [T, 2 p], each block of them times its matrix, blocks [B, D, D] float32."""
-    n_blocks, size, _ = blocks.shape
-    if rows.device.type == "cpu":
-        sides = rows.reshape(-1, n_blocks, size).unbind(dim=1)
-        return torch.cat([product(side, block) for side, block in zip(sides, blocks, strict=True)], dim=1)
-    return torch.einsum("tbd,bde->tbe", rows.reshape(-1, n_blocks, size), blocks).reshape(rows.shape)
+        return self.inverses.times(rows)

@@ -99,9 +99,8 @@ def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backen
     for rank in range(parallel.tp_size):
         calibration, calibration_name = settings.read_calibration(rank)
         geometry = calibration.geometry
-        shard = CacheShard(
-            tuple(range(n_layers)), rank * geometry.n_kv_heads, geometry.n_kv_heads, geometry.head_dim, rank
-        )
+        first_head = rank * geometry.n_kv_heads
+        shard = CacheShard(tuple(range(n_layers)), first_head, geometry.n_kv_heads, *geometry.dims, rank)
         model.checked(shard.checked(calibration, calibration_name), calibration_name)
         name, isa = _backend(backend, dtype, page_tokens, geometry.head_dim)
         layout = vllm_layout(*shard.sizes, page_tokens, backend=name, isa=isa, axes=config.kv_cache_layout)

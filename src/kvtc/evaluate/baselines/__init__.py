@@ -46,34 +46,47 @@ def baselines(
     """The baselines that tables and charts show, by name: the published settings, and others from
     fine to coarse.
 
-    Published, or used in the kvtc paper, are KIVI 2-bit, GEAR 2-bit, H2O 1/8, TOVA 1/8, xKV rank/8
-    (keys; values 3/16), CacheGen bins*1, and TurboQuant 4-bit to 2-bit. GEAR's rank of 4 is for
-    heads of 128 features; for heads of 32 features rank 1 is the same share.
+    Published, or used in the kvtc paper, are KIVI 2-bit, GEAR 2-bit, H2O 1/8, TOVA 1/8, xKV
+    rank/8 (keys; values 3/16), CacheGen bins*1, and TurboQuant 4-bit to 2-bit. GEAR's rank of 4
+    is for heads of 128 features; for heads of 32 features rank 1 is the same share.
 
     Parameters:
-        geometry: the geometry of the model.
-        window_tokens: last tokens kept exactly by all methods that quantize or approximate. FP8,
-            NVFP4, INT4 and zstd keep no window; H2O and TOVA choose the tokens that they keep.
-        profile_caches: transformers caches of other texts, on which CacheGen is profiled. Without
-            them CacheGen is left out; zstd is left out where the package zstandard is not
-            installed.
+        geometry: of the model.
+        window_tokens: last tokens kept exactly by all methods that quantize or approximate;
+            default 128. FP8, NVFP4, INT4 and zstd keep no window; H2O and TOVA choose the
+            tokens that they keep.
+        profile_caches: transformers caches of other texts, on which CacheGen is profiled.
+            Without them (default) CacheGen is left out; zstd is left out where the package
+            zstandard is not installed. CacheGen, H2O and TOVA are left out where keys and
+            values have two widths: a latent's key is no key that attention scores.
+
+    Returns:
+        Methods by name.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import baselines
+        >>> method = baselines(calibration.geometry)["INT4"]
+        >>> coded = method.encode(model, cache, token_ids)
+        >>> method.decode(coded, token_ids).get_seq_length(), round(method.measure(coded).body_ratio, 1)
+        (600, 3.2)
     """
+    is_one_width = geometry.key_dim == geometry.value_dim
     found: dict[str, Method] = {"FP8": Fp8(), "NVFP4": Nvfp4(), "INT4": Int4()}
     for bits in (4, 2):
         found[f"KIVI {bits}-bit"] = Kivi(window_tokens=window_tokens, bits=bits)
     for rank, name in ((4, "GEAR"), (1, "GEAR (rank 1)")):
         for bits in (4, 2):
             found[f"{name} {bits}-bit"] = Gear(window_tokens=window_tokens, bits=bits, rank=rank)
-    for divisor in (2, 4, 8, 16):
+    for divisor in (2, 4, 8, 16) if is_one_width else ():
         found[f"H2O 1/{divisor}"] = H2O(share=1 / divisor)
-    for divisor in (2, 4, 8, 16):
+    for divisor in (2, 4, 8, 16) if is_one_width else ():
         found[f"TOVA 1/{divisor}"] = Tova(share=1 / divisor)
     for divisor in (4, 8, 16):
         found[f"xKV rank/{divisor}"] = Xkv(
             window_tokens=window_tokens, geometry=geometry, key_share=1 / divisor, value_share=1.5 / divisor
         )
     caches = list(profile_caches)
-    if caches:
+    if caches and is_one_width:
         for factor in (0.5, 1, 2, 4):
             profile = Profile.of(caches, bin_factor=factor)
             found[f"CacheGen bins*{factor:g}"] = CacheGen(window_tokens=window_tokens, profile=profile)

@@ -48,8 +48,16 @@ class Profile:
     """What CacheGen knows of a model in advance.
 
     Parameters:
-        steps: the bin of each kind and layer [2 L], keys first.
-        anchors, deltas: tables for each of the 2 L H D channels.
+        steps: [2 L] float32, the bin of each kind and layer, keys first.
+        anchors: tables of anchors, for each of the 2 L H D channels.
+        deltas: the same of differences.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> from kvtc.evaluate.baselines import Profile
+        >>> tiny = DynamicCache([(torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8))])
+        >>> Profile.of([tiny]).steps.shape
+        torch.Size([2])
     """
 
     steps: Tensor
@@ -63,11 +71,14 @@ class Profile:
 
         Parameters:
             caches: transformers caches of one sequence each.
-            bin_factor: a factor for the published bins; CacheGen chooses its level among such
-                factors by bandwidth.
+            bin_factor: a factor for the published bins, by which CacheGen adapts to the
+                bandwidth; default 1.
+
+        Returns:
+            The profile.
 
         Raises:
-            InvalidArgument: if no cache has more than one token.
+            InvalidArgument: no cache has more than one token.
         """
         sides = [channels for channels in map(_channels, map(_joined, caches)) if channels.shape[1] > 1]
         if not sides:
@@ -88,7 +99,20 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheGen(BodyMethod):
-    """profile: of the model whose caches are coded."""
+    """CacheGen with one profile.
+
+    Parameters:
+        window_tokens: last tokens kept exactly; default 0.
+        profile: of the model whose caches are coded.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> from kvtc.evaluate.baselines import CacheGen, Profile
+        >>> tiny = DynamicCache([(torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8))])
+        >>> method = CacheGen(profile=Profile.of([tiny]))
+        >>> method.decode(method.encode(model, tiny, token_ids[:50]), token_ids[:50]).get_seq_length()
+        50
+    """
 
     profile: Profile
 
@@ -102,7 +126,7 @@ class CacheGen(BodyMethod):
         return to_bytes(torch.tensor([len(coded)], dtype=torch.int32), scale) + coded + rest
 
     def decode_body(self, data: bytes, header: Header) -> tuple[Tensor, Tensor]:
-        n_layers, n_heads, n_tokens, dim = header.body_shape
+        n_layers, n_heads, n_tokens, dim = header.body_shapes[0]
         shape = 2 * n_layers, n_heads * dim
         n_anchors = -(-n_tokens // GROUP_TOKENS)
         n_scales = 2 * n_layers * n_anchors

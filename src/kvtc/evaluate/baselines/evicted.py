@@ -36,12 +36,19 @@ class EvictedKvtc:
     Parameters:
         eviction: chooses the tokens that are kept.
         codec: codes them; its sinks and window are counted among the kept tokens.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import EvictedKvtc, Tova
+        >>> method = EvictedKvtc(eviction=Tova(share=1 / 2), codec=codec.with_window(0))
+        >>> method.measure(method.encode(model, cache, token_ids)).body_ratio > 30
+        True
     """
 
     eviction: Eviction
     codec: Codec
 
     def encode(self, model: Any, cache: Any, token_ids: Tensor, /) -> bytes:
+        """As `Method.encode`."""
         keys, values = cache_sides(cache)
         n_tokens = keys.shape[2]
         queries = torch.cat(attention_queries(model, token_ids))
@@ -53,14 +60,13 @@ class EvictedKvtc:
         return n_tokens.to_bytes(_N_TOKENS_BYTES, "little") + stream
 
     def decode(self, stream: bytes, token_ids: Tensor, /) -> Any:
+        """As `Method.decode`."""
         stream = stream[_N_TOKENS_BYTES:]
         cache = self.codec.decode(stream, token_ids.cpu()[positions_of(stream)])
         return to_transformers(cache.keys[None], cache.values[None], cache.resolved_layers())
 
     def measure(self, stream: bytes, /) -> Cost:
-        """The cost of a stream: its body are the evicted and the coded tokens, or all tokens if
-        every kept token is exact.
-        """
+        """As `Method.measure`: the body are the evicted and the coded tokens, of their original size."""
         n_tokens = int.from_bytes(stream[:_N_TOKENS_BYTES], "little")
         info = inspect(stream[_N_TOKENS_BYTES:])
         is_coded = info.body_tokens > 0

@@ -45,35 +45,58 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Eviction(ABC):
-    """share: tokens kept over tokens read, at least one is."""
+    """A method that keeps some tokens and drops the others, by the attention that they get.
+
+    Parameters:
+        share: tokens kept over tokens read, at least one is; default 1/8.
+
+    Example:
+        >>> from kvtc.evaluate.baselines.eviction import Eviction
+        >>> class Oldest(Eviction):
+        ...     def kept_tokens(self, queries, keys, n_kept):
+        ...         return torch.arange(n_kept).expand(len(keys), n_kept)
+        >>> method = Oldest(share=1 / 2)
+        >>> method.decode(method.encode(model, cache, token_ids), token_ids).get_seq_length()
+        300
+    """
 
     share: float = 1 / 8
 
     @abstractmethod
     def kept_tokens(self, queries: Tensor, keys: Tensor, n_kept: int) -> Indices:
-        """Queries [H_q, T, D] as scored, keys [H, T, D], float32 -> kept tokens [H, n_kept] of each
-        head, increasing.
+        """The tokens that each head keeps.
+
+        Parameters:
+            queries: [H_q, T, D] float32, as attention scores them.
+            keys: [H, T, D] float32.
+            n_kept: how many each head keeps.
+
+        Returns:
+            [H, n_kept] int64, increasing.
         """
 
     def encode(self, model: Any, cache: Any, token_ids: Tensor, /) -> bytes:
+        """As `Method.encode`."""
         keys, values = cache_sides(cache)
-        header = Header.of(keys, max(1, round(self.share * keys.shape[2])))
+        header = Header.of(keys, values, max(1, round(self.share * keys.shape[2])))
         queries = attention_queries(model, token_ids)
         kept = [
             self.kept_tokens(layer_queries, layer_keys.float(), header.n_exact)
             for layer_queries, layer_keys in zip(queries, keys, strict=True)
         ]
-        index = torch.from_numpy(np.stack(kept))[..., None].expand(header.exact_shape)
-        return header.write() + to_bytes(*(to_stored(side.gather(2, index), header) for side in (keys, values)))
+        index = torch.from_numpy(np.stack(kept))[..., None]
+        sides = [side.gather(2, index.expand(*index.shape[:3], side.shape[3])) for side in (keys, values)]
+        return header.write() + to_bytes(*(to_stored(side, header) for side in sides))
 
     def decode(self, stream: bytes, _token_ids: Tensor, /) -> Any:
+        """As `Method.decode`."""
         header = Header.read(stream)
         reader = Reader(stream[Header.SIZE :])
-        keys, values = (reader.take(header.exact_shape, header.stored_dtype).to(header.dtype) for _ in range(2))
+        keys, values = (reader.take(shape, header.stored_dtype).to(header.dtype) for shape in header.exact_shapes)
         return interop.to_transformers(keys[None], values[None], range(len(keys)))
 
     def measure(self, stream: bytes, /) -> Cost:
-        """All tokens are the body: what is kept stands for all of them."""
+        """As `Method.measure`: all tokens are the body, for what is kept stands for all of them."""
         header = Header.read(stream)
         n_bytes, original = len(stream), header.n_tokens * header.token_bytes
         return Cost(header.n_tokens, header.n_tokens, original, original, n_bytes, n_bytes)
@@ -84,9 +107,17 @@ class H2O(Eviction):
     """H2O keeps recent tokens and those that gathered most attention.
 
     Parameters:
-        recent_share: of the kept tokens, the share that is kept for being recent.
-        is_shared: whether all heads keep the same tokens, by the mean of their attention. Published
-            is a choice per head.
+        share: tokens kept over tokens read, at least one is; default 1/8.
+        recent_share: of the kept tokens, the share that is kept for being recent; default 1/2.
+        is_shared: whether all heads keep the same tokens, by the mean of their attention.
+            Published is a choice for each head. Default False.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import H2O
+        >>> method = H2O(share=1 / 4)
+        >>> coded = method.encode(model, cache, token_ids)
+        >>> method.decode(coded, token_ids).get_seq_length()
+        150
     """
 
     recent_share: float = 0.5
@@ -112,7 +143,18 @@ class H2O(Eviction):
 
 @dataclass(frozen=True, kw_only=True)
 class Tova(Eviction):
-    """One choice of tokens for all heads of a layer."""
+    """TOVA keeps the tokens that the newest token attends to most: one choice for all heads of a
+    layer.
+
+    Parameters:
+        share: tokens kept over tokens read, at least one is; default 1/8.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import Tova
+        >>> method = Tova(share=1 / 4)
+        >>> round(method.measure(method.encode(model, cache, token_ids)).total_ratio, 1)
+        4.0
+    """
 
     def kept_tokens(self, queries: Tensor, keys: Tensor, n_kept: int) -> Indices:
         kept = np.zeros((1, 0), np.int64)

@@ -24,7 +24,19 @@ BITS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Int4(BodyMethod):
-    """group_size: features of a head and token that share a zero point and a scale."""
+    """INT4 with a scale and a zero point for each group of features.
+
+    Parameters:
+        window_tokens: last tokens kept exactly; default 0.
+        group_size: features of a head and token that share a zero point and a scale; default
+            64.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import Int4
+        >>> method = Int4(group_size=32)
+        >>> round(method.measure(method.encode(model, cache, token_ids)).body_ratio, 1)
+        3.2
+    """
 
     group_size: int = 64
 
@@ -33,5 +45,5 @@ class Int4(BodyMethod):
 
     def decode_body(self, data: bytes, header: Header) -> tuple[Tensor, Tensor]:
         reader = Reader(data)
-        keys, values = (read_groups(reader, header.body_shape, self.group_size, BITS) for _ in range(2))
+        keys, values = (read_groups(reader, shape, self.group_size, BITS) for shape in header.body_shapes)
         return keys, values

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...cache import CacheGeometry
-from .stream import BodyMethod, Header, Reader, to_bytes, to_float16
+from .stream import BodyMethod, Header, Reader, Shape, to_bytes, to_float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,18 @@ class Xkv(BodyMethod):
     """xKV: groups of layers share a basis of low rank.
 
     Parameters:
-        geometry: the geometry of the model, for its rotation.
-        key_share, value_share: rank over the number of features of a group of layers, 0 .. 1.
+        window_tokens: last tokens kept exactly; default 0.
+        geometry: of the model, for its rotation.
+        layers_per_group: layers that share a basis; default 4.
+        key_share: rank of the keys over the number of features of a group of layers, 0 .. 1;
+            default 1/8.
+        value_share: the same of values; default 3/16.
+
+    Example:
+        >>> from kvtc.evaluate.baselines import Xkv
+        >>> method = Xkv(geometry=calibration.geometry)
+        >>> method.decode(method.encode(model, cache, token_ids), token_ids).get_seq_length()
+        600
     """
 
     geometry: CacheGeometry
@@ -42,9 +52,9 @@ class Xkv(BodyMethod):
 
     def decode_body(self, data: bytes, header: Header) -> tuple[Tensor, Tensor]:
         reader = Reader(data)
-        plain, values = (self._decode(reader, header, share) for share in (self.key_share, self.value_share))
-        n_tokens = header.body_shape[2]
-        return self.geometry.rope.rotate(plain, torch.arange(n_tokens), n_tokens), values
+        shares = self.key_share, self.value_share
+        plain, values = (self._decode(reader, *both) for both in zip(header.body_shapes, shares, strict=True))
+        return self.geometry.rope.rotate(plain, torch.arange(header.n_body), header.n_body), values
 
     def _encode(self, side: Tensor, share: float) -> bytes:
         """[L, H, T, D] -> for each group of layers [T, rank] and [rank, features]."""
@@ -57,8 +67,8 @@ class Xkv(BodyMethod):
             parts += [to_float16(left[:, :rank] * root), to_float16(root[:, None] * right[:rank])]
         return to_bytes(*parts)
 
-    def _decode(self, reader: Reader, header: Header, share: float) -> Tensor:
-        n_layers, n_heads, n_tokens, dim = header.body_shape
+    def _decode(self, reader: Reader, shape: Shape, share: float) -> Tensor:
+        n_layers, n_heads, n_tokens, dim = shape
         groups = []
         for first in range(0, n_layers, self.layers_per_group):
             layers = min(self.layers_per_group, n_layers - first)

@@ -22,8 +22,8 @@ from .transform import JointTransform
 class JointModel:
     """The distribution of coefficients, and the matrices, made at first need.
 
-    geometry: of the cache. importance: of tokens; None where all have one step. prediction: what is taken off the rows before they
-    are coded; None for `joint`.
+    geometry: of the group. importance: of tokens; None where all have one step. steps: that the tables of all groups serve.
+    prediction: what is taken off the rows before they are coded; None for `joint`.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class JointModel:
         backend: Backend,
         product: torch.dtype,
         importance: Importance | None,
+        steps: ServedSteps,
         prediction: RowPrediction | None = None,
     ) -> None:
         self._joint = joint
@@ -44,7 +45,7 @@ class JointModel:
         self.importance = None if importance is None else importance.to(backend.device)
         self.prediction = prediction
         self.coefficients: CoefficientModel = joint.coefficients
-        self.steps = ServedSteps(joint.coefficients)
+        self.steps = steps
 
     @property
     def recomputation(self) -> Recomputation | None:

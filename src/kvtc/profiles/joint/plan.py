@@ -40,12 +40,12 @@ class StepPlan:
 
 
 class ServedSteps:
-    """The steps, float32, that a calibration's tables serve, least to most."""
+    """The steps, float32, that a calibration's tables serve, least to most. models: of the groups of a stream."""
 
-    def __init__(self, model: CoefficientModel) -> None:
+    def __init__(self, *models: CoefficientModel) -> None:
         # Float32, as steps are: rounding never takes a step past them.
-        self.least = float(np.float32(model.steps.min() / _STEP_RANGE))
-        self.most = float(np.float32(model.steps.max() * _STEP_RANGE))
+        self.least = max(float(np.float32(model.steps.min() / _STEP_RANGE)) for model in models)
+        self.most = min(float(np.float32(model.steps.max() * _STEP_RANGE)) for model in models)
 
     def __contains__(self, step: float) -> bool:
         return isfinite(step) and self.least <= step <= self.most

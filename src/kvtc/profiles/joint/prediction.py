@@ -36,17 +36,21 @@ class RowPrediction:
     ) -> None:
         self.geometry, self.recomputation, self.device = geometry, recomputation, device
         self.n_own = conditional.n_own(geometry)
-        n_coded = geometry.n_layers - self.n_own
-        self.layers = [Columns(columns) for columns in by_layer(conditional.weights.to(device).float(), n_coded)]
+        self._behind = geometry.behind(self.n_own)
+        weights = conditional.weights.to(device).float()
+        layers = by_layer(weights, self._behind.n_layers, self._behind.side_features[0])
+        self.layers = [Columns(columns) for columns in layers]
         settle(device)
 
     def coded(self, rows: Tensor) -> Tensor:
-        """Joint rows [n, 2 p] of all layers -> those of the layers that are coded, [n, 2 p']."""
-        n_own = self.n_own * self.geometry.n_kv_heads * self.geometry.head_dim
-        return torch.cat([side[:, n_own:] for side in rows.tensor_split(2, dim=1)], dim=1)
+        """Joint rows [n, P] of all layers -> those of the layers that are coded, [n, P']."""
+        sides = zip(
+            torch.split(rows, list(self.geometry.side_features), dim=1), self._behind.side_features, strict=True
+        )
+        return torch.cat([side[:, side.shape[1] - n_coded :] for side, n_coded in sides], dim=1)
 
     def rows(self, recomputed: Recomputed) -> Tensor:
-        """The prediction of these rows, [n, 2 p'] float32."""
+        """The prediction of these rows, [n, P'] float32."""
         predicted = PredictedRows(self, [recomputed])
         sides = zip(*(predicted.layer(layer) for layer in range(len(self.layers))), strict=True)
         return torch.cat([layer for side in sides for layer in side], dim=1)
@@ -74,5 +78,6 @@ class PredictedRows:
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """The prediction of a layer behind the recomputed ones, the first of which is 0."""
-        keys, values = self._prediction.layers[layer].times(self._features).tensor_split(2, dim=1)
+        found = self._prediction.layers[layer].times(self._features)
+        keys, values = torch.split(found, list(self._prediction.geometry.layer_features), dim=1)
         return keys, values

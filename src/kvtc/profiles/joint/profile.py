@@ -12,6 +12,7 @@ from ..rates import Rate
 from .decoder import JointDecoder
 from .encoder import JointEncoder
 from .model import JointModel
+from .plan import ServedSteps
 from .prediction import RowPrediction
 
 
@@ -21,13 +22,17 @@ class JointProfile:
     def __init__(self, calibration: Calibration, backend: Backend, product: torch.dtype, *_: object) -> None:
         if calibration.joint is None:
             raise InvalidArgument("this calibration was made without the profile joint; calibrate again with it")
-        self._model = JointModel(calibration.joint, calibration.geometry, backend, product, calibration.importance)
+        steps = ServedSteps(*(group.joint.coefficients for group in calibration.groups))
+        self._models = [
+            JointModel(group.joint, group.geometry, backend, product, group.importance, steps)
+            for group in calibration.groups
+        ]
 
     def encoder(self, rate: Rate, codes_windows: bool) -> JointEncoder:
-        return JointEncoder(self._model, rate, codes_windows)
+        return JointEncoder(self._models, rate, codes_windows)
 
-    def decoder(self) -> JointDecoder:
-        return JointDecoder(self._model)
+    def decoder(self, group: int = 0) -> JointDecoder:
+        return JointDecoder(self._models[group])
 
 
 class ConditionalProfile(JointProfile):
@@ -49,4 +54,6 @@ class ConditionalProfile(JointProfile):
                 "path of its folder; or use joint, which needs none"
             )
         prediction = RowPrediction(conditional, geometry, recomputation, backend.device)
-        self._model = JointModel(conditional.left, geometry, backend, product, calibration.importance, prediction)
+        steps = ServedSteps(conditional.left.coefficients)
+        left, importance = conditional.left, calibration.importance
+        self._models = [JointModel(left, geometry, backend, product, importance, steps, prediction)]

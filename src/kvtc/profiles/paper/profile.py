@@ -58,7 +58,7 @@ class PaperProfile:
             raise InvalidArgument("the profile paper keeps its window exactly: use joint or conditional to code it")
         return PaperEncoder(self._calibration, self._backend, self._transform, rate)
 
-    def decoder(self) -> PaperDecoder:
+    def decoder(self, group: int = 0) -> PaperDecoder:  # noqa: ARG002  there is one
         return PaperDecoder(self._calibration, self._backend, self._transform)
 
 
@@ -85,7 +85,7 @@ class PaperEncoder:
         return None
 
     def project(self, rows: Rows, predicted: Tensor | None) -> SideCoefficients:  # noqa: ARG002
-        key_rows, value_rows = rows.values.tensor_split(2, dim=1)
+        key_rows, value_rows = torch.split(rows.values, list(self._calibration.geometry.side_features), dim=1)
         key, value = self.plan(rows.original_bits).allocations
         keys = self._transform.side(0, key.n_coefficients).coefficients(key_rows, key.n_coefficients)
         values = self._transform.side(1, value.n_coefficients).coefficients(value_rows, value.n_coefficients)

@@ -23,12 +23,11 @@ def check_rate(rate: Rate, calibration: Calibration) -> None:
     if isinstance(rate, FixedSize):
         raise InvalidArgument("the profile paper cannot keep to a fixed size: use joint or conditional")
     if isinstance(rate, MaxError):
-        for side in calibration.sides:
-            _allocate_for_error(side, rate.max_error, _budget(calibration, 1, 16))
+        allocations_for(rate, calibration, 16)
         return
     needed = (SymbolType.FP16 if isinstance(rate, Truncation) else SymbolType.INT2).group_bits(1)
-    for name, ratio in zip(("keys", "values"), _ratios(rate), strict=True):
-        budget = _budget(calibration, ratio, 16)
+    ratios = _ratios(rate)
+    for name, ratio, budget in zip(("keys", "values"), ratios, _budgets(calibration, ratios, 16), strict=True):
         if budget < needed:
             raise InvalidArgument(
                 f"a ratio of {ratio} for {name} leaves {budget} bits a token, too few: the smallest group costs "
@@ -43,11 +42,13 @@ def allocations_for(rate: Rate, calibration: Calibration, original_bits: int) ->
     """
     sides = calibration.sides
     if isinstance(rate, MaxError):
-        most = _budget(calibration, 1, original_bits)
-        key, value = (_allocate_for_error(side, rate.max_error, most) for side in sides)
+        key, value = (
+            _allocate_for_error(side, rate.max_error, most)
+            for side, most in zip(sides, _budgets(calibration, (1, 1), original_bits), strict=True)
+        )
         return key, value
     ratios = _ratios(rate)
-    budgets = [_budget(calibration, ratio, original_bits) for ratio in ratios]
+    budgets = _budgets(calibration, ratios, original_bits)
     key, value = (
         truncate(side.basis.rank, budget) if isinstance(rate, Truncation) else allocate_bits(side.distortion, budget)
         for side, budget in zip(sides, budgets, strict=True)
@@ -69,9 +70,10 @@ def _ratios(rate: Rate) -> tuple[float, float]:
     raise InvalidArgument(f"the profile paper has no {type(rate).__name__}")
 
 
-def _budget(calibration: Calibration, ratio: float, original_bits: int) -> int:
-    """Bits that keys, or values, of one token may take."""
-    return int(original_bits * calibration.geometry.row_features / ratio)
+def _budgets(calibration: Calibration, ratios: tuple[float, float], original_bits: int) -> list[int]:
+    """Bits that keys, and values, of one token may take."""
+    features = calibration.geometry.side_features
+    return [int(original_bits * n / ratio) for n, ratio in zip(features, ratios, strict=True)]
 
 
 def _allocate_for_error(side: KindCalibration, max_error: float, most_bits: int) -> BitAllocation:

@@ -58,7 +58,7 @@ class PaperTransform:
         self.product = product
         key, value = calibration.sides
         self._bases = key.basis, value.basis
-        self._layer_features = calibration.geometry.n_kv_heads * calibration.geometry.head_dim
+        self._layer_features = calibration.geometry.layer_features
         self._device = device
         self._sides: dict[int, SideTransform] = {}
         self._lock = ForkSafeLock()
@@ -72,6 +72,6 @@ class PaperTransform:
             if side is None or side.n_columns < n_coefficients:
                 # On a device all at once: other streams may still read a narrower conversion when it is let go.
                 n = n_coefficients if self._device.type == "cpu" else basis.rank
-                side = SideTransform(basis, n, self._layer_features, self._device, self.product)
+                side = SideTransform(basis, n, self._layer_features[index], self._device, self.product)
                 self._sides[index] = side
         return side
