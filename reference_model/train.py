@@ -253,9 +253,23 @@ def new_model(preset: Preset) -> Any:
     """A model of random weights, or one grown from another."""
     torch.manual_seed(preset.seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**preset.config), attn_implementation="sdpa")
+    spread_steps(model)
     if preset.grow_from is not None:
         grow(model, AutoModelForCausalLM.from_pretrained(preset.grow_from, dtype=torch.float32))
     return model
+
+
+def spread_steps(model: Any) -> None:
+    """Give the heads of Mamba 2 steps of 0.001 to 0.1, as published, so that some states last.
+
+    transformers begins a Bamba with steps of 1.3: its states forget a token before the next one, and do not learn to remember.
+    """
+    lowest, highest = math.log(1e-3), math.log(0.1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("dt_bias"):
+                steps = torch.empty_like(parameter).uniform_(lowest, highest).exp()
+                parameter.copy_(steps + torch.log(-torch.expm1(-steps)))
 
 
 def grow(model: Any, smaller: Any) -> None:

@@ -173,6 +173,8 @@ def make_targets() -> list[Target]:
         codec = Codec(lossless=True, chunk_tokens=8, coder="none" if name == "gemma3_text" else "deflate")
         made.append((codec, codec.encode(model_cache, ids), None))
         made.append((codec, codec.encode(model_cache, ids, points=points), None))
+        rounding = Codec(lossless=True, chunk_tokens=8, states="int8" if name == "mamba2" else "int6")
+        made.append((rounding, rounding.encode(model_cache, ids, points=points), None))
         if points.taken[16]:
             of_points.append(codec.encode_point(points.taken[16], 16))
             made.append((codec, of_points[-1], None))

@@ -97,7 +97,7 @@ def test_resume_points_are_rounded():
     stream = codec.encode(cache, IDS[0], points=points)
     info = kvtc.inspect(stream)
     assert info.resume_points == (16, 32, 48, 60)
-    assert [s.coder for s in info.sections if s.kind == "state" and s.group == 1] == ["int8"] * 4
+    assert [s.coder for s in info.sections if s.kind == "state" and s.group == 1] == ["rounded"] * 4
     # A point by itself, as prefix caches keep it, has the same numbers.
     found = codec.decode_point(codec.encode_point(points.taken[32], 32))
     of_stream = codec.decode(stream, IDS[0, :32], tokens=32)
@@ -113,10 +113,9 @@ def test_inspect_says_how_states_are_kept(tmp_path, capsys):
         stream = lossless(states=states).encode(cache)
         path.write_bytes(stream)
         full, convolution, state = kvtc.inspect(stream).groups
-        assert (full.rounding, convolution.rounding) == (None, None)
-        assert state.rounding == (None if states == "lossless" else "int8")
+        assert [one.is_rounded for one in (full, convolution, state)] == [False, False, states != "lossless"]
         assert main(["inspect", str(path)]) == 0
-        how = "exact" if states == "lossless" else "rounded to int8"
+        how = "exact" if states == "lossless" else "rounded"
         assert re.search(
             rf"recurrent state, 4 x 16 x 32; {how}: [\d,]+ -> [\d,]+ bytes, ratio +\d", capsys.readouterr().out
         )

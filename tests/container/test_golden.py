@@ -382,6 +382,22 @@ def test_the_golden_stream_of_groups():
     assert nothing["numbers"].size == 0
 
 
+def test_the_golden_stream_of_rounded_states():
+    """Integers and single operations of binary32 decide its bytes. All else is as in the stream that keeps states exactly."""
+    cache, stream = golden_groups_cache(), golden_stream("states")
+    codec = Codec(lossless=True, chunk_tokens=8, states="int6")
+    assert codec.encode(cache).hex() == stream.hex()
+    found, exact = (groups_by_the_page(data) for data in (stream, golden_stream("groups")))
+    for one, other in zip(found, exact, strict=True):
+        if (one["kind"], one["part"]) != (4, 3):
+            np.testing.assert_array_equal(one["numbers"], other["numbers"])
+            continue
+        np.testing.assert_array_equal(one["numbers"][0], codec.decode(stream).layers[2].recurrent_states[0][0].numpy())
+        largest = np.abs(other["numbers"]).max(axis=-1, keepdims=True)
+        assert (np.abs(one["numbers"] - other["numbers"]) <= largest / 31 / 2 * 1.1).all()
+        assert (one["numbers"] != other["numbers"]).any()
+
+
 def golden_windows_cache(n: int = 6) -> DynamicCache:
     """Full attention in layer 0 and a window of 5 in layer 1, in quarters: the first n of 6 tokens."""
     rows = ((torch.arange(4 * 6 * 8).reshape(4, 1, 1, 6, 8) * 7) % 25 - 12) / 4
@@ -568,6 +584,10 @@ def groups_by_the_page(data: bytes) -> list[dict]:
             order = (-1, *shape[-2:])
         n_numbers = math.prod(shape)
         order = (n_numbers // (order[1] * order[2]), *order[1:])
+        if coder == 5:
+            assert group["kind"] == 4
+            group["parts"].append(rounded_state(part, order, group["dtype"]).reshape(shape))
+            continue
         plain = exact_floats(part, order, group["dtype"]) if coder == 4 else undo_coder(part, coder, raw)
         group["parts"].append(numbers(plain, shape, group["dtype"]))
     assert start == len(data)
@@ -773,6 +793,15 @@ def exact_floats(data: bytes, shape: tuple[int, int, int], dtype: int) -> bytes:
     assert len(data) == 8 + 2 * n_words + -(-n_plain // 8)
     assert not plain >> n_plain
     return found.astype(f"<u{n_bits // 8}").tobytes()
+
+
+def rounded_state(data: bytes, shape: tuple[int, int, int], dtype: int) -> np.ndarray:
+    """Coder 5; numbers are ordered [group][row][feature]."""
+    (m,) = struct.unpack_from("<I", data)
+    of_scales = *shape[:2], 1
+    scales = numbers(exact_floats(data[4 : 4 + m], of_scales, 1), of_scales, 1)
+    octets = np.frombuffer(exact_floats(data[4 + m :], shape, 4), np.uint8).astype(np.int32).reshape(shape)
+    return round_to(scales * np.where(octets >= 128, 128 - octets, octets).astype(np.float32), dtype)
 
 
 def fp8_vectors(data: bytes, heads: tuple[int, int, int], dims: list[int], dtype: int) -> Sides:

@@ -43,7 +43,7 @@ def test_bytes_of_a_cache():
     assert said.not_coded is None
     full, window = said.groups
     assert (full.token_bytes, full.constant_bytes, full.is_coded) == (2 * 2 * 2 * 8 * 2, 0, True)
-    assert (window.token_bytes, window.constant_bytes, window.is_coded) == (0, 15 * 4 * 2 * 2 * 8 * 2, False)
+    assert (window.token_bytes, window.constant_bytes, window.is_coded) == (0, 15 * 4 * 2 * 2 * 8 * 2, True)
     assert (said.token_bytes, said.constant_bytes) == (128, window.constant_bytes)
 
 

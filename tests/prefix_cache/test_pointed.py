@@ -251,3 +251,24 @@ def test_arguments():
                 prefixes.save(talk.ids[0], read(talk.model, talk.ids[:, :20])[1], talk.points)
             found, n = prefixes.load(talk.ids[0])
             assert (type(found), n) == (DynamicCache, 0)
+
+
+def test_points_have_rounded_states_where_the_codec_says_so(store):
+    """In fewer bytes, and under names of their own: a codec with other states does not find them."""
+    chat = Conversation(tiny_model("bamba", mamba_d_state=32), random_ids(1, 70))
+    chat.read(70)
+    exact, rounding = lossless(), lossless(states="int8")
+    sizes = {}
+    for codec in (exact, rounding):
+        with opened(store, codec) as prefixes:
+            assert prefixes.load(chat.ids)[1] == 0
+            sizes[codec] = prefixes.save(chat.ids, chat.cache, chat.points).result().written_bytes
+    assert sizes[rounding] < 0.8 * sizes[exact]
+    with opened(store, exact) as prefixes:
+        chat.check(prefixes.load(chat.ids)[0], 70)
+    with opened(store, rounding) as prefixes:
+        found, n_tokens = prefixes.load(chat.ids[:, :40])
+        assert n_tokens == EVERY
+        state, expected = (its.layers[0].recurrent_states[0] for its in (found, chat.kept[EVERY]))
+        assert 0 < float((state - expected).norm() / expected.norm()) < 0.02
+        assert torch.equal(found.layers[1].keys, chat.kept[EVERY].layers[1].keys)

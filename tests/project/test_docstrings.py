@@ -57,8 +57,6 @@ WITHOUT_EXAMPLE = {
     "run_sweep": "takes many seconds; tests/evaluate/test_sweep.py runs it",
     "measure_quality": "takes seconds; tests/codec/test_quality_target.py runs it",
     "register": "changes the process; tests/profiles/test_another_profile.py runs it",
-    "Codec.encode_point": "prefix caches call it; tests/codec/test_states.py runs it",
-    "Codec.decode_point": "prefix caches call it; tests/codec/test_states.py runs it",
     "Store.resident_many": "differs from get_many on a GPU alone",
 }
 """Why there is none. Modules that an engine loads are missing from `PUBLIC`, for the engine calls them, not a user: the programs

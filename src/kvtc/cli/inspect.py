@@ -102,6 +102,6 @@ def _describe_group(group: GroupInfo) -> str:
         shape = f"kv heads {group.first_kv_head}..{group.first_kv_head + heads - 1}, key_dim {key_dim}, value_dim {value_dim}"
     else:
         shape = f"{group.part}, {' x '.join(str(axis) for axis in group.shape if axis) or 'nothing'}"
-    how = "coded" if group.is_coded else f"rounded to {group.rounding}" if group.rounding else "exact"
+    how = "coded" if group.is_coded else "rounded" if group.is_rounded else "exact"
     cost = f"{how}: {group.original_bytes:,} -> {group.stored_bytes:,} bytes, ratio {format_ratio(group.ratio)}"
     return f"{group.kind}, {group.dtype}, layers {describe_layers(group.layers)}, {shape}; {cost}"

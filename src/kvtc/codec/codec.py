@@ -79,8 +79,8 @@ class Codec:
             "lz4" or "none". Exact tokens have a coder of their own, which "none" also leaves out.
         sink_format: "exact" (default) or "fp8".
         window_format: "exact" (default), or "coded": as the body, with a quarter of its step (`joint`, `conditional`).
-        states: how recurrent states are kept: "lossless" (default), or rounded to "int8" or "int6", a scale for every 128 numbers
-            after a Hadamard transform, also where tokens are lossless. States of convolutions are lossless in any case.
+        states: how recurrent states are kept: "lossless" (default), or rounded to "int8" or "int6" with a scale for each row, also
+            where tokens are lossless. States of convolutions are lossless in any case.
         fixed_size: whether all streams of tokens at the same positions have the same length, which `stream_bytes` tells: the step
             is as fine as fits, and the rest is padding (`joint`, `conditional`, with a ratio). Default False.
         chunk_tokens: tokens of a chunk, the unit of random access; default 256.
@@ -848,6 +848,15 @@ class Codec:
 
         Returns:
             The stream, for `decode_point`.
+
+        Example:
+            >>> from kvtc.codec.exact_groups import ExactGroup
+            >>> from kvtc.container.groups import STATE, Group, Part
+            >>> state = torch.arange(6.0).reshape(1, 2, 3)
+            >>> group = Group(STATE, Part.RECURRENT_STATE, state.dtype, layers=(0,), shape=(1, 2, 3), has_run=True)
+            >>> point = codec.encode_point([ExactGroup(group, [(state,)])], n_tokens=512)
+            >>> torch.equal(codec.decode_point(point)[0].sides[0][0], state)
+            True
         """
         held = max((one.group.rows_held(n_tokens) for one in exact if one.group.kind == WINDOW), default=0)
         start = (n_tokens - max(held, 1)) // self.settings.chunk_tokens * self.settings.chunk_tokens

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..coding.states.rounding import ROUNDED_BITS
 from ..container.groups import SIDE_BUFFER, STATE, WINDOW, Group, Part
 from ..container.stream import Payload, Stream
 from ..container.tables import Chunk, SectionType
@@ -47,15 +48,15 @@ def group_payloads(
         index: of the group in the table.
         snapshots: what it was after so many tokens, ascending, for each resume point; the last one is where the chunks end.
         chunks: of the stream. Rows of a window that no resume point needs are left out.
-        states: how recurrent states are kept: "lossless", or a coder of `ROUNDED_BITS`.
+        states: how recurrent states are kept: "lossless", or one of `ROUNDED_BITS`.
     """
     found = []
     for number, exact, rows in kept_rows(snapshots, chunks):
         kind = SectionType.STATE if exact.group.part.is_snapshot else SectionType.BODY
         raw, layout = _rows_to_bytes(exact, rows), exact.group.layout(rows.stop - rows.start)
         is_rounded = exact.group.can_be_rounded and exact.group.part is not Part.CONVOLUTION_STATE
-        rounding = states if is_rounded and states != LOSSLESS_STATES else None
-        found.append(Payload(kind, number, raw, layout=layout, group=index, rounding=rounding))
+        bits = ROUNDED_BITS.get(states, 0) if is_rounded else 0
+        found.append(Payload(kind, number, raw, layout=layout, group=index, rounded_bits=bits))
     return found
 
 

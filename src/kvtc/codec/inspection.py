@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..coding.lossless import CODER_NAMES
-from ..coding.states.rounding import ROUNDED_BITS
+from ..coding.lossless import CODER_NAMES, ROUNDED
 from ..container.stream import Stream, parse_stream
 from ..container.tables import FORMAT_VERSION, HEADER_BYTES, SECTION_BYTES, SectionType, table_bytes
 from .exact_groups import resume_points
@@ -28,7 +27,7 @@ class GroupInfo:
         original_bytes: size of what is stored of it, at 16 bits a number, or 8 where it is fp8.
         stored_bytes: size of its sections and of their entries in the table.
         ratio: original over stored bytes; None: it holds nothing.
-        rounding: "int8" or "int6" where its states are rounded, else None.
+        is_rounded: whether its numbers are rounded (of states alone).
 
     Example:
         >>> (group,) = kvtc.inspect(stream).groups
@@ -46,7 +45,7 @@ class GroupInfo:
     original_bytes: int
     stored_bytes: int
     ratio: float | None
-    rounding: str | None = None
+    is_rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,12 +226,11 @@ def _group(stream: Stream, index: int) -> GroupInfo:
     else:
         original = int(mine["raw"].sum(dtype=np.int64)) * min(2, group.dtype.itemsize) // group.dtype.itemsize
     dtype = str(group.dtype).removeprefix("torch.")
-    coders = {CODER_NAMES[coder] for coder in mine["coder"].tolist()}
-    rounding = next((coder for coder in ROUNDED_BITS if coder in coders), None)
+    is_rounded = ROUNDED in {CODER_NAMES[coder] for coder in mine["coder"].tolist()}
     ratio, is_coded = original / stored if stored else None, is_first or group.is_coded
     part, head = group.part.name.lower().replace("_", " "), group.first_kv_head
     return GroupInfo(
-        group.kind, part, dtype, group.layers, group.shape, head, is_coded, original, stored, ratio, rounding
+        group.kind, part, dtype, group.layers, group.shape, head, is_coded, original, stored, ratio, is_rounded
     )
 
 

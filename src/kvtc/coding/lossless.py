@@ -19,10 +19,11 @@ BLOCK_BYTES = 1 << 16
 CODER_IDS = {"none": 0, "deflate": 1, "zstd": 2, "lz4": 3}
 FLOATS = "floats"
 """The coder of exact tokens (`coding.exact.floats`), which is not one of blocks."""
+ROUNDED = "rounded"
+"""The coder of recurrent states (`coding.states.rounding`), which is not lossless."""
 PROFILE = "profile"
-"""The coder of rows that a profile codes of another group than the first."""
-CODER_NAMES = {number: name for name, number in CODER_IDS.items()} | {4: FLOATS, 5: "int8", 6: "int6", 7: PROFILE}
-"""5 and 6 are of states alone (`coding.states.rounding`); these two and 7 are not lossless."""
+"""The coder of rows that a profile codes of another group than the first, which is not lossless either."""
+CODER_NAMES = {number: name for name, number in CODER_IDS.items()} | {4: FLOATS, 5: ROUNDED, 7: PROFILE}
 LAST_LOSSLESS = 4
 _DEFLATE_LEVEL = 6
 _ZSTD_LEVEL = 19

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..coding.exact.floats import FloatLayout, compress_floats, decompress_floats
 from ..coding.exact.tokens import exact_layout
-from ..coding.lossless import FLOATS, PROFILE, BlockCoder, compress, compress_all, decompress, decompress_all
-from ..coding.states.rounding import ROUNDED_BITS, compress_state, decompress_state
+from ..coding.lossless import FLOATS, PROFILE, ROUNDED, BlockCoder, compress, compress_all, decompress, decompress_all
+from ..coding.states.rounding import compress_state, decompress_state
 from ..errors import CorruptStream, InvalidArgument
 from ..process.log_limits import log_once
 from ..process.workers import side_by_side
@@ -64,9 +64,9 @@ _WORTH_THREADS = 1 << 20
 class Payload:
     """Section bytes before lossless coding, on their way into a stream.
 
-    is_final: they are entropy-coded already. layout: of exact tokens, which have a coder of their own; None: others. rounding: of a
-    state that is rounded, one of `ROUNDED_BITS`. raw_bytes: of rows that a profile coded, of another group than the first, before
-    that; None: of all else.
+    is_final: they are entropy-coded already. layout: of exact tokens, which have a coder of their own; None: others.
+    rounded_bits: of a number of a state that is rounded, 0: others. raw_bytes: of rows that a profile coded, of another group than
+    the first, before that; None: of all else.
     """
 
     type: SectionType
@@ -75,7 +75,7 @@ class Payload:
     is_final: bool = False
     layout: FloatLayout | None = None
     group: int = 0
-    rounding: str | None = None
+    rounded_bits: int = 0
     raw_bytes: int | None = None
 
 
@@ -226,8 +226,8 @@ def _decoded(section: Section, stored: memoryview, layout: FloatLayout | None) -
     try:
         if layout is not None and section.coder == FLOATS:
             return decompress_floats(stored, section.raw_bytes, layout)
-        if layout is not None and section.coder in ROUNDED_BITS:
-            return decompress_state(stored, section.raw_bytes, layout.dtype, ROUNDED_BITS[section.coder])
+        if layout is not None and section.coder == ROUNDED:
+            return decompress_state(stored, section.raw_bytes, layout)
         return decompress(stored, section.raw_bytes, section.coder)
     except CorruptStream as error:
         raise CorruptStream(f"{section.describe()}: {error}") from error
@@ -256,14 +256,10 @@ def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCod
                 f"a section of {len(payload.raw)} bytes; 4 GiB is the limit: use a smaller chunk_tokens"
             )
     coders = [_coder_of(payload, coder) for payload in payloads]
-    own = [
-        (payload.raw, payload.layout, its)
-        for payload, its in zip(payloads, coders, strict=True)
-        if payload.layout is not None and (its == FLOATS or its in ROUNDED_BITS)
-    ]
+    own = [payload for payload, its in zip(payloads, coders, strict=True) if its in (FLOATS, ROUNDED)]
     others = [payload.raw for payload, its in zip(payloads, coders, strict=True) if its == coder]
     coded_others = iter(_compressed(others, coder, block_coder))
-    coded_own = iter(side_by_side(lambda one: _compressed_alone(*one), _threads(), own))
+    coded_own = iter(side_by_side(_compressed_alone, _threads(), own))
     sections = []
     for payload, its in zip(payloads, coders, strict=True):
         data = next(coded_others) if its == coder else payload.raw if its == "none" else next(coded_own)
@@ -278,18 +274,20 @@ def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCod
 
 
 def _coder_of(payload: Payload, coder: str) -> str:
-    if payload.rounding:
-        return payload.rounding
+    if payload.rounded_bits:
+        return ROUNDED
     if payload.is_final or coder == "none":
         return "none"
     return FLOATS if payload.layout else coder
 
 
-def _compressed_alone(raw: bytes, layout: FloatLayout, coder: str) -> bytes:
-    """With a coder of numbers."""
-    if coder in ROUNDED_BITS:
-        return compress_state(raw, layout.dtype, ROUNDED_BITS[coder])
-    return compress_floats(raw, layout)
+def _compressed_alone(payload: Payload) -> bytes:
+    """With the coder of its numbers, where it has any."""
+    if payload.layout is None:
+        return payload.raw
+    if payload.rounded_bits:
+        return compress_state(payload.raw, payload.layout, payload.rounded_bits)
+    return compress_floats(payload.raw, payload.layout)
 
 
 def _compressed(parts: Sequence[bytes], coder: str, block_coder: BlockCoder | None) -> list[bytes]:

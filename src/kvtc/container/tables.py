@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..coding.lossless import CODER_NAMES, LAST_LOSSLESS, PROFILE
+from ..coding.lossless import CODER_NAMES, LAST_LOSSLESS, PROFILE, ROUNDED
 from ..errors import CorruptStream, TruncatedStream, UnsupportedVersion
 from ..layer_runs import layer_runs
 from .groups import GROUP_BYTES, MAX_LENGTH, RUN_BYTES, WINDOW, Group, count_runs, parse_groups
@@ -585,7 +585,7 @@ def _check_others(
             first, n = position[chunk[mine]], tokens[chunk[mine]]
             most = its.rows_between(first, first + n)
             wrong |= (kind[mine] != wanted) | (rows > most)
-            wrong |= coder >= _CODER_NUMBERS[PROFILE] if its.can_be_rounded else coder > LAST_LOSSLESS
+            wrong |= coder > _CODER_NUMBERS[ROUNDED] if its.can_be_rounded else coder > LAST_LOSSLESS
             if its.kind != WINDOW:
                 wrong |= rows != most
         for at in _first(wrong):

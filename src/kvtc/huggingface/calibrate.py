@@ -108,7 +108,8 @@ def calibrate(
     geometry = geometries[0]
     if geometry.is_window and set(profiles) != {"joint"}:
         raise UnsupportedModel(
-            f"{geometry.describe()}: no layer has full attention, so that joint alone codes its cache"
+            f"no layer of this model has full attention, so that joint alone codes its cache ({geometry.describe()}); calibrate "
+            'for it (profiles=("joint",))'
         )
     sizes = FitOptions(rank, _joint_rank(model, geometries) if joint_rank is None else joint_rank, seed)
     about = _about(model)

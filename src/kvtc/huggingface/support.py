@@ -130,14 +130,19 @@ def supported(model_or_config: Any) -> Support:
         reason = f"its layers are of several shapes; expected {coded.describe()}"
         coded = None
     rope, unknown = rotation_of(config_of)
-    windows = {geometry.layers for geometry in _windows_of(groups, rope)}
+    # Beside full attention that cannot be coded nothing is.
+    is_covered = coded is not None or not any(group.is_codable for group in groups)
+    windows = {geometry.layers for geometry in _windows_of(groups, rope)} if is_covered else set()
     needs = tuple(
         _group_support(
-            group, coded is not None and _is_coded(group, coded) if group.is_codable else group.layers in windows
+            group,
+            coded is not None and _is_coded(group, coded)
+            if group.is_codable
+            else group.kind == WINDOW and group.layers in windows,
         )
         for group in groups
     )
-    if windows and not any(group.is_codable for group in groups):
+    if windows:
         reason = None
     not_turned = unknown if any(need.is_coded for need in needs) else None
     return Support(config.model_type, needs, None, reason, not_turned)

@@ -1,78 +1,97 @@
-"""The coder of recurrent states: each number is rounded once, to 8 or 6 bits.
+"""The coder of recurrent states whose numbers are rounded, once, to 8 or 6 bits.
 
-A state is cut into blocks of 128 numbers. In a block signs are flipped by a fixed pattern, and the Hadamard transform spreads each
-number over all of the block: no number stands out any more, and the error of rounding is alike for all. The largest number of the
-block has the largest integer; the integers are entropy-coded with a table of the section's own.
+The numbers of a row, one behind the other along the last axis of a state, are divided by a scale of the row: the largest of them
+becomes the largest integer. Rows of a state often differ in scale and sign alone, so the coder of floats, which learns what each
+place of a row holds, codes integers and scales in few bits.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+import struct
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
 from ...errors import CorruptStream, InvalidCache
-from ..rans import RansTables, decode_symbols, encode_symbols, normalize_frequencies
+from ..exact.floats import FloatLayout, compress_floats, decompress_floats
 
 ROUNDED_BITS = {"int8": 8, "int6": 6}
-"""Bits of the integers by the name of a coder."""
+"""Bits of an integer, by what users call it."""
 ROUNDED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCK_NUMBERS = 128
+_SCALE = torch.bfloat16
+_INTEGER = torch.float8_e4m3fn
+"""What the coder of floats takes an integer for: a sign, and 7 bits of magnitude."""
+_HEAD = struct.Struct("<I")
 
 
-def compress_state(raw: bytes, dtype: torch.dtype, bits: int) -> bytes:
-    """Round a state.
+def round_rows(state: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Numbers float32 [groups, rows, features], finite -> scales bfloat16 [groups, rows, 1], integers int32 of so many bits.
 
-    Parameters:
-        raw: its numbers in their dtype, one at least.
-        dtype: of `ROUNDED_DTYPES`.
-        bits: of an integer, 2 to 8.
-
-    Returns:
-        Coded bytes: the table of frequencies, the scales of blocks, the entropy-coded integers.
-
-    Raises:
-        InvalidCache: for NaN and infinities.
+    Each operation rounds once and by itself, so that every processor has the same bits.
     """
-    from .kernels import round_blocks
+    top = (1 << bits - 1) - 1
+    # The nearest scale that there is: the largest number becomes `top`, and what was rounded is rounded to itself again.
+    scales = (state.abs().amax(dim=-1, keepdim=True) / top).to(_SCALE)
+    integers = torch.where(scales > 0, state / scales.float(), 0.0).round().clamp(-top, top).to(torch.int32)
+    # No row points away from the row before it: its scale may be negative.
+    products = (integers[:, 1:] * integers[:, :-1]).sum(dim=-1, keepdim=True)
+    turns = torch.where(products < 0, -1, 1)
+    signs = torch.cat([torch.ones_like(scales[:, :1], dtype=torch.int64), turns.cumprod(dim=1)], dim=1)
+    return signs * scales, signs.to(torch.int32) * integers
 
-    values = torch.frombuffer(bytearray(raw), dtype=dtype).float().numpy()
-    scales, symbols = np.empty(_n_blocks(len(values)), np.uint16), np.empty(len(values), np.uint8)
-    n_symbols = (1 << bits) - 1
-    if not round_blocks(values, n_symbols // 2, scales, symbols):
+
+def restore_rows(scales: Tensor, integers: Tensor) -> Tensor:
+    """Inverse of `round_rows`, but for the rounding: float32 [groups, rows, features], finite."""
+    limit = torch.finfo(torch.float32).max
+    return (scales.float() * integers.float()).clamp(-limit, limit)
+
+
+def compress_state(raw: bytes, layout: FloatLayout, bits: int) -> bytes:
+    """The bytes of a state's numbers, one at least -> coded bytes.
+
+    layout: of the numbers, a row for each token; its dtype is of `ROUNDED_DTYPES`. bits: of an integer, 2 to 8.
+
+    Raises `InvalidCache` for NaN and infinities.
+    """
+    state = torch.frombuffer(bytearray(raw), dtype=layout.dtype).float().reshape(_shape(layout))
+    if not bool(torch.isfinite(state).all()):
         raise InvalidCache("a state holds NaN or an infinity, which cannot be rounded; keep states lossless")
-    frequencies = normalize_frequencies(np.bincount(symbols, minlength=n_symbols)[None])
-    coded = encode_symbols(symbols[None], *_classes(len(symbols)), RansTables(frequencies, 1))
-    return frequencies.astype("<u2").tobytes() + scales.astype("<u2").tobytes() + coded
+    scales, integers = round_rows(state, bits)
+    patterns = (integers.abs() + 128 * (integers < 0)).to(torch.uint8)
+    coded = compress_floats(_bytes_of(scales), _of_scales(layout))
+    return _HEAD.pack(len(coded)) + coded + compress_floats(patterns.numpy().tobytes(), replace(layout, dtype=_INTEGER))
 
 
-def decompress_state(stored: bytes | memoryview, raw_bytes: int, dtype: torch.dtype, bits: int) -> bytes:
+def decompress_state(stored: bytes | memoryview, raw_bytes: int, layout: FloatLayout) -> bytes:
     """Numbers close to those that `compress_state` was given, the same on every machine.
 
     Raises `CorruptStream` where nothing of raw_bytes bytes was coded so.
     """
-    from .kernels import restore_blocks
-
-    n_numbers, n_symbols = raw_bytes // dtype.itemsize, (1 << bits) - 1
-    n_blocks = _n_blocks(n_numbers)
-    start = 2 * (n_symbols + n_blocks)
+    n_numbers = raw_bytes // layout.dtype.itemsize
+    (n_coded,) = _HEAD.unpack_from(stored) if len(stored) >= _HEAD.size else (len(stored),)
+    start = _HEAD.size + n_coded
     if start > len(stored):
-        raise CorruptStream(f"{n_numbers} rounded numbers need {start} bytes and more; {len(stored)} are stored")
-    head = np.frombuffer(stored, "<u2", n_symbols + n_blocks).astype(np.uint16)
-    tables = RansTables(head[None, :n_symbols], 1, CorruptStream)
-    symbols = decode_symbols(stored[start:], *_classes(n_numbers), tables)[0]
-    values = np.empty(n_numbers, np.float32)
-    restore_blocks(symbols, n_symbols // 2, head[n_symbols:], values)
-    limit = torch.finfo(dtype).max
-    numbers = torch.from_numpy(values).clamp(-limit, limit).to(dtype)
-    return bytes(numbers.view(torch.uint8).numpy().tobytes())
+        raise CorruptStream(f"scales of {n_coded} bytes are claimed in {len(stored)} bytes of a rounded state")
+    raw = decompress_floats(stored[_HEAD.size : start], 2 * (n_numbers // layout.n_features), _of_scales(layout))
+    scales = torch.frombuffer(bytearray(raw), dtype=_SCALE).reshape(_shape(_of_scales(layout)))
+    if not bool(torch.isfinite(scales).all()):
+        raise CorruptStream("a scale of a rounded state is not finite")
+    raw = decompress_floats(stored[start:], n_numbers, replace(layout, dtype=_INTEGER))
+    patterns = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(torch.int32).reshape(_shape(layout))
+    integers = torch.where(patterns >= 128, 128 - patterns, patterns)
+    limit = torch.finfo(layout.dtype).max
+    return _bytes_of(restore_rows(scales, integers).clamp(-limit, limit).to(layout.dtype))
 
 
-def _n_blocks(n_numbers: int) -> int:
-    """Whole ones, and what is left in powers of two."""
-    return n_numbers // BLOCK_NUMBERS + (n_numbers % BLOCK_NUMBERS).bit_count()
+def _of_scales(layout: FloatLayout) -> FloatLayout:
+    """One for each row."""
+    return replace(layout, n_features=1, dtype=_SCALE)
 
 
-def _classes(n_numbers: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Of one column and of all numbers: one table for all."""
-    return np.zeros(1, np.uint8), np.zeros(n_numbers, np.uint8)
+def _shape(layout: FloatLayout) -> tuple[int, int, int]:
+    return -1, layout.n_tokens, layout.n_features
+
+
+def _bytes_of(numbers: Tensor) -> bytes:
+    return bytes(numbers.contiguous().view(torch.uint8).numpy().tobytes())
