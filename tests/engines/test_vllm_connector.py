@@ -245,13 +245,17 @@ def test_bytes_that_change_on_disk_are_counted_logged_once_and_deleted(connector
     counts = engine.worker._mover.counts.read()
     assert (counts["damaged"], counts["misses"], counts["other"]) == (1, 1, 0)
     assert not path.exists()
-    (message,) = (one.getMessage() for one in caplog.records if one.name.startswith("kvtc"))
-    assert "is damaged and is deleted: checksum does not fit" in message
+    messages = [one.getMessage() for one in caplog.records if one.name.startswith("kvtc")]
+    (message,) = (one for one in messages if "is damaged and is deleted: checksum does not fit" in one)
     assert str(store._directory.root) in message
+    (cost,) = (one for one in messages if one is not message)
+    assert "tokens 256 .. 671 are left to the engine: entry " in cost
+    assert damaged in cost
+    assert all(one.startswith("request b: ") for one in messages)
     engine.finish()
 
 
-def test_an_entry_that_vanishes_between_the_question_and_the_load_is_computed(connector, options):
+def test_an_entry_that_vanishes_between_the_question_and_the_load_is_computed(connector, options, caplog):
     ids, truth = prompt()
     engine = FakeEngine(connector, *configs(options, **SHAPE))
     engine.run("a", ids, truth)
@@ -262,6 +266,7 @@ def test_an_entry_that_vanishes_between_the_question_and_the_load_is_computed(co
     assert n_loaded == 0
     assert torch.equal(found.keys, truth.keys)
     assert engine.worker._mover.counts.read()["misses"] == 1
+    assert "request b: tokens 0 .. 671 are left to the engine: entry chunk/" in caplog.text
     engine.finish()
 
 

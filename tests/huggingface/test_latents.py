@@ -17,6 +17,8 @@ import kvtc
 from kvtc.cli import main
 from kvtc.coding.rope import Rope
 from kvtc.errors import InvalidArgument, UnsupportedModel
+from kvtc.evaluate.baselines import Fp8
+from kvtc.evaluate.quality import evaluate_continuation
 from kvtc.huggingface.models import capture, geometry_of, verify_rope
 from kvtc.huggingface.rope_discovery import rotation_of
 from kvtc.huggingface.sensitivity import Sensitivity
@@ -29,6 +31,13 @@ transformers = pytest.importorskip("transformers")
 
 IDS = random_ids(1, 40)[0]
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7}
+INDEXED = {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 8}
+SIZES = (
+    "vocab_size", "pad_token_id", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim",
+    "qk_nope_head_dim", "v_head_dim",
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "first_k_dense_replace",
+)  # fmt: skip
 GPTJ = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 512, "n_inner": 32}
 
 
@@ -63,6 +72,33 @@ def test_the_rotary_part_of_a_latent_is_the_key(
     assert torch.equal(cache.keys, torch.stack([held[layer].values[0] for layer in layers]))
     assert torch.equal(cache.values, torch.stack([held[layer].keys[0] for layer in layers]))
     assert verify_rope(model, geometry, IDS) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("axk1", {}),
+        ("axk2", INDEXED),
+        ("dots3_note_text", INDEXED),
+        ("hy_v4", INDEXED),
+        ("longcat_flash", {"num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2}),
+        ("mistral4", {"head_dim": None}),
+        ("youtu", {}),
+    ],
+)
+def test_other_families_cache_latents_alike(name: str, changes: dict[str, Any]) -> None:
+    """Layers of Longcat have two caches each; Dots normalizes rotary parts before it turns them."""
+    sizes = tiny_config("deepseek_v3").to_dict() | changes
+    kept = {field: sizes[field] for field in (*SIZES, *changes) if sizes[field] is not None}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **kept)
+    alone = {"mistral4": transformers.Mistral4ForCausalLM}  # transformers finds it as a part of a larger model alone
+    make = alone.get(name, transformers.AutoModelForCausalLM.from_config)
+    model = make(config).float().eval()
+    geometry = geometry_of(model)
+    assert (geometry.n_kv_heads, geometry.dims, geometry.rope.is_known) == (1, (4, 16), True)
+    assert verify_rope(model, geometry, IDS) < 1e-5
+    geometry.check(capture(model, IDS, geometry))
 
 
 def test_another_order_of_pairs_shows() -> None:
@@ -166,6 +202,15 @@ def test_keys_of_unknown_rotation_are_coded_as_they_are() -> None:
     assert relative_error(codec.decode(stream).layers[0].keys, cache.layers[0].keys) < 0.5
     with pytest.raises(InvalidArgument, match="rotation of these keys is not known"):
         codec.decode(stream, start_position=3)
+
+
+def test_latents_are_evaluated_beside_fp8() -> None:
+    model, texts = tiny_model("deepseek_v3"), [random_ids(1, 128, seed=seed)[0] for seed in range(1, 4)]
+    calibration = kvtc.calibrate(model, texts, profiles=("joint",), progress=False)
+    methods = {"FP8": Fp8(), "joint": kvtc.Codec(calibration, ratio=2, window_tokens=0)}
+    for quality in evaluate_continuation(model, random_ids(1, 160, seed=9)[0], methods, 32):
+        assert 1.9 < quality.body_ratio < 2.1
+        assert 0 <= quality.kl < 0.05
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32"])

@@ -27,7 +27,7 @@ from .rope_discovery import (
 from .window_rows import WindowRows
 
 # Modules whose output is the key before rotation, or a projection that contains it.
-_KEY_NORMS = frozenset({"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm"})
+_KEY_NORMS = frozenset({"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm", "k_rope_only_layernorm"})
 _KEY_PROJECTIONS = frozenset(
     {"k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "kv_proj", "kv_a_proj_with_mqa"}
 )
@@ -438,10 +438,11 @@ def _layer_of(path: str, module: nn.Module, known: dict[str, int]) -> int | None
 def _key_candidates(output: Tensor, whole: _Extent, n_tokens: int) -> Iterator[Tensor]:
     """Readings of a module's output as keys [H, T, D] of all heads: each layout some architecture uses."""
     heads, dim, queries = whole.n_kv_heads, whole.key_dim, whole.n_query_heads
-    if output.numel() == n_tokens * (dim + whole.value_dim) and heads == 1:
-        rotary = output.reshape(n_tokens, -1)[None, :, whole.value_dim :]  # latent | rotary part
-        yield rotary
-        yield halves(rotary)
+    if looks_like_latent(heads, dim, whole.value_dim):
+        if output.numel() in (n_tokens * dim, n_tokens * (dim + whole.value_dim)):
+            rotary = output.reshape(n_tokens, -1)[None, :, -dim:]  # alone, or behind the latent
+            yield rotary
+            yield halves(rotary)
         return
     if output.numel() == n_tokens * heads * dim:
         if output.shape == (1, heads, n_tokens, dim):

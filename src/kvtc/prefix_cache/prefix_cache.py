@@ -359,7 +359,8 @@ class PrefixCache:
         except PROGRAM_ENDS:
             raise
         except BaseException as error:
-            self.entries.count_error("save_errors", error, "a prefix of %d tokens is not saved", len(ids))
+            name = self.chain.nodes(ids)[-1].hex()
+            self.entries.count_error("save_errors", error, "prefix %s of %d tokens is not saved", name, len(ids))
             raise
         self.entries.counts.add(saves=1)
         return report

@@ -175,7 +175,7 @@ class KvtcL2Adapter(L2AdapterInterface):
         try:
             model = self._settings.model_in_key(key.model_name)
         except UnknownModel as error:
-            self._chunks.entries.count_error("other_models", error, "a chunk is left alone")
+            self._chunks.entries.count_error("other_models", error, "chunk %s is left alone", key.chunk_hash.hex())
             return None
         return self._chunks.key(
             worker_of(key.kv_rank),
