@@ -25,7 +25,15 @@ from kvtc.calibration.artifact import _checksum, _parse
 from kvtc.codec.codec import Codec
 from kvtc.errors import KvtcError
 
-from .builders import measured_calibration, random_cache, tiny_calibration, told_cache, told_ids
+from .builders import (
+    measured_calibration,
+    random_cache,
+    tiny_calibration,
+    told_cache,
+    told_ids,
+    two_widths,
+    two_widths_calibration,
+)
 
 Contents = tuple[dict[str, str], dict[str, Tensor]]
 
@@ -98,7 +106,13 @@ def sound_files() -> list[tuple[bytes, Callable[[Path, random.Random], None]]]:
     found = []
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "sound")
-        for calibration in (measured_calibration(), measured_calibration(), tiny_calibration()):
+        calibrations = (
+            measured_calibration(),
+            measured_calibration(),
+            tiny_calibration(),
+            two_widths_calibration("latent"),
+        )
+        for calibration in calibrations:
             calibration.save(path)
             found.append((path.read_bytes(), use_calibration))
         save_cache(path, random_cache(9, torch.bfloat16, first_position=3), torch.arange(9))
@@ -211,7 +225,11 @@ def use_calibration(path: Path, draw: random.Random) -> None:
     profile = draw.choice(calibration.profiles)
     options = {"ratio": draw.choice([2.0, 8.0, 64.0])} if draw.random() < 0.5 or profile == "paper" else {"step": 0.5}
     codec = Codec(calibration, profile, sink_tokens=2, window_tokens=3, chunk_tokens=8, **options)
-    decoded = codec.decode(codec.encode(told_cache(20, torch.bfloat16), told_ids(20)), told_ids(20))
+    is_latent = calibration.geometry.n_kv_heads == 1
+    cache = (
+        random_cache(20, torch.bfloat16, geometry=two_widths("latent")) if is_latent else told_cache(20, torch.bfloat16)
+    )
+    decoded = codec.decode(codec.encode(cache, told_ids(20)), told_ids(20))
     assert bool(decoded.keys.isfinite().all() and decoded.values.isfinite().all()), (
         "a calibration gives a cache that is not finite"
     )

@@ -196,7 +196,7 @@ def main() -> None:
     texts = sequences(options.calibration_text, tokenizer)
     recorded = HiddenStates(model, 1, shipped.geometry)
     rows = CalibrationRows(shipped.geometry, max_tokens=options.calibration_tokens, hidden_width=recorded.width)
-    accumulate(model, texts, rows, recorded=recorded)
+    accumulate(model, texts, [rows], recorded=recorded)
     if not rows.is_full:
         raise SystemExit(f"the calibration text holds {rows.n_rows} tokens; {rows.max_tokens} are asked for")
     fits = Fits(rows, shipped, options.joint_rank, recorded.identity)

@@ -87,7 +87,7 @@ def calibrate(recipe: Recipe, files: Iterable[Path]) -> kvtc.Calibration:
         made = kvtc.calibrate(model, texts, max_tokens=recipe.tokens, seed=recipe.draw, progress=False, **RANKS)
     else:
         rows = CalibrationRows(geometry_of(model), max_tokens=recipe.tokens, seed=recipe.draw)
-        accumulate(model, texts, rows)
+        accumulate(model, texts, [rows])
         made = fit(rows, FitOptions(**RANKS, seed=recipe.draw, layers_per_basis=recipe.layers_per_basis))
     if made.info["n_rows"] < recipe.tokens:
         raise SystemExit(f"the calibration text holds {made.info['n_rows']} tokens for {recipe}")

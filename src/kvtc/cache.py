@@ -112,7 +112,14 @@ class CacheExtent:
         return sum(self.side_features)
 
     def side_shapes(self, n_tokens: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-        """Shapes [L, H, T, D] of keys and of values."""
+        """Shapes [L, H, T, D] of keys and of values.
+
+        Parameters:
+            n_tokens: T.
+
+        Returns:
+            The two shapes.
+        """
         heads = self.n_layers, self.n_kv_heads, n_tokens
         return (*heads, self.key_dim), (*heads, self.value_dim)
 
@@ -142,8 +149,12 @@ class CacheGeometry(CacheExtent):
 
     Example:
         >>> geometry = calibration.geometry
-        >>> geometry.sizes, geometry.n_layers, geometry.row_features
-        ((12, 3, 32), 12, 1152)
+        >>> geometry.kind, geometry.sizes, geometry.n_layers, geometry.head_dim, geometry.dims
+        ('full attention', (12, 3, 32), 12, 32, (32, 32))
+        >>> geometry.layer_features, geometry.side_features, geometry.joint_features
+        ((96, 96), (1152, 1152), 2304)
+        >>> geometry.side_shapes(600)
+        ((12, 3, 600, 32), (12, 3, 600, 32))
         >>> geometry.describe() == geometry.extent.describe()
         True
     """
@@ -222,8 +233,8 @@ class KVCache:
 
     Example:
         >>> tiny = kvtc.KVCache(torch.zeros(3, 2, 5, 8), torch.ones(3, 2, 5, 8), layers=(4, 5, 6))
-        >>> tiny.n_layers, tiny.n_kv_heads, tiny.n_tokens, tiny.key_dim, tiny.dtype
-        (3, 2, 5, 8, torch.float32)
+        >>> tiny.n_layers, tiny.n_kv_heads, tiny.n_tokens, tiny.key_dim, tiny.value_dim, tiny.dtype
+        (3, 2, 5, 8, 8, torch.float32)
         >>> tiny.describe()
         'layers 4..6, kv heads 0..1, head_dim 8'
         >>> tiny.resolved_layers(), tiny.resolved_positions(), tiny.resolved_rope_length()

@@ -12,7 +12,8 @@ stays:
     other           it is of a newer format, or of another encryption key, calibration or text: it stays, others read it
     decode_errors   there was no memory to decode it, or code failed: it stays, it may be sound
 
-Every error is logged with its cause, one of each kind a minute. Only `KeyboardInterrupt` and
+Every error is logged with the entry and its cause, one of each kind a minute, and begins with the request if it happens inside of
+`concerning`; an entry that is missing is logged as information. Only `KeyboardInterrupt` and
 `SystemExit` (`PROGRAM_ENDS`) reach the caller of the first two groups.
 """
 
@@ -77,6 +78,7 @@ class Entries:
         """
         if entry is None:
             self.counts.add(misses=1)
+            log_once(logger, "missing", "entry %s is missing, or the store did not give it", key, level=logging.INFO)
             return None
         decoded = self.parse(key, entry, decode)
         if decoded is not None:
@@ -102,7 +104,7 @@ class Entries:
         """How many leading keys have entries; 0 where the store fails."""
         self.counts.add(lookups=1)
         try:
-            with self._asking("tell what it has"):
+            with self._asking("tell whether it has", keys):
                 return read_count(self.store.contains_prefix(keys), len(keys))
         except StoreError:
             return 0
@@ -120,7 +122,7 @@ class Entries:
 
     def fetch(self, keys: Sequence[str], *, is_resident: bool = False) -> list[Any]:
         """As `read`, but raises `StoreError` where the store fails."""
-        with self._asking("read"), telling_unreadable(self._count_unreadable):
+        with self._asking("read", keys), telling_unreadable(self._count_unreadable):
             entries = (self.store.resident_many if is_resident else self.store.get_many)(keys)
             entries = read_values(entries, len(keys), is_resident=is_resident)
         self.counts.add(bytes_read=sum(len(entry) for entry in entries if entry is not None))
@@ -143,7 +145,7 @@ class Entries:
             BaseException: Whatever `encode` raises.
         """
         if not replace:
-            with self._asking("tell what it has"):
+            with self._asking("tell whether it has", [key]):
                 is_there = self.store.contains(key)
             if is_there:
                 self.counts.add(entries_shared=1)
@@ -155,12 +157,12 @@ class Entries:
 
     def write(self, key: str, value: bytes) -> None:
         """Store an entry that holds no cache and is not counted. Raises `StoreError`."""
-        with self._asking("write"):
+        with self._asking("write", [key]):
             self.store.put(key, value)
 
     def delete(self, key: str) -> None:
         """Delete an entry, if the key has one. Raises `StoreError`."""
-        with self._asking("delete"):
+        with self._asking("delete", [key]):
             self.store.delete(key)
 
     @contextmanager
@@ -201,14 +203,17 @@ class Entries:
         self.count_error(counter, error, message, key)
 
     @contextmanager
-    def _asking(self, to_do: str) -> Iterator[None]:
+    def _asking(self, to_do: str, keys: Sequence[str]) -> Iterator[None]:
         """Whatever a store raises is a counted, logged `StoreError`."""
         try:
             yield
         except PROGRAM_ENDS:
             raise
         except BaseException as error:
-            self.count_error("store_errors", error, f"the store did not {to_do}")
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            self.count_error(
+                "store_errors", error, f"the store did not {to_do} %s%s", keys[0] if keys else "nothing", more
+            )
             if isinstance(error, StoreError):
                 raise
-            raise StoreError(f"the store did not {to_do}: {type(error).__name__}: {error}") from error
+            raise StoreError(f"the store did not {to_do} an entry: {type(error).__name__}: {error}") from error

@@ -613,8 +613,8 @@ def ids_of_length(n: int = LENGTH) -> Tensor:
 
 
 def gathered(model, geometry, n: int = LENGTH) -> Sensitivity:
-    found = Sensitivity(model, geometry, SINKS)
-    cache = found.capture(ids_of_length(n))
+    found = Sensitivity(model, [geometry], SINKS)
+    (cache,) = found.capture(ids_of_length(n))
     assert (cache.n_layers, cache.n_tokens) == (geometry.n_layers, n)
     return found
 
@@ -663,7 +663,7 @@ def test_gradients_are_those_by_unrotated_keys_and_values(rope):
     geometry = geometry_of(model)
     assert (geometry.rope.tables[0].attention_scaling == 1) == (rope == "plain")
     found = gathered(model, geometry)
-    rows, gradients = next(found.sample().blocks())
+    rows, gradients = next(found.samples()[0].blocks())
     expected = derived(model)[SINKS:]
     torch.testing.assert_close(gradients, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
     read = capture(model, ids_of_length()[:N_READ])
@@ -678,9 +678,9 @@ def test_sensitivity_of_a_part_of_the_model():
     model = tiny_llama()
     whole = gathered(model, geometry_of(model))
     part = gathered(model, geometry_of(model, layers=(1, 2), kv_heads=(1, 2)))
-    _, gradients = next(whole.sample().blocks())
+    _, gradients = next(whole.samples()[0].blocks())
     expected = gradients.reshape(len(gradients), 2, 2, 2, 8)[:, :, 1, 1].reshape(len(gradients), -1)
-    of_part = next(part.sample().blocks())[1]
+    of_part = next(part.samples()[0].blocks())[1]
     torch.testing.assert_close(of_part, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
 
 
@@ -690,9 +690,9 @@ def test_a_model_stays_as_it_was():
     model = tiny_llama().train()
     model.lm_head.requires_grad_(False)
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    found = Sensitivity(model, geometry_of(model), SINKS)
+    found = Sensitivity(model, [geometry_of(model)], SINKS)
     with torch.inference_mode():
-        cache = found.capture(ids_of_length())
+        (cache,) = found.capture(ids_of_length())
     assert found.n_passes == 1
     assert model.training
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == frozen
@@ -709,7 +709,7 @@ def test_short_texts_are_captured_alone():
     found = gathered(model, geometry_of(model), 12)
     assert found.n_passes == 0
     with pytest.raises(InvalidArgument, match="a text of 13 tokens or more"):
-        found.sample()
+        found.samples()
     assert gathered(model, geometry_of(model), 13).n_passes == 1
 
 
@@ -720,4 +720,4 @@ def test_a_model_without_gradients_is_named(monkeypatch):
     plain = type(model.model).forward
     monkeypatch.setattr(type(model.model), "forward", lambda *given, **named: torch.no_grad()(plain)(*given, **named))
     with pytest.raises(UnsupportedModel, match="LlamaForCausalLM gives no gradients"):
-        Sensitivity(model, geometry_of(model), SINKS).capture(ids_of_length())
+        Sensitivity(model, [geometry_of(model)], SINKS).capture(ids_of_length())

@@ -149,7 +149,7 @@ def test_a_damaged_page_is_a_miss(make, tmp_path):
 def test_whatever_a_store_raises_stays_out_of_the_threads_of_sglang(make, monkeypatch, error):
     backend, _ = make()
     with monkeypatch.context() as broken:
-        break_store(broken, backend._store, error)
+        break_store(broken, backend._pages.entries.store, error)
         assert backend.batch_set_v1(KEYS[:2], ALL[: 2 * PAGE]) == [False, False]
         assert backend.batch_get_v1(KEYS[:2], ALL[: 2 * PAGE]) == [False, False]
         assert backend.batch_exists(KEYS[:2]) == 0

@@ -12,6 +12,7 @@ from kvtc.counts import COUNTERS, Counts
 from kvtc.engines.settings import EngineSettings
 from kvtc.engines.vllm.facts import engine_facts, layers_in_order, served_model
 from kvtc.errors import GeometryMismatch, InvalidArgument, UnsupportedLayout, UnsupportedModel
+from kvtc.metrics import COUNTER_METRICS
 from kvtc.prefix_cache import PrefixCache
 from kvtc.store import open_store
 from tests.builders import (
@@ -244,13 +245,17 @@ def test_bytes_that_change_on_disk_are_counted_logged_once_and_deleted(connector
     counts = engine.worker._mover.counts.read()
     assert (counts["damaged"], counts["misses"], counts["other"]) == (1, 1, 0)
     assert not path.exists()
-    (message,) = (one.getMessage() for one in caplog.records if one.name.startswith("kvtc"))
-    assert "is damaged and is deleted: checksum does not fit" in message
+    messages = [one.getMessage() for one in caplog.records if one.name.startswith("kvtc")]
+    (message,) = (one for one in messages if "is damaged and is deleted: checksum does not fit" in one)
     assert str(store._directory.root) in message
+    (cost,) = (one for one in messages if one is not message)
+    assert "tokens 256 .. 671 are left to the engine: entry " in cost
+    assert damaged in cost
+    assert all(one.startswith("request b: ") for one in messages)
     engine.finish()
 
 
-def test_an_entry_that_vanishes_between_the_question_and_the_load_is_computed(connector, options):
+def test_an_entry_that_vanishes_between_the_question_and_the_load_is_computed(connector, options, caplog):
     ids, truth = prompt()
     engine = FakeEngine(connector, *configs(options, **SHAPE))
     engine.run("a", ids, truth)
@@ -261,6 +266,7 @@ def test_an_entry_that_vanishes_between_the_question_and_the_load_is_computed(co
     assert n_loaded == 0
     assert torch.equal(found.keys, truth.keys)
     assert engine.worker._mover.counts.read()["misses"] == 1
+    assert "request b: tokens 0 .. 671 are left to the engine: entry chunk/" in caplog.text
     engine.finish()
 
 
@@ -459,7 +465,10 @@ def test_every_count_is_a_metric():
     with fake_vllm():
         from kvtc.engines.vllm import metrics as vllm_metrics
 
-        assert set(vllm_metrics.tier_metric_definitions()) == {f"vllm:kvtc_{name}" for name in COUNTERS}
+        names = set(vllm_metrics.tier_metric_definitions())
+        assert names == {f"vllm:{metric.name.removesuffix('_total')}" for metric in COUNTER_METRICS.values()}
+        assert len(names) == len(COUNTERS)
+        assert {"vllm:kvtc_tokens_loaded", "vllm:kvtc_read_bytes", "vllm:kvtc_original_bytes"} <= names
     with pytest.raises(KeyError, match="there is no counter chunks_lost"):
         Counts().add(chunks_lost=1)
 

@@ -242,7 +242,7 @@ def test_a_chunk_whose_position_is_not_told_is_not_stored(tier_class, options):
     host.tier.shutdown()
 
 
-def test_each_rank_has_its_shard_of_a_row():
+def test_each_rank_has_its_shard_of_a_row(caplog):
     settings = EngineSettings("unused", "memory:", step=0.05)
     layout = PageLayout("LBHNC", N_LAYERS, N_HEADS, HEAD_DIM, PAGE)
     size = layout.bytes(CHUNK, torch.bfloat16)
@@ -265,7 +265,9 @@ def test_each_rank_has_its_shard_of_a_row():
         for rank, cache in enumerate(caches):
             shard = pages_of(rows[1, rank * size : (rank + 1) * size], "LBHNC")
             assert relative_error(read_tokens(shard, torch.arange(CHUNK))[0], cache.keys) < 0.02
+        jobs.load(3, [TierChunk(b"name", 1, None)], "r7")
         jobs.close()
+        assert f"request r7: chunk {b'name'.hex()} is given up: InvalidArgument: the engine does not say" in caplog.text
 
 
 def test_what_cannot_work_is_refused_at_start(tier_class, options):

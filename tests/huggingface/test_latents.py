@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +14,16 @@ import torch
 from torch import Tensor
 
 import kvtc
+from kvtc.cli import main
 from kvtc.coding.rope import Rope
 from kvtc.errors import InvalidArgument, UnsupportedModel
+from kvtc.evaluate.baselines import Fp8
+from kvtc.evaluate.quality import evaluate_continuation
 from kvtc.huggingface.models import capture, geometry_of, verify_rope
 from kvtc.huggingface.rope_discovery import rotation_of
 from kvtc.huggingface.sensitivity import Sensitivity
 from kvtc.huggingface.support import supported
+from kvtc.store import open_store
 from tests.builders import relative_error
 from tests.tiny_architectures import random_ids, read, tiny_config, tiny_model
 
@@ -24,6 +31,13 @@ transformers = pytest.importorskip("transformers")
 
 IDS = random_ids(1, 40)[0]
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7}
+INDEXED = {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 8}
+SIZES = (
+    "vocab_size", "pad_token_id", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim",
+    "qk_nope_head_dim", "v_head_dim",
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "first_k_dense_replace",
+)  # fmt: skip
 GPTJ = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 512, "n_inner": 32}
 
 
@@ -58,6 +72,33 @@ def test_the_rotary_part_of_a_latent_is_the_key(
     assert torch.equal(cache.keys, torch.stack([held[layer].values[0] for layer in layers]))
     assert torch.equal(cache.values, torch.stack([held[layer].keys[0] for layer in layers]))
     assert verify_rope(model, geometry, IDS) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("axk1", {}),
+        ("axk2", INDEXED),
+        ("dots3_note_text", INDEXED),
+        ("hy_v4", INDEXED),
+        ("longcat_flash", {"num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2}),
+        ("mistral4", {"head_dim": None}),
+        ("youtu", {}),
+    ],
+)
+def test_other_families_cache_latents_alike(name: str, changes: dict[str, Any]) -> None:
+    """Layers of Longcat have two caches each; Dots normalizes rotary parts before it turns them."""
+    sizes = tiny_config("deepseek_v3").to_dict() | changes
+    kept = {field: sizes[field] for field in (*SIZES, *changes) if sizes[field] is not None}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **kept)
+    alone = {"mistral4": transformers.Mistral4ForCausalLM}  # transformers finds it as a part of a larger model alone
+    make = alone.get(name, transformers.AutoModelForCausalLM.from_config)
+    model = make(config).float().eval()
+    geometry = geometry_of(model)
+    assert (geometry.n_kv_heads, geometry.dims, geometry.rope.is_known) == (1, (4, 16), True)
+    assert verify_rope(model, geometry, IDS) < 1e-5
+    geometry.check(capture(model, IDS, geometry))
 
 
 def test_another_order_of_pairs_shows() -> None:
@@ -161,3 +202,39 @@ def test_keys_of_unknown_rotation_are_coded_as_they_are() -> None:
     assert relative_error(codec.decode(stream).layers[0].keys, cache.layers[0].keys) < 0.5
     with pytest.raises(InvalidArgument, match="rotation of these keys is not known"):
         codec.decode(stream, start_position=3)
+
+
+def test_latents_are_evaluated_beside_fp8() -> None:
+    model, texts = tiny_model("deepseek_v3"), [random_ids(1, 128, seed=seed)[0] for seed in range(1, 4)]
+    calibration = kvtc.calibrate(model, texts, profiles=("joint",), progress=False)
+    methods = {"FP8": Fp8(), "joint": kvtc.Codec(calibration, ratio=2, window_tokens=0)}
+    for quality in evaluate_continuation(model, random_ids(1, 160, seed=9)[0], methods, 32):
+        assert 1.9 < quality.body_ratio < 2.1
+        assert 0 <= quality.kl < 0.05
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32"])
+def test_prefixes_of_latents_are_found_and_read_on_from(name: str) -> None:
+    model, texts = tiny_model(name), [random_ids(1, 128, seed=seed)[0] for seed in range(1, 4)]
+    calibration = kvtc.calibrate(model, texts, profiles=("joint",), progress=False)
+    codec = kvtc.Codec(calibration, ratio=2, sink_tokens=4, window_tokens=16, chunk_tokens=32)
+    ids = random_ids(1, 120, seed=9)
+    logits, _ = read(model, ids)
+    with kvtc.PrefixCache(codec, open_store("memory:"), min_tokens=32) as prefixes:
+        prefixes.save(ids[0, :100], read(model, ids[:, :100])[1]).result()
+        restored, n_tokens = prefixes.load(ids[0])
+    assert n_tokens >= 96
+    after = read(model, ids[:, n_tokens:], restored)[0]
+    assert relative_error(after, logits[:, n_tokens:]) < 0.2
+
+
+def test_doctor_says_which_keys_are_coded_as_cached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(transformers.GPTJConfig(**GPTJ).to_dict()))
+    assert main(["doctor", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"at a rate +yes", out)
+    assert "keys are coded as cached: GPTJForCausalLM (gptj): has no *RotaryEmbedding module" in " ".join(out.split())
+    path.write_text(json.dumps(tiny_config("deepseek_v3").to_dict()))
+    assert main(["doctor", str(path)]) == 0
+    assert re.search(r"latent +keys and values +0\.\.3 +1 x 4 x 16 +160 +0 +codes it", capsys.readouterr().out)

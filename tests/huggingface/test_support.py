@@ -43,7 +43,7 @@ def test_bytes_of_a_cache():
     assert said.not_coded is None
     full, window = said.groups
     assert (full.token_bytes, full.constant_bytes, full.is_coded) == (2 * 2 * 2 * 8 * 2, 0, True)
-    assert (window.token_bytes, window.constant_bytes, window.is_coded) == (0, 15 * 4 * 2 * 2 * 8 * 2, False)
+    assert (window.token_bytes, window.constant_bytes, window.is_coded) == (0, 15 * 4 * 2 * 2 * 8 * 2, True)
     assert (said.token_bytes, said.constant_bytes) == (128, window.constant_bytes)
 
 
@@ -97,6 +97,7 @@ def test_the_page_shows_what_is_stored(stored):
     rows = stored["rows"]
     assert {name for name in NAMED if rows[name]["stopped_by"]} == set()
     assert sum(not row["stopped_by"] for row in rows.values()) >= 0.9 * len(rows)
+    assert sum(row["is_coded"] for row in rows.values()) >= 0.8 * len(rows)
 
 
 def test_what_is_stored_is_of_every_text_model_of_this_transformers(stored):

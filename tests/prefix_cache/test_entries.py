@@ -221,8 +221,8 @@ def test_failures_are_logged_with_their_cause_once_a_minute_of_each_kind(entries
     assert [message.split("\n")[0] for message in caplog.messages] == [
         "entry here is not decoded: RuntimeError: the cause",
         "entry here is not what was asked for and is left alone: TokenMismatch: the cause",
-        "the store did not read: OSError: the cause",
-        "the store did not read: OSError: the cause",
+        "the store did not read here: OSError: the cause",
+        "the store did not read here: OSError: the cause",
     ]
     assert ["Traceback" in record.message for record in caplog.records] == [True, False, True, True]
     assert {record.levelno for record in caplog.records} == {logging.WARNING}

@@ -10,7 +10,7 @@ import pytest
 
 from kvtc.process import log_limits
 from kvtc.process.forks import in_child
-from kvtc.process.log_limits import log_once
+from kvtc.process.log_limits import concerning, log_once
 from tests.forking import in_forked_child
 
 logger = logging.getLogger("kvtc.test_log_limits")
@@ -45,6 +45,22 @@ def test_kinds_without_end_fill_no_memory():
     for number in range(3000):
         log_once(logging.getLogger("kvtc.silent"), str(number), "")
     assert len(log_limits._limits._kinds) == log_limits.MAX_KINDS
+
+
+def test_lines_begin_with_what_they_concern_and_are_of_one_kind(caplog):
+    with concerning("request 7"):
+        log_once(logger, "kind", "entry %s is damaged", "a")
+        with concerning("request 8\nforged"):
+            log_once(logger, "other", "100%% gone")
+        log_once(logger, "kind", "entry %s is damaged", "b")
+        log_once(logger, "third", "again")
+    log_once(logger, "fourth", "nobody's")
+    assert caplog.messages == [
+        "request 7: entry a is damaged",
+        r"request 8\nforged: 100% gone",
+        "request 7: again",
+        "nobody's",
+    ]
 
 
 def test_the_traceback_of_an_error_is_kept(caplog):
@@ -85,5 +101,5 @@ def test_objects_are_renewed_in_a_child_as_long_as_they_live():
 def test_nothing_warns_past_the_limit():
     """What can go wrong thousands of times a second fills no log: every warning of kvtc is one of `log_once`."""
     sources = Path(log_limits.__file__).parents[1].rglob("*.py")
-    found = {file.name for file in sources if re.search(r"logger\.(warning|error|exception)\(", file.read_text())}
+    found = {file.name for file in sources if re.search(r"logger\.(log|warning|error|exception)\(", file.read_text())}
     assert found == {"log_limits.py"}

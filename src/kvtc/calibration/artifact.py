@@ -158,6 +158,11 @@ class Calibration:
         ('paper', 'joint', 'conditional')
         >>> len(calibration.fingerprint), calibration.n_parameters > 1_000_000
         (16, True)
+        >>> len(calibration.groups), calibration.geometry_of(0) == calibration.geometry
+        (1, True)
+        >>> from kvtc.container.stream import parse_stream
+        >>> calibration.number_of(parse_stream(stream).header.groups[0])
+        0
     """
 
     geometry: CacheGeometry
@@ -178,11 +183,25 @@ class Calibration:
         return CodedGroup(self.geometry, self.joint, self.importance), *self.further
 
     def geometry_of(self, number: int) -> CacheGeometry:
-        """Of the group of this number, the first of which is 0."""
+        """The geometry of a group.
+
+        Parameters:
+            number: of the group, 0 for the first.
+
+        Returns:
+            Its geometry.
+        """
         return self.further[number - 1].geometry if number else self.geometry
 
     def number_of(self, group: Group) -> int | None:
-        """Which of `groups` covers a group of a cache; None: none does."""
+        """Which of `groups` covers a group of a cache.
+
+        Parameters:
+            group: as the group table of a stream has it.
+
+        Returns:
+            Its number, 0 for the first; None: none covers it.
+        """
         return next((number for number, one in enumerate(self.groups) if covers(one.geometry, group)), None)
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..cache import CacheGeometry
 from ..calibration import Calibration
 from ..report.table import format_bytes
 
@@ -19,7 +20,10 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
     result = {
         "path": str(path),
         "fingerprint": calibration.fingerprint.hex(),
-        "groups": [{"kind": calibration.geometry.kind, "geometry": calibration.geometry.describe()}],
+        "groups": [
+            {"kind": geometry.kind, "geometry": geometry.describe(), "joint_rank": rank}
+            for geometry, rank in _groups(calibration)
+        ],
         "joint_features": calibration.geometry.joint_features,
         "file_bytes": n_bytes,
         "n_parameters": calibration.n_parameters,
@@ -38,7 +42,7 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
     }
     fields: Fields = [
         ("calibration", calibration.fingerprint.hex()),
-        ("group", f"{calibration.geometry.kind}, {calibration.geometry.describe()}"),
+        *(("group", f"{geometry.kind}, {geometry.describe()}") for geometry, _ in _groups(calibration)),
     ]
     for name, kind in kinds.items():
         worth = f"{kind.basis.rank:,} coefficients explain {kind.explained_variance:.2%} of the variance"
@@ -47,6 +51,14 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
     fields.append(("size", f"{format_bytes(n_bytes)}, {calibration.n_parameters:,} numbers"))
     fields += [(name.replace("_", " "), value) for name, value in info.items() if value is not None]
     return result, fields
+
+
+def _groups(calibration: Calibration) -> list[tuple[CacheGeometry, int | None]]:
+    """Each group that it covers, and the rank of its joint basis."""
+    of_joint: list[tuple[CacheGeometry, int | None]] = [
+        (group.geometry, group.joint.basis.rank) for group in calibration.groups
+    ]
+    return of_joint or [(calibration.geometry, None)]
 
 
 def _joint_fields(calibration: Calibration) -> Fields:

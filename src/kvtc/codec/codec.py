@@ -320,7 +320,11 @@ class Codec:
 
     @property
     def covered(self) -> list[CacheGeometry]:
-        """Of the groups that a cache must have: those that are coded, or else the first that the calibration covers."""
+        """Of the groups that a cache must have: those that are coded, or else the first that the calibration covers.
+
+        >>> codec.covered == [codec.geometry]
+        True
+        """
         if self.calibration is None:
             return []
         if self.settings.profile == JOINT:
@@ -836,7 +840,24 @@ class Codec:
 
     @neutral_torch_state
     def encode_point(self, exact: Sequence[ExactGroup], n_tokens: int) -> bytes:
-        """Windows and states as they were after n_tokens tokens -> a stream of these groups alone."""
+        """Windows and states as they were after some tokens, as a stream of these groups alone.
+
+        Parameters:
+            exact: the groups.
+            n_tokens: tokens that had been read.
+
+        Returns:
+            The stream, for `decode_point`.
+
+        Example:
+            >>> from kvtc.codec.exact_groups import ExactGroup
+            >>> from kvtc.container.groups import STATE, Group, Part
+            >>> state = torch.arange(6.0).reshape(1, 2, 3)
+            >>> group = Group(STATE, Part.RECURRENT_STATE, state.dtype, layers=(0,), shape=(1, 2, 3), has_run=True)
+            >>> point = codec.encode_point([ExactGroup(group, [(state,)])], n_tokens=512)
+            >>> torch.equal(codec.decode_point(point)[0].sides[0][0], state)
+            True
+        """
         held = max((one.group.rows_held(n_tokens) for one in exact if one.group.kind == WINDOW), default=0)
         start = (n_tokens - max(held, 1)) // self.settings.chunk_tokens * self.settings.chunk_tokens
         split = SplitCache(None, list(exact), n_tokens - start, start=start)
@@ -844,7 +865,17 @@ class Codec:
 
     @neutral_torch_state
     def decode_point(self, data: Bytes) -> list[ExactGroup]:
-        """Inverse of `encode_point`; raises as `decode`."""
+        """Inverse of `encode_point`.
+
+        Parameters:
+            data: the stream.
+
+        Returns:
+            The groups.
+
+        Raises:
+            CorruptStream, CalibrationMismatch: As `decode`.
+        """
         stream = parse_stream(data)
         if stream.header.coded is not None or not stream.n_tokens:
             raise CorruptStream("a resume point holds tokens of every kind, or none; expected windows and states")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..backends import Bytes
 from ..cache import CacheExtent, TokenIds, describe_widths
-from ..calibration.artifact import Calibration
+from ..calibration.artifact import Calibration, covers
 from ..coding.exact.tokens import decode_exact, decode_fp8, exact_bytes, fp8_bytes
 from ..coding.lossless import BlockCoder
 from ..coding.threads import Begun
@@ -205,7 +205,8 @@ def check_calibration(header: Header, calibration: Calibration | None) -> None:
             )
         return
     geometry = calibration.geometry
-    if header.coded is None and not header.further:
+    is_covered = header.further or any(covers(geometry, group) for group in header.groups)
+    if header.coded is None and not is_covered:
         kinds = ", ".join(sorted({group.kind for group in header.groups}))
         raise GeometryMismatch(
             f"the calibration covers {geometry.describe()}; the stream holds no such group ({kinds})"

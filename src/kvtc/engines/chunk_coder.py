@@ -20,7 +20,7 @@ from ..process.torch_state import neutral_torch_state, writing_into
 from ..profiles.rates import FixedSize
 from .page_layout import PageLayout
 from .position_search import check_fit, find_start
-from .settings import AT_LEAST_ONE, AUTO, PREFIX, EngineSettings
+from .settings import AT_LEAST_ONE, AUTO, PREFIX, TEXT, EngineSettings, of_rank
 from .windowless_codec import CHUNK_TOKENS, WindowlessCodec, cache_of
 
 LayoutOf = Callable[[Sequence[int]], PageLayout]
@@ -36,9 +36,16 @@ class ChunkSettings(EngineSettings):
     Parameters:
         max_tokens: Where the engine does not say at which position a chunk stands, it is searched
             below this one.
+        metrics_file: Path of a file for metrics, with `{tp_rank}` and `{pp_rank}` as in `calibration`;
+            None: there is none.
     """
 
     max_tokens: int = field(default=131072, metadata=AT_LEAST_ONE)
+    metrics_file: str | None = field(default=None, metadata=TEXT)
+
+    def metrics_path(self, tp_rank: int = 0, pp_rank: int = 0) -> str | None:
+        """The file of metrics of a worker. Raises `InvalidArgument` for other names in braces."""
+        return None if self.metrics_file is None else of_rank("metrics_file", self.metrics_file, tp_rank, pp_rank)
 
 
 class ChunkCoder:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Self
 
 from ..cache import CacheExtent
@@ -17,6 +16,8 @@ from ..errors import GeometryMismatch, InvalidArgument
 from ..reference import reference_calibration
 
 PREFIX = "kvtc."
+OF_STORES = ("store", "metrics_file")
+"""Options that there are only where kvtc has a store."""
 REFERENCE = "reference"
 AUTO = "auto"
 
@@ -94,10 +95,10 @@ class EngineSettings:
         """The settings that an engine's configuration gives.
 
         Parameters:
-            config: Options of the engine by name; those that do not begin with `kvtc.` are left
-                to others.
-            needs_store: Whether there is an option `kvtc.store` (default), which there is not
-                where the engine itself stores the streams.
+            config: Options of the engine by name; those that do not begin with `kvtc.` are left to
+                others.
+            needs_store: False where the engine itself stores the streams: there are no options of
+                stores then.
 
         Returns:
             The settings.
@@ -106,7 +107,7 @@ class EngineSettings:
             InvalidArgument: An option is unknown, missing or of a value that it does not take.
         """
         given = {key.removeprefix(PREFIX): value for key, value in config.items() if key.startswith(PREFIX)}
-        known = {known.name: known for known in fields(cls) if needs_store or known.name != "store"}
+        known = {known.name: known for known in fields(cls) if needs_store or known.name not in OF_STORES}
         if unknown := sorted(given.keys() - known.keys()):
             raise InvalidArgument(
                 f"unknown option {PREFIX}{unknown[0]}; expected one of {', '.join(known)} after {PREFIX}"
@@ -163,13 +164,8 @@ class EngineSettings:
         """
         if self.calibration == REFERENCE:
             return reference_calibration(), self.calibration
-        try:
-            path = Path(self.calibration.format(tp_rank=tp_rank, pp_rank=pp_rank))
-        except (KeyError, IndexError, ValueError) as error:
-            raise InvalidArgument(
-                f"{PREFIX}calibration {self.calibration!r}: only {{tp_rank}} and {{pp_rank}} stand for something"
-            ) from error
-        return load_calibration(path), str(path)
+        path = of_rank("calibration", self.calibration, tp_rank, pp_rank)
+        return load_calibration(path), path
 
 
 @dataclass(frozen=True)
@@ -200,6 +196,16 @@ class CacheShard(CacheExtent):
                 "the rank: model-{tp_rank}-{pp_rank}.safetensors"
             )
         return calibration
+
+
+def of_rank(option: str, path: str, tp_rank: int, pp_rank: int) -> str:
+    """A path with the ranks of a worker in place of {tp_rank} and {pp_rank}; `InvalidArgument` for other braces."""
+    try:
+        return path.format(tp_rank=tp_rank, pp_rank=pp_rank)
+    except (KeyError, IndexError, ValueError) as error:
+        raise InvalidArgument(
+            f"{PREFIX}{option} {path!r}: only {{tp_rank}} and {{pp_rank}} stand for something"
+        ) from error
 
 
 def worker_shards(

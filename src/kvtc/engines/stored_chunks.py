@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..entries import Entries
 from ..key_digest import Part, digest
+from ..metrics import prometheus_text
 from ..store import Store
 from .chunk_coder import ChunkCoder
+from .metrics_file import MetricsFile
 
 T = TypeVar("T")
 
@@ -29,6 +31,23 @@ class StoredChunks:
         self.entries = Entries(store)
         self.counts = self.entries.counts
         self._coder_of, self._scope = coder_of, scope
+        self._metrics = MetricsFile(None, str)
+
+    def write_metrics(self, path: str | None, **labels: str) -> None:
+        """Write `metrics` into a file again and again, until `close`.
+
+        Parameters:
+            path: Of the file; None: it is not written.
+            labels: Of all metrics.
+
+        Raises:
+            InvalidArgument: The file cannot be written.
+        """
+        self._metrics = MetricsFile(path, lambda: self.metrics(**labels))
+
+    def metrics(self, **labels: str) -> str:
+        """What was counted here and in the store, as of `prometheus_text`."""
+        return prometheus_text([(labels, self.counts.read()), (labels, self.entries.store.statistics())])
 
     def key(self, worker: int, **name: Part) -> str:
         """The store's key of a chunk of a worker. name: all that the engine calls it and that it
@@ -80,7 +99,8 @@ class StoredChunks:
         self.entries.forget(key)
 
     def close(self) -> None:
-        """Close the store."""
+        """Close the file of metrics and the store."""
+        self._metrics.close()
         self.entries.store.close()
 
 

@@ -95,7 +95,7 @@ class Tasks(Generic[Name, Result]):
         except PROGRAM_ENDS:
             raise
         except BaseException as error:  # noqa: BLE001
-            log_once(logger, type(error).__name__, "%s: a task failed", self._owner, exc_info=error)
+            log_once(logger, type(error).__name__, "%s: task %s failed", self._owner, name, exc_info=error)
         finally:  # the engine waits for the end of each task
             with self._changed:
                 self._results[name] = result

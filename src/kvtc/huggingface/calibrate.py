@@ -18,15 +18,16 @@ from ..calibration.checkpoint import Checkpoint
 from ..calibration.fit import JOINT_RANK_CAP, RANK_CAP, FitOptions, fit
 from ..calibration.rows import DEFAULT_TOKENS, CalibrationRows
 from ..container.tables import PROFILES
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, UnsupportedModel
 from ..process.progress import note, reporting, task
 from .hidden_states import HiddenStates
 from .measure_quality import HeldOut, measure_quality
 from .model_files import UnknownModel
 from .model_identity import calibrated_identity
-from .models import as_ids, capture, geometry_of, verify_rope
+from .models import as_ids, capture_groups, geometry_of, verify_rope
 from .rope_discovery import rotation_of
 from .sensitivity import Sensitivity
+from .support import covered_geometries
 
 _VERIFICATION_TOKENS = 256
 _GATHERED = "gathered"
@@ -101,36 +102,57 @@ def calibrate(
     if not profiles:
         raise InvalidArgument("expected at least one profile to calibrate for")
     is_whole, has_joint = layers is None and kv_heads is None, not set(profiles) <= {"paper"}
-    geometry = geometry_of(model, layers, kv_heads)
-    sizes = FitOptions(rank, _joint_rank(model, geometry) if joint_rank is None else joint_rank, seed)
+    # The others have no profile but joint.
+    several = is_whole and "joint" in profiles
+    geometries = covered_geometries(model) if several else [geometry_of(model, layers, kv_heads)]
+    geometry = geometries[0]
+    if geometry.is_window and set(profiles) != {"joint"}:
+        raise UnsupportedModel(
+            f"no layer of this model has full attention, so that joint alone codes its cache ({geometry.describe()}); calibrate "
+            'for it (profiles=("joint",))'
+        )
+    sizes = FitOptions(rank, _joint_rank(model, geometries) if joint_rank is None else joint_rank, seed)
     about = _about(model)
     recorded = HiddenStates(model, recompute_layers, geometry) if "conditional" in profiles else None
-    sensitivity = Sensitivity(model, geometry, sink_tokens) if has_joint else None
+    sensitivity = Sensitivity(model, geometries, sink_tokens) if has_joint else None
     held_out = HeldOut() if has_joint and is_whole else None
     embeddings = model.get_input_embeddings().weight
     with reporting(progress):
         note("phases: " + ", ".join(_phases(profiles, has_joint and is_whole)))
-        rows = CalibrationRows(
-            geometry,
-            sink_tokens=sink_tokens,
-            max_tokens=max_tokens,
-            hidden_width=recorded.width if recorded else 0,
-            rank=max(rank if "paper" in profiles else 0, sizes.joint_rank if has_joint else 0),
-            seed=seed,
-            device=embeddings.device if device is None else device,
+        rows, *further = (
+            CalibrationRows(
+                its,
+                sink_tokens=sink_tokens,
+                max_tokens=max_tokens,
+                hidden_width=recorded.width if recorded and its is geometry else 0,
+                rank=max(rank if "paper" in profiles else 0, sizes.joint_rank if has_joint else 0),
+                seed=seed,
+                device=embeddings.device if device is None else device,
+            )
+            for its in geometries
         )
-        sequences = _verified(model, geometry, token_sequences, sink_tokens)
-        owner = _digest(about, geometry.describe(), sizes, sorted(profiles), recompute_layers, max_tokens, sink_tokens)
+        sequences = _verified(model, geometries, token_sequences, sink_tokens)
+        owner = _digest(
+            about,
+            [its.describe() for its in geometries],
+            sizes,
+            sorted(profiles),
+            recompute_layers,
+            max_tokens,
+            sink_tokens,
+        )
         checkpoint = Checkpoint(checkpoint_directory if about["model_identity"] else None, owner)
-        accumulate(model, sequences, rows, sensitivity, held_out, recorded, checkpoint)
+        accumulate(model, sequences, [rows, *further], sensitivity, held_out, recorded, checkpoint)
+        samples = sensitivity.samples() if sensitivity else []
         calibration = fit(
             rows,
             sizes,
             paper="paper" in profiles,
-            sample=sensitivity.sample() if sensitivity else None,
+            sample=samples[0] if samples else None,
             recomputed=(recompute_layers, recorded.identity) if recorded else None,
             info=about,
             checkpoint=checkpoint,
+            further=list(zip(further, samples[1:], strict=True)),
         )
         if held_out and held_out.sequences:
             calibration = measure_quality(model, calibration, held_out.sequences)
@@ -151,7 +173,10 @@ def _digest(*parts: object) -> str:
 
 
 def _verified(
-    model: Any, geometry: CacheGeometry, token_sequences: Iterable[Tensor | Sequence[int]], sink_tokens: int
+    model: Any,
+    geometries: Sequence[CacheGeometry],
+    token_sequences: Iterable[Tensor | Sequence[int]],
+    sink_tokens: int,
 ) -> Iterator[Tensor]:
     """The sequences of more than sink_tokens tokens, as [T] int64; the rotation is verified on the first one, here and now.
 
@@ -161,10 +186,11 @@ def _verified(
     first = next(sequences, None)
     if first is None:
         raise InvalidArgument(f"expected at least one sequence of more than {sink_tokens} tokens, found none")
-    if not geometry.rope.is_known:
+    known = [geometry for geometry in geometries if geometry.rope.is_known]
+    if len(known) < len(geometries):
         note(f"keys are coded as they are cached: {rotation_of(model)[1]}")
-    else:
-        with task("checking the rotation"):
+    with task("checking the rotation"):
+        for geometry in known:
             verify_rope(model, geometry, first[:_VERIFICATION_TOKENS])
     return chain([first], sequences)
 
@@ -172,13 +198,13 @@ def _verified(
 def accumulate(
     model: Any,
     sequences: Iterable[Tensor],
-    rows: CalibrationRows,
+    groups: Sequence[CalibrationRows],
     sensitivity: Sensitivity | None = None,
     held_out: HeldOut | None = None,
     recorded: HiddenStates | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Capture the cache of one sequence after another and add its rows, until the rows have seen enough tokens.
+    """Capture the cache of one sequence after another and add its rows, until the first group has seen enough tokens.
 
     Where a checkpoint has some of it, the sequences that it has are passed over.
 
@@ -187,14 +213,15 @@ def accumulate(
 
     Parameters:
         model: a transformers causal LM.
-        sequences: [T] int64 each; none is asked for once `rows.is_full`.
-        rows: what the caches are added to.
+        sequences: [T] int64 each; none is asked for once the first group is full.
+        groups: what the caches are added to, by group; the first takes hidden states, if any are recorded.
         sensitivity: captures the caches and records the passes; None: they are captured alone.
         held_out: takes some of the sequences, whose caches are not captured; None: none are.
         recorded: takes the hidden states of the same passes; None: none are taken.
         checkpoint: keeps what is gathered, every few minutes; None: nothing is kept.
     """
-    kept = _Gathered(rows, sensitivity, checkpoint)
+    rows, geometries = groups[0], [its.geometry for its in groups]
+    kept = _Gathered(groups, sensitivity, checkpoint)
     kept.resume()
     read = hashlib.sha256()
     n_read = 0
@@ -208,9 +235,10 @@ def accumulate(
                 kept.check(read.hexdigest())
             elif n_read > kept.n_sequences and not is_held_out:
                 with recorded or nullcontext():
-                    cache = capture(model, ids, rows.geometry) if sensitivity is None else sensitivity.capture(ids)
+                    caches = sensitivity.capture(ids) if sensitivity else capture_groups(model, ids, geometries)
                 before = rows.n_rows
-                rows.add(cache, recorded.taken() if recorded else None)
+                for its, cache in zip(groups, caches, strict=True):
+                    its.add(cache, recorded.taken() if recorded and its is rows else None)
                 advance(rows.n_rows - before)
                 kept.save_if_due(n_read, read.hexdigest())
             if rows.is_full and n_read >= kept.n_sequences:
@@ -228,8 +256,10 @@ class _Gathered:
         n_sequences: how many were kept, held-out ones included.
     """
 
-    def __init__(self, rows: CalibrationRows, sensitivity: Sensitivity | None, checkpoint: Checkpoint | None) -> None:
-        self._rows, self._sensitivity, self._checkpoint = rows, sensitivity, checkpoint
+    def __init__(
+        self, groups: Sequence[CalibrationRows], sensitivity: Sensitivity | None, checkpoint: Checkpoint | None
+    ) -> None:
+        self._groups, self._sensitivity, self._checkpoint = groups, sensitivity, checkpoint
         self.n_sequences, self._digest = 0, ""
 
     def resume(self) -> None:
@@ -237,12 +267,14 @@ class _Gathered:
         found = None if self._checkpoint is None else self._checkpoint.load(_GATHERED)
         if found is None:
             return
-        self._rows.resume(found)
+        for number, rows in enumerate(self._groups):
+            prefix = f"rows{number}."
+            rows.resume({name[len(prefix) :]: its for name, its in found.items() if name.startswith(prefix)})
         if self._sensitivity is not None:
             self._sensitivity.resume(found)
         self.n_sequences = int(found["n_read"])
         self._digest = bytes(found["read"].tolist()).decode()
-        note(f"reading text: {self._rows.n_rows:,} tokens were read before")
+        note(f"reading text: {self._groups[0].n_rows:,} tokens were read before")
 
     def check(self, digest: str) -> None:
         """Raise `InvalidArgument` unless what was kept is of these sequences."""
@@ -253,21 +285,29 @@ class _Gathered:
 
     def save_if_due(self, n_sequences: int, digest: str) -> None:
         """Keep it from time to time, when no rows wait: then an interruption changes no sum."""
-        if self._checkpoint is not None and self._checkpoint.is_due and not self._rows.moments.n_pending:
+        if (
+            self._checkpoint is not None
+            and self._checkpoint.is_due
+            and not any(rows.moments.n_pending for rows in self._groups)
+        ):
             self.save(n_sequences, digest)
 
     def save(self, n_sequences: int, digest: str) -> None:
         """Keep it."""
-        self._rows.moments.settle()
+        for rows in self._groups:
+            rows.moments.settle()
         if self._checkpoint is not None:
-            state = self._rows.state() | (self._sensitivity.state() if self._sensitivity else {})
+            state = self._sensitivity.state() if self._sensitivity else {}
+            for number, rows in enumerate(self._groups):
+                state |= {f"rows{number}.{name}": its for name, its in rows.state().items()}
             read = {"n_read": torch.tensor([n_sequences]), "read": torch.tensor(list(digest.encode()))}
             self._checkpoint.save(_GATHERED, state | read)
 
 
-def _joint_rank(model: Any, geometry: CacheGeometry) -> int:
+def _joint_rank(model: Any, geometries: Sequence[CacheGeometry]) -> int:
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return max(1, min(JOINT_RANK_CAP, int(2 * n_parameters * _BASIS_SHARE) // (geometry.joint_features)))
+    n_features = sum(geometry.joint_features for geometry in geometries)
+    return max(1, min(JOINT_RANK_CAP, int(2 * n_parameters * _BASIS_SHARE) // n_features))
 
 
 def _about(model: Any) -> dict[str, Any]:

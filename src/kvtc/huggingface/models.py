@@ -24,9 +24,10 @@ from .rope_discovery import (
     rotation_of,
     text_config,
 )
+from .window_rows import WindowRows
 
 # Modules whose output is the key before rotation, or a projection that contains it.
-_KEY_NORMS = frozenset({"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm"})
+_KEY_NORMS = frozenset({"k_norm", "k_layernorm", "key_layernorm", "k_layer_norm", "k_rope_only_layernorm"})
 _KEY_PROJECTIONS = frozenset(
     {"k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "kv_proj", "kv_a_proj_with_mqa"}
 )
@@ -152,7 +153,18 @@ def capture(
         >>> captured.n_tokens, captured.dtype
         (50, torch.bfloat16)
     """
-    _extent_of(model, geometry)
+    return capture_groups(model, token_ids, [geometry], piece_tokens)[0]
+
+
+def capture_groups(
+    model: Any,
+    token_ids: Tensor | Sequence[int],
+    geometries: Sequence[CacheGeometry | None],
+    piece_tokens: int | None = None,
+) -> list[KVCache]:
+    """As `capture`, of several groups of layers in one prefill; of windows, too, all tokens."""
+    for geometry in geometries:
+        _extent_of(model, geometry)
     device = model.get_input_embeddings().weight.device
     ids = as_ids(token_ids)
     vocabulary = int(text_config(model).vocab_size)
@@ -160,23 +172,41 @@ def capture(
         found = f"{int(ids.min())} .. {int(ids.max())}" if len(ids) else "none"
         raise InvalidArgument(f"expected one or more token ids in 0 .. {vocabulary - 1}, found {found}")
     arguments = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    if piece_tokens is None or geometry_of(model).rope.depends_on_length:
+    if piece_tokens is None or rotation_of(model)[0].depends_on_length:
         piece_tokens = len(ids)
+    windows = window_rows(model, geometries)
     with model_torch_state(), evaluation_mode(model):
-        cached = _read_in_pieces(model, ids.to(device), piece_tokens, arguments)
-    return captured(model, cached, len(ids), geometry)
+        cached = _read_in_pieces(model, ids.to(device), piece_tokens, arguments, windows and windows.cache)
+    return [captured(model, cached, len(ids), geometry, windows) for geometry in geometries]
+
+
+def window_rows(model: Any, geometries: Sequence[CacheGeometry | None]) -> WindowRows | None:
+    """What records the windows among some geometries; None where there are none. Raises `UnsupportedModel`."""
+    layers = [layer for its in geometries if its is not None and its.is_window for layer in its.layers]
+    return WindowRows(model, layers) if layers else None
 
 
 @neutral_torch_state
-def captured(model: Any, cached: Any, n_tokens: int, geometry: CacheGeometry | None = None) -> KVCache:
-    """Those layers and heads of a cache of n_tokens tokens that a model has made; the parameters and errors of `capture`."""
+def captured(
+    model: Any,
+    cached: Any,
+    n_tokens: int,
+    geometry: CacheGeometry | None = None,
+    windows: WindowRows | None = None,
+) -> KVCache:
+    """Those layers and heads of a cache of n_tokens tokens that a model has made; the parameters and errors of `capture`.
+
+    windows: recorded them, where the geometry is one of windows.
+    """
     whole, layers, heads = _extent_of(model, geometry)
     device, remembered = model.get_input_embeddings().weight.device, remembered_length(model)
     expected = tuple((1, whole.n_kv_heads, n_tokens, dim) for dim in (whole.key_dim, whole.value_dim))
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for layer in layers:
-        sides = sides_of_layer(cached.layers[layer].keys, cached.layers[layer].values)
+        held = cached.layers[layer]
+        is_window = windows is not None and geometry is not None and geometry.is_window
+        sides = windows.sides(layer) if is_window and windows else sides_of_layer(held.keys, held.values)
         shapes = tuple(sides[0].shape), tuple(sides[1].shape)
         if shapes != expected:
             raise UnsupportedModel(
@@ -195,7 +225,7 @@ def captured(model: Any, cached: Any, n_tokens: int, geometry: CacheGeometry | N
 
 def _extent_of(model: Any, geometry: CacheGeometry | None) -> tuple[_Extent, tuple[int, ...], range]:
     """The extent of a model's cache, and the layers and heads of a geometry. Raises `GeometryMismatch` for one outside."""
-    whole = _Extent.of(model)
+    whole = _Extent.of(model, None if geometry is None or not geometry.is_window else geometry.layers[0])
     if geometry is None:
         return whole, coded_layers(model), range(whole.n_kv_heads)
     heads = range(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
@@ -205,9 +235,8 @@ def _extent_of(model: Any, geometry: CacheGeometry | None) -> tuple[_Extent, tup
     return whole, geometry.layers, heads
 
 
-def _read_in_pieces(model: Any, ids: Tensor, piece_tokens: int, arguments: dict[str, Any]) -> Any:
-    """The cache of all tokens."""
-    cached: Any = None
+def _read_in_pieces(model: Any, ids: Tensor, piece_tokens: int, arguments: dict[str, Any], cached: Any) -> Any:
+    """The cache of all tokens. cached: an empty one to read into; None: the model's own."""
     with task("prefill", len(ids), "tokens") as advance:
         for start in range(0, len(ids), piece_tokens):
             piece = ids[start : start + piece_tokens]
@@ -256,7 +285,7 @@ def verify_rope(
     finally:
         for hook in hooks:
             hook.remove()
-    return _worst_rope_error(geometry, cache, observed, names, _Extent.of(model), tolerance)
+    return _worst_rope_error(geometry, cache, observed, names, _extent_of(model, geometry)[0], tolerance)
 
 
 @neutral_torch_state
@@ -307,11 +336,14 @@ class _Extent:
     n_query_heads: int
 
     @classmethod
-    def of(cls, model_or_config: Any) -> _Extent:
+    def of(cls, model_or_config: Any, layer: int | None = None) -> _Extent:
+        """layer: whose shape it is; None: that of the layers of full attention."""
         config = text_config(model_or_config)
         n_layers = int(config.num_hidden_layers)
         # Layers may differ in shape: sizes are those of the layers that are coded.
-        config = config.per_layer_config[coded_layers(model_or_config)[0]]
+        if layer is None or layer >= n_layers:
+            layer = coded_layers(model_or_config)[0]
+        config = config.per_layer_config[layer]
         n_heads = int(config.num_attention_heads)
         rank = getattr(config, "kv_lora_rank", None)
         if rank is not None:
@@ -393,10 +425,11 @@ def _layer_of(path: str, module: nn.Module, known: dict[str, int]) -> int | None
 def _key_candidates(output: Tensor, whole: _Extent, n_tokens: int) -> Iterator[Tensor]:
     """Readings of a module's output as keys [H, T, D] of all heads: each layout some architecture uses."""
     heads, dim, queries = whole.n_kv_heads, whole.key_dim, whole.n_query_heads
-    if output.numel() == n_tokens * (dim + whole.value_dim) and heads == 1:
-        rotary = output.reshape(n_tokens, -1)[None, :, whole.value_dim :]  # latent | rotary part
-        yield rotary
-        yield halves(rotary)
+    if looks_like_latent(heads, dim, whole.value_dim):
+        if output.numel() in (n_tokens * dim, n_tokens * (dim + whole.value_dim)):
+            rotary = output.reshape(n_tokens, -1)[None, :, -dim:]  # alone, or behind the latent
+            yield rotary
+            yield halves(rotary)
         return
     if output.numel() == n_tokens * heads * dim:
         if output.shape == (1, heads, n_tokens, dim):

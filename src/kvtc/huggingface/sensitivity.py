@@ -9,6 +9,7 @@ un-rotated, for errors are made in un-rotated keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -22,7 +23,8 @@ from ..coding.transform import rows_of
 from ..errors import InvalidArgument, UnsupportedModel
 from ..process.torch_state import evaluation_mode, gradients, model_torch_state, neutral_torch_state
 from .continuation import prefill
-from .models import capture, captured
+from .models import capture_groups, captured, window_rows
+from .window_rows import WindowRows
 
 READ_SHARE = 0.75
 """Of a text that is cached; the rest is predicted."""
@@ -40,24 +42,24 @@ class Sensitivity:
 
     Parameters:
         model: a transformers causal LM.
-        geometry: the layers and heads that are measured.
+        geometries: the layers and heads that are measured, group by group.
         sink_tokens: earlier tokens are left out.
         seed: of the labels.
     """
 
     @neutral_torch_state
-    def __init__(self, model: Any, geometry: CacheGeometry, sink_tokens: int, seed: int = 0) -> None:
+    def __init__(self, model: Any, geometries: Sequence[CacheGeometry], sink_tokens: int, seed: int = 0) -> None:
         self.n_passes = 0
         self._model = model
-        self._geometry = geometry
+        self._geometries = list(geometries)
         self._sink_tokens = sink_tokens
         self._generator = torch.Generator().manual_seed(seed)
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        row_bytes = 4 * geometry.joint_features
+        self._parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self._geometries]
+        row_bytes = 4 * sum(geometry.joint_features for geometry in self._geometries)
         self._n_sampled = max(1, min(_SAMPLED_TOKENS, _SAMPLED_BYTES // (_MOST_PASSES * row_bytes)))
 
-    def capture(self, token_ids: Tensor) -> KVCache:
-        """The cache of one sequence, [T] int64; gradients are taken from the first 64 that are long enough.
+    def capture(self, token_ids: Tensor) -> list[KVCache]:
+        """The cache of one sequence, [T] int64, by group; gradients are taken from the first 64 that are long enough.
 
         Time: a forward pass, and a backward pass from the last quarter of the tokens. Memory: the activations of that quarter.
 
@@ -65,62 +67,71 @@ class Sensitivity:
             UnsupportedModel: for a model that gives no gradients.
         """
         if self.n_passes == _MOST_PASSES or not self._is_enough(len(token_ids)):
-            return capture(self._model, token_ids, self._geometry)
+            return capture_groups(self._model, token_ids, self._geometries)
         n_read = int(READ_SHARE * len(token_ids))
-        cached, leaves = self._passes(token_ids, n_read)
-        self._add(leaves, n_read)
+        windows = window_rows(self._model, self._geometries)
+        cached, leaves = self._passes(token_ids, n_read, windows)
+        for geometry, parts, its in zip(self._geometries, self._parts, leaves, strict=True):
+            parts.append(self._sampled(geometry, its, n_read))
         self.n_passes += 1
-        if self._geometry.rope.depends_on_length:
+        if any(geometry.rope.depends_on_length for geometry in self._geometries):
             # Read in two parts, its keys are rotated for two lengths.
-            return capture(self._model, token_ids, self._geometry)
-        return captured(self._model, cached, len(token_ids), self._geometry)
+            return capture_groups(self._model, token_ids, self._geometries)
+        return [captured(self._model, cached, len(token_ids), geometry, windows) for geometry in self._geometries]
 
     @neutral_torch_state
-    def sample(self) -> GradientSample:
-        """Tokens from every pass, with their gradients.
+    def samples(self) -> list[GradientSample]:
+        """Of each group tokens from every pass, with their gradients.
 
         Raises:
             InvalidArgument: where no sequence was long enough.
         """
-        if not self._parts:
+        if not self.n_passes:
             needed = next(n for n in count() if self._is_enough(n))
             raise InvalidArgument(
                 f"the metric of joint and conditional needs a text of {needed} tokens or more; the profile paper needs none"
             )
-        rows, directions, sizes = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
-        self._parts = [(rows, directions, sizes)]  # and not a second copy beside
-        geometry = self._geometry
-        return GradientSample(rows, directions, sizes, geometry.n_layers * geometry.n_kv_heads, geometry.dims)
+        found = []
+        for number, geometry in enumerate(self._geometries):
+            rows, directions, sizes = (torch.cat(parts) for parts in zip(*self._parts[number], strict=True))
+            self._parts[number] = [(rows, directions, sizes)]  # and not a second copy beside
+            n_heads = geometry.n_layers * geometry.n_kv_heads
+            found.append(GradientSample(rows, directions, sizes, n_heads, geometry.dims))
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """All that was gathered; `resume` reads it."""
-        parts = self.sample() if self._parts else None
-        found = {} if parts is None else {"rows": parts.rows, "directions": parts.directions, "sizes": parts.sizes}
+        found = {}
+        for number, its in enumerate(self.samples() if self.n_passes else ()):
+            its_own = {"rows": its.rows, "directions": its.directions, "sizes": its.sizes}
+            found.update({f"gradients{number}.{name}": tensor for name, tensor in its_own.items()})
         return found | {"n_passes": torch.tensor([self.n_passes]), "generator": self._generator.get_state()}
 
     def resume(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state` of the same model."""
         self.n_passes = int(state["n_passes"])
         self._generator.set_state(state["generator"])
-        self._parts = [(state["rows"], state["directions"], state["sizes"])] if "rows" in state else []
+        for number in range(len(self._parts) if self.n_passes else 0):
+            rows, directions, sizes = (state[f"gradients{number}.{name}"] for name in ("rows", "directions", "sizes"))
+            self._parts[number] = [(rows, directions, sizes)]
 
     def _is_enough(self, n_tokens: int) -> bool:
         n_read = int(READ_SHARE * n_tokens)
         return min(n_read - self._sink_tokens, n_tokens - n_read) >= _LEAST_TOKENS
 
-    def _passes(self, token_ids: Tensor, n_read: int) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
-        """The whole cache, and the read part's keys and values [1, H, n_read, D] of the measured layers with their gradients."""
+    def _passes(
+        self, token_ids: Tensor, n_read: int, windows: WindowRows | None
+    ) -> tuple[Any, list[list[tuple[Tensor, Tensor]]]]:
+        """The whole cache, and the read part's keys and values [1, H, T, D] of the measured layers with their gradients.
+
+        They are of each group, layer by layer; of a window its last tokens.
+        """
         model = self._model
         ids = token_ids.to(model.get_input_embeddings().weight.device)
         frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with model_torch_state(), evaluation_mode(model):
-            cached = prefill(model, ids[:n_read])
-            leaves = []
-            for layer in (cached.layers[index] for index in self._geometry.layers):
-                layer.keys, layer.values = (
-                    side.detach().clone().requires_grad_() for side in (layer.keys, layer.values)
-                )
-                leaves.append(sides_of_layer(layer.keys, layer.values))
+            cached = prefill(model, ids[:n_read], windows and windows.cache)
+            leaves = [[_leaves(cached.layers[index]) for index in its.layers] for its in self._geometries]
             for parameter in frozen:
                 parameter.requires_grad_(False)
             try:
@@ -137,17 +148,21 @@ class Sensitivity:
         return cached, leaves
 
     @neutral_torch_state
-    def _add(self, leaves: list[tuple[Tensor, Tensor]], n_read: int) -> None:
-        geometry = self._geometry
+    def _sampled(
+        self, geometry: CacheGeometry, leaves: list[tuple[Tensor, Tensor]], n_read: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, directions and sizes of a `GradientSample` from one pass."""
         if any(side.grad is None for sides in leaves for side in sides):
             raise self._no_gradients()
-        n_sampled = min(self._n_sampled, n_read - self._sink_tokens)
-        spaced = np.linspace(self._sink_tokens, n_read - 1, n_sampled).round().astype(np.int64)
+        start = n_read - leaves[0][0].shape[2]
+        first = max(self._sink_tokens, start)
+        n_sampled = min(self._n_sampled, n_read - first)
+        spaced = np.linspace(first, n_read - 1, n_sampled).round().astype(np.int64)
         positions = torch.from_numpy(spaced)
         heads = slice(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
 
         def rows(sides: list[Tensor]) -> Tensor:
-            return torch.stack([side[0, heads][:, positions].float().cpu() for side in sides])
+            return torch.stack([side[0, heads][:, positions - start].float().cpu() for side in sides])
 
         keys, values = (rows([sides[index].detach() for sides in leaves]) for index in (0, 1))
         of_keys, of_values = (rows([sides[index].grad for sides in leaves]) for index in (0, 1))  # type: ignore[misc]
@@ -161,10 +176,16 @@ class Sensitivity:
         directions = gradients / sizes[:, None].clamp_min(torch.finfo(torch.float32).tiny)
         limit = torch.finfo(torch.float16).max
         joint = torch.cat([plain, rows_of(values)], dim=1).clamp(-limit, limit)
-        self._parts.append((joint.half(), directions.half(), sizes))
+        return joint.half(), directions.half(), sizes
 
     def _no_gradients(self) -> UnsupportedModel:
         return UnsupportedModel(
             f"{type(self._model).__name__} gives no gradients by its cache, which joint and conditional need; "
             'calibrate for the profile paper alone (profiles=("paper",))'
         )
+
+
+def _leaves(layer: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer, which become leaves."""
+    layer.keys, layer.values = (side.detach().clone().requires_grad_() for side in (layer.keys, layer.values))
+    return sides_of_layer(layer.keys, layer.values)

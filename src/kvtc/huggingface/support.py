@@ -6,7 +6,7 @@ and dtypes of a real one, and is taken apart as the codec takes caches apart: wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from ..cache import CacheGeometry
 from ..codec.transformers_cache import TransformersCache
+from ..coding.rope import Rope
 from ..container.groups import SIDE_BUFFER, WINDOW, Group
 from ..errors import KvtcError, UnsupportedModel
 from ..process.torch_state import model_torch_state, torch_functions
 from .continuation import CACHES
-from .models import geometry_of
+from .models import geometry_of, layer_types
 from .rope_discovery import require_transformers, rotation_of, skeleton_of, text_config
 
 _TOKENS = 6
@@ -123,14 +124,60 @@ def supported(model_or_config: Any) -> Support:
         groups = TransformersCache(cache_without_weights(model_or_config)).groups
     except KvtcError as error:
         return Support(config.model_type, (), " ".join(str(error).split()), None)
-    config_of_all = getattr(model_or_config, "config", model_or_config)
-    coded, reason = _coded(config_of_all)
+    config_of = getattr(model_or_config, "config", model_or_config)
+    coded, reason = _coded(config_of)
     if coded is not None and not any(_is_coded(group, coded) for group in groups):
         reason = f"its layers are of several shapes; expected {coded.describe()}"
         coded = None
-    needs = tuple(_group_support(group, coded is not None and _is_coded(group, coded)) for group in groups)
-    not_turned = None if coded is None or coded.rope.is_known else rotation_of(config_of_all)[1]
+    rope, unknown = rotation_of(config_of)
+    # Beside full attention that cannot be coded nothing is.
+    is_covered = coded is not None or not any(group.is_codable for group in groups)
+    windows = {geometry.layers for geometry in _windows_of(groups, rope)} if is_covered else set()
+    needs = tuple(
+        _group_support(
+            group,
+            coded is not None and _is_coded(group, coded)
+            if group.is_codable
+            else group.kind == WINDOW and group.layers in windows,
+        )
+        for group in groups
+    )
+    if windows:
+        reason = None
+    not_turned = unknown if any(need.is_coded for need in needs) else None
     return Support(config.model_type, needs, None, reason, not_turned)
+
+
+def covered_geometries(model: Any) -> list[CacheGeometry]:
+    """The groups that a calibration of a whole model covers: full attention, and sliding windows.
+
+    Parameters:
+        model: a transformers model or config.
+
+    Returns:
+        Those of full attention first, if there are any.
+
+    Raises:
+        UnsupportedModel: neither can be coded.
+    """
+    types = layer_types(model)
+    if all(its == "full_attention" for its in types):
+        return [geometry_of(model)]
+    groups = TransformersCache(cache_without_weights(model)).groups
+    windows = _windows_of(groups, rotation_of(model)[0])
+    has_full = any(group.is_codable for group in groups)
+    return [geometry_of(model), *windows] if has_full or not windows else windows
+
+
+def _windows_of(groups: Sequence[Group], rope: Rope) -> list[CacheGeometry]:
+    """The windows among some groups that can be coded: those whose rotation is the same at any length."""
+    found = []
+    for group in groups:
+        if group.can_be_further and group.extent > 1:
+            its_rope = rope.of_layers(group.layers)
+            if not its_rope.depends_on_length:
+                found.append(CacheGeometry(group.layers, 0, *group.shape, its_rope, is_window=True))
+    return found
 
 
 def cache_without_weights(model_or_config: Any) -> Any:

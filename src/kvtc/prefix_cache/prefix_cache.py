@@ -94,6 +94,8 @@ class PrefixCache:
         >>> restored, n_tokens = prefixes.load(prompt)
         >>> n_tokens, prefixes.statistics["hits"]
         (600, 1)
+        >>> len(prefixes.portable(token_ids))
+        3
         >>> prefixes.close()
     """
 
@@ -290,14 +292,21 @@ class PrefixCache:
         """The entries with which another store loads what this one has of a text.
 
         Parameters:
-            token_ids: [T], of the text.
+            token_ids: [T] integers, of the text.
 
         Returns:
-            (key, value) of each, those first that others are of no use without. None: the value under this key of the store. An
-            index of tails is told of the text's own tail alone, and not of those of other texts.
+            (key, value) of each, those first that others are of no use without. None: the value
+            under this key of the store. An index of tails is told of the text's own tail alone,
+            and not of those of other texts.
 
         Raises:
             InvalidArgument, StoreUnavailable: As `load`.
+
+        Example:
+            >>> with kvtc.PrefixCache(codec, kvtc.open_store("memory:")) as prefixes:
+            ...     report = prefixes.save(token_ids, cache).result()
+            ...     [key.split("/")[0] for key, value in prefixes.portable(token_ids)]
+            ['chunk', 'tails', 'tail']
         """
         self._fetcher.check_open()
         ids, size = as_token_ids(token_ids), self.chain.chunk_tokens
@@ -350,7 +359,8 @@ class PrefixCache:
         except PROGRAM_ENDS:
             raise
         except BaseException as error:
-            self.entries.count_error("save_errors", error, "a prefix of %d tokens is not saved", len(ids))
+            name = self.chain.nodes(ids)[-1].hex()
+            self.entries.count_error("save_errors", error, "prefix %s of %d tokens is not saved", name, len(ids))
             raise
         self.entries.counts.add(saves=1)
         return report

@@ -7,6 +7,9 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from textwrap import indent
 
 from ..display import shown, shown_lines, without_credentials
@@ -43,27 +46,46 @@ class LogLimits:
 
 
 _limits = LogLimits()
+_subject: ContextVar[str] = ContextVar("kvtc_log_subject", default="")
+
+
+@contextmanager
+def concerning(subject: str) -> Iterator[None]:
+    """A block whose lines of `log_once` begin with what it is done for, such as "request 7", whoever logs them in this thread."""
+    before = _subject.set(subject)
+    try:
+        yield
+    finally:
+        _subject.reset(before)
 
 
 def log_once(
-    logger: logging.Logger, kind: str, message: str, *arguments: object, exc_info: BaseException | None = None
+    logger: logging.Logger,
+    kind: str,
+    message: str,
+    *arguments: object,
+    exc_info: BaseException | None = None,
+    level: int = logging.WARNING,
 ) -> None:
-    """Log a warning, unless one of the same logger and kind was logged within the last minute.
+    """Log a line, unless one of the same logger and kind was logged within the last minute.
 
     kind: what repeats, such as an operation and the class of its error; never a key or a text, of which there are any number.
     message, arguments: as of `logging.Logger.warning`. How many were left out since the last one is added.
     exc_info: an error whose traceback is of use, where it was not expected. It follows as text, each line of it indented.
 
-    What others wrote, in arguments and errors, is shown as text on one line, without passwords of addresses: it forges no line.
+    level: of the line; a warning, unless another one is given.
+
+    What others wrote, in subject, arguments and errors, is shown as text on one line, without passwords of addresses: it forges no
+    line.
     """
     n_left_out = _limits.pass_one(logger.name, kind)
     if n_left_out is None:
         return
-    text = shown(message % arguments)
+    text = shown(": ".join(filter(None, (_subject.get(), message % arguments))))
     if n_left_out:
         text += f" (and {n_left_out} more of this kind before)"
     if exc_info is not None:
         text += "\n" + indent(
             shown_lines("".join(traceback.format_exception(exc_info)).rstrip("\n")), "    ", lambda _: True
         )
-    logger.warning("%s", without_credentials(text))
+    logger.log(level, "%s", without_credentials(text))

@@ -60,6 +60,7 @@ class KvtcL2Adapter(L2AdapterInterface):
         model = ServedModel.of(self._settings, None)
         coders = WorkerCoders(ChunkCoder, self._settings, model)
         self._chunks = StoredChunks(open_store(self._settings.store), coders.of, model.scope)
+        self._chunks.write_metrics(self._settings.metrics_path(), engine="lmcache")
         self._starts = KnownStarts()
         get_event_bus().subscribe(EventType.MP_LOOKUP, partial(learn_starts, self._starts))
         self._sizes: dict[Any, int] = {}
@@ -112,6 +113,10 @@ class KvtcL2Adapter(L2AdapterInterface):
 
     def report_status(self) -> dict[str, Any]:
         return {"is_healthy": True, "type": "kvtc", **self._chunks.counts.read()}
+
+    def metrics(self) -> str:
+        """What was counted here and in the store, in Prometheus' text format."""
+        return self._chunks.metrics(engine="lmcache")
 
     def close(self) -> None:
         for tasks in (self._stores, self._lookups, self._loads):
@@ -170,7 +175,7 @@ class KvtcL2Adapter(L2AdapterInterface):
         try:
             model = self._settings.model_in_key(key.model_name)
         except UnknownModel as error:
-            self._chunks.entries.count_error("other_models", error, "a chunk is left alone")
+            self._chunks.entries.count_error("other_models", error, "chunk %s is left alone", key.chunk_hash.hex())
             return None
         return self._chunks.key(
             worker_of(key.kv_rank),

@@ -54,6 +54,8 @@ class KvtcRemoteConnector(RemoteConnector):
         coders = WorkerCoders(ChunkCoder, settings, model, metadata.worker_id, self._chunk_tokens)
         self._store = open_store(settings.store)
         self._chunks = StoredChunks(self._store, coders.of, model.scope)
+        self._worker = str(metadata.worker_id)
+        self._chunks.write_metrics(settings.metrics_path(metadata.worker_id), engine="lmcache", worker=self._worker)
 
     async def exists(self, key: Any) -> bool:
         return await asyncio.to_thread(self.exists_sync, key)
@@ -71,6 +73,10 @@ class KvtcRemoteConnector(RemoteConnector):
 
     async def list(self) -> list[str]:
         return list(self._store.keys())
+
+    def metrics(self) -> str:
+        """What was counted here and in the store, in Prometheus' text format."""
+        return self._chunks.metrics(engine="lmcache", worker=self._worker)
 
     async def close(self) -> None:
         logger.info("kvtc, remote: %s", dict(self._chunks.counts.read()))

@@ -52,7 +52,10 @@ class KvtcHiCache(HiCacheStorage):
         self._config = storage_config
         self._settings = ChunkSettings.from_config(storage_config.extra_config or {})
         self._model = served_model(self._settings, storage_config.model_name)
-        self._store = open_store(self._settings.store)
+        self._pages = StoredChunks(open_store(self._settings.store), lambda _: self._coder, self._model.scope)
+        ranks = {"tp_rank": str(storage_config.tp_rank), "pp_rank": str(storage_config.pp_rank)}
+        metrics_file = self._settings.metrics_path(storage_config.tp_rank, storage_config.pp_rank)
+        self._pages.write_metrics(metrics_file, engine="sglang", **ranks)
         self._threads = Workers(self._settings.threads, "the backend of SGLang", "kvtc-page")
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
@@ -61,8 +64,7 @@ class KvtcHiCache(HiCacheStorage):
         layout = host_layout(mem_pool_host, calibration.geometry)
         self._page_values, self._page_tokens = layout.page_values, mem_pool_host.page_size
         self._format = getattr(mem_pool_host, "storage_format_tag", None)
-        coder = ChunkCoder(calibration, self._settings, lambda _: layout)
-        self._pages = StoredChunks(self._store, lambda _: coder, self._model.scope)
+        self._coder = ChunkCoder(calibration, self._settings, lambda _: layout)
 
     def batch_set_v1(self, keys: Sequence[str], host_indices: Tensor, extra_info: Any = None) -> list[bool]:
         first = self._first_position(extra_info)
@@ -133,12 +135,16 @@ class KvtcHiCache(HiCacheStorage):
     def close(self) -> None:
         """Finish what was begun and let go of the store."""
         self._threads.close()
-        self._store.close()
+        self._pages.close()
 
     @property
     def counts(self) -> Counter[str]:
         """What was saved, loaded and missed so far."""
         return self._pages.counts.read()
+
+    def metrics(self) -> str:
+        """What was counted here and in the store, in Prometheus' text format."""
+        return self._pages.metrics(engine="sglang")
 
     def _transfer(self, call: Any, transfer: Any, extra_info: Any) -> list[bool]:
         keys = transfer.keys or []

@@ -10,10 +10,12 @@ from vllm.v1.kv_offload.base import OffloadingCounterMetadata
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from ...counts import COUNTERS
+from ...metrics import counter_name
 
 
 def metric_name(counter: str) -> str:
-    return f"vllm:kvtc_{counter}"
+    """The library of Prometheus adds `_total`."""
+    return f"vllm:{counter_name(counter)}"
 
 
 class KvtcStats(KVConnectorStats):

@@ -8,6 +8,7 @@ is a miss (`Entries`), and the engine computes what is missing.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor
 from ...backends import Target
 from ...entries import Entries
 from ...prefix_cache.tails import Tails
+from ...process.log_limits import concerning, log_once
 from ...process.torch_state import neutral_torch_state, writing_into
 from ...process.workers import Workers
 from ...store import Store
@@ -25,6 +27,8 @@ from ..page_layout import SPLIT, PageLayout
 from ..tasks import Tasks
 from ..windowless_codec import WindowlessCodec
 from .prefix_planner import LoadOrder, Piece, SaveOrder
+
+logger = logging.getLogger(__name__)
 
 MAX_PENDING_SAVES = 64
 """Pieces copied out of the engine that may wait to be coded; more are not saved, so that memory
@@ -158,10 +162,15 @@ class PageMover:
         """Copy the pages now, and code and store them in the background."""
         if not self._room.acquire(blocking=False):
             self.counts.add(saves_dropped=1)
+            with concerning(f"request {order.request_id}"):
+                log_once(logger, "dropped", "%s is not saved: %d pieces wait already", order.piece, MAX_PENDING_SAVES)
             return
         is_begun = False
         # A cache that cannot be saved is no reason to end the engine's step.
-        with self._entries.giving_up("save_errors", "%s is not saved", order.piece):
+        with (
+            concerning(f"request {order.request_id}"),
+            self._entries.giving_up("save_errors", "%s is not saved", order.piece),
+        ):
             n_tokens = len(order.piece.token_ids)
             keys, values = (side[:, :, :n_tokens] for side in self._pages.read(order.page_ids, self._codec.device))
             self._saving.submit(self._save, order, keys, values)
@@ -177,10 +186,18 @@ class PageMover:
     def _load(self, order: LoadOrder) -> list[int]:
         """Fill the pages of an order; the ids of those that are not filled."""
         n_filled = 0
-        with self._entries.giving_up("load_errors", "tokens %d .. %d are not loaded", order.start, order.stop - 1):
-            n_filled = self._fill(order)
+        with concerning(f"request {order.request_id}"):
+            with self._entries.giving_up("load_errors", "tokens %d .. %d are not loaded", order.start, order.stop - 1):
+                n_filled = self._fill(order)
+            self._log_unfilled(order, order.start + n_filled)
         self.counts.add(loads=1, tokens_loaded=n_filled, tokens_missed=order.stop - order.start - n_filled)
         return order.page_ids[n_filled // self._page_tokens :]
+
+    def _log_unfilled(self, order: LoadOrder, reached: int) -> None:
+        missing = next((piece for piece in order.pieces if piece.stop > reached), None)
+        if reached < order.stop and missing is not None:
+            text = "tokens %d .. %d are left to the engine: entry %s is missing, or could not be read as logged before"
+            log_once(logger, "unfilled", text, reached, order.stop - 1, missing.keys[self._rank])
 
     def _fill(self, order: LoadOrder) -> int:
         """Tokens filled, up to the first piece that cannot be had."""
@@ -220,7 +237,10 @@ class PageMover:
             return self._codec.encode(keys, values, piece.start, piece.token_ids)
 
         try:
-            with self._entries.giving_up("save_errors", "%s is not saved", piece):
+            with (
+                concerning(f"request {order.request_id}"),
+                self._entries.giving_up("save_errors", "%s is not saved", piece),
+            ):
                 if piece.tail_name is not None:
                     self._tails.save(node, piece.token_ids, piece.tail_name, encode, original)
                 elif self._entries.put(piece.keys[self._rank], encode, original):

@@ -21,6 +21,7 @@ from ...errors import InvalidArgument
 from ...key_digest import digest
 from ...prefix_cache import Chain, chunk_key
 from ...prefix_cache.tails import NAME_TOKENS, Tails, tail_key, tail_name
+from ...process.log_limits import concerning
 from ...process.workers import Workers
 from ...store import Store
 from ..windowless_codec import CHUNK_TOKENS
@@ -82,12 +83,14 @@ class SaveOrder:
     """Store a piece from pages.
 
     Parameters:
+        request_id: Of the request.
         piece: The tokens.
         page_ids: Their pages.
         following: Token ids of the prompt from the piece's first on, which say which tails the
             piece outgrows.
     """
 
+    request_id: str
     piece: Piece
     page_ids: list[int]
     following: np.ndarray
@@ -197,7 +200,7 @@ class PrefixPlanner:
             ask again.
         """
         if request_id not in self._prompts:
-            self._prompts[request_id] = self._asking.submit(self._look_up, token_ids, request)
+            self._prompts[request_id] = self._asking.submit(self._look_up, request_id, token_ids, request)
         asked = self._prompts[request_id]
         if not asked.done():
             return None
@@ -246,14 +249,14 @@ class PrefixPlanner:
         for index in range(prompt.n_saved, n_chunks):
             piece = prompt.chunk(index)
             pages = self._pages(page_ids, piece.start, piece.stop)
-            orders.append(SaveOrder(piece, pages, prompt.following(index)[:_LOOKED_AT_TOKENS]))
+            orders.append(SaveOrder(request_id, piece, pages, prompt.following(index)[:_LOOKED_AT_TOKENS]))
         prompt.n_saved = max(prompt.n_saved, n_chunks)
         if n_covered >= len(prompt.token_ids) and not prompt.has_tail:
             prompt.has_tail = True
             rest = prompt.following(prompt.n_chunks)
             if len(rest) >= max(NAME_TOKENS, self._page_tokens):
                 tail = prompt.tail(prompt.n_chunks, tail_name(prompt.before(prompt.n_chunks)[0], rest))
-                orders.append(SaveOrder(tail, self._pages(page_ids, tail.start, tail.stop), rest))
+                orders.append(SaveOrder(request_id, tail, self._pages(page_ids, tail.start, tail.stop), rest))
         return orders
 
     def forget(self, request_id: str) -> None:
@@ -273,12 +276,15 @@ class PrefixPlanner:
     def _pages(self, page_ids: Sequence[int], start: int, stop: int) -> list[int]:
         return list(page_ids[start // self._page_tokens : -(-stop // self._page_tokens)])
 
-    def _look_up(self, token_ids: Sequence[int], request: RequestDigest | None) -> _Prompt:
+    def _look_up(self, request_id: str, token_ids: Sequence[int], request: RequestDigest | None) -> _Prompt:
         """The work of `matched_tokens`, in the background; the scheduler waits for an answer,
         whatever fails."""
-        with self._entries.giving_up("requests_unknown", "a request is neither looked up nor saved"):
+        with (
+            concerning(f"request {request_id}"),
+            self._entries.giving_up("requests_unknown", "its prompt is neither looked up nor saved"),
+        ):
             of_request = request() if request is not None else None
-            with self._entries.giving_up("load_errors", "a prompt is not looked up"):
+            with self._entries.giving_up("load_errors", "its prompt is not looked up"):
                 ids = as_token_ids(token_ids)
                 chains = [Chain.of(self._scope, *codec, CHUNK_TOKENS, of_request) for codec in self._codecs]
                 prompt = _Prompt(ids, [chain.nodes(ids) for chain in chains])

@@ -109,11 +109,11 @@ class KvtcTier(SecondaryTierManager):
         self._lookups.flush()
 
     def submit_store(self, job_metadata: TransferJob) -> None:
-        self._jobs.store(job_metadata.job_id, self._chunks(job_metadata))
+        self._jobs.store(job_metadata.job_id, self._chunks(job_metadata), job_metadata.req_context.req_id)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         self._load_jobs[job_metadata.job_id] = (job_metadata.req_context.req_id, tuple(job_metadata.keys))
-        self._jobs.load(job_metadata.job_id, self._chunks(job_metadata))
+        self._jobs.load(job_metadata.job_id, self._chunks(job_metadata), job_metadata.req_context.req_id)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...entries import Entries
 from ...errors import InvalidArgument
 from ...key_digest import digest
+from ...process.log_limits import concerning
 from ...store import Store
 from ..page_layout import PageLayout
 from ..tasks import Tasks
@@ -139,13 +140,18 @@ class TierJobs:
             name=name,
         )
 
-    def store(self, job_id: int, chunks: Sequence[TierChunk]) -> None:
-        """Begin to code rows of host memory; they must stay as they are until the job has ended."""
-        self._submit(self._stores, job_id, chunks, self._store_shard, "save_errors")
+    def store(self, job_id: int, chunks: Sequence[TierChunk], request_id: str = "") -> None:
+        """Begin to code rows of host memory; they must stay as they are until the job has ended.
 
-    def load(self, job_id: int, chunks: Sequence[TierChunk]) -> None:
-        """Begin to fill rows of host memory."""
-        self._submit(self._loads, job_id, chunks, self._load_shard, "load_errors")
+        Parameters:
+            job_id, chunks: Of the engine.
+            request_id: Of the request that the log names.
+        """
+        self._submit(self._stores, job_id, chunks, self._store_shard, "save_errors", request_id)
+
+    def load(self, job_id: int, chunks: Sequence[TierChunk], request_id: str = "") -> None:
+        """Begin to fill rows of host memory; parameters as of `store`."""
+        self._submit(self._loads, job_id, chunks, self._load_shard, "load_errors", request_id)
 
     def take_ends(self) -> list[JobEnd]:
         """Jobs that have ended since the last call."""
@@ -167,14 +173,22 @@ class TierJobs:
         self._stores.close()
 
     def _submit(
-        self, tasks: Tasks[int, JobEnd], job_id: int, chunks: Sequence[TierChunk], work: _Work, errors: str
+        self,
+        tasks: Tasks[int, JobEnd],
+        job_id: int,
+        chunks: Sequence[TierChunk],
+        work: _Work,
+        errors: str,
+        request_id: str,
     ) -> None:
-        tasks.submit(job_id, partial(self._run, job_id, chunks, work, errors), JobEnd(job_id, False, (), 0.0, 0))
+        run = partial(self._run, job_id, chunks, work, errors, request_id)
+        tasks.submit(job_id, run, JobEnd(job_id, False, (), 0.0, 0))
 
-    def _run(self, job_id: int, chunks: Sequence[TierChunk], work: _Work, errors: str) -> JobEnd:
+    def _run(self, job_id: int, chunks: Sequence[TierChunk], work: _Work, errors: str, request_id: str) -> JobEnd:
         begin, n_bytes, done = time.monotonic(), 0, []
         for chunk in chunks:
-            sizes = self._of_shards(chunk, work, errors)
+            with concerning(f"request {request_id}"):
+                sizes = self._of_shards(chunk, work, errors)
             if None not in sizes:
                 done.append(chunk.name)
             n_bytes += sum(size or 0 for size in sizes)

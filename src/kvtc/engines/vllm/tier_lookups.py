@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ...entries import Entries
 from ...process.locks import ForkSafeLock
+from ...process.log_limits import concerning
 from ...process.workers import Workers
 
 
@@ -63,12 +64,15 @@ class StoreLookups:
     def flush(self) -> None:
         """Begin to look for what was asked since the last time."""
         with self._lock:
-            news = [request for request in self._requests.values() if request.asked]
-            batches = [(request, sorted(request.asked, key=lambda asked: asked[0])) for request in news]
-            for request in news:
+            news = {request_id: request for request_id, request in self._requests.items() if request.asked}
+            batches = [
+                (request_id, request, sorted(request.asked, key=lambda asked: asked[0]))
+                for request_id, request in news.items()
+            ]
+            for request in news.values():
                 request.asked = []
-        for request, batch in batches:
-            self._asking.submit(self._look, request, batch)
+        for request_id, request, batch in batches:
+            self._asking.submit(self._look, request_id, request, batch)
 
     def set_missing(self, request_id: str, names: Sequence[str]) -> None:
         """These chunks were found and could not be loaded: for this request they are missing."""
@@ -85,11 +89,12 @@ class StoreLookups:
         """Wait for the lookup that runs, and drop those that wait."""
         self._asking.close(finish=False)
 
-    def _look(self, request: _Request, batch: list[tuple[int, str, Sequence[str]]]) -> None:
+    def _look(self, request_id: str, request: _Request, batch: list[tuple[int, str, Sequence[str]]]) -> None:
         keys = [key for _, _, of_name in batch for key in of_name]
         n_stored = 0
         try:
-            n_stored = self._entries.count_leading(keys)
+            with concerning(f"request {request_id}"):
+                n_stored = self._entries.count_leading(keys)
         finally:  # the scheduler asks until there is an answer
             with self._lock:
                 for _, name, of_name in batch:
