@@ -265,7 +265,7 @@ def test_points_have_rounded_states_where_the_codec_says_so(store):
             sizes[codec] = prefixes.save(chat.ids, chat.cache, chat.points).result().written_bytes
     assert sizes[rounding] < 0.8 * sizes[exact]
     with opened(store, exact) as prefixes:
-        chat.check(prefixes.load(chat.ids)[0], 70)
+        chat.check(*prefixes.load(chat.ids))
     with opened(store, rounding) as prefixes:
         found, n_tokens = prefixes.load(chat.ids[:, :40])
         assert n_tokens == EVERY
