@@ -21,7 +21,7 @@ from torch import Tensor
 
 import kvtc
 from benchmarks.shared.text_quality import add_text_arguments, print_qualities, stretches
-from kvtc.calibration.fit import FitOptions, fit
+from kvtc.calibration.fit import RANK_CAP, FitOptions, fit
 from kvtc.calibration.rows import CalibrationRows
 from kvtc.cli.texts import documents, token_sequences
 from kvtc.evaluate.baselines import Fp8, Int4
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--calibration-text", type=Path, nargs="+", default=[])
     parser.add_argument("--calibration-tokens", type=int, default=40_000)
     parser.add_argument("--sequence-tokens", type=int, default=1024)
-    parser.add_argument("--window-rank", type=int, default=2048)
+    parser.add_argument("--window-rank", type=int, default=RANK_CAP)
     options = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
