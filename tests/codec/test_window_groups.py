@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,15 @@ import torch
 import kvtc
 from kvtc.codec.codec import Codec
 from kvtc.coding.joint.importance import Importance
-from kvtc.errors import CalibrationMismatch, CorruptStream, GeometryMismatch, InvalidCache
-from tests.builders import GROUP_BYTES, HEADER_BYTES, patched, random_cache, sections_of
+from kvtc.errors import (
+    CalibrationMismatch,
+    CorruptCalibration,
+    CorruptStream,
+    GeometryMismatch,
+    InvalidCache,
+    UnsupportedVersion,
+)
+from tests.builders import GROUP_BYTES, HEADER_BYTES, patched, random_cache, rewritten, sections_of
 from tests.tiny_architectures import MIXED_LAYERS, MIXED_WINDOWS, mixed_cache, windowed_calibration
 
 CHUNK = 16
@@ -165,6 +173,37 @@ def test_the_calibration_file_has_all_groups(tmp_path):
     stream = windowed_codec().encode(mixed_cache())
     back = Codec(loaded, ratio=4).decode(stream)
     assert torch.equal(back.layers[1].keys, windowed_codec().decode(stream).layers[1].keys)
+
+
+def test_a_calibration_file_of_groups_that_cannot_be(tmp_path):
+    """Each is refused when it is loaded; none is used."""
+
+    def widths(groups, _):
+        groups[1] |= {"n_kv_heads": 1, "value_dim": 12}
+
+    def latent(groups, _):
+        groups[1]["kind"] = "latent"
+
+    def no_basis(_, tensors):
+        del tensors["group1.joint.mean"]
+
+    def third(groups, _):
+        groups.append(groups[1])
+
+    def of_length(groups, _):
+        groups[1]["rope"]["tables"][0]["dynamic"] = {"base": 10000.0, "factor": 2.0, "max_length": 32}
+
+    for damage in (widths, latent, no_basis, third, of_length):
+        path = tmp_path / f"{damage.__name__}.safetensors"
+        windowed_calibration().save(path)
+
+        def change(metadata, tensors, damage=damage):
+            groups = json.loads(metadata["groups"])
+            damage(groups, tensors)
+            metadata["groups"] = json.dumps(groups)
+
+        with pytest.raises((CorruptCalibration, UnsupportedVersion)):
+            kvtc.load_calibration(rewritten(path, change))
 
 
 def test_sections_of_coded_windows_that_cannot_be():

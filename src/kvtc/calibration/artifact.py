@@ -492,4 +492,9 @@ def _geometry_of(group: dict[str, Any]) -> CacheGeometry:
         strict_json.whole(group[name], name, 0, MAX_EXTENT) for name in names
     )
     rope = Rope.from_json(strict_json.fields(group["rope"], "rope"))
-    return CacheGeometry(layers, first_kv_head, n_kv_heads, key_dim, value_dim, rope, group["kind"] == WINDOW)
+    geometry = CacheGeometry(layers, first_kv_head, n_kv_heads, key_dim, value_dim, rope, group["kind"] == WINDOW)
+    if geometry.is_window and (rope.depends_on_length or (n_kv_heads == 1 and key_dim != value_dim)):
+        raise CorruptCalibration(
+            f"{geometry.describe()}: expected windows of one rotation at any length, and of one width where there is one head"
+        )
+    return geometry
