@@ -90,6 +90,13 @@ def test_states_are_rounded_beside_a_coded_group():
     assert len(states_of(cache)) == 1
 
 
+def test_only_codecs_with_a_rate_round_states_unless_they_are_told_to():
+    assert lossless().settings.states == "lossless"
+    assert Codec(mixed_calibration(), lossless=True).settings.states == "lossless"
+    assert Codec(mixed_calibration(), ratio=3).settings.states == "int8"
+    assert Codec(mixed_calibration(), ratio=3, states="lossless").settings.states == "lossless"
+
+
 def test_resume_points_are_rounded():
     model, points = tiny_model("mamba2", **WITH_STATES["mamba2"]), kvtc.ResumePoints(CHUNK)
     cache = kvtc.prefill(model, IDS[0], points)
