@@ -72,6 +72,14 @@ def prometheus_text(statistics: Iterable[tuple[Mapping[str, str], Statistics]]) 
 
     Raises:
         InvalidArgument: A label has a name that Prometheus does not take.
+
+    Example:
+        >>> from kvtc.metrics import prometheus_text
+        >>> with kvtc.open_store("memory:") as store:
+        ...     store.put("chats/1", stream)
+        ...     text = prometheus_text([({"tier": "memory"}, store.statistics())])
+        >>> [line for line in text.splitlines() if "puts" in line][1:]
+        ['# TYPE kvtc_store_puts_total counter', 'kvtc_store_puts_total{tier="memory"} 1']
     """
     lines: dict[Metric, list[str]] = {}
     for labels, counted in statistics:

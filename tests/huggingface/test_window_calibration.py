@@ -143,3 +143,24 @@ def test_a_model_of_windows_alone():
         assert torch.equal(layer.keys[:, :, -2:], exact.keys[:, :, -2:])
     lossless = Codec(calibration, lossless=True, chunk_tokens=CHUNK)
     assert torch.equal(lossless.decode(lossless.encode(cache)).layers[0].keys, cache.layers[0].keys)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gemma4_text", "gpt_oss", "cohere2", "olmo3", "mimo_v2_flash", "llama4_text"]
+)
+def test_the_windows_of_many_models(name):
+    """Of other shapes than full attention, of two widths, of chunked attention: what `supported` says is done."""
+    model = tiny_model(name)
+    said = kvtc.supported(model.config)
+    calibration = kvtc.calibrate(model, random_ids(6, 40), profiles=("joint",), max_tokens=200, progress=False)
+    codec, ids = Codec(calibration, step=1e-3, sink_tokens=1, window_tokens=2, chunk_tokens=CHUNK), random_ids(1, 45)
+    _, cache = read(model, ids)
+    stream = codec.encode(cache, ids[0])
+    coded = [(group.kind, group.layers) for group in kvtc.inspect(stream).groups if group.is_coded]
+    assert coded == [(group.kind, group.layers) for group in said.groups if group.is_coded]
+    assert {kind for kind, _ in coded} == {"full attention", "sliding window"}
+    back = codec.decode(stream, ids[0])
+    for found, exact in zip(back.layers, cache.layers, strict=True):
+        if isinstance(getattr(exact, "keys", None), torch.Tensor):
+            torch.testing.assert_close(found.keys, exact.keys, rtol=0.05, atol=0.02)
+            torch.testing.assert_close(found.values, exact.values, rtol=0.05, atol=0.02)

@@ -44,11 +44,12 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "kvtc.evaluate.sweep": ("Methods", "Sweep", "Tasks", "Texts", "run_sweep"),
     "kvtc.huggingface.models": ("capture", "geometry_of"),
     "kvtc.huggingface.support": ("GroupSupport",),
+    "kvtc.metrics": ("prometheus_text",),
     "kvtc.plan": ("Plan", "load_plan", "run_plan"),
     "kvtc.prefix_cache": ("Chain", "SaveReport", "chunk_key"),
     "kvtc.profiles": ("register",),
     "kvtc.profiles.rates": ("FixedSize", "Lossless", "MaxError", "Ratio", "SideRatios", "Step", "Truncation"),
-    "kvtc.store": ("Store", "StoreStatistics", "encrypted"),
+    "kvtc.store": ("Store", "StoreStatistics", "encrypted", "open_place"),
 }  # fmt: skip
 """The names that users may import, by the module that the documentation tells them to import them from."""
 

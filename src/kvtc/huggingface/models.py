@@ -225,7 +225,7 @@ def captured(
 
 def _extent_of(model: Any, geometry: CacheGeometry | None) -> tuple[_Extent, tuple[int, ...], range]:
     """The extent of a model's cache, and the layers and heads of a geometry. Raises `GeometryMismatch` for one outside."""
-    whole = _Extent.of(model, None if geometry is None or not geometry.is_window else geometry.layers[0])
+    whole = _Extent.of_windows(model, geometry) if geometry is not None and geometry.is_window else _Extent.of(model)
     if geometry is None:
         return whole, coded_layers(model), range(whole.n_kv_heads)
     heads = range(geometry.first_kv_head, geometry.first_kv_head + geometry.n_kv_heads)
@@ -270,6 +270,7 @@ def verify_rope(
         )
     observed: dict[int, list[Tensor]] = {}
     names: dict[int, str] = {}
+    normed: dict[int, float] = {}
     hooks = []
     layers: dict[str, int] = {}
     for path, module in model.get_decoder().named_modules():
@@ -278,6 +279,8 @@ def verify_rope(
             continue
         if "attention" in type(module).__name__.lower():
             names.setdefault(layer, type(module).__name__)
+            if hasattr(module, "qk_norm"):
+                normed[layer] = float(module.qk_norm.eps)
         if path.rsplit(".", 1)[-1] in _KEY_NORMS | _KEY_PROJECTIONS:
             hooks.append(module.register_forward_hook(_recorder(observed.setdefault(layer, []))))
     try:
@@ -285,7 +288,7 @@ def verify_rope(
     finally:
         for hook in hooks:
             hook.remove()
-    return _worst_rope_error(geometry, cache, observed, names, _extent_of(model, geometry)[0], tolerance)
+    return _worst_rope_error(geometry, cache, observed, names, normed, _extent_of(model, geometry)[0], tolerance)
 
 
 @neutral_torch_state
@@ -294,10 +297,15 @@ def _worst_rope_error(
     cache: KVCache,
     observed: dict[int, list[Tensor]],
     names: dict[int, str],
+    normed: dict[int, float],
     whole: _Extent,
     tolerance: float | None,
 ) -> float:
-    """observed: outputs of each layer's modules that may be its keys before rotation; names: of its attention module."""
+    """observed: outputs of each layer's modules that may be its keys before rotation; names: of its attention module.
+
+    normed: of layers that bring rotated keys to a root mean square of 1 (llama4), which commutes with rotation, what is added to
+    the mean square.
+    """
     if tolerance is None:
         tolerance = 1e-4 if cache.dtype == torch.float32 else 2e-2
     positions = cache.resolved_positions().to(cache.keys.device)
@@ -310,7 +318,8 @@ def _worst_rope_error(
         errors = [
             _relative_error(unrotated[index], candidate[heads])
             for output in observed.get(layer, [])
-            for candidate in _key_candidates(output, whole, cache.n_tokens)
+            for its in _key_candidates(output, whole, cache.n_tokens)
+            for candidate in ([its, _at_unit_square(its, normed[layer])] if layer in normed else [its])
         ]
         if not errors:
             raise UnsupportedModel(
@@ -336,14 +345,18 @@ class _Extent:
     n_query_heads: int
 
     @classmethod
-    def of(cls, model_or_config: Any, layer: int | None = None) -> _Extent:
-        """layer: whose shape it is; None: that of the layers of full attention."""
+    def of_windows(cls, model: Any, geometry: CacheGeometry) -> _Extent:
+        """That of all heads of some windows, whose shape was seen; `captured` looks at it again."""
+        config = text_config(model)
+        heads = geometry.first_kv_head + geometry.n_kv_heads
+        return cls(int(config.num_hidden_layers), heads, *geometry.dims, int(config.num_attention_heads))
+
+    @classmethod
+    def of(cls, model_or_config: Any) -> _Extent:
         config = text_config(model_or_config)
         n_layers = int(config.num_hidden_layers)
         # Layers may differ in shape: sizes are those of the layers that are coded.
-        if layer is None or layer >= n_layers:
-            layer = coded_layers(model_or_config)[0]
-        config = config.per_layer_config[layer]
+        config = config.per_layer_config[coded_layers(model_or_config)[0]]
         n_heads = int(config.num_attention_heads)
         rank = getattr(config, "kv_lora_rank", None)
         if rank is not None:
@@ -449,6 +462,11 @@ def _key_candidates(output: Tensor, whole: _Extent, n_tokens: int) -> Iterator[T
     if queries % projected == 0:
         groups = rows.reshape(n_tokens, projected, queries // projected + 2, dim)
         yield groups[:, :, -2].transpose(0, 1).repeat_interleave(heads // projected, 0)  # per head or group: q, k, v
+
+
+def _at_unit_square(keys: Tensor, added: float) -> Tensor:
+    """Each key over its root mean square. added: to the mean square."""
+    return keys * (keys.float().square().mean(dim=-1, keepdim=True) + added).rsqrt()
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:

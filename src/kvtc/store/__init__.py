@@ -110,9 +110,23 @@ def open_place(url: str, *, recovers: bool = False, **options: Any) -> Place:
         url, options: As of `open_store`, of one store that does not lie in the memory of a process.
         recovers: Whether the place is made and cleaned up, as `open_store` does; otherwise opening it changes nothing.
 
+    Returns:
+        The place; it is closed at the end of a `with` block.
+
     Raises:
         InvalidArgument: The URL is of tiers or of a process's memory, or is not understood.
         MissingDependency, StoreUnavailable: As `open_store`; without `recovers` also where there is no such directory.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from kvtc.maintenance.verification import verify
+        >>> from kvtc.store import open_place
+        >>> url = f"file://{Path.cwd()}/store"
+        >>> with kvtc.open_store(url) as store:
+        ...     store.put("chats/1", stream)
+        >>> with open_place(url) as place:
+        ...     [entry.key for entry in place.entries()], dict(verify(place).forms)
+        (['chats/1'], {'stream': 1})
     """
     from .place import Place
 
