@@ -136,7 +136,9 @@ def test_measure_adds_a_curve_and_encode_goes_by_it(capsys, made, tmp_path, monk
     assert "KL of conditional" in run(capsys, "inspect", measured)[1]
     encode = ["encode", made / "talk.txt", "-o", output, "--model", "reference", "--calibration", measured]
     assert run(capsys, *encode, "--profile", "joint", "--kl", points[0]["kl"])[0] == 0
-    assert "outside of what was measured" in fails(capsys, *encode, "--force", "--profile", "joint", "--kl", 1e-9)
+    assert "outside of what was measured" in fails(capsys, *encode, "--force", "--profile", "joint", "--kl", 1e9)
+    assert run(capsys, *encode, "--force", "--profile", "joint", "--kl", 1e-9)[0] == 0
+    assert kvtc.inspect(output.read_bytes()).profile == "lossless"
     assert "not measured" in run(capsys, "inspect", made / "other.safetensors")[1]
 
 

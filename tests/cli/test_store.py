@@ -23,11 +23,14 @@ from kvtc.cli import main
 from kvtc.cli.models import load_tokenizer
 from kvtc.cli.texts import token_ids_of
 from kvtc.demo.run import CONVERSATION
-from kvtc.errors import CorruptStream, StoreFull, TruncatedStream, UnsupportedVersion
+from kvtc.entries import Entries
+from kvtc.errors import CorruptStream, StoreFull, StoreUnavailable, TruncatedStream, UnsupportedVersion
 from kvtc.maintenance.archive import import_entries
 from kvtc.prefix_cache import PrefixCache
+from kvtc.prefix_cache.tails import parse_index
 from kvtc.store import open_place, open_store
 from kvtc.store.frame import FRAME_BYTES
+from kvtc.store.place import PlaceView
 
 GOLDEN = Path(__file__).parents[1] / "container" / "golden"
 STREAMS = [bytes.fromhex(path.read_text()) for path in sorted(GOLDEN.glob("stream_v3*.hex"))]
@@ -616,5 +619,32 @@ def test_a_conversation_goes_to_another_machine(capsys, tmp_path):
         assert prefixes.load_neutral(torch.cat([ids[:-2], ids[:2]]), whole=True)[1] == len(ids)
         # The tail of the other conversation of the source was not carried.
         assert prefixes.load_neutral(other_ids, whole=True)[1] < len(ids)
+    before = state_of(tmp_path / "source")
+    run(capsys, "store", "export", source, "-o", file, "--force", *options)
+    assert state_of(tmp_path / "source") == before
     code, said = run(capsys, "store", "export", source, "-o", tmp_path / "none", *options[:-2])
     assert (code, "nothing of this text" in said) == (1, True)
+
+
+def test_a_view_of_a_place_reads_and_changes_nothing(monkeypatch, root, url, tmp_path):
+    change(file_of(root, key(2)), lambda frame: flip(frame, len(frame) - 1))
+    before = state_of(root)
+    with open_place(url) as place:
+        view = PlaceView(place)
+        assert view.get_many([key(1), key(2), "absent"]) == [STREAMS[1], None, None]
+        assert view.contains_prefix([key(0), key(1), "absent"]) == 2
+        assert key(1) in list(view.keys())
+        entries = Entries(view)
+        assert (
+            entries.parse(key(1), b"", lambda _: parse_index(b"no index")) is None
+        )  # found damaged, and to be deleted
+        for call in (lambda: view.put("a", b""), lambda: view.delete(key(1))):
+            with pytest.raises(StoreUnavailable, match="only looked at"):
+                call()
+    assert state_of(root) == before
+    monkeypatch.setenv("RIGHT", KEY)
+    with open_store(f"file://{tmp_path}/secret", key_variable="RIGHT") as store:
+        store.put(key(1), JOINT)
+    for options, found in ({}, None), ({"key_variable": "RIGHT"}, JOINT):
+        with open_place(f"file://{tmp_path}/secret", **options) as place:
+            assert PlaceView(place).get(key(1)) == found

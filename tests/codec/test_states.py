@@ -10,7 +10,9 @@ import torch
 import kvtc
 from kvtc.cli import main
 from kvtc.codec.codec import Codec
-from kvtc.errors import InvalidArgument, InvalidCache
+from kvtc.container.stream import parse_stream
+from kvtc.errors import CorruptStream, InvalidArgument, InvalidCache
+from tests.builders import SECTION_BYTES, reseal, section_table_at
 from tests.codec.test_groups import CHUNK, lossless, same
 from tests.tiny_architectures import mixed_cache, mixed_calibration, random_ids, read, tiny_model
 
@@ -90,6 +92,13 @@ def test_states_are_rounded_beside_a_coded_group():
     assert len(states_of(cache)) == 1
 
 
+def test_only_codecs_with_a_rate_round_states_unless_they_are_told_to():
+    assert lossless().settings.states == "lossless"
+    assert Codec(mixed_calibration(), lossless=True).settings.states == "lossless"
+    assert Codec(mixed_calibration(), ratio=3).settings.states == "int8"
+    assert Codec(mixed_calibration(), ratio=3, states="lossless").settings.states == "lossless"
+
+
 def test_resume_points_are_rounded():
     model, points = tiny_model("mamba2", **WITH_STATES["mamba2"]), kvtc.ResumePoints(CHUNK)
     cache = kvtc.prefill(model, IDS[0], points)
@@ -130,3 +139,17 @@ def test_states_that_cannot_be_rounded():
     with pytest.raises(InvalidCache, match="cannot be rounded"):
         lossless(states="int8").encode(cache)
     assert lossless().encode(cache)
+
+
+def test_the_coder_of_states_is_for_states_alone():
+    """Its number in the entry of another section is damage."""
+    stream = lossless(states="int8").encode(read(tiny_model("falcon_h1", mamba_d_state=32), IDS)[1])
+    sections, table = kvtc.inspect(stream).sections, section_table_at(bytearray(stream))
+    for number, section in enumerate(sections):
+        data = bytearray(stream)
+        data[table + SECTION_BYTES * number + 1] = 5
+        if section.kind == "state":
+            assert parse_stream(reseal(data)).n_tokens == 60
+        else:
+            with pytest.raises(CorruptStream, match="coder 5"):
+                parse_stream(reseal(data))

@@ -131,7 +131,7 @@ def test_every_setting_of_a_stream_is_in_the_key():
     codecs = [
         *(Codec(paper, "paper", 8, **changed) for changed in (
             {}, {"key_ratio": 4}, {"value_ratio": 4}, {"coder": "none"}, {"sink_format": "fp8"},
-            {"chunk_tokens": 128}, {"sink_tokens": 0}, {"window_tokens": 0}, {"states": "int8"}, {"states": "int6"},
+            {"chunk_tokens": 128}, {"sink_tokens": 0}, {"window_tokens": 0}, {"states": "lossless"}, {"states": "int6"},
         )),
         Codec(paper, "paper", max_error=0.2),
         Codec(paper, "paper", rate=Truncation(8)),

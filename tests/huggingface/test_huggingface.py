@@ -420,7 +420,7 @@ def test_full_attention_beside_other_layers_is_calibrated_and_coded(name: str, l
     assert calibration.geometry.layers == layers
     _, cache = read(model, texts[:1, :60])
     for profile in ("paper", "joint"):
-        codec = Codec(calibration, profile, ratio=4, window_tokens=4, chunk_tokens=16)
+        codec = Codec(calibration, profile, ratio=4, window_tokens=4, chunk_tokens=16, states="lossless")
         stream = codec.encode(cache, texts[0, :60])
         info, back = inspect(stream), codec.decode(stream, texts[0, :60])
         assert info.groups[0].layers == layers

@@ -129,9 +129,9 @@ def test_gradients_are_by_what_the_cache_holds() -> None:
     """Through the up-projections: they are the slopes of the likelihood of the labels that were drawn."""
     model = tiny_model("deepseek_v3", torch.float64, first_k_dense_replace=4)
     geometry, ids, n_read = geometry_of(model), IDS, 30
-    sensitivity = Sensitivity(model, geometry, sink_tokens=4)
-    labels = Sensitivity(model, geometry, sink_tokens=4)._generator
-    _, leaves = sensitivity._passes(ids, n_read)
+    sensitivity = Sensitivity(model, [geometry], sink_tokens=4)
+    labels = Sensitivity(model, [geometry], sink_tokens=4)._generator
+    _, (leaves,) = sensitivity._passes(ids, n_read, None)
 
     def scores(moved: list[tuple[Tensor, Tensor]]) -> Tensor:
         cache = transformers.DynamicCache()

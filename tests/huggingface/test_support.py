@@ -79,6 +79,7 @@ def test_doctor_of_a_config(tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"full attention +keys and values +3 +2 x 8 x 8 +64 +0 +codes it", out)
     assert re.search(r"recurrent state +convolution state +0\.\.2 .* keeps it exactly", out)
+    assert re.search(r"recurrent state +recurrent state +0\.\.2 .* rounds it to 8 bits", out)
     assert main(["doctor", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["is_supported"] is True
     path.write_text("{}")

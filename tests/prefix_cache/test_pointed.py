@@ -205,7 +205,7 @@ def test_points_of_one_beginning_are_bounded(store):
 
 def test_a_coded_group_beside_windows_and_states(store):
     """The full-attention layers are coded at the codec's rate, the others are as they were."""
-    codec = Codec(mixed_calibration(), ratio=3, sink_tokens=2, window_tokens=3, chunk_tokens=CHUNK)
+    codec = Codec(mixed_calibration(), ratio=3, sink_tokens=2, window_tokens=3, chunk_tokens=CHUNK, states="lossless")
     cache, points = mixed_cache(90), kvtc.ResumePoints(EVERY)
     points.take(mixed_cache(EVERY))
     ids = random_ids(1, 90)[0]

@@ -56,7 +56,7 @@ def _describe(support: Support) -> str:
             " x ".join(str(axis) for axis in group.shape if axis) or "-",
             f"{group.token_bytes:,.0f}",
             f"{group.constant_bytes:,}",
-            _treatment(group),
+            _treatment(group, support.not_coded is None),
         ]
         for group in support.groups
     ]
@@ -79,7 +79,9 @@ def _describe(support: Support) -> str:
     )
 
 
-def _treatment(group: GroupSupport) -> str:
+def _treatment(group: GroupSupport, at_a_rate: bool) -> str:
     if group.is_coded:
         return "codes it"
+    if at_a_rate and group.kind == "recurrent state" and group.part != "convolution state":
+        return "rounds it to 8 bits"
     return "keeps it exactly" if group.token_bytes or group.constant_bytes else "-"

@@ -79,8 +79,8 @@ class Codec:
             "lz4" or "none". Exact tokens have a coder of their own, which "none" also leaves out.
         sink_format: "exact" (default) or "fp8".
         window_format: "exact" (default), or "coded": as the body, with a quarter of its step (`joint`, `conditional`).
-        states: how recurrent states are kept: "lossless" (default), or rounded to "int8" or "int6" with a scale for each row, also
-            where tokens are lossless. States of convolutions are lossless in any case.
+        states: how recurrent states are kept: "lossless", or rounded to "int8" or "int6" with a scale for each row, also where
+            tokens are lossless. Default: "int8", or "lossless" where tokens are. States of convolutions are always lossless.
         fixed_size: whether all streams of tokens at the same positions have the same length, which `stream_bytes` tells: the step
             is as fine as fits, and the rest is padding (`joint`, `conditional`, with a ratio). Default False.
         chunk_tokens: tokens of a chunk, the unit of random access; default 256.
@@ -126,7 +126,7 @@ class Codec:
         coder: str = "deflate",
         sink_format: str = "exact",
         window_format: str = "exact",
-        states: str = "lossless",
+        states: str | None = None,
         fixed_size: bool = False,
         chunk_tokens: int = 256,
         max_tokens: int = MAX_TOKENS,
@@ -203,8 +203,8 @@ class Codec:
 
         Parameters:
             cache: a transformers cache of batch 1, or a `KVCache`. The groups of layers that the calibration covers
-                are coded at the codec's rate (with `joint` alone also sliding windows); all other groups are kept bit
-                for bit.
+                are coded at the codec's rate (with `joint` alone also sliding windows); recurrent states are kept as
+                `states` says, and all other groups bit for bit.
             token_ids: [T] integers; their digest is stored and must match on decode. With `conditional` those of all
                 tokens from position 0 on, up to the last of the cache, whose positions have no gaps. None (default):
                 no digest is stored.

@@ -23,6 +23,8 @@ from .sealed_stream import StreamSettings
 SINK_FORMATS = ("exact", "fp8")
 WINDOW_FORMATS = ("exact", "coded")
 STATE_FORMATS = (LOSSLESS_STATES, *ROUNDED_BITS)
+DEFAULT_STATES = "int8"
+"""Of codecs that are not lossless: its effect is small beside that of their rates (docs/benchmarks.md)."""
 _LARGEST_ID = 2**63 - 1
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,7 +50,7 @@ def check_limit(max_tokens: int) -> None:
 
 
 def stream_settings(
-    profile: str, chunk_tokens: int, coder: str, sink_format: str, window_format: str, states: str, rate: Rate
+    profile: str, chunk_tokens: int, coder: str, sink_format: str, window_format: str, states: str | None, rate: Rate
 ) -> StreamSettings:
     """What holds for every stream of a codec."""
     is_lossless = isinstance(rate, Lossless)
@@ -62,6 +64,7 @@ def stream_settings(
         raise InvalidArgument(f"window_format must be exact or coded; got {window_format!r}")
     if is_lossless and (sink_format, window_format) != ("exact", "exact"):
         raise InvalidArgument("lossless keeps every token exactly: sink_format and window_format must be exact")
+    states = states or (LOSSLESS_STATES if is_lossless else DEFAULT_STATES)
     if states not in STATE_FORMATS:
         raise InvalidArgument(f"states must be one of {', '.join(STATE_FORMATS)}; got {states!r}")
     require_coder(coder)

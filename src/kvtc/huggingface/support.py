@@ -40,7 +40,7 @@ class GroupSupport:
         shape: heads, features of a key and of a value; of a state its axes, 0 where it has fewer.
         token_bytes: bytes for each token that is read, all its layers together.
         constant_bytes: bytes that it takes at most, however many tokens are read: of windows and states.
-        is_coded: whether a calibrated codec codes it; otherwise it is kept bit for bit.
+        is_coded: whether a calibrated codec codes it; otherwise it is kept bit for bit, or rounded (recurrent states).
 
     Example:
         >>> (group,) = kvtc.supported(model).groups

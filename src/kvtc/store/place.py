@@ -3,11 +3,12 @@ left alone unless somebody asks for their removal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from .base import Store, split_name
-from .frame import FRAME_BYTES, DamagedEntry, ForeignEntry, Frame, check_head, unseal
+from ..errors import StoreUnavailable
+from .base import Store, Value, split_name
+from .frame import ENCRYPTED_MAGIC, FRAME_BYTES, DamagedEntry, ForeignEntry, Frame, check_head, unseal
 from .framed import FramedStore
 
 SOUND, DAMAGED, FOREIGN, GONE = "sound", "damaged", "foreign", "gone"
@@ -131,6 +132,41 @@ class Place:
     def remove(self, entry: PlacedEntry) -> None:
         """Remove an entry. Raises `StoreUnavailable`."""
         self.store._attempt(lambda: self.store._remove(entry.name))
+
+
+class PlaceView(Store):
+    """A place as a store that its users can only read: nothing counts as used, and nothing is removed or written.
+
+    Parameters:
+        place: The place; it is not closed.
+    """
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self._place = place
+        self.namespace = place.store.namespace
+
+    def __repr__(self) -> str:
+        return f"PlaceView({self._place.store!r})"
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Sound values; None for what is encrypted and has no key here, too."""
+        readings = [self._place.read(self._place.entry(key)) for key in keys]
+        is_had = [one.state == SOUND and not one.value.startswith(ENCRYPTED_MAGIC) for one in readings]
+        return self._counted([one.value if had else None for one, had in zip(readings, is_had, strict=True)])
+
+    def contains_prefix(self, keys: Sequence[str]) -> int:
+        store, names = self._place.store, [self._place.entry(key).name for key in keys]
+        return store._attempt(lambda: store._leading(names)) if names else 0
+
+    def keys(self) -> Iterator[str]:
+        return (entry.key for entry in self._place.own_entries())
+
+    def put_many(self, entries: Iterable[tuple[str, Value]]) -> None:  # noqa: ARG002
+        raise StoreUnavailable(f"{self!r} is only looked at")
+
+    def delete(self, key: str) -> None:  # noqa: ARG002
+        raise StoreUnavailable(f"{self!r} is only looked at")
 
 
 def _value_head(entry: PlacedEntry, head: bytes) -> tuple[str, bytes]:

@@ -95,10 +95,11 @@ def _of_text(place: Place, options: argparse.Namespace) -> list[tuple[str, bytes
     """What a prefix cache has of a text, the head of its chain last."""
     from ...errors import InvalidArgument
     from ...prefix_cache import PrefixCache
+    from ...store.place import PlaceView
 
     codec = make_codec(options, find_calibration(options))
     token_ids = text_ids(options, options.text, load_tokenizer(options.model))
-    with PrefixCache(codec, place.users, namespace=options.namespace, identity=options.identity) as prefixes:
+    with PrefixCache(codec, PlaceView(place), namespace=options.namespace, identity=options.identity) as prefixes:
         found = prefixes.portable(token_ids)
     if not found:
         raise InvalidArgument(
