@@ -129,7 +129,7 @@ def test_moved_elsewhere(profile):
 
 @of_both
 def test_a_step_stays_within_what_the_calibration_serves(profile):
-    least = window_codec(profile)._encoder._model.steps.least
+    least = window_codec(profile)._encoder._steps.least
     stream = window_codec(profile, step=least).encode(told_cache(40), told_ids(40))
     assert steps_of(stream) == [least, least]
 

@@ -243,7 +243,7 @@ def test_streams_with_and_without_calibration_are_told_apart():
         calibrated.decode(alone.encode(cache))
     with pytest.raises(CalibrationMismatch, match="this codec has none"):
         alone.decode(tiny_codec().encode(cache))
-    with pytest.raises(InvalidArgument, match="the rotation is not known"):
+    with pytest.raises(InvalidArgument, match="the rotation of these keys is not known"):
         alone.decode(alone.encode(cache), start_position=7)
 
 

@@ -463,7 +463,7 @@ def test_impossible_settings_are_refused(profile, options, expected):
 @pytest.mark.parametrize("end", [0, 1])
 def test_the_outermost_steps_decode(profile, end):
     """They are stored as float32; rounding must not take them past what a decoder accepts."""
-    steps = joint_codec(profile)._encoder._model.steps
+    steps = joint_codec(profile)._encoder._steps
     step = (steps.least, steps.most)[end]
     codec = joint_codec(profile, step=step)
     cache, ids = told_cache(30), told_ids(30)

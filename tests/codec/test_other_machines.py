@@ -31,7 +31,7 @@ def elsewhere(monkeypatch):
     """
     sums: list[float] = []
 
-    def times(self, rows, start=None, n_columns=None, blocks=None):
+    def times(self, rows, start=None, n_columns=None, blocks=()):
         n = self.shape[1] if n_columns is None else n_columns
         values = rows.values.float() if isinstance(rows, PackedRows) else rows.float()
         matrix = self.plain[: values.shape[1], :n]
@@ -42,7 +42,9 @@ def elsewhere(monkeypatch):
         if isinstance(rows, PackedRows) and self.shape[1] in (N_HEADS * HEAD_DIM, 2 * N_HEADS * HEAD_DIM):
             magnitudes = values.abs() @ matrix.abs()
             sums.append(float((magnitudes + (0 if start is None else start.abs())).max()) if len(values) else 0.0)
-        return found if blocks is None else blocks.added_to(found)
+        for its in blocks:
+            found = its.added_to(found)
+        return found
 
     made = Columns.__init__
 

@@ -133,6 +133,6 @@ def test_caches_take_fewer_bytes_than_zstd():
     cache = random_cache(256, torch.bfloat16)
     numbers = torch.stack([cache.keys, cache.values])
     octets = numbers.reshape(-1).view(torch.uint8)
-    coded = compress_floats(bytes(octets.numpy()), FloatLayout(256, cache.head_dim, torch.bfloat16))
+    coded = compress_floats(bytes(octets.numpy()), FloatLayout(256, cache.key_dim, torch.bfloat16))
     for data in (octets, octets.reshape(-1, 2).T.reshape(-1)):
         assert len(coded) < len(zstandard.ZstdCompressor(level=19).compress(bytes(data.numpy())))

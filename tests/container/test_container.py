@@ -172,9 +172,9 @@ def test_groups_that_a_later_version_may_hold_are_refused_by_their_kinds(read, k
 
 
 @pytest.mark.parametrize("read", READERS, ids=["inspect", "decode"])
-def test_values_of_another_width_than_keys_are_not_coded(read):
+def test_a_group_without_values_is_not_coded(read):
     with pytest.raises(CorruptStream, match="the profile is paper, but there is no group that it codes"):
-        read(patched(tiny_stream(), HEADER_BYTES + 12, "H", 4))
+        read(patched(tiny_stream(), HEADER_BYTES + 12, "H", 0))
 
 
 def test_what_a_stream_without_tokens_costs():
@@ -684,7 +684,7 @@ def test_tokens_of_many_chunks_are_not_believed_before_their_bodies():
 
 def test_a_body_of_a_few_bytes_may_hold_many_tokens():
     """With the coarsest step nothing is coded: two bits a token are left."""
-    codec = told_codec("joint", step=joint_codec("joint")._encoder._model.steps.most, window_tokens=0)
+    codec = told_codec("joint", step=joint_codec("joint")._encoder._steps.most, window_tokens=0)
     stream = codec.encode(told_cache(1000))
     info = kvtc.inspect(stream)
     assert sum(s.stored_bytes for s in info.sections if s.kind == "body") == 249 + 4 * 4

@@ -544,7 +544,7 @@ def test_the_chats_of_the_reference_model():
 @pytest.mark.parametrize(
     ("plan", "numbers", "message"),
     [
-        ({"model": {"name": "m"}}, {}, "plan.json.model: the field layers is missing"),
+        ({"model": {"name": "m"}}, {}, "plan.json.model: the field head_dim is missing"),
         ({"polices": []}, {}, "unknown field polices"),
         (
             {"engine": {"gpus": 1, "gpu_memory_bytes": 80e9, "usable_share": 0.8, "weight_bits": 8}},

@@ -30,7 +30,7 @@ CHUNK, EVERY = 16, 32
 NAMES = sorted(ARCHITECTURES)
 COMPLETE = {
     *("llama", "qwen3", "phi3", "hy_v3", "minimax_m3_vl_text"),
-    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"),
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"),
 }
 """Those whose caches can be restored at any token."""
 

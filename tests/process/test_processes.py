@@ -79,7 +79,7 @@ def test_locks_that_other_threads_hold_are_free_in_a_forked_child():
         save(prefixes)
         locks = [
             prefixes.codec._lock,
-            prefixes.codec._encoder._model._lock,
+            prefixes.codec._encoder._models[0]._lock,
             prefixes.entries.counts._lock,
             prefixes._tails._changing,
         ]
