@@ -7,6 +7,7 @@ end are kept exactly. Sinks are exact where a chunk begins at position 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,7 @@ from .settings import AUTO, EngineSettings
 
 CHUNK_TOKENS = 256
 SINK_TOKENS = 4
+_COMPILED_TOKENS = 2 * SINK_TOKENS
 
 Ids = Sequence[int] | np.ndarray | Tensor
 
@@ -118,6 +120,20 @@ class WindowlessCodec:
         _check_start(first_position(stream), start)
         n_tokens = len(targets[0][0].token_offsets)
         self.codec.decode_into(stream, targets, token_ids, n_tokens)
+
+    def compile(self, dtype: torch.dtype) -> None:
+        """Code a few tokens, so that kernels are compiled before the first chunk comes.
+
+        Compiling for the first time takes longer than an engine waits for its workers when it ends: what they save then is lost.
+
+        Parameters:
+            dtype: Of the engine's cache.
+        """
+        sides = [
+            torch.linspace(-1, 1, math.prod(shape)).reshape(shape).to(self.device, dtype)
+            for shape in self.calibration.geometry.side_shapes(_COMPILED_TOKENS)
+        ]
+        self.decode(self.encode(sides[0], sides[1], 0), 0, _COMPILED_TOKENS)
 
     @property
     def device(self) -> torch.device:

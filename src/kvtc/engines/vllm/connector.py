@@ -112,6 +112,7 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         pages = registered_pages(self._facts, kv_caches, self._vllm_config)
+        self._codec.compile(next(iter(kv_caches.values())).dtype)
         self._mover = self._side = PageMover(
             pages, self._codec, self._store, self._facts.rank, self._facts.page_tokens, self._settings.threads
         )

@@ -110,7 +110,9 @@ def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backen
                 f"a worker's block has {config.worker_kv_bytes_per_block} bytes; {geometry.describe()} in {dtype} takes {n_bytes}"
             )
         offset = rank * n_bytes * config.cache.blocks_per_chunk
-        shards.append(RowShard(offset, layout, dtype, WindowlessCodec(calibration, settings)))
+        codec = WindowlessCodec(calibration, settings)
+        codec.compile(dtype)
+        shards.append(RowShard(offset, layout, dtype, codec))
     return shards
 
 
