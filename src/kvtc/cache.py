@@ -135,11 +135,7 @@ class CacheGeometry(CacheExtent):
     """The part of a model's cache that a calibration covers, and how keys are rotated there.
 
     Parameters:
-        layers: numbers of the layers in the model, ascending.
-        first_kv_head: number of the first key-value head in the model; 0 unless a tensor-parallel worker holds later
-            ones.
-        n_kv_heads: number of key-value heads.
-        key_dim, value_dim: features of a head's key, and of its value.
+        layers, first_kv_head, n_kv_heads, key_dim, value_dim: as of `CacheExtent`.
         rope: the rotation of each layer.
         is_window: whether its layers have sliding windows; else they have full attention. Default False.
 

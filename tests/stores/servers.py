@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import socket
@@ -69,7 +70,10 @@ def redis_server(path: Path, *arguments: str, port: int | None = None):
 
 @contextmanager
 def s3_server():
-    """moto's S3, in memory; skips the test where it is not installed. KVTC_MOTO_SERVER may name its program."""
+    """moto's S3, in memory, with a bucket `bucket`; skips the test where it is not installed.
+
+    KVTC_MOTO_SERVER may name its program.
+    """
     beside = Path(sys.executable).with_name("moto_server")
     binary = os.environ.get("KVTC_MOTO_SERVER") or shutil.which("moto_server") or (beside if beside.exists() else None)
     if binary is None:
@@ -77,6 +81,10 @@ def s3_server():
     port = free_port()
     server = Server([str(binary), "-H", "127.0.0.1", "-p", str(port)], port)
     try:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("PUT", "/bucket")
+        connection.getresponse().close()
+        connection.close()
         yield server
     finally:
         server.kill()

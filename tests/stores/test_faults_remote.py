@@ -1,6 +1,5 @@
 """What can go wrong with servers. In every case: a counted miss or a clear error, never wrong bytes and never a hang."""
 
-import http.client
 import os
 import signal
 import time
@@ -122,10 +121,6 @@ def url_of(place, path):
             yield f"redis://127.0.0.1:{server.port}?timeout=20", {}
     else:
         with s3_server() as server:
-            connection = http.client.HTTPConnection("127.0.0.1", server.port)
-            connection.request("PUT", "/bucket")
-            connection.getresponse().close()
-            connection.close()
             yield f"s3://bucket/deep?endpoint=http://127.0.0.1:{server.port}&timeout=60", CREDENTIALS
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,10 +32,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             yield f"redis://127.0.0.1:{server.port}?timeout=30"
     else:
         with s3_server() as server:
-            connection = http.client.HTTPConnection("127.0.0.1", server.port)
-            connection.request("PUT", "/bucket")
-            connection.getresponse().close()
-            connection.close()
             yield f"s3://bucket/deep?endpoint=http://127.0.0.1:{server.port}&timeout=60&{CREDENTIALS}"
 
 

@@ -18,10 +18,6 @@ CREDENTIALS = {"access_key_id": "name", "secret_access_key": "secret", "region":
 def endpoint():
     with s3_server() as server:
         endpoint = f"http://127.0.0.1:{server.port}"
-        connection = http.client.HTTPConnection("127.0.0.1", server.port)
-        connection.request("PUT", "/bucket")
-        connection.getresponse().close()
-        connection.close()
         yield endpoint
 
 

@@ -51,7 +51,8 @@ def add_codec(parser: Any) -> None:
         "--kl",
         type=float,
         metavar="NATS",
-        help="instead: the divergence of predictions to expect, by the calibration's curve (joint, conditional)",
+        help="instead: what the divergence of predictions does not exceed on average, by the calibration's curve (joint, "
+        "conditional); below the curve nothing is lost",
     )
     rate.add_argument("--lossless", action="store_true", default=None, help="instead: keep every token bit for bit")
     parser.add_argument(

@@ -29,9 +29,6 @@ from ..process.torch_state import model_torch_state
 from .methods import Cost, Method, as_method, restore
 from .quality import perplexity
 
-PAPER_TURN = 16
-"""Tokens between two codings in the kvtc paper."""
-
 
 @dataclass(frozen=True)
 class MultiTurn:
