@@ -124,13 +124,14 @@ class WindowlessCodec:
     def compile(self, dtype: torch.dtype) -> None:
         """Code a few tokens, so that kernels are compiled before the first chunk comes.
 
-        Compiling for the first time takes longer than an engine waits for its workers when it ends: what they save then is lost.
+        Compiling for the first time takes longer than an engine waits for its workers when it ends: what they
+        save then is lost.
 
         Parameters:
             dtype: Of the engine's cache.
         """
         sides = [
-            torch.linspace(-1, 1, math.prod(shape)).reshape(shape).to(self.device, dtype)
+            torch.linspace(-1, 1, math.prod(shape), dtype=torch.float32, device=self.device).reshape(shape).to(dtype)
             for shape in self.calibration.geometry.side_shapes(_COMPILED_TOKENS)
         ]
         self.decode(self.encode(sides[0], sides[1], 0), 0, _COMPILED_TOKENS)
