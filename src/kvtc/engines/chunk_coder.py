@@ -18,12 +18,13 @@ from ..errors import CorruptStream, InvalidArgument, UnsupportedLayout
 from ..key_digest import digest
 from ..process.torch_state import neutral_torch_state, writing_into
 from ..profiles.rates import FixedSize
+from .opaque_layout import OpaqueLayout, numbers_of
 from .page_layout import PageLayout
 from .position_search import check_fit, find_start
 from .settings import AT_LEAST_ONE, AUTO, PREFIX, TEXT, EngineSettings, of_rank
 from .windowless_codec import CHUNK_TOKENS, WindowlessCodec, cache_of
 
-LayoutOf = Callable[[Sequence[int]], PageLayout]
+LayoutOf = Callable[[Sequence[int]], PageLayout | OpaqueLayout]
 _FRAME = struct.Struct("<I")
 _LARGEST_RATIO = 1e9
 _NEAR = 1.0005
@@ -53,7 +54,7 @@ class ChunkCoder:
     threads.
 
     Parameters:
-        calibration: Of the worker's layers and heads.
+        calibration: Of the worker's layers and heads; None: chunks are exact, and may hold anything.
         settings: Profile, rate and device.
         layout_of: Gives the layout of a chunk from its shape.
         spacing: Chunks begin at multiples of so many tokens; None: of their own length.
@@ -63,24 +64,24 @@ class ChunkCoder:
     """
 
     def __init__(
-        self, calibration: Calibration, settings: ChunkSettings, layout_of: LayoutOf, spacing: int | None = None
+        self, calibration: Calibration | None, settings: ChunkSettings, layout_of: LayoutOf, spacing: int | None = None
     ) -> None:
         self._codec = WindowlessCodec(calibration, settings)
-        self._chunks = _Chunks(calibration, layout_of, spacing, settings.max_tokens)
+        self._chunks = _Chunks(self._codec.calibration, layout_of, spacing, settings.max_tokens)
 
     @property
     def name(self) -> bytes:
         """Digest of all that a stream depends on besides its chunk."""
-        settings = self._codec.codec.settings_digest
-        return digest("chunk coder", calibration=self._codec.calibration.fingerprint, settings=settings)
+        calibration, settings = self._codec.names
+        return digest("chunk coder", calibration=calibration, settings=settings)
 
     @neutral_torch_state
     def encode(self, data: Tensor, start: int | None = None) -> bytes:
         """The stream of a chunk.
 
         Parameters:
-            data: The chunk, of any shape whose layout is known, in 16 or 32 bits.
-            start: Position of its first token; None: it is searched.
+            data: The chunk, of any shape whose layout is known, in 16 or 32 bits, or in any where chunks are exact.
+            start: Position of its first token; None: it is searched. (Exact chunks do not depend on it.)
 
         Raises:
             UnsupportedLayout: The layout is unknown, or the keys are not those of the calibrated
@@ -118,6 +119,10 @@ class FixedChunkCoder:
     def __init__(
         self, calibration: Calibration, settings: ChunkSettings, layout_of: LayoutOf, spacing: int | None = None
     ) -> None:
+        if settings.lossless:
+            raise InvalidArgument(
+                f"streams of a fixed size need {PREFIX}ratio: lossless ones have a length of their own"
+            )
         for name in ("step", "kl"):
             if getattr(settings, name) is not None:
                 raise InvalidArgument(f"streams of a fixed size need {PREFIX}ratio, not {PREFIX}{name}")
@@ -182,7 +187,7 @@ class FixedChunkCoder:
 class _Chunks:
     """How chunks of one worker lie in memory, and where in their texts they can stand."""
 
-    calibration: Calibration
+    calibration: Calibration | None
     layout_of: LayoutOf
     spacing: int | None
     max_tokens: int
@@ -196,6 +201,8 @@ class _Chunks:
         """keys, values [L, H, T, D] of a chunk, and its position: the one that is given, or the one
         that is found."""
         layout = self.layout_of(data.shape)
+        if self.calibration is None:
+            return *layout.read(data.view(numbers_of(data.dtype))), 0
         if data.dtype.itemsize == 1:
             raise UnsupportedLayout(
                 f"the cache is {data.dtype}, and its scales are not known; expected 16 bits or more"
@@ -209,5 +216,6 @@ class _Chunks:
     def write(self, keys: Tensor, values: Tensor, data: Tensor) -> None:
         """Fill a chunk."""
         with writing_into(data):
-            written = self.layout_of(data.shape).write(keys.to(data.dtype), values.to(data.dtype))
-            data.copy_(written.reshape(data.shape))
+            numbers = data.dtype if self.calibration is not None else numbers_of(data.dtype)
+            written = self.layout_of(data.shape).write(keys.to(numbers), values.to(numbers))
+            data.copy_(written.reshape(data.shape).view(data.dtype))

@@ -49,13 +49,15 @@ class EngineSettings:
     Parameters:
         calibration: Path of the calibration file, in which `{tp_rank}` and `{pp_rank}` stand
             for the ranks of a worker; or `reference`, the calibration of the model that ships
-            with kvtc.
+            with kvtc. None: there is none, and all is lossless.
         store: URL for `kvtc.store.open_store`.
         profile: `paper`, `joint`, or `auto` (default): `joint` if the calibration serves it.
             (`conditional` recomputes layers of the model, which a worker's store does not have
             at hand.)
         ratio, step, kl: At most one of them, as of `kvtc.Codec`; none (default): the codec's
             default ratio.
+        lossless: In place of a rate: what is loaded equals what was saved, bit for bit, for
+            pages of any kind. It needs no calibration. Default False.
         namespace: Separates what must not be shared, such as the caches of tenants; default "".
         model: Path of the model's files, or its name on the hub, `name@revision` too. None
             (default): as the engine was given it.
@@ -72,17 +74,21 @@ class EngineSettings:
         >>> settings = EngineSettings.from_config(options)
         >>> settings.ratio, settings.profile, settings.read_calibration()[0].profiles
         (32, 'auto', ('paper', 'joint', 'conditional'))
+        >>> exact = EngineSettings.from_config({"kvtc.lossless": True, "kvtc.store": "memory:"})
+        >>> exact.lossless, exact.calibration
+        (True, None)
         >>> EngineSettings.from_config({"kvtc.calibration": "reference"})
         Traceback (most recent call last):
         kvtc.errors.InvalidArgument: the engine's configuration must give kvtc.store
     """
 
-    calibration: str = field(metadata=TEXT)
+    calibration: str | None = field(metadata=TEXT)
     store: str = field(metadata=TEXT)
     profile: str = field(default=AUTO, metadata=one_of(AUTO, "paper", "joint"))
     ratio: float | None = field(default=None, metadata=NUMBER)
     step: float | None = field(default=None, metadata=NUMBER)
     kl: float | None = field(default=None, metadata=NUMBER)
+    lossless: bool = field(default=False, metadata=FLAG)
     namespace: str = field(default="", metadata=option("text", lambda value: isinstance(value, str)))
     model: str | None = field(default=None, metadata=TEXT)
     identity: str | None = field(default=None, metadata=TEXT)
@@ -112,11 +118,14 @@ class EngineSettings:
             raise InvalidArgument(
                 f"unknown option {PREFIX}{unknown[0]}; expected one of {', '.join(known)} after {PREFIX}"
             )
+        if given.get("lossless") is True:
+            given.setdefault("calibration", None)
         for name, known_option in known.items():
             value = given.get(name, known_option.default)
             if value is MISSING:
-                raise InvalidArgument(f"the engine's configuration must give {PREFIX}{name}")
-            is_left_out = value is None and known_option.default is None
+                more = f", or {PREFIX}lossless" if name == "calibration" else ""
+                raise InvalidArgument(f"the engine's configuration must give {PREFIX}{name}{more}")
+            is_left_out = value is None and (known_option.default is None or name == "calibration")
             if not is_left_out and not known_option.metadata["accepts"](value):
                 raise InvalidArgument(f"{PREFIX}{name} is {value!r}; expected {known_option.metadata['expected']}")
         return cls(**{"store": "", **given})
@@ -162,6 +171,8 @@ class EngineSettings:
             InvalidArgument: `calibration` has other names in braces than those of the two
                 ranks.
         """
+        if self.calibration is None:
+            raise InvalidArgument(f"the engine's configuration must give {PREFIX}calibration")
         if self.calibration == REFERENCE:
             return reference_calibration(), self.calibration
         path = of_rank("calibration", self.calibration, tp_rank, pp_rank)

@@ -2,7 +2,8 @@
 an exact window.
 
 An engine reuses a chunk in every conversation that begins with the same text, so no tokens at its
-end are kept exactly. Sinks are exact where a chunk begins at position 0.
+end are kept exactly. Sinks are exact where a chunk begins at position 0. Without a calibration, or
+where the settings say so, all tokens are exact.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import torch
 from torch import Tensor
 
 from ..backends import Target
-from ..cache import CacheGeometry, KVCache
+from ..cache import CacheExtent, KVCache
 from ..calibration import Calibration
 from ..codec import Codec
 from ..codec.opened_stream import first_position
 from ..errors import TokenMismatch, UnsupportedModel
+from ..key_digest import Part, digest
 from ..process.torch_state import neutral_torch_state
 from .settings import AUTO, EngineSettings
 
 CHUNK_TOKENS = 256
 SINK_TOKENS = 4
 _COMPILED_TOKENS = 2 * SINK_TOKENS
+_ANY_EXTENT = CacheExtent((0,), 0, 1, 8, 8)
 
 Ids = Sequence[int] | np.ndarray | Tensor
 
@@ -35,8 +38,9 @@ class WindowlessCodec:
     between threads.
 
     Parameters:
-        calibration: Of the layers and heads of one worker.
+        calibration: Of the layers and heads of one worker; None: all tokens are exact.
         settings: Profile, rate and device.
+        extent: The layers and heads; None: those of the calibration, or of each chunk where all tokens are exact.
         fixed_size: Whether all streams of as many tokens have the same length, as of `Codec`.
 
     Raises:
@@ -45,15 +49,29 @@ class WindowlessCodec:
         InvalidArgument: The calibration does not serve these settings.
     """
 
-    def __init__(self, calibration: Calibration, settings: EngineSettings, *, fixed_size: bool = False) -> None:
-        if calibration.geometry.rope.depends_on_length:
+    def __init__(
+        self,
+        calibration: Calibration | None,
+        settings: EngineSettings,
+        extent: CacheExtent | None = None,
+        *,
+        fixed_size: bool = False,
+    ) -> None:
+        self.calibration = None if settings.lossless else calibration
+        self.extent = extent
+        if self.calibration is None:
+            self.codec = Codec(
+                lossless=True, chunk_tokens=CHUNK_TOKENS, max_tokens=CHUNK_TOKENS, device=settings.device
+            )
+            return
+        if self.calibration.geometry.rope.depends_on_length:
             raise UnsupportedModel(
                 "the rotation of this model depends on the length of a sequence, which an engine does not tell with a chunk"
             )
-        self.calibration = calibration
-        best = "paper" if calibration.joint is None else "joint"
+        self.extent = extent or self.calibration.geometry.extent
+        best = "paper" if self.calibration.joint is None else "joint"
         self.codec = Codec(
-            calibration,
+            self.calibration,
             best if settings.profile == AUTO else settings.profile,
             ratio=settings.ratio,
             sink_tokens=SINK_TOKENS,
@@ -67,6 +85,20 @@ class WindowlessCodec:
             device=settings.device,
         )
 
+    @property
+    def names(self) -> tuple[bytes, bytes]:
+        """What the key of a stream says of the codec: whose tokens it codes, and how."""
+        if self.calibration is not None:
+            return self.calibration.fingerprint, self.codec.settings_digest
+        of: dict[str, Part] = {}
+        if self.extent is not None:
+            of = {
+                "layers": list(self.extent.layers),
+                "heads": [self.extent.first_kv_head, self.extent.n_kv_heads],
+                "dims": list(self.extent.dims),
+            }
+        return digest("exact tokens", **of), self.codec.settings_digest
+
     @neutral_torch_state
     def encode(self, keys: Tensor, values: Tensor, start: int, token_ids: Ids | None = None) -> bytes:
         """The stream of some tokens.
@@ -79,7 +111,7 @@ class WindowlessCodec:
         Raises:
             InvalidCache, GeometryMismatch, InvalidArgument: As `Codec.encode`.
         """
-        return self.codec.encode(cache_of(self.calibration.geometry, keys, values, start), token_ids)
+        return self.codec.encode(cache_of(self.extent, keys, values, start), token_ids)
 
     @neutral_torch_state
     def decode(
@@ -132,7 +164,7 @@ class WindowlessCodec:
         """
         sides = [
             torch.linspace(-1, 1, math.prod(shape), dtype=torch.float32, device=self.device).reshape(shape).to(dtype)
-            for shape in self.calibration.geometry.side_shapes(_COMPILED_TOKENS)
+            for shape in (self.extent or _ANY_EXTENT).side_shapes(_COMPILED_TOKENS)
         ]
         self.decode(self.encode(sides[0], sides[1], 0), 0, _COMPILED_TOKENS)
 
@@ -142,10 +174,12 @@ class WindowlessCodec:
         return self.codec.device
 
 
-def cache_of(geometry: CacheGeometry, keys: Tensor, values: Tensor, start: int) -> KVCache:
+def cache_of(extent: CacheExtent | None, keys: Tensor, values: Tensor, start: int) -> KVCache:
     """The tokens of a chunk, of which the first stands at position `start`."""
     positions = torch.arange(start, start + keys.shape[2], device="cpu")
-    return KVCache(keys, values, positions, geometry.layers, geometry.first_kv_head)
+    if extent is None:
+        return KVCache(keys, values, positions)
+    return KVCache(keys, values, positions, extent.layers, extent.first_kv_head)
 
 
 def _check_start(found: int | None, expected: int) -> None:

@@ -131,11 +131,12 @@ class TierJobs:
         return [f"page/{self._key(shard.codec, name).hex()}" for shard in self._shards]
 
     def _key(self, codec: WindowlessCodec, name: bytes) -> bytes:
+        calibration, settings = codec.names
         return digest(
             "page",
             scope=self._scope,
-            calibration=codec.calibration.fingerprint,
-            settings=codec.codec.settings_digest,
+            calibration=calibration,
+            settings=settings,
             n_tokens=self._n_tokens,
             name=name,
         )
