@@ -3,22 +3,28 @@ is given."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import vllm
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
+from ...cache import CacheExtent
 from ...errors import UnsupportedLayout, UnsupportedModel
-from ..page_layout import cache_dtype, vllm_layout
+from ..opaque_layout import OpaqueLayout, numbers_of
+from ..page_layout import PageLayout, cache_dtype, vllm_layout
 from ..served_model import ServedModel
 from ..settings import PREFIX, CacheShard, EngineSettings
 from ..windowless_codec import WindowlessCodec
-from .facts import CPU_BACKEND, EngineFacts, layers_in_order, refuse_scaled_fp8
-from .page_mover import EnginePages
+from .facts import CPU_BACKEND, layers_in_order, scales_of
+from .group_codecs import GroupCodec
+from .page_groups import PageGroup
+from .page_mover import EnginePages, GroupPages
 from .tier_jobs import RowShard
 
 logger = init_logger(f"vllm.{__name__}")
@@ -32,28 +38,57 @@ def layer_ranges(vllm_config: Any) -> list[tuple[int, int]]:
     return [(first, stop - first) for first, stop in bounds]
 
 
-def registered_pages(facts: EngineFacts, kv_caches: dict[str, torch.Tensor], vllm_config: Any) -> EnginePages:
-    """The pages of a worker.
+def engine_version() -> str:
+    """vLLM and the kind of device: pages of unknown kinds belong to them."""
+    return f"{vllm.__version__} {current_platform.device_type}"
+
+
+def registered_pages(
+    dtype: torch.dtype | None, one: GroupCodec, kv_caches: dict[str, Any], vllm_config: Any, n_blocks: int
+) -> GroupPages:
+    """The pages of a group of a worker.
 
     Parameters:
-        facts: Of the engine.
-        kv_caches: [B, H, N, 2 D] of each layer by name, as vLLM registers them.
+        dtype: Of the cache; None: not known.
+        one: The group and its codec.
+        kv_caches: Of each layer by name, as vLLM registers them: of plain pages [B, H, N, 2 D], of
+            others [B, ..].
         vllm_config: vLLM's configuration.
+        n_blocks: Blocks of vLLM; a tensor may hold several pages for each.
 
     Raises:
         UnsupportedLayout: kvtc does not read these pages.
     """
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, list(facts.layer_names))
-    refuse_scaled_fp8(layers, facts.dtype)
-    tensors = [kv_caches[name] for name in facts.layer_names]
-    backends = {layer.get_attn_backend().get_name() for layer in layers.values()}
-    shard, page_tokens = facts.shard, tensors[0].shape[2]
-    expected = (shard.n_kv_heads, page_tokens, 2 * shard.head_dim)
+    group = one.group
+    tensors = [kv_caches[name] for name in group.layer_names]
+    if others := {type(tensor).__name__ for tensor in tensors if not isinstance(tensor, torch.Tensor)}:
+        raise UnsupportedLayout(
+            f"vLLM registered {', '.join(others)} for {group.kind}; expected a tensor for each layer"
+        )
+    if one.extent is None or dtype is None:
+        pages = _opaque_pages(group, tensors, n_blocks)
+    else:
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, list(group.layer_names))
+        backends = {layer.get_attn_backend().get_name() for layer in layers.values()}
+        layout = _plain_layout(group, one.extent, tensors, backends, vllm_config)
+        scales = None if one.codec.calibration is None else scales_of(layers, group.layer_names, dtype)
+        pages = EnginePages(tensors, layout, group.page_tokens, dtype, group.tables, scales)
+    how = "lossless" if one.codec.codec.is_lossless else one.codec.codec.settings.profile
+    logger.info("kvtc keeps %s: %s, %s, %s", group.kind, how, pages.layout, pages.dtype)
+    return GroupPages(group, pages, one.codec)
+
+
+def _plain_layout(
+    group: PageGroup, extent: CacheExtent, tensors: list[torch.Tensor], backends: set[str], vllm_config: Any
+) -> PageLayout:
+    """Of pages of keys and values."""
+    page_tokens = tensors[0].shape[2] if tensors[0].dim() == 4 else 0
+    expected = (extent.n_kv_heads, page_tokens, 2 * extent.head_dim)
     shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
-    if shapes != {expected} or facts.page_tokens % page_tokens or len(tensors) != shard.n_layers:
+    if not page_tokens or shapes != {expected} or group.page_tokens % page_tokens or len(tensors) != extent.n_layers:
         raise UnsupportedLayout(
             f"vLLM registered {len(tensors)} caches of shapes [blocks, {'; '.join(map(str, shapes))}]; expected "
-            f"{shard.n_layers} of {expected} with a divisor of {facts.page_tokens} tokens"
+            f"{extent.n_layers} of {expected} with a divisor of {group.page_tokens} tokens"
         )
     if len(backends) != 1:
         raise UnsupportedLayout(f"layers attend by different backends: {', '.join(sorted(backends))}; expected one")
@@ -61,10 +96,22 @@ def registered_pages(facts: EngineFacts, kv_caches: dict[str, torch.Tensor], vll
     isa = None
     if backend == CPU_BACKEND:
         model, cache = vllm_config.model_config, vllm_config.cache_config
-        isa = _cpu_isa(model.dtype, page_tokens, shard.head_dim, cache.cache_dtype)
-    layout = vllm_layout(*shard.sizes, page_tokens, backend=backend, isa=isa)
-    logger.info("kvtc codes pages of %s, %s, %s", backend, layout, facts.dtype)
-    return EnginePages(tensors, layout, facts.page_tokens, facts.dtype)
+        isa = _cpu_isa(model.dtype, page_tokens, extent.head_dim, cache.cache_dtype)
+    return vllm_layout(*extent.sizes, page_tokens, backend=backend, isa=isa)
+
+
+def _opaque_pages(group: PageGroup, tensors: list[torch.Tensor], n_blocks: int) -> EnginePages:
+    """Pages of which only the size is known, each layer with as many bytes."""
+    shapes = {(tuple(tensor.shape), tensor.dtype) for tensor in tensors}
+    (shape, dtype), *others = shapes
+    inner, rest = divmod(shape[0], n_blocks)
+    if others or rest or not inner or group.page_tokens % inner:
+        raise UnsupportedLayout(
+            f"vLLM registered caches of {shapes} for {n_blocks} blocks of {group.page_tokens} tokens"
+        )
+    page_tokens = group.page_tokens // inner
+    layout = OpaqueLayout(group.layers, page_tokens, math.prod(shape[1:]) // page_tokens)
+    return EnginePages(tensors, layout, group.page_tokens, numbers_of(dtype), group.tables)
 
 
 def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backend: str | None) -> list[RowShard]:
