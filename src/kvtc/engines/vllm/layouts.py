@@ -15,9 +15,10 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
 from ...cache import CacheExtent
-from ...errors import UnsupportedLayout, UnsupportedModel
+from ...errors import UnsupportedLayout
+from ...key_digest import digest
 from ..opaque_layout import OpaqueLayout, numbers_of
-from ..page_layout import PageLayout, cache_dtype, vllm_layout
+from ..page_layout import CACHE_DTYPES, PageLayout, cache_dtype, vllm_layout
 from ..served_model import ServedModel
 from ..settings import PREFIX, CacheShard, EngineSettings
 from ..windowless_codec import WindowlessCodec
@@ -114,36 +115,35 @@ def _opaque_pages(group: PageGroup, tensors: list[torch.Tensor], n_blocks: int) 
     return EnginePages(tensors, layout, group.page_tokens, numbers_of(dtype), group.tables)
 
 
-def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backend: str | None) -> list[RowShard]:
-    """The workers' shards of a row of host memory, side by side.
+def row_shards(
+    config: Any, settings: EngineSettings, model: ServedModel, backend: str | None, row_bytes: int
+) -> list[RowShard]:
+    """The parts of a row of host memory that are coded by themselves: the workers' shards side by
+    side, or the whole row.
 
     Parameters:
         config: The configuration that vLLM gives a tier.
         settings: The tier's options.
         model: The model that is served.
         backend: The attention backend, if the user names it.
+        row_bytes: Of a row.
 
     Raises:
-        UnsupportedLayout, UnsupportedModel: kvtc does not read such rows.
+        UnsupportedLayout: kvtc does not read such rows.
         KvtcError, FileNotFoundError: As `EngineSettings.read_calibration` and
             `ServedModel.checked`.
     """
-    parallel = config.parallel
-    if len(config.groups) != 1:
-        raise UnsupportedModel(f"layers cache in {len(config.groups)} different ways; kvtc needs full attention in all")
-    sizes = {name: getattr(parallel, name) for name in ("pp_size", "pcp_size", "dcp_size")}
-    if set(sizes.values()) != {1}:
-        raise UnsupportedModel(f"{sizes}: the tier codes tensor-parallel ranks only; use KvtcConnector for pipelines")
-    if config.canonical_layout or config.replicated_layout:
-        raise UnsupportedLayout("canonical_layout is not read by kvtc; leave it out")
+    reason = _why_opaque(config)
+    if settings.lossless or reason is not None:
+        if not settings.lossless:
+            logger.info("kvtc keeps rows of host memory without loss: %s", reason)
+        return [_whole_row(config, settings, row_bytes)]
     dtype = cache_dtype(config.model.dtype)
-    if dtype.itemsize == 1:
-        raise UnsupportedLayout(
-            "the cache is fp8, and vLLM does not tell a tier the scales of its numbers; use KvtcConnector, or a 16-bit cache"
-        )
     page_tokens, n_layers = config.groups[0].tokens_per_block, len(layers_in_order(config.groups[0].layer_names))
+    # A canonical row is that of one worker which holds all heads.
+    n_ranks, n_parts = (1, config.parallel.tp_size) if config.canonical_layout else (config.parallel.tp_size, 1)
     shards = []
-    for rank in range(parallel.tp_size):
+    for rank in range(n_ranks):
         calibration, calibration_name = settings.read_calibration(rank)
         geometry = calibration.geometry
         first_head = rank * geometry.n_kv_heads
@@ -152,7 +152,7 @@ def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backen
         name, isa = _backend(backend, dtype, page_tokens, geometry.head_dim)
         layout = vllm_layout(*shard.sizes, page_tokens, backend=name, isa=isa, axes=config.kv_cache_layout)
         n_bytes = layout.bytes(page_tokens, dtype)
-        if n_bytes != config.worker_kv_bytes_per_block:
+        if n_bytes != n_parts * config.worker_kv_bytes_per_block:
             raise UnsupportedLayout(
                 f"a worker's block has {config.worker_kv_bytes_per_block} bytes; {geometry.describe()} in {dtype} takes {n_bytes}"
             )
@@ -161,6 +161,49 @@ def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backen
         codec.compile(dtype)
         shards.append(RowShard(offset, layout, dtype, codec))
     return shards
+
+
+def _why_opaque(config: Any) -> str | None:
+    """Why rows cannot be read as keys and values; None where they can."""
+    parallel = config.parallel
+    sizes = {name: getattr(parallel, name) for name in ("pp_size", "pcp_size", "dcp_size")}
+    if len(config.groups) != 1:
+        return f"layers cache in {len(config.groups)} different ways"
+    if set(sizes.values()) != {1}:
+        return f"{sizes}: a row is of several pipeline or context ranks (KvtcConnector codes those of pipelines)"
+    if config.replicated_layout:
+        return "it holds latents"
+    if config.canonical_layout and not parallel.is_parallelism_agnostic:
+        return "its canonical layout does not divide by heads"
+    if config.model.dtype not in CACHE_DTYPES:
+        return f"its numbers are {config.model.dtype}"
+    if CACHE_DTYPES[config.model.dtype].itemsize == 1:
+        return "the cache is fp8, and vLLM does not tell a tier the scales of its numbers (KvtcConnector reads them)"
+    return None
+
+
+def _whole_row(config: Any, settings: EngineSettings, row_bytes: int) -> RowShard:
+    """A row whose contents are not known."""
+    parallel = config.parallel
+    n_workers = 1 if config.replicated_layout else parallel.world_size
+    used = min(n_workers * config.worker_kv_bytes_per_block * config.cache.blocks_per_chunk, row_bytes)
+    dtype = numbers_of(CACHE_DTYPES.get(config.model.dtype, torch.uint8))
+    n_tokens = config.groups[0].tokens_per_block * config.cache.blocks_per_chunk
+    n_layers = n_workers * len(config.groups[0].layer_names)
+    if used % (2 * n_layers * n_tokens * dtype.itemsize):
+        n_layers, n_tokens = 1, 1
+    layout = OpaqueLayout(tuple(range(n_layers)), n_tokens, used // (n_layers * n_tokens * dtype.itemsize))
+    codec = WindowlessCodec(None, settings)
+    codec.compile(dtype)
+    ranks = [parallel.tp_size, parallel.pp_size, parallel.pcp_size, parallel.dcp_size]
+    name = digest(
+        "rows of host memory",
+        version=engine_version(),
+        layout=config.kv_cache_layout,
+        ranks="canonical" if config.canonical_layout else ranks,
+        layers=[list(group.layer_names) for group in config.groups],
+    )
+    return RowShard(0, layout, dtype, codec, name)
 
 
 def _backend(named: str | None, dtype: torch.dtype, page_tokens: int, head_dim: int) -> tuple[str, str | None]:
