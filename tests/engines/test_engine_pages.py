@@ -133,7 +133,7 @@ def test_rotations_that_depend_on_a_texts_length_are_refused():
 def test_the_reference_model_has_a_name():
     geometry = reference_calibration().geometry
     part = CacheShard(geometry.layers, 0, geometry.n_kv_heads, *geometry.dims)
-    assert settings().load_calibration(part).fingerprint == reference_calibration().fingerprint
+    assert part.checked(*settings().read_calibration()).fingerprint == reference_calibration().fingerprint
 
 
 def test_calibrations_of_ranks_are_named_by_the_rank(tmp_path):

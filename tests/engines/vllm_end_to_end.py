@@ -8,7 +8,8 @@ For each way into vLLM, the connector and the tier:
 
 Then `store` and `hit` of more: `quality`, the connector asked for a KL instead of a ratio; `parallel`, the connector with two
 tensor-parallel workers, each with a calibration of its own; and `lossless`, the connector without a calibration, for each model
-that is there: kvtc-6m, and SmolLM2-135M and Gemma 3 270M (windows in 15 of 18 layers) if `make bench-models` has installed them.
+that is there: kvtc-6m, a random one that caches latents, and SmolLM2-135M and Gemma 3 270M (windows in 15 of 18 layers) if `make
+bench-models` has installed them.
 
 Run in vLLM's environment: `make test-engines`, or this script with some of connector, tier, quality, parallel, lossless.
 Prints what was stored and loaded, and exits with 1 where something differs.
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import parallel_model
+import random_models
 
 KL = 0.001
 HERE = Path(__file__).parent
@@ -88,19 +89,22 @@ def main() -> None:
     if "parallel" in chosen:
         with tempfile.TemporaryDirectory() as scratch:
             run_parallel(Path(scratch), long)
-    for model in models() if "lossless" in chosen else []:
-        with tempfile.TemporaryDirectory() as scratch:
-            run_lossless(Path(scratch), model)
+    if "lossless" in chosen:
+        with tempfile.TemporaryDirectory() as made:
+            for model in models(Path(made)):
+                with tempfile.TemporaryDirectory() as scratch:
+                    run_lossless(Path(scratch), model)
     print("all as it must be")
 
 
-def models() -> list[Path]:
-    """The folders of the models that are there."""
+def models(scratch: Path) -> list[Path]:
+    """The folders of the models that are there, and of one that is made."""
     from kvtc.installed_models import INSTALLED_MODELS, places_of
     from kvtc.reference import MODEL_DIRECTORY
 
     installed = [places_of(name).directory for name in INSTALLED_MODELS]
-    return [MODEL_DIRECTORY, *(directory for directory in installed if directory.is_dir())]
+    made = random_models.make_latent(scratch)
+    return [MODEL_DIRECTORY, made, *(directory for directory in installed if directory.is_dir())]
 
 
 def prompts() -> tuple[list[int], list[int], list[int]]:
@@ -186,10 +190,10 @@ def run_parallel(scratch: Path, prompt: list[int]) -> None:
     """A model with random weights: its answers say little, its pages are as any model's."""
     print(f"\nparallel: two workers, a random model of 4 heads in bfloat16, ratio 2, a prompt of {len(prompt)} tokens")
     texts = [file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))]
-    engine = {"model": str(parallel_model.make(scratch, texts)), "dtype": "bfloat16", "tensor_parallel_size": 2}
+    engine = {"model": str(random_models.make_parallel(scratch, texts)), "dtype": "bfloat16", "tensor_parallel_size": 2}
     config = transfer_config("connector", f"file://{scratch}/store")
     config["kv_connector_extra_config"] |= {
-        "kvtc.calibration": f"{scratch}/{parallel_model.CALIBRATION}",
+        "kvtc.calibration": f"{scratch}/{random_models.CALIBRATION}",
         "kvtc.ratio": 2,
     }
     first, second = (serve(scratch, "parallel", engine, config, [prompt], name) for name in ("store", "hit"))

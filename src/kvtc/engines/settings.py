@@ -130,31 +130,6 @@ class EngineSettings:
                 raise InvalidArgument(f"{PREFIX}{name} is {value!r}; expected {known_option.metadata['expected']}")
         return cls(**{"store": "", **given})
 
-    def load_calibration(self, shard: CacheShard) -> Calibration:
-        """The calibration of one worker's shard.
-
-        Parameters:
-            shard: What the worker holds.
-
-        Returns:
-            The calibration.
-
-        Raises:
-            GeometryMismatch: The calibration covers other layers or heads; the message says how
-                to make the one that is needed.
-            FileNotFoundError, CorruptCalibration, UnsupportedVersion, InvalidArgument: As
-                `read_calibration`.
-
-        Example:
-            >>> from kvtc.engines.settings import EngineSettings, worker_shards
-            >>> settings = EngineSettings(calibration="reference", store="memory:")
-            >>> (shard,) = worker_shards(n_layers=12, n_kv_heads=3, head_dim=32, tp_size=1)
-            >>> settings.load_calibration(shard).geometry.n_layers
-            12
-        """
-        calibration, name = self.read_calibration(shard.tp_rank, shard.pp_rank)
-        return shard.checked(calibration, name)
-
     def read_calibration(self, tp_rank: int = 0, pp_rank: int = 0) -> tuple[Calibration, str]:
         """The calibration of a worker, whatever layers and heads it covers.
 
@@ -194,8 +169,26 @@ class CacheShard(CacheExtent):
     pp_rank: int = 0
 
     def checked(self, calibration: Calibration, name: str) -> Calibration:
-        """The calibration, if it covers exactly this shard; raises `GeometryMismatch` otherwise.
-        name: for the message."""
+        """The calibration, if it covers exactly this shard.
+
+        Parameters:
+            calibration: Of any layers and heads.
+            name: Of the calibration, for messages.
+
+        Returns:
+            The calibration.
+
+        Raises:
+            GeometryMismatch: It covers other layers or heads; the message says how to make the one
+                that is needed.
+
+        Example:
+            >>> from kvtc.engines.settings import EngineSettings, worker_shards
+            >>> found, name = EngineSettings(calibration="reference", store="memory:").read_calibration()
+            >>> (shard,) = worker_shards(n_layers=12, n_kv_heads=3, head_dim=32, tp_size=1)
+            >>> shard.checked(found, name).geometry.n_layers
+            12
+        """
         geometry = calibration.geometry
         if geometry.extent != self.extent:
             layers = self.layers[0], self.layers[-1] + 1
