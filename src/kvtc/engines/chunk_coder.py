@@ -210,7 +210,7 @@ class _Chunks:
         keys, values = layout.read(data)
         if start is None:
             start = find_start(keys, self.calibration, self.spacing or keys.shape[2], self.max_tokens)
-        check_fit(keys, self.calibration, start)
+        check_fit(keys, values, self.calibration, start)
         return keys, values, start
 
     def write(self, keys: Tensor, values: Tensor, data: Tensor) -> None:
