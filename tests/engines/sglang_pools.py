@@ -23,6 +23,15 @@ MLA_LAYOUTS = ("layer_first", "page_first", "page_first_direct")
 LOSSLESS = {"kvtc.lossless": True, "kvtc.identity": "bytes"}
 
 
+def say_that_there_is_one_rank() -> None:
+    """What a server's settings tell SGLang."""
+    from sglang.srt.runtime_context import get_parallel
+
+    ranks = ("tp_rank", "pp_rank", "attn_dcp_rank", "attn_tp_rank")
+    sizes = ("tp_size", "pp_size", "attn_dcp_size", "attn_tp_size")
+    get_parallel().override_permanently(**dict.fromkeys(ranks, 0), **dict.fromkeys(sizes, 1))
+
+
 def bring_back_all_kinds() -> None:
     """Pools of every kind that can be made here, through one backend that writes and another that reads."""
     from sglang.srt.mem_cache.hicache_storage import PoolName
@@ -181,11 +190,7 @@ def running_controller(store: Path) -> Iterator[Any]:
     from sglang.srt.mem_cache.hicache_storage import PoolName
     from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
     from sglang.srt.mem_cache.pool_host.group import HostPoolGroup, PoolEntry
-    from sglang.srt.runtime_context import get_parallel
 
-    ranks = ("tp_rank", "pp_rank", "attn_dcp_rank", "attn_tp_rank")
-    sizes = ("tp_size", "pp_size", "attn_dcp_size", "attn_tp_size")
-    get_parallel().override_permanently(**dict.fromkeys(ranks, 0), **dict.fromkeys(sizes, 1))
     pools = {
         PoolName.KV: mha_pool("page_first", torch.bfloat16, n_pages=6),
         PoolName.SWA: mha_pool("page_first", torch.bfloat16, n_pages=6),

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from sglang_pools import backend, bring_back_all_kinds, go_through_the_controller, mha_pool
+from sglang_pools import backend, bring_back_all_kinds, go_through_the_controller, mha_pool, say_that_there_is_one_rank
 from vllm_end_to_end import Failure, expect, prompts
 
 from kvtc.cache import KVCache
@@ -48,6 +48,7 @@ def main() -> None:
         cache = interop.from_transformers(model(ids[:, :N_TOKENS]).past_key_values, geometry)
     exact = answer(model, ids, cache)
     print("sglang: pages of any bytes, kvtc.lossless, by SGLang's pools and its controller")
+    say_that_there_is_one_rank()
     bring_back_all_kinds()
     go_through_the_controller()
     print(f"sglang: kvtc-6m in bfloat16, ratio {RATIO}, {N_TOKENS} tokens")

@@ -362,6 +362,12 @@ def test_ranks_and_models_do_not_share_pages(make):
         assert make(**changed)[0].batch_exists(KEYS) == 0
 
 
+def test_context_parallel_ranks_have_pages_of_their_own(make_exact):
+    make_exact(attn_cp_size=2)[0].batch_set_v1(KEYS, ALL)
+    assert make_exact(attn_cp_size=2)[0].batch_exists(KEYS) == N_PAGES
+    assert make_exact(attn_cp_size=2, attn_cp_rank=1)[0].batch_exists(KEYS) == 0
+
+
 def test_a_damaged_page_is_a_miss(make, tmp_path):
     backend, _ = make()
     backend.batch_set_v1(KEYS[:1], ALL[:PAGE])

@@ -31,7 +31,8 @@ class StoredChunks(Generic[W]):
     def __init__(self, store: Store, coder_of: Callable[[W], ChunkCoder], scope: bytes) -> None:
         self.entries = Entries(store)
         self.counts = self.entries.counts
-        self._coder_of, self._scope = coder_of, scope
+        self._coder_of: Callable[[W], ChunkCoder] = coder_of
+        self._scope = scope
         self._metrics = MetricsFile(None, str)
 
     def write_metrics(self, path: str | None, **labels: str) -> None:

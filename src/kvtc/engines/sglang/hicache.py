@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,7 +235,7 @@ class KvtcHiCache(HiCacheStorage):
         streams = self._pages.read(names)
         return self._threads.map(lambda name, stream: self._pages.decode(pool, name, stream, page_of), names, streams)
 
-    def _restorable(self, transfer: Any, keys: Sequence[str]) -> set[int]:
+    def _restorable(self, transfer: Any, keys: Sequence[str]) -> AbstractSet[int]:
         """Of the prefixes of some pages, the lengths that one pool can restore."""
         if transfer.hit_policy == PoolHitPolicy.ALL_PAGES:
             return set(range(1, self._n_leading(transfer.name, keys) + 1))

@@ -104,7 +104,7 @@ class HostPages:
             self.pool.set_from_flat_data_page(index, flat)
             return
         runs = self._runs(index)
-        for run, part in zip(runs, flat.view(torch.uint8).split([len(run) for run in runs]), strict=True):
+        for run, part in zip(runs, torch.split(flat.view(torch.uint8), [len(run) for run in runs]), strict=True):
             run.copy_(part)
 
     def _read_runs(self, index: int) -> Tensor:
