@@ -72,7 +72,7 @@ class StoredChunks:
         """
         original = data.numel() * data.dtype.itemsize
         n_bytes = self.entries.save(key, lambda: self._coder_of(worker).encode(data, start), original)
-        if n_bytes and start is None:
+        if n_bytes and start is None and self._coder_of(worker).needs_start(data):
             self.counts.add(starts_searched=1)
         return n_bytes
 
@@ -93,6 +93,10 @@ class StoredChunks:
     def n_stored(self, keys: Sequence[str]) -> int:
         """How many leading keys have entries."""
         return self.entries.count_leading(keys)
+
+    def which_stored(self, keys: Sequence[str]) -> list[bool]:
+        """Which keys have entries."""
+        return self.entries.present(keys)
 
     def delete(self, key: str) -> None:
         """Delete a chunk."""
