@@ -31,7 +31,7 @@ test-stores: $(VENV)/.test-ready $(VENV)/.servers-ready
 	KVTC_ALL_INSTALLED=1 KVTC_MOTO_SERVER=$(SERVERS)/bin/moto_server $(BIN)/python -m pytest tests/stores
 
 test-faults: $(VENV)/.test-ready $(VENV)/.servers-ready
-	KVTC_KILLS=200 KVTC_ALL_INSTALLED=1 KVTC_MOTO_SERVER=$(SERVERS)/bin/moto_server $(BIN)/python -m pytest tests/stores/test_faults*.py
+	KVTC_KILLS=200 KVTC_ALL_INSTALLED=1 KVTC_MOTO_SERVER=$(SERVERS)/bin/moto_server $(BIN)/python -m pytest tests/stores/test_faults*.py tests/engines/test_kills.py
 
 soak: $(VENV)/.test-ready
 	$(BIN)/python -m tests.stores.soak --seconds $(SOAK_SECONDS)

@@ -29,6 +29,13 @@ class KVConnectorMetadata(ABC):  # noqa: B024
     pass
 
 
+@dataclass
+class KVConnectorTransferResults:
+    finished_sending: set[str] = field(default_factory=set)
+    finished_recving: set[str] = field(default_factory=set)
+    failed_recving: set[str] = field(default_factory=set)
+
+
 class SupportsHMA(ABC):
     @abstractmethod
     def request_finished_all_groups(self, request, block_ids): ...
@@ -181,6 +188,14 @@ class FullAttentionSpec(SimpleNamespace):
     """As `engine_facts` looks at it."""
 
 
+class SlidingWindowSpec(SimpleNamespace):
+    """Of layers with a window, where vLLM drops pages that no token reaches any more."""
+
+
+class MLAAttentionSpec(SimpleNamespace):
+    """Of layers that cache one latent for each token."""
+
+
 def fake_layer(backend: str = "FLASH_ATTN", scale: float = 1.0) -> Any:
     """An attention layer."""
     return SimpleNamespace(
@@ -201,9 +216,15 @@ def configs(
     cache_dtype: str = "auto",
     backend: str = "FLASH_ATTN",
     scale: float = 1.0,
+    windows: dict[int, int] | None = None,
+    layers_per_table: int | None = None,
+    latent: int | None = None,
+    n_blocks: int = 64,
     **model: Any,
 ) -> tuple[Any, Any]:
-    """(VllmConfig, KVCacheConfig) of a model; n_kv_heads in all. model: other fields of the model's or the load configuration."""
+    """(VllmConfig, KVCacheConfig) of a model; n_kv_heads in all. windows: of layers that have one. layers_per_table: of a kind;
+    None: all. latent: numbers of a token in each layer, in place of heads. model: other fields of the model's or the load
+    configuration."""
     names = [f"model.layers.{layer}.self_attn.attn" for layer in range(n_layers)]
     vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(
@@ -216,7 +237,6 @@ def configs(
             hf_config_path=None,
             max_model_len=model.get("max_model_len", 4096),
             dtype=dtype,
-            use_mla=False,
             get_total_num_hidden_layers=lambda: n_layers,
             get_total_num_kv_heads=lambda: n_kv_heads,
             get_head_size=lambda: head_dim,
@@ -236,9 +256,21 @@ def configs(
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=options, kv_load_failure_policy="recompute"),
         layers={name: fake_layer(backend, scale) for name in names},
     )
-    spec = FullAttentionSpec(block_size=block_size, head_size=head_dim, sliding_window=None, attention_chunk_size=None)
-    group = SimpleNamespace(kv_cache_spec=spec, layer_names=list(reversed(names)))
-    return vllm_config, SimpleNamespace(kv_cache_groups=[group])
+    common = {"block_size": block_size, "head_size": head_dim, "num_kv_heads": max(1, n_kv_heads // tp_size)}
+    groups = []
+    for window in [None, *sorted(set((windows or {}).values()))]:
+        its = [name for layer, name in enumerate(names) if (windows or {}).get(layer) == window]
+        spec: Any = FullAttentionSpec(**common)
+        if window is not None:
+            spec = SlidingWindowSpec(**common, sliding_window=window)
+        elif latent is not None:
+            spec = MLAAttentionSpec(block_size=block_size, head_size=latent, num_kv_heads=1)
+        size = layers_per_table or len(its)
+        groups += [
+            SimpleNamespace(kv_cache_spec=spec, layer_names=its[first : first + size][::-1])
+            for first in range(0, len(its), max(size, 1))
+        ]
+    return vllm_config, SimpleNamespace(kv_cache_groups=groups, num_blocks=n_blocks)
 
 
 def _modules() -> dict[str, dict[str, Any]]:
@@ -251,6 +283,7 @@ def _modules() -> dict[str, dict[str, Any]]:
             "KVConnectorBase_V1": KVConnectorBase_V1,
             "KVConnectorMetadata": KVConnectorMetadata,
             "KVConnectorRole": KVConnectorRole,
+            "KVConnectorTransferResults": KVConnectorTransferResults,
             "SupportsHMA": SupportsHMA,
         },
         f"{base}.metrics": {"KVConnectorStats": KVConnectorStats, "KVConnectorPromMetrics": KVConnectorPromMetrics},
@@ -263,7 +296,8 @@ def _modules() -> dict[str, dict[str, Any]]:
         "vllm.distributed.utils": {"get_pp_indices": get_pp_indices},
         "vllm.logger": {"init_logger": logging.getLogger},
         "vllm.model_executor.layers.attention_layer_base": {"AttentionLayerBase": object},
-        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: False)},
+        "vllm": {"__version__": "0.32.0"},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: False, device_type="cuda")},
         "vllm.v1.attention.backends.cpu_attn": {"_get_attn_isa": lambda *_: "vec"},
         "vllm.v1.kv_offload.base": {
             "LookupResult": LookupResult,

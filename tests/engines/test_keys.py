@@ -16,6 +16,7 @@ from kvtc.codec.sealed_stream import StreamSettings
 from kvtc.engines.page_layout import PageLayout
 from kvtc.engines.settings import EngineSettings
 from kvtc.engines.stored_chunks import StoredChunks
+from kvtc.engines.vllm.page_groups import PageGroup
 from kvtc.engines.vllm.prefix_planner import PrefixPlanner
 from kvtc.engines.vllm.tier_jobs import RowShard, TierChunk, TierJobs
 from kvtc.engines.windowless_codec import WindowlessCodec
@@ -192,7 +193,9 @@ def test_prefixes_do_not_depend_on_the_engine_s_pages():
     with open_store("memory:") as store:
         names = set()
         for page_tokens in (16, 32):
-            planner = PrefixPlanner(store, b"scope", [(b"calibration", b"settings")], page_tokens)
+            planner = PrefixPlanner(
+                store, b"scope", [[(b"calibration", b"settings")]], [PageGroup(("layer",), (0,), (0,), page_tokens)]
+            )
             while planner.matched_tokens("a", list(range(600)), 0) is None:
                 pass
             names.add(tuple(planner._prompts["a"].result().nodes[0]))

@@ -13,7 +13,7 @@ from kvtc.engines.page_layout import PageLayout
 from kvtc.engines.settings import EngineSettings
 from kvtc.engines.vllm.tier_jobs import RowShard, TierChunk, TierJobs
 from kvtc.engines.windowless_codec import WindowlessCodec
-from kvtc.errors import GeometryMismatch, InvalidArgument, StoreUnavailable, UnsupportedLayout, UnsupportedModel
+from kvtc.errors import GeometryMismatch, InvalidArgument, StoreUnavailable, UnsupportedLayout
 from kvtc.store import open_store
 from tests.builders import (
     HEAD_DIM,
@@ -58,7 +58,7 @@ def spec(axes: str = "LBNHC", tp_size: int = 1, **changed):
         worker_kv_bytes_per_block=BLOCK_BYTES // tp_size,
         model=SimpleNamespace(name="tiny", dtype="bfloat16"),
         cache=SimpleNamespace(blocks_per_chunk=CHUNK // PAGE),
-        parallel=SimpleNamespace(tp_size=tp_size, pp_size=1, pcp_size=1, dcp_size=1),
+        parallel=parallel(tp_size),
         canonical_layout=False,
         replicated_layout=False,
         kv_cache_layout=axes,
@@ -66,6 +66,18 @@ def spec(axes: str = "LBNHC", tp_size: int = 1, **changed):
     for name, value in changed.items():
         setattr(config, name, value)
     return SimpleNamespace(config=config)
+
+
+def parallel(tp_size: int = 1, pp_size: int = 1, is_agnostic: bool = True):
+    """An OffloadingParallelConfig."""
+    return SimpleNamespace(
+        tp_size=tp_size,
+        pp_size=pp_size,
+        pcp_size=1,
+        dcp_size=1,
+        world_size=tp_size * pp_size,
+        is_parallelism_agnostic=is_agnostic,
+    )
 
 
 def pages_of(row: np.ndarray, axes: str):
@@ -270,6 +282,73 @@ def test_each_rank_has_its_shard_of_a_row(caplog):
         assert f"request r7: chunk {b'name'.hex()} is given up: InvalidArgument: the engine does not say" in caplog.text
 
 
+OPAQUE = {
+    "lossless": {},
+    "windows": {"groups": 2},
+    "pipelines": {"parallel": parallel(pp_size=2), "worker_kv_bytes_per_block": BLOCK_BYTES // 2},
+    "latents": {"replicated_layout": True, "parallel": parallel(4, is_agnostic=False)},
+    "fp8": {"model": SimpleNamespace(name="tiny", dtype="fp8")},
+    "packed numbers": {"model": SimpleNamespace(name="tiny", dtype="fp8_ds_mla")},
+    "odd rows": {"worker_kv_bytes_per_block": BLOCK_BYTES - 6},
+}
+
+
+@pytest.mark.parametrize("case", OPAQUE)
+def test_rows_of_unknown_contents_come_back_bit_for_bit(tier_class, options, case):
+    """In any order, and whatever stands before them: of windows vLLM asks for the last chunks alone."""
+    made = spec(**{name: value for name, value in OPAQUE[case].items() if name != "groups"})
+    made.config.groups *= OPAQUE[case].get("groups", 1)
+    if case in ("lossless", "odd rows"):
+        options = {name: options[name] for name in ("kvtc.store", "kvtc.identity")} | {"kvtc.lossless": True}
+    rows = np.random.default_rng(0).integers(0, 256, (6, ROW_BYTES), np.uint8)
+    truth = rows.copy()
+    host = Host.__new__(Host)
+    host.tier, host.n_jobs = tier_class(made, memoryview(rows.view(np.int8)), "KvtcTier", **options), 0
+    context, keys = request(host.tier, "a", 3)
+    assert host.job(keys, [2, 3, 4], context, is_load=False).success
+    rows[:] = 0
+    host.tier.on_request_finished(context)
+    again, _ = request(host.tier, "b", 3)
+    assert host.look(keys[2], again) is LookupResult.HIT
+    assert host.job([keys[2], keys[0]], [0, 5], again, is_load=True).success
+    used = ROW_BYTES - 64 - (48 if case == "odd rows" else 0)
+    assert np.array_equal(rows[0, :used], truth[4, :used])
+    assert np.array_equal(rows[5, :used], truth[2, :used])
+    host.tier.shutdown()
+
+
+def test_of_windows_each_chunk_is_found_by_itself(tier_class, options):
+    made = spec()
+    made.config.groups *= 2
+    host = Host(tier_class, options)
+    host.tier.shutdown()
+    host.tier = tier_class(made, memoryview(host.rows.view(np.int8)), "KvtcTier", **options)
+    context, keys = request(host.tier, "a", 3)
+    assert host.job(keys[2:], [0], context, is_load=False).success
+    assert host.look(keys[0], context) is LookupResult.MISS
+    assert host.look(keys[2], context) is LookupResult.HIT
+    host.tier.shutdown()
+
+
+def test_a_canonical_row_is_coded_for_any_number_of_workers(tier_class, options):
+    """Its bytes are those of one worker with all heads, so four workers load what one has saved."""
+    cache, rows = truth(), np.zeros((2, ROW_BYTES), np.uint8)
+    host = Host(tier_class, options)
+    host.fill(0, cache, 0)
+    context, keys = request(host.tier, "a", 1)
+    assert host.job(keys, [0], context, is_load=False).success
+    host.tier.shutdown()
+    for tp_size in (1, 2):
+        made = spec(tp_size=tp_size, canonical_layout=True, parallel=parallel(tp_size))
+        host.tier = tier_class(made, memoryview(rows.view(np.int8)), "KvtcTier", **options)
+        context, _ = request(host.tier, "b", 1)
+        assert host.look(keys[0], context) is LookupResult.HIT
+        assert host.job(keys, [1], context, is_load=True).success
+        found, _ = read_tokens(pages_of(rows[1, : ROW_BYTES - 64], "LBNHC"), torch.arange(CHUNK))
+        assert relative_error(found, cache.keys[:, :, :CHUNK]) < 0.02
+        host.tier.shutdown()
+
+
 def test_what_cannot_work_is_refused_at_start(tier_class, options):
     rows = memoryview(np.zeros((2, ROW_BYTES), np.int8))
 
@@ -277,19 +356,12 @@ def test_what_cannot_work_is_refused_at_start(tier_class, options):
         tier_class(spec(**more), rows, "KvtcTier", **(options | (changed or {}))).shutdown()
 
     start()
-    parallel = SimpleNamespace(tp_size=1, pp_size=2, pcp_size=1, dcp_size=1)
     with pytest.raises(UnsupportedLayout, match=r"kvtc\.attention_backend"):
         start(options={name: value for name, value in options.items() if name != "kvtc.attention_backend"})
     with pytest.raises(InvalidArgument, match="either a ratio or a step or a kl"):
         start({"kvtc.kl": 0.001})
     with pytest.raises(InvalidArgument, match="unknown option root_dir"):
         start({"root_dir": "/"})
-    with pytest.raises(UnsupportedModel, match="pp_size"):
-        start(parallel=parallel)
-    with pytest.raises(UnsupportedLayout, match="canonical_layout"):
-        start(canonical_layout=True)
-    with pytest.raises(UnsupportedLayout, match="fp8"):
-        start(model=SimpleNamespace(name="tiny", dtype="fp8"))
     with pytest.raises(UnsupportedLayout, match="LHBNC"):
         start(axes="LHBNC")
     with pytest.raises(UnsupportedLayout, match="a worker's block has 5 bytes"):

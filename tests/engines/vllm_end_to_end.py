@@ -6,10 +6,11 @@ For each way into vLLM, the connector and the tier:
     hit      another process answers them from the store: the same tokens
     damaged  one stored chunk is damaged on disk; another process loads what comes before it, computes the rest: the same tokens
 
-Then `store` and `hit` of two more: `quality`, the connector asked for a KL instead of a ratio, and `parallel`, the connector with
-two tensor-parallel workers, each with a calibration of its own.
+Then `store` and `hit` of more: `quality`, the connector asked for a KL instead of a ratio; `parallel`, the connector with two
+tensor-parallel workers, each with a calibration of its own; and `lossless`, the connector without a calibration, for each model
+that is there: kvtc-6m, and SmolLM2-135M and Gemma 3 270M (windows in 15 of 18 layers) if `make bench-models` has installed them.
 
-Run in vLLM's environment: `make test-engines`, or this script with some of connector, tier, quality, parallel.
+Run in vLLM's environment: `make test-engines`, or this script with some of connector, tier, quality, parallel, lossless.
 Prints what was stored and loaded, and exits with 1 where something differs.
 """
 
@@ -75,7 +76,7 @@ class Failure(Exception):
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or [*(way.name for way in WAYS), "quality", "parallel"]
+    chosen = sys.argv[1:] or [*(way.name for way in WAYS), "quality", "parallel", "lossless"]
     long, short, other = prompts()
     for way in WAYS:
         if way.name in chosen:
@@ -87,7 +88,19 @@ def main() -> None:
     if "parallel" in chosen:
         with tempfile.TemporaryDirectory() as scratch:
             run_parallel(Path(scratch), long)
+    for model in models() if "lossless" in chosen else []:
+        with tempfile.TemporaryDirectory() as scratch:
+            run_lossless(Path(scratch), model)
     print("all as it must be")
+
+
+def models() -> list[Path]:
+    """The folders of the models that are there."""
+    from kvtc.installed_models import INSTALLED_MODELS, places_of
+    from kvtc.reference import MODEL_DIRECTORY
+
+    installed = [places_of(name).directory for name in INSTALLED_MODELS]
+    return [MODEL_DIRECTORY, *(directory for directory in installed if directory.is_dir())]
 
 
 def prompts() -> tuple[list[int], list[int], list[int]]:
@@ -144,6 +157,29 @@ def run_quality(scratch: Path, prompt: list[int]) -> None:
     print(f"  hit: cached {found['cached']} tokens; 32 tokens compared")
     expect("cached tokens", found["cached"], 1248)
     expect("the same tokens", found["tokens"], first["answers"][0]["tokens"])
+
+
+def run_lossless(scratch: Path, model: Path) -> None:
+    """Whatever the model's layers cache is loaded as it was saved: the answer is that of the engine's own prefix cache, which
+    computes the rest of the prompt in the same products. (Computed whole, the prompt may give another answer.)"""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    prompt = tokenizer((ROOT / "LICENSE").read_text()).input_ids[:1250]
+    print(f"\nlossless: {model.name} in bfloat16, a prompt of {len(prompt)} tokens")
+    config = transfer_config("connector", f"file://{scratch}/store")
+    options = config["kv_connector_extra_config"]
+    for name in ("kvtc.ratio", "kvtc.calibration"):
+        del options[name]
+    options["kvtc.lossless"] = True
+    engine = {"model": str(model), "dtype": "bfloat16"}
+    first = serve(scratch, "lossless", engine, config, [prompt, prompt], "store")
+    second = serve(scratch, "lossless", engine, config, [prompt], "hit")
+    cold, own, found = *first["answers"], *second["answers"]
+    expect("nothing is cached at first", cold["cached"], 0)
+    print(f"  hit: cached {found['cached']} tokens, by the engine itself {own['cached']}; 32 tokens compared")
+    expect("cached tokens", found["cached"], 1248)
+    expect("the same tokens as by the engine's own prefix cache", found["tokens"], own["tokens"])
 
 
 def run_parallel(scratch: Path, prompt: list[int]) -> None:

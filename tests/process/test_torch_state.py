@@ -279,9 +279,9 @@ def pages(n: int) -> tuple[list[Tensor], EnginePages]:
 def into_pages() -> Found:
     layers, engine = pages(6)
     codec = Codec(tiny_calibration(), ratio=4, **REGIONS)
-    codec.decode_into(codec.encode(told()), engine.targets([5, 0, 3, 1, 4], N))
-    keys, values = engine.read([5, 0, 3], CPU)
-    engine.write([2, 1, 0], keys, values)
+    codec.decode_into(codec.encode(told()), engine.targets({0: [5, 0, 3, 1, 4]}, N))
+    keys, values = engine.read({0: [5, 0, 3]}, CPU)
+    engine.write({0: [2, 1, 0]}, keys, values)
     return {f"layer {index}": layer for index, layer in enumerate(layers)} | {"keys": keys, "values": values}
 
 
@@ -709,14 +709,14 @@ def test_layers_of_engines_that_were_made_in_inference_mode_are_written():
         engine = EnginePages(inference, PageLayout("LBHNC", N_LAYERS, N_HEADS, HEAD_DIM, 8), 8, torch.bfloat16)
     codec = Codec(tiny_calibration(), ratio=4, **REGIONS)
     stream = codec.encode(told())
-    codec.decode_into(stream, engine.targets(range(5), N))
-    keys, values = engine.read(range(5), CPU)
+    codec.decode_into(stream, engine.targets({0: range(5)}, N))
+    keys, values = engine.read({0: range(5)}, CPU)
     decoded = codec.decode(stream)
     assert same_bits(keys, decoded.keys)
     assert same_bits(values, decoded.values)
     assert all(map(is_ordinary, (keys, values)))
-    engine.write(range(5), values, keys)
-    assert same_bits(engine.read(range(5), CPU)[0], decoded.values)
+    engine.write({0: range(5)}, values, keys)
+    assert same_bits(engine.read({0: range(5)}, CPU)[0], decoded.values)
 
 
 def test_a_loss_goes_back_through_a_model_that_reads_a_restored_cache():

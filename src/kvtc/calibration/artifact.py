@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -192,6 +192,33 @@ class Calibration:
             Its geometry.
         """
         return self.further[number - 1].geometry if number else self.geometry
+
+    def of_group(self, number: int) -> Calibration:
+        """The calibration of one group alone, whose layers then count as full attention.
+
+        Parameters:
+            number: of the group, 0 for the first.
+
+        Returns:
+            This calibration without the groups beside the first one, or that of another group for `joint`.
+
+        Example:
+            >>> alone = calibration.of_group(0)
+            >>> alone.fingerprint == calibration.fingerprint, len(alone.groups)
+            (True, 1)
+        """
+        if not number:
+            return replace(self, further=())
+        group = self.further[number - 1]
+        return Calibration(
+            replace(group.geometry, is_window=False),
+            None,
+            None,
+            self.info,
+            group.joint,
+            {name: curve for name, curve in self.quality.items() if name == "joint"},
+            importance=group.importance,
+        )
 
     def number_of(self, group: Group) -> int | None:
         """Which of `groups` covers a group of a cache.

@@ -34,7 +34,7 @@ _VLLM_CPU_BACKEND = "CPU_ATTN"
 _VLLM_PACKINGS = {"vec": VEC, "vec16": VEC, "amx": AMX}
 # Physical orders by vLLM's names; in BHLNC and LHBNC a page is not one run of bytes.
 _VLLM_AXES = ("LBHNC", "LBNHC", "BLHNC", "BLNHC")
-_CACHE_DTYPES = {
+CACHE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "half": torch.float16,
@@ -366,9 +366,9 @@ def cache_dtype(name: str) -> torch.dtype:
         >>> cache_dtype("fp8")
         torch.float8_e4m3fn
     """
-    if name not in _CACHE_DTYPES:
-        raise UnsupportedLayout(f"cache dtype {name!r}; kvtc reads {', '.join(_CACHE_DTYPES)}")
-    return _CACHE_DTYPES[name]
+    if name not in CACHE_DTYPES:
+        raise UnsupportedLayout(f"cache dtype {name!r}; kvtc reads {', '.join(CACHE_DTYPES)}")
+    return CACHE_DTYPES[name]
 
 
 def _unfold(tensor: Tensor, axis: int, *sizes: int) -> Tensor:

@@ -8,11 +8,12 @@ store, load their cache.
 vLLM makes one connector in its scheduler and one in each worker, and calls them in this order:
 
     scheduler   get_num_new_matched_tokens -> update_state_after_alloc -> build_connector_meta -> request_finished_all_groups
-    worker      register_kv_caches, then every step start_load_kv -> wait_for_save -> get_finished -> get_block_ids_with_load_errors
+    worker      register_kv_caches, then every step start_load_kv -> wait_for_save -> get_transfer_results ->
+                get_block_ids_with_load_errors
 
 The scheduler's connector hands each call to a `PrefixPlanner`, a worker's to a `PageMover`; the
 metadata of a step carries the planner's orders to the movers. `facts` and `layouts` read what vLLM
-says of itself. Written for vLLM 0.32.
+says of itself; `group_codecs` says how each group of layers is coded. Written for vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     SupportsHMA,
 )
 from vllm.logger import init_logger
@@ -32,9 +34,9 @@ from vllm.logger import init_logger
 from ...errors import InvalidArgument
 from ...store import open_store
 from ..settings import EngineSettings
-from ..windowless_codec import WindowlessCodec
 from .facts import Adapters, engine_facts, is_told_apart, served_model, step_requests
-from .layouts import layer_ranges, registered_pages
+from .group_codecs import worker_codecs
+from .layouts import engine_version, layer_ranges, registered_pages
 from .metrics import KvtcPromMetrics, KvtcStats
 from .page_mover import PageMover
 from .prefix_planner import LoadOrder, PrefixPlanner, SaveOrder
@@ -64,7 +66,8 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = _settings(vllm_config.kv_transfer_config)
-        self._facts = engine_facts(vllm_config, kv_cache_config, layer_ranges(vllm_config))
+        self._facts = engine_facts(vllm_config, kv_cache_config, layer_ranges(vllm_config), engine_version())
+        self._n_blocks = kv_cache_config.num_blocks
         self._store = open_store(self._settings.store)
         self._side: PrefixPlanner | PageMover | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -72,7 +75,7 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
             self._adapters = Adapters(None if lora is None else str(lora.lora_dtype))
             self._planner = self._side = self._make_planner()
         else:
-            self._codec = WindowlessCodec(self._settings.load_calibration(self._facts.shard), self._settings)
+            self._groups = worker_codecs(self._facts, self._facts.rank, self._settings)
 
     # Scheduler
 
@@ -87,8 +90,7 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if num_external_tokens > 0:
-            (block_ids,) = blocks.get_block_ids()
-            self._planner.plan_load(request.request_id, num_external_tokens, block_ids)
+            self._planner.plan_load(request.request_id, num_external_tokens, blocks.get_block_ids())
 
     def build_connector_meta(self, scheduler_output: Any) -> KvtcMetadata:
         saves = [order for step in step_requests(scheduler_output) for order in self._planner.plan_saves(*step)]
@@ -111,11 +113,13 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        pages = registered_pages(self._facts, kv_caches, self._vllm_config)
-        self._codec.compile(next(iter(kv_caches.values())).dtype)
-        self._mover = self._side = PageMover(
-            pages, self._codec, self._store, self._facts.rank, self._facts.page_tokens, self._settings.threads
-        )
+        groups = [
+            registered_pages(self._facts.dtype, one, kv_caches, self._vllm_config, self._n_blocks)
+            for one in self._groups
+        ]
+        for one in groups:
+            one.codec.compile(one.pages.coded_dtype)
+        self._mover = self._side = PageMover(groups, self._store, self._facts.rank, self._settings.threads)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002  vLLM's signature
         for order in self._metadata().loads:
@@ -131,8 +135,9 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
         for order in self._metadata().saves:
             self._mover.save(order)
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002
-        return None, self._mover.take_loaded() or None
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002
+        loaded = self._mover.take_loaded()
+        return KVConnectorTransferResults(finished_recving=loaded, failed_recving=self._mover.take_failed())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._mover.take_unfilled()
@@ -171,16 +176,16 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):
         return metadata
 
     def _make_planner(self) -> PrefixPlanner:
-        """Loads every worker's calibration, one after the other, for its fingerprint: a missing
-        file ends the start."""
+        """Loads every worker's calibration, one after the other, for its names: a missing file ends
+        the start."""
         model = served_model(self._vllm_config, self._settings)
         logger.info("kvtc: entries are of the model %s, their identity is %s", model.weights, model.identity)
-        codecs = []
-        for shard in self._facts.shards:
-            calibration, name = self._settings.read_calibration(shard.tp_rank, shard.pp_rank)
-            codec = WindowlessCodec(model.checked(shard.checked(calibration, name), name), self._settings)
-            codecs.append((calibration.fingerprint, codec.codec.settings_digest))
-        return PrefixPlanner(self._store, model.scope, codecs, self._facts.page_tokens)
+        owners, groups = [], []
+        for worker in range(len(self._facts.shards)):
+            coded = worker_codecs(self._facts, worker, self._settings, model)
+            owners.append([one.names for one in coded])
+            groups = [one.group for one in coded]
+        return PrefixPlanner(self._store, model.scope, owners, groups)
 
 
 def _settings(transfer: Any) -> EngineSettings:

@@ -3,22 +3,29 @@ is given."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import vllm
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
-from ...errors import UnsupportedLayout, UnsupportedModel
-from ..page_layout import cache_dtype, vllm_layout
+from ...cache import CacheExtent
+from ...errors import UnsupportedLayout
+from ...key_digest import digest
+from ..opaque_layout import OpaqueLayout, numbers_of
+from ..page_layout import CACHE_DTYPES, PageLayout, cache_dtype, vllm_layout
 from ..served_model import ServedModel
 from ..settings import PREFIX, CacheShard, EngineSettings
 from ..windowless_codec import WindowlessCodec
-from .facts import CPU_BACKEND, EngineFacts, layers_in_order, refuse_scaled_fp8
-from .page_mover import EnginePages
+from .facts import CPU_BACKEND, layers_in_order, scales_of
+from .group_codecs import GroupCodec
+from .page_groups import PageGroup
+from .page_mover import EnginePages, GroupPages
 from .tier_jobs import RowShard
 
 logger = init_logger(f"vllm.{__name__}")
@@ -32,28 +39,57 @@ def layer_ranges(vllm_config: Any) -> list[tuple[int, int]]:
     return [(first, stop - first) for first, stop in bounds]
 
 
-def registered_pages(facts: EngineFacts, kv_caches: dict[str, torch.Tensor], vllm_config: Any) -> EnginePages:
-    """The pages of a worker.
+def engine_version() -> str:
+    """vLLM and the kind of device: pages of unknown kinds belong to them."""
+    return f"{vllm.__version__} {current_platform.device_type}"
+
+
+def registered_pages(
+    dtype: torch.dtype | None, one: GroupCodec, kv_caches: dict[str, Any], vllm_config: Any, n_blocks: int
+) -> GroupPages:
+    """The pages of a group of a worker.
 
     Parameters:
-        facts: Of the engine.
-        kv_caches: [B, H, N, 2 D] of each layer by name, as vLLM registers them.
+        dtype: Of the cache; None: not known.
+        one: The group and its codec.
+        kv_caches: Of each layer by name, as vLLM registers them: of plain pages [B, H, N, 2 D], of
+            others [B, ..].
         vllm_config: vLLM's configuration.
+        n_blocks: Blocks of vLLM; a tensor may hold several pages for each.
 
     Raises:
         UnsupportedLayout: kvtc does not read these pages.
     """
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, list(facts.layer_names))
-    refuse_scaled_fp8(layers, facts.dtype)
-    tensors = [kv_caches[name] for name in facts.layer_names]
-    backends = {layer.get_attn_backend().get_name() for layer in layers.values()}
-    shard, page_tokens = facts.shard, tensors[0].shape[2]
-    expected = (shard.n_kv_heads, page_tokens, 2 * shard.head_dim)
+    group = one.group
+    tensors = [kv_caches[name] for name in group.layer_names]
+    if others := {type(tensor).__name__ for tensor in tensors if not isinstance(tensor, torch.Tensor)}:
+        raise UnsupportedLayout(
+            f"vLLM registered {', '.join(others)} for {group.kind}; expected a tensor for each layer"
+        )
+    if one.extent is None or dtype is None:
+        pages = _opaque_pages(group, tensors, n_blocks)
+    else:
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, list(group.layer_names))
+        backends = {layer.get_attn_backend().get_name() for layer in layers.values()}
+        layout = _plain_layout(group, one.extent, tensors, backends, vllm_config)
+        scales = None if one.codec.calibration is None else scales_of(layers, group.layer_names, dtype)
+        pages = EnginePages(tensors, layout, group.page_tokens, dtype, group.tables, scales)
+    how = "lossless" if one.codec.codec.is_lossless else one.codec.codec.settings.profile
+    logger.info("kvtc keeps %s: %s, %s, %s", group.kind, how, pages.layout, pages.dtype)
+    return GroupPages(group, pages, one.codec)
+
+
+def _plain_layout(
+    group: PageGroup, extent: CacheExtent, tensors: list[torch.Tensor], backends: set[str], vllm_config: Any
+) -> PageLayout:
+    """Of pages of keys and values."""
+    page_tokens = tensors[0].shape[2] if tensors[0].dim() == 4 else 0
+    expected = (extent.n_kv_heads, page_tokens, 2 * extent.head_dim)
     shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
-    if shapes != {expected} or facts.page_tokens % page_tokens or len(tensors) != shard.n_layers:
+    if not page_tokens or shapes != {expected} or group.page_tokens % page_tokens or len(tensors) != extent.n_layers:
         raise UnsupportedLayout(
             f"vLLM registered {len(tensors)} caches of shapes [blocks, {'; '.join(map(str, shapes))}]; expected "
-            f"{shard.n_layers} of {expected} with a divisor of {facts.page_tokens} tokens"
+            f"{extent.n_layers} of {expected} with a divisor of {group.page_tokens} tokens"
         )
     if len(backends) != 1:
         raise UnsupportedLayout(f"layers attend by different backends: {', '.join(sorted(backends))}; expected one")
@@ -61,42 +97,53 @@ def registered_pages(facts: EngineFacts, kv_caches: dict[str, torch.Tensor], vll
     isa = None
     if backend == CPU_BACKEND:
         model, cache = vllm_config.model_config, vllm_config.cache_config
-        isa = _cpu_isa(model.dtype, page_tokens, shard.head_dim, cache.cache_dtype)
-    layout = vllm_layout(*shard.sizes, page_tokens, backend=backend, isa=isa)
-    logger.info("kvtc codes pages of %s, %s, %s", backend, layout, facts.dtype)
-    return EnginePages(tensors, layout, facts.page_tokens, facts.dtype)
+        isa = _cpu_isa(model.dtype, page_tokens, extent.head_dim, cache.cache_dtype)
+    return vllm_layout(*extent.sizes, page_tokens, backend=backend, isa=isa)
 
 
-def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backend: str | None) -> list[RowShard]:
-    """The workers' shards of a row of host memory, side by side.
+def _opaque_pages(group: PageGroup, tensors: list[torch.Tensor], n_blocks: int) -> EnginePages:
+    """Pages of which only the size is known, each layer with as many bytes."""
+    shapes = {(tuple(tensor.shape), tensor.dtype) for tensor in tensors}
+    (shape, dtype), *others = shapes
+    inner, rest = divmod(shape[0], n_blocks)
+    if others or rest or not inner or group.page_tokens % inner:
+        raise UnsupportedLayout(
+            f"vLLM registered caches of {shapes} for {n_blocks} blocks of {group.page_tokens} tokens"
+        )
+    page_tokens = group.page_tokens // inner
+    layout = OpaqueLayout(group.layers, page_tokens, math.prod(shape[1:]) // page_tokens)
+    return EnginePages(tensors, layout, group.page_tokens, numbers_of(dtype), group.tables)
+
+
+def row_shards(
+    config: Any, settings: EngineSettings, model: ServedModel, backend: str | None, row_bytes: int
+) -> list[RowShard]:
+    """The parts of a row of host memory that are coded by themselves: the workers' shards side by
+    side, or the whole row.
 
     Parameters:
         config: The configuration that vLLM gives a tier.
         settings: The tier's options.
         model: The model that is served.
         backend: The attention backend, if the user names it.
+        row_bytes: Of a row.
 
     Raises:
-        UnsupportedLayout, UnsupportedModel: kvtc does not read such rows.
+        UnsupportedLayout: kvtc does not read such rows.
         KvtcError, FileNotFoundError: As `EngineSettings.read_calibration` and
             `ServedModel.checked`.
     """
-    parallel = config.parallel
-    if len(config.groups) != 1:
-        raise UnsupportedModel(f"layers cache in {len(config.groups)} different ways; kvtc needs full attention in all")
-    sizes = {name: getattr(parallel, name) for name in ("pp_size", "pcp_size", "dcp_size")}
-    if set(sizes.values()) != {1}:
-        raise UnsupportedModel(f"{sizes}: the tier codes tensor-parallel ranks only; use KvtcConnector for pipelines")
-    if config.canonical_layout or config.replicated_layout:
-        raise UnsupportedLayout("canonical_layout is not read by kvtc; leave it out")
+    reason = _why_opaque(config)
+    if settings.lossless or reason is not None:
+        if not settings.lossless:
+            logger.info("kvtc keeps rows of host memory without loss: %s", reason)
+        return [_whole_row(config, settings, row_bytes)]
     dtype = cache_dtype(config.model.dtype)
-    if dtype.itemsize == 1:
-        raise UnsupportedLayout(
-            "the cache is fp8, and vLLM does not tell a tier the scales of its numbers; use KvtcConnector, or a 16-bit cache"
-        )
     page_tokens, n_layers = config.groups[0].tokens_per_block, len(layers_in_order(config.groups[0].layer_names))
+    # A canonical row is that of one worker which holds all heads.
+    n_ranks, n_parts = (1, config.parallel.tp_size) if config.canonical_layout else (config.parallel.tp_size, 1)
     shards = []
-    for rank in range(parallel.tp_size):
+    for rank in range(n_ranks):
         calibration, calibration_name = settings.read_calibration(rank)
         geometry = calibration.geometry
         first_head = rank * geometry.n_kv_heads
@@ -105,7 +152,7 @@ def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backen
         name, isa = _backend(backend, dtype, page_tokens, geometry.head_dim)
         layout = vllm_layout(*shard.sizes, page_tokens, backend=name, isa=isa, axes=config.kv_cache_layout)
         n_bytes = layout.bytes(page_tokens, dtype)
-        if n_bytes != config.worker_kv_bytes_per_block:
+        if n_bytes != n_parts * config.worker_kv_bytes_per_block:
             raise UnsupportedLayout(
                 f"a worker's block has {config.worker_kv_bytes_per_block} bytes; {geometry.describe()} in {dtype} takes {n_bytes}"
             )
@@ -114,6 +161,49 @@ def row_shards(config: Any, settings: EngineSettings, model: ServedModel, backen
         codec.compile(dtype)
         shards.append(RowShard(offset, layout, dtype, codec))
     return shards
+
+
+def _why_opaque(config: Any) -> str | None:
+    """Why rows cannot be read as keys and values; None where they can."""
+    parallel = config.parallel
+    sizes = {name: getattr(parallel, name) for name in ("pp_size", "pcp_size", "dcp_size")}
+    if len(config.groups) != 1:
+        return f"layers cache in {len(config.groups)} different ways"
+    if set(sizes.values()) != {1}:
+        return f"{sizes}: a row is of several pipeline or context ranks (KvtcConnector codes those of pipelines)"
+    if config.replicated_layout:
+        return "it holds latents"
+    if config.canonical_layout and not parallel.is_parallelism_agnostic:
+        return "its canonical layout does not divide by heads"
+    if config.model.dtype not in CACHE_DTYPES:
+        return f"its numbers are {config.model.dtype}"
+    if CACHE_DTYPES[config.model.dtype].itemsize == 1:
+        return "the cache is fp8, and vLLM does not tell a tier the scales of its numbers (KvtcConnector reads them)"
+    return None
+
+
+def _whole_row(config: Any, settings: EngineSettings, row_bytes: int) -> RowShard:
+    """A row whose contents are not known."""
+    parallel = config.parallel
+    n_workers = 1 if config.replicated_layout else parallel.world_size
+    used = min(n_workers * config.worker_kv_bytes_per_block * config.cache.blocks_per_chunk, row_bytes)
+    dtype = numbers_of(CACHE_DTYPES.get(config.model.dtype, torch.uint8))
+    n_tokens = config.groups[0].tokens_per_block * config.cache.blocks_per_chunk
+    n_layers = n_workers * len(config.groups[0].layer_names)
+    if used % (2 * n_layers * n_tokens * dtype.itemsize):
+        n_layers, n_tokens = 1, 1
+    layout = OpaqueLayout(tuple(range(n_layers)), n_tokens, used // (n_layers * n_tokens * dtype.itemsize))
+    codec = WindowlessCodec(None, settings)
+    codec.compile(dtype)
+    ranks = [parallel.tp_size, parallel.pp_size, parallel.pcp_size, parallel.dcp_size]
+    name = digest(
+        "rows of host memory",
+        version=engine_version(),
+        layout=config.kv_cache_layout,
+        ranks="canonical" if config.canonical_layout else ranks,
+        layers=[list(group.layer_names) for group in config.groups],
+    )
+    return RowShard(0, layout, dtype, codec, name)
 
 
 def _backend(named: str | None, dtype: torch.dtype, page_tokens: int, head_dim: int) -> tuple[str, str | None]:

@@ -3,7 +3,9 @@
 Imports no engine. An engine's scheduler must never wait: the store is asked in the background, and
 the scheduler asks here until there is an answer. Entries are those of the prefix cache
 (`kvtc.prefix_cache`): whole chunks under a hash chain, and a tail for the tokens behind the last
-one.
+one. Each worker and each group of layers has entries of its own (an owner). A prompt can go on from
+a position where every owner has what the position needs: of full attention all tokens before it,
+of a window those that it reaches back to.
 """
 
 from __future__ import annotations
@@ -25,24 +27,33 @@ from ...process.log_limits import concerning
 from ...process.workers import Workers
 from ...store import Store
 from ..windowless_codec import CHUNK_TOKENS
+from .page_groups import PageGroup
 
 _LOOKED_AT_TOKENS = 2 * CHUNK_TOKENS
 """Of the text behind a chunk's beginning, to find tails that it outgrows; longer tails stay until
 they are the oldest."""
 
+_MOST_ATTEMPTS = 32
+"""Positions that are tried, the last one first, where chunks of a window are missing."""
+
+NO_PAGE = 0
+"""In place of the id of a page that the engine has dropped."""
+
 RequestDigest = Callable[[], bytes | None]
+BlockTables = Sequence[Sequence[int]]
+"""For each block table of an engine, the ids of a request's pages."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of a prompt that are one entry for each worker: a whole chunk, or the beginning of a
+    """Tokens of a prompt that are one entry for each owner: a whole chunk, or the beginning of a
     tail.
 
     Parameters:
         start: Position of the first token.
         token_ids: Of the tokens.
-        keys: Of the entry, for each worker.
-        nodes: Of the hash chain, that the tokens follow, for each worker.
+        keys: Of the entry, for each owner: all groups of the first worker, of the second, and so on.
+        nodes: Of the hash chain, that the tokens follow, for each owner.
         tail_name: Of a tail; None for a chunk.
     """
 
@@ -59,6 +70,10 @@ class Piece:
     def stop(self) -> int:
         return self.start + len(self.token_ids)
 
+    def first_kept(self, group: PageGroup) -> int:
+        """The first token that an entry of a group holds."""
+        return self.start if self.tail_name is not None else group.first_kept(self.start, self.stop)
+
 
 @dataclass(frozen=True)
 class LoadOrder:
@@ -68,14 +83,14 @@ class LoadOrder:
         request_id: Of the request.
         start, stop: Positions of the first token that is wanted, and behind the last one.
         pieces: That hold these tokens; the first may begin before `start`.
-        page_ids: The pages of these tokens.
+        page_ids: The pages of these tokens, for each block table of the engine.
     """
 
     request_id: str
     start: int
     stop: int
     pieces: list[Piece]
-    page_ids: list[int]
+    page_ids: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -85,14 +100,14 @@ class SaveOrder:
     Parameters:
         request_id: Of the request.
         piece: The tokens.
-        page_ids: Their pages.
+        page_ids: Their pages, for each block table of the engine.
         following: Token ids of the prompt from the piece's first on, which say which tails the
             piece outgrows.
     """
 
     request_id: str
     piece: Piece
-    page_ids: list[int]
+    page_ids: list[list[int]]
     following: np.ndarray
 
 
@@ -102,7 +117,7 @@ class _Prompt:
 
     Parameters:
         token_ids: Of the prompt.
-        nodes: Of its hash chain, [worker][0 .. chunks].
+        nodes: Of its hash chain, [owner][0 .. chunks].
         n_stored: Leading chunks in the store when it was looked up.
         n_tail: Tokens that the tail behind them, `tail_name`, has in common with the prompt, up to
             a whole page.
@@ -144,8 +159,8 @@ class _Prompt:
         return Piece(index * CHUNK_TOKENS, ids, [tail_key(node, name) for node in nodes], nodes, name)
 
     def before(self, index: int) -> list[bytes]:
-        """The node that `index` chunks lead to, one a worker."""
-        return [of_worker[index] for of_worker in self.nodes]
+        """The node that `index` chunks lead to, one an owner."""
+        return [of_owner[index] for of_owner in self.nodes]
 
     def following(self, index: int) -> np.ndarray:
         """Token ids after `index` chunks."""
@@ -158,25 +173,35 @@ class PrefixPlanner:
     Parameters:
         store: Where the entries are; it is asked in the background.
         scope: Whose entries, as of `entry_scope`.
-        codecs: For each worker, the fingerprint of its calibration and the `settings_digest` of its
-            codec.
-        page_tokens: Tokens of a page of the engine, a divisor of a chunk. Entries do not depend on
+        owners: For each worker and each group, what keys say of its codec, as of
+            `WindowlessCodec.names`.
+        groups: Of layers, whose pages have a divisor of a chunk as tokens. Entries do not depend on
             it.
 
     Raises:
         InvalidArgument: The pages do not divide a chunk.
     """
 
-    def __init__(self, store: Store, scope: bytes, codecs: Sequence[tuple[bytes, bytes]], page_tokens: int) -> None:
-        if CHUNK_TOKENS % page_tokens:
-            raise InvalidArgument(
-                f"the engine's pages (blocks) hold {page_tokens} tokens; expected a divisor of {CHUNK_TOKENS}"
-            )
+    def __init__(
+        self,
+        store: Store,
+        scope: bytes,
+        owners: Sequence[Sequence[tuple[bytes, bytes]]],
+        groups: Sequence[PageGroup],
+    ) -> None:
+        for group in groups:
+            if CHUNK_TOKENS % group.page_tokens:
+                raise InvalidArgument(
+                    f"the engine's pages (blocks) hold {group.page_tokens} tokens; expected a divisor of {CHUNK_TOKENS}"
+                )
         self._entries = Entries(store)
         self.counts = self._entries.counts
         self._tails = Tails(self._entries)
-        self._scope, self._codecs = scope, list(codecs)
-        self._page_tokens = page_tokens
+        self._scope, self._groups = scope, list(groups)
+        self._owners = [names for worker in owners for names in worker]
+        # Powers of two, for they divide a chunk: a multiple of the largest is one of all.
+        self._page_tokens = max(group.page_tokens for group in groups)
+        self._table_tokens = dict(sorted((table, group.page_tokens) for group in groups for table in group.tables))
         self._asking = Workers(1, "the lookup of prompts", "kvtc-lookup")
         self._prompts: dict[str, Future[_Prompt]] = {}
         self._loads: list[LoadOrder] = []
@@ -210,13 +235,13 @@ class PrefixPlanner:
         prompt.start = n_computed
         return prompt.n_found - n_computed
 
-    def plan_load(self, request_id: str, n_tokens: int, page_ids: Sequence[int]) -> None:
+    def plan_load(self, request_id: str, n_tokens: int, page_ids: BlockTables) -> None:
         """Order the n_tokens that `matched_tokens` has promised.
 
         Parameters:
             request_id: Of the request.
             n_tokens: Tokens that the engine wants.
-            page_ids: Of the request's pages from its first token on.
+            page_ids: Of the request's pages from its first token on, for each block table.
         """
         prompt = self._prompts[request_id].result()
         prompt.was_loaded = True
@@ -232,13 +257,13 @@ class PrefixPlanner:
         loads, self._loads = self._loads, []
         return loads
 
-    def plan_saves(self, request_id: str, n_covered: int, page_ids: Sequence[int]) -> list[SaveOrder]:
+    def plan_saves(self, request_id: str, n_covered: int, page_ids: BlockTables) -> list[SaveOrder]:
         """The saves of what is not stored yet of a prompt.
 
         Parameters:
             request_id: Of the request.
             n_covered: Leading tokens of the prompt that are computed when the step has ended.
-            page_ids: Of the request's pages from its first token on.
+            page_ids: Of the request's pages from its first token on, for each block table.
         """
         asked = self._prompts.get(request_id)
         if asked is None or not asked.done():
@@ -273,8 +298,13 @@ class PrefixPlanner:
         """Wait for the lookup that runs, and drop those that wait."""
         self._asking.close(finish=False)
 
-    def _pages(self, page_ids: Sequence[int], start: int, stop: int) -> list[int]:
-        return list(page_ids[start // self._page_tokens : -(-stop // self._page_tokens)])
+    def _pages(self, page_ids: BlockTables, start: int, stop: int) -> list[list[int]]:
+        """Of the tokens start .. stop - 1; none of a table in which no group stands."""
+        found = []
+        for table, ids in enumerate(page_ids):
+            size = self._table_tokens.get(table)
+            found.append([] if size is None else list(ids[start // size : -(-stop // size)]))
+        return found
 
     def _look_up(self, request_id: str, token_ids: Sequence[int], request: RequestDigest | None) -> _Prompt:
         """The work of `matched_tokens`, in the background; the scheduler waits for an answer,
@@ -286,7 +316,7 @@ class PrefixPlanner:
             of_request = request() if request is not None else None
             with self._entries.giving_up("load_errors", "its prompt is not looked up"):
                 ids = as_token_ids(token_ids)
-                chains = [Chain.of(self._scope, *codec, CHUNK_TOKENS, of_request) for codec in self._codecs]
+                chains = [Chain.of(self._scope, *codec, CHUNK_TOKENS, of_request) for codec in self._owners]
                 prompt = _Prompt(ids, [chain.nodes(ids) for chain in chains])
                 self._find(prompt)
                 self.counts.add(tokens_asked=len(ids), tokens_found=prompt.n_found)
@@ -294,11 +324,10 @@ class PrefixPlanner:
         return _Prompt(np.empty(0, np.int64), [[b""]], has_tail=True)  # of which nothing is loaded and nothing saved
 
     def _find(self, prompt: _Prompt) -> None:
-        """How many chunks every worker finds, and the tail on the last of them that has most in
-        common with this prompt."""
-        keys = [key for index in range(prompt.n_chunks) for key in prompt.chunk(index).keys]
-        prompt.n_stored = prompt.n_saved = self._entries.count_leading(keys) // len(prompt.nodes)
-        # The workers' tails have one name, so one index says what there is.
+        """After how many chunks every owner can go on, and the tail there that has most in common
+        with this prompt."""
+        prompt.n_stored = prompt.n_saved = self._n_restorable(prompt)
+        # The owners' tails have one name, so one index says what there is.
         node = prompt.before(prompt.n_stored)[0]
         prompt.tail_name, n_common = self._tails.find(node, prompt.following(prompt.n_stored))
         n_tail = n_common // self._page_tokens * self._page_tokens
@@ -307,3 +336,33 @@ class PrefixPlanner:
             prompt.n_tail = n_tail if self._entries.count_leading(keys) == len(keys) else 0
         n_whole = len(prompt.token_ids) // self._page_tokens * self._page_tokens
         prompt.has_tail = prompt.n_stored == prompt.n_chunks and prompt.n_found == n_whole
+
+    def _n_restorable(self, prompt: _Prompt) -> int:
+        """The most chunks after which every owner has what it needs."""
+        whole = [owner for owner, group in self._of_owners() if group.reach is None]
+        windows = [(owner, group) for owner, group in self._of_owners() if group.reach is not None]
+        n_chunks = prompt.n_chunks
+        if whole:
+            keys = [keys[owner] for keys in self._chunk_keys(prompt, 0, n_chunks) for owner in whole]
+            n_chunks = self._entries.count_leading(keys) // len(whole)
+        for _ in range(_MOST_ATTEMPTS if windows else 0):
+            stop = n_chunks * CHUNK_TOKENS
+            first = min(group.first_needed(stop) for _, group in windows) // CHUNK_TOKENS
+            # The last chunk first: what is missing next to the end rules out most.
+            needed = [
+                (index, keys[owner])
+                for index, keys in reversed(list(enumerate(self._chunk_keys(prompt, first, n_chunks), first)))
+                for owner, group in windows
+                if (index + 1) * CHUNK_TOKENS > group.first_needed(stop)
+            ]
+            n_there = self._entries.count_leading([key for _, key in needed])
+            if n_there == len(needed):
+                return n_chunks
+            n_chunks = needed[n_there][0]
+        return n_chunks if not windows else 0
+
+    def _of_owners(self) -> list[tuple[int, PageGroup]]:
+        return [(owner, self._groups[owner % len(self._groups)]) for owner in range(len(self._owners))]
+
+    def _chunk_keys(self, prompt: _Prompt, first: int, stop: int) -> list[list[str]]:
+        return [prompt.chunk(index).keys for index in range(first, stop)]

@@ -88,7 +88,10 @@ class KvtcTier(SecondaryTierManager):
         model = ServedModel.of(settings, config.model.name, effective={"cache_dtype": config.model.dtype})
         self._n_tokens = config.groups[0].tokens_per_block * config.cache.blocks_per_chunk
         rows = np.asarray(primary_kv_view).view(np.uint8)
-        shards = row_shards(config, settings, model, settings.attention_backend)
+        shards = row_shards(config, settings, model, settings.attention_backend, rows.shape[1])
+        # With windows or states vLLM asks for some chunks of a text, in any order: each is of use by itself.
+        self._are_alone = len(config.groups) > 1
+        self._needs_positions = not all(shard.is_opaque for shard in shards)
         self._store = open_store(settings.store)
         self._jobs = TierJobs(rows, shards, self._store, model.scope, self._n_tokens, settings.threads)
         self._lookups = StoreLookups(self._jobs.entries)
@@ -99,10 +102,10 @@ class KvtcTier(SecondaryTierManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         start = self._start(key, req_context)
-        if start is None:
+        if start is None and self._needs_positions:
             return LookupResult.MISS
         keys = self._jobs.keys(key)
-        found = self._lookups.ask(req_context.req_id, start, keys[0], keys)
+        found = self._lookups.ask(req_context.req_id, start or 0, keys[0], keys, is_alone=self._are_alone)
         return LookupResult.RETRY if found is None else LookupResult.HIT if found else LookupResult.MISS
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:  # noqa: ARG002  vLLM's signature

@@ -23,6 +23,7 @@ from ...errors import InvalidArgument
 from ...key_digest import digest
 from ...process.log_limits import concerning
 from ...store import Store
+from ..opaque_layout import OpaqueLayout
 from ..page_layout import PageLayout
 from ..tasks import Tasks
 from ..windowless_codec import CHUNK_TOKENS, WindowlessCodec
@@ -30,19 +31,31 @@ from ..windowless_codec import CHUNK_TOKENS, WindowlessCodec
 
 @dataclass(frozen=True)
 class RowShard:
-    """A worker's shard of a row of host memory.
+    """A part of a row of host memory that is coded by itself: a worker's shard, or the whole row.
 
     Parameters:
         offset: Its first byte in the row.
         layout: Of its pages.
         dtype: Of its numbers.
         codec: Of the worker's layers and heads.
+        name: Of what the layout does not say, for the keys of entries; default b"".
     """
 
     offset: int
-    layout: PageLayout
+    layout: PageLayout | OpaqueLayout
     dtype: torch.dtype
     codec: WindowlessCodec
+    name: bytes = b""
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether it is not known what it holds; then it does not matter where it stands."""
+        return isinstance(self.layout, OpaqueLayout)
+
+    @property
+    def n_tokens(self) -> int | None:
+        """Tokens that it counts as where it is not known what it holds; None: as a chunk has."""
+        return self.layout.page_tokens if isinstance(self.layout, OpaqueLayout) else None
 
 
 @dataclass(frozen=True)
@@ -110,13 +123,13 @@ class TierJobs:
             raise InvalidArgument(
                 f"the engine's chunks hold {n_tokens} tokens; expected a multiple or a divisor of {CHUNK_TOKENS}"
             )
+        self._rows, self._shards, self._n_tokens = rows, list(shards), n_tokens
         for shard in shards:
-            end = shard.offset + shard.layout.bytes(n_tokens, shard.dtype)
+            end = shard.offset + self._bytes(shard)
             if end > rows.shape[1]:
                 raise InvalidArgument(f"a row of host memory has {rows.shape[1]} bytes; {shard.layout} ends at {end}")
         self.entries = Entries(store)
         self.counts = self.entries.counts
-        self._rows, self._shards, self._n_tokens = rows, list(shards), n_tokens
         self._scope = scope
         # Apart: a request waits for a load, nothing waits for a store.
         self._loads = Tasks[int, JobEnd]("the loading of chunks", "kvtc-load", threads)
@@ -128,13 +141,14 @@ class TierJobs:
         Engines name a chunk by the hash of its last block, so that chunks of another length can
         have the same name.
         """
-        return [f"page/{self._key(shard.codec, name).hex()}" for shard in self._shards]
+        return [f"page/{self._key(shard, name).hex()}" for shard in self._shards]
 
-    def _key(self, codec: WindowlessCodec, name: bytes) -> bytes:
-        calibration, settings = codec.names
+    def _key(self, shard: RowShard, name: bytes) -> bytes:
+        calibration, settings = shard.codec.names
         return digest(
             "page",
             scope=self._scope,
+            of=shard.name,
             calibration=calibration,
             settings=settings,
             n_tokens=self._n_tokens,
@@ -200,10 +214,11 @@ class TierJobs:
         first None, which failed."""
         sizes: list[int | None] = []
         with self.entries.giving_up(errors, "chunk %s is given up", chunk.name.hex()):
-            if chunk.start is None:
-                raise InvalidArgument("the engine does not say where the chunk stands")
             for key, shard in zip(self.keys(chunk.name), self._shards, strict=True):
-                sizes.append(work(key, shard, chunk, chunk.start))
+                start = 0 if shard.is_opaque else chunk.start
+                if start is None:
+                    raise InvalidArgument("the engine does not say where the chunk stands")
+                sizes.append(work(key, shard, chunk, start))
                 if sizes[-1] is None:
                     break
             return sizes
@@ -214,7 +229,7 @@ class TierJobs:
             keys, values = shard.layout.read(self._window(chunk, shard))
             return shard.codec.encode(keys, values, start)
 
-        return self.entries.save(key, encode, shard.layout.bytes(self._n_tokens, shard.dtype))
+        return self.entries.save(key, encode, self._bytes(shard))
 
     def _load_shard(self, key: str, shard: RowShard, chunk: TierChunk, start: int) -> int | None:
         (stream,) = self.entries.read([key])
@@ -222,12 +237,15 @@ class TierJobs:
 
     def _decode(self, shard: RowShard, chunk: TierChunk, start: int, stream: bytes) -> int:
         """A stream into its shard of a row; its bytes."""
-        keys, values = shard.codec.decode(stream, start, self._n_tokens)
+        keys, values = shard.codec.decode(stream, start, shard.n_tokens or self._n_tokens)
         data = shard.layout.write(keys.to(shard.dtype), values.to(shard.dtype))
         self._window(chunk, shard).copy_(data.flatten())
         return len(stream)
 
     def _window(self, chunk: TierChunk, shard: RowShard) -> Tensor:
         """The shard's numbers in a row, shared memory."""
-        end = shard.offset + shard.layout.bytes(self._n_tokens, shard.dtype)
+        end = shard.offset + self._bytes(shard)
         return torch.from_numpy(self._rows[chunk.row, shard.offset : end]).view(shard.dtype)
+
+    def _bytes(self, shard: RowShard) -> int:
+        return shard.layout.bytes(shard.n_tokens or self._n_tokens, shard.dtype)

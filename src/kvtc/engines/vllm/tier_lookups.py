@@ -19,10 +19,12 @@ class _Request:
     Parameters:
         answers: By name of a chunk; None until it is known.
         asked: (position in the text, name, keys) since the last flush.
+        alone: (name, keys) of chunks that are of use by themselves, since the last flush.
     """
 
     answers: dict[str, bool | None] = field(default_factory=dict)
     asked: list[tuple[int, str, Sequence[str]]] = field(default_factory=list)
+    alone: list[tuple[str, Sequence[str]]] = field(default_factory=list)
 
 
 class StoreLookups:
@@ -30,7 +32,7 @@ class StoreLookups:
     order of its text.
 
     A chunk is of use only if those before it are there too, so all behind the first that is missing
-    count as missing.
+    count as missing; but for those that are asked for alone.
 
     Parameters:
         entries: The entries that are asked for.
@@ -42,7 +44,9 @@ class StoreLookups:
         self._lock = ForkSafeLock()
         self._requests: dict[str, _Request] = {}
 
-    def ask(self, request_id: str, position: int, name: str, keys: Sequence[str]) -> bool | None:
+    def ask(
+        self, request_id: str, position: int, name: str, keys: Sequence[str], *, is_alone: bool = False
+    ) -> bool | None:
         """Whether a chunk is stored.
 
         Parameters:
@@ -50,6 +54,7 @@ class StoreLookups:
             position: Of the chunk in the request's text.
             name: Of the chunk.
             keys: Of its entries, one for each worker.
+            is_alone: Whether it is of use without those before it; default False.
 
         Returns:
             Whether all keys have entries; None: not known yet, ask again after a flush.
@@ -58,19 +63,22 @@ class StoreLookups:
             request = self._requests.setdefault(request_id, _Request())
             if name not in request.answers:
                 request.answers[name] = None
-                request.asked.append((position, name, keys))
+                if is_alone:
+                    request.alone.append((name, keys))
+                else:
+                    request.asked.append((position, name, keys))
             return request.answers[name]
 
     def flush(self) -> None:
         """Begin to look for what was asked since the last time."""
         with self._lock:
-            news = {request_id: request for request_id, request in self._requests.items() if request.asked}
-            batches = [
-                (request_id, request, sorted(request.asked, key=lambda asked: asked[0]))
-                for request_id, request in news.items()
-            ]
-            for request in news.values():
-                request.asked = []
+            batches: list[tuple[str, _Request, list[tuple[str, Sequence[str]]]]] = []
+            for request_id, request in self._requests.items():
+                if request.asked:
+                    in_order = sorted(request.asked, key=lambda asked: asked[0])
+                    batches.append((request_id, request, [(name, keys) for _, name, keys in in_order]))
+                batches += [(request_id, request, [alone]) for alone in request.alone]
+                request.asked, request.alone = [], []
         for request_id, request, batch in batches:
             self._asking.submit(self._look, request_id, request, batch)
 
@@ -89,14 +97,14 @@ class StoreLookups:
         """Wait for the lookup that runs, and drop those that wait."""
         self._asking.close(finish=False)
 
-    def _look(self, request_id: str, request: _Request, batch: list[tuple[int, str, Sequence[str]]]) -> None:
-        keys = [key for _, _, of_name in batch for key in of_name]
+    def _look(self, request_id: str, request: _Request, batch: list[tuple[str, Sequence[str]]]) -> None:
+        keys = [key for _, of_name in batch for key in of_name]
         n_stored = 0
         try:
             with concerning(f"request {request_id}"):
                 n_stored = self._entries.count_leading(keys)
         finally:  # the scheduler asks until there is an answer
             with self._lock:
-                for _, name, of_name in batch:
+                for name, of_name in batch:
                     n_stored -= len(of_name)
                     request.answers[name] = n_stored >= 0
