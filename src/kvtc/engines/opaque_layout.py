@@ -19,7 +19,9 @@ from .page_layout import SPLIT
 _MOST_FEATURES = 4096
 """Of one head: each has a model of its own while it is coded."""
 _LONGEST_ROW, _MOST_LAYERS, _MOST_CHANNELS = 1 << 16, 1 << 12, 1 << 21
+"""Beyond them a chunk is one run: what streams can say, and what models of channels take in memory."""
 _FEWEST_TOKENS = 16
+"""With fewer, a channel of its own has too few numbers to learn from."""
 _RUN_ROW, _SHORTEST_ROW = 512, 16
 _NUMBERS = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}
 """As which numbers of so many bytes are coded, where an engine calls them integers."""

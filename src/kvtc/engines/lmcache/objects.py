@@ -26,7 +26,7 @@ def tensor_of(item: Any, *, is_calibrated: bool = True) -> Tensor:
     if shapes is None or len(shapes) == 1:
         data: Tensor = item.tensor
         return data if is_calibrated else data[(None,) * (_MOST_AXES - data.dim())]
-    numbers = item.raw_tensor.view(torch.uint8)[: item.get_size()]
+    numbers: Tensor = item.raw_tensor.view(torch.uint8)[: item.get_size()]
     is_one_dtype = len(set(dtypes)) == 1
     if is_one_dtype:
         numbers = numbers.view(dtypes[0])
