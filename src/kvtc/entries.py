@@ -1,9 +1,9 @@
 """Entries of a store, for callers who must not fail because of them: what is a miss, what is
 damage, what is counted and logged.
 
-    read, decode, count_leading, present   an error is a miss
-    save, forget                        an error means that it is not done
-    fetch, put, write, delete           an error is raised, as `StoreError` whatever the store raised
+    read, decode, count_leading, present    an error is a miss
+    save, forget                            an error means that it is not done
+    fetch, put, write, delete               an error is raised, as `StoreError` whatever the store raised
 
 Every error is counted. The fault of an entry, found by its store or by decoding, decides whether it
 stays:
@@ -27,15 +27,12 @@ from typing import Any, TypeVar
 from .counts import Counts
 from .errors import PROGRAM_ENDS, CorruptStream, KvtcError, StoreError, TruncatedStream
 from .process.log_limits import log_once
-from .process.workers import side_by_side
 from .store import Store
-from .store.base import read_count, read_values, telling_unreadable
+from .store.base import read_count, read_flags, read_values, telling_unreadable
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_LOOKUPS = 16
-"""Questions to a store at a time."""
 
 
 class Entries:
@@ -113,16 +110,13 @@ class Entries:
             return 0
 
     def present(self, keys: Sequence[str]) -> list[bool]:
-        """Which keys have entries, whether or not those before them do; none where the store fails."""
+        """Which keys have entries; none where the store fails."""
         self.counts.add(lookups=1)
         try:
             with self._asking("tell whether it has", keys):
-                n_leading = read_count(self.store.contains_prefix(keys), len(keys))
-                behind = keys[n_leading + 1 :]
-                found = side_by_side(self.store.contains, min(_LOOKUPS, len(behind)), behind) if behind else []
+                return read_flags(self.store.contains_many(keys), len(keys))
         except StoreError:
             return [False] * len(keys)
-        return ([True] * n_leading + [False])[: len(keys)] + [bool(one) for one in found]
 
     def save(self, key: str, encode: Callable[[], bytes], original_bytes: int = 0) -> int | None:
         """As `put`, but None, counted and logged, where anything fails."""

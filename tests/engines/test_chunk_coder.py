@@ -16,7 +16,7 @@ from kvtc.engines.position_search import KnownStarts, check_fit, find_start
 from kvtc.engines.served_model import ServedModel
 from kvtc.engines.stored_chunks import StoredChunks
 from kvtc.engines.tasks import Tasks
-from kvtc.errors import CorruptStream, InvalidArgument, StoreUnavailable, UnsupportedLayout
+from kvtc.errors import CorruptStream, GeometryMismatch, InvalidArgument, StoreUnavailable, UnsupportedLayout
 from kvtc.store import open_store
 from tests.builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache
 from tests.failing import DECODE_ERRORS, break_decoding
@@ -126,11 +126,28 @@ def test_damaged_bytes_are_refused():
         fixed.decode(bytes(framed), found)
 
 
+def test_what_the_calibration_does_not_cover_is_kept_exactly(caplog):
+    either = coder()
+    for data in (
+        chunk(0).to(torch.float8_e4m3fn),
+        torch.randn(3, 5),
+        torch.arange(40, dtype=torch.int16).reshape(2, 20),
+    ):
+        stream, found = either.encode(data), torch.zeros_like(data)
+        assert (inspect(stream).profile, either.needs_start(data)) == ("lossless", False)
+        either.decode(stream, found)
+        assert torch.equal(found.view(torch.uint8), data.view(torch.uint8))
+    assert "a chunk that the calibration does not cover is kept without loss" in caplog.text
+    with pytest.raises(GeometryMismatch, match=r"keeps numbers of torch\.float32; expected torch\.float16"):
+        either.decode(either.encode(torch.randn(3, 5)), torch.zeros(3, 5, dtype=torch.float16))
+    with pytest.raises(UnsupportedLayout, match=r"numbers of torch\.int64; kvtc keeps numbers of 1, 2 or 4 bytes"):
+        either.encode(torch.zeros(3, 5, dtype=torch.int64))
+
+
 def test_what_cannot_be_coded_is_refused():
-    with pytest.raises(UnsupportedLayout, match="its scales are not known"):
-        coder().encode(chunk(0).to(torch.float8_e4m3fn), 0)
-    with pytest.raises(UnsupportedLayout, match="LMCache chunk of shape"):
-        coder().encode(torch.zeros(3, 5), 0)
+    for data in (chunk(0).to(torch.float8_e4m3fn), torch.zeros(3, 5)):
+        with pytest.raises(UnsupportedLayout, match=r"its scales are not known|LMCache chunk of shape"):
+            coder(FixedChunkCoder).encode(data, 0)
     for name in ("step", "kl"):
         with pytest.raises(InvalidArgument, match=rf"fixed size need kvtc\.ratio, not kvtc\.{name}"):
             coder(FixedChunkCoder, **{"ratio": None, name: 0.01})

@@ -147,6 +147,14 @@ def test_leading_entries_are_no_more_than_were_asked_for(entries, monkeypatch, c
     assert entries.count_leading(["here", "gone"]) == leading
 
 
+def test_entries_that_are_there_are_told_for_as_many_keys_as_were_asked_for(entries, monkeypatch):
+    assert entries.present(["gone", "here"]) == [False, True]
+    for flags in ([True], [True] * 3, None):
+        monkeypatch.setattr(entries.store, "contains_many", lambda _, flags=flags: flags)
+        assert entries.present(["gone", "here"]) == [False, False]
+    assert (entries.counts.read()["store_errors"], entries.counts.read()["lookups"]) == (3, 4)
+
+
 @pytest.mark.parametrize("error", [CorruptStream, TruncatedStream])
 def test_a_damaged_entry_is_deleted(entries, error):
     assert entries.decode("here", b"entry", raising(error)) is None

@@ -74,7 +74,7 @@ class StoredChunks(Generic[W]):
         """
         original = data.numel() * data.dtype.itemsize
         n_bytes = self.entries.save(key, lambda: self._coder_of(worker).encode(data, start), original)
-        if n_bytes and start is None:
+        if n_bytes and start is None and self._coder_of(worker).needs_start(data):
             self.counts.add(starts_searched=1)
         return n_bytes
 

@@ -38,11 +38,6 @@ class PageForm:
     key: list[Part]
     words: str
 
-    @property
-    def n_numbers(self) -> int:
-        """Numbers of a page, and the zeros that fill its last row."""
-        return 0 if self.layout is None else self.layout.page_values
-
 
 def page_form(pages: HostPages, calibration: Calibration | None, storage_config: Any) -> PageForm:
     """The form of the pages of a pool.

@@ -35,7 +35,7 @@ from ...process.workers import Workers
 from ...store import open_store
 from ..chunk_coder import ChunkCoder, ChunkSettings
 from ..stored_chunks import StoredChunks
-from .facts import PageForm, is_replicated, page_form, served_model
+from .facts import is_replicated, page_form, served_model
 from .host_pages import HostPages
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ class _Pool:
     """A pool of host memory. key: what keys of entries say of it."""
 
     pages: HostPages
-    form: PageForm
     key: dict[str, Part]
 
 
@@ -177,7 +176,7 @@ class KvtcHiCache(HiCacheStorage):
         }
         if (layout := form.layout) is not None:
             self._coders[name] = ChunkCoder(form.calibration, self._settings, lambda _: layout)
-        self._pools[name] = _Pool(pages, form, key)
+        self._pools[name] = _Pool(pages, key)
         logger.info("pool %s, pages of %d numbers of %s: %s", pages.name, pages.n_values, pages.dtype, form.words)
 
     def _set(self, pool: str, keys: Sequence[str], host_indices: Tensor | None, extra_info: Any) -> list[bool]:
@@ -212,24 +211,21 @@ class KvtcHiCache(HiCacheStorage):
         return [int(slot) for slot in host_indices[::n_tokens]]
 
     def _save(self, pool: str, key: str, page: Tensor, start: int | None) -> bool:
-        pages, form = self._pools[pool].pages, self._pools[pool].form
-        if form.layout is None:
-            return True
-        # Where a page stands matters to those that are coded.
-        start = start if form.calibration is not None else 0
-        numbers = pages.numbers(page, form.n_numbers)
-        return self._pages.save(pool, self._name(pool, key), numbers, start) is not None
+        pages = self._pools[pool].pages
+        return (
+            pages.n_values == 0 or self._pages.save(pool, self._name(pool, key), pages.numbers(page), start) is not None
+        )
 
     def _found(self, pool: str, keys: Sequence[str]) -> list[Tensor | None]:
         """Flat pages; None for each that is missing."""
-        pages, n_numbers = self._pools[pool].pages, self._pools[pool].form.n_numbers
+        pages = self._pools[pool].pages
 
         def page_of(coder: ChunkCoder, stream: bytes) -> Tensor:
-            numbers = torch.empty(n_numbers, dtype=pages.dtype)
+            numbers = torch.empty(pages.n_values, dtype=pages.dtype)
             coder.decode(stream, numbers)
             return pages.flat(numbers)
 
-        if n_numbers == 0:
+        if pages.n_values == 0:
             return [torch.empty(0, dtype=pages.dtype) for _ in keys]
         names = [self._name(pool, key) for key in keys]
         streams = self._pages.read(names)

@@ -66,23 +66,13 @@ class HostPages:
                 return OpaqueLayout(tuple(range(layers)), self.page_tokens, width)
         return OpaqueLayout((0,), -(-self.n_values // _RUN_ROW), _RUN_ROW)
 
-    def numbers(self, flat: Tensor, n_numbers: int) -> Tensor:
-        """A page as SGLang gives it, as numbers of `dtype`, and behind them zeros.
-
-        Parameters:
-            flat: The page.
-            n_numbers: How many, with the zeros.
-
-        Returns:
-            [n_numbers]
-        """
-        numbers = flat.contiguous().view(self.dtype)
-        n_missing = n_numbers - len(numbers)
-        return torch.cat([numbers, numbers.new_zeros(n_missing)]) if n_missing else numbers
+    def numbers(self, flat: Tensor) -> Tensor:
+        """A page as SGLang gives it -> its numbers, [n_values] of `dtype`."""
+        return flat.contiguous().view(self.dtype)
 
     def flat(self, numbers: Tensor) -> Tensor:
         """Inverse of `numbers`."""
-        return numbers[: self.n_values].view(self._flat_dtype)
+        return numbers.view(self._flat_dtype)
 
     def read(self, index: int) -> Tensor:
         """The page that begins at a slot, as SGLang gives it.
