@@ -11,7 +11,7 @@ import torch
 from kvtc.codec import codec as codec_module
 from kvtc.errors import StoreUnavailable
 
-OPERATIONS = ("get_many", "resident_many", "put", "put_many", "contains", "contains_prefix", "delete")
+OPERATIONS = ("get_many", "resident_many", "put", "put_many", "contains", "contains_prefix", "contains_many", "delete")
 
 
 class PrivateError(Exception):

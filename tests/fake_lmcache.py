@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,10 +63,39 @@ class MemoryLayoutDesc:
 
 
 @dataclass
+class MemoryObjMetadata:
+    cached_positions: torch.Tensor | None = None
+    shapes: list[torch.Size] | None = None
+    dtypes: list[torch.dtype] | None = None
+
+
 class MemoryObj:
-    tensor: torch.Tensor
-    meta: Any = field(default_factory=lambda: SimpleNamespace(cached_positions=None))
-    n_references: int = 1
+    """Memory that holds a tensor, or several behind one another."""
+
+    def __init__(self, *tensors: torch.Tensor, cached_positions: torch.Tensor | None = None) -> None:
+        shapes, dtypes = [tensor.shape for tensor in tensors], [tensor.dtype for tensor in tensors]
+        self.meta, self.n_references = MemoryObjMetadata(cached_positions, shapes, dtypes), 1
+        # The memory behind the end is LMCache's alignment.
+        parts = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+        self.raw_tensor = torch.cat([*parts, torch.zeros(64, dtype=torch.uint8)])
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        (shape, *_), (dtype, *_) = self.meta.shapes, self.meta.dtypes
+        return self.raw_tensor[: self.get_size()].view(dtype).view(shape)
+
+    def get_tensor(self, index: int) -> torch.Tensor:
+        sizes = [
+            shape.numel() * dtype.itemsize for shape, dtype in zip(self.meta.shapes, self.meta.dtypes, strict=True)
+        ]
+        begin = sum(sizes[:index])
+        part = self.raw_tensor[begin : begin + sizes[index]]
+        return part.view(self.meta.dtypes[index]).view(self.meta.shapes[index])
+
+    def get_size(self) -> int:
+        return sum(
+            shape.numel() * dtype.itemsize for shape, dtype in zip(self.meta.shapes, self.meta.dtypes, strict=True)
+        )
 
     def ref_count_down(self) -> None:
         self.n_references -= 1
@@ -175,6 +204,8 @@ class AsyncSerdeProcessor:
 class RemoteConnector(ABC):
     def __init__(self, config: Any, metadata: Any) -> None:  # noqa: ARG002
         self.meta_shapes, self.meta_dtypes, self.meta_fmt = metadata.shapes, metadata.dtypes, "KV_2LTD"
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in zip(metadata.shapes, metadata.dtypes, strict=True)]
+        self.single_token_size = sum(sizes) // metadata.chunk_size
 
     @abstractmethod
     async def exists(self, key): ...

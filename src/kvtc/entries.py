@@ -1,9 +1,9 @@
 """Entries of a store, for callers who must not fail because of them: what is a miss, what is
 damage, what is counted and logged.
 
-    read, decode, count_leading    an error is a miss
-    save, forget                   an error means that it is not done
-    fetch, put, write, delete      an error is raised, as `StoreError` whatever the store raised
+    read, decode, count_leading, present    an error is a miss
+    save, forget                            an error means that it is not done
+    fetch, put, write, delete               an error is raised, as `StoreError` whatever the store raised
 
 Every error is counted. The fault of an entry, found by its store or by decoding, decides whether it
 stays:
@@ -28,7 +28,7 @@ from .counts import Counts
 from .errors import PROGRAM_ENDS, CorruptStream, KvtcError, StoreError, TruncatedStream
 from .process.log_limits import log_once
 from .store import Store
-from .store.base import read_count, read_values, telling_unreadable
+from .store.base import read_count, read_flags, read_values, telling_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,15 @@ class Entries:
                 return read_count(self.store.contains_prefix(keys), len(keys))
         except StoreError:
             return 0
+
+    def present(self, keys: Sequence[str]) -> list[bool]:
+        """Which keys have entries; none where the store fails."""
+        self.counts.add(lookups=1)
+        try:
+            with self._asking("tell whether it has", keys):
+                return read_flags(self.store.contains_many(keys), len(keys))
+        except StoreError:
+            return [False] * len(keys)
 
     def save(self, key: str, encode: Callable[[], bytes], original_bytes: int = 0) -> int | None:
         """As `put`, but None, counted and logged, where anything fails."""

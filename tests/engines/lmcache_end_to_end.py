@@ -1,6 +1,6 @@
 """kvtc in LMCache, for real: LMCache's server beside vLLM, the reference model, and vLLM's own account of hits.
 
-    store     vLLM answers a prompt, uncached; LMCache's server stores its chunks in six places at once, in each through kvtc
+    store     vLLM answers a prompt, uncached; LMCache's server stores its chunks in seven places at once, in each through kvtc
     hit       for each place: a new server that has nothing but that place, a new vLLM: the chunks come back, the same tokens
     process   LMCache's engine inside a process, without its server: caches go to kvtc's remote plugin and come back
     damaged   a stored chunk is damaged on disk; new processes load what comes before it, compute the rest: the same tokens
@@ -58,6 +58,7 @@ def main() -> None:
             FilePlace(scratch, options),
             RedisPlace(redis_port, options),
             S3Place(s3_port, options),
+            PluginPlace(scratch, exact_options(options), "plugin, lossless"),
         ]
         prompt = prompts()[0]
         print(f"lmcache: kvtc-6m in bfloat16, ratio {RATIO}, a prompt of {len(prompt)} tokens, pages {options}")
@@ -91,6 +92,12 @@ def chunk_options() -> dict[str, Any]:
         "kvtc.packing": packing,
         "kvtc.page_tokens": PAGE_TOKENS,
     }
+
+
+def exact_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The same without a calibration, bit for bit."""
+    left_out = ("kvtc.calibration", "kvtc.ratio")
+    return {name: value for name, value in options.items() if name not in left_out} | {"kvtc.lossless": True}
 
 
 def store(scratch: Path, places: list[Place], prompt: list[int]) -> list[int]:

@@ -33,10 +33,8 @@ class Place(ABC):
 class PluginPlace(Place):
     """kvtc's own adapter with a store of files."""
 
-    name = "plugin, file store"
-
-    def __init__(self, scratch: Path, options: dict[str, Any]) -> None:
-        self.directory = scratch / "plugin"
+    def __init__(self, scratch: Path, options: dict[str, Any], name: str = "plugin, file store") -> None:
+        self.name, self.directory = name, scratch / name.replace(", ", "-").replace(" ", "-")
         self.adapter = plugin(f"file://{self.directory}", options)
 
     def files(self) -> list[Path]:

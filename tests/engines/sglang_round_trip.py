@@ -1,6 +1,7 @@
-"""kvtc in SGLang's HiCache: its own backend factory and host memory pools on a CPU, real caches of the reference model.
+"""kvtc in SGLang's HiCache: its own backend factory, host memory pools and controller on a CPU, real caches of the reference model.
 
-For each host layout, and with and without telling how many pages come before:
+Pages of every kind without losses, and a model of several kinds through the controller: `sglang_pools`. Then coded, for each host
+layout, and with and without telling how many pages come before:
 
     set   the pages of a text go from SGLang's host memory to a store
     get   host memory is erased; another backend finds the pages and fills it; the model goes on from what came back
@@ -20,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from sglang_pools import backend, bring_back_all_kinds, go_through_the_controller, mha_pool, say_that_there_is_one_rank
 from vllm_end_to_end import Failure, expect, prompts
 
 from kvtc.cache import KVCache
@@ -27,6 +29,13 @@ from kvtc.codec import transformers_cache as interop
 from kvtc.reference import MODEL_DIRECTORY, reference_calibration, reference_model
 
 RATIO = 4
+CODED = {
+    "kvtc.calibration": "reference",
+    "kvtc.model": str(MODEL_DIRECTORY),
+    "kvtc.ratio": RATIO,
+    "kvtc.max_tokens": 4096,
+}
+EXACT = {"kvtc.lossless": True, "kvtc.model": str(MODEL_DIRECTORY)}
 N_TOKENS, N_NEW = 1024, 32
 
 
@@ -38,6 +47,10 @@ def main() -> None:
     with torch.no_grad():
         cache = interop.from_transformers(model(ids[:, :N_TOKENS]).past_key_values, geometry)
     exact = answer(model, ids, cache)
+    print("sglang: pages of any bytes, kvtc.lossless, by SGLang's pools and its controller")
+    say_that_there_is_one_rank()
+    bring_back_all_kinds()
+    go_through_the_controller()
     print(f"sglang: kvtc-6m in bfloat16, ratio {RATIO}, {N_TOKENS} tokens")
     for page_tokens in (64, 256):
         for layout in ("layer_first", "page_first", "page_first_direct"):
@@ -47,26 +60,32 @@ def main() -> None:
                 expect(
                     f"answer after {layout}, pages of {page_tokens}, positions {told}", answer(model, ids, found), exact
                 )
+    for page_tokens in (64, 256):
+        found = round_trip("page_first", page_tokens, [], cache, EXACT)
+        same = torch.equal(found.keys, cache.keys) and torch.equal(found.values, cache.values)
+        expect(f"a cache without losses, pages of {page_tokens}", same, True)
     print("all as it must be")
 
 
-def round_trip(layout: str, page_tokens: int, prefix: list[str] | None, cache: KVCache) -> KVCache:
+def round_trip(
+    layout: str, page_tokens: int, prefix: list[str] | None, cache: KVCache, options: dict[str, Any] = CODED
+) -> KVCache:
     """The cache as it comes back."""
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo
 
-    pool = host_pool(layout, page_tokens)
+    n_pages, sizes = N_TOKENS // page_tokens, reference_calibration().geometry.sizes
+    pool = mha_pool(layout, torch.bfloat16, n_pages=n_pages, page_tokens=page_tokens, sizes=sizes)
     fill(pool, cache)
-    n_pages = N_TOKENS // page_tokens
     keys, indices = [f"page-{index}" for index in range(n_pages)], torch.arange(N_TOKENS)
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
-        first = backend(store, pool)
+        first = backend(store, options, pool)
         told = HiCacheStorageExtraInfo(prefix_keys=prefix)
         expect("pages set", first.batch_set_v1(keys, indices, told), [True] * n_pages)
         expect("positions searched", first.counts["starts_searched"], 0 if prefix is not None else n_pages)
         first.close()
         pool.kv_buffer.zero_()
-        second = backend(store, pool)
+        second = backend(store, options, pool)
         expect("pages found", second.batch_exists([*keys, "another"]), n_pages)
         expect("pages found by the newer call", second.batch_exists_v2(keys).kv_hit_pages, n_pages)
         expect("pages got", second.batch_get_v1(keys, indices, told), [True] * n_pages)
@@ -75,75 +94,12 @@ def round_trip(layout: str, page_tokens: int, prefix: list[str] | None, cache: K
     original = reference_calibration().geometry.joint_features * 2 * N_TOKENS
     found = read(pool, cache)
     error = float((found.keys.float() - cache.keys.float()).norm() / cache.keys.float().norm())
+    rate = "without losses" if options is EXACT else f"positions {'told' if prefix is not None else 'searched'}"
     print(
-        f"  {layout}, pages of {page_tokens}, positions {'told' if prefix is not None else 'searched'}: {n_pages} pages, {stored} "
+        f"  {layout}, pages of {page_tokens}, {rate}: {n_pages} pages, {stored} "
         f"bytes for {original} at 16 bits: total ratio {original / stored:.2f}; relative error of keys {error:.4f}"
     )
     return found
-
-
-def backend(store: Path, pool: Any) -> Any:
-    """As SGLang's cache controller makes it from the user's options."""
-    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
-    from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
-
-    options = {
-        "backend_name": "kvtc",
-        "module_path": "kvtc.engines.sglang.hicache",
-        "class_name": "KvtcHiCache",
-        "interface_v1": 1,
-        "kvtc.calibration": "reference",
-        "kvtc.model": str(MODEL_DIRECTORY),
-        "kvtc.store": f"file://{store}",
-        "kvtc.ratio": RATIO,
-        "kvtc.max_tokens": 4096,
-    }
-    config = HiCacheStorageConfig(
-        tp_rank=0,
-        tp_size=1,
-        pp_rank=0,
-        pp_size=1,
-        attn_cp_rank=0,
-        attn_cp_size=1,
-        is_mla_model=False,
-        enable_storage_metrics=False,
-        is_page_first_layout=pool.layout != "layer_first",
-        model_name="kvtc-6m",
-        extra_config=options,
-    )
-    made = StorageBackendFactory.create_backend("dynamic", config, pool)
-    made.register_mem_pool_host(pool)
-    return made
-
-
-def host_pool(layout: str, page_tokens: int) -> Any:
-    """SGLang's host memory for keys and values of the reference model."""
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-    from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
-
-    geometry = reference_calibration().geometry
-    device = MHATokenToKVPool(
-        size=N_TOKENS,
-        page_size=page_tokens,
-        dtype=torch.bfloat16,
-        head_num=geometry.n_kv_heads,
-        head_dim=geometry.head_dim,
-        layer_num=geometry.n_layers,
-        device="cpu",
-        enable_memory_saver=False,
-    )
-    return MHATokenToKVPoolHost(
-        device._mha_buffer_info(),
-        2.0,
-        0,
-        page_tokens,
-        layout,
-        pin_memory=False,
-        device="cpu",
-        device_capacity_tokens=N_TOKENS,
-        start_layer=0,
-        end_layer=geometry.n_layers,
-    )
 
 
 def fill(pool: Any, cache: KVCache) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from kvtc import inspect
 from kvtc.engines.chunk_coder import ChunkCoder, ChunkSettings, FixedChunkCoder
 from kvtc.engines.lmcache.settings import LmcacheSettings, WorkerCoders, worker_of
 from kvtc.engines.page_layout import lmcache_layout
-from kvtc.engines.position_search import KnownStarts, find_start
+from kvtc.engines.position_search import KnownStarts, check_fit, find_start
 from kvtc.engines.served_model import ServedModel
 from kvtc.engines.stored_chunks import StoredChunks
 from kvtc.engines.tasks import Tasks
-from kvtc.errors import CorruptStream, InvalidArgument, StoreUnavailable, UnsupportedLayout
+from kvtc.errors import CorruptStream, GeometryMismatch, InvalidArgument, StoreUnavailable, UnsupportedLayout
 from kvtc.store import open_store
 from tests.builders import HEAD_DIM, N_HEADS, N_LAYERS, joint_calibration, relative_error, told_cache
 from tests.failing import DECODE_ERRORS, break_decoding
@@ -35,6 +36,11 @@ def settings(**changed) -> ChunkSettings:
     return ChunkSettings("reference", "memory:", **({"ratio": 8, "max_tokens": 4096} | changed))
 
 
+def joint_alone():
+    """A calibration that does not serve the profile paper."""
+    return replace(joint_calibration(), key=None, value=None, conditional=None)
+
+
 def coder(kind: type = ChunkCoder, **changed):
     def layout_of(shape):
         return lmcache_layout(shape, N_LAYERS, N_HEADS, HEAD_DIM)
@@ -45,7 +51,8 @@ def coder(kind: type = ChunkCoder, **changed):
 @pytest.mark.parametrize("start", [0, 256, 1024, 3072])
 def test_a_position_that_nobody_tells_is_found(start):
     cache = told_cache(start + T)
-    assert find_start(cache.keys[:, :, start:], joint_calibration(), T, 4096) == start
+    for calibration in (joint_calibration(), joint_alone()):
+        assert find_start(cache.keys[:, :, start:], calibration, T, 4096) == start
 
 
 @pytest.mark.parametrize("kind", [ChunkCoder, FixedChunkCoder])
@@ -69,6 +76,20 @@ def test_keys_that_do_not_fit_the_calibration_are_refused(kind):
         either.encode(chunk(256).reshape(fused), 256)
     with pytest.raises(UnsupportedLayout, match="another model"):
         either.encode(9 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_calibration_for_joint_alone_tells_keys_that_fit():
+    cache = told_cache(3 * T)
+    keys, values = cache.keys[:, :, T : 2 * T], cache.values[:, :, T : 2 * T]
+    check_fit(keys, values, joint_alone(), T)
+    for its_keys, its_values, start in (
+        (keys, values, 2 * T),
+        (keys.roll(1, dims=0), values, T),
+        (keys, keys, T),
+        (keys.roll(3, dims=-1), values, T),
+    ):
+        with pytest.raises(UnsupportedLayout, match="times as far"):
+            check_fit(its_keys, its_values, joint_alone(), start)
 
 
 def test_the_order_of_axes_does_not_matter_to_a_stream():
@@ -105,11 +126,28 @@ def test_damaged_bytes_are_refused():
         fixed.decode(bytes(framed), found)
 
 
+def test_what_the_calibration_does_not_cover_is_kept_exactly(caplog):
+    either = coder()
+    for data in (
+        chunk(0).to(torch.float8_e4m3fn),
+        torch.randn(3, 5),
+        torch.arange(40, dtype=torch.int16).reshape(2, 20),
+    ):
+        stream, found = either.encode(data), torch.zeros_like(data)
+        assert (inspect(stream).profile, either.needs_start(data)) == ("lossless", False)
+        either.decode(stream, found)
+        assert torch.equal(found.view(torch.uint8), data.view(torch.uint8))
+    assert "a chunk that the calibration does not cover is kept without loss" in caplog.text
+    with pytest.raises(GeometryMismatch, match=r"keeps numbers of torch\.float32; expected torch\.float16"):
+        either.decode(either.encode(torch.randn(3, 5)), torch.zeros(3, 5, dtype=torch.float16))
+    with pytest.raises(UnsupportedLayout, match=r"numbers of torch\.int64; kvtc keeps numbers of 1, 2 or 4 bytes"):
+        either.encode(torch.zeros(3, 5, dtype=torch.int64))
+
+
 def test_what_cannot_be_coded_is_refused():
-    with pytest.raises(UnsupportedLayout, match="its scales are not known"):
-        coder().encode(chunk(0).to(torch.float8_e4m3fn), 0)
-    with pytest.raises(UnsupportedLayout, match="LMCache chunk of shape"):
-        coder().encode(torch.zeros(3, 5), 0)
+    for data in (chunk(0).to(torch.float8_e4m3fn), torch.zeros(3, 5)):
+        with pytest.raises(UnsupportedLayout, match=r"its scales are not known|LMCache chunk of shape"):
+            coder(FixedChunkCoder).encode(data, 0)
     for name in ("step", "kl"):
         with pytest.raises(InvalidArgument, match=rf"fixed size need kvtc\.ratio, not kvtc\.{name}"):
             coder(FixedChunkCoder, **{"ratio": None, name: 0.01})

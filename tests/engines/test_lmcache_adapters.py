@@ -14,6 +14,7 @@ import torch
 
 from kvtc import inspect
 from kvtc.errors import InvalidArgument, UnsupportedLayout
+from kvtc.process import log_limits
 from kvtc.store import open_store
 from tests.builders import HEAD_DIM, N_HEADS, N_LAYERS, measured_calibration, relative_error
 from tests.engines.test_chunk_coder import SHAPE, T, chunk
@@ -42,6 +43,10 @@ def serde_options(options):
     return {name: value for name, value in options.items() if name != "kvtc.store"}
 
 
+def zeros(shape, dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8).to(dtype)
+
+
 def empty() -> MemoryObj:
     return MemoryObj(torch.zeros(SHAPE, dtype=torch.bfloat16))
 
@@ -57,6 +62,148 @@ def take(query, seconds: float = 30.0):
 
 def make_adapter(options):
     return importlib.import_module("kvtc.engines.lmcache.l2").KvtcL2Adapter(options, l1_memory_desc=None)
+
+
+def make_remote(options, memory):
+    make = importlib.import_module("kvtc.engines.lmcache.remote").KvtcRemoteConnector
+    return make(loop=None, local_cpu_backend=memory, config=SimpleNamespace(extra_config=options))
+
+
+def store(adapter, keys, items) -> bool:
+    """Whether all are stored."""
+    adapter.submit_store_task(keys, items)
+    (result,) = take(adapter.pop_completed_store_tasks).values()
+    return result.is_successful()
+
+
+def look_up(adapter, keys) -> list[bool]:
+    number = adapter.submit_lookup_and_lock_task(keys, {})
+    return take(lambda: adapter.query_lookup_and_lock_result(number)).bits()
+
+
+def load(adapter, keys, items) -> list[bool]:
+    number = adapter.submit_load_task(keys, items)
+    return take(lambda: adapter.query_load_result(number)).bits()
+
+
+def noise(shape) -> torch.Tensor:
+    """Keys and values of no model."""
+    return 9 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+
+def any_bits(shape, dtype, seed: int = 0) -> torch.Tensor:
+    """Numbers of any bits, those of NaN too."""
+    n_bytes = torch.Size(shape).numel() * dtype.itemsize
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n_bytes,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
+
+
+def erased(item: MemoryObj) -> MemoryObj:
+    """Memory for as much."""
+    return MemoryObj(*(zeros(shape, dtype) for shape, dtype in zip(item.meta.shapes, item.meta.dtypes, strict=True)))
+
+
+def held(item: MemoryObj) -> bytes:
+    return item.raw_tensor[: item.get_size()].numpy().tobytes()
+
+
+ROWS = (2, 1, 64, 6)
+OF_ANY_KIND = {
+    "16 bits": MemoryObj(any_bits(ROWS, torch.bfloat16)),
+    "half": MemoryObj(any_bits(ROWS, torch.float16)),
+    "32 bits": MemoryObj(any_bits(ROWS, torch.float32)),
+    "e4m3": MemoryObj(any_bits(ROWS, torch.float8_e4m3fn)),
+    "e5m2": MemoryObj(any_bits(ROWS, torch.float8_e5m2)),
+    "packed": MemoryObj(any_bits((1, 2, 32, 21), torch.uint8)),
+    "integers": MemoryObj(any_bits((1, 2, 32, 20), torch.int8)),
+    "latents": MemoryObj(any_bits((1, 2, 64, 18), torch.bfloat16)),
+    "states": MemoryObj(any_bits((1, 2, 1, 700), torch.float32)),
+    "an odd number": MemoryObj(any_bits((7,), torch.bfloat16)),
+    "several": MemoryObj(any_bits((2, 1, 32, 6), torch.bfloat16), any_bits((2, 3, 32, 6), torch.bfloat16, 1)),
+    "of several widths": MemoryObj(any_bits((1, 2, 32, 6), torch.bfloat16), any_bits((1, 1, 1, 90), torch.bfloat16)),
+    "of several dtypes": MemoryObj(any_bits((1, 2, 32, 6), torch.bfloat16), any_bits((1, 1, 32, 5), torch.uint8)),
+}
+
+
+def test_lossless_needs_no_calibration_and_keeps_chunks_of_any_kind_bit_for_bit(options):
+    exact = {"kvtc.lossless": True, "kvtc.store": options["kvtc.store"], "kvtc.identity": "tiny"}
+    keys = [ObjectKey(name.encode().ljust(8)) for name in OF_ANY_KIND]
+    adapter = make_adapter(exact)
+    assert store(adapter, keys, list(OF_ANY_KIND.values()))
+    counts = adapter.report_status()
+    assert (counts["entries_saved"], "starts_searched" in counts) == (len(keys), False)
+    adapter.close()
+
+    other = make_adapter(exact)
+    assert all(look_up(other, keys))
+    found = [erased(item) for item in OF_ANY_KIND.values()]
+    assert all(load(other, keys, found))
+    for name, item, expected in zip(OF_ANY_KIND, found, OF_ANY_KIND.values(), strict=True):
+        assert held(item) == held(expected), name
+    half = MemoryObj(torch.zeros(ROWS, dtype=torch.float16))
+    assert load(other, keys[:1], [half]) == [False], "numbers of another dtype are not converted"
+    other.close()
+    lossy = make_adapter(options)
+    assert not any(look_up(lossy, keys))
+    lossy.close()
+
+
+def test_what_the_calibration_does_not_cover_passes_without_loss(options, caplog, monkeypatch):
+    monkeypatch.setattr(log_limits, "_limits", log_limits.LogLimits())
+    fp8 = MemoryObj(any_bits(SHAPE, torch.float8_e4m3fn))
+    items = [MemoryObj(chunk(0)), OF_ANY_KIND["states"], OF_ANY_KIND["latents"], fp8, OF_ANY_KIND["several"]]
+    keys = [ObjectKey(HASHES[0], object_group_id=group) for group in range(len(items))]
+    adapter = make_adapter(options)
+    assert store(adapter, keys, items)
+    assert store(
+        adapter, [ObjectKey(HASHES[1], object_group_id=3)], [MemoryObj(any_bits(SHAPE, torch.float8_e4m3fn, 1))]
+    )
+    messages = [text for text in caplog.messages if "kept without loss" in text]
+    assert len(messages) == 4, "one of each kind"
+    assert any("its scales are not known" in text for text in messages)
+    with open_store(options["kvtc.store"]) as opened:
+        profiles = [inspect(opened.get(key)).profile for key in opened.keys()]  # noqa: SIM118
+    assert sorted(profiles) == ["joint", *["lossless"] * 5]
+    found = [erased(item) for item in items]
+    assert load(adapter, keys, found) == [True] * len(items)
+    assert 0 < relative_error(found[0].tensor, items[0].tensor) < 0.1
+    assert [held(item) for item in found[1:]] == [held(item) for item in items[1:]]
+    adapter.close()
+
+
+def test_groups_of_one_shape_are_told_apart_by_an_option(options):
+    windows, full = ObjectKey(HASHES[0], object_group_id=0), ObjectKey(HASHES[0], object_group_id=1)
+    adapter = make_adapter({**options, "kvtc.object_group": 1})
+    assert store(adapter, [windows, full], [MemoryObj(noise(SHAPE)), MemoryObj(chunk(0))])
+    assert not store(adapter, [ObjectKey(HASHES[1], object_group_id=1)], [MemoryObj(noise(SHAPE))]), "of another model"
+    found = [empty(), empty()]
+    assert load(adapter, [windows, full], found) == [True, True]
+    assert torch.equal(found[0].tensor, noise(SHAPE))
+    assert 0 < relative_error(found[1].tensor, chunk(0)) < 0.1
+    adapter.close()
+    with pytest.raises(InvalidArgument, match=r"kvtc\.object_group is -1; expected at least 0"):
+        make_adapter({**options, "kvtc.object_group": -1})
+
+
+def test_of_windows_and_states_the_last_chunks_count_alone(options):
+    """LMCache stores no chunk of states but the last, and folds the bits of all groups into a prefix."""
+    exact = {"kvtc.lossless": True, "kvtc.store": options["kvtc.store"], "kvtc.identity": "tiny"}
+    full, states = ([ObjectKey(name, object_group_id=group) for name in HASHES] for group in (0, 1))
+    item = OF_ANY_KIND["integers"]
+    adapter = make_adapter(exact)
+    assert store(adapter, [*full[:3], states[2]], [item] * 4)
+    assert look_up(adapter, [*full, *states]) == [True, True, True, False, False, False, True, False]
+    assert look_up(adapter, [ObjectKey(HASHES[0], model_name="other"), states[2]]) == [False, True]
+    adapter.close()
+
+
+def test_packed_pages_have_keys_of_their_own(options):
+    exact = {"kvtc.lossless": True, "kvtc.store": options["kvtc.store"], "kvtc.identity": "tiny"}
+    packings = [{}, {"kvtc.packing": "vec"}, {"kvtc.packing": "vec", "kvtc.page_tokens": 32}, {"kvtc.packing": "amx"}]
+    adapters = [make_adapter({**exact, **packing}) for packing in packings]
+    assert len({adapter._key(ObjectKey(HASHES[0])) for adapter in adapters}) == len(packings)
+    for adapter in adapters:
+        adapter.close()
 
 
 def test_importing_kvtc_imports_no_engine():
@@ -94,8 +241,7 @@ def test_chunks_go_to_the_store_and_come_back_to_another_adapter(lmcache, option
     assert other.events[-1][:2] == ("accessed", keys)
     other.delete(keys[1:2])
     assert other.events[-1] == ("deleted", keys[1:2], [0])
-    lookup = other.submit_lookup_and_lock_task(keys, {})
-    assert take(lambda: other.query_lookup_and_lock_result(lookup)).bits() == [True, False, False]
+    assert look_up(other, keys) == [True, False, True], "LMCache makes of it what each group needs"
     other.close()
 
 
@@ -131,11 +277,9 @@ def test_event_descriptors_differ_and_are_signalled(options):
 def test_chunks_that_cannot_be_stored_fail_their_task_alone(options, caplog):
     adapter = make_adapter(options)
     keys = [ObjectKey(name) for name in HASHES[:2]]
-    data = [MemoryObj(chunk(0)), MemoryObj(torch.zeros(2, N_LAYERS, T, 5, dtype=torch.bfloat16))]
-    adapter.submit_store_task(keys, data)
-    (result,) = take(adapter.pop_completed_store_tasks).values()
-    assert not result.is_successful()
-    assert "LMCache chunk of shape" in caplog.text
+    data = [MemoryObj(chunk(0)), MemoryObj(noise(SHAPE))]
+    assert not store(adapter, keys, data)
+    assert "times as far from the calibrated mean" in caplog.text
     lookup = adapter.submit_lookup_and_lock_task(keys, {})
     assert take(lambda: adapter.query_lookup_and_lock_result(lookup)).bits() == [True, False]
     assert adapter.report_status()["save_errors"] == 1
@@ -193,6 +337,8 @@ def test_what_cannot_work_ends_the_start(options):
         make_adapter({**options, "kvtc.ration": 8})
     with pytest.raises(InvalidArgument, match="either a ratio or a step or a kl"):
         make_adapter({**options, "kvtc.kl": 0.001})
+    with pytest.raises(InvalidArgument, match=r"give kvtc\.calibration, or kvtc\.lossless"):
+        make_adapter({"kvtc.store": "memory:", "kvtc.identity": "tiny"})
     with pytest.raises(FileNotFoundError):
         make_adapter({**options, "kvtc.calibration": "nowhere.safetensors"})
 
@@ -225,19 +371,23 @@ def test_the_serde_refuses_layouts_where_lmcache_deals_with_it(lmcache, options,
         serde.serializer.serialize(MemoryObj(torch.zeros(odd)), empty(), ObjectKey(HASHES[0]))
     with pytest.raises(InvalidArgument, match=r"unknown option kvtc\.store"):
         lmcache.serdes["kvtc"](options)
+    with pytest.raises(InvalidArgument, match=r"the L2 adapter kvtc\.engines\.lmcache\.l2 stores"):
+        lmcache.serdes["kvtc"]({"kvtc.lossless": True, "kvtc.identity": "tiny"})
 
 
 class Memory:
     """LMCache's local backend: gives memory for chunks."""
 
-    def __init__(self) -> None:
-        self.config = SimpleNamespace()
-        self.metadata = SimpleNamespace(shapes=[torch.Size(SHAPE)], dtypes=[torch.bfloat16], chunk_size=T, worker_id=0)
+    def __init__(self, shapes=(SHAPE,), dtypes=(torch.bfloat16,)) -> None:
+        self.config = SimpleNamespace(use_layerwise=False)
+        self.metadata = SimpleNamespace(
+            shapes=list(map(torch.Size, shapes)), dtypes=list(dtypes), chunk_size=T, worker_id=0
+        )
         self.metadata.model_name = "tiny"
         self.given: list[MemoryObj] = []
 
     def allocate(self, shapes, dtypes, fmt):  # noqa: ARG002
-        self.given.append(MemoryObj(torch.zeros(shapes[0], dtype=dtypes[0])))
+        self.given.append(MemoryObj(*map(zeros, shapes, dtypes)))
         return self.given[-1]
 
 
@@ -254,7 +404,7 @@ def test_the_remote_plugin_keeps_chunks_and_ends_of_texts(options):
 
     async def use():
         await connector.put(engine_key("a"), MemoryObj(whole))
-        await connector.put(engine_key("b"), MemoryObj(end, SimpleNamespace(cached_positions=torch.arange(512, 612))))
+        await connector.put(engine_key("b"), MemoryObj(end, cached_positions=torch.arange(512, 612)))
         assert await connector.exists(engine_key("a"))
         assert not connector.exists_sync(engine_key("c"))
         return [await connector.get(engine_key(name)) for name in "abc"]
@@ -268,6 +418,43 @@ def test_the_remote_plugin_keeps_chunks_and_ends_of_texts(options):
     assert connector.remove_sync(engine_key("a"))
     assert asyncio.run(connector.get(engine_key("a"))) is None
     asyncio.run(connector.close())
+
+
+def test_the_remote_plugin_keeps_several_tensors_and_their_ends_without_loss(options):
+    exact = {"kvtc.lossless": True, "kvtc.store": options["kvtc.store"], "kvtc.identity": "tiny"}
+    shapes, dtypes = [(2, 1, T, 6), (1, 3, T, 20)], [torch.float16, torch.float8_e5m2]
+    memory = Memory(shapes, dtypes)
+    connector = make_remote(exact, memory)
+    items = {
+        name: MemoryObj(
+            *(any_bits((*shape[:2], n, shape[3]), dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        )
+        for name, n in (("whole", T), ("end", 37))
+    }
+
+    async def use():
+        for name, item in items.items():
+            await connector.put(engine_key(name), item)
+        return [await connector.get(engine_key(name)) for name in items]
+
+    for name, found in zip(items, asyncio.run(use()), strict=True):
+        assert found.meta.shapes == items[name].meta.shapes
+        assert held(found) == held(items[name])
+    connector.single_token_size = 1
+    assert asyncio.run(connector.get(engine_key("whole"))) is None, "more than a chunk is not allocated"
+    asyncio.run(connector.close())
+
+
+def test_the_remote_plugin_passes_what_the_calibration_does_not_cover(options):
+    dtype = torch.float8_e4m3fn
+    connector, item = make_remote(options, Memory(dtypes=[dtype])), MemoryObj(any_bits(SHAPE, dtype))
+    asyncio.run(connector.put(engine_key("a"), item))
+    assert held(asyncio.run(connector.get(engine_key("a")))) == held(item)
+    asyncio.run(connector.close())
+    memory = Memory()
+    memory.config.use_layerwise = True
+    with pytest.raises(UnsupportedLayout, match="use_layerwise is set"):
+        make_remote(options, memory)
 
 
 @pytest.mark.parametrize("error", ERRORS)

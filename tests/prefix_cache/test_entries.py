@@ -55,6 +55,10 @@ def test_what_is_there_is_loaded_and_what_is_not_is_saved_once(entries):
     assert [entries.save("new", lambda: b"four", 100) for _ in range(2)] == [4, 0]
     assert entries.put("new", lambda: b"other", replace=True) == 5
     assert entries.count_leading(["here", "new", "gone", "new"]) == 2
+    assert entries.present(["here", "new", "gone", "new", "gone"]) == [True, True, False, True, False]
+    assert entries.present(["gone", "new"]) == [False, True]
+    assert entries.present(["here"]) == [True]
+    assert entries.present([]) == []
     entries.forget("new")
     assert entries.read(["new"]) == [None]
     assert entries.counts.read() == {
@@ -65,7 +69,7 @@ def test_what_is_there_is_loaded_and_what_is_not_is_saved_once(entries):
         "entries_shared": 1,
         "bytes_saved": 9,
         "original_bytes": 100,
-        "lookups": 1,
+        "lookups": 5,
     }
 
 
@@ -76,10 +80,11 @@ def test_whatever_a_store_raises_is_a_miss_or_an_error_of_the_store(entries, mon
     assert entries.decode("here", entry, bytes.decode) is None
     assert entries.read(["here"], is_resident=True) == [None]
     assert entries.count_leading(["here"]) == 0
+    assert entries.present(["here"]) == [False]
     assert entries.save("new", lambda: b"four") is None
     entries.forget("here")
     counts = entries.counts.read()
-    assert (counts["misses"], counts["store_errors"], counts["save_errors"], counts["damaged"]) == (1, 5, 1, 0)
+    assert (counts["misses"], counts["store_errors"], counts["save_errors"], counts["damaged"]) == (1, 6, 1, 0)
     told = (
         lambda: entries.fetch(["here"]),
         lambda: entries.put("new", lambda: b"four"),
@@ -91,7 +96,7 @@ def test_whatever_a_store_raises_is_a_miss_or_an_error_of_the_store(entries, mon
         with pytest.raises(StoreError, match="the cause") as raised:
             call()
         assert isinstance(raised.value, error) or isinstance(raised.value.__cause__, error)
-    assert entries.counts.read()["store_errors"] == 10
+    assert entries.counts.read()["store_errors"] == 11
     monkeypatch.undo()
     assert entries.read(["here"]) == [b"entry"]
 
@@ -103,6 +108,7 @@ def test_what_ends_a_program_ends_it(entries, monkeypatch, error):
         lambda: entries.save("new", raising(error)),
         lambda: entries.read(["here"]),
         lambda: entries.count_leading(["here"]),
+        lambda: entries.present(["here"]),
         lambda: entries.save("new", lambda: b"four"),
         lambda: entries.forget("here"),
     )
@@ -139,6 +145,14 @@ def test_only_resident_values_may_be_tensors_of_bytes(entries, monkeypatch):
 def test_leading_entries_are_no_more_than_were_asked_for(entries, monkeypatch, count, leading):
     monkeypatch.setattr(entries.store, "contains_prefix", lambda _: count)
     assert entries.count_leading(["here", "gone"]) == leading
+
+
+def test_entries_that_are_there_are_told_for_as_many_keys_as_were_asked_for(entries, monkeypatch):
+    assert entries.present(["gone", "here"]) == [False, True]
+    for flags in ([True], [True] * 3, None):
+        monkeypatch.setattr(entries.store, "contains_many", lambda _, flags=flags: flags)
+        assert entries.present(["gone", "here"]) == [False, False]
+    assert (entries.counts.read()["store_errors"], entries.counts.read()["lookups"]) == (3, 4)
 
 
 @pytest.mark.parametrize("error", [CorruptStream, TruncatedStream])

@@ -120,6 +120,8 @@ class StoreContract:
         assert store.contains_prefix(keys[7:]) == 0
         assert store.contains_prefix([]) == 0
         assert store.contains("08")
+        assert store.contains_many(keys) == [key != "07" for key in keys]
+        assert store.contains_many([]) == []
 
     def test_deleted_is_absent(self, store):
         store.put("k", b"v")

@@ -26,6 +26,7 @@ def calls(store):
         "put": lambda: store.put("k", b"value"),
         "put_many": lambda: store.put_many((str(i), b"v") for i in range(40)),
         "contains_prefix": lambda: store.contains_prefix([str(i) for i in range(40)]),
+        "contains_many": lambda: store.contains_many([str(i) for i in range(40)]),
         "delete": lambda: store.delete("k"),
         "keys": lambda: list(store.keys()),
     }

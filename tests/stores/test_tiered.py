@@ -255,6 +255,19 @@ def test_numbers_of_entries_that_cannot_be_are_none(count, leading, errors):
         assert store.statistics().errors == errors
 
 
+def test_entries_of_any_tier_are_there_where_another_fails():
+    class Odd(InMemory):
+        def contains_many(self, _):
+            return [True]
+
+    lowest = open_store("memory:")
+    with TieredStore([Odd(), open_store("memory:"), lowest]) as store:
+        store.put("k", b"v")
+        lowest.put("low", b"v")
+        assert store.contains_many(["gone", "k", "low"]) == [False, True, True]
+        assert store.statistics().errors == 1
+
+
 @pytest.mark.parametrize("ending", ["flush", "close"])
 def test_an_entry_that_a_panic_keeps_from_a_tier_is_given_up_and_the_next_are_written(ending):
     class Panicking(InMemory):

@@ -5,6 +5,8 @@ What an engine adds next year (packed numbers with their scales, latents of a ne
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,11 @@ from .page_layout import SPLIT
 
 _MOST_FEATURES = 4096
 """Of one head: each has a model of its own while it is coded."""
+_LONGEST_ROW, _MOST_LAYERS, _MOST_CHANNELS = 1 << 16, 1 << 12, 1 << 21
+"""Beyond them a chunk is one run: what streams can say, and what models of channels take in memory."""
+_FEWEST_TOKENS = 16
+"""With fewer, a channel of its own has too few numbers to learn from."""
+_RUN_ROW, _SHORTEST_ROW = 512, 16
 _NUMBERS = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}
 """As which numbers of so many bytes are coded, where an engine calls them integers."""
 
@@ -121,6 +128,34 @@ class OpaqueLayout:
             )
         numbers = torch.stack([keys, values]).permute(1, 3, 0, 2, 4)
         return numbers.reshape(extent.n_layers, -1, self.page_tokens, self.token_values)
+
+
+def rows_layout(shape: Sequence[int]) -> OpaqueLayout:
+    """How a chunk of any shape is kept as rows of numbers.
+
+    A row is the last axis, and a token the one before it, where there are enough of them to learn from.
+    All else is one run of numbers: then the last row ends with zeros unless it is full.
+
+    Parameters:
+        shape: Of the chunk.
+
+    Returns:
+        The layout.
+
+    Example:
+        >>> from kvtc.engines.opaque_layout import rows_layout
+        >>> latents, state = rows_layout([1, 32, 256, 576]), rows_layout([1, 4, 1, 1_000_000])
+        >>> (len(latents.layers), latents.token_values), (len(state.layers), state.token_values)
+        ((32, 576), (1, 500))
+    """
+    *leading, n_tokens, n_values = (1, 1, *shape)
+    n_layers = math.prod(leading)
+    is_short = n_values <= _LONGEST_ROW and n_layers <= _MOST_LAYERS and n_layers * n_values <= _MOST_CHANNELS
+    if n_tokens >= _FEWEST_TOKENS and not n_values % 2 and is_short:
+        return OpaqueLayout(tuple(range(n_layers)), 1, n_values)
+    n_numbers = math.prod(shape)
+    fitting = (n for n in range(_RUN_ROW, _SHORTEST_ROW - 1, -2) if n_numbers % n == 0)
+    return OpaqueLayout((0,), 1, next(fitting, _RUN_ROW))
 
 
 def numbers_of(dtype: torch.dtype) -> torch.dtype:

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..calibration import Calibration
+from ..coding.joint.basis import joint_times_scales
 from ..coding.transform import cache_side_of, rows_of
 from ..errors import UnsupportedLayout
 from ..process.locks import ForkSafeLock
@@ -31,6 +34,35 @@ _TYPICAL = 0.53
 _TINY = 1e-12
 
 
+@dataclass(frozen=True)
+class _KnownKeys:
+    """Of keys before rotation, as rows of F features: their mean [F], some directions of what is known [P, n], and how far rows
+    are from their mean along these [n]. P: F, or the features of keys and values where only joint rows are known."""
+
+    mean: Tensor
+    row_mean: Tensor
+    vectors: Tensor
+    deviations: Tensor
+
+
+@lru_cache(maxsize=16)
+def _known_keys(calibration: Calibration) -> _KnownKeys:
+    if calibration.joint is None or calibration.key is not None:
+        basis = calibration.sides[0].basis
+        some = slice(None, None, max(1, basis.rank // _SAMPLED_DIRECTIONS))
+        mean, vectors, deviations = basis.mean, basis.vectors[:, some], basis.spectrum[some].sqrt()
+    else:
+        joint, metric = calibration.joint.basis, calibration.joint.metric
+        some = slice(None, None, max(1, joint.rank // _SAMPLED_DIRECTIONS))
+        mean = metric.unweigh(joint.mean[None])[0]
+        weighed = joint_times_scales(joint.vectors[:, some], joint.scales[:, some], joint.turns)
+        vectors = metric.weigh(weighed.mT.contiguous()).mT
+        deviations = torch.from_numpy(calibration.joint.coefficients.deviations)[joint.of_vectors.cpu()][some]
+    mean, vectors, deviations = (one.float().cpu() for one in (mean, vectors, deviations))
+    n_features = calibration.geometry.side_features[0]
+    return _KnownKeys(mean[:n_features], mean, vectors, deviations.clamp_min(_TINY**0.5))
+
+
 @neutral_torch_state
 def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int) -> int:
     """The likeliest position of a chunk's first token.
@@ -42,7 +74,7 @@ def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int)
         limit: They are below it.
     """
     geometry = calibration.geometry
-    mean = cache_side_of(calibration.sides[0].basis.mean[None], geometry.n_layers, geometry.n_kv_heads).float().cpu()
+    mean = cache_side_of(_known_keys(calibration).mean[None], geometry.n_layers, geometry.n_kv_heads)
     starts = torch.arange(0, max(limit, 1), spacing)
     offsets = torch.arange(keys.shape[2])
     # Frequencies that depend on a text's length are refused before anything is coded, so any length
@@ -57,7 +89,7 @@ def find_start(keys: Tensor, calibration: Calibration, spacing: int, limit: int)
 
 
 @neutral_torch_state
-def check_fit(keys: Tensor, calibration: Calibration, start: int) -> None:
+def check_fit(keys: Tensor, values: Tensor, calibration: Calibration, start: int) -> None:
     """Refuse keys that are not those of the calibrated model, or are not at this position.
 
     Of a few tokens and directions of the calibrated basis: the distance of the keys from the
@@ -65,20 +97,20 @@ def check_fit(keys: Tensor, calibration: Calibration, start: int) -> None:
     so that a few outliers do not count.
 
     Parameters:
-        keys: [L, H, T, D], as an engine caches them, rotated.
+        keys, values: [L, H, T, D], as an engine caches them, rotated.
         calibration: Of these layers and heads.
         start: Position of the first token.
 
     Raises:
         UnsupportedLayout: The keys do not fit.
     """
-    geometry, basis = calibration.geometry, calibration.sides[0].basis
+    geometry, known = calibration.geometry, _known_keys(calibration)
     every = max(1, keys.shape[2] // _SAMPLED_TOKENS)
     positions = torch.arange(start + every // 2, start + keys.shape[2], every)
     sample = geometry.rope.unrotate(keys[:, :, every // 2 :: every].cpu(), positions, 1)
-    directions = slice(None, None, max(1, basis.rank // _SAMPLED_DIRECTIONS))
-    coefficients = (rows_of(sample) - basis.mean.cpu()) @ basis.vectors[:, directions].cpu().float()
-    relative = coefficients.abs() / basis.spectrum[directions].cpu().clamp_min(_TINY).sqrt()
+    rows = torch.cat([rows_of(sample), rows_of(values[:, :, every // 2 :: every].cpu())], dim=1)
+    coefficients = (rows[:, : len(known.row_mean)] - known.row_mean) @ known.vectors
+    relative = coefficients.abs() / known.deviations
     deviation = float(relative.clamp_min(_TINY).log().mean().exp()) / _TYPICAL
     if deviation > _LARGEST_DEVIATION:
         raise UnsupportedLayout(

@@ -39,6 +39,7 @@ def _is_integer(value: Any) -> bool:
 TEXT = option("text", lambda value: isinstance(value, str) and value != "")
 NUMBER = option("a number", lambda value: _is_integer(value) or isinstance(value, float))
 AT_LEAST_ONE = option("at least 1", lambda value: _is_integer(value) and value >= 1)
+AT_LEAST_ZERO = option("at least 0", lambda value: _is_integer(value) and value >= 0)
 FLAG = option("true or false", lambda value: isinstance(value, bool))
 
 

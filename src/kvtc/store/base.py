@@ -133,8 +133,8 @@ class Store(ABC):
         >>> store.get("a/3"), store.statistics().puts
         (b'three', 3)
         >>> store.delete("a/1")
-        >>> store.contains("a/1"), list(store.keys())
-        (False, ['a/2', 'a/3'])
+        >>> store.contains("a/1"), store.contains_many(["a/1", "a/2"]), list(store.keys())
+        (False, [False, True], ['a/2', 'a/3'])
         >>> store.flush()
         >>> store.close()
     """
@@ -227,6 +227,18 @@ class Store(ABC):
         Returns:
             The number of keys before the first that has no entry.
         """
+
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        """Which keys have entries, where those behind a missing one are of use too; few round trips
+        where possible.
+
+        Parameters:
+            keys: Of any entries.
+
+        Returns:
+            One truth value for each key.
+        """
+        return [self.contains(key) for key in keys]
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -356,6 +368,15 @@ def read_count(count: Any, n_keys: int) -> int:
         return min(max(operator.index(count), 0), n_keys)
     except TypeError:
         raise StoreError(f"a store gives {type(count).__name__} as a number of entries; expected int") from None
+
+
+def read_flags(flags: Iterable[Any], n_keys: int) -> list[bool]:
+    """Which of so many keys anybody's store says that it has; `StoreError` for another number of
+    them."""
+    found = [bool(flag) for flag in flags]
+    if len(found) != n_keys:
+        raise StoreError(f"a store tells of {len(found)} keys whether it has them; {n_keys} were asked for")
+    return found
 
 
 class Names:

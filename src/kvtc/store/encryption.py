@@ -103,6 +103,10 @@ class EncryptedStore(Store):
         self._check_open()
         return self._inner.contains_prefix(keys)
 
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        self._check_open()
+        return self._inner.contains_many(keys)
+
     def delete(self, key: str) -> None:
         self._check_open()
         self._inner.delete(key)

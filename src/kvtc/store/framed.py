@@ -105,6 +105,10 @@ class FramedStore(Store):
         """What a frame of so many bytes takes of a byte budget."""
         return n_bytes
 
+    def _present(self, names: Sequence[str]) -> list[bool]:
+        """Which names have entries."""
+        return [self._leading([name]) == 1 for name in names]
+
     def recover(self) -> None:
         """Make the place ready for use, and clean up after those that died there: when it is opened."""
 
@@ -150,6 +154,11 @@ class FramedStore(Store):
         self._check_open()
         names = [self._names.name(key) for key in keys]
         return self._attempt(lambda: self._leading(names)) if names else 0
+
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        self._check_open()
+        names = [self._names.name(key) for key in keys]
+        return self._attempt(lambda: self._present(names)) if names else []
 
     def delete(self, key: str) -> None:
         self._check_open()

@@ -122,6 +122,11 @@ class ObjectStore(FramedStore):
             n_found += len(group)
         return n_found
 
+    def _present(self, names: Sequence[str]) -> list[bool]:
+        return [
+            found for group in _groups(names) for found in self._run(partial(self._is_there, name) for name in group)
+        ]
+
     def _remove(self, name: str) -> None:
         self._run([lambda: obstore.delete(self._objects, name + SUFFIX)])
 

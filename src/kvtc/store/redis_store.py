@@ -117,8 +117,11 @@ class RedisStore(FramedStore):
             self._calls.run(partial(self._set, batch))
 
     def _leading(self, names: Sequence[str]) -> int:
-        found = self._calls.run(partial(self._exists, names))
-        return found.index(0) if 0 in found else len(found)
+        found = self._present(names)
+        return found.index(False) if False in found else len(found)
+
+    def _present(self, names: Sequence[str]) -> list[bool]:
+        return [found > 0 for found in self._calls.run(partial(self._exists, names))]
 
     def _remove(self, name: str) -> None:
         self._calls.run(lambda: self._client.delete(self._prefix + name))

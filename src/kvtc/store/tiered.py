@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import compress
 from typing import Any, TypeVar
 
 from ..errors import PROGRAM_ENDS, InvalidArgument, KvtcError, StoreError, StoreFull, StoreUnavailable
 from ..process.forks import in_child
 from ..process.log_limits import log_once
-from .base import Store, StoreStatistics, Value, check_key, check_value, read_count, read_values
+from .base import Store, StoreStatistics, Value, check_key, check_value, read_count, read_flags, read_values
 from .circuit import CircuitBreaker
 from .framed import PROBE_NAME
 from .write_back import WriteBack
@@ -75,6 +76,10 @@ class Tier:
     def leading(self, keys: Sequence[str]) -> int:
         """How many leading keys have entries."""
         return self.attempt(lambda store: read_count(store.contains_prefix(keys), len(keys)), 0)
+
+    def present(self, keys: Sequence[str]) -> list[bool]:
+        """Which keys have entries."""
+        return self.attempt(lambda store: read_flags(store.contains_many(keys), len(keys)), [False] * len(keys))
 
     def put(self, entries: Sequence[tuple[str, bytes]]) -> list[bool]:
         """Which of the entries it has kept. An entry for which it has no room does not hinder the
@@ -201,6 +206,17 @@ class TieredStore(Store):
                 break
             position += step
         return position
+
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        self._check_open()
+        keys = [check_key(key) for key in keys]
+        found = set(self._write_back.keys()) if self._write_back is not None else set()
+        for tier in self._tiers:
+            absent = [key for key in keys if key not in found]
+            if not absent:
+                break
+            found.update(compress(absent, tier.present(absent)))
+        return [key in found for key in keys]
 
     def delete(self, key: str) -> None:
         self._check_open()

@@ -7,12 +7,13 @@
 LMCache's controllers submit tasks, whose ends they learn from event descriptors; the work is done
 on threads (`Tasks`, `Workers`):
 
-    submit_store_task          -> StoredChunks.save       pop_completed_store_tasks
-    submit_lookup_and_lock_task -> StoredChunks.n_stored  query_lookup_and_lock_result
-    submit_load_task           -> StoredChunks.load       query_load_result
+    submit_store_task           -> StoredChunks.save          pop_completed_store_tasks
+    submit_lookup_and_lock_task -> StoredChunks.which_stored  query_lookup_and_lock_result
+    submit_load_task            -> StoredChunks.load          query_load_result
 
 LMCache gives an adapter neither token ids nor positions, but it publishes the hashes of the chunks
-of each prompt in order when it looks them up (`learn_starts`). Written for LMCache 0.5.6.
+of each prompt in order when it looks them up (`learn_starts`). The key of an entry does not say
+whether the calibration covers its chunk: the stream does. Written for LMCache 0.5.6.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
 from lmcache.lmcache_native import Bitmap
@@ -29,6 +31,7 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.mp_observability.event import EventType
 from lmcache.v1.mp_observability.event_bus import get_event_bus
 from lmcache.v1.platform import create_event_notifier
+from torch import Tensor
 
 from ...huggingface.model_files import UnknownModel
 from ...process.workers import Workers
@@ -38,6 +41,7 @@ from ..position_search import KnownStarts
 from ..served_model import ServedModel
 from ..stored_chunks import StoredChunks
 from ..tasks import Tasks
+from .objects import tensor_of
 from .settings import LmcacheSettings, WorkerCoders, learn_starts, worker_of
 
 logger = init_logger(f"lmcache.{__name__}")
@@ -136,7 +140,9 @@ class KvtcL2Adapter(L2AdapterInterface):
     def _store_chunks(self, keys: Sequence[Any], objects: Sequence[Any]) -> Any:
         def save(key: Any, item: Any) -> int | None:
             start, name = self._starts.get(key.chunk_hash), self._key(key)
-            return None if name is None else self._chunks.save(worker_of(key.kv_rank), name, item.tensor, start)
+            return (
+                None if name is None else self._chunks.save(worker_of(key.kv_rank), name, self._data(key, item), start)
+            )
 
         sizes = self._storing.map(save, keys, objects)
         stored = [(key, size) for key, size in zip(keys, sizes, strict=True) if size]
@@ -146,22 +152,20 @@ class KvtcL2Adapter(L2AdapterInterface):
         return L2StoreResult(None not in sizes, sum(size for _, size in stored))
 
     def _look_up(self, keys: Sequence[Any]) -> Any:
+        # Chunks behind a missing one count too: windows and states need the last ones alone, and LMCache adds what it holds
+        # itself. It makes of all groups and workers the prefix that each of them can serve.
         found = Bitmap(len(keys))
-        rows: dict[tuple[int, int], list[int]] = {}
-        for index, key in enumerate(keys):
-            rows.setdefault((key.kv_rank, key.object_group_id), []).append(index)
-        for row in rows.values():
-            # In the order of the text: chunks behind the first that is missing are of no use.
-            names = [name for index in row if (name := self._key(keys[index])) is not None]
-            n_stored = self._chunks.n_stored(names)
-            for index in row[:n_stored]:
-                found.set(index)
+        names = [self._key(key) for key in keys]
+        known = [index for index, name in enumerate(names) if name is not None]
+        is_stored = self._chunks.which_stored([name for name in names if name is not None])
+        for index in compress(known, is_stored):
+            found.set(index)
         return found
 
     def _load_chunks(self, keys: Sequence[Any], objects: Sequence[Any]) -> Any:
         def load(key: Any, item: Any) -> bool:
             name = self._key(key)
-            return name is not None and self._chunks.load(worker_of(key.kv_rank), name, item.tensor)
+            return name is not None and self._chunks.load(worker_of(key.kv_rank), name, self._data(key, item))
 
         loaded = Bitmap(len(keys))
         done = self._loading.map(load, keys, objects)
@@ -169,6 +173,9 @@ class KvtcL2Adapter(L2AdapterInterface):
             loaded.set(index)
         self._notify_keys_accessed([key for key, is_loaded in zip(keys, done, strict=True) if is_loaded])
         return loaded
+
+    def _data(self, key: Any, item: Any) -> Tensor:
+        return tensor_of(item, is_calibrated=self._settings.is_calibrated(key.object_group_id))
 
     def _key(self, key: Any) -> str | None:
         """The store's key; None, counted, for a chunk of another model."""
@@ -184,4 +191,5 @@ class KvtcL2Adapter(L2AdapterInterface):
             group=key.object_group_id,
             salt=key.cache_salt,
             model=model,
+            **self._settings.key_parts,
         )

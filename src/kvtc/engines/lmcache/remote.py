@@ -22,11 +22,12 @@ import torch
 from lmcache.logging import init_logger
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
-from ...codec.inspection import inspect
+from ...errors import GeometryMismatch, UnsupportedLayout
 from ...store import open_store
-from ..chunk_coder import ChunkCoder
+from ..chunk_coder import ChunkCoder, restored_bytes
 from ..served_model import ServedModel
 from ..stored_chunks import StoredChunks
+from .objects import tensor_of
 from .settings import LmcacheSettings, WorkerCoders
 
 logger = init_logger(f"lmcache.{__name__}")
@@ -47,11 +48,16 @@ class KvtcRemoteConnector(RemoteConnector):
 
     def __init__(self, loop: Any, local_cpu_backend: Any, config: Any) -> None:  # noqa: ARG002
         super().__init__(local_cpu_backend.config, local_cpu_backend.metadata)
+        if local_cpu_backend.config.use_layerwise:
+            raise UnsupportedLayout(
+                "LMCache's use_layerwise is set: its chunks are of one layer; expected those of all layers"
+            )
         self._memory, metadata = local_cpu_backend, local_cpu_backend.metadata
         settings = LmcacheSettings.from_config(config.extra_config or {})
         model = ServedModel.of(settings, metadata.model_name)
         self._chunk_tokens = int(metadata.chunk_size)
-        coders = WorkerCoders(ChunkCoder, settings, model, metadata.worker_id, self._chunk_tokens)
+        coders = WorkerCoders(ChunkCoder, settings, model, metadata.worker_id, self._chunk_tokens, self.meta_dtypes)
+        self._key_parts = settings.key_parts
         self._store = open_store(settings.store)
         self._chunks = StoredChunks(self._store, coders.of, model.scope)
         self._worker = str(metadata.worker_id)
@@ -66,7 +72,7 @@ class KvtcRemoteConnector(RemoteConnector):
     async def put(self, key: Any, memory_obj: Any) -> None:
         positions = memory_obj.meta.cached_positions
         start = None if positions is None else int(positions[0])
-        await asyncio.to_thread(self._chunks.save, key.worker_id, self._key(key), memory_obj.tensor, start)
+        await asyncio.to_thread(self._chunks.save, key.worker_id, self._key(key), tensor_of(memory_obj), start)
 
     async def get(self, key: Any) -> Any:
         return await asyncio.to_thread(self._get, key)
@@ -94,13 +100,17 @@ class KvtcRemoteConnector(RemoteConnector):
 
     def _filled(self, coder: ChunkCoder, stream: bytes) -> Any:
         # The last chunk of a text is shorter than the others.
-        (full,) = self.meta_shapes
-        shape = torch.Size([*full[:2], inspect(stream).n_tokens, *full[3:]])
-        memory = self._memory.allocate([shape], self.meta_dtypes, self.meta_fmt)
+        n_tokens = restored_bytes(stream) // self.single_token_size
+        if n_tokens > self._chunk_tokens:
+            raise GeometryMismatch(
+                f"the stream holds {n_tokens} tokens of a chunk; expected at most {self._chunk_tokens}"
+            )
+        shapes = [torch.Size([*full[:2], n_tokens, *full[3:]]) for full in self.meta_shapes]
+        memory = self._memory.allocate(shapes, self.meta_dtypes, self.meta_fmt)
         if memory is None:
-            raise MemoryError(f"LMCache has no memory for a chunk of shape {tuple(shape)}")
+            raise MemoryError(f"LMCache has no memory for a chunk of shapes {[tuple(shape) for shape in shapes]}")
         try:
-            coder.decode(stream, memory.tensor)
+            coder.decode(stream, tensor_of(memory))
         except BaseException:
             memory.ref_count_down()
             raise
@@ -116,4 +126,5 @@ class KvtcRemoteConnector(RemoteConnector):
             dtype=str(key.dtype),
             layer=getattr(key, "layer_id", None),
             tags=[[str(name), str(value)] for name, value in key.tags or ()],
+            **self._key_parts,
         )

@@ -5,16 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from ...calibration import Calibration
+from ...errors import UnsupportedLayout
 from ...huggingface.model_files import UnknownModel
+from ...key_digest import Part
 from ...process.locks import ForkSafeLock
 from ..chunk_coder import ChunkCoder, ChunkSettings, FixedChunkCoder
+from ..opaque_layout import rows_layout
 from ..page_layout import PACKINGS, SPLIT, PageLayout, lmcache_layout
 from ..position_search import KnownStarts
 from ..served_model import ServedModel
-from ..settings import AT_LEAST_ONE, PREFIX, one_of
+from ..settings import AT_LEAST_ONE, AT_LEAST_ZERO, PREFIX, one_of
 
 Coder = TypeVar("Coder", ChunkCoder, FixedChunkCoder)
 
@@ -27,10 +33,22 @@ class LmcacheSettings(ChunkSettings):
         packing: How the engine packs the numbers of a page, as of `lmcache_layout`: LMCache does
             not know it.
         page_tokens: Tokens of a page of the engine, where pages are packed.
+        object_group: The object group of LMCache that the calibration is for; None: any whose
+            chunks have its shape.
     """
 
     packing: str = field(default=SPLIT, metadata=one_of(*PACKINGS))
     page_tokens: int = field(default=1, metadata=AT_LEAST_ONE)
+    object_group: int | None = field(default=None, metadata=AT_LEAST_ZERO)
+
+    @property
+    def key_parts(self) -> dict[str, Part]:
+        """What the key of an entry says of the engine's pages: chunks that are kept exactly are as packed as those are."""
+        return {} if self.packing == SPLIT else {"packing": self.packing, "page_tokens": self.page_tokens}
+
+    def is_calibrated(self, object_group: int) -> bool:
+        """Whether the calibration can be for an object group."""
+        return self.object_group in (None, object_group)
 
     def model_in_key(self, name: str) -> str | None:
         """What the key of an entry says of the model besides the `ServedModel`.
@@ -52,8 +70,12 @@ class LmcacheSettings(ChunkSettings):
 
     def layout(self, shape: Sequence[int], calibration: Calibration) -> PageLayout:
         """The layout of a chunk of this shape. Raises `UnsupportedLayout`."""
-        sizes = calibration.geometry.sizes
-        return lmcache_layout(shape, *sizes, page_tokens=self.page_tokens, packing=self.packing)
+        geometry = calibration.geometry
+        if geometry.key_dim != geometry.value_dim:
+            raise UnsupportedLayout(
+                f"the calibration covers {geometry.describe()}, of which LMCache's chunks are not read"
+            )
+        return lmcache_layout(shape, *geometry.sizes, page_tokens=self.page_tokens, packing=self.packing)
 
 
 class WorkerCoders(Generic[Coder]):
@@ -65,6 +87,7 @@ class WorkerCoders(Generic[Coder]):
         model: The model that is served.
         first_worker: Its coder is made at once, so that what cannot work ends LMCache's start.
         spacing: As of `ChunkCoder`.
+        dtypes: Of chunks, for which it compiles at once; a guess where LMCache does not tell.
 
     Raises:
         KvtcError, FileNotFoundError: As `EngineSettings.read_calibration`, `ServedModel.checked`
@@ -78,22 +101,30 @@ class WorkerCoders(Generic[Coder]):
         model: ServedModel,
         first_worker: int = 0,
         spacing: int | None = None,
+        dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     ) -> None:
         self._coder_class: type[Coder] = coder_class
         self._settings, self._model, self._spacing = settings, model, spacing
         self._lock = ForkSafeLock()
         self._coders: dict[int, Coder] = {}
-        self.of(first_worker)
+        for dtype in dtypes:
+            self.of(first_worker).compile(dtype)
 
     def of(self, worker: int) -> Coder:
         """The coder of a worker. Raises what the constructor raises."""
         with self._lock:
             if worker not in self._coders:
-                calibration = self._model.checked(*self._settings.read_calibration(worker))
-                self._coders[worker] = self._coder_class(
-                    calibration, self._settings, lambda shape: self._settings.layout(shape, calibration), self._spacing
-                )
+                self._coders[worker] = self._made(worker)
             return self._coders[worker]
+
+    def _made(self, worker: int) -> Coder:
+        settings = self._settings
+        if settings.lossless:
+            return self._coder_class(None, settings, rows_layout, self._spacing)
+        calibration = self._model.checked(*settings.read_calibration(worker))
+        return self._coder_class(
+            calibration, settings, partial(settings.layout, calibration=calibration), self._spacing
+        )
 
 
 def learn_starts(starts: KnownStarts, event: Any) -> None:

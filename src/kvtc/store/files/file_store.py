@@ -190,6 +190,9 @@ class FileStore(FramedStore):
             lambda: next((i for i, name in enumerate(names) if not self._directory.path(name).exists()), len(names)),
         )
 
+    def _present(self, names: Sequence[str]) -> list[bool]:
+        return self._reading.run(lambda: [self._directory.path(name).exists() for name in names])
+
     def _remove(self, name: str) -> None:
         self._writing.run(lambda: self._directory.remove(name))
 
