@@ -167,7 +167,7 @@ def serve(task: dict[str, Any]) -> dict[str, Any]:
         }
 
     found: dict[str, Any] = {"asked": [], "own": [], "cold": [], "stored": 0, "raw": 0}
-    ask(task["asked"][0]["context"][:300], 1)  # what a first request alone does
+    ask(task["asked"][0]["context"][300::-1], 1)  # what a first request alone does, of a text that begins like no other
     for one in task["asked"]:
         context = one["context"]
         before = stored(task["store"])
