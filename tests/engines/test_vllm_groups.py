@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvtc import inspect
+from kvtc import Codec, inspect
 from kvtc.cache import KVCache
 from kvtc.calibration.artifact import CodedGroup
 from kvtc.calibration.gradients import GradientSample
@@ -25,11 +25,14 @@ from tests.builders import (
     N_LAYERS,
     SINK_TOKENS,
     fit_caches,
+    random_cache,
     relative_error,
     same_bits,
     tiny_geometry,
     told_cache,
     told_ids,
+    two_widths,
+    two_widths_calibration,
 )
 from tests.fake_engine import FakeEngine
 from tests.fake_vllm import KVConnectorRole, configs, fake_vllm
@@ -197,45 +200,45 @@ def test_a_calibration_of_other_heads_is_refused(connector, tmp_path, exact):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
 def test_pages_of_an_unknown_kind_are_kept_bit_for_bit(connector, exact, dtype):
-    """Latents, and numbers that are packed with their scales, of which vLLM tells no more than the size."""
-    ids, n_blocks = told_ids(LENGTH).tolist(), 64
-    tokens = [list(range(1, 23))]
+    """Numbers that are packed with their scales, of which vLLM tells no more than the size; latents without a calibration."""
     config = configs(exact, **SHAPE, latent=72, cache_dtype="auto" if dtype.is_floating_point else "fp8_ds_mla")
-    generator = torch.Generator().manual_seed(3)
+    shape, generator = (64, 32, 72 * dtype.itemsize), torch.Generator().manual_seed(3)
     truth = {
-        name: torch.randint(0, 256, (n_blocks, 32, 72 * dtype.itemsize), dtype=torch.uint8, generator=generator).view(
-            dtype
-        )
+        name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).view(dtype)
         for name in config[0].layers
     }
     found = {name: torch.zeros_like(pages) for name, pages in truth.items()}
-    for tensors in (truth, found):
-        scheduler, worker = (connector(config[0], role, config[1]) for role in KVConnectorRole)
-        worker.register_kv_caches(tensors)
-        asked = SimpleNamespace(
-            request_id="a", prompt_token_ids=ids, mm_features=[], prompt_embeds=None, lora_request=None, cache_salt=None
-        )
-        while (n_found := scheduler.get_num_new_matched_tokens(asked, 0)[0]) is None:
-            pass
-        scheduler.update_state_after_alloc(asked, SimpleNamespace(get_block_ids=lambda: tokens), n_found)
-        news = [] if n_found else [SimpleNamespace(req_id="a", num_computed_tokens=0)]
-        metadata = scheduler.build_connector_meta(
-            SimpleNamespace(
-                scheduled_new_reqs=news,
-                scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
-                num_scheduled_tokens={"a": LENGTH},
-                kv_connector_block_state=SimpleNamespace(get_block_ids=lambda _: tokens),
-            )
-        )
-        worker.bind_connector_metadata(metadata)
-        worker.start_load_kv(None)
-        worker.wait_for_save()
-        worker.shutdown()
-        scheduler.shutdown()
-    assert n_found == FOUND
+    serve(connector, config, truth, 0)
+    serve(connector, config, found, FOUND)
     for name, pages in truth.items():
         assert same_bits(found[name][1:22], pages[1:22])
         assert not found[name][22:].view(torch.uint8).any()
+
+
+def test_latents_are_coded_by_their_calibration(connector, tmp_path, exact):
+    """vLLM holds the features of a rotary part in pairs, and behind the latent; transformers in two halves, as the key."""
+    calibration = two_widths_calibration("latent")
+    calibration.save(tmp_path / "latent")
+    options = exact | {"kvtc.lossless": False, "kvtc.calibration": f"{tmp_path}/latent", "kvtc.step": 0.05}
+    cache = random_cache(704, torch.bfloat16, geometry=two_widths("latent"))
+    config = configs(options, **SHAPE, latent=20, dtype=torch.bfloat16)
+    pairs = cache.keys.unflatten(-1, (2, 2)).transpose(-1, -2).flatten(-2)
+    rows = torch.cat([cache.values, pairs], dim=-1)[:, 0].unflatten(1, (22, 32))
+    truth = {name: torch.zeros(64, 32, 20, dtype=torch.bfloat16) for name in config[0].layers}
+    for pages, its in zip(truth.values(), rows, strict=True):
+        pages[1:23] = its
+    found = {name: torch.zeros_like(pages) for name, pages in truth.items()}
+    serve(connector, config, truth, 0)
+    serve(connector, config, found, FOUND)
+    for name, pages in truth.items():
+        assert relative_error(found[name][1:22], pages[1:22]) < 0.02
+        assert not same_bits(found[name][1:22], pages[1:22])
+    with open_store(options["kvtc.store"]) as store:
+        streams = [store.get(key) for key in store.keys() if key.startswith("chunk/")]  # noqa: SIM118
+    (stream,) = (stream for stream in streams if inspect(stream).first_position == 256)
+    decoded = Codec(calibration).decode_neutral(stream)
+    assert relative_error(decoded.keys, cache.keys[:, :, 256:512]) < 0.02
+    assert relative_error(decoded.values, cache.values[:, :, 256:512]) < 0.02
 
 
 def test_an_fp8_cache_is_read_by_its_scales():
@@ -272,6 +275,30 @@ def test_what_a_group_needs_and_keeps(reach, needed, kept):
     group = PageGroup(("a",), (0,), (0,), 32, reach)
     assert group.first_needed(491) == needed
     assert group.first_kept(0, 256) == kept
+
+
+def serve(connector, config, tensors: dict[str, torch.Tensor], expected: int) -> None:
+    """One prompt in blocks 1 .. 22 of these tensors, of which so many tokens are loaded; all are saved where none is."""
+    tables = [list(range(1, 23))]
+    scheduler, worker = (connector(config[0], role, config[1]) for role in KVConnectorRole)
+    worker.register_kv_caches(tensors)
+    fields = {"mm_features": [], "prompt_embeds": None, "lora_request": None, "cache_salt": None}
+    asked = SimpleNamespace(request_id="a", prompt_token_ids=told_ids(LENGTH).tolist(), **fields)
+    while (n_found := scheduler.get_num_new_matched_tokens(asked, 0)[0]) is None:
+        pass
+    assert n_found == expected
+    scheduler.update_state_after_alloc(asked, SimpleNamespace(get_block_ids=lambda: tables), n_found)
+    step = SimpleNamespace(
+        scheduled_new_reqs=[] if n_found else [SimpleNamespace(req_id="a", num_computed_tokens=0)],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+        num_scheduled_tokens={"a": LENGTH},
+        kv_connector_block_state=SimpleNamespace(get_block_ids=lambda _: tables),
+    )
+    worker.bind_connector_metadata(scheduler.build_connector_meta(step))
+    worker.start_load_kv(None)
+    worker.wait_for_save()
+    worker.shutdown()
+    scheduler.shutdown()
 
 
 def calibration_of_windows(full, windows, n_groups: int = 2):

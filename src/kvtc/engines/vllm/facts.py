@@ -102,7 +102,9 @@ def page_groups(groups: Sequence[Any], is_known_dtype: bool = True) -> tuple[Pag
         for layer in group.layer_names:
             spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer, group.kv_cache_spec)
             is_plain = is_known_dtype and _is_plain(spec)
-            heads = [spec.num_kv_heads, spec.head_size, spec.head_size] if is_plain else [1, 0, 0]
+            heads = [spec.num_kv_heads, spec.head_size, spec.head_size, 0] if is_plain else [1, 0, 0, 0]
+            if is_known_dtype and _is_latent(spec):
+                heads = [1, 0, 0, spec.head_size]
             kind = group.kv_cache_spec.block_size, _reach(spec), is_plain, *heads, None if is_plain else repr(spec)
             found.setdefault(kind, []).append((layer, table))
     made = []
@@ -145,6 +147,17 @@ def _is_plain(spec: Any) -> bool:
         getattr(spec, "state_content_bytes", None) is not None or getattr(spec, "num_head_slots", None) is not None
     )
     return not is_packed and getattr(spec, "head_size_v", spec.head_size) == spec.head_size
+
+
+def _is_latent(spec: Any) -> bool:
+    """Whether pages hold latents with their rotary parts, and nothing between them."""
+    is_packed = any(
+        getattr(spec, name, None) is not None for name in ("state_content_bytes", "num_head_slots", "model_version")
+    )
+    cache_dtype = getattr(spec, "cache_dtype_str", None) or "auto"
+    return (
+        type(spec).__name__ == "MLAAttentionSpec" and not is_packed and cache_dtype in ("auto", "bfloat16", "float16")
+    )
 
 
 def _shards(

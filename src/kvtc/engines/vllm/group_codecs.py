@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ...cache import CacheExtent, CacheGeometry
 from ...calibration import Calibration
+from ...container.groups import LATENT
 from ...errors import GeometryMismatch
 from ...key_digest import digest
 from ...process.log_limits import log_once
@@ -28,7 +29,7 @@ class GroupCodec:
 
     Parameters:
         group: The layers.
-        extent: Of their keys and values; None: pages hold something else.
+        extent: Of their keys and values, or latents that are coded; None: pages hold something else.
         codec: Lossless where the calibration does not cover them.
         names: What keys of entries say of all this.
     """
@@ -97,6 +98,8 @@ def _taken(
 
 def _covers(geometry: CacheGeometry, group: PageGroup, shard: CacheShard) -> bool:
     """Whether a worker holds the layers of a geometry, with the same heads, as keys and values."""
+    if geometry.kind == LATENT:
+        return group.latent_width == sum(geometry.dims) and set(geometry.layers) <= set(group.layers)
     heads = shard.first_kv_head, shard.n_kv_heads, *shard.dims
     return (
         group.is_plain
@@ -109,11 +112,13 @@ def _group_codec(
     facts: EngineFacts, group: PageGroup, shard: CacheShard, calibration: Calibration | None, settings: EngineSettings
 ) -> GroupCodec:
     extent = shard.extent if group.is_plain else None
+    if calibration is not None and group.latent_width:
+        extent = calibration.geometry.extent
     codec = WindowlessCodec(calibration, settings, extent)
     if calibration is None and not settings.lossless:
         log_once(logger, group.kind, "%s: kept without loss, for the calibration does not cover them", group.kind)
     owner, how = codec.names
-    if not group.is_plain:
+    if extent is None:
         owner = digest(
             "pages of an engine",
             layers=list(group.layer_names),

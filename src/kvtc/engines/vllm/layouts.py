@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from ...cache import CacheExtent
 from ...errors import UnsupportedLayout
 from ...key_digest import digest
+from ..latent_layout import LatentLayout
 from ..opaque_layout import OpaqueLayout, numbers_of
 from ..page_layout import CACHE_DTYPES, PageLayout, cache_dtype, vllm_layout
 from ..served_model import ServedModel
@@ -68,12 +69,15 @@ def registered_pages(
         )
     if one.extent is None or dtype is None:
         pages = _opaque_pages(group, tensors, n_blocks)
+    elif one.codec.calibration is not None and group.latent_width:
+        layout = LatentLayout.of(one.codec.calibration.geometry, _tokens_of_pages(group, tensors, n_blocks))
+        pages = EnginePages(tensors, layout, group.page_tokens, dtype, group.tables)
     else:
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, list(group.layer_names))
         backends = {layer.get_attn_backend().get_name() for layer in layers.values()}
-        layout = _plain_layout(group, one.extent, tensors, backends, vllm_config)
+        plain = _plain_layout(group, one.extent, tensors, backends, vllm_config)
         scales = None if one.codec.calibration is None else scales_of(layers, group.layer_names, dtype)
-        pages = EnginePages(tensors, layout, group.page_tokens, dtype, group.tables, scales)
+        pages = EnginePages(tensors, plain, group.page_tokens, dtype, group.tables, scales)
     how = "lossless" if one.codec.codec.is_lossless else one.codec.codec.settings.profile
     logger.info("kvtc keeps %s: %s, %s, %s", group.kind, how, pages.layout, pages.dtype)
     return GroupPages(group, pages, one.codec)
@@ -102,17 +106,21 @@ def _plain_layout(
 
 
 def _opaque_pages(group: PageGroup, tensors: list[torch.Tensor], n_blocks: int) -> EnginePages:
-    """Pages of which only the size is known, each layer with as many bytes."""
-    shapes = {(tuple(tensor.shape), tensor.dtype) for tensor in tensors}
-    (shape, dtype), *others = shapes
+    """Pages of which only the size is known."""
+    page_tokens = _tokens_of_pages(group, tensors, n_blocks)
+    layout = OpaqueLayout(group.layers, page_tokens, math.prod(tensors[0].shape[1:]) // page_tokens)
+    return EnginePages(tensors, layout, group.page_tokens, numbers_of(tensors[0].dtype), group.tables)
+
+
+def _tokens_of_pages(group: PageGroup, tensors: list[torch.Tensor], n_blocks: int) -> int:
+    """Tokens of a page of these tensors, of which each block of vLLM has one or several; all layers have as many numbers."""
+    (shape, dtype), *others = {(tuple(tensor.shape), tensor.dtype) for tensor in tensors}
     inner, rest = divmod(shape[0], n_blocks)
-    if others or rest or not inner or group.page_tokens % inner:
+    if others or rest or not inner or group.page_tokens % inner or math.prod(shape[1:]) % (group.page_tokens // inner):
         raise UnsupportedLayout(
-            f"vLLM registered caches of {shapes} for {n_blocks} blocks of {group.page_tokens} tokens"
+            f"vLLM registered caches {shape}, {dtype} {others or ''} for {n_blocks} blocks of {group.page_tokens} tokens"
         )
-    page_tokens = group.page_tokens // inner
-    layout = OpaqueLayout(group.layers, page_tokens, math.prod(shape[1:]) // page_tokens)
-    return EnginePages(tensors, layout, group.page_tokens, numbers_of(dtype), group.tables)
+    return group.page_tokens // inner
 
 
 def row_shards(

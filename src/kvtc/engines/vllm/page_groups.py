@@ -27,6 +27,7 @@ class PageGroup:
         reach: Tokens before a position that are needed to go on from it; None: all.
         is_plain: Whether pages hold keys and values of heads, numbers without scales of their own.
         n_kv_heads, key_dim, value_dim: Of a worker, where pages are plain.
+        latent_width: Numbers of a latent and its rotary part, where pages hold these; else 0.
     """
 
     layer_names: tuple[str, ...]
@@ -38,12 +39,14 @@ class PageGroup:
     n_kv_heads: int = 1
     key_dim: int = 0
     value_dim: int = 0
+    latent_width: int = 0
 
     @property
     def kind(self) -> str:
         """In words, for logs."""
         window = "full attention" if self.reach is None else f"a window of {self.reach + 1} tokens"
-        return f"{len(self.layers)} layers of {window}" + ("" if self.is_plain else ", pages of another kind")
+        kind = "" if self.is_plain else ", latents" if self.latent_width else ", pages of another kind"
+        return f"{len(self.layers)} layers of {window}{kind}"
 
     def of_layers(self, layers: Sequence[int]) -> PageGroup:
         """Some of its layers."""

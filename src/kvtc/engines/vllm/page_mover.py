@@ -25,6 +25,7 @@ from ...process.log_limits import concerning, log_once
 from ...process.torch_state import neutral_torch_state, writing_into
 from ...process.workers import Workers
 from ...store import Store
+from ..latent_layout import LatentLayout
 from ..opaque_layout import OpaqueLayout
 from ..page_layout import SPLIT, PageLayout
 from ..tasks import Tasks
@@ -61,7 +62,7 @@ class EnginePages:
     def __init__(
         self,
         layers: Sequence[Tensor],
-        layout: PageLayout | OpaqueLayout,
+        layout: PageLayout | OpaqueLayout | LatentLayout,
         engine_page_tokens: int,
         dtype: torch.dtype,
         tables: Sequence[int] | None = None,
