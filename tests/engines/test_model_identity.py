@@ -800,7 +800,7 @@ class TestLmcache:
             make = importlib.import_module("kvtc.engines.lmcache.remote").KvtcRemoteConnector
 
             def is_there(model, chunk_size=T):
-                memory = helpers.Memory()
+                memory = helpers.Memory([(*helpers.SHAPE[:2], chunk_size, *helpers.SHAPE[3:])])
                 memory.metadata.model_name, memory.metadata.chunk_size = model, chunk_size
                 connector = make(None, memory, SimpleNamespace(extra_config=dict(options)))
                 key = helpers.engine_key("a")
