@@ -58,6 +58,8 @@ def main() -> None:
     exact: dict[str, Any] | None = None
     for method in [*options.methods, *(["fp8"] if options.fp8 else [])]:
         run = run_alone(options, method, asked, is_first=exact is None)
+        if run is None:
+            continue  # said above; the others stay of use
         exact = exact or run
         runs[method] = {name: its for name, its in run.items() if name not in ("cold", "own")}
         if exact is run:
@@ -112,8 +114,8 @@ def questions(options: argparse.Namespace) -> list[dict[str, Any]]:
     return made
 
 
-def run_alone(options: argparse.Namespace, method: str, asked: Sequence[Any], is_first: bool) -> dict[str, Any]:
-    """A method in a process of its own."""
+def run_alone(options: argparse.Namespace, method: str, asked: Sequence[Any], is_first: bool) -> dict[str, Any] | None:
+    """A method in a process of its own; None, and the end of its log, where the engine fails."""
     with tempfile.TemporaryDirectory() as scratch:
         task = Path(scratch) / "task.json"
         store = Path(scratch) / "store"
