@@ -64,6 +64,7 @@ def test_the_fuzzer_notices_memory_and_time(monkeypatch, what, expected):
 
     if what == "time":
         monkeypatch.setattr(fuzz, "SECONDS", 0.3)
+        monkeypatch.setattr(fuzz, "SECONDS_A_BYTE", 0.0)
     monkeypatch.setattr(kvtc, "inspect", careless)
     report = fuzz.run(6, seed=0)
     assert len(report.failures) > 3
