@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..cache import CacheExtent, CacheGeometry
 from ..errors import UnsupportedLayout
-from .page_layout import SPLIT
+from .page_layout import TokenPages
 
 
 @dataclass(frozen=True)
-class LatentLayout:
+class LatentLayout(TokenPages):
     """How latents of some layers lie in pages.
 
     Parameters:
@@ -43,8 +43,6 @@ class LatentLayout:
     latent_dim: int
     in_pairs: bool
 
-    packing = SPLIT
-
     @classmethod
     def of(cls, geometry: CacheGeometry, page_tokens: int) -> LatentLayout:
         """The layout of engines that turn neighbours together, as vLLM does in every backend.
@@ -68,18 +66,6 @@ class LatentLayout:
     def page_values(self) -> int:
         """Numbers in one page of all layers."""
         return len(self.layers) * self.page_tokens * (self.rotary_dim + self.latent_dim)
-
-    def bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """The size of tokens in these pages.
-
-        Parameters:
-            n_tokens: How many.
-            dtype: Of their numbers.
-
-        Returns:
-            Bytes of all layers.
-        """
-        return n_tokens * self.page_values // self.page_tokens * dtype.itemsize
 
     def read(self, data: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary parts and latents of whole pages, copied.

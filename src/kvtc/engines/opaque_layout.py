@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cache import CacheExtent
 from ..errors import UnsupportedLayout
-from .page_layout import SPLIT
+from .page_layout import TokenPages
 
 _MOST_FEATURES = 4096
 """Of one head: each has a model of its own while it is coded."""
@@ -28,7 +28,7 @@ _NUMBERS = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}
 
 
 @dataclass(frozen=True)
-class OpaqueLayout:
+class OpaqueLayout(TokenPages):
     """Pages of some layers, each of as many numbers for every token.
 
     Keys and values are the first and the second half of a token's numbers: they need not be its keys and values. A page that packs
@@ -55,8 +55,6 @@ class OpaqueLayout:
     page_tokens: int
     token_values: int
 
-    packing = SPLIT
-
     def __post_init__(self) -> None:
         if self.token_values < 2 or self.token_values % 2:
             raise UnsupportedLayout(f"{self.token_values} numbers of a token; kvtc keeps an even number of them")
@@ -72,18 +70,6 @@ class OpaqueLayout:
     def page_values(self) -> int:
         """Numbers in one page of all layers."""
         return len(self.layers) * self.page_tokens * self.token_values
-
-    def bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """The size of tokens in these pages.
-
-        Parameters:
-            n_tokens: How many.
-            dtype: Of their numbers.
-
-        Returns:
-            Bytes of all layers.
-        """
-        return n_tokens * self.page_values // self.page_tokens * dtype.itemsize
 
     def read(self, data: Tensor) -> tuple[Tensor, Tensor]:
         """The halves of whole pages, copied.

@@ -14,6 +14,7 @@ does not know it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,8 +47,36 @@ CACHE_DTYPES = {
 }
 
 
+class TokenPages(ABC):
+    """What layouts of pages have in common: page_tokens, tokens of a page, and page_values, its numbers in all layers."""
+
+    page_tokens: int
+
+    @property
+    @abstractmethod
+    def page_values(self) -> int:
+        """Numbers in one page of all layers."""
+
+    def bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
+        """The size of tokens in these pages.
+
+        Parameters:
+            n_tokens: How many.
+            dtype: Of their numbers.
+
+        Returns:
+            Bytes of keys and values of all layers.
+
+        Example:
+            >>> from kvtc.engines.page_layout import PageLayout
+            >>> PageLayout("LBHNC", 2, 3, 8, page_tokens=16).bytes(16, torch.bfloat16)
+            3072
+        """
+        return n_tokens * self.page_values // self.page_tokens * dtype.itemsize
+
+
 @dataclass(frozen=True)
-class PageLayout:
+class PageLayout(TokenPages):
     """How some pages of some layers lie in one tensor.
 
     Parameters:
@@ -94,23 +123,6 @@ class PageLayout:
     def page_values(self) -> int:
         """Numbers in one page, keys and values of all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.page_tokens * self.head_dim
-
-    def bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """The size of tokens in these pages.
-
-        Parameters:
-            n_tokens: How many.
-            dtype: Of their numbers.
-
-        Returns:
-            Bytes of keys and values of all layers.
-
-        Example:
-            >>> from kvtc.engines.page_layout import PageLayout
-            >>> PageLayout("LBHNC", 2, 3, 8, page_tokens=16).bytes(16, torch.bfloat16)
-            3072
-        """
-        return n_tokens * self.page_values // self.page_tokens * dtype.itemsize
 
     def shape(self, n_pages: int) -> list[int]:
         """The shape of a tensor that holds pages.

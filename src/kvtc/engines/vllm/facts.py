@@ -102,9 +102,9 @@ def page_groups(groups: Sequence[Any], is_known_dtype: bool = True) -> tuple[Pag
         for layer in group.layer_names:
             spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer, group.kv_cache_spec)
             is_plain = is_known_dtype and _is_plain(spec)
-            heads = [spec.num_kv_heads, spec.head_size, spec.head_size, 0] if is_plain else [1, 0, 0, 0]
+            heads = [spec.num_kv_heads, spec.head_size, 0] if is_plain else [1, 0, 0]
             if is_known_dtype and _is_latent(spec):
-                heads = [1, 0, 0, spec.head_size]
+                heads = [1, 0, spec.head_size]
             kind = group.kv_cache_spec.block_size, _reach(spec), is_plain, *heads, None if is_plain else repr(spec)
             found.setdefault(kind, []).append((layer, table))
     made = []
@@ -171,7 +171,7 @@ def _shards(
         total = group.n_kv_heads * tp_size  # these layers have other heads than the model's first ones
     return [
         replace(shard, layers=tuple(layers), pp_rank=pp_rank)
-        for shard in worker_shards(len(layers), total, group.key_dim, tp_size)
+        for shard in worker_shards(len(layers), total, group.head_dim, tp_size)
     ]
 
 

@@ -26,7 +26,7 @@ class PageGroup:
         page_tokens: Tokens of a page of the engine.
         reach: Tokens before a position that are needed to go on from it; None: all.
         is_plain: Whether pages hold keys and values of heads, numbers without scales of their own.
-        n_kv_heads, key_dim, value_dim: Of a worker, where pages are plain.
+        n_kv_heads, head_dim: Of a worker, where pages are plain.
         latent_width: Numbers of a latent and its rotary part, where pages hold these; else 0.
     """
 
@@ -37,8 +37,7 @@ class PageGroup:
     reach: int | None = None
     is_plain: bool = True
     n_kv_heads: int = 1
-    key_dim: int = 0
-    value_dim: int = 0
+    head_dim: int = 0
     latent_width: int = 0
 
     @property

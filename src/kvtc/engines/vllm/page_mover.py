@@ -177,7 +177,6 @@ class PageMover:
         self._tails = Tails(self._entries)
         self._groups = list(groups)
         self._first_owner = rank * len(self._groups)
-        self._tables = sorted({table for one in groups for table in one.group.tables})
         # Apart, so that a request that waits for its chunks does not wait for other requests' to be
         # saved.
         self._loads = Tasks[str, int]("the loading of pages", "kvtc-load", threads)
