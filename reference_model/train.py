@@ -121,7 +121,9 @@ PRESETS = {
         stages=((480, 512, 0.3), (400, 1024, 0.4), (70, 2048, 0.4), (15, 4096, 0.4), (115, 1024, 0.6)), muon_rate=2e-3,
         adam_rate=1e-3, warmup=40, decay=0.35, grow_from=HERE / "seed-3m",
     ),
-    "latent": Preset(config=_COMMON | _SIZE | _LATENT, **_OTHER_CACHES),
+    "latent": Preset(config=_COMMON | _SIZE | _LATENT, **_OTHER_CACHES | {
+        "stages": ((160, 512, 0.25), (60, 1024, 0.25), (10, 2048, 0.4), (4, 4096, 0.4), (26, 1024, 0.25)),
+    }),
     "recurrent": Preset(config=_COMMON | _SIZE | _RECURRENT, **_OTHER_CACHES),
 }  # fmt: skip
 
@@ -255,7 +257,10 @@ def new_model(preset: Preset) -> Any:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**preset.config), attn_implementation="sdpa")
     spread_steps(model)
     if preset.grow_from is not None:
-        grow(model, AutoModelForCausalLM.from_pretrained(preset.grow_from, dtype=torch.float32))
+        smaller = AutoModelForCausalLM.from_pretrained(preset.grow_from, dtype=torch.float32)
+        grow(model, smaller)
+        if hasattr(model.config, "kv_lora_rank"):
+            share_latents(model, smaller)
     return model
 
 
@@ -296,6 +301,78 @@ def grow(model: Any, smaller: Any) -> None:
             if old in given and given[old].shape == parameter.shape:
                 # The weight of a norm is stored as it is or less 1, which its first value tells.
                 parameter.copy_(given[old] + (parameter - 1 if "norm" in old else 0))
+
+
+def share_latents(model: Any, llama: Any) -> None:
+    """Give latent attention the projections of a Llama of as many layers and query heads, as near as its widths allow.
+
+    The rotated key, which all heads share, takes every second frequency of the Llama's: at each frequency the keys of the heads are
+    complex multiples of the token's hidden state, and the multiple that explains most of them stays; queries take over its factor.
+    Values, and of the keys what turns slowly and is not explained yet, are the latent's: the directions that explain most of both.
+    """
+    config = model.config
+    n_queries, n_heads = config.num_attention_heads, llama.config.num_key_value_heads
+    half, n_turns, rank = llama.config.head_dim // 2, config.qk_rope_head_dim // 2, config.kv_lora_rank
+    slow = torch.arange(half) >= half // 2
+    scale = math.sqrt(
+        config.qk_head_dim / llama.config.head_dim
+    )  # of logits: each divides by the root of its own width
+    for layer, (moments, old) in zip(model.model.layers, hidden_moments(llama), strict=True):
+        values, vectors = torch.linalg.eigh(moments)
+        root = vectors * values.clamp_min(1e-9 * values[-1]).sqrt()  # hidden states are root @ white noise
+        inverse = vectors.T / values.clamp_min(1e-9 * values[-1]).sqrt()[:, None]
+        keys, queries = (
+            torch.complex(*weight.double().view(-1, 2, half, weight.shape[1]).unbind(1)).transpose(0, 1)
+            for weight in (old.k_proj.weight, old.q_proj.weight)
+        )  # [frequency, head, hidden]
+        rotated, rotated_queries = [], []
+        for turn in range(0, half, half // n_turns):
+            factors, sizes, directions = torch.linalg.svd(keys[turn] @ root.to(keys.dtype), full_matrices=False)
+            rotated.append(sizes[0] * directions[0] @ inverse.to(keys.dtype))
+            keys[turn] -= factors[:, :1] * rotated[-1]
+            rotated_queries.append(
+                queries[turn] * factors[:, 0].conj().repeat_interleave(n_queries // n_heads)[:, None]
+            )
+        rest = torch.where(slow[:, None, None], keys, 0).transpose(0, 1)  # [head, frequency, hidden]
+        rest = torch.cat(
+            [torch.cat([rest.real, rest.imag], 1), old.v_proj.weight.double().view(n_heads, 2 * half, -1)], 1
+        )
+        factors, sizes, directions = torch.linalg.svd(rest.flatten(0, 1) @ root, full_matrices=False)
+        up = (factors[:, :rank] * sizes[:rank]).view(n_heads, -1, rank).repeat_interleave(n_queries // n_heads, 0)
+        down = torch.cat(
+            [directions[:rank] @ inverse, torch.view_as_real(torch.stack(rotated)).transpose(1, 2).flatten(0, 1)]
+        )
+        turned = (
+            torch.view_as_real(torch.stack(rotated_queries, 1)).transpose(2, 3).flatten(1, 2)
+        )  # pairs stand side by side
+        asked = torch.cat([old.q_proj.weight.double().view(n_queries, 2 * half, -1), turned], 1) * scale
+        new = layer.self_attn
+        with torch.no_grad():
+            new.q_proj.weight.copy_(asked.flatten(0, 1))
+            new.kv_a_proj_with_mqa.weight.copy_(down)
+            new.kv_b_proj.weight.copy_(up.flatten(0, 1))
+
+
+def hidden_moments(llama: Any) -> list[tuple[Tensor, Any]]:
+    """Per layer the second moments [hidden, hidden], float64, of what its attention reads, and that attention.
+
+    Taken over 32 x 256 tokens of the model's own text.
+    """
+    torch.manual_seed(0)
+    moments: list[tuple[Tensor, Any]] = []
+
+    def add(attention: Any, _: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden = named["hidden_states"].double().flatten(0, 1)
+        moments.append((hidden.T @ hidden / len(hidden), attention))
+
+    hooks = [layer.self_attn.register_forward_pre_hook(add, with_kwargs=True) for layer in llama.model.layers]
+    with torch.no_grad():
+        ids = llama.generate(torch.full((32, 1), BOS), max_new_tokens=255, do_sample=True, pad_token_id=PAD)
+        moments.clear()
+        llama(ids)
+    for hook in hooks:
+        hook.remove()
+    return moments
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:

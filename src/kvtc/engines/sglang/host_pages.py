@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import UnsupportedLayout
-from ..opaque_layout import OpaqueLayout
-
-_LONGEST_ROW = 1 << 16
-_FEWEST_TOKENS = 16
-_RUN_ROW = 512
+from ..opaque_layout import OpaqueLayout, rows_layout
 
 
 class HostPages:
@@ -56,15 +53,11 @@ class HostPages:
 
     @property
     def opaque_layout(self) -> OpaqueLayout:
-        """The page as rows of numbers: those of a token in a layer, where it has so many tokens that a coder learns from
-        them; else as a run of numbers, whose last row zeros fill."""
+        """The page as rows of numbers."""
         n_layers = 1 if self.pool.layout == "page_first" else int(getattr(self.pool, "layer_num", 1))
-        for layers in (n_layers, 1):
-            width, rest = divmod(self.n_values, layers * self.page_tokens)
-            is_row = not rest and width % 2 == 0 and width <= _LONGEST_ROW
-            if is_row and self.page_tokens >= _FEWEST_TOKENS:
-                return OpaqueLayout(tuple(range(layers)), self.page_tokens, width)
-        return OpaqueLayout((0,), -(-self.n_values // _RUN_ROW), _RUN_ROW)
+        n_values, rest = divmod(self.n_values, n_layers * self.page_tokens)
+        layout = rows_layout((1, self.n_values) if rest else (n_layers, self.page_tokens, n_values))
+        return replace(layout, page_tokens=-(-self.n_values // (len(layout.layers) * layout.token_values)))
 
     def numbers(self, flat: Tensor) -> Tensor:
         """A page as SGLang gives it -> its numbers, [n_values] of `dtype`."""
