@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import kvtc
 from kvtc.cache_file import load_cache, save_cache
 from kvtc.cli import main
-from kvtc.cli.texts import documents
+from kvtc.cli.texts import documents, token_ids_of
 from kvtc.demo.run import CONVERSATION
 from kvtc.errors import InvalidCache
 from kvtc.huggingface.models import capture
@@ -195,6 +196,44 @@ def test_generate_goes_on_from_the_restored_cache(capsys, made):
     assert out.strip()
     code, again, _ = run(capsys, "decode", made / "talk.kvtc", *options, "--json")
     assert json.loads(again)["continuation"].strip() == out.strip()
+
+
+def test_a_model_with_states_goes_on_from_its_stream(capsys, made, tmp_path):
+    hybrid = ["--model", ROOT / "reference_model" / "hybrid-6m"]
+    stream, talk = tmp_path / "talk.kvtc", made / "talk.txt"
+    encode = ["encode", talk, *hybrid, "--lossless", "--json"]
+    code, out, _ = run(capsys, *encode, "-o", stream, "--resume-every", 256)
+    whole = json.loads(out)
+    assert code == 0
+    assert whole["resume_points"] == [256, whole["n_tokens"]]
+    rounded = json.loads(run(capsys, *encode, "-o", tmp_path / "rounded.kvtc", "--states", "int6")[1])
+    assert rounded["total_bytes"] < whole["total_bytes"] / 2
+    beginning, end = tmp_path / "beginning.txt", tmp_path / "end.txt"
+    text = talk.read_text(encoding="utf-8")
+    beginning.write_text(text[:1100], encoding="utf-8")
+    end.write_text(text[:300], encoding="utf-8")
+    model = transformers.AutoModelForCausalLM.from_pretrained(hybrid[1])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hybrid[1])
+    decode = ["decode", stream, *hybrid, "--generate", 8, "--json"]
+    for file, n_tokens in ((talk, whole["n_tokens"]), (beginning, 256)):
+        code, out, _ = run(capsys, *decode, "--text", file)
+        assert code == 0
+        assert json.loads(out)["n_tokens"] == n_tokens
+        ids = token_ids_of(file, tokenizer)[None]
+        cache = kvtc.prefill(model, ids[0, :n_tokens], kvtc.ResumePoints(every=256))
+        expected = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        assert json.loads(out)["continuation"] == tokenizer.decode(expected[0, ids.shape[1] :])
+    assert "expected more than 256" in fails(capsys, *decode, "--text", end)
+    assert "--generate goes on from it" in fails(capsys, "decode", stream, "-o", tmp_path / "talk.safetensors")
+    other = ["decode", stream, "--model", "reference", "--text", talk, "--generate", 8]
+    assert "the cache of another model than reference" in fails(capsys, *other)
+
+
+def test_a_lossless_stream_needs_no_calibration(capsys, made, tmp_path):
+    stream, restored = tmp_path / "talk.kvtc", tmp_path / "talk.safetensors"
+    assert run(capsys, "encode", made / "talk.safetensors", "-o", stream, "--lossless")[0] == 0
+    assert run(capsys, "decode", stream, "-o", restored)[0] == 0
+    assert torch.equal(load_cache(restored)[0].keys, load_cache(made / "talk.safetensors")[0].keys)
 
 
 def test_calibrate_reads_documents_and_ranges(capsys, made, tmp_path):

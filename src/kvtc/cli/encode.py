@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import Outcome, Subcommands, add_calibration, add_model, add_output, check_output
-from .models import find_calibration, load_model, load_tokenizer, source_of
+from .models import find_calibration, known_calibration, load_model, load_tokenizer, source_of
 from .texts import add_truncate, text_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..cache import KVCache
     from ..calibration import Calibration
     from ..codec import Codec
+    from ..codec.resume_points import ResumePoints
 
 CACHE_SUFFIX = ".safetensors"
 PIECE_TOKENS = 512
@@ -33,6 +33,13 @@ def add_subcommands(subcommands: Subcommands) -> None:
     add_calibration(parser)
     add_model(parser)
     add_truncate(parser)
+    parser.add_argument(
+        "--resume-every",
+        type=int,
+        metavar="N",
+        help="of a text, where the model has windows or states: keep every N tokens what it takes to go on from there (default: "
+        "at the end alone)",
+    )
     add_codec(parser)
 
 
@@ -73,10 +80,15 @@ def add_codec(parser: Any) -> None:
         choices=("deflate", "zstd", "lz4", "none"),
         help="of the bodies of paper (default: deflate); none: of exact tokens, too",
     )
+    parser.add_argument(
+        "--states",
+        choices=("lossless", "int8", "int6"),
+        help="how recurrent states are kept (default: int8, or lossless where tokens are)",
+    )
     parser.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk, the unit of random access")
 
 
-def make_codec(options: argparse.Namespace, calibration: Calibration) -> Codec:
+def make_codec(options: argparse.Namespace, calibration: Calibration | None) -> Codec:
     """The codec that the options of `add_codec` and `add_model` describe."""
     from ..codec import Codec
 
@@ -91,7 +103,9 @@ def encode(options: argparse.Namespace) -> Outcome:
     """Code a cache, or the cache of a text, into a stream.
 
     Options that are not given have the defaults of kvtc.Codec: ratio 16, 4 sink and 128 window
-    tokens, deflate.
+    tokens, deflate. --lossless needs no calibration. Where a model keeps more than keys and
+    values of every token, such as states, the stream holds all tokens of a text but the last, with
+    which the model goes on.
     """
     check_output(options.output, options.force)
     is_cache = options.input.suffix == CACHE_SUFFIX
@@ -101,15 +115,17 @@ def encode(options: argparse.Namespace) -> Outcome:
     from ..codec.inspection import inspect
     from ..files import write_atomically
 
-    calibration = find_calibration(options)
-    prefill_seconds = None
+    calibration = known_calibration(options) if options.lossless else find_calibration(options)
+    prefill_seconds, points = None, None
     if is_cache:
         cache, token_ids = load_cache(options.input)
     codec = make_codec(options, calibration)
     if not is_cache:
-        cache, token_ids, prefill_seconds = _prefill(options, calibration)
+        started = time.perf_counter()
+        cache, token_ids, points = _prefill(options, calibration)
+        prefill_seconds = time.perf_counter() - started
     started = time.perf_counter()
-    stream = codec.encode(cache, token_ids)
+    stream = codec.encode(cache, token_ids, points=points)
     encode_seconds = time.perf_counter() - started
     write_atomically(options.output, stream)
 
@@ -134,13 +150,17 @@ def encode(options: argparse.Namespace) -> Outcome:
     return result, format_fields(fields)
 
 
-def _prefill(options: argparse.Namespace, calibration: Calibration) -> tuple[KVCache, Tensor, float]:
-    """The cache of a text, the ids of its tokens, and seconds."""
-    from ..huggingface.models import capture, check_full_attention
+def _prefill(options: argparse.Namespace, calibration: Calibration | None) -> tuple[Any, Tensor, ResumePoints | None]:
+    """The cache of a text, the ids of its tokens, and what it takes to resume before its end."""
+    from ..codec.resume_points import RESUME_EVERY, ResumePoints
+    from ..huggingface.models import capture, keeps_every_token
+    from ..huggingface.prefill import prefill
 
     token_ids = text_ids(options, options.input, load_tokenizer(options.model))
     model = load_model(options.model, options.device)
-    check_full_attention(model)
-    started = time.perf_counter()
-    cache = capture(model, token_ids, calibration.geometry, PIECE_TOKENS)
-    return cache, token_ids, time.perf_counter() - started
+    if keeps_every_token(model):
+        geometry = None if calibration is None else calibration.geometry
+        return capture(model, token_ids, geometry, PIECE_TOKENS), token_ids, None
+    points = ResumePoints(options.resume_every or RESUME_EVERY)
+    cache = prefill(model, token_ids[:-1], points)
+    return cache, token_ids[:-1], points if options.resume_every else None

@@ -54,9 +54,14 @@ def load_tokenizer(name: str) -> Any:
 
 
 def find_calibration(options: argparse.Namespace) -> Calibration:
-    """The calibration that --calibration names; with the reference model, the one that ships with
-    it.
-    """
+    """The calibration that `known_calibration` finds; without one, the usage is shown."""
+    if (found := known_calibration(options)) is not None:
+        return found
+    return options.usage_error("--calibration is required (only the reference model has one that ships with kvtc)")  # type: ignore[no-any-return]
+
+
+def known_calibration(options: argparse.Namespace) -> Calibration | None:
+    """The calibration that --calibration names; with a model that has one of its own, this one."""
     from ..calibration import load_calibration
     from ..installed_models import INSTALLED_MODELS, places_of
     from ..reference import reference_calibration
@@ -65,9 +70,7 @@ def find_calibration(options: argparse.Namespace) -> Calibration:
         return load_calibration(options.calibration)
     if options.model in INSTALLED_MODELS and (path := places_of(options.model).calibration).is_file():
         return load_calibration(path)
-    if options.model != REFERENCE:
-        options.usage_error("--calibration is required (only the reference model has one that ships with kvtc)")
-    return reference_calibration()
+    return reference_calibration() if options.model == REFERENCE else None
 
 
 def _load(loader: Any, name: str, **settings: Any) -> Any:

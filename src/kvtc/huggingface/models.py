@@ -67,21 +67,16 @@ def layer_types(model_or_config: Any) -> list[str]:
     return list(get_layer_types_and_kwargs(config)[0])
 
 
-def check_full_attention(model_or_config: Any) -> None:
-    """Check that every layer of a model keeps full attention, so that keys and values of the coded layers are its whole cache.
+def keeps_every_token(model_or_config: Any) -> bool:
+    """Whether every layer of a model is one of full attention, so that keys and values of the coded layers are its whole cache.
 
     Parameters:
-        model_or_config: a transformers config or model. A sliding window is refused even if it spans the whole context.
+        model_or_config: a transformers config or model. A sliding window is none even if it spans the whole context.
 
     Raises:
-        UnsupportedModel: for another cache, naming the first layer that has one.
-        InvalidArgument, MissingDependency: as `coded_layers`.
+        UnsupportedModel, InvalidArgument, MissingDependency: as `coded_layers`.
     """
-    kind = text_config(model_or_config).model_type
-    for layer, its in enumerate(layer_types(model_or_config)):
-        if its != "full_attention":
-            raise UnsupportedModel(f"layer {layer} of {kind} is a {its} layer; expected full_attention in every layer")
-    coded_layers(model_or_config)
+    return set(layer_types(model_or_config)) == {"full_attention"} and bool(coded_layers(model_or_config))
 
 
 @neutral_torch_state
