@@ -4,8 +4,11 @@
     hit       for each place: a new server that has nothing but that place, a new vLLM: the chunks come back, the same tokens
     process   LMCache's engine inside a process, without its server: caches go to kvtc's remote plugin and come back
     damaged   a stored chunk is damaged on disk; new processes load what comes before it, compute the rest: the same tokens
+    lossless  other models: a random one that caches latents, and SmolLM2-135M and Gemma 3 270M (windows in 15 of 18 layers) if
+              `make bench-models` has installed them; the tokens are those of vLLM's own prefix cache
 
-Run in LMCache's environment: `make test-engines ENGINES=lmcache`. Prints what is stored, and exits with 1 where something differs.
+Run in LMCache's environment: `make test-engines ENGINES=lmcache`, or this script with some of reference, lossless. Prints what is
+stored, and exits with 1 where something differs.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from lmcache_places import (
     running,
     s3_server,
 )
-from vllm_end_to_end import HERE, Failure, expect, prompts
+from vllm_end_to_end import HERE, ROOT, Failure, expect, models, prompts
 
 RATIO = 8
 CHUNK_TOKENS, PAGE_TOKENS = 256, 32
@@ -46,6 +49,19 @@ ANSI = "\x1b\\[[0-9;]*m"
 
 
 def main() -> None:
+    chosen = sys.argv[1:] or ["reference", "lossless"]
+    if "reference" in chosen:
+        run_reference()
+    if "lossless" in chosen:
+        with tempfile.TemporaryDirectory() as made:
+            for model in models(Path(made))[1:]:  # kvtc-6m is above
+                with tempfile.TemporaryDirectory() as scratch:
+                    run_lossless(Path(scratch), model)
+    print("all as it must be")
+
+
+def run_reference() -> None:
+    """kvtc-6m, in every place."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as servers:
         scratch = Path(directory)
         servers.enter_context(bucket_host())
@@ -70,7 +86,27 @@ def main() -> None:
         print(f"  damaged: {damage(places[0])}")
         answer_again(scratch, places[0], prompt, tokens, cached=2 * CHUNK_TOKENS)
         in_process(scratch)
-    print("all as it must be")
+
+
+def run_lossless(scratch: Path, model: Path) -> None:
+    """Pages of any kind, by kvtc's adapter without a calibration."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    # vLLM's own prefix cache then has as many of its tokens as whole chunks have.
+    prompt = tokenizer((ROOT / "LICENSE").read_text()).input_ids[: N_CHUNKS * CHUNK_TOKENS + PAGE_TOKENS // 2]
+    print(f"\nlossless: {model.name} in bfloat16, a prompt of {len(prompt)} tokens")
+    place = PluginPlace(scratch, {"kvtc.model": str(model), "kvtc.lossless": True}, "plugin, lossless")
+    engine = {"model": str(model)}
+    with lmcache_server(scratch, "store", [place]) as port:
+        cold, own = ask(scratch, "store", port, [prompt, prompt], engine)
+    expect("nothing is cached at first", cold["cached"], 0)
+    print(f"  store: {len(place.sizes())} entries, {sum(place.sizes())} bytes")
+    with lmcache_server(scratch, "hit", [place]) as port:
+        (found,) = ask(scratch, "hit", port, [prompt], engine)
+    print(f"  hit: cached {found['cached']} tokens, by the engine itself {own['cached']}; 32 tokens compared")
+    expect("cached tokens", (found["cached"], own["cached"]), (N_CHUNKS * CHUNK_TOKENS,) * 2)
+    expect("the same tokens as by the engine's own prefix cache", found["tokens"], own["tokens"])
 
 
 def chunk_options() -> dict[str, Any]:
@@ -103,7 +139,7 @@ def exact_options(options: dict[str, Any]) -> dict[str, Any]:
 def store(scratch: Path, places: list[Place], prompt: list[int]) -> list[int]:
     """The tokens of an uncached answer, once its chunks lie in all places."""
     with lmcache_server(scratch, "store", places) as port:
-        answer = ask(scratch, "store", port, prompt)
+        (answer,) = ask(scratch, "store", port, [prompt])
         expect("nothing is cached at first", answer["cached"], 0)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and any(len(place.sizes()) < N_CHUNKS for place in places):
@@ -128,7 +164,7 @@ def report(place: Place) -> None:
 def answer_again(scratch: Path, place: Place, prompt: list[int], tokens: list[int], cached: int) -> None:
     name = f"hit-{re.sub('[^a-z0-9]+', '-', place.name.lower())}-{cached}"
     with lmcache_server(scratch, name, [place]) as port:
-        answer = ask(scratch, name, port, prompt)
+        (answer,) = ask(scratch, name, port, [prompt])
     print(f"  hit: {place.name}: cached {answer['cached']} tokens; {len(tokens)} tokens compared")
     for line in log_path(scratch, f"server-{name}").read_text().splitlines():
         if "retained keys" in line or "kvtc, " in line:
@@ -185,8 +221,10 @@ def lmcache_server(scratch: Path, name: str, places: list[Place]) -> Iterator[in
         yield port
 
 
-def ask(scratch: Path, name: str, port: int, prompt: list[int]) -> dict[str, Any]:
-    """One vLLM process -> its answer to a prompt."""
+def ask(
+    scratch: Path, name: str, port: int, order: list[list[int]], engine: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """One vLLM process -> its answers to prompts. engine: arguments of `vllm.LLM`."""
     task, result = scratch / f"{name}.task.json", scratch / f"{name}.result.json"
     config = {
         "kv_connector": "LMCacheMPConnector",
@@ -196,9 +234,8 @@ def ask(scratch: Path, name: str, port: int, prompt: list[int]) -> dict[str, Any
     }
     work = {
         "transfer_config": config,
-        "engine": {"dtype": "bfloat16"},
-        "prompts": [prompt],
-        "transfer_params": [None],
+        "engine": {"dtype": "bfloat16"} | (engine or {}),
+        "prompts": order,
         "settle": 5,
     }
     task.write_text(json.dumps(work))
@@ -213,8 +250,7 @@ def ask(scratch: Path, name: str, port: int, prompt: list[int]) -> dict[str, Any
         )
     if process.returncode or not result.is_file():
         raise Failure(f"vLLM ended with {process.returncode}:\n" + "\n".join(log.read_text().splitlines()[-40:]))
-    (answer,) = json.loads(result.read_text())["answers"]
-    found: dict[str, Any] = answer
+    found: list[dict[str, Any]] = json.loads(result.read_text())["answers"]
     return found
 
 

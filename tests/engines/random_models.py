@@ -14,13 +14,14 @@ import torch
 import kvtc
 from kvtc.reference import MODEL_DIRECTORY
 
-CALIBRATION = "tp{tp_rank}.safetensors"
+CALIBRATION, WHOLE_CALIBRATION = "tp{tp_rank}.safetensors", "whole.safetensors"
 N_HEADS, N_RANKS = 4, 2
 _TOKENS, _SEQUENCES = 1024, 16
 
 
 def make_parallel(directory: Path, texts: list[str]) -> Path:
-    """Write model and calibrations -> the model's directory; the calibrations lie beside it, as `CALIBRATION`."""
+    """Write model and calibrations -> the model's directory; the calibrations lie beside it, those of the ranks as `CALIBRATION`,
+    and that of all heads as `WHOLE_CALIBRATION`."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -46,9 +47,9 @@ def make_parallel(directory: Path, texts: list[str]) -> Path:
         for at in range(0, len(ids), _TOKENS)
     ]
     each = N_HEADS // N_RANKS
-    for rank in range(N_RANKS):
-        calibration = kvtc.calibrate(model, ids[:_SEQUENCES], kv_heads=(rank * each, (rank + 1) * each), progress=False)
-        calibration.save(directory / CALIBRATION.format(tp_rank=rank))
+    parts = {CALIBRATION.format(tp_rank=rank): (rank * each, (rank + 1) * each) for rank in range(N_RANKS)}
+    for name, heads in {**parts, WHOLE_CALIBRATION: (0, N_HEADS)}.items():
+        kvtc.calibrate(model, ids[:_SEQUENCES], kv_heads=heads, progress=False).save(directory / name)
     return path
 
 

@@ -198,11 +198,19 @@ def test_a_calibration_of_other_heads_is_refused(connector, tmp_path, exact):
         connector(config[0], KVConnectorRole.WORKER, config[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
-def test_pages_of_an_unknown_kind_are_kept_bit_for_bit(connector, exact, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "latent", "axes"),
+    [
+        (torch.bfloat16, "auto", 72, (64, 32, 72)),
+        (torch.uint8, "fp8_ds_mla", 72, (64, 32, 72)),
+        # Of 32 features: two in a byte, and a scale for each 16.
+        (torch.uint8, "nvfp4", None, (64, 2, 32, N_HEADS, 18)),
+    ],
+)
+def test_pages_of_an_unknown_kind_are_kept_bit_for_bit(connector, exact, dtype, cache_dtype, latent, axes):
     """Numbers that are packed with their scales, of which vLLM tells no more than the size; latents without a calibration."""
-    config = configs(exact, **SHAPE, latent=72, cache_dtype="auto" if dtype.is_floating_point else "fp8_ds_mla")
-    shape, generator = (64, 32, 72 * dtype.itemsize), torch.Generator().manual_seed(3)
+    config = configs(exact, **SHAPE, latent=latent, cache_dtype=cache_dtype)
+    shape, generator = (*axes[:-1], axes[-1] * dtype.itemsize), torch.Generator().manual_seed(3)
     truth = {
         name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).view(dtype)
         for name in config[0].layers

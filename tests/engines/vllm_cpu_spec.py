@@ -10,22 +10,41 @@ from typing import Any
 
 import torch
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, LoadStoreSpec, OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.cpu.gpu_worker import _build_copy_plan, _canonical_block_sizes
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 
 class CopyWorker(OffloadingWorker):
-    """Copies blocks of the engine to chunks of the shared region and back, at once."""
+    """Copies blocks of the engine to chunks of the shared region and back, at once.
 
-    def __init__(self, kv_caches: Any, blocks_per_chunk: int, region: SharedOffloadRegion) -> None:
+    In canonical rows a worker's block lies in fragments, where vLLM's own plan of its copies has them.
+    """
+
+    def __init__(self, kv_caches: Any, blocks_per_chunk: int, region: SharedOffloadRegion, is_canonical: bool) -> None:
         self._refs = kv_caches.group_data_refs
+        self._sizes = [cache.page_size_bytes for cache in kv_caches.tensors]  # of a block in a chunk
+        if is_canonical:
+            self._sizes = _canonical_block_sizes(self._refs, len(kv_caches.tensors))
+        self._fragments = [[self._fragments_of(ref, is_canonical) for ref in refs] for refs in self._refs]
         self._blocks_per_chunk = blocks_per_chunk
         self._region = region
         self._ends: list[TransferResult] = []
         self._blocks, self._chunks = [], []
-        for cache in kv_caches.tensors:
+        new_view = region.create_next_canonical_view if is_canonical else region.create_next_worker_view
+        for cache, size in zip(kv_caches.tensors, self._sizes, strict=True):
             self._blocks.append(cache.tensor.view(torch.int8).view(-1, cache.page_size_bytes))
-            self._chunks.append(region.create_next_worker_view(cache.page_size_bytes * blocks_per_chunk))
+            self._chunks.append(new_view(size * blocks_per_chunk))
+
+    @staticmethod
+    def _fragments_of(ref: Any, is_canonical: bool) -> list[tuple[int, int, int]]:
+        """(offset in the worker's block, offset in the block of a chunk, bytes)."""
+        if not is_canonical:
+            return [(0, 0, ref.page_size_bytes)]
+        assert ref.mapping.num_writers == 1
+        plan = _build_copy_plan(ref, gpu_to_cpu=True)
+        parts = (plan.frag_offsets_src, plan.frag_offsets_dst, plan.frag_sizes)
+        return list(zip(*(part.tolist() for part in parts), strict=True))
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         return self._copy(job_id, src_spec, dst_spec.block_ids, is_store=True)
@@ -45,20 +64,24 @@ class CopyWorker(OffloadingWorker):
         self._region.cleanup()
 
     def _copy(self, job_id: int, blocks: GPULoadStoreSpec, chunk_ids: Any, is_store: bool) -> bool:
-        begin, first, n_bytes = time.monotonic(), 0, 0
-        for refs, n_blocks, index in zip(self._refs, blocks.group_sizes, blocks.block_indices, strict=True):
+        started, first, n_bytes = time.monotonic(), 0, 0
+        groups = zip(self._refs, self._fragments, blocks.group_sizes, blocks.block_indices, strict=True)
+        for refs, fragments, n_blocks, index in groups:
             skipped = index % self._blocks_per_chunk
             for place, block in enumerate(blocks.block_ids[first : first + n_blocks], start=skipped):
                 chunk, inner = divmod(place, self._blocks_per_chunk)
-                for ref in refs:
-                    size = ref.page_size_bytes
+                for ref, its in zip(refs, fragments, strict=True):
                     in_engine = self._blocks[ref.tensor_idx][int(block)]
-                    in_chunk = self._chunks[ref.tensor_idx][int(chunk_ids[chunk]), inner * size : (inner + 1) * size]
-                    target, source = (in_chunk, in_engine) if is_store else (in_engine, in_chunk)
-                    target.copy_(source)
-                    n_bytes += size
+                    in_chunk = self._chunks[ref.tensor_idx][int(chunk_ids[chunk])][
+                        inner * self._sizes[ref.tensor_idx] :
+                    ]
+                    for begin, chunk_begin, size in its:
+                        here, there = in_engine[begin : begin + size], in_chunk[chunk_begin : chunk_begin + size]
+                        target, source = (there, here) if is_store else (here, there)
+                        target.copy_(source)
+                        n_bytes += size
             first += n_blocks
-        self._ends.append(TransferResult(job_id, True, n_bytes, time.monotonic() - begin))
+        self._ends.append(TransferResult(job_id, True, n_bytes, time.monotonic() - started))
         return True
 
 
@@ -74,5 +97,7 @@ class CpuTieringSpec(TieringOffloadingSpec):
                 kv_bytes_per_chunk=self.kv_bytes_per_chunk,
                 cpu_page_size=self.cpu_page_size_per_worker,
             )
-            self._worker = CopyWorker(kv_caches, self.blocks_per_chunk, region)
+            if self.config.canonical_layout:
+                self._validate_canonical_refs(kv_caches)
+            self._worker = CopyWorker(kv_caches, self.blocks_per_chunk, region, self.config.canonical_layout)
         return self._worker

@@ -7,11 +7,13 @@ For each way into vLLM, the connector and the tier:
     damaged  one stored chunk is damaged on disk; another process loads what comes before it, computes the rest: the same tokens
 
 Then `store` and `hit` of more: `quality`, the connector asked for a KL instead of a ratio; `parallel`, the connector with two
-tensor-parallel workers, each with a calibration of its own; and `lossless`, the connector without a calibration, for each model
+tensor-parallel workers, each with a calibration of its own; `canonical`, the tier with rows that are the same for any number of
+workers, written by two and read by two and by one; and `lossless`, the connector without a calibration, for each model
 that is there: kvtc-6m, a random one that caches latents, and SmolLM2-135M and Gemma 3 270M (windows in 15 of 18 layers) if `make
 bench-models` has installed them.
 
-Run in vLLM's environment: `make test-engines`, or this script with some of connector, tier, quality, parallel, lossless.
+Run in vLLM's environment: `make test-engines`, or this script with some of connector, tier, quality, parallel, canonical,
+lossless.
 Prints what was stored and loaded, and exits with 1 where something differs.
 """
 
@@ -77,7 +79,7 @@ class Failure(Exception):
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or [*(way.name for way in WAYS), "quality", "parallel", "lossless"]
+    chosen = sys.argv[1:] or [*(way.name for way in WAYS), "quality", "parallel", "canonical", "lossless"]
     long, short, other = prompts()
     for way in WAYS:
         if way.name in chosen:
@@ -89,6 +91,9 @@ def main() -> None:
     if "parallel" in chosen:
         with tempfile.TemporaryDirectory() as scratch:
             run_parallel(Path(scratch), long)
+    if "canonical" in chosen:
+        with tempfile.TemporaryDirectory() as scratch:
+            run_canonical(Path(scratch), long)
     if "lossless" in chosen:
         with tempfile.TemporaryDirectory() as made:
             for model in models(Path(made)):
@@ -205,6 +210,30 @@ def run_parallel(scratch: Path, prompt: list[int]) -> None:
     )
     expect("cached tokens", (found["cached"], loaded), (1248, 2 * 1248))
     expect("the same tokens", found["tokens"], first["answers"][0]["tokens"])
+
+
+def run_canonical(scratch: Path, prompt: list[int]) -> None:
+    """One calibration and one set of entries, whoever wrote them."""
+    print(f"\ncanonical: two workers, then one, a random model in float32, ratio 2, a prompt of {len(prompt)} tokens")
+    texts = [file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))]
+    engine = {"model": str(random_models.make_parallel(scratch, texts)), "dtype": "float32"}
+    config = transfer_config("tier", f"file://{scratch}/store")
+    extra = config["kv_connector_extra_config"]
+    extra["canonical_layout"] = True
+    extra["secondary_tiers"][0] |= {
+        "kvtc.calibration": f"{scratch}/{random_models.WHOLE_CALIBRATION}",
+        "kvtc.ratio": 2,
+    }
+    answers = {}
+    for name, n_workers in (("store", 2), ("hit-2", 2), ("hit-1", 1)):
+        size = {"tensor_parallel_size": n_workers}
+        answers[name] = serve(scratch, "parallel", engine | size, config, [prompt], name)["answers"][0]
+        entries = [file for file in (scratch / "store" / "entries").rglob("*") if file.is_file()]
+        print(f"  {name}: cached {answers[name]['cached']} tokens; {len(entries)} files")
+        expect("entries on disk", len(entries), 4)
+    expect("cached tokens", [answer["cached"] for answer in answers.values()], [0, 1024, 1024])
+    expect("the same tokens", answers["hit-2"]["tokens"], answers["store"]["tokens"])
+    expect("the same tokens with one worker", answers["hit-1"]["tokens"], answers["store"]["tokens"])
 
 
 def transfer_config(way: str, store: str) -> dict[str, Any]:
