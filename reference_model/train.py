@@ -122,7 +122,7 @@ PRESETS = {
         adam_rate=1e-3, warmup=40, decay=0.35, grow_from=HERE / "seed-3m",
     ),
     "latent": Preset(config=_COMMON | _SIZE | _LATENT, **_OTHER_CACHES | {
-        "stages": ((160, 512, 0.25), (60, 1024, 0.25), (10, 2048, 0.4), (4, 4096, 0.4), (26, 1024, 0.25)),
+        "stages": ((60, 512, 0.25), (20, 1024, 0.25), (4, 2048, 0.4), (2, 4096, 0.4), (14, 1024, 0.25)),
     }),
     "recurrent": Preset(config=_COMMON | _SIZE | _RECURRENT, **_OTHER_CACHES),
 }  # fmt: skip
