@@ -33,7 +33,7 @@ from kvtc.evaluate.provenance import save_result
 from kvtc.report.table import format_table
 
 SEED = 20261130
-_SETTLED_SECONDS = 3.0
+_SETTLED_SECONDS = 6.0
 _PATIENCE_SECONDS = 60
 
 
@@ -135,9 +135,8 @@ def run_alone(options: argparse.Namespace, method: str, asked: Sequence[Any], is
         with Path(f"{scratch}/log").open("w") as log:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
         if done.returncode:
-            sys.exit(
-                f"{method}: the engine ended with {done.returncode}:\n{Path(f'{scratch}/log').read_text()[-3000:]}"
-            )
+            print(f"{method}: the engine ended with {done.returncode}:\n{Path(f'{scratch}/log').read_text()[-3000:]}")
+            return None
         found: dict[str, Any] = json.loads(task.read_text())
         return found
 
