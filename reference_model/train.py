@@ -356,7 +356,7 @@ def share_latents(model: Any, llama: Any) -> None:
 def hidden_moments(llama: Any) -> list[tuple[Tensor, Any]]:
     """Per layer the second moments [hidden, hidden], float64, of what its attention reads, and that attention.
 
-    Taken over 32 x 256 tokens of the model's own text.
+    Taken over 32 x 128 tokens of the model's own text.
     """
     torch.manual_seed(0)
     moments: list[tuple[Tensor, Any]] = []
@@ -367,7 +367,7 @@ def hidden_moments(llama: Any) -> list[tuple[Tensor, Any]]:
 
     hooks = [layer.self_attn.register_forward_pre_hook(add, with_kwargs=True) for layer in llama.model.layers]
     with torch.no_grad():
-        ids = llama.generate(torch.full((32, 1), BOS), max_new_tokens=255, do_sample=True, pad_token_id=PAD)
+        ids = llama.generate(torch.full((32, 1), BOS), max_new_tokens=127, do_sample=True, pad_token_id=PAD)
         moments.clear()
         llama(ids)
     for hook in hooks:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from kvtc.demo.run import CONVERSATION
+
 PROGRAM = Path(__file__).parents[2] / "reference_model" / "train.py"
 TINY = {
     "hidden_size": 32,
@@ -67,6 +69,19 @@ def test_another_architecture_begins_with_what_means_the_same_in_kvtc_6m(program
         steps = torch.cat([layer.mamba.dt_bias for layer in model.model.layers if hasattr(layer, "mamba")])
         steps = torch.nn.functional.softplus(steps.detach())
         assert 0.00099 < float(steps.min()) < 0.005 < 0.03 < float(steps.max()) < 0.1001
+
+
+def test_latent_attention_begins_nearly_as_good_as_the_attention_that_it_comes_from(program):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(program.TOKENIZER)
+    text = CONVERSATION.read_text(encoding="utf-8")
+
+    def bits(model):
+        return program.bits_per_byte(model, tokenizer, text, 512, 1)
+
+    given = AutoModelForCausalLM.from_pretrained(program.KVTC_6M, dtype=torch.float32)
+    assert bits(program.new_model(program.PRESETS["latent"])) < 1.6 * bits(given)
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(program, run):
