@@ -54,7 +54,7 @@ bench: $(VENV)/.test-ready
 	$(BIN)/python -m benchmarks.calibration.basis
 	$(BIN)/python -m benchmarks.speed.codec
 
-# The model that published numbers are measured on: some minutes, 0.3 GB in ~/.cache/kvtc/models (KVTC_MODELS names another place).
+# The models that published numbers are measured on: some minutes, 0.9 GB in ~/.cache/kvtc/models (KVTC_MODELS names another place).
 bench-models: $(VENV)/.torch-ready
 	$(INSTALL) --editable '.[bench-models]'
 	$(BIN)/python -m benchmarks.models.install

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtc.cache import CacheGeometry, KVCache
-from kvtc.calibration import Calibration, KindCalibration
+from kvtc.calibration import Calibration, SideCalibration
 from kvtc.calibration.artifact import CodedGroup
 from kvtc.calibration.conditional_calibration import ConditionalCalibration
 from kvtc.calibration.fit import FitOptions, fit
@@ -400,7 +400,7 @@ def golden_calibration() -> Calibration:
         for entry in chosen[name]:
             errors[entry] = 0
         table = DistortionTable(np.full(8, 2, np.float32), errors, sizes)
-        kinds.append(KindCalibration(Basis(mean, vectors, torch.full((8,), 2.0)), table, 16.0))
+        kinds.append(SideCalibration(Basis(mean, vectors, torch.full((8,), 2.0)), table, 16.0))
     return Calibration(geometry, kinds[0], kinds[1])
 
 

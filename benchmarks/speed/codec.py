@@ -3,7 +3,7 @@ model's own prefill.
 
     python -m benchmarks.speed.codec --text FILE [--tokens 2048] [--ratio 16] [--repeats 7]
 
-Two caches are timed: the reference model's on real text, and a random one with 8192 features a kind
+Two caches are timed: the reference model's on real text, and a random one with 8192 features a side
 (16 layers of 8 heads of 64) and 2048 components, where the transform weighs as it does in large
 models. Every stage is timed inside a whole encode or decode.
 """
@@ -21,7 +21,7 @@ import torch
 
 import kvtc
 import kvtc.codec.codec
-from kvtc.calibration import KindCalibration
+from kvtc.calibration import SideCalibration
 from kvtc.codec.pipeline import Decoding
 from kvtc.codec.sealed_stream import StreamDraft
 from kvtc.coding.paper.distortion import measure_distortion
@@ -80,7 +80,7 @@ def _timer(function: Callable, name: str, spent: dict[str, float]) -> Callable:
 
 
 def large_case(tokens: int) -> tuple[kvtc.Calibration, kvtc.KVCache]:
-    """A random calibration of 8192 features and 2048 components a kind, and a cache drawn from it."""
+    """A random calibration of 8192 features and 2048 components a side, and a cache drawn from it."""
     layers, heads, dim, rank = 16, 8, 64, 2048
     features = layers * heads * dim
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def large_case(tokens: int) -> tuple[kvtc.Calibration, kvtc.KVCache]:
         vectors = torch.linalg.qr(torch.randn(features, rank, generator=generator)).Q.to(torch.float16)
         basis = Basis(torch.zeros(features), vectors, deviations.square())
         sample = torch.randn(256, rank, generator=generator) * deviations
-        kinds.append(KindCalibration(basis, measure_distortion(sample.numpy()), float(deviations.square().sum())))
+        kinds.append(SideCalibration(basis, measure_distortion(sample.numpy()), float(deviations.square().sum())))
         rows = (torch.randn(tokens, rank, generator=generator) * deviations) @ vectors.float().T
         sides.append(rows.reshape(tokens, layers, heads, dim).permute(1, 2, 0, 3).to(torch.bfloat16))
     geometry = kvtc.CacheGeometry(tuple(range(layers)), 0, heads, dim, dim, rope)

@@ -18,7 +18,7 @@ import torch
 
 import kvtc
 from kvtc.cache import CacheGeometry, KVCache
-from kvtc.calibration import Calibration, KindCalibration, load_calibration
+from kvtc.calibration import Calibration, SideCalibration, load_calibration
 from kvtc.calibration import moments as moments_module
 from kvtc.calibration.moments import Moments
 from kvtc.calibration.rows import CalibrationRows
@@ -44,7 +44,7 @@ from tests.builders import (
 SOURCES = Path(kvtc.__file__).parent
 
 
-def tensors_of(kind: KindCalibration) -> list[torch.Tensor]:
+def tensors_of(kind: SideCalibration) -> list[torch.Tensor]:
     table = kind.distortion
     return [
         kind.basis.mean,

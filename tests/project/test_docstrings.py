@@ -26,7 +26,7 @@ PACKAGE = ROOT / "src" / "kvtc"
 PUBLIC: dict[str, tuple[str, ...]] = {
     "kvtc": tuple(kvtc._HOME),
     "kvtc.cache_file": ("load_cache", "save_cache"),
-    "kvtc.calibration": ("KindCalibration",),
+    "kvtc.calibration": ("SideCalibration",),
     "kvtc.codec.inspection": ("GroupInfo", "SectionInfo"),
     "kvtc.engines.page_layout": (
         "PageLayout", "cache_dtype", "lmcache_layout", "pack", "sglang_layout", "unpack", "vllm_layout",

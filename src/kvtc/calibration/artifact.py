@@ -44,7 +44,7 @@ from .quality_curve import QualityCurve
 CALIBRATION_VERSION = 4
 FINGERPRINT_BYTES = 16
 MAX_GROUP_SIZE = 0xFFFF
-KINDS = ("key", "value")
+SIDE_NAMES = ("key", "value")
 _KINDS = (FULL_ATTENTION, LATENT, WINDOW)
 """Of groups that a calibration can cover."""
 PROFILES_WITH_STEP = ("joint", "conditional")
@@ -53,7 +53,7 @@ _MOST_EXPLAINED = 1.01
 
 
 @dataclass(frozen=True, eq=False)
-class KindCalibration:
+class SideCalibration:
     """What is calibrated for keys, or for values, for the profile `paper`.
 
     Parameters:
@@ -99,7 +99,7 @@ class KindCalibration:
     @classmethod
     def from_tensors(
         cls, name: str, tensors: dict[str, Tensor], sizes: tuple[int, ...], total_variance: float
-    ) -> KindCalibration:
+    ) -> SideCalibration:
         """Inverse of `tensors`.
 
         Parameters:
@@ -109,12 +109,12 @@ class KindCalibration:
             total_variance: as the class has it.
 
         Returns:
-            What is calibrated for this kind.
+            What is calibrated for this side.
 
         Example:
-            >>> from kvtc.calibration import KindCalibration
+            >>> from kvtc.calibration import SideCalibration
             >>> key = calibration.key
-            >>> again = KindCalibration.from_tensors("key", dict(key.tensors("key")), key.distortion.sizes, key.total_variance)
+            >>> again = SideCalibration.from_tensors("key", dict(key.tensors("key")), key.distortion.sizes, key.total_variance)
             >>> again.explained_variance == key.explained_variance
             True
         """
@@ -166,8 +166,8 @@ class Calibration:
     """
 
     geometry: CacheGeometry
-    key: KindCalibration | None
-    value: KindCalibration | None
+    key: SideCalibration | None
+    value: SideCalibration | None
     info: dict[str, Any] = field(default_factory=dict)
     joint: JointCalibration | None = None
     quality: Mapping[str, QualityCurve] = field(default_factory=dict)
@@ -238,27 +238,27 @@ class Calibration:
         digest = hashlib.sha256(json.dumps(_group_json(self.geometry), sort_keys=True).encode())
         for one in self.further:
             digest.update(json.dumps(_group_json(one.geometry), sort_keys=True).encode())
-        for _, kind in self.kinds():
-            for tensor in (kind.basis.mean, kind.basis.vectors):
+        for _, side in self.named_sides():
+            for tensor in (side.basis.mean, side.basis.vectors):
                 digest.update(tensor.cpu().contiguous().numpy().tobytes())
         for name, tensor in self._coding_tensors():
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.digest()[:FINGERPRINT_BYTES]
 
-    def kinds(self) -> Iterator[tuple[str, KindCalibration]]:
-        """What is calibrated for keys and for values, as (name, `KindCalibration`); nothing where the profile `paper` is
+    def named_sides(self) -> Iterator[tuple[str, SideCalibration]]:
+        """What is calibrated for keys and for values, as (name, `SideCalibration`); nothing where the profile `paper` is
         not served.
 
-            >>> [name for name, kind in calibration.kinds()]
+            >>> [name for name, side in calibration.named_sides()]
             ['key', 'value']
         """
-        for name, kind in zip(KINDS, (self.key, self.value), strict=True):
-            if kind is not None:
-                yield name, kind
+        for name, side in zip(SIDE_NAMES, (self.key, self.value), strict=True):
+            if side is not None:
+                yield name, side
 
     @property
-    def sides(self) -> tuple[KindCalibration, KindCalibration]:
+    def sides(self) -> tuple[SideCalibration, SideCalibration]:
         """Keys and values, for the profile `paper`; `InvalidArgument` for a calibration that does not serve it.
 
         >>> key, value = calibration.sides
@@ -284,7 +284,7 @@ class Calibration:
     @property
     def n_parameters(self) -> int:
         """How many numbers coding needs (means, bases, prediction), to compare with the model's parameters."""
-        paper = sum(kind.basis.mean.numel() + kind.basis.vectors.numel() for _, kind in self.kinds())
+        paper = sum(side.basis.mean.numel() + side.basis.vectors.numel() for _, side in self.named_sides())
         return paper + sum(tensor.numel() for _, tensor in self._coding_tensors())
 
     def _coding_tensors(self) -> Named:
@@ -312,7 +312,7 @@ class Calibration:
             >>> kvtc.load_calibration("calibration.safetensors").fingerprint == calibration.fingerprint
             True
         """
-        variances = [kind.total_variance for _, kind in self.kinds()]
+        variances = [side.total_variance for _, side in self.named_sides()]
         sizes = self.key.distortion.sizes if self.key is not None else BLOCK_SIZES
         metadata = {
             "format": "kvtc calibration",
@@ -325,7 +325,7 @@ class Calibration:
             "block_sizes": json.dumps(sizes),
             "info": json.dumps(self.info),
         }
-        tensors = dict(entry for name, kind in self.kinds() for entry in kind.tensors(name))
+        tensors = dict(entry for name, side in self.named_sides() for entry in side.tensors(name))
         tensors.update(self._coding_tensors())
         tensors.update({f"quality.{profile}": curve.tensor() for profile, curve in self.quality.items()})
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -428,27 +428,27 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Calibrati
 
 def _kinds_of(
     tensors: dict[str, Tensor], sizes: tuple[int, ...], variances: list[Any], geometry: CacheGeometry
-) -> tuple[KindCalibration | None, KindCalibration | None]:
+) -> tuple[SideCalibration | None, SideCalibration | None]:
     """What a file holds for the profile `paper`, of keys and of values; None and None for one without."""
-    if not variances and not any(f"{name}.mean" in tensors for name in KINDS):
+    if not variances and not any(f"{name}.mean" in tensors for name in SIDE_NAMES):
         return None, None
-    if len(variances) != len(KINDS):
+    if len(variances) != len(SIDE_NAMES):
         raise CorruptCalibration(
             f"total_variance holds {len(variances)} numbers; expected one of keys and one of values"
         )
     kinds = []
-    for name, given, features in zip(KINDS, variances, geometry.side_features, strict=True):
+    for name, given, features in zip(SIDE_NAMES, variances, geometry.side_features, strict=True):
         basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
         expect_basis(name, basis, features)
         variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * features)
         if float(basis.spectrum.double().sum()) > _MOST_EXPLAINED * variance:
             raise CorruptCalibration(f"{name}.spectrum explains more than the total variance, {variance:g}")
-        kinds.append(KindCalibration.from_tensors(name, tensors, sizes, variance))
+        kinds.append(SideCalibration.from_tensors(name, tensors, sizes, variance))
     return kinds[0], kinds[1]
 
 
 def _distortion(name: str, tensors: dict[str, Tensor], sizes: tuple[int, ...]) -> DistortionTable:
-    """The table of a kind: an error where a group fits between its start and the last coefficient, infinity where it does not."""
+    """The table of a side: an error where a group fits between its start and the last coefficient, infinity where it does not."""
     energy, errors = tensors[f"{name}.energy"], tensors[f"{name}.errors"]
     rank = tensors[f"{name}.spectrum"].numel()
     expect(f"{name}.energy", energy, (rank,), torch.float32, 0, LARGEST_SQUARE)

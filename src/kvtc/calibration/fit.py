@@ -16,7 +16,7 @@ from ..coding.transform import Basis, project
 from ..errors import InvalidArgument
 from ..process.progress import task
 from ..process.torch_state import neutral_torch_state
-from .artifact import Calibration, CodedGroup, KindCalibration
+from .artifact import Calibration, CodedGroup, SideCalibration
 from .checkpoint import Checkpoint
 from .conditional_calibration import ConditionalCalibration
 from .conditional_fit import fit_conditional
@@ -179,13 +179,13 @@ def _fit_joint(
 
 def _fit_paper(
     rows: CalibrationRows, options: FitOptions, checkpoint: Checkpoint
-) -> tuple[KindCalibration, KindCalibration]:
+) -> tuple[SideCalibration, SideCalibration]:
     """The bases of keys and of values, and their distortion."""
     found = []
     features = torch.split(torch.arange(rows.geometry.joint_features), list(rows.geometry.side_features))
     for name, side in zip(("key", "value"), features, strict=True):
         tensors = checkpoint.once(name, partial(_fit_side, rows, options, name, side))
-        found.append(KindCalibration.from_tensors(name, tensors, BLOCK_SIZES, float(tensors["variance"])))
+        found.append(SideCalibration.from_tensors(name, tensors, BLOCK_SIZES, float(tensors["variance"])))
     return found[0], found[1]
 
 
@@ -202,7 +202,7 @@ def _fit_side(rows: CalibrationRows, options: FitOptions, name: str, side: Tenso
         of_side = rows.sample(SAMPLE_ROWS, options.seed)[0][:, side]
         table = measure_distortion(project(block, mean, vectors).numpy() for block in torch.split(of_side, 1024))
     variance = float(rows.moments.variances()[side.to(rows.moments.device)].sum())
-    return dict(KindCalibration(basis, table, variance).tensors(name)) | {
+    return dict(SideCalibration(basis, table, variance).tensors(name)) | {
         "variance": torch.tensor(variance, dtype=torch.float64, device="cpu")
     }
 

@@ -14,7 +14,7 @@ Fields = list[tuple[str, object]]
 
 def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str, Any], Fields]:
     """A calibration and its file, for JSON and in words."""
-    kinds = dict(calibration.kinds())
+    sides = dict(calibration.named_sides())
     joint, n_bytes, info = calibration.joint, path.stat().st_size, calibration.info
     conditional = calibration.conditional
     result = {
@@ -27,8 +27,8 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
         "joint_features": calibration.geometry.joint_features,
         "file_bytes": n_bytes,
         "n_parameters": calibration.n_parameters,
-        "ranks": {name: kind.basis.rank for name, kind in kinds.items()},
-        "explained_variance": {name: kind.explained_variance for name, kind in kinds.items()},
+        "ranks": {name: side.basis.rank for name, side in sides.items()},
+        "explained_variance": {name: side.explained_variance for name, side in sides.items()},
         "joint_rank": joint.basis.rank if joint else None,
         "quality": {
             profile: [
@@ -44,8 +44,8 @@ def describe_calibration(calibration: Calibration, path: Path) -> tuple[dict[str
         ("calibration", calibration.fingerprint.hex()),
         *(("group", f"{geometry.kind}, {geometry.describe()}") for geometry, _ in _groups(calibration)),
     ]
-    for name, kind in kinds.items():
-        worth = f"{kind.basis.rank:,} coefficients explain {kind.explained_variance:.2%} of the variance"
+    for name, side in sides.items():
+        worth = f"{side.basis.rank:,} coefficients explain {side.explained_variance:.2%} of the variance"
         fields.append((f"{name} basis", worth))
     fields += _joint_fields(calibration)
     fields.append(("size", f"{format_bytes(n_bytes)}, {calibration.n_parameters:,} numbers"))

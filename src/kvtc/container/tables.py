@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ..coding.lossless import CODER_NAMES, LAST_LOSSLESS, PROFILE, ROUNDED
-from ..errors import CorruptStream, TruncatedStream, UnsupportedVersion
+from ..errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedVersion
 from ..layer_runs import layer_runs
 from .groups import GROUP_BYTES, MAX_LENGTH, RUN_BYTES, WINDOW, Group, count_runs, parse_groups
 
@@ -52,14 +52,17 @@ _SECTIONS = np.dtype(
 JOINT = "joint"
 """The only profile that codes several groups."""
 PROFILES = {"paper": 1, JOINT: 2, "conditional": 3}
+"""Those that code a body; 4 is the number of lossless streams."""
 LOSSLESS = "lossless"
-"""What headers call a stream all of whose tokens are exact: no profile codes it."""
+"""What headers call a stream all of whose tokens are exact: there is no body."""
 _LOSSLESS_NUMBER = 4
 PROFILE_NAMES = {number: name for name, number in PROFILES.items()} | {_LOSSLESS_NUMBER: LOSSLESS}
 
 
 def name_profile(name: str, number: int) -> None:
-    """Let headers name another profile, by a number of 1 to 255."""
+    """Let headers name another profile, by a number of 5 to 255. Raises `InvalidArgument` for a number of another one."""
+    if PROFILE_NAMES.get(number, name) != name:
+        raise InvalidArgument(f"{number} is the number of the profile {PROFILE_NAMES[number]}; {name} needs another")
     PROFILES[name], PROFILE_NAMES[number] = number, name
 
 

@@ -246,24 +246,19 @@ class PageMover:
     def _load(self, order: LoadOrder) -> int:
         """Fill the pages of an order -> how many leading tokens are there."""
         n_filled = 0
-        with concerning(f"request {order.request_id}"):
-            with self._entries.giving_up("load_errors", "tokens %d .. %d are not loaded", order.start, order.stop - 1):
-                n_filled = min(self._fill(order, number) for number in range(len(self._groups)))
-            self._log_unfilled(order, order.start + n_filled)
+        with (
+            concerning(f"request {order.request_id}"),
+            self._entries.giving_up("load_errors", "tokens %d .. %d are not loaded", order.start, order.stop - 1),
+        ):
+            n_filled = min(self._fill(order, number) for number in range(len(self._groups)))
         if len(order.page_ids) > 1 and order.start + n_filled < order.stop:
             n_filled = 0
         self.counts.add(loads=1, tokens_loaded=n_filled, tokens_missed=order.stop - order.start - n_filled)
         return n_filled
 
-    def _log_unfilled(self, order: LoadOrder, reached: int) -> None:
-        missing = next((piece for piece in order.pieces if piece.stop > reached), None)
-        if reached < order.stop and missing is not None:
-            text = "tokens %d .. %d are left to the engine: entry %s is missing, or could not be read as logged before"
-            log_once(logger, "unfilled", text, reached, order.stop - 1, missing.keys[self._first_owner])
-
     def _fill(self, order: LoadOrder, number: int) -> int:
-        """Tokens filled of a group, up to the first piece that cannot be had; those that a window does not
-        reach count as filled."""
+        """How many tokens of a group are filled, up to the first piece that cannot be had; those that a window does not reach
+        count as filled."""
         one, owner = self._groups[number], self._first_owner + number
         first = max(order.start, one.group.first_needed(order.stop))
         pieces = [piece for piece in order.pieces if piece.stop > first]
@@ -276,6 +271,9 @@ class PageMover:
                 page_ids = self._pages_of(one.group, order, reached, piece.stop)
                 decode = partial(self._decode, one, piece, page_ids, reached)
                 if not self._entries.decode(piece.keys[owner], entry, decode):
+                    left = reached if len(order.page_ids) == 1 else order.start
+                    text = "tokens %d .. %d are left to the engine: entry %s is missing, or could not be read as logged before"
+                    log_once(logger, "unfilled", text, left, order.stop - 1, piece.keys[owner])
                     return reached - order.start
                 reached = piece.stop
         return reached - order.start

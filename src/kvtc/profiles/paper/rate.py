@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...calibration.artifact import Calibration, KindCalibration
+from ...calibration.artifact import Calibration, SideCalibration
 from ...coding.paper.allocation import BitAllocation, allocate_bits, allocate_bits_for_error, truncate
 from ...coding.paper.group_quantizer import SymbolType
 from ...errors import InvalidArgument
@@ -76,7 +76,7 @@ def _budgets(calibration: Calibration, ratios: tuple[float, float], original_bit
     return [int(original_bits * n / ratio) for n, ratio in zip(features, ratios, strict=True)]
 
 
-def _allocate_for_error(side: KindCalibration, max_error: float, most_bits: int) -> BitAllocation:
+def _allocate_for_error(side: SideCalibration, max_error: float, most_bits: int) -> BitAllocation:
     # What the basis cannot express is lost before any bit is spent; it counts against the bound.
     expressed = float(np.sum(side.distortion.energy, dtype=np.float64))
     total = expressed / min(1.0, side.explained_variance) if expressed else 0.0
