@@ -238,6 +238,7 @@ class KvtcHiCache(HiCacheStorage):
         if transfer.name not in self._coders:
             return set()
         has = self._pages.which_stored([self._name(transfer.name, key) for key in keys])
+        # SGLang gives as many keys as it needs pages at the end; these keys are not yet those of pages.
         n_trailing = max(1, len(transfer.keys or []))
         return {stop for stop in range(1, len(keys) + 1) if all(has[max(0, stop - n_trailing) : stop])}
 

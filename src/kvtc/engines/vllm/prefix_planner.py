@@ -338,7 +338,11 @@ class PrefixPlanner:
         prompt.has_tail = prompt.n_stored == prompt.n_chunks and prompt.n_found == n_whole
 
     def _n_restorable(self, prompt: _Prompt) -> int:
-        """The most chunks after which every owner has what it needs."""
+        """The most chunks after which every owner has what it needs.
+
+        For example 8 chunks, 0 to 7, and a window of two: after all 8 the window needs 6 and 7. If 6 is gone, 7 chunks cannot be
+        gone on from either, for these need 5 and 6, and 6 chunks are tried next.
+        """
         whole = [owner for owner, group in self._of_owners() if group.reach is None]
         windows = [(owner, group) for owner, group in self._of_owners() if group.reach is not None]
         n_chunks = prompt.n_chunks
@@ -358,8 +362,8 @@ class PrefixPlanner:
             n_there = self._entries.count_leading([key for _, key in needed])
             if n_there == len(needed):
                 return n_chunks
-            n_chunks = needed[n_there][0]
-        return n_chunks if not windows else 0
+            n_chunks = needed[n_there][0]  # a prefix with the missing chunk in its window cannot be gone on from
+        return n_chunks if not windows else 0  # a store full of gaps is not searched for ever
 
     def _of_owners(self) -> list[tuple[int, PageGroup]]:
         return [(owner, self._groups[owner % len(self._groups)]) for owner in range(len(self._owners))]
