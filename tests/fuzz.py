@@ -35,6 +35,7 @@ from kvtc.cache import CACHE_DTYPES, KVCache
 from kvtc.codec.codec import Codec
 from kvtc.codec.opened_stream import positions_of
 from kvtc.coding.lossless import CODER_IDS, PROFILE, compress
+from kvtc.container.groups import WINDOW
 from kvtc.container.stream import Stream, parse_stream
 from kvtc.container.tables import LOSSLESS, REGIONS, SectionType
 from kvtc.errors import KvtcError
@@ -177,8 +178,10 @@ def make_targets() -> list[Target]:
         rounding = Codec(lossless=True, chunk_tokens=8, states="int8" if name == "mamba2" else "int6")
         made.append((rounding, rounding.encode(model_cache, ids, points=points), None))
         if points.taken[16]:
-            of_points.append(codec.encode_point(points.taken[16], 16))
-            made.append((codec, of_points[-1], None))
+            chunk = [one.span(10, 16, 16) for one in points.taken[16] if one.group.kind == WINDOW]
+            for groups in (points.taken[16], chunk) if chunk else (points.taken[16],):
+                of_points.append(codec.encode_point(groups, 16))
+                made.append((codec, of_points[-1], None))
     calibrated = Codec(mixed_calibration(), ratio=3, sink_tokens=1, window_tokens=1, chunk_tokens=16)
     made.append((calibrated, calibrated.encode(mixed_cache(30)), None))
     for options in ({"window_format": "coded"}, {"sink_tokens": 6, "sink_format": "fp8"}):
@@ -186,8 +189,9 @@ def make_targets() -> list[Target]:
         points = kvtc.ResumePoints(8)
         points.take(mixed_cache(8, part_of=21))
         made.append((windowed, windowed.encode(mixed_cache(21), points=points), None))
-        of_points.append(windowed.encode_point(points.taken[8], 8))
-        made.append((windowed, of_points[-1], None))
+        for groups in (points.taken[8], [one.span(5, 8, 8) for one in points.taken[8] if one.group.kind == WINDOW]):
+            of_points.append(windowed.encode_point(groups, 8))
+            made.append((windowed, of_points[-1], None))
     targets = []
     for whole, stream, needed in made:
         codec = copy(whole)

@@ -61,7 +61,7 @@ def url(root: Path) -> str:
     with open_store(url) as store:
         store.put_many((key(number), stream) for number, stream in enumerate(STREAMS))
         store.put("chats/17", b"anything")
-        store.put(key(1, "sort"), b"tokens and points")
+        store.put(key(1, "sort"), b"tokens and points 512")
     with open_store(url, namespace="other") as store:
         store.put(key(9), JOINT)
     (root / "entries" / "README").write_text("of somebody")
@@ -99,7 +99,7 @@ def test_list_says_what_entries_say_of_themselves(capsys, url):
     code, found = run(capsys, "store", "list", url)
     assert code == 0
     assert found["n_entries"] == len(found["entries"]) == len(STREAMS) + 3
-    assert found["n_bytes"] == sum(map(len, [*STREAMS, JOINT, b"anything", b"tokens and points"])) + FRAME_BYTES * (
+    assert found["n_bytes"] == sum(map(len, [*STREAMS, JOINT, b"anything", b"tokens and points 512"])) + FRAME_BYTES * (
         len(STREAMS) + 3
     )
     by_key = {(entry["namespace"], entry["key"]): entry for entry in found["entries"]}
@@ -215,6 +215,7 @@ def test_a_damaged_frame_is_found_and_removed_if_asked(capsys, root, url, damage
         (key(70), JOINT[:-1], "byte"),
         (key(70), b"no stream", "KVTC"),
         (key(70, "page"), b"", "header"),
+        (key(70, "window"), b"no stream", "KVTC"),
         (key(70, "tails"), b"KVTX" + bytes(19), "tails"),
         (key(70, "sort"), b"tokens", "sort"),
         ("chats/18", JOINT[:-1], "byte"),

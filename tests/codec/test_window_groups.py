@@ -27,7 +27,7 @@ CHUNK = 16
 
 def windowed_codec(**options) -> Codec:
     defaults = {"sink_tokens": 2, "window_tokens": 3, "chunk_tokens": CHUNK}
-    if "step" not in options:
+    if not {"step", "lossless"} & options.keys():
         defaults["ratio"] = 4
     return Codec(windowed_calibration(), **(defaults | options))
 
@@ -105,6 +105,29 @@ def test_every_prefix_that_ends_at_a_point_comes_back(n_tokens, window_format):
         for layer in MIXED_WINDOWS if first < 2 else ():
             sinks = slice(0, 2 - first)
             assert torch.equal(back.layers[layer].keys[:, :, sinks], expected.layers[layer].keys[:, :, sinks])
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"step": 0.02}, {"step": 0.02, "window_format": "coded"}])
+@pytest.mark.parametrize("n_rows", [1, 3, 7])
+def test_a_point_may_hold_the_last_rows_of_its_windows(options, n_rows):
+    codec, points = windowed_codec(**options, window_tokens=2), kvtc.ResumePoints(CHUNK)
+    points.take(mixed_cache(2 * CHUNK))
+    stop = 2 * CHUNK
+    cut = [
+        one.span(stop - n_rows, stop, stop) if one.group.kind == "sliding window" else one for one in points.taken[stop]
+    ]
+    stream = codec.encode_point(cut, stop)
+    assert kvtc.inspect(stream).first_position == stop - n_rows
+    found = codec.decode_point(stream)
+    assert [one.group for one in found] == [one.group for one in cut]
+    for layer, expected in zip(found[0].sides, cut[0].sides, strict=True):
+        for side, exact in zip(layer, expected, strict=True):
+            assert side.shape == exact.shape
+            assert float((side - exact).norm() / exact.norm()) < 0.05
+            if "window_format" not in options:
+                assert torch.equal(side[:, -2:], exact[:, -2:])
+            if "lossless" in options:
+                assert torch.equal(side, exact)
 
 
 def test_profiles_that_code_one_group_leave_windows_as_they_are():

@@ -41,8 +41,13 @@ def store() -> Iterator[Store]:
         yield opened
 
 
-def keys_of(store: Store) -> list[str]:
-    return list(store.keys())
+def keys_of(store: Store, kind: str = "") -> list[str]:
+    return [key for key in store.keys() if key.startswith(kind)]  # noqa: SIM118
+
+
+def model_of(name: str):
+    """A tiny model; "long windows": of 40 tokens, which are longer than a chunk."""
+    return tiny_model("gemma3_text", sliding_window=40) if name == "long windows" else tiny_model(name)
 
 
 def opened(store: Store, codec: Codec | None = None, **options) -> PrefixCache:
@@ -107,10 +112,10 @@ def test_a_prefix_is_loaded_at_the_last_point_before_it(name, store):
                 assert prefixes.contains(talk.ids[0, :asked]) == n
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "mamba2", "llama"])
+@pytest.mark.parametrize("name", ["gemma3_text", "long windows", "mamba2", "llama"])
 def test_another_store_loads_from_what_is_portable(name, store):
     """Chunks, points and tails of one conversation; of others that share its beginning, none."""
-    talk, other = Conversation(tiny_model(name), random_ids(1, 120)), Conversation(tiny_model(name), random_ids(1, 120))
+    talk, other = Conversation(model_of(name), random_ids(1, 120)), Conversation(model_of(name), random_ids(1, 120))
     other.ids[:, 80:] = random_ids(1, 40, seed=1)
     for each in (other, talk):
         each.read(105)
@@ -139,14 +144,16 @@ def test_what_is_shared_is_stored_once(store):
         assert (again.coded, again.chunks) == (0, 6)
         assert set(keys_of(store)) == keys
     kinds = [key.split("/")[0] for key in keys]
-    # Points after 32, 64 and 96 tokens and at the end, behind a tail of 20 tokens with its index.
-    assert {kind: kinds.count(kind) for kind in kinds} == {"chunk": 6, "tail": 1, "tails": 1, "point": 4, "sort": 1}
+    # Points after 32, 64 and 96 tokens and at the end, behind a tail of 20 tokens with its index. The windows before the last
+    # two are of one chunk, of which they reach back to the last 15 and 11 tokens.
+    expected = {"chunk": 6, "tail": 1, "tails": 1, "point": 4, "window": 3, "sort": 1}
+    assert {kind: kinds.count(kind) for kind in kinds} == expected
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "mistral", "nemotron_h", "kimi_linear"])
+@pytest.mark.parametrize("name", ["gemma3_text", "long windows", "mistral", "nemotron_h", "kimi_linear"])
 def test_whatever_is_evicted_no_half_of_a_prefix_is_loaded(name, store):
     """Entries go in a random order: what is loaded is right, and ends where all groups have a common end."""
-    talk, draw = Conversation(tiny_model(name), random_ids(1, 150)), random.Random(0)
+    talk, draw = Conversation(model_of(name), random_ids(1, 150)), random.Random(0)
     with opened(store) as prefixes:
         for n in (50, 90, 140):
             talk.read(n)
@@ -159,6 +166,7 @@ def test_whatever_is_evicted_no_half_of_a_prefix_is_loaded(name, store):
             found, n = prefixes.load(talk.ids[0, :145])
             if n:
                 talk.check(found, n)
+            assert prefixes.contains(talk.ids[0, :144]) == n
             lengths.append(n)
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[-1] == 0
@@ -182,8 +190,9 @@ def test_a_damaged_point_is_deleted_and_the_one_before_it_loaded(store):
         assert prefixes.statistics["damaged"] == 1
 
 
-def test_what_is_deleted_is_gone(store):
-    talk = Conversation(tiny_model("gemma3_text"), random_ids(1, 100))
+@pytest.mark.parametrize("name", ["gemma3_text", "long windows"])
+def test_what_is_deleted_is_gone(name, store):
+    talk = Conversation(model_of(name), random_ids(1, 100))
     talk.read(100)
     with opened(store) as prefixes:
         prefixes.save(talk.ids[0], talk.cache, talk.points).result()

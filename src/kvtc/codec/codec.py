@@ -496,16 +496,17 @@ class Codec:
         """
         return self._decode_split(parse_stream(stream), token_ids, tokens)
 
-    def _decode_split(self, stream: Stream, token_ids: Any, tokens: int | None) -> SplitCache:
+    def _decode_split(self, stream: Stream, token_ids: Any, tokens: int | None, start: int = 0) -> SplitCache:
         opened = self._open(stream, as_ids(token_ids), tokens)
-        exact = self._others(stream, opened)
+        exact = self._others(stream, opened, start)
         coded = self._restored(opened, 0) if opened.header.coded is not None else None
         start = int(opened.positions[0]) if opened.n_tokens else 0
         return SplitCache(coded, exact, opened.n_tokens, start=start)
 
-    def _others(self, stream: Stream, opened: OpenedStream) -> list[ExactGroup]:
-        """The groups beside the first that is coded, as they were after the tokens that are decoded."""
-        check_restorable(stream, opened.n_tokens)
+    def _others(self, stream: Stream, opened: OpenedStream, start: int = 0) -> list[ExactGroup]:
+        """The groups beside the first that is coded, as they were after the tokens that are decoded; of windows what they hold
+        of the tokens from position `start` on."""
+        check_restorable(stream, opened.n_tokens, start)
         return [
             self._window(stream, opened, index)
             if stream.header.groups[index].is_coded
@@ -521,7 +522,8 @@ class Codec:
             raise CorruptStream(f"group {index} is coded, but the calibration does not cover it")
         decoder = self._profile(stream.header.profile).decoder(number)
         rows = open_window(stream, index, opened.n_chunks, opened.n_tokens, decoder, opened.plan)
-        return restored_window(group, self._restored(rows, 0, number), start_of(stream) + opened.n_tokens)
+        start = start_of(stream)
+        return restored_window(group, self._restored(rows, 0, number), group.rows_held(start + opened.n_tokens, start))
 
     def _decoding(
         self, opened: Sequence[OpenedStream], shifts: Sequence[int] | None = None, waits: bool = True, number: int = 0
@@ -843,7 +845,7 @@ class Codec:
         """Windows and states as they were after some tokens, as a stream of these groups alone.
 
         Parameters:
-            exact: the groups.
+            exact: the groups; of a window it may be the last rows alone.
             n_tokens: tokens that had been read.
 
         Returns:
@@ -858,8 +860,7 @@ class Codec:
             >>> torch.equal(codec.decode_point(point)[0].sides[0][0], state)
             True
         """
-        held = max((one.group.rows_held(n_tokens) for one in exact if one.group.kind == WINDOW), default=0)
-        start = (n_tokens - max(held, 1)) // self.settings.chunk_tokens * self.settings.chunk_tokens
+        start = n_tokens - max([1, *(one.n_rows for one in exact if one.group.kind == WINDOW)])
         split = SplitCache(None, list(exact), n_tokens - start, start=start)
         return self._encode_others(split, None, False, None)
 
@@ -880,7 +881,7 @@ class Codec:
         if stream.header.coded is not None or not stream.n_tokens:
             raise CorruptStream("a resume point holds tokens of every kind, or none; expected windows and states")
         if stream.header.further:
-            return self._decode_split(stream, None, None).exact
+            return self._decode_split(stream, None, None, start_of(stream)).exact
         return read_groups(stream, len(stream.chunks), stream.n_tokens)
 
     def _spans(self, positions: Tensor) -> list[ChunkSpan]:

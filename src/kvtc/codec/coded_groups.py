@@ -113,7 +113,8 @@ def open_window(
         CorruptStream: for sections that do not decode.
     """
     group, counts = stream.header.groups[index], stream.chunks.tokens[:n_chunks]
-    held = group.rows_held(start_of(stream) + n_tokens)
+    start = start_of(stream)
+    held = group.rows_held(start + n_tokens, start)
     first_chunk = bisect_right(counts.cumsum().tolist(), n_tokens - held)
     coded: list[CodedBody[Any]] = []
     exact, exact_bytes, places = [], [], []
@@ -143,8 +144,8 @@ def open_window(
     )
 
 
-def restored_window(group: Group, cache: KVCache, position: int) -> ExactGroup:
-    """A window as it was at a position. cache: its rows, and perhaps some before them."""
-    first = cache.n_tokens - group.rows_held(position)
+def restored_window(group: Group, cache: KVCache, n_rows: int) -> ExactGroup:
+    """A window of so many rows. cache: its rows, and perhaps some before them."""
+    first = cache.n_tokens - n_rows
     layers = zip(cache.keys, cache.values, strict=True)
     return ExactGroup(replace(group, is_coded=False), [(keys[:, first:], values[:, first:]) for keys, values in layers])

@@ -38,6 +38,25 @@ class ExactGroup:
         """The same in tensors of its own."""
         return ExactGroup(self.group, [tuple(side.clone() for side in its) for its in self.sides])
 
+    @property
+    def n_rows(self) -> int:
+        """Of a window: tokens that it holds."""
+        return self.sides[0][0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(side.nbytes for its in self.sides for side in its)
+
+    def rows_between(self, start: int, stop: int, position: int) -> slice:
+        """Of a window that ends at a position, the rows of those of the tokens start .. stop - 1 that it holds."""
+        first = position - self.n_rows
+        return slice(max(0, start - first), max(0, stop - first))
+
+    def span(self, start: int, stop: int, position: int) -> ExactGroup:
+        """The window cut to the rows of `rows_between`."""
+        rows = self.rows_between(start, stop, position)
+        return ExactGroup(self.group, [tuple(side[:, rows] for side in its) for its in self.sides])
+
 
 def group_payloads(
     index: int, snapshots: Mapping[int, ExactGroup], chunks: Sequence[Chunk], states: str = LOSSLESS_STATES
@@ -75,22 +94,24 @@ def kept_rows(snapshots: Mapping[int, ExactGroup], chunks: Sequence[Chunk]) -> I
         if group.part.is_snapshot:
             rows = slice(0, group.rows_between(start, stop) if stop == point else 0)
         elif group.kind == WINDOW:
-            first = point - group.rows_held(point)
-            rows = slice(max(0, start - first), max(0, stop - first))
+            rows = exact.rows_between(start, stop, point)
         elif group.kind == SIDE_BUFFER:
             rows = slice(start // group.extent, stop // group.extent)
         if rows.stop > rows.start and group.row_numbers:
             yield number, exact, rows
 
 
-def resume_points(stream: Stream) -> list[int]:
-    """The tokens after which a stream can be resumed and a chunk ends, ascending, counted from the first of the stream."""
+def resume_points(stream: Stream, start: int = 0) -> list[int]:
+    """The tokens after which a stream can be resumed and a chunk ends, ascending, counted from the first of the stream.
+
+    start: tokens before this position need not be there.
+    """
     header, n_tokens = stream.header, stream.chunks.tokens
     stops = n_tokens.cumsum()
     possible = np.ones(len(stops), np.bool_)
     for index in header.others:
         if not header.groups[index].is_complete:
-            possible &= _restorable(stream, index, n_tokens, start_of(stream) + stops)
+            possible &= _restorable(stream, index, n_tokens, start_of(stream) + stops, start)
     return [int(stop) for stop in stops[possible]]
 
 
@@ -103,11 +124,11 @@ def check_beginning(stream: Stream) -> None:
         )
 
 
-def check_restorable(stream: Stream, n_tokens: int) -> None:
-    """Raise `InvalidArgument` where some group cannot be restored after the first n_tokens tokens."""
+def check_restorable(stream: Stream, n_tokens: int, start: int = 0) -> None:
+    """Raise `InvalidArgument` where some group cannot be restored after the first n_tokens tokens. start: as in `resume_points`."""
     header = stream.header
     if any(not header.groups[index].is_complete for index in header.others):
-        points = resume_points(stream)
+        points = resume_points(stream, start)
         if n_tokens not in points:
             raise InvalidArgument(
                 f"this cache cannot be restored after {n_tokens} tokens, for its windows and states were not kept there; "
@@ -117,7 +138,7 @@ def check_restorable(stream: Stream, n_tokens: int) -> None:
 
 def read_groups(stream: Stream, n_chunks: int, n_tokens: int) -> list[ExactGroup]:
     """The groups of a stream of exact ones, as `read_group` gives them; raises as `check_restorable`, too."""
-    check_restorable(stream, n_tokens)
+    check_restorable(stream, n_tokens, start_of(stream))
     return [read_group(stream, index, n_chunks, n_tokens) for index in stream.header.others]
 
 
@@ -127,9 +148,10 @@ def start_of(stream: Stream) -> int:
 
 
 def _restorable(
-    stream: Stream, index: int, n_tokens: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    stream: Stream, index: int, n_tokens: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], start: int
 ) -> npt.NDArray[np.bool_]:
-    """Of each chunk, whether a group that is not complete can be restored at its end. stops: positions."""
+    """Of each chunk, whether a group that is not complete can be restored at its end. stops: positions. start: as in
+    `resume_points`."""
     group, entries = stream.header.groups[index], stream.sections.entries
     mine = stream.sections.of_group(index, len(stops))
     rows = np.zeros(len(stops), np.int64)
@@ -141,7 +163,7 @@ def _restorable(
     sums, first = rows.cumsum(), np.where(rows < n_tokens, np.arange(len(rows)), 0)
     first = np.maximum.accumulate(first)
     run = sums - sums[first] + rows[first]
-    enough: npt.NDArray[np.bool_] = run >= np.minimum(stops, group.extent - 1)
+    enough: npt.NDArray[np.bool_] = run >= np.minimum(stops - start, group.extent - 1)
     return enough
 
 
@@ -159,7 +181,7 @@ def read_group(stream: Stream, index: int, n_chunks: int, n_tokens: int) -> Exac
     """
     group, start = stream.header.groups[index], start_of(stream)
     stop = start + n_tokens
-    held = group.rows_held(stop) if group.kind == WINDOW else 1 if group.part.is_snapshot else n_tokens
+    held = group.rows_held(stop, start) if group.kind == WINDOW else 1 if group.part.is_snapshot else n_tokens
     first_chunk = bisect_right(stream.chunks.tokens[:n_chunks].cumsum().tolist(), n_tokens - held)
     read = [raw for _, raw in stream.read_group(index, first_chunk, n_chunks)]
     parts = [_bytes_to_rows(group, raw, len(raw) // group.row_bytes) for raw in read]

@@ -179,9 +179,9 @@ class Group:
             return stop % self.extent
         return stop // self.extent - start // self.extent if self.kind == SIDE_BUFFER else stop - start
 
-    def rows_held(self, position: int) -> int:
-        """How many tokens of a window exist once `position` tokens were read."""
-        return min(position, self.extent - 1)
+    def rows_held(self, position: int, start: int = 0) -> int:
+        """How many of the tokens start .. position - 1 a window holds once `position` tokens were read."""
+        return min(position - start, self.extent - 1)
 
     def layout(self, n_rows: int) -> FloatLayout:
         """How the numbers of a section of so many rows are ordered."""

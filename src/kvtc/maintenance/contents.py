@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from ..container.stream import parse_stream, parse_tables
 from ..container.tables import MAGIC, parse_counts
-from ..errors import CorruptStream, KvtcError, UnsupportedVersion
+from ..errors import KvtcError, UnsupportedVersion
 from ..layer_runs import describe_layers
-from ..prefix_cache.pointed import SORTS
+from ..prefix_cache.sort import SORTS, Sort
 from ..prefix_cache.tails import INDEX_MAGIC, parse_index
 from ..store.frame import ENCRYPTED_MAGIC
 from ..store.place import DAMAGED, FOREIGN, SOUND
@@ -20,7 +20,7 @@ HEAD_BYTES = 8192
 STREAM, INDEX, SORT, ENCRYPTED, BYTES = "stream", "index of tails", "sort", "encrypted", "bytes"
 OTHER = "other"
 """The kind of a key that neither a prefix cache nor an adapter gives."""
-_STREAM_KINDS = ("chunk", "tail", "point", "page")
+_STREAM_KINDS = ("chunk", "tail", "point", "window", "page")
 _KEY = re.compile(rf"({'|'.join(_STREAM_KINDS)}|tails|sort)/[0-9a-f]{{64}}", re.ASCII)
 
 
@@ -44,7 +44,7 @@ class Contents:
 
 
 def kind_of(key: str) -> str:
-    """What a key says of its entry: chunk, tail, tails, point, sort, page, or `OTHER`."""
+    """What a key says of its entry: chunk, tail, tails, point, window, sort, page, or `OTHER`."""
     known = _KEY.fullmatch(key)
     return known[1] if known else OTHER
 
@@ -84,8 +84,7 @@ def check(key: str, value: bytes) -> str:
         parse_index(value)
         return INDEX
     if kind == "sort":
-        if value not in SORTS:
-            raise CorruptStream(f"the sort of a model's caches is {value[:40]!r}; expected one of {list(SORTS)}")
+        Sort.parse(value)
         return SORT
     return BYTES
 
