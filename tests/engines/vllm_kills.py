@@ -12,7 +12,8 @@ their own, and each kill takes one of them with SIGKILL, or the store:
 
 A victim is drawn from those that had no turn yet. After a kill of vLLM
 
-    every request ends, with an answer or an error, and every process of vLLM but an orphan of its own (below), within a deadline
+    every request ends, with an answer or an error, and every process of vLLM, within a deadline. (vLLM's scheduler does not
+    notice that its server is gone, with or without a connector: it is then sent SIGTERM, as a supervisor of services would)
     the directory is within its budget within the same deadline
     `kvtc.maintenance.verification.verify` finds no fault
     an engine that is started again gives the fixed prompts their answers, as an engine without kvtc gives them that has computed
@@ -31,18 +32,17 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +53,23 @@ from kvtc.reference import MODEL_DIRECTORY
 from kvtc.store import open_place, open_store
 
 ROOT = Path(__file__).parents[2]
-SERVER = "vllm.entrypoints.launchers.api_server.entry"
+_PROGRAM = "vllm.entrypoints.launchers.api_server.entry"
 """What `vllm serve` runs; the command itself refuses to start where vLLM's distribution is named otherwise, as that for CPUs is."""
 START_SECONDS = 400
 BUDGET = 30_000_000
 """Bytes of the directory: about 14 chunks of 256 tokens of kvtc-6m in float32."""
+LEDGER_BYTES = 65536
+"""At most, of what lies beside the entries."""
 CACHE_BLOCKS, BLOCK_TOKENS = 160, 32
 """Of the engine's own cache, which holds some prompts only."""
-FIXED_TOKENS = (600, 700, 1100)
+FIXED_TOKENS = (600, 1100)
 N_ANSWERED, N_ASKING = 16, 4
 LEAST_SECONDS, MOST_SECONDS = 1.0, 8.0
 """From the first request to a kill."""
 TOLERANCE = 1e-3
 """Of log-probabilities: products of other shapes change those of float32 by about 1e-5."""
-MAIN_PROCESSES = {"scheduler": "VLLM::EngineCore", "worker": "VLLM::Worker"}
+SERVER, SCHEDULER, WORKER, STORE = "server", "scheduler", "worker", "store"
+TITLES = {SCHEDULER: "VLLM::EngineCore", WORKER: "VLLM::Worker"}
 
 
 class Failure(Exception):
@@ -97,6 +100,7 @@ class Engine:
 
     def __init__(self, log: Path, store: str | None, deadline: float) -> None:
         self._port, self._deadline = free_port(), deadline
+        self._family: list[psutil.Process] = []
         arguments = [
             "--model",
             str(MODEL_DIRECTORY),
@@ -115,7 +119,7 @@ class Engine:
         self._log = log
         with log.open("a") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", SERVER, *arguments],
+                [sys.executable, "-m", _PROGRAM, *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -155,28 +159,44 @@ class Engine:
         """Empty the engine's own cache."""
         self._post("/reset_prefix_cache", {})
 
-    def processes(self) -> dict[str, psutil.Process]:
-        """By their names among the victims."""
-        found = {"server": psutil.Process(self._process.pid)}
-        for child in found["server"].children(recursive=True):
-            title = " ".join(child.cmdline())
-            found |= {name: child for name, begin in MAIN_PROCESSES.items() if title.startswith(begin)}
-        if len(found) != 1 + len(MAIN_PROCESSES):
-            raise Failure(f"vLLM runs as {sorted(found)}; expected a server, a scheduler and a worker")
-        return found
+    def kill(self, victim: str) -> None:
+        """One of its processes."""
+        self._family = self._processes()
+        if victim == SERVER:
+            self._process.kill()
+            for process in self._processes():
+                process.terminate()
+            return
+        found = [process for process in self._family if " ".join(process.cmdline()).startswith(TITLES[victim])]
+        if len(found) != 1:
+            raise Failure(f"vLLM has {len(found)} processes {TITLES[victim]}; expected one")
+        found[0].kill()
 
-    def family(self) -> list[psutil.Process]:
-        server = psutil.Process(self._process.pid)
-        return [server, *server.children(recursive=True)]
+    def wait_for_end(self) -> int:
+        """Until no process of those before the kill is left -> how many there were."""
+        _, left = psutil.wait_procs(self._family, self._deadline)
+        told = [" ".join(process.cmdline())[:80] for process in left]
+        for process in left:
+            process.kill()
+        if told:
+            raise Failure(f"after {self._deadline:.0f} s these processes of vLLM run still: {told}")
+        return len(self._family)
 
     def stop(self) -> None:
         """As an operator would, and whatever is left by force."""
-        family = self.family() if self._process.poll() is None else []
-        self._process.send_signal(signal.SIGINT)
-        _, left = psutil.wait_procs(family, self._deadline)
-        for process in left:
+        family = self._processes()
+        self._process.terminate()
+        for process in psutil.wait_procs(family, self._deadline)[1]:
             process.kill()
-        self._process.wait()
+
+    def _processes(self) -> list[psutil.Process]:
+        """All of its session, which goes on when the server has died."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(ProcessLookupError):
+                if os.getsid(process.pid) == self._process.pid:
+                    found.append(process)
+        return found
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
@@ -202,16 +222,26 @@ class Directory:
     def revive(self) -> None:
         """The next entry makes it again."""
 
-    def check_budget(self) -> str:
+    def wait_for_budget(self, deadline: float) -> str:
+        """Opening it is what the next engine does first."""
+        end = time.monotonic() + deadline
         with open_store(self.url) as store:
             store.flush()
-        n_bytes = sum(file.stat().st_blocks * 512 for file in self._root.rglob("*") if file.is_file())
-        if n_bytes > BUDGET + 65536:
-            raise Failure(f"the directory takes {n_bytes} bytes; its budget is {BUDGET}")
-        return f"{n_bytes} of {BUDGET} bytes"
+        while (n_bytes := self._bytes_on_disk()) > BUDGET + LEDGER_BYTES:
+            if time.monotonic() > end:
+                raise Failure(f"the directory takes {n_bytes} bytes after {deadline:.0f} s; its budget is {BUDGET}")
+            time.sleep(0.5)
+        return f"{n_bytes} of {BUDGET} bytes on disk"
 
     def close(self) -> None:
-        pass
+        """It goes with the folder that it is in."""
+
+    def _bytes_on_disk(self) -> int:
+        n_bytes = 0
+        for file in self._root.rglob("*"):
+            with suppress(FileNotFoundError):  # an engine that runs evicts
+                n_bytes += file.stat().st_blocks * 512 if file.is_file() else 0
+        return n_bytes
 
 
 class Redis:
@@ -234,7 +264,7 @@ class Redis:
         if self._process.poll() is not None:
             raise Failure(f"redis-server ended with {self._process.returncode}")
 
-    def check_budget(self) -> str:
+    def wait_for_budget(self, deadline: float) -> str:  # noqa: ARG002  as of a directory
         return "its budget is the server's"
 
     def close(self) -> None:
@@ -256,11 +286,13 @@ class Fixed:
 
 
 class Traffic:
-    """Requests of some clients at a time, until one fails: the fixed prompts and others, which push each other out of the store."""
+    """Requests of some clients at a time: the fixed prompts and others, which push each other out of the store. A client ends
+    with its first error, which is a failure unless `may_fail` is set."""
 
     def __init__(self, engine: Engine, fixed: Sequence[Fixed], ids: Sequence[int], seed: str, deadline: float) -> None:
         self._engine, self._fixed, self._ids, self._deadline = engine, fixed, ids, deadline
         self._ends = threading.Event()
+        self.may_fail = threading.Event()
         self.n_answered = self.n_cached = 0
         self.failures: list[str] = []
         self._clients = [
@@ -293,8 +325,10 @@ class Traffic:
             except TimeoutError:
                 self.failures.append(f"a request has no answer after {self._deadline} s")
                 return
-            except (OSError, urllib.error.HTTPError):
-                return  # the engine is gone
+            except (OSError, HTTPException) as error:
+                if not self.may_fail.is_set():
+                    self.failures.append(f"a request failed: {error!r}")
+                return
             self.n_answered += 1
             self.n_cached += answer.cached
             try:
@@ -334,48 +368,54 @@ def run(
     """Kill after kill; an engine that died is followed by another one."""
     generator = random.Random(options.seed)
     victims: list[str] = []
-    engine, n_kills = None, 0
+    engine = None
     try:
-        while True:
+        for number in range(options.kills + 1):
             if engine is None:
                 engine = Engine(log, store.url, options.deadline)
                 engine.wait_until_ready()
             n_cached = check_answers(engine, fixed)
-            print(
-                f"  {len(fixed)} fixed prompts have their answers; {n_cached} of their tokens were loaded", flush=True
-            )
-            if n_kills == options.kills:
+            print(f"  the fixed prompts have their answers; {n_cached} of their tokens were loaded", flush=True)
+            if number == options.kills:
                 return
-            n_kills += 1
-            victims = victims or generator.sample(["server", "scheduler", "worker", "store"], 4)
+            victims = victims or generator.sample([SERVER, SCHEDULER, WORKER, STORE], 4)
             victim, delay = victims.pop(), generator.uniform(LEAST_SECONDS, MOST_SECONDS)
-            family = engine.family()
-            process = engine.processes().get(victim)
-            with Traffic(engine, fixed, ids, f"{options.seed}/{n_kills}", options.deadline) as traffic:
+            with Traffic(engine, fixed, ids, f"{options.seed}/{number}", options.deadline) as traffic:
                 time.sleep(delay)
                 begin = time.monotonic()
-                if process is None:
-                    store.kill()
-                    time.sleep(delay)
-                    store.revive()
+                if victim == STORE:
+                    disturb(store, delay)
                 else:
-                    process.kill()
-            told = f"kill {n_kills}: the {victim} after {delay:.1f} s"
+                    traffic.may_fail.set()
+                    engine.kill(victim)
+            told = f"kill {number + 1}: the {victim} after {delay:.1f} s"
             told += f", {traffic.n_answered} requests with {traffic.n_cached} tokens cached"
-            if process is not None:
-                told += f"; {wait_for_end(family, options.deadline)}"
+            if victim != STORE:
+                told += f"; {engine.wait_for_end()} processes ended within {time.monotonic() - begin:.1f} s"
                 engine = None
-            told += f"; {store.check_budget()}"
+            told += f"; {store.wait_for_budget(options.deadline)}"
             if (seconds := time.monotonic() - begin) > options.deadline:
                 raise Failure(f"{told}: {seconds:.0f} s after the kill; expected {options.deadline:.0f} at most")
-            with open_place(store.place_url) as place:
-                found = verify(place)
-            print(f"{told}; {found.n_entries} entries, {len(found.faults)} faults", flush=True)
-            if found.faults:
-                raise Failure(f"entries are damaged: {found.faults}")
+            print(f"{told}; {check_entries(store)}", flush=True)
     finally:
         if engine is not None:
             engine.stop()
+
+
+def disturb(store: Directory | Redis, seconds: float) -> None:
+    """Take the store away, and give it back, for so long each."""
+    store.kill()
+    time.sleep(seconds)
+    store.revive()
+    time.sleep(seconds)
+
+
+def check_entries(store: Directory | Redis) -> str:
+    with open_place(store.place_url) as place:
+        found = verify(place)
+    if found.faults:
+        raise Failure(f"entries are damaged: {found.faults}")
+    return f"{found.n_entries} entries of {found.n_bytes} bytes without a fault"
 
 
 def learn(engine: Engine, fixed: Sequence[Fixed]) -> None:
@@ -404,18 +444,6 @@ def check_answers(engine: Engine, fixed: Sequence[Fixed]) -> int:
         one.check(answer, "asked alone")
         n_cached += answer.cached
     return n_cached
-
-
-def wait_for_end(family: Sequence[psutil.Process], deadline: float) -> str:
-    """Until every process of an engine has ended."""
-    begin = time.monotonic()
-    _, left = psutil.wait_procs(family, deadline)
-    if left:
-        names = [process.name() for process in left if process.is_running()]
-        for process in left:
-            process.kill()
-        raise Failure(f"after {deadline:.0f} s these processes of vLLM run still: {names}")
-    return f"all {len(family)} processes have ended {time.monotonic() - begin:.1f} s later"
 
 
 @contextmanager
