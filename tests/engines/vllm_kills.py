@@ -60,12 +60,12 @@ BUDGET = 30_000_000
 """Bytes of the directory: about 14 chunks of 256 tokens of kvtc-6m in float32."""
 LEDGER_BYTES = 65536
 """At most, of what lies beside the entries."""
-CACHE_BLOCKS, BLOCK_TOKENS = 160, 32
+CACHE_BLOCKS, BLOCK_TOKENS = 110, 32
 """Of the engine's own cache, which holds some prompts only."""
 FIXED_TOKENS = (600, 1100)
-N_ANSWERED, N_ASKING = 16, 4
+N_ANSWERED, N_ASKING = 16, 3
 LEAST_SECONDS, MOST_SECONDS = 1.0, 8.0
-"""From the first request to a kill."""
+"""From the first answer to a kill."""
 TOLERANCE = 1e-3
 """Of log-probabilities: products of other shapes change those of float32 by about 1e-5."""
 SERVER, SCHEDULER, WORKER, STORE = "server", "scheduler", "worker", "store"
@@ -304,6 +304,12 @@ class Traffic:
             client.start()
         return self
 
+    def wait_for_answer(self) -> None:
+        """The first one."""
+        end = time.monotonic() + self._deadline
+        while not self.n_answered and not self.failures and time.monotonic() < end:
+            time.sleep(0.05)
+
     def __exit__(self, *_: object) -> None:
         self._ends.set()
         end = time.monotonic() + self._deadline + 5
@@ -375,12 +381,13 @@ def run(
                 engine = Engine(log, store.url, options.deadline)
                 engine.wait_until_ready()
             n_cached = check_answers(engine, fixed)
-            print(f"  the fixed prompts have their answers; {n_cached} of their tokens were loaded", flush=True)
+            print(f"  the fixed prompts have their answers; {n_cached} of their tokens were not computed", flush=True)
             if number == options.kills:
                 return
             victims = victims or generator.sample([SERVER, SCHEDULER, WORKER, STORE], 4)
             victim, delay = victims.pop(), generator.uniform(LEAST_SECONDS, MOST_SECONDS)
             with Traffic(engine, fixed, ids, f"{options.seed}/{number}", options.deadline) as traffic:
+                traffic.wait_for_answer()
                 time.sleep(delay)
                 begin = time.monotonic()
                 if victim == STORE:
