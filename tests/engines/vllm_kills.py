@@ -101,19 +101,11 @@ class Engine:
     def __init__(self, log: Path, store: str | None, deadline: float) -> None:
         self._port, self._deadline = free_port(), deadline
         self._family: list[psutil.Process] = []
-        arguments = [
-            "--model",
-            str(MODEL_DIRECTORY),
-            "--port",
-            str(self._port),
-            "--host",
-            "127.0.0.1",
-            "--enforce-eager",
-        ]
         # float32, in which an answer hardly depends on the shapes of products.
-        arguments += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", str(N_ASKING)]
-        arguments += ["--block-size", str(BLOCK_TOKENS), "--num-gpu-blocks-override", str(CACHE_BLOCKS)]
-        arguments += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+        options = f"--port {self._port} --host 127.0.0.1 --enforce-eager --dtype float32 --max-model-len 2048"
+        options += f" --max-num-seqs {N_ASKING} --block-size {BLOCK_TOKENS} --num-gpu-blocks-override {CACHE_BLOCKS}"
+        options += " --enable-prompt-tokens-details --disable-uvicorn-access-log"
+        arguments = ["--model", str(MODEL_DIRECTORY), *options.split()]
         if store is not None:
             arguments += ["--kv-transfer-config", json.dumps(transfer_config(store))]
         self._log = log
@@ -490,5 +482,5 @@ def free_port() -> int:
 if __name__ == "__main__":
     try:
         main()
-    except Failure as failure:
-        sys.exit(f"FAILED: {failure}")
+    except (Failure, OSError) as failure:  # also a request without an answer
+        sys.exit(f"FAILED: {failure!r}")
