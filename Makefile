@@ -40,7 +40,8 @@ test-engines: $(ENGINES:%=test-engine-%)
 
 test-engine-%:
 	tests/engines/setup.sh $* $(VENV)-$*
-	$(VENV)-$*/bin/python $(wildcard tests/engines/$*_end_to_end.py tests/engines/$*_round_trip.py)
+	for program in $(wildcard tests/engines/$*_end_to_end.py tests/engines/$*_round_trip.py tests/engines/$*_kills.py); do \
+		$(VENV)-$*/bin/python $$program || exit 1; done
 
 fuzz: $(VENV)/.test-ready
 	$(BIN)/python -m tests.fuzz --mutations 100000

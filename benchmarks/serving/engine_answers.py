@@ -19,22 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.shared.vllm_engine import connector, run_alone, stored, token_bytes
 from kvtc.evaluate import tasks
 from kvtc.evaluate.provenance import save_result
 from kvtc.report.table import format_table
 
 SEED = 20261130
-_SETTLED_SECONDS = 6.0
-_PATIENCE_SECONDS = 60
 
 
 def main() -> None:
@@ -57,9 +52,10 @@ def main() -> None:
     rows, runs = [], {}
     exact: dict[str, Any] | None = None
     for method in [*options.methods, *(["fp8"] if options.fp8 else [])]:
-        run = run_alone(options, method, asked, is_first=exact is None)
+        task = {"model": options.model, "method": method, "calibration": options.calibration, "asked": asked}
+        run = run_alone("benchmarks.serving.engine_answers", method, task | {"is_first": exact is None})
         if run is None:
-            continue  # said above; the others stay of use
+            continue
         exact = exact or run
         runs[method] = {name: its for name, its in run.items() if name not in ("cold", "own")}
         if exact is run:
@@ -114,33 +110,6 @@ def questions(options: argparse.Namespace) -> list[dict[str, Any]]:
     return made
 
 
-def run_alone(options: argparse.Namespace, method: str, asked: Sequence[Any], is_first: bool) -> dict[str, Any] | None:
-    """A method in a process of its own; None, and the end of its log, where the engine fails."""
-    with tempfile.TemporaryDirectory() as scratch:
-        task = Path(scratch) / "task.json"
-        store = Path(scratch) / "store"
-        task.write_text(
-            json.dumps(
-                {
-                    "model": options.model,
-                    "method": method,
-                    "calibration": options.calibration,
-                    "store": str(store),
-                    "asked": asked,
-                    "is_first": is_first,
-                }
-            )
-        )
-        command = [sys.executable, "-m", "benchmarks.serving.engine_answers", *sys.argv[1:], "--process", str(task)]
-        with Path(f"{scratch}/log").open("w") as log:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-        if done.returncode:
-            print(f"{method}: the engine ended with {done.returncode}:\n{Path(f'{scratch}/log').read_text()[-3000:]}")
-            return None
-        found: dict[str, Any] = json.loads(task.read_text())
-        return found
-
-
 def serve(task: dict[str, Any]) -> dict[str, Any]:
     """One engine: answers, with the tokens that were not computed and the time to the first one."""
     import os
@@ -153,7 +122,7 @@ def serve(task: dict[str, Any]) -> dict[str, Any]:
     if task["method"] == "fp8":
         engine["kv_cache_dtype"] = "fp8"
     else:
-        engine["kv_transfer_config"] = KVTransferConfig(**transfer(task))
+        engine["kv_transfer_config"] = KVTransferConfig(**connector(task["store"], task["method"], task["calibration"]))
     llm = LLM(**engine, max_num_seqs=4, block_size=32, disable_log_stats=False)
 
     def ask(ids: Sequence[int], n_tokens: int, is_cold: bool = False) -> dict[str, Any]:
@@ -167,15 +136,16 @@ def serve(task: dict[str, Any]) -> dict[str, Any]:
             "first_token": output.metrics.first_token_latency,
         }
 
+    entries = f"{task['store']}/entries"
     found: dict[str, Any] = {"asked": [], "own": [], "cold": [], "stored": 0, "raw": 0}
     ask(task["asked"][0]["context"][300::-1], 1)  # what a first request alone does, of a text that begins like no other
     for one in task["asked"]:
         context = one["context"]
-        before = stored(task["store"]) if task["method"] != "fp8" else 0
+        before = stored(entries) if task["method"] != "fp8" else 0
         ask(context, 1)
         if task["method"] != "fp8":
-            found["stored"] += stored(task["store"], before) - before
-        found["raw"] += raw_bytes(llm, len(context))
+            found["stored"] += stored(entries, before) - before
+        found["raw"] += token_bytes(llm.llm_engine.model_config) * len(context)
         for name, is_cold in (("asked", False), ("own", False), ("cold", True)):
             if name != "asked" and not task["is_first"]:
                 continue
@@ -187,45 +157,6 @@ def serve(task: dict[str, Any]) -> dict[str, Any]:
                     llm.reset_prefix_cache()
                 found[name].append(ask([*context, *question["prompt"]], len(question["answer"]), is_cold))
     return found
-
-
-def transfer(task: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the connector."""
-    name, _, value = task["method"].partition("=")
-    rate: dict[str, Any] = {"kvtc.lossless": True} if name == "lossless" else {f"kvtc.{name}": float(value)}
-    if name != "lossless":
-        rate["kvtc.calibration"] = task["calibration"]
-    return {
-        "kv_connector": "KvtcConnector",
-        "kv_connector_module_path": "kvtc.engines.vllm.connector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"kvtc.store": f"file://{task['store']}", **rate},
-    }
-
-
-def stored(store: str, more_than: int = -1) -> int:
-    """Bytes of all entries, once there are more and what is saved in the background has grown no more for a while."""
-    end, last = time.monotonic() + _PATIENCE_SECONDS, -1
-    while True:
-        now = sum(file.stat().st_size for file in Path(store, "entries").rglob("*") if file.is_file())
-        if (now == last and now > more_than) or time.monotonic() > end:
-            return now
-        last = now
-        time.sleep(_SETTLED_SECONDS)
-
-
-def raw_bytes(llm: Any, n_tokens: int) -> int:
-    """Of the cache of so many tokens in 16 bits."""
-    config = llm.llm_engine.model_config
-    return (
-        2
-        * 2
-        * config.get_total_num_hidden_layers()
-        * config.get_total_num_kv_heads()
-        * config.get_head_size()
-        * n_tokens
-    )
 
 
 def described(name: str, answers: list[dict[str, Any]], exact: dict[str, Any], asked: Sequence[Any]) -> dict[str, Any]:
