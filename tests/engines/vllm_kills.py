@@ -19,7 +19,8 @@ A victim is drawn from those that had no turn yet. After a kill of vLLM
     an engine that is started again gives the fixed prompts their answers, as an engine without kvtc gives them that has computed
     as many tokens of the prompt before; its log-probabilities, too, which a page with other numbers would change
 
-After a kill of the store the engine goes on, and gives the answers at once. Answers of fixed prompts are also compared under load.
+After a kill of the store the engine goes on, gives the answers at once, and stores again. Answers of fixed prompts are compared
+under load, too, and once more with every chunk loaded from the store.
 
 Run in vLLM's environment; `redis` needs redis-server and the package redis there. Prints a line for every kill, and exits with 1
 where something is not as it must be.
@@ -372,8 +373,7 @@ def run(
             if engine is None:
                 engine = Engine(log, store.url, options.deadline)
                 engine.wait_until_ready()
-            n_cached = check_answers(engine, fixed)
-            print(f"  the fixed prompts have their answers; {n_cached} of their tokens were not computed", flush=True)
+            print(check_answers(engine, fixed, options.deadline), flush=True)
             if number == options.kills:
                 return
             victims = victims or generator.sample([SERVER, SCHEDULER, WORKER, STORE], 4)
@@ -435,14 +435,25 @@ def learn(engine: Engine, fixed: Sequence[Fixed]) -> None:
         )
 
 
-def check_answers(engine: Engine, fixed: Sequence[Fixed]) -> int:
-    """Ask each fixed prompt alone -> tokens that were not computed."""
-    n_cached = 0
+def check_answers(engine: Engine, fixed: Sequence[Fixed], deadline: float) -> str:
+    """Ask each fixed prompt alone, as the store was left, and then until the store gives all of its chunks, with the engine's own
+    cache emptied before each time."""
+    told = []
     for one in fixed:
         answer = engine.ask(one.prompt)
         one.check(answer, "asked alone")
-        n_cached += answer.cached
-    return n_cached
+        told.append(f"{answer.cached} of {len(one.prompt)} tokens were there")
+    end = time.monotonic() + deadline
+    for one in fixed:
+        n_loaded = 0
+        while n_loaded < len(one.prompt) // 256 * 256:
+            if time.monotonic() > end:
+                raise Failure(f"after {deadline:.0f} s the store gives {n_loaded} tokens of {len(one.prompt)}")
+            engine.forget()
+            answer = engine.ask(one.prompt)
+            one.check(answer, "loaded")
+            n_loaded = answer.cached
+    return f"  the fixed prompts have their answers; {', '.join(told)}, and all chunks later"
 
 
 @contextmanager
