@@ -33,6 +33,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -491,6 +492,7 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # what was started is then ended, too
     try:
         main()
     except (Failure, OSError) as failure:  # also a request without an answer
