@@ -19,7 +19,7 @@ from torch import Tensor
 
 import kvtc
 from kvtc.cache import CacheGeometry, KVCache
-from kvtc.calibration import Calibration, KindCalibration
+from kvtc.calibration import Calibration, SideCalibration
 from kvtc.calibration.joint_calibration import CoefficientModel, JointCalibration
 from kvtc.coding.joint.basis import JointBasis, joint_in_bytes
 from kvtc.coding.joint.blocks import HeadBlocks
@@ -129,12 +129,12 @@ def calibration_for(shape: Shape, profile: str, rank: int, device: torch.device)
     return replace(calibration, joint=_joint(shape, min(rank, geometry.joint_features), generator))
 
 
-def _kind(features: int, rank: int, generator: torch.Generator) -> KindCalibration:
+def _kind(features: int, rank: int, generator: torch.Generator) -> SideCalibration:
     deviations = stretched(shipped().key.basis.spectrum.clamp_min(1e-12).sqrt().numpy(), rank)
     sample = drawn(deviations, DISTORTION_ROWS, torch.Generator().manual_seed(0))
     spectrum = torch.from_numpy(deviations).square()
     basis = Basis(_mean(features, generator), orthonormal(features, rank, generator), spectrum)
-    return KindCalibration(basis, measure_distortion(sample.numpy()), float(spectrum.sum()))
+    return SideCalibration(basis, measure_distortion(sample.numpy()), float(spectrum.sum()))
 
 
 def _mean(features: int, generator: torch.Generator) -> Tensor:
