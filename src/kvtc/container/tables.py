@@ -60,9 +60,13 @@ PROFILE_NAMES = {number: name for name, number in PROFILES.items()} | {_LOSSLESS
 
 
 def name_profile(name: str, number: int) -> None:
-    """Let headers name another profile, by a number of 5 to 255. Raises `InvalidArgument` for a number of another one."""
-    if PROFILE_NAMES.get(number, name) != name:
-        raise InvalidArgument(f"{number} is the number of the profile {PROFILE_NAMES[number]}; {name} needs another")
+    """Let headers name another profile. Raises `InvalidArgument` unless the number is one of 1 to 255, and both are free."""
+    taken = PROFILE_NAMES.get(number, name), {own: its for its, own in PROFILE_NAMES.items()}.get(name, number)
+    if taken != (name, number) or not 1 <= number <= 255:
+        raise InvalidArgument(
+            f"the profile {name} with number {number}; expected a number of 1 to 255, and neither a name nor a number of "
+            f"{', '.join(f'{own} ({its})' for its, own in sorted(PROFILE_NAMES.items()))}"
+        )
     PROFILES[name], PROFILE_NAMES[number] = number, name
 
 
