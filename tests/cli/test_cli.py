@@ -461,6 +461,7 @@ def test_texts_and_models_that_cannot_be_read(capsys, made, tmp_path):
         ["decode", "talk.kvtc", "--model", "reference", "--text", "t", "--generate", "0"],
         ["calibrate", "--model", "reference", "--text", "t", "-o", "x", "--layers", "two"],
         ["encode", "talk.txt", "-o", "x", "--model", "reference", "--ratio", "8", "--kl", "0.001"],
+        ["encode", "talk.txt", "-o", "x", "--model", "reference", "--lossless", "--resume-every", "0"],
     ],
 )
 def test_usage_errors(capsys, arguments, tmp_path, monkeypatch):

@@ -408,7 +408,7 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Calibrati
     if not sizes or any(after <= before for before, after in pairwise(sizes)):
         raise CorruptCalibration(f"block sizes {sizes}; expected ascending ones of 1 to {MAX_GROUP_SIZE}")
     variances = strict_json.items(group["total_variance"], "total_variance")
-    key, value = _kinds_of(tensors, sizes, variances, geometry)
+    key, value = _sides_of(tensors, sizes, variances, geometry)
     joint = JointCalibration.from_tensors(tensors, "joint", geometry) if "joint.mean" in tensors else None
     conditional = ConditionalCalibration.from_tensors(tensors, geometry)
     names = (f"quality.{profile}" for profile in PROFILES_WITH_STEP)
@@ -426,7 +426,7 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Calibrati
     return Calibration(geometry, key, value, info, joint, curves, conditional, importance, further)
 
 
-def _kinds_of(
+def _sides_of(
     tensors: dict[str, Tensor], sizes: tuple[int, ...], variances: list[Any], geometry: CacheGeometry
 ) -> tuple[SideCalibration | None, SideCalibration | None]:
     """What a file holds for the profile `paper`, of keys and of values; None and None for one without."""
@@ -436,15 +436,15 @@ def _kinds_of(
         raise CorruptCalibration(
             f"total_variance holds {len(variances)} numbers; expected one of keys and one of values"
         )
-    kinds = []
+    sides = []
     for name, given, features in zip(SIDE_NAMES, variances, geometry.side_features, strict=True):
         basis = Basis(tensors[f"{name}.mean"], tensors[f"{name}.vectors"], tensors[f"{name}.spectrum"])
         expect_basis(name, basis, features)
         variance = strict_json.number(given, "total_variance", 0, LARGEST_SQUARE * features)
         if float(basis.spectrum.double().sum()) > _MOST_EXPLAINED * variance:
             raise CorruptCalibration(f"{name}.spectrum explains more than the total variance, {variance:g}")
-        kinds.append(SideCalibration.from_tensors(name, tensors, sizes, variance))
-    return kinds[0], kinds[1]
+        sides.append(SideCalibration.from_tensors(name, tensors, sizes, variance))
+    return sides[0], sides[1]
 
 
 def _distortion(name: str, tensors: dict[str, Tensor], sizes: tuple[int, ...]) -> DistortionTable:

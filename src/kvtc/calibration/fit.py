@@ -16,7 +16,7 @@ from ..coding.transform import Basis, project
 from ..errors import InvalidArgument
 from ..process.progress import task
 from ..process.torch_state import neutral_torch_state
-from .artifact import Calibration, CodedGroup, SideCalibration
+from .artifact import SIDE_NAMES, Calibration, CodedGroup, SideCalibration
 from .checkpoint import Checkpoint
 from .conditional_calibration import ConditionalCalibration
 from .conditional_fit import fit_conditional
@@ -183,7 +183,7 @@ def _fit_paper(
     """The bases of keys and of values, and their distortion."""
     found = []
     features = torch.split(torch.arange(rows.geometry.joint_features), list(rows.geometry.side_features))
-    for name, side in zip(("key", "value"), features, strict=True):
+    for name, side in zip(SIDE_NAMES, features, strict=True):
         tensors = checkpoint.once(name, partial(_fit_side, rows, options, name, side))
         found.append(SideCalibration.from_tensors(name, tensors, BLOCK_SIZES, float(tensors["variance"])))
     return found[0], found[1]

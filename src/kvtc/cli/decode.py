@@ -131,11 +131,11 @@ def _go_on(
             f"a cache file holds keys and values of every token, and these alone can be moved; the stream holds {held}; "
             "--generate goes on from it"
         )
-    points = [point for point in info.resume_points or (info.n_tokens,) if point < len(token_ids)]
+    kept = info.resume_points or (info.n_tokens,)
+    points = [point for point in kept if point < len(token_ids)]
     if not points:
         raise InvalidArgument(
-            f"the text has {len(token_ids)} tokens; expected more than {min(info.resume_points or (info.n_tokens,))}, after "
-            "which the stream can be resumed"
+            f"the text has {len(token_ids)} tokens; expected more than {kept[0]}, after which the stream can be resumed"
         )
     model = load_model(options.model, options.device)
     if not groups <= {(group.kind, group.layers) for group in supported(model).groups}:

@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Outcome, Subcommands, add_calibration, add_model, add_output, check_output
+from .arguments import Outcome, Subcommands, add_calibration, add_model, add_output, check_output, positive
 from .models import find_calibration, known_calibration, load_model, load_tokenizer, source_of
 from .texts import add_truncate, text_ids
 
@@ -35,7 +35,7 @@ def add_subcommands(subcommands: Subcommands) -> None:
     add_truncate(parser)
     parser.add_argument(
         "--resume-every",
-        type=int,
+        type=positive,
         metavar="N",
         help="of a text, where the model has windows or states: keep every N tokens what it takes to go on from there (default: "
         "at the end alone)",
