@@ -34,6 +34,7 @@ import kvtc
 from kvtc.cache import CACHE_DTYPES, KVCache
 from kvtc.codec.codec import Codec
 from kvtc.codec.opened_stream import positions_of
+from kvtc.coding.exact.channels import LEAST_TOKENS
 from kvtc.coding.lossless import CODER_IDS, PROFILE, compress
 from kvtc.container.groups import WINDOW
 from kvtc.container.stream import Stream, parse_stream
@@ -164,6 +165,8 @@ def make_targets() -> list[Target]:
         ({"coder": "lz4"}, model_cache, None),
         ({}, random_cache(0), None),
         *(({"lossless": True, "ratio": None}, gappy_cache(9, dtype), None) for dtype in CACHE_DTYPES),
+        # Tokens enough for the coder of channels.
+        ({"lossless": True, "ratio": None}, random_cache(LEAST_TOKENS, torch.bfloat16), None),
     ):
         codec = tiny_codec(**(small | options))
         made.append((codec, codec.encode(cache, ids), None))

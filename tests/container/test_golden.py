@@ -24,6 +24,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+import kvtc
 from kvtc.cache import KVCache
 from kvtc.calibration import Calibration
 from kvtc.codec.codec import Codec
@@ -211,11 +212,12 @@ def test_the_specification_suffices_for_the_golden_stream():
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
 )
-def test_the_specification_suffices_for_lossless_streams(calibration, dtype):
-    cache = ragged_cache(dtype)
-    stream = Codec(calibration, lossless=True, chunk_tokens=32).encode(cache)
+@pytest.mark.parametrize(("n_tokens", "chunk_tokens"), [(60, 32), (150, 256)])
+def test_the_specification_suffices_for_lossless_streams(calibration, dtype, n_tokens, chunk_tokens):
+    cache = ragged_cache(dtype, n_tokens)
+    stream = Codec(calibration, lossless=True, chunk_tokens=chunk_tokens).encode(cache)
     positions, rope_length, keys, values = decode_by_the_page(stream, calibration)
-    assert (positions, rope_length) == (cache.positions.tolist(), 90)
+    assert (positions, rope_length) == (cache.positions.tolist(), cache.rope_length)
     np.testing.assert_array_equal(keys, cache.keys.float().numpy())
     np.testing.assert_array_equal(values, cache.values.float().numpy())
 
@@ -267,11 +269,39 @@ def test_the_golden_lossless_stream():
     np.testing.assert_array_equal(values, cache.values.float().numpy())
 
 
-def ragged_cache(dtype: torch.dtype) -> KVCache:
-    """60 tokens whose positions begin inside a cell and leave some out."""
-    whole = random_cache(90, dtype, seed=3)
-    places = torch.tensor([p for p in range(3, 88) if p % 7 not in (2, 5)])[:60]
-    return KVCache(whole.keys[:, :, places], whole.values[:, :, places], places, rope_length=90)
+def golden_channels_cache() -> KVCache:
+    """Integers by formula as bfloat16: channels of several spreads and signs, and numbers that escape."""
+    token, feature = torch.arange(200)[:, None], torch.arange(8)
+    patterns = 16256 + 64 * feature + ((token * 7919 + feature * 613) % 389 - 194 << feature % 4) // 4
+    patterns = torch.stack([patterns, patterns.flip(0)])[:, None, None]
+    patterns[:, 0, 0, :, 1] -= 32768
+    patterns[0, 0, 0, :, 4] -= 32768 * (token[:, 0] % 7 == 3).int()
+    patterns[1, 0, 0, ::3, 6:] -= 32768
+    patterns[0, 0, 0, 4, :6] = torch.tensor([0x7FC1, 0x7F80, -128, -32768, 1, 0x0080])
+    keys, values = patterns.to(torch.int16).view(torch.bfloat16)
+    return KVCache(keys, values)
+
+
+def test_the_golden_stream_of_many_exact_tokens():
+    """Integers alone decide its bytes, so they never change."""
+    cache, stream = golden_channels_cache(), golden_stream("channels")
+    codec = Codec(golden_calibration(), lossless=True, chunk_tokens=200)
+    assert codec.encode(cache).hex() == stream.hex()
+    assert {section.coder for section in kvtc.inspect(stream).sections[1:]} == {"channels"}
+    decoded = codec.decode(stream)
+    assert torch.equal(decoded.keys.view(torch.int16), cache.keys.view(torch.int16))
+    assert torch.equal(decoded.values.view(torch.int16), cache.values.view(torch.int16))
+    *_, keys, values = decode_by_the_page(stream, golden_calibration())
+    np.testing.assert_array_equal(keys, cache.keys.float().numpy())
+    np.testing.assert_array_equal(values, cache.values.float().numpy())
+
+
+def ragged_cache(dtype: torch.dtype, n_tokens: int = 60) -> KVCache:
+    """Tokens whose positions begin inside a cell and leave some out."""
+    length = 3 * n_tokens // 2
+    whole = random_cache(length, dtype, seed=3)
+    places = torch.tensor([p for p in range(3, length - 2) if p % 7 not in (2, 5)])[:n_tokens]
+    return KVCache(whole.keys[:, :, places], whole.values[:, :, places], places, rope_length=length)
 
 
 @pytest.mark.parametrize("coder", ["none", "deflate", "zstd", "lz4"])
@@ -477,10 +507,10 @@ def decode_by_the_page(
         kind, coder, group, chunk, raw, stored, crc = struct.unpack_from("<BBHIIII", data, section_table + 20 * index)
         part = data[start : start + stored]
         assert (group, zlib.crc32(part)) == (0, crc)
-        if coder == 4:
+        if coder in EXACT_CODERS:
             n_tokens = struct.unpack_from("<3H", data, 68 + 20 * chunk)[kind - 3]
             groups = (2 * layers * heads, dims[0]) if is_one_width else (layers * heads, sum(dims))
-            sections[kind, chunk] = exact_floats(part, (groups[0], n_tokens, groups[1]), dtype)
+            sections[kind, chunk] = EXACT_CODERS[coder](part, (groups[0], n_tokens, groups[1]), dtype)
             assert len(sections[kind, chunk]) == raw
         else:
             sections[kind, chunk] = undo_coder(part, coder, raw)
@@ -590,7 +620,8 @@ def groups_by_the_page(data: bytes) -> list[dict]:
             assert group["kind"] == 4
             group["parts"].append(rounded_state(part, order, group["dtype"]).reshape(shape))
             continue
-        plain = exact_floats(part, order, group["dtype"]) if coder == 4 else undo_coder(part, coder, raw)
+        exact = EXACT_CODERS.get(coder)
+        plain = exact(part, order, group["dtype"]) if exact else undo_coder(part, coder, raw)
         group["parts"].append(numbers(plain, shape, group["dtype"]))
     assert start == len(data)
     for group in groups:
@@ -638,8 +669,8 @@ def coded_groups_by_the_page(data: bytes, calibration: Calibration) -> list[tupl
             one = calibration.groups[sum(entry[8] & 4 > 0 for entry in entries[1 : number + 1])]
             rows = joint_rows(part, n_rows, steps[kind - 4], places.tolist(), None, one)
             sides = np.stack(both_sides(rows, places, None, 1, heads, [dim, dim], one, dtype))
-        elif coder == 4:
-            plain = exact_floats(part, (2 * math.prod(shape), n_rows, dim), dtype)
+        elif coder in EXACT_CODERS:
+            plain = EXACT_CODERS[coder](part, (2 * math.prod(shape), n_rows, dim), dtype)
             sides = numbers(plain, (2, *shape, n_rows, dim), dtype)
         else:
             sides = numbers(undo_coder(part, coder, raw), (2, *shape, n_rows, dim), dtype)
@@ -795,6 +826,68 @@ def exact_floats(data: bytes, shape: tuple[int, int, int], dtype: int) -> bytes:
     assert len(data) == 8 + 2 * n_words + -(-n_plain // 8)
     assert not plain >> n_plain
     return found.astype(f"<u{n_bits // 8}").tobytes()
+
+
+def exact_channels(data: bytes, shape: tuple[int, int, int], dtype: int) -> bytes:
+    """Coder 6; numbers are ordered [group][token][feature]."""
+    n_bits = {1: 16, 2: 16, 3: 32, 4: 8, 5: 8}[dtype]
+    size, (groups, n_tokens, n_features) = n_bits // 8, shape
+    n_channels = groups * n_features
+    n_classes, *lengths = struct.unpack_from("<H5I", data)
+    n_plain = list(data[22 : 22 + n_classes])
+    at, parts = 22 + n_classes, []
+    for length in lengths:
+        parts.append(data[at : at + length])
+        at += length
+    escaped = iter(np.frombuffer(data[at:], f"<u{size}").tolist())
+    classes = list(exact_floats(parts[0], (groups, 1, n_features), 4))
+    by_class = sorted(range(n_channels), key=lambda channel: (classes[channel], channel))
+    centres = dict(
+        zip(
+            by_class,
+            np.frombuffer(exact_floats(parts[1], (1, 1, n_channels), dtype), f"<u{size}").tolist(),
+            strict=True,
+        )
+    )
+    tables = np.frombuffer(exact_floats(parts[2], (1, n_classes, 128), 2), "<u2").reshape(n_classes, 128).tolist()
+    lanes = 1
+    while 2 * lanes <= min(32, n_tokens, n_channels * n_tokens // 10240):
+        lanes *= 2
+    states = list(struct.unpack_from(f"<{lanes}I", parts[3]))
+    words = iter(np.frombuffer(parts[3][4 * lanes :], "<u2").tolist())
+    symbols = np.zeros((n_channels, n_tokens), int)
+    for block in range(0, n_tokens, lanes):
+        for channel in range(n_channels):
+            frequencies = tables[classes[channel]]
+            for token in range(block, min(block + lanes, n_tokens)):
+                x, symbol, first = states[token - block], 0, 0
+                while first + frequencies[symbol] <= x % 4096:
+                    first += frequencies[symbol]
+                    symbol += 1
+                x = frequencies[symbol] * (x // 4096) + x % 4096 - first
+                states[token - block] = 65536 * x + next(words) if x < 65536 else x
+                symbols[channel, token] = symbol
+    assert set(states) == {65536}
+    assert next(words, None) is None
+    plain, n_read = int.from_bytes(parts[4], "little"), 0
+    found = np.zeros(shape, np.uint32)
+    for channel in range(n_channels):
+        u, centre = n_plain[classes[channel]], centres[channel]
+        for token in range(n_tokens):
+            symbol = symbols[channel, token]
+            y = symbol % 64
+            above = next(escaped) if y == 63 else centre % 2 ** (n_bits - 1) + y - 40
+            sign = centre // 2 ** (n_bits - 1) ^ symbol // 64
+            number = above * 2**u + (plain >> n_read) % 2**u + sign * 2 ** (n_bits - 1)
+            found[channel // n_features, token, channel % n_features] = number
+            n_read += u
+    assert next(escaped, None) is None
+    assert len(parts[4]) == -(-n_read // 8)
+    assert not plain >> n_read
+    return found.astype(f"<u{size}").tobytes()
+
+
+EXACT_CODERS = {4: exact_floats, 6: exact_channels}
 
 
 def rounded_state(data: bytes, shape: tuple[int, int, int], dtype: int) -> np.ndarray:

@@ -18,13 +18,15 @@ from ..errors import CorruptStream, InvalidArgument, MissingDependency
 BLOCK_BYTES = 1 << 16
 CODER_IDS = {"none": 0, "deflate": 1, "zstd": 2, "lz4": 3}
 FLOATS = "floats"
-"""The coder of exact tokens (`coding.exact.floats`), which is not one of blocks."""
+"""The coder of few exact tokens (`coding.exact.floats`), which is not one of blocks."""
+CHANNELS = "channels"
+"""The coder of many (`coding.exact.channels`), which is not either."""
 ROUNDED = "rounded"
 """The coder of recurrent states (`coding.states.rounding`), which is not lossless."""
 PROFILE = "profile"
 """The coder of rows that a profile codes of another group than the first, which is not lossless either."""
-CODER_NAMES = {number: name for name, number in CODER_IDS.items()} | {4: FLOATS, 5: ROUNDED, 7: PROFILE}
-LAST_LOSSLESS = 4
+CODER_NAMES = {number: name for name, number in CODER_IDS.items()} | {4: FLOATS, 5: ROUNDED, 6: CHANNELS, 7: PROFILE}
+LOSSLESS_NUMBERS = tuple(number for number, name in CODER_NAMES.items() if name not in (ROUNDED, PROFILE))
 _DEFLATE_LEVEL = 6
 _ZSTD_LEVEL = 19
 

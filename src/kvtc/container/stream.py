@@ -20,9 +20,20 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from ..coding.exact.channels import LEAST_TOKENS, compress_channels, decompress_channels
 from ..coding.exact.floats import FloatLayout, compress_floats, decompress_floats
 from ..coding.exact.tokens import exact_layout
-from ..coding.lossless import FLOATS, PROFILE, ROUNDED, BlockCoder, compress, compress_all, decompress, decompress_all
+from ..coding.lossless import (
+    CHANNELS,
+    FLOATS,
+    PROFILE,
+    ROUNDED,
+    BlockCoder,
+    compress,
+    compress_all,
+    decompress,
+    decompress_all,
+)
 from ..coding.states.rounding import compress_state, decompress_state
 from ..errors import CorruptStream, InvalidArgument
 from ..process.log_limits import log_once
@@ -52,6 +63,9 @@ from .tables import (
 )
 
 logger = logging.getLogger(__name__)
+
+_OF_NUMBERS = {FLOATS: decompress_floats, ROUNDED: decompress_state, CHANNELS: decompress_channels}
+"""Coders of numbers, which need their layout."""
 
 Wanted = tuple[SectionType, int, int | None]
 """A section that is to be read: type, chunk, and how many bytes it must hold; None for a final one, whose length is its own."""
@@ -180,7 +194,7 @@ class Stream:
             )
         if raw_bytes is not None and section.raw_bytes != raw_bytes:
             raise CorruptStream(f"{section.describe()} claims {section.raw_bytes} bytes; its tokens need {raw_bytes}")
-        if section.coder == FLOATS and self._layout(section_type, chunk) is None:
+        if section.coder in _OF_NUMBERS and self._layout(section_type, chunk) is None:
             raise CorruptStream(f"{section.describe()} holds no exact tokens, but has their coder")
         if section.coder == "none" and section.raw_bytes != section.stored_bytes:
             raise CorruptStream(
@@ -224,10 +238,8 @@ def _decoded(section: Section, stored: memoryview, layout: FloatLayout | None) -
     if section.coder == PROFILE:
         return bytes(stored)
     try:
-        if layout is not None and section.coder == FLOATS:
-            return decompress_floats(stored, section.raw_bytes, layout)
-        if layout is not None and section.coder == ROUNDED:
-            return decompress_state(stored, section.raw_bytes, layout)
+        if layout is not None and section.coder in _OF_NUMBERS:
+            return _OF_NUMBERS[section.coder](stored, section.raw_bytes, layout)
         return decompress(stored, section.raw_bytes, section.coder)
     except CorruptStream as error:
         raise CorruptStream(f"{section.describe()}: {error}") from error
@@ -256,10 +268,10 @@ def code_payloads(payloads: Sequence[Payload], coder: str, block_coder: BlockCod
                 f"a section of {len(payload.raw)} bytes; 4 GiB is the limit: use a smaller chunk_tokens"
             )
     coders = [_coder_of(payload, coder) for payload in payloads]
-    own = [payload for payload, its in zip(payloads, coders, strict=True) if its in (FLOATS, ROUNDED)]
+    own = [(payload, its) for payload, its in zip(payloads, coders, strict=True) if its in _OF_NUMBERS]
     others = [payload.raw for payload, its in zip(payloads, coders, strict=True) if its == coder]
     coded_others = iter(_compressed(others, coder, block_coder))
-    coded_own = iter(side_by_side(_compressed_alone, _threads(), own))
+    coded_own = iter(side_by_side(_compressed_numbers, _threads(), own))
     sections = []
     for payload, its in zip(payloads, coders, strict=True):
         data = next(coded_others) if its == coder else payload.raw if its == "none" else next(coded_own)
@@ -278,16 +290,19 @@ def _coder_of(payload: Payload, coder: str) -> str:
         return ROUNDED
     if payload.is_final or coder == "none":
         return "none"
-    return FLOATS if payload.layout else coder
+    if payload.layout is None:
+        return coder
+    return CHANNELS if payload.layout.n_tokens >= LEAST_TOKENS else FLOATS
 
 
-def _compressed_alone(payload: Payload) -> bytes:
-    """With the coder of its numbers, where it has any."""
+def _compressed_numbers(one: tuple[Payload, str]) -> bytes:
+    """With the coder of numbers of that name."""
+    payload, coder = one
     if payload.layout is None:
         return payload.raw
-    if payload.rounded_bits:
+    if coder == ROUNDED:
         return compress_state(payload.raw, payload.layout, payload.rounded_bits)
-    return compress_floats(payload.raw, payload.layout)
+    return (compress_channels if coder == CHANNELS else compress_floats)(payload.raw, payload.layout)
 
 
 def _compressed(parts: Sequence[bytes], coder: str, block_coder: BlockCoder | None) -> list[bytes]:

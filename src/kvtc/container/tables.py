@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..coding.lossless import CODER_NAMES, LAST_LOSSLESS, PROFILE, ROUNDED
+from ..coding.lossless import CODER_NAMES, LOSSLESS_NUMBERS, PROFILE, ROUNDED
 from ..errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedVersion
 from ..layer_runs import layer_runs
 from .groups import GROUP_BYTES, MAX_LENGTH, RUN_BYTES, WINDOW, Group, count_runs, parse_groups
@@ -531,7 +531,7 @@ def parse_sections(view: memoryview, counts: Counts, header: Header, chunks: Chu
     types = np.concatenate([[SectionType.RATE], kinds + SectionType.POSITIONS])
     owners = np.concatenate([[STREAM_WIDE], owners])
     wrong = (others["type"] != types) | (others["chunk"] != owners) | (others["group"] != 0)
-    wrong |= others["coder"] > LAST_LOSSLESS
+    wrong |= ~np.isin(others["coder"], LOSSLESS_NUMBERS)
     for number in _first(wrong):
         found = others[number]
         raise CorruptStream(
@@ -579,6 +579,7 @@ def _check_others(
         its = header.groups[index]
         mine = np.flatnonzero(is_other & (group == index))
         coder = entries["coder"][mine]
+        is_lossless = np.isin(coder, LOSSLESS_NUMBERS)
         rows, rest = np.divmod(entries["raw"][mine].astype(np.int64), max(its.row_bytes, 1))
         wrong = (rest != 0) | (rows < 1)
         if its.is_coded:
@@ -586,13 +587,13 @@ def _check_others(
             is_body, is_window = (kind[mine] == one for one in (SectionType.BODY, SectionType.WINDOW))
             codes = is_body | (is_window & has_coded_window)
             most = _room(kind[mine], chunk[mine], rows, chunks)
-            wrong |= (rows > most) | np.where(codes, coder != _CODER_NUMBERS[PROFILE], coder > LAST_LOSSLESS)
+            wrong |= (rows > most) | np.where(codes, coder != _CODER_NUMBERS[PROFILE], ~is_lossless)
         else:
             wanted = SectionType.STATE if its.part.is_snapshot else SectionType.BODY
             first, n = position[chunk[mine]], tokens[chunk[mine]]
             most = its.rows_between(first, first + n)
             wrong |= (kind[mine] != wanted) | (rows > most)
-            wrong |= coder > _CODER_NUMBERS[ROUNDED] if its.can_be_rounded else coder > LAST_LOSSLESS
+            wrong |= ~is_lossless & ((coder != _CODER_NUMBERS[ROUNDED]) | (not its.can_be_rounded))
             if its.kind != WINDOW:
                 wrong |= rows != most
         for at in _first(wrong):
