@@ -1,7 +1,7 @@
 """What a reload from kvtc changes in the answers of a serving engine, and what it costs: vLLM, fixed look-ups.
 
     python -m benchmarks.serving.engine_answers --model DIRECTORY --calibration FILE --text FILE [--contexts 26]
-        [--context-tokens 512] [--questions 8] [--methods lossless kl=0.01 ratio=16 ratio=64] [--fp8]
+        [--context-tokens 512] [--questions 8] [--methods lossless kl=0.01 ratio=16 ratio=64 uncompressed] [--fp8]
 
 Run in vLLM's environment (`tests/engines/setup.sh vllm DIRECTORY`). Contexts hide records and facts; each is served once, so
 that the connector stores it. Then every question about it is answered
@@ -24,12 +24,15 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.shared.vllm_engine import connector, run_alone, stored, token_bytes
+from benchmarks.shared.vllm_engine import connector, offloading, run_alone, stored, token_bytes, uncompressed
 from kvtc.evaluate import tasks
 from kvtc.evaluate.provenance import save_result
 from kvtc.report.table import format_table
 
 SEED = 20261130
+NAMES = {"fp8": "fp8 cache", "uncompressed": "uncompressed files"}
+_HOST_BYTES = 64 << 20
+"""Of the tier in host memory before uncompressed files: more than a context takes."""
 
 
 def main() -> None:
@@ -40,7 +43,10 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=26)
     parser.add_argument("--context-tokens", type=int, default=512)
     parser.add_argument("--questions", type=int, default=8)
-    parser.add_argument("--methods", nargs="+", default=["lossless", "kl=0.01", "ratio=16", "ratio=64"])
+    methods = ["lossless", "kl=0.01", "ratio=16", "ratio=64", "uncompressed"]
+    parser.add_argument(
+        "--methods", nargs="+", default=methods, help="rates of kvtc, or `uncompressed`, vLLM's own tier of files"
+    )
     parser.add_argument("--fp8", action="store_true", help="the engine's own fp8 cache, too")
     parser.add_argument("--process", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -63,7 +69,7 @@ def main() -> None:
                 described("cold", run["cold"], exact, asked),
                 described("own prefix hit", run["own"], exact, asked),
             ]
-        rows.append(described(f"kvtc, {method}" if method != "fp8" else "fp8 cache", run["asked"], exact, asked))
+        rows.append(described(NAMES.get(method, f"kvtc, {method}"), run["asked"], exact, asked))
         rows[-1] |= {"bytes": run["stored"], "ratio": run["raw"] / run["stored"] if run["stored"] else None}
     header = ["answers", "equal to cold", "right", "first token", "cached tokens", "bytes stored", "ratio to 16 bits"]
     table = [
@@ -121,6 +127,8 @@ def serve(task: dict[str, Any]) -> dict[str, Any]:
     engine: dict[str, Any] = {"model": task["model"], "dtype": "bfloat16", "max_model_len": 2048, "enforce_eager": True}
     if task["method"] == "fp8":
         engine["kv_cache_dtype"] = "fp8"
+    elif task["method"] == "uncompressed":
+        engine["kv_transfer_config"] = KVTransferConfig(**offloading(uncompressed(task["store"]), _HOST_BYTES))
     else:
         engine["kv_transfer_config"] = KVTransferConfig(**connector(task["store"], task["method"], task["calibration"]))
     llm = LLM(**engine, max_num_seqs=4, block_size=32, disable_log_stats=False)
@@ -136,7 +144,7 @@ def serve(task: dict[str, Any]) -> dict[str, Any]:
             "first_token": output.metrics.first_token_latency,
         }
 
-    entries = f"{task['store']}/entries"
+    entries = task["store"] if task["method"] == "uncompressed" else f"{task['store']}/entries"
     found: dict[str, Any] = {"asked": [], "own": [], "cold": [], "stored": 0, "raw": 0}
     ask(task["asked"][0]["context"][300::-1], 1)  # what a first request alone does, of a text that begins like no other
     for one in task["asked"]:

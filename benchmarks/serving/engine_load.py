@@ -35,7 +35,15 @@ from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
-from benchmarks.shared.vllm_engine import connector, rate_options, run_alone, stored, token_bytes
+from benchmarks.shared.vllm_engine import (
+    connector,
+    offloading,
+    rate_options,
+    run_alone,
+    stored,
+    token_bytes,
+    uncompressed,
+)
 from kvtc.evaluate.provenance import save_result
 from kvtc.report.table import format_table
 
@@ -191,23 +199,12 @@ def transfer(options: argparse.Namespace, task: Mapping[str, Any], token: int) -
     if setting == "none":
         return None
     if setting == "uncompressed":
-        return offloading(options, token, {"type": "fs", "root_dir": store})
+        return offloading(uncompressed(store), token * options.cache_tokens)
     if setting.startswith(_TIER):
         rate = rate_options(setting.removeprefix(_TIER), options.calibration)
         tier = {"type": "KvtcTier", "module_path": "kvtc.engines.vllm.tier", "kvtc.store": f"file://{store}"}
-        return offloading(options, token, tier | rate, block_size=256)
+        return offloading(tier | rate, token * options.cache_tokens, block_size=256)
     return connector(store, setting, options.calibration)
-
-
-def offloading(options: argparse.Namespace, token: int, tier: dict[str, Any], **more: int) -> dict[str, Any]:
-    """vLLM's native offloading over a secondary tier."""
-    extra = {
-        "spec_name": "CpuTieringSpec",
-        "spec_module_path": "tests.engines.vllm_cpu_spec",
-        "cpu_bytes_to_use": token * options.cache_tokens,
-        "secondary_tiers": [tier],
-    }
-    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra | more}
 
 
 def metrics() -> dict[str, float]:

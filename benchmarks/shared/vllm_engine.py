@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_SETTLED_SECONDS = 6.0
+_SETTLED_SECONDS = 3.0
 _PATIENCE_SECONDS = 60
 _SHOWN_OF_LOG = 3000
 
@@ -55,6 +55,25 @@ def connector(store: str, rate: str, calibration: str | None) -> dict[str, Any]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kvtc.store": f"file://{store}", **rate_options(rate, calibration)},
     }
+
+
+def offloading(tier: dict[str, Any], host_bytes: int, **more: int) -> dict[str, Any]:
+    """The configuration of vLLM's native offloading over a secondary tier, on CPUs.
+
+    host_bytes: of the tier in host memory before it.
+    """
+    extra = {
+        "spec_name": "CpuTieringSpec",
+        "spec_module_path": "tests.engines.vllm_cpu_spec",
+        "cpu_bytes_to_use": host_bytes,
+        "secondary_tiers": [tier],
+    }
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra | more}
+
+
+def uncompressed(store: str) -> dict[str, Any]:
+    """vLLM's own secondary tier of files."""
+    return {"type": "fs", "root_dir": store}
 
 
 def stored(folder: str, more_than: int = -1) -> int:

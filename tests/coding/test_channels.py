@@ -132,6 +132,13 @@ def test_tables_that_no_encoder_writes_are_corrupt(table):
         decompress_channels(changed[:first] + tables + changed[first + lengths[2] :], len(raw), layout)
 
 
+@pytest.mark.parametrize("n_numbers", [0, 40 * 4 - 1, 40 * 4 * 3 + 1, 2 * 40 * 4])
+def test_numbers_that_are_not_those_of_whole_groups_are_corrupt(n_numbers):
+    layout, _, coded = coded_example()
+    with pytest.raises(CorruptStream):
+        decompress_channels(coded, 2 * n_numbers, layout)
+
+
 def test_more_numbers_than_bytes_can_hold_are_refused_before_memory_is_asked_for():
     layout, _, coded = coded_example()
     with patch.object(np, "empty", side_effect=AssertionError), pytest.raises(CorruptStream, match="are claimed in"):

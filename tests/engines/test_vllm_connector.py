@@ -127,11 +127,12 @@ def test_a_conversation_that_grows_loads_what_it_shares_and_saves_the_rest(conne
             return sorted(key.split("/")[0] for key in store.keys())  # noqa: SIM118
 
     assert turn(300) == 0
-    assert kinds() == ["chunk", "tail", "tails"]
+    assert kinds() == ["chunk", "tail", "tails", "tails"]
     assert turn(500) == 288  # one chunk, and the whole block of its tail
-    assert kinds() == ["chunk", "tail", "tails"]  # the longer tail has taken the place of the first
+    assert kinds() == ["chunk", "tail", "tails", "tails"]  # the longer tail has taken the place of the first
     assert turn(LENGTH) == 480
-    assert kinds() == ["chunk", "chunk", "tail", "tails"]  # what was a tail is inside the second chunk
+    # What was a tail is inside the second chunk.
+    assert kinds() == ["chunk", "chunk", "tail", "tails", "tails", "tails"]
     assert turn(LENGTH) == FOUND
 
 
@@ -177,6 +178,23 @@ def test_texts_that_fork_inside_a_tail_keep_one_each(connector, options):
         return n_loaded
 
     assert [run(one) for one in (ids, forked, ids, forked)] == [0, 320, 384, 384]
+
+
+def test_texts_that_fork_inside_a_chunk_share_its_beginning(connector, options):
+    """Whichever of a document's questions comes first: its tokens fill a chunk that the others part from."""
+    ids, truth = prompt(600)
+    forks = [ids[:at] + prompt(600, seed=at)[0][at:] for at in (490, 200, 10)]
+
+    def run(token_ids):
+        engine = FakeEngine(connector, *configs(options, **SHAPE))
+        n_loaded, found = engine.run("a", token_ids, truth)
+        engine.finish()
+        assert close_to(found, truth)
+        assert engine.worker._mover.counts.read().get("tokens_missed", 0) == 0
+        return n_loaded
+
+    assert [run(one) for one in (ids, *forks)] == [0, 480, 192, 0]
+    assert [run(one) for one in (ids, *forks)] == [576] * 4
 
 
 def test_a_tail_that_is_outgrown_before_it_is_read_is_a_miss(connector, options):

@@ -103,6 +103,20 @@ def test_windows_are_loaded_beside_full_attention(connector, exact, window, step
     assert_same_where_needed(found, truth, windows, expected)
 
 
+@pytest.mark.parametrize(("window", "expected"), [(129, 512), (300, 544)])
+def test_a_chunk_of_another_prompt_is_used_where_all_groups_keep_its_beginning(connector, exact, window, expected):
+    """Of a chunk, a window shorter than that keeps the last tokens alone."""
+    windows = {1: window, 2: window}
+    config = configs(exact, **SHAPE, dtype=torch.bfloat16, windows=windows, layers_per_table=1)
+    ids, truth = prompt(800)
+    for token_ids, n_expected in ((ids, 0), (ids[:560] + prompt(800, 1)[0][560:], expected)):
+        engine = FakeEngine(connector, *config, n_blocks=256)
+        n_loaded, found = engine.run("a", token_ids, truth)
+        engine.finish()
+        assert n_loaded == n_expected
+    assert_same_where_needed(found, truth, windows, expected)
+
+
 def test_a_window_keeps_what_it_reaches_back_to(connector, exact):
     run(connector, exact, kinds={"windows": {1: 40, 2: 40}, "layers_per_table": 1})
     with open_store(exact["kvtc.store"]) as store:

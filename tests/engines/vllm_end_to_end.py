@@ -8,11 +8,11 @@ For each way into vLLM, the connector and the tier:
 
 Then `store` and `hit` of more: `quality`, the connector asked for a KL instead of a ratio; `parallel`, the connector with two
 tensor-parallel workers, each with a calibration of its own; `canonical`, the tier with rows that are the same for any number of
-workers, written by two and read by two and by one; and `lossless`, the connector without a calibration, for each model
-that is there: kvtc-6m, a random one that caches latents, and SmolLM2-135M and Gemma 3 270M (windows in 15 of 18 layers) if `make
-bench-models` has installed them.
+workers, written by two and read by two and by one; `fp8`, the connector over a cache in 8 bits; and `lossless`, the connector
+without a calibration, for each model that is there: kvtc-6m, a random one that caches latents, and SmolLM2-135M and Gemma 3 270M
+(windows in 15 of 18 layers) if `make bench-models` has installed them.
 
-Run in vLLM's environment: `make test-engines`, or this script with some of connector, tier, quality, parallel, canonical,
+Run in vLLM's environment: `make test-engines`, or this script with some of connector, tier, quality, parallel, canonical, fp8,
 lossless.
 Prints what was stored and loaded, and exits with 1 where something differs.
 """
@@ -59,7 +59,7 @@ WAYS = (
         "connector",
         "bfloat16",
         "joint",
-        (8, 1250 + 44),
+        (10, 1250),
         {"hit": [288, 1248], "damaged": [1248]},
         {"tokens_loaded": 512, "tokens_missed": 736, "damaged": 1},
     ),
@@ -79,7 +79,7 @@ class Failure(Exception):
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or [*(way.name for way in WAYS), "quality", "parallel", "canonical", "lossless"]
+    chosen = sys.argv[1:] or [*(way.name for way in WAYS), "quality", "parallel", "canonical", "fp8", "lossless"]
     long, short, other = prompts()
     for way in WAYS:
         if way.name in chosen:
@@ -94,6 +94,12 @@ def main() -> None:
     if "canonical" in chosen:
         with tempfile.TemporaryDirectory() as scratch:
             run_canonical(Path(scratch), long)
+    if "fp8" in chosen:
+        from kvtc.reference import MODEL_DIRECTORY
+
+        for rate in ("lossless", "ratio"):
+            with tempfile.TemporaryDirectory() as scratch:
+                run_fp8(Path(scratch), MODEL_DIRECTORY, rate)
     if "lossless" in chosen:
         with tempfile.TemporaryDirectory() as made:
             for model in models(Path(made)):
@@ -161,11 +167,38 @@ def run_quality(scratch: Path, prompt: list[int]) -> None:
     engine = {"dtype": "bfloat16"}
     first, second = (serve(scratch, "quality", engine, config, [prompt], name) for name in ("store", "hit"))
     expect("nothing is cached at first", first["answers"][0]["cached"], 0)
-    report_disk(scratch / "store", 6, len(prompt))
+    report_disk(scratch / "store", 10, len(prompt))
     found = second["answers"][0]
     print(f"  hit: cached {found['cached']} tokens; 32 tokens compared")
     expect("cached tokens", found["cached"], 1248)
     expect("the same tokens", found["tokens"], first["answers"][0]["tokens"])
+
+
+def run_fp8(scratch: Path, model: Path, rate: str) -> None:
+    """Pages of 8 bits come back bit for bit, and the answer is that of the engine's own prefix cache; or they are read by the
+    engine's scales and coded."""
+    prompt = prompts()[0]
+    print(f"\nfp8, {rate}: {model.name} with a cache in fp8, a prompt of {len(prompt)} tokens")
+    config = transfer_config("connector", f"file://{scratch}/store")
+    if rate == "lossless":
+        make_lossless(config)
+    engine = {"model": str(model), "dtype": "bfloat16", "kv_cache_dtype": "fp8"}
+    first = serve(scratch, f"fp8-{rate}", engine, config, [prompt, prompt], "store")
+    second = serve(scratch, f"fp8-{rate}", engine, config, [prompt], "hit")
+    own, found = first["answers"][1], second["answers"][0]
+    report_disk(scratch / "store", 10, len(prompt), n_bits=8)
+    print(f"  hit: cached {found['cached']} tokens; 32 tokens compared")
+    expect("cached tokens", found["cached"], 1248)
+    if rate == "lossless":
+        expect("the same tokens as by the engine's own prefix cache", found["tokens"], own["tokens"])
+
+
+def make_lossless(config: dict[str, Any]) -> None:
+    """The guide's configuration without its calibration and rate."""
+    options = config["kv_connector_extra_config"]
+    for name in ("kvtc.ratio", "kvtc.calibration"):
+        del options[name]
+    options["kvtc.lossless"] = True
 
 
 def run_lossless(scratch: Path, model: Path) -> None:
@@ -177,10 +210,7 @@ def run_lossless(scratch: Path, model: Path) -> None:
     prompt = tokenizer((ROOT / "LICENSE").read_text()).input_ids[:1250]
     print(f"\nlossless: {model.name} in bfloat16, a prompt of {len(prompt)} tokens")
     config = transfer_config("connector", f"file://{scratch}/store")
-    options = config["kv_connector_extra_config"]
-    for name in ("kvtc.ratio", "kvtc.calibration"):
-        del options[name]
-    options["kvtc.lossless"] = True
+    make_lossless(config)
     engine = {"model": str(model), "dtype": "bfloat16"}
     first = serve(scratch, "lossless", engine, config, [prompt, prompt], "store")
     second = serve(scratch, "lossless", engine, config, [prompt], "hit")
@@ -295,15 +325,15 @@ def compare(way: Way, name: str, found: dict[str, Any], tokens: list[list[int]])
     expect(f"the same tokens, {name}", [answer["tokens"] for answer in found["answers"]], tokens)
 
 
-def report_disk(store: Path, n_entries: int, n_tokens: int) -> None:
-    """What lies on the disk, every byte, against the same tokens at 16 bits a value."""
+def report_disk(store: Path, n_entries: int, n_tokens: int, n_bits: int = 16) -> None:
+    """What lies on the disk, every byte, against the same tokens at 16 bits a value, or as many as the engine's cache has."""
     from kvtc.reference import reference_calibration
 
     files = [file for file in (store / "entries").rglob("*") if file.is_file()]
     expect("entries on disk", len(files), n_entries)
-    original = reference_calibration().geometry.joint_features * 2 * n_tokens
+    original = reference_calibration().geometry.joint_features * n_bits // 8 * n_tokens
     stored = sum(file.stat().st_size for file in files)
-    print(f"  store: {len(files)} files, {stored} bytes for {n_tokens} tokens, {original} bytes at 16 bits")
+    print(f"  store: {len(files)} files, {stored} bytes for {n_tokens} tokens, {original} bytes at {n_bits} bits")
     print(f"  store: total ratio on disk {original / stored:.2f}")
 
 

@@ -20,8 +20,8 @@ from kvtc.codec.codec import Codec
 from kvtc.codec.options import as_token_ids
 from kvtc.entries import Entries
 from kvtc.errors import GeometryMismatch, InvalidArgument, InvalidCache, StoreError
-from kvtc.prefix_cache import PrefixCache, chunk_key
-from kvtc.prefix_cache.tails import MAX_TAILS, Tails
+from kvtc.prefix_cache import Chain, PrefixCache, chunk_key
+from kvtc.prefix_cache.tails import MAX_TAILS, Tail, Tails, parse_index
 from kvtc.store import Store, open_store
 from tests.builders import joint_calibration, random_cache, told_cache, told_codec, told_ids, told_model
 from tests.failing import Panic, break_store
@@ -97,7 +97,18 @@ def test_leaves_a_token_to_go_on_from(prefixes: PrefixCache) -> None:
 def test_finds_the_longest_common_prefix(prefixes: PrefixCache) -> None:
     saved(prefixes, 200)
     fork = told_ids(300)
-    for at, expected in ((0, 0), (31, 0), (32, 32), (100, 96), (160, 160), (170, 160), (180, 176), (250, 200)):
+    for at, expected in (
+        (0, 0),
+        (15, 0),
+        (31, 16),
+        (32, 32),
+        (100, 96),
+        (120, 112),
+        (160, 160),
+        (170, 160),
+        (180, 176),
+        (250, 200),
+    ):
         other = torch.cat([fork[:at], told_ids(60, seed=9)])
         other[at] = (fork[at] + 1) % 40
         assert prefixes.load_neutral(other)[1] == expected, at
@@ -109,7 +120,7 @@ def test_growing_codes_only_new_chunks(prefixes: PrefixCache) -> None:
     report = saved(prefixes, 180)
     assert (report.chunks, report.coded) == (5, 3)
     kinds = [key.split("/")[0] for key in list_keys(prefixes)]
-    assert sorted(kinds) == ["chunk"] * 5 + ["tail", "tails"], "the old tail and its index are gone"
+    assert sorted(kinds) == ["chunk"] * 5 + ["tail"] + ["tails"] * 6, "the old tail is gone"
     assert prefixes.load_neutral(told_ids(200))[1] == 180
 
 
@@ -299,14 +310,54 @@ def test_a_tail_is_matched_by_sixteens() -> None:
     ids = as_token_ids(range(40))
     with open_store("memory:") as store:
         tails = Tails(Entries(store))
-        assert tails.save(b"node", ids, b"name" * 4, lambda: b"stream") == 6
+        assert tails.save(b"node", ids, lambda: b"stream") == 6
         for n, expected in ((0, 0), (15, 0), (16, 16), (39, 32), (40, 40), (50, 40)):
-            assert tails.find(b"node", as_token_ids(range(n))) == ((b"name" * 4, expected) if n > 15 else (b"", 0))
-        assert tails.find(b"other", ids) == (b"", 0)
+            found = tails.find(b"node", as_token_ids(range(n)))
+            assert found == ([(Tail.of(b"node", ids), expected)] if expected else [])
+        assert tails.find(b"other", ids) == []
+
+
+def test_a_chunk_is_found_by_texts_that_part_from_it() -> None:
+    """Its entry has the node that the chunk's own text has; what begins with the whole chunk finds that node itself."""
+    ids = as_token_ids(range(100))
+    with open_store("memory:") as store:
+        tails = Tails(Entries(store))
+        tails.save(b"node", ids[:48], lambda: b"stream")
+        tails.note_chunk(b"node", ids, 64)
+        assert [key.split("/")[0] for key in store.keys()] == ["tails"], "the tail lies within it"  # noqa: SIM118
+        other = as_token_ids([*range(50), *range(200, 260)])
+        ((chunk, n_common),) = tails.find(b"node", other)
+        assert (chunk.is_chunk, n_common) == (True, 48)
+        assert chunk.key(b"node") == chunk_key(Chain(b"node", 64).nodes(ids)[1])
+        assert chunk.key(b"another worker") == chunk_key(Chain(b"another worker", 64).nodes(ids)[1])
+        assert tails.find(b"node", ids) == []
+        # A text that is stored behind the same tokens has more in common with a third one.
+        tails.save(b"node", other, lambda: b"stream")
+        assert [(tail.is_chunk, n) for tail, n in tails.find(b"node", other)] == [(False, 110), (True, 48)]
+        tails.note_chunk(b"node", other, 64)
+        assert [(tail.is_chunk, n) for tail, n in tails.find(b"node", other)] == [(True, 48)]
+
+
+def test_a_chunk_that_is_gone_does_not_hide_a_shorter_tail(prefixes: PrefixCache) -> None:
+    """An index may tell of entries that the store has evicted."""
+    saved(prefixes, 200)
+    nodes = prefixes.chain.nodes(as_token_ids(told_ids(200)))
+    forked_at = torch.cat([told_ids(20), (told_ids(300)[20:] + 1) % 40])
+    prefixes.save(forked_at[:60], told_cache(60)).result()
+    other = torch.cat([told_ids(28), told_ids(60, seed=9)])
+    other[28] = (told_ids(300)[28] + 1) % 40
+    assert prefixes.load_neutral(other)[1] == 16
+    prefixes.store.delete(chunk_key(nodes[1]))
+    assert prefixes.load_neutral(other)[1] == 16
+
+
+def tells_of_a_tail(prefixes: PrefixCache, key: str) -> bool:
+    """Whether an index tells of more than chunks."""
+    return not all(tail.is_chunk for tail in parse_index(prefixes.store.get(key) or b""))
 
 
 def _tail(n_tokens: int) -> bytes:
-    return struct.pack("<16sI", b"name" * 4, n_tokens) + bytes(8 * -(-n_tokens // 16))
+    return struct.pack("<32s?I", b"name" * 8, False, n_tokens) + bytes(16 * -(-n_tokens // 16))
 
 
 @pytest.mark.parametrize(
@@ -317,23 +368,23 @@ def _tail(n_tokens: int) -> bytes:
 def test_an_index_that_tells_of_tails_that_cannot_be_is_damaged(tails: list[bytes]) -> None:
     with open_store("memory:") as store:
         found = Tails(Entries(store))
-        found.save(b"node", as_token_ids(range(40)), b"name" * 4, lambda: b"stream")
+        found.save(b"node", as_token_ids(range(40)), lambda: b"stream")
         (key,) = (key for key in store.keys() if key.startswith("tails/"))  # noqa: SIM118
         store.put(key, b"KVTX" + b"".join(tails))
-        assert found.find(b"node", as_token_ids(range(40))) == (b"", 0)
+        assert found.find(b"node", as_token_ids(range(40))) == []
         assert not store.contains(key)
 
 
 def test_a_long_index_costs_no_more_memory_than_its_bytes() -> None:
     with open_store("memory:") as store:
         tails = Tails(Entries(store))
-        tails.save(b"node", as_token_ids(range(40)), b"name" * 4, lambda: b"stream")
+        tails.save(b"node", as_token_ids(range(40)), lambda: b"stream")
         (key,) = (key for key in store.keys() if key.startswith("tails/"))  # noqa: SIM118
         index = b"KVTX" + _tail(16 << 20)
         store.put(key, index)
         tracemalloc.start()
         try:
-            assert tails.find(b"node", as_token_ids(range(40))) == (b"name" * 4, 0)
+            assert tails.find(b"node", as_token_ids(range(40))) == []
             assert tracemalloc.get_traced_memory()[1] < 4 * len(index)
         finally:
             tracemalloc.stop()
@@ -360,12 +411,12 @@ def test_tails_of_one_beginning_are_bounded_and_the_last_saved_stay() -> None:
     texts = [as_token_ids([*shared, *range(1000 * index, 1000 * index + 50)]) for index in range(n)]
     with open_store("memory:") as store:
         tails = Tails(Entries(store))
-        for index, ids in enumerate(texts):
-            tails.save(b"node", ids, bytes([index]) * 16, lambda: b"stream")
+        for ids in texts:
+            tails.save(b"node", ids, lambda: b"stream")
         # One that is saved again is the last again.
-        tails.save(b"node", texts[3], bytes([3]) * 16, lambda: b"stream")
-        tails.save(b"node", as_token_ids([*shared, 5]), bytes([n]) * 16, lambda: b"stream")
-        found = [tails.find(b"node", ids)[1] for ids in texts]
+        tails.save(b"node", texts[3], lambda: b"stream")
+        tails.save(b"node", as_token_ids([*shared, 5]), lambda: b"stream")
+        found = [tails.find(b"node", ids)[0][1] for ids in texts]
         gone = [index for index, n_common in enumerate(found) if n_common < 150]
         assert gone == [0, 1, 2, 4]
         assert {found[index] for index in gone} == {96}, "what others have in common with it"
@@ -377,7 +428,7 @@ def test_tails_of_one_beginning_are_bounded_and_the_last_saved_stay() -> None:
 )
 def test_a_damaged_index_of_tails_is_deleted_and_written_anew(prefixes: PrefixCache, harm: Any) -> None:
     saved(prefixes, 200)
-    (key,) = (key for key in list_keys(prefixes) if key.startswith("tails/"))
+    key = next(key for key in list_keys(prefixes) if key.startswith("tails/") and tells_of_a_tail(prefixes, key))
     prefixes.store.put(key, harm(prefixes.store.get(key)))
     assert prefixes.load_neutral(told_ids(200), whole=True)[1] == 160
     assert (prefixes.statistics["damaged"], prefixes.store.contains(key)) == (1, False)

@@ -2,12 +2,13 @@
 on.
 
     node 0 = SHA-256(namespace, identity of the model, calibration fingerprint, codec settings, ..)
-    node k = SHA-256(node k-1, token ids of chunk k-1)
+    node k = SHA-256(node k-1, SHA-256(token ids of chunk k-1))
 
 The parts of node 0 are digested as `kvtc.key_digest` does, each with its length. Node k names the
 first k chunks of a text, so equal prefixes of different conversations meet in one entry, and no
-entry can be reached with another namespace, model, calibration, profile or rate. Tails, the tokens
-after the last whole chunk that is coded, hang on its node (`tails`).
+entry can be reached with another namespace, model, calibration, profile or rate. Who does not know
+the ids of a chunk, but their digest, can go on from a node, too: so a text that begins like a chunk
+finds it. Tails, the tokens after the last whole chunk that is coded, hang on its node (`tails`).
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Chain:
             >>> chain.nodes(token_ids.numpy())[:2] == chain.nodes(token_ids[:256].numpy())
             True
         """
-        return list(accumulate(self._chunks(token_ids), _next_node, initial=self.root))
+        return list(accumulate(map(ids_digest, self._chunks(token_ids)), next_node, initial=self.root))
 
     def _chunks(self, token_ids: TokenIds) -> Iterator[TokenIds]:
         for start in range(0, len(token_ids) - self.chunk_tokens + 1, self.chunk_tokens):
@@ -112,8 +113,14 @@ def chunk_key(node: bytes) -> str:
     return entry_key("chunk", node)
 
 
-def _next_node(node: bytes, token_ids: TokenIds) -> bytes:
-    return hashlib.sha256(node + token_ids.astype("<i8").tobytes()).digest()
+def ids_digest(token_ids: TokenIds) -> bytes:
+    """The name of a chunk or a tail among those that follow one node: 32 bytes. token_ids: [T], all of its tokens."""
+    return hashlib.sha256(token_ids.astype("<i8").tobytes()).digest()
+
+
+def next_node(node: bytes, name: bytes) -> bytes:
+    """The node at the end of what follows a node and has this name."""
+    return hashlib.sha256(node + name).digest()
 
 
 def entry_key(kind: str, node: bytes) -> str:

@@ -21,10 +21,10 @@ from ..cache import TokenIds
 from ..codec.exact_groups import ExactGroup
 from ..codec.transformers_cache import SplitCache
 from ..key_digest import digest
-from .chain import Chain, chunk_key, entry_key
+from .chain import Chain, chunk_key, entry_key, ids_digest
 from .parts import Parts, join
 from .sort import Sort
-from .tails import NAME_TOKENS, Tails, point_key, tail_key, tail_name
+from .tails import NAME_TOKENS, Tails, point_key, tail_key
 from .windows import Windows, extents_of
 
 
@@ -98,10 +98,10 @@ class PointedPrefixes:
         """Store the point at the end of a prefix, and its tail, which follows some chunks; bytes written."""
         start, node = n_chunks * self._size, nodes[n_chunks]
         rest = ids[start:]
-        name = tail_name(node, rest)
-        written = self._save_point(nodes, _Point(len(ids), n_chunks, name), cache.partial, cache)
+        point = _Point(len(ids), n_chunks, ids_digest(rest))
+        written = self._save_point(nodes, point, cache.partial, cache)
         encode, n_bytes = self._parts.tail(ids, cache, start) if cache.keeps_tokens else (None, 0)
-        return written + self._tails.save(node, rest, name, encode, n_bytes)
+        return written + self._tails.save(node, rest, encode, n_bytes)
 
     def _save_point(self, nodes: list[bytes], point: _Point, exact: Sequence[ExactGroup], cache: SplitCache) -> int:
         """Store a point behind the chunks of its windows: what is there of it can be restored."""

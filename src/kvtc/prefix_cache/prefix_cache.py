@@ -31,7 +31,7 @@ from ..store import Store
 from .chain import Chain, chunk_key
 from .parts import Parts, join
 from .pointed import PointedPrefixes
-from .tails import Tails, tail_key, tail_name
+from .tails import MAX_TRIED_TAILS, Tails
 
 MIN_TOKENS = 512
 
@@ -315,9 +315,9 @@ class PrefixCache:
         found: list[tuple[str, bytes | None]] = [(chunk_key(node), None) for node in nodes[1 : n_chunks + 1]]
         for index in range(n_chunks, max(-1, n_chunks - 2), -1):
             rest = ids[index * size :]
-            name, n_common = self._tails.find(nodes[index], rest)
-            if n_common:
-                found += [self._tails.index_of(nodes[index], rest, name), (tail_key(nodes[index], name), None)]
+            tails = [tail for tail, _ in self._tails.find(nodes[index], rest) if not tail.is_chunk]
+            if tails:
+                found += [self._tails.index_of(nodes[index], rest, tails[0].name), (tails[0].key(nodes[index]), None)]
         return [*self._pointed.portable(ids), *found]
 
     def delete(self, token_ids: Any, *, keep_tokens: int = 0) -> None:
@@ -375,9 +375,8 @@ class PrefixCache:
         sizes = self._parts.save_chunks(ids, cache, nodes)
         coded = [index for index, n_bytes in sizes.items() if n_bytes]
         tail_bytes = self._save_tail(ids, cache, nodes)
-        # Tails that hung on the way are inside the new chunks now.
         for index in coded:
-            self._tails.drop_outgrown(nodes[index], ids[index * size :])
+            self._tails.note_chunk(nodes[index], ids[index * size :], size)
         n_stored = len(ids) if tail_bytes else n_chunks * size
         return SaveReport(n_stored, n_chunks, len(coded), sum(sizes.values()) + tail_bytes)
 
@@ -385,22 +384,22 @@ class PrefixCache:
         """Store what follows the last coded chunk; bytes written."""
         start, node = (len(nodes) - 1) * self.chain.chunk_tokens, nodes[-1]
         end, rest = self._parts.tail(ids, cache, start), ids[start:]
-        return self._tails.save(node, rest, tail_name(node, rest), *end)
+        return self._tails.save(node, rest, *end)
 
     def _load_tail(self, ids: TokenIds, nodes: list[bytes]) -> tuple[int, SplitCache] | None:
-        """(chunks before it, the tail) that reaches furthest, of those on the last node and on the
-        one before it."""
+        """(chunks before it, the tail or the beginning of another text's chunk) that reaches
+        furthest, of those on the last node and on the one before it."""
         size = self.chain.chunk_tokens
         for index in range(len(nodes) - 1, max(-1, len(nodes) - 3), -1):
-            name, n_common = self._tails.find(nodes[index], ids[index * size :])
-            stop = index * size + n_common
-            if stop <= (len(nodes) - 1) * size:
-                continue
-            key = tail_key(nodes[index], name)
-            (entry,) = self.entries.read([key], is_resident=True)
-            cache = self._parts.decode(key, entry, ids, index * size, stop)
-            if cache is not None:
-                return index, cache
+            for tail, n_common in self._tails.find(nodes[index], ids[index * size :])[:MAX_TRIED_TAILS]:
+                stop = index * size + n_common
+                if stop <= (len(nodes) - 1) * size:
+                    break
+                key = tail.key(nodes[index])
+                (entry,) = self.entries.read([key], is_resident=True)
+                cache = self._parts.decode(key, entry, ids, index * size, stop)
+                if cache is not None:
+                    return index, cache
         return None
 
     @neutral_torch_state

@@ -1,18 +1,20 @@
-"""Tails of prefixes: the tokens behind the last coded chunk, and the window, if any.
+"""What follows a node of a chain: tails, the tokens behind the last coded chunk and the window, if
+any; and chunks, as far as texts begin like them.
 
-Several texts that go on from one chunk have one tail each. Texts that share a chunk and the 16
-tokens behind it share an index, a small entry that says which tails there are:
+Several texts that go on from one node have a tail or a chunk each. Texts that share a node and the
+16 tokens behind it share an index, a small entry that says what there is:
 
-    magic "KVTX" | for each tail, the last saved first: name, 16 bytes | tokens, uint32 | digests, 8 bytes each
+    magic "KVTX" | for each, the last saved first: name, 32 bytes | 0 tail, 1 chunk | tokens, uint32 | digests, 16 bytes each
 
-There is a digest for every 16 tokens of a tail, and it covers the tail from its first token to the
-end of these 16. With them a reader finds the tail that has most in common with its text, and takes
-the tokens before the two part. Token ids are not stored. All numbers are little-endian. A tail
-itself is a stream under its name, which is a digest of all of its tokens.
+There is a digest for every 16 tokens of a tail or chunk, and it covers those from its first token
+to the end of these 16. With them a reader finds the one that has most in common with its text, and
+takes the tokens before the two part. Token ids are not stored. All numbers are little-endian. A
+tail itself is a stream under its name, a digest of all of its tokens; so is a chunk, under the node
+that follows from its name.
 
-An index keeps the `MAX_TAILS` tails that were saved last. A text that goes on where a tail ended
-takes its place. If two processes save tails of one index at the same moment, the index may keep
-only the later one; the other is a miss until it is saved again.
+An index keeps the `MAX_TAILS` tails and chunks that were saved last. A text that goes on where a
+tail ended takes its place. If two processes save what one index tells of at the same moment, it may
+keep only the later one; the other tail is a miss until it is saved again.
 """
 
 from __future__ import annotations
@@ -27,39 +29,52 @@ from ..cache import TokenIds
 from ..entries import Entries
 from ..errors import CorruptStream, TruncatedStream
 from ..process.locks import ForkSafeLock
-from .chain import entry_key
+from .chain import chunk_key, entry_key, ids_digest, next_node
 
 MAX_TAILS = 32
+MAX_TRIED_TAILS = 4
+"""Of those that begin like a text: what an index tells of may be gone."""
 NAME_TOKENS = 16
 """Tokens that tails of one index have in common. Tails of fewer are not worth an entry."""
 
 INDEX_MAGIC = b"KVTX"
-_NAME_BYTES = 16
-_HEAD = struct.Struct(f"<{_NAME_BYTES}sI")
+_HEAD = struct.Struct("<32s?I")
 _BLOCK_TOKENS = 16
-_DIGEST_BYTES = 8
+_DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Tail:
-    """A tail, as an index describes it.
+    """A tail or a chunk, as an index describes it.
 
     Parameters:
-        name: Digest of its node and all of its tokens.
+        name: Digest of all of its tokens.
         n_tokens: Tokens behind the node.
         digests: Of every 16 tokens, one after the other; compared one by one, so that a long index
             costs no more than its bytes.
+        is_chunk: Whether it is a chunk.
     """
 
     name: bytes
     n_tokens: int
-    digests: bytes  # one after the other; checked one by one, so that a long index costs no more than its bytes
+    digests: bytes
+    is_chunk: bool = False
 
     @classmethod
-    def of(cls, node: bytes, token_ids: TokenIds, name: bytes) -> Tail:
-        """The tail with these token ids [T], which follow the node."""
-        n_tokens = len(token_ids)
-        return cls(name, n_tokens, b"".join(_digest(node, token_ids[:stop]) for stop in _stops(n_tokens)))
+    def of(cls, node: bytes, token_ids: TokenIds, is_chunk: bool = False) -> Tail:
+        """The tail or the chunk with these token ids [T], which follow the node."""
+        stops = _stops(len(token_ids))
+        digests = b"".join(_digest(node, token_ids[:stop]) for stop in stops)
+        return cls(ids_digest(token_ids), len(token_ids), digests, is_chunk)
+
+    @property
+    def place(self) -> tuple[bytes, bool]:
+        """What tells it apart in an index."""
+        return self.name, self.is_chunk
+
+    def key(self, node: bytes) -> str:
+        """The entry of its stream. node: that it follows, of whichever worker and group of layers."""
+        return chunk_key(next_node(node, self.name)) if self.is_chunk else tail_key(node, self.name)
 
     def n_common(self, digest_of: Callable[[int], bytes | None]) -> int:
         """How many leading tokens a tail has in common with a text, as far as digests say.
@@ -90,16 +105,14 @@ class Tails:
         self._entries, self._are_points = entries, are_points
         self._changing = ForkSafeLock()
 
-    def find(self, node: bytes, token_ids: TokenIds) -> tuple[bytes, int]:
-        """The tail that has most in common with a text.
-
-        Returns:
-            (its name, how many tokens); (b"", 0) if there is none.
-        """
+    def find(self, node: bytes, token_ids: TokenIds) -> list[tuple[Tail, int]]:
+        """The tails and chunks that begin like a text, each with the number of tokens that they have in common with it,
+        those with most first; no chunk that the text contains, for that has a node of the text's own chain."""
         key, digest_of = _index_key(node, token_ids), _digests_of(node, token_ids)
         tails = self._read(key, self._entries.read([key])[0]) if key else []
-        common = [(tail.name, tail.n_common(digest_of)) for tail in tails]
-        return max(common, key=lambda found: found[1], default=(b"", 0))
+        common = [(tail, tail.n_common(digest_of)) for tail in tails]
+        found = [(tail, n) for tail, n in common if n and not (tail.is_chunk and n == tail.n_tokens)]
+        return sorted(found, key=lambda one: one[1], reverse=True)
 
     def whole(self, nodes: Sequence[bytes], token_ids: TokenIds, chunk_tokens: int) -> list[tuple[int, Tail]]:
         """The tails that a text contains from their first token to their last.
@@ -119,19 +132,21 @@ class Tails:
         for index, node, rest in rests:
             tails = self._read(keys[index], read[index]) if index in keys else []
             digest_of = _digests_of(node, rest)
-            found += [(index, tail) for tail in tails if tail.n_common(digest_of) == tail.n_tokens]
+            found += [
+                (index, tail) for tail in tails if not tail.is_chunk and tail.n_common(digest_of) == tail.n_tokens
+            ]
         return found
 
     def index_of(self, node: bytes, token_ids: TokenIds, name: bytes) -> tuple[str, bytes]:
         """(key, bytes) of the index of a text that tells of one tail alone, found there by its name."""
         key = _index_key(node, token_ids) or ""
-        return key, pack_index([tail for tail in self._read(key, self._entries.read([key])[0]) if tail.name == name])
+        tails = self._read(key, self._entries.read([key])[0])
+        return key, pack_index([tail for tail in tails if tail.name == name and not tail.is_chunk])
 
     def save(
         self,
         node: bytes,
         token_ids: TokenIds,
-        name: bytes,
         encode: Callable[[], bytes] | None,
         original_bytes: int = 0,
     ) -> int:
@@ -139,7 +154,6 @@ class Tails:
 
         Parameters:
             node, token_ids: Of the tail, all of its tokens.
-            name: As `tail_name` gives it.
             encode: Gives its stream; None where its resume point is all that there is of it.
             original_bytes: Bytes of its cache, to be counted.
 
@@ -153,77 +167,72 @@ class Tails:
         key = _index_key(node, token_ids)
         if key is None:
             return 0
-        n_bytes = 0
+        n_bytes, tail = 0, Tail.of(node, token_ids)
         if encode is not None:
-            n_bytes = self._entries.put(tail_key(node, name), encode, original_bytes, replace=True)
-        self._change(node, token_ids, key, [Tail.of(node, token_ids, name)])
+            n_bytes = self._entries.put(tail.key(node), encode, original_bytes, replace=True)
+        self._change(node, token_ids, key, tail)
         return n_bytes
 
-    def drop_outgrown(self, node: bytes, token_ids: TokenIds) -> None:
-        """Delete the tails that a text contains, once its tokens are stored as a chunk. Raises
-        `StoreError`."""
+    def note_chunk(self, node: bytes, token_ids: TokenIds, chunk_tokens: int) -> None:
+        """Tell of a chunk that is stored, so that texts which part from it find it, and delete the
+        tails that it outgrows: those that the text contains.
+
+        Parameters:
+            node, token_ids: Of the text from the chunk's first token on.
+            chunk_tokens: Tokens of the chunk.
+
+        Raises:
+            StoreError: The store failed.
+        """
         if key := _index_key(node, token_ids):
-            self._change(node, token_ids, key, [])
+            self._change(node, token_ids, key, Tail.of(node, token_ids[:chunk_tokens], is_chunk=True))
 
     def delete(self, node: bytes, token_ids: TokenIds) -> None:
         """Delete all tails that share the index of a text. Raises `StoreError`."""
         if key := _index_key(node, token_ids):
             with self._changing:
                 for tail in self._read(key, self._entries.fetch([key])[0]):
-                    for its in self._keys(node, tail.name):
+                    for its in self._keys(node, tail):
                         self._entries.delete(its)
                 self._entries.delete(key)
 
-    def _change(self, node: bytes, token_ids: TokenIds, key: str, news: list[Tail]) -> None:
-        """Put tails first in an index, and take out those that the text contains and those that are
-        too many."""
+    def _change(self, node: bytes, token_ids: TokenIds, key: str, news: Tail) -> None:
+        """Put a tail or a chunk first in an index, and take out the tails that the text contains and
+        what is too much."""
         digest_of = _digests_of(node, token_ids)
         with self._changing:
             before = self._read(key, self._entries.fetch([key])[0])
-            names = {tail.name for tail in news}
-            kept = news + [
-                tail
-                for tail in before
-                if tail.name not in names and (self._are_points or tail.n_common(digest_of) < tail.n_tokens)
-            ]
-            kept = kept[:MAX_TAILS]
-            if kept == before:
-                return
-            if kept:
+            kept = [tail for tail in before if tail.place != news.place and not self._is_outgrown(tail, digest_of)]
+            kept = [news, *kept[: MAX_TAILS - 1]]
+            if kept != before:
                 self._entries.write(key, pack_index(kept))
-            else:
-                self._entries.forget(key)
-        for name in {tail.name for tail in before} - {tail.name for tail in kept}:
-            for its in self._keys(node, name):
-                self._entries.forget(its)
+        places = {tail.place for tail in kept}
+        for tail in before:
+            if tail.place not in places:
+                for its in self._keys(node, tail):
+                    self._entries.forget(its)
 
-    def _keys(self, node: bytes, name: bytes) -> list[str]:
-        """The entries that a tail has besides its index."""
-        return [tail_key(node, name)] + ([point_key(node, name)] if self._are_points else [])
+    def _is_outgrown(self, tail: Tail, digest_of: Callable[[int], bytes | None]) -> bool:
+        return not (self._are_points or tail.is_chunk) and tail.n_common(digest_of) == tail.n_tokens
+
+    def _keys(self, node: bytes, tail: Tail) -> list[str]:
+        """The entries that a tail has besides its index, and that go with it; a chunk stays."""
+        points = [point_key(node, tail.name)] if self._are_points else []
+        return [] if tail.is_chunk else [tail.key(node), *points]
 
     def _read(self, key: str, index: bytes | None) -> list[Tail]:
         """The tails of an index; none where it is damaged, which deletes it."""
         return self._entries.parse(key, index, parse_index) or [] if index is not None else []
 
 
-def tail_name(node: bytes, token_ids: TokenIds) -> bytes:
-    """The name of a tail.
-
-    Parameters:
-        node: The node that it follows; of several workers the first one's, for all of them.
-        token_ids: [T], all of its tokens.
-    """
-    return hashlib.sha256(b"tail" + node + token_ids.astype("<i8").tobytes()).digest()[:_NAME_BYTES]
-
-
 def tail_key(node: bytes, name: bytes) -> str:
     """The entry of a tail."""
-    return entry_key("tail", hashlib.sha256(node + name).digest())
+    return entry_key("tail", next_node(node, name))
 
 
 def point_key(node: bytes, name: bytes = b"") -> str:
     """The entry of what windows and states were at a node, or at the end of the tail of this name behind it."""
-    return entry_key("point", hashlib.sha256(node + name).digest())
+    return entry_key("point", next_node(node, name))
 
 
 def _index_key(node: bytes, token_ids: TokenIds) -> str | None:
@@ -235,14 +244,16 @@ def _index_key(node: bytes, token_ids: TokenIds) -> str | None:
 
 def pack_index(tails: Sequence[Tail]) -> bytes:
     """The bytes of an index of tails."""
-    return b"".join([INDEX_MAGIC, *(_HEAD.pack(tail.name, tail.n_tokens) + tail.digests for tail in tails)])
+    return b"".join(
+        [INDEX_MAGIC, *(_HEAD.pack(tail.name, tail.is_chunk, tail.n_tokens) + tail.digests for tail in tails)]
+    )
 
 
 def merged_index(news: bytes, before: bytes | None) -> bytes:
     """An index with the tails of two: those of the first one count as saved later. Raises as `parse_index`."""
     tails = parse_index(news)
-    names = {tail.name for tail in tails}
-    tails += [tail for tail in (parse_index(before) if before is not None else []) if tail.name not in names]
+    places = {tail.place for tail in tails}
+    tails += [tail for tail in (parse_index(before) if before is not None else []) if tail.place not in places]
     return pack_index(tails[:MAX_TAILS])
 
 
@@ -256,7 +267,7 @@ def parse_index(data: bytes) -> list[Tail]:
         if len(tails) == MAX_TAILS:
             raise CorruptStream(f"an index of tails tells of at most {MAX_TAILS}; {len(data) - at} bytes follow those")
         begin = at + _HEAD.size
-        name, n_tokens = _HEAD.unpack_from(data, at) if begin <= len(data) else (b"", NAME_TOKENS)
+        name, is_chunk, n_tokens = _HEAD.unpack_from(data, at) if begin <= len(data) else (b"", False, NAME_TOKENS)
         if n_tokens < NAME_TOKENS:
             raise CorruptStream(
                 f"an index of tails tells of one of {n_tokens} tokens; they have at least {NAME_TOKENS}"
@@ -264,7 +275,7 @@ def parse_index(data: bytes) -> list[Tail]:
         at = begin + _DIGEST_BYTES * -(-n_tokens // _BLOCK_TOKENS)
         if at > len(data):
             raise TruncatedStream(f"an index of tails goes on to byte {at}; it has {len(data)}")
-        tails.append(Tail(name, n_tokens, data[begin:at]))
+        tails.append(Tail(name, n_tokens, data[begin:at], is_chunk))
     return tails
 
 

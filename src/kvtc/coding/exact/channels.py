@@ -82,7 +82,12 @@ def decompress_channels(stored: bytes | memoryview, raw_bytes: int, layout: Floa
     n_numbers = raw_bytes // layout.dtype.itemsize
     if n_numbers > MOST_NUMBERS_A_BYTE * len(stored):
         raise CorruptStream(f"{n_numbers} numbers are claimed in {len(stored)} bytes")
-    n_channels = n_numbers // layout.n_tokens
+    n_groups, rest = divmod(n_numbers, layout.n_tokens * layout.n_features)
+    if rest or not n_groups:
+        raise CorruptStream(
+            f"{n_numbers} numbers are not those of {layout.n_tokens} tokens of {layout.n_features} features"
+        )
+    n_channels = n_groups * layout.n_features
     n_classes, lengths = 0, [0]
     if len(stored) >= _HEAD.size:
         n_classes, *lengths = _HEAD.unpack_from(stored)
@@ -112,7 +117,7 @@ def decompress_channels(stored: bytes | memoryview, raw_bytes: int, layout: Floa
     # One more, for a place to look at where they run out.
     escaped = np.zeros(n_left // layout.dtype.itemsize + 1, layout.pattern_dtype)
     escaped[:-1] = np.frombuffer(stored, layout.pattern_dtype, len(escaped) - 1, stops[-1])
-    patterns = np.empty((n_channels // layout.n_features, layout.n_tokens, layout.n_features), layout.pattern_dtype)
+    patterns = np.empty((n_groups, layout.n_tokens, layout.n_features), layout.pattern_dtype)
     plain = plain.astype(np.uint64, copy=False)
     n_read = numbers_of(symbols, layout.n_bits, classes.astype(np.int64), centres, n_plain, plain, escaped, patterns)
     if n_read != len(escaped) - 1:

@@ -29,7 +29,7 @@ from ..latent_layout import LatentLayout
 from ..opaque_layout import OpaqueLayout
 from ..page_layout import SPLIT, PageLayout
 from ..tasks import Tasks
-from ..windowless_codec import WindowlessCodec
+from ..windowless_codec import CHUNK_TOKENS, WindowlessCodec
 from .page_groups import PageGroup
 from .prefix_planner import NO_PAGE, LoadOrder, Piece, SaveOrder
 
@@ -335,7 +335,7 @@ class PageMover:
         def encode() -> bytes:
             return one.codec.encode(keys, values, first, piece.token_ids[first - piece.start :])
 
-        if piece.tail_name is not None:
-            self._tails.save(node, piece.token_ids, piece.tail_name, encode, original)
+        if piece.is_tail:
+            self._tails.save(node, piece.token_ids, encode, original)
         elif self._entries.put(piece.keys[owner], encode, original):
-            self._tails.drop_outgrown(node, order.following)
+            self._tails.note_chunk(node, order.following, CHUNK_TOKENS)

@@ -22,7 +22,7 @@ from ...entries import Entries
 from ...errors import InvalidArgument
 from ...key_digest import digest
 from ...prefix_cache import Chain, chunk_key
-from ...prefix_cache.tails import NAME_TOKENS, Tails, tail_key, tail_name
+from ...prefix_cache.tails import MAX_TRIED_TAILS, NAME_TOKENS, Tail, Tails
 from ...process.log_limits import concerning
 from ...process.workers import Workers
 from ...store import Store
@@ -47,21 +47,21 @@ BlockTables = Sequence[Sequence[int]]
 @dataclass(frozen=True)
 class Piece:
     """Tokens of a prompt that are one entry for each owner: a whole chunk, or the beginning of a
-    tail.
+    tail or of another prompt's chunk.
 
     Parameters:
         start: Position of the first token.
         token_ids: Of the tokens.
         keys: Of the entry, for each owner: all groups of the first worker, of the second, and so on.
         nodes: Of the hash chain, that the tokens follow, for each owner.
-        tail_name: Of a tail; None for a chunk.
+        is_tail: Whether the entry is a tail.
     """
 
     start: int
     token_ids: np.ndarray
     keys: list[str]
     nodes: list[bytes]
-    tail_name: bytes | None = None
+    is_tail: bool = False
 
     def __str__(self) -> str:
         return f"the piece of tokens {self.start} .. {self.stop - 1}"
@@ -72,7 +72,7 @@ class Piece:
 
     def first_kept(self, group: PageGroup) -> int:
         """The first token that an entry of a group holds."""
-        return self.start if self.tail_name is not None else group.first_kept(self.start, self.stop)
+        return self.start if self.is_tail else group.first_kept(self.start, self.start + CHUNK_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class _Prompt:
         token_ids: Of the prompt.
         nodes: Of its hash chain, [owner][0 .. chunks].
         n_stored: Leading chunks in the store when it was looked up.
-        n_tail: Tokens that the tail behind them, `tail_name`, has in common with the prompt, up to
-            a whole page.
+        tail: What is stored behind them: a tail, or a chunk of another prompt.
+        n_tail: Tokens that it has in common with the prompt, up to a whole page.
         n_saved: Leading chunks that are stored or ordered to be saved.
         start: Leading tokens that the engine has itself.
         was_loaded, has_tail: Whether a load was ordered; whether the tail of the prompt is stored
@@ -130,8 +130,8 @@ class _Prompt:
     token_ids: np.ndarray
     nodes: list[list[bytes]]
     n_stored: int = 0
+    tail: Tail | None = None
     n_tail: int = 0
-    tail_name: bytes = b""
     n_saved: int = 0
     start: int = 0
     was_loaded: bool = False
@@ -151,12 +151,11 @@ class _Prompt:
             index * CHUNK_TOKENS, ids, [chunk_key(nodes[index + 1]) for nodes in self.nodes], self.before(index)
         )
 
-    def tail(self, index: int, name: bytes, n_tokens: int | None = None) -> Piece:
-        """Of the tail of that name after `index` chunks, the first tokens; None: all, to the end of
-        the prompt."""
+    def piece_of(self, tail: Tail, index: int, n_tokens: int) -> Piece:
+        """The first tokens of a tail, or of another prompt's chunk, after `index` chunks."""
         nodes = self.before(index)
         ids = self.following(index)[:n_tokens]
-        return Piece(index * CHUNK_TOKENS, ids, [tail_key(node, name) for node in nodes], nodes, name)
+        return Piece(index * CHUNK_TOKENS, ids, [tail.key(node) for node in nodes], nodes, not tail.is_chunk)
 
     def before(self, index: int) -> list[bytes]:
         """The node that `index` chunks lead to, one an owner."""
@@ -247,8 +246,8 @@ class PrefixPlanner:
         prompt.was_loaded = True
         start, stop = prompt.start, prompt.start + n_tokens
         pieces = [prompt.chunk(index) for index in range(start // CHUNK_TOKENS, prompt.n_stored)]
-        if prompt.n_tail:
-            pieces.append(prompt.tail(prompt.n_stored, prompt.tail_name, prompt.n_tail))
+        if prompt.tail is not None:
+            pieces.append(prompt.piece_of(prompt.tail, prompt.n_stored, prompt.n_tail))
         self.counts.add(hits=1, tokens_promised=n_tokens)
         self._loads.append(LoadOrder(request_id, start, stop, pieces, self._pages(page_ids, start, stop)))
 
@@ -280,7 +279,7 @@ class PrefixPlanner:
             prompt.has_tail = True
             rest = prompt.following(prompt.n_chunks)
             if len(rest) >= max(NAME_TOKENS, self._page_tokens):
-                tail = prompt.tail(prompt.n_chunks, tail_name(prompt.before(prompt.n_chunks)[0], rest))
+                tail = prompt.piece_of(Tail.of(prompt.before(prompt.n_chunks)[0], rest), prompt.n_chunks, len(rest))
                 orders.append(SaveOrder(request_id, tail, self._pages(page_ids, tail.start, tail.stop), rest))
         return orders
 
@@ -324,16 +323,18 @@ class PrefixPlanner:
         return _Prompt(np.empty(0, np.int64), [[b""]], has_tail=True)  # of which nothing is loaded and nothing saved
 
     def _find(self, prompt: _Prompt) -> None:
-        """After how many chunks every owner can go on, and the tail there that has most in common
-        with this prompt."""
+        """After how many chunks every owner can go on, and what is stored there that has most in
+        common with this prompt."""
         prompt.n_stored = prompt.n_saved = self._n_restorable(prompt)
-        # The owners' tails have one name, so one index says what there is.
+        # What the owners have there has one name, so one index says what there is.
         node = prompt.before(prompt.n_stored)[0]
-        prompt.tail_name, n_common = self._tails.find(node, prompt.following(prompt.n_stored))
-        n_tail = n_common // self._page_tokens * self._page_tokens
-        if n_tail:
-            keys = prompt.tail(prompt.n_stored, prompt.tail_name).keys
-            prompt.n_tail = n_tail if self._entries.count_leading(keys) == len(keys) else 0
+        found = self._tails.find(node, prompt.following(prompt.n_stored))
+        for tail, n_common in [one for one in found if self._can_begin(one[0])][:MAX_TRIED_TAILS]:
+            n_tail = n_common // self._page_tokens * self._page_tokens
+            keys = prompt.piece_of(tail, prompt.n_stored, n_tail).keys
+            if n_tail and self._entries.count_leading(keys) == len(keys):
+                prompt.tail, prompt.n_tail = tail, n_tail
+                break
         n_whole = len(prompt.token_ids) // self._page_tokens * self._page_tokens
         prompt.has_tail = prompt.n_stored == prompt.n_chunks and prompt.n_found == n_whole
 
@@ -364,6 +365,10 @@ class PrefixPlanner:
                 return n_chunks
             n_chunks = needed[n_there][0]  # a prefix with the missing chunk in its window cannot be gone on from
         return n_chunks if not windows else 0  # a store full of gaps is not searched for ever
+
+    def _can_begin(self, tail: Tail) -> bool:
+        """Whether its first tokens are there in all groups: of a chunk, a short window keeps the last ones alone."""
+        return not tail.is_chunk or all(group.first_kept(0, CHUNK_TOKENS) == 0 for group in self._groups)
 
     def _of_owners(self) -> list[tuple[int, PageGroup]]:
         return [(owner, self._groups[owner % len(self._groups)]) for owner in range(len(self._owners))]
