@@ -21,7 +21,7 @@ from ...errors import CorruptStream
 from ..rans import TOTAL, RansTables, decode_symbols, encode_symbols
 from .floats import FloatLayout, compress_floats, decompress_floats
 
-LEAST_TOKENS = 128
+LEAST_TOKENS = 64
 """From which on an encoder takes this coder: with fewer, what describes the channels costs more than one per cent."""
 MOST_NUMBERS_A_BYTE = 512
 """A number costs at least log2(4096 / 4033) bits."""
