@@ -1,40 +1,20 @@
-"""The coder of many exact tokens: any bits come back, few bytes are needed, and damage is refused."""
+"""The coder of many exact tokens, beside what both promise (`test_exact_coders`)."""
 
 from __future__ import annotations
 
-import contextlib
 import struct
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvtc.cache import CACHE_DTYPES
-from kvtc.coding.exact import channel_kernels
 from kvtc.coding.exact.channels import MOST_NUMBERS_A_BYTE, compress_channels, decompress_channels
 from kvtc.coding.exact.floats import FloatLayout, compress_floats
 from kvtc.errors import CorruptStream
-from tests.builders import random_cache
-from tests.coding.test_floats import special_bytes
+from tests.coding.test_exact_coders import CODERS, coded_example
 
 HEAD = struct.Struct("<H5I")
-
-
-@given(
-    dtype=st.sampled_from(CACHE_DTYPES),
-    n_groups=st.integers(1, 5),
-    n_tokens=st.integers(1, 200),
-    n_features=st.integers(1, 9),
-    seed=st.integers(0, 2**32 - 1),
-    share=st.sampled_from([0.0, 0.02, 1.0]),
-)
-def test_any_bits_come_back(dtype, n_groups, n_tokens, n_features, seed, share):
-    layout = FloatLayout(n_tokens, n_features, dtype)
-    raw = special_bytes(layout, n_groups, seed, share)
-    assert decompress_channels(compress_channels(raw, layout), len(raw), layout) == raw
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
@@ -57,32 +37,6 @@ def test_it_takes_about_as_few_bytes_as_the_coder_that_learns(n_tokens):
     raw = bytes(cache.bfloat16().reshape(-1).view(torch.uint8).numpy())
     layout = FloatLayout(n_tokens, 64, torch.bfloat16)
     assert len(compress_channels(raw, layout)) < 1.01 * len(compress_floats(raw, layout))
-
-
-def test_the_same_bytes_without_compilation():
-    """Plain Python computes what the compiled loops do: nothing overflows or rounds."""
-    layout = FloatLayout(30, 3, torch.bfloat16)
-    raw = special_bytes(layout, 2, 1, 0.1)
-    coded = compress_channels(raw, layout)
-    plain = {name: getattr(channel_kernels, name).py_func for name in ("measure", "symbols_of", "numbers_of")}
-    with patch.multiple(channel_kernels, **plain), np.errstate(over="ignore"):
-        assert compress_channels(raw, layout) == coded
-        assert decompress_channels(coded, len(raw), layout) == raw
-
-
-def coded_example() -> tuple[FloatLayout, bytes, bytes]:
-    layout = FloatLayout(40, 4, torch.bfloat16)
-    raw = special_bytes(layout, 3, 2, 0.05)
-    return layout, raw, compress_channels(raw, layout)
-
-
-@given(place=st.integers(0, 10_000), flip=st.integers(1, 255))
-def test_damage_is_refused_or_decodes_to_as_many_numbers(place, flip):
-    layout, raw, coded = coded_example()
-    damaged = bytearray(coded)
-    damaged[place % len(coded)] ^= flip
-    with contextlib.suppress(CorruptStream):
-        assert len(decompress_channels(bytes(damaged), len(raw), layout)) == len(raw)
 
 
 def with_head(coded: bytes, number: int, value: int) -> bytes:
@@ -112,7 +66,7 @@ def with_head(coded: bytes, number: int, value: int) -> bytes:
     }.values(),
 )
 def test_what_is_not_coded_so_is_corrupt(change):
-    layout, raw, coded = coded_example()
+    layout, raw, coded = coded_example(CODERS["channels"])
     with pytest.raises(CorruptStream):
         decompress_channels(change(coded), len(raw), layout)
 
@@ -121,7 +75,7 @@ def test_what_is_not_coded_so_is_corrupt(change):
     "table", {"a free number": [4095, 1], "a sum that is not 4096": [2000, 2000], "one symbol": [4096]}.values()
 )
 def test_tables_that_no_encoder_writes_are_corrupt(table):
-    layout, raw, coded = coded_example()
+    layout, raw, coded = coded_example(CODERS["channels"])
     n_classes, *lengths = HEAD.unpack_from(coded)
     first = HEAD.size + n_classes + lengths[0] + lengths[1]
     wrong = np.zeros((n_classes, 128), "<u2")
@@ -134,21 +88,6 @@ def test_tables_that_no_encoder_writes_are_corrupt(table):
 
 @pytest.mark.parametrize("n_numbers", [0, 40 * 4 - 1, 40 * 4 * 3 + 1, 2 * 40 * 4])
 def test_numbers_that_are_not_those_of_whole_groups_are_corrupt(n_numbers):
-    layout, _, coded = coded_example()
+    layout, _, coded = coded_example(CODERS["channels"])
     with pytest.raises(CorruptStream):
         decompress_channels(coded, 2 * n_numbers, layout)
-
-
-def test_more_numbers_than_bytes_can_hold_are_refused_before_memory_is_asked_for():
-    layout, _, coded = coded_example()
-    with patch.object(np, "empty", side_effect=AssertionError), pytest.raises(CorruptStream, match="are claimed in"):
-        decompress_channels(coded, 2 * (MOST_NUMBERS_A_BYTE * len(coded) + 1), layout)
-
-
-def test_caches_take_fewer_bytes_than_zstd():
-    zstandard = pytest.importorskip("zstandard")
-    cache = random_cache(256, torch.bfloat16)
-    octets = torch.stack([cache.keys, cache.values]).reshape(-1).view(torch.uint8)
-    coded = compress_channels(bytes(octets.numpy()), FloatLayout(256, cache.key_dim, torch.bfloat16))
-    for data in (octets, octets.reshape(-1, 2).T.reshape(-1)):
-        assert len(coded) < len(zstandard.ZstdCompressor(level=19).compress(bytes(data.numpy())))

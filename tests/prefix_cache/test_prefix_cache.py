@@ -341,14 +341,18 @@ def test_a_chunk_is_found_by_texts_that_part_from_it() -> None:
 def test_a_chunk_that_is_gone_does_not_hide_a_shorter_tail(prefixes: PrefixCache) -> None:
     """An index may tell of entries that the store has evicted."""
     saved(prefixes, 200)
-    nodes = prefixes.chain.nodes(as_token_ids(told_ids(200)))
     forked_at = torch.cat([told_ids(20), (told_ids(300)[20:] + 1) % 40])
     prefixes.save(forked_at[:60], told_cache(60)).result()
     other = torch.cat([told_ids(28), told_ids(60, seed=9)])
     other[28] = (told_ids(300)[28] + 1) % 40
     assert prefixes.load_neutral(other)[1] == 16
-    prefixes.store.delete(chunk_key(nodes[1]))
+    first, *others = Tails(Entries(prefixes.store)).find(prefixes.chain.root, as_token_ids(other))
+    assert others
+    prefixes.store.delete(first[0].key(prefixes.chain.root))
     assert prefixes.load_neutral(other)[1] == 16
+    for tail, _ in others:
+        prefixes.store.delete(tail.key(prefixes.chain.root))
+    assert prefixes.load_neutral(other)[1] == 0
 
 
 def tells_of_a_tail(prefixes: PrefixCache, key: str) -> bool:

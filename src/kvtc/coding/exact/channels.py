@@ -4,7 +4,7 @@
 feature of a head's keys or values) first. It stores their mean magnitude and the sign that most have, and puts the channel into a
 class of like spread and like share of other signs. A class has one table of frequencies, which is stored. What is coded with it is
 a number's sign and how far its magnitude is from the channel's mean; lower bits are stored as they are. So lanes of the rANS coder
-decode side by side, several times as fast as `floats`, for half a per cent more bytes at 256 tokens.
+decode side by side, several times as fast as `floats`, for half a per cent more bytes (SmolLM2-135M, 256 tokens).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..rans import TOTAL, RansTables, decode_symbols, encode_symbols
 from .floats import FloatLayout, compress_floats, decompress_floats
 
 LEAST_TOKENS = 64
-"""From which on an encoder takes this coder: with fewer, what describes the channels costs more than one per cent."""
+"""From which on an encoder takes this coder. At 64 tokens it takes 0.2 % more bytes than `floats` of SmolLM2-135M, and one per cent
+more of three layers of Gemma 3 270M; with fewer tokens, what describes the channels weighs more."""
 MOST_NUMBERS_A_BYTE = 512
 """A number costs at least log2(4096 / 4033) bits."""
 N_SYMBOLS = 128

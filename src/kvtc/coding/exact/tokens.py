@@ -1,4 +1,4 @@
-"""Tokens kept as they are, bit for bit, or sinks in fp8 (paper, B.15). `floats` codes exact ones."""
+"""Tokens kept as they are, bit for bit, or sinks in fp8 (paper, B.15). `floats` and `channels` code exact ones."""
 
 from __future__ import annotations
 
