@@ -7,14 +7,11 @@ import struct
 import numpy as np
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from kvtc.cache import CACHE_DTYPES
 from kvtc.coding.exact.floats import MOST_NUMBERS_A_BYTE, FloatLayout, compress_floats, decompress_floats
 from kvtc.errors import CorruptStream
 from tests.coding.test_exact_coders import CODERS, coded_example
-
-dtypes = st.sampled_from(CACHE_DTYPES)
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
